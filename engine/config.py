@@ -1,0 +1,350 @@
+"""The configuration: one YAML file over frozen dataclasses, every field settable as section.field=value.
+
+A value that cannot be right raises UserError, one line that names the field, what it got and what
+it wants.
+"""
+
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: one line, shown without a traceback, exit code 2."""
+
+
+def check(ok: bool, name: str, got: Any, want: str) -> None:
+    """Raise UserError "name: got ..., want ..." unless ok."""
+    if not ok:
+        raise UserError(f"{name}: got {got!r}, want {want}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str | None = None
+    """Folder with config.json and native safetensors; None: random weights of `preset`."""
+    preset: str | None = None
+    """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, tiny-t2v, tiny-i2v."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Linear layers and attention."""
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Residual stream; the official code keeps it in float32."""
+    recompute: bool = False
+    """Keep only every block's input and compute the block again in backward."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    path: str | None = None
+    """Folder with the three files of a reward model; None: see `init`."""
+    blocks: int = 8
+    """How many of the generator's first blocks a new reward model is made of."""
+    feature_layer: int = 8
+    """The block whose output is pooled, counted from 1."""
+    num_queries: int = 1
+    num_heads: int = 8
+    dropout: float = 0.0
+    """Dropout of the pooling's attention weights while the reward model is trained."""
+    return_type: Literal["query"] | None = "query"
+    """query: the mean of the queries is added to the pooled vector."""
+    loss: Literal["ce", "bt"] = "ce"
+    """ce: binary cross-entropy on the label; bt: Bradley-Terry on (winner, loser) pairs."""
+
+    def __post_init__(self):
+        check(self.blocks >= 1, "reward.blocks", self.blocks, "at least 1")
+        check(
+            1 <= self.feature_layer <= self.blocks, "reward.feature_layer", self.feature_layer,
+            f"1 to reward.blocks = {self.blocks}",
+        )  # fmt: skip
+        check(self.num_queries >= 1, "reward.num_queries", self.num_queries, "at least 1")
+        check(0 <= self.dropout < 1, "reward.dropout", self.dropout, "a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: tuple[str, ...] = ()
+    """.list files of meta JSON paths; the winners when reward.loss is bt."""
+    lose: tuple[str, ...] = ()
+    """.list files of the losers when reward.loss is bt."""
+    val: tuple[str, ...] = ()
+    """.list files of held-out data."""
+    null_text: str | None = None
+    """.npy of the null prompt's embedding [1, n, text_dim]; needed when text_dropout > 0."""
+    negative_text: str | None = None
+    """.npy of the embedding used against the prompt when sample.guidance is not 1."""
+    text_dropout: float = 0.1
+    """Probability that the null prompt replaces the text of a training sample."""
+    long_caption: float = 0.7
+    """Probability of the long caption where a sample has a short and a long one (PRFL only)."""
+    label: str = "motion_quality"
+    """Label of reward training: a field of the meta JSON; motion_quality = physics and human."""
+    batch_size: int = 1
+    """Samples of one micro-batch; all of one shape."""
+    num_workers: int = 2
+    """Loader processes; 0 loads in the training process."""
+
+    def __post_init__(self):
+        for name in ("text_dropout", "long_caption"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"data.{name}", value, "a probability in [0, 1]")
+        check(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
+        check(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    solver: Literal["unipc", "euler"] = "unipc"
+    steps: int = 40
+    """Denoising steps of the whole chain."""
+    shift: float = 5.0
+    """Shift of the flow schedule, for rollouts, flow matching and reward training alike."""
+    range: Literal["all", "early", "middle", "late"] | tuple[int, int] = "all"
+    """Where the graded step is drawn: all of 0..steps-2, a third of it, or [first, last]."""
+
+    def __post_init__(self):
+        check(self.steps >= 2, "rollout.steps", self.steps, "at least 2")
+        check(self.shift > 0, "rollout.shift", self.shift, "a positive number")
+        if not isinstance(self.range, str):
+            first, last = self.range
+            check(
+                0 <= first <= last <= self.steps - 2, "rollout.range", list(self.range),
+                f"[first, last] within 0..{self.steps - 2}",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    form: Literal["hinge", "linear", "log"] = "hinge"
+    """On the reward r: hinge weight * relu(target - r); linear -weight * r; log -weight * log r."""
+    weight: float = 0.1
+    """Weight of the reward loss; 0 trains by flow matching alone and computes no rollout."""
+    target: float = 2.0
+    """Target of the hinge; 2 is never reached by r < 1, which makes it linear."""
+    sft_weight: float = 1.0
+    """Weight of the flow-matching loss; 0 computes none."""
+
+    def __post_init__(self):
+        check(self.weight >= 0, "loss.weight", self.weight, "at least 0")
+        check(self.sft_weight >= 0, "loss.sft_weight", self.sft_weight, "at least 0")
+        check(
+            self.weight + self.sft_weight > 0, "loss.weight", self.weight,
+            "a positive weight here or in loss.sft_weight",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 5e-6
+    """Learning rate of the transformer."""
+    lr_head: float = 1e-5
+    """Learning rate of queries, pooling and MLP in reward training."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine falls to 0 at train.steps."""
+    warmup: int = 0
+    """Optimizer steps of linear warm-up."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+
+    def __post_init__(self):
+        for name in ("lr", "lr_head", "weight_decay"):
+            value = getattr(self, name)
+            check(value >= 0, f"optim.{name}", value, "at least 0")
+        check(self.warmup >= 0, "optim.warmup", self.warmup, "at least 0")
+        check(self.clip > 0, "optim.clip", self.clip, "a positive number")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    out: str = "runs/prfl"
+    """Output folder: metrics, checkpoints, samples."""
+    resume: bool = False
+    """Continue from the newest checkpoint in `out`; without it a folder with checkpoints is refused."""
+    device: str = "auto"
+    """auto: the first GPU, or the CPU where there is none."""
+    steps: int = 1000
+    """Optimizer steps."""
+    accumulate: int = 1
+    """Micro-batches of one optimizer step; their mean gradient is applied once."""
+    seed: int = 0
+    save_every: int = 100
+    keep: int = 2
+    """How many checkpoints are kept, besides the best."""
+    log_every: int = 1
+    ema: float = 0.0
+    """Decay of the exponential moving average of the weights; 0 keeps none."""
+    tensorboard: bool = True
+    wandb: str | None = None
+    """Weights & Biases project; needs the wandb package."""
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate", "save_every", "keep", "log_every"):
+            value = getattr(self, name)
+            check(value >= 1, f"train.{name}", value, "at least 1")
+        check(0 <= self.ema < 1, "train.ema", self.ema, "a decay in [0, 1)")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0
+    """Optimizer steps between validations; 0 validates never."""
+    samples: int = 8
+    """Held-out prompts sampled from fixed seeds, and held-out latents for the flow-matching loss."""
+    batch_size: int = 4
+    timesteps: tuple[float, ...] = (201, 400, 600, 800, 1000)
+    """Where rewards and accuracies are measured, with fixed noise."""
+    seed: int = 1234
+    videos: int = 4
+    """How many of the samples are written as latents, and as videos if data are codec latents."""
+
+    def __post_init__(self):
+        for name in ("every", "videos"):
+            value = getattr(self, name)
+            check(value >= 0, f"eval.{name}", value, "at least 0")
+        for name in ("samples", "batch_size"):
+            value = getattr(self, name)
+            check(value >= 1, f"eval.{name}", value, "at least 1")
+        for t in self.timesteps:
+            check(0 <= t <= 1000, "eval.timesteps", t, "timesteps in 0..1000")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    count: int = 4
+    """How many of the prompts of data.val (in order, repeated if short) are sampled."""
+    seed: int = 0
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 is none, as in training."""
+    codec: str | None = None
+    """JSON file of the demo's latent codec; None writes latents only."""
+    fps: int = 16
+
+    def __post_init__(self):
+        check(self.count >= 1, "sample.count", self.count, "at least 1")
+        check(self.fps >= 1, "sample.fps", self.fps, "at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
+
+
+def load_config(path: str | Path | None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Config from a YAML file (None: all defaults) and overrides such as "train.steps=100"."""
+    values: dict = {}
+    if path is not None:
+        values = _read_yaml(Path(path))
+    for item in overrides:
+        name, equals, text = item.partition("=")
+        parts = name.split(".")
+        check(bool(equals) and len(parts) == 2, "override", item, "section.field=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"{name}: got {text!r}, want a YAML value") from None
+        section = values.setdefault(parts[0], {})
+        check(isinstance(section, dict), parts[0], section, "a mapping of fields")
+        section[parts[1]] = value
+    return from_dict(Config, values, "")
+
+
+def from_dict(cls: type, values: Any, name: str) -> Any:
+    """Build the dataclass cls from a mapping, checking names and types of all fields."""
+    check(isinstance(values, dict), name or "config", values, "a mapping of fields")
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known:
+            where = f"{name}.{key}" if name else str(key)
+            raise UserError(f"{where}: unknown field, want one of {', '.join(known)}")
+    return cls(**{k: _coerce(hints[k], v, f"{name}.{k}".lstrip(".")) for k, v in values.items()})
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, want a YAML configuration")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    check(isinstance(values, dict), str(path), type(values).__name__, "a mapping of sections")
+    for key, section in values.items():
+        if section is None:
+            values[key] = {}
+    return values
+
+
+def _coerce(kind: Any, value: Any, name: str) -> Any:
+    """`value` as `kind`; numbers written as text ("5e-6") or as whole floats (5.) are taken."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if is_dataclass(kind):
+        return from_dict(kind, value, name)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _coerce(option, value, name)
+            except UserError:
+                continue
+        raise UserError(f"{name}: got {value!r}, want {' or '.join(map(_describe, args))}")
+    if kind is types.NoneType and value is None:
+        return None
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            value = [value]
+        if isinstance(value, list | tuple):
+            if args[-1] is ...:
+                return tuple(_coerce(args[0], v, name) for v in value)
+            if len(value) == len(args):
+                return tuple(_coerce(a, v, name) for a, v in zip(args, value, strict=True))
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str):
+        return value
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = None
+        if number is not None and (kind is float or number.is_integer()):
+            return kind(number) if kind is float or not isinstance(value, int) else value
+    raise UserError(f"{name}: got {value!r}, want {_describe(kind)}")
+
+
+def _describe(kind: Any) -> str:
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, args))
+    if typing.get_origin(kind) is tuple:
+        inner = _describe(args[0])
+        return f"a list of {inner}" if args[-1] is ... else f"a list of {len(args)} {inner}"
+    if kind is types.NoneType:
+        return "null"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
+        kind, str(kind)
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,160 @@
+"""The parts of a Wan2.1 block. Module names are those of the native checkpoints.
+
+Shapes: B batch, L video tokens, S context tokens, C width, H heads, F ffn width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prfl_kernels.attention import attention
+from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
+from prfl_kernels.modulate import layer_norm, modulate, wide
+from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
+
+IMAGE_TOKENS = 257  # CLIP tokens of the first frame, in front of the text tokens of an I2V context
+IMAGE_DIM = 1280
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes and returns in `compute_dtype`, whatever its input and weights have."""
+
+    compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype or self.weight.dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class WideLinear(Linear):
+    """A linear layer of the time embedding or the head: float32 at least, in every precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = wide(self.weight.dtype)
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class RMSNorm(nn.Module):
+    """The weight of an RMSNorm over the whole width; the arithmetic is in prfl_kernels."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, eps: float):
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+
+    def forward(self, x_BLC: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        q, k = qk_norm_rope(
+            self.q(x_BLC),
+            self.k(x_BLC),
+            self.norm_q.weight,
+            self.norm_k.weight,
+            grid,
+            self.num_heads,
+            self.eps,
+        )
+        v = self.v(x_BLC).unflatten(2, (self.num_heads, -1))
+        return self.o(attention(q, k, v).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text and, in an I2V model, to the image tokens before it."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, image: bool):
+        super().__init__()
+        self.num_heads, self.image = num_heads, image
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        if image:
+            self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps)
+
+    def forward(self, x_BLC: Tensor, context_BSC: Tensor) -> Tensor:
+        q, text = self._heads(self.norm_q(self.q(x_BLC))), context_BSC
+        if self.image:
+            picture, text = context_BSC[:, :IMAGE_TOKENS], context_BSC[:, IMAGE_TOKENS:]
+        out = attention(q, self._heads(self.norm_k(self.k(text))), self._heads(self.v(text)))
+        if self.image:
+            k = self._heads(self.norm_k_img(self.k_img(picture)))
+            out = out + attention(q, k, self._heads(self.v_img(picture)))
+        return self.o(out.flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and FFN on the residual stream, modulated by the timestep.
+
+    x += gate1 * Attn(LN(x) (1 + scale1) + shift1);  x += Cross(LN_affine(x), context);
+    x += gate2 * FFN(LN(x) (1 + scale2) + shift2).
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool):
+        super().__init__()
+        self.eps = eps
+        self.self_attn = SelfAttention(dim, num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = CrossAttention(dim, num_heads, eps, image)
+        self.ffn = nn.Sequential(
+            Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), Linear(ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(
+        self, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, grid: tuple[int, int, int]
+    ) -> Tensor:
+        e = self.modulation.to(e_B6C.dtype) + e_B6C
+        shift1, scale1, gate1, shift2, scale2, gate2 = e.unbind(1)
+        dtype = self.self_attn.q.compute_dtype or self.self_attn.q.weight.dtype
+        n = modulate(x_BLC, scale1, shift1, self.eps, dtype)
+        y = self.self_attn(n, grid)
+        x, n = gated_add_norm(x_BLC, y, gate1, self.norm3.weight, self.norm3.bias, self.eps, dtype)
+        y = self.cross_attn(n, context_BSC)
+        x, n = gated_add_modulate(x, y, None, scale2, shift2, self.eps, dtype)
+        return gated_add(x, self.ffn(n), gate2)
+
+
+class Head(nn.Module):
+    """Modulated norm and the projection of every token to its patch, in float32."""
+
+    def __init__(self, dim: int, patch_values: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.head = WideLinear(dim, patch_values)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x_BLC: Tensor, e_BC: Tensor) -> Tensor:
+        shift, scale = (self.modulation.to(e_BC.dtype) + e_BC[:, None]).unbind(1)
+        return self.head(modulate(x_BLC, scale, shift, self.eps, wide(x_BLC.dtype)))
+
+
+class ImageEmbedding(nn.Module):
+    """CLIP features [B, 257, 1280] to context tokens [B, 257, C]; LayerNorm eps is torch's 1e-5."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.LayerNorm(IMAGE_DIM),
+            Linear(IMAGE_DIM, IMAGE_DIM),
+            nn.GELU(),
+            Linear(IMAGE_DIM, dim),
+            nn.LayerNorm(dim),
+        )
+
+    def forward(self, clip: Tensor) -> Tensor:
+        norm_in, linear_in, gelu, linear_out, norm_out = self.proj
+        dtype = linear_in.compute_dtype or linear_in.weight.dtype
+        n = layer_norm(clip, norm_in.weight, norm_in.bias, norm_in.eps, dtype)
+        y = linear_out(gelu(linear_in(n)))
+        return layer_norm(y, norm_out.weight, norm_out.bias, norm_out.eps, dtype)

@@ -1,0 +1,99 @@
+"""The losses: flow matching, the reward of a graded denoising step, and those of reward training."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prfl_engine import chain, flow
+from prfl_engine.config import LossConfig, RolloutConfig
+from prfl_engine.dit import WanTransformer
+from prfl_engine.reward import RewardModel
+
+
+class Batch(NamedTuple):
+    """Samples of one shape. Tensors on one device."""
+
+    latent: Tensor  # [B, 16, T, H, W]
+    text: Tensor  # [B, n, text_dim]
+    clip: Tensor | None = None  # [B, 257, 1280], I2V
+    condition: Tensor | None = None  # [B, 20, T, H, W], I2V: mask 4, first frame 16
+    label: Tensor | None = None  # [B], 0 or 1
+
+
+def bind(model: WanTransformer, batch: Batch) -> chain.Velocity:
+    """The model with the batch's context: a velocity for the denoising chain.
+
+    The context tokens are computed once here, with gradient if that is enabled.
+    """
+    context = model.embed_context(batch.text, batch.clip)
+
+    def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
+        if len(active) == len(context):
+            return model(x, t, context, batch.condition)
+        rows = active.to(x.device)
+        condition = None if batch.condition is None else batch.condition[rows]
+        return model(x, t, context[rows], condition)
+
+    return velocity
+
+
+def sft_loss(model: WanTransformer, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Flow matching at noise levels sigma [B]: mean of (v(x_t) - (eps - x_0))^2 [B], per sample."""
+    x = flow.add_noise(batch.latent, noise, sigma)
+    velocity = bind(model, batch)(x, flow.TRAIN_STEPS * sigma, torch.arange(len(x)))
+    return (velocity - (noise - batch.latent)).square().flatten(1).mean(1)
+
+
+def index_range(rollout: RolloutConfig) -> tuple[int, int]:
+    """First and last step index that may be graded; the last step of the chain never is, since its
+    result has no timestep to be scored at."""
+    n = rollout.steps - 1
+    if not isinstance(rollout.range, str):
+        return rollout.range
+    first, end = {
+        "all": (0, n),
+        "early": (0, -(-n // 3)),
+        "middle": (n // 3, -(-2 * n // 3)),
+        "late": (2 * n // 3, n),
+    }[rollout.range]
+    return first, end - 1
+
+
+def graded_reward(
+    model: WanTransformer,
+    reward: RewardModel,
+    schedule: flow.Schedule,
+    batch: Batch,
+    noise: Tensor,
+    index: Tensor,
+) -> Tensor:
+    """Logits [B] of the reward after the graded step index[b] of a rollout from noise.
+
+    Steps 0..index-1 run without gradient, step `index` with gradient to the model; its result is
+    scored at the timestep it has then, timesteps[index + 1]. index [B] long, on the CPU.
+    """
+    with torch.no_grad():
+        state = chain.rollout(bind(model, batch), schedule, noise, index)
+    latent = chain.graded_step(bind(model, batch), schedule, state, index)
+    t = schedule.timesteps[index + 1].to(latent.device, non_blocking=True)
+    return reward(latent, t, batch.text, batch.clip, batch.condition)
+
+
+def reward_loss(logit: Tensor, loss: LossConfig) -> Tensor:
+    """Loss [B] to be minimised, from reward logits [B]; see LossConfig.form."""
+    if loss.form == "log":
+        return -loss.weight * F.logsigmoid(logit)
+    r = torch.sigmoid(logit)
+    return -loss.weight * r if loss.form == "linear" else loss.weight * F.relu(loss.target - r)
+
+
+def cross_entropy(logit: Tensor, label: Tensor) -> Tensor:
+    """Binary cross-entropy [B] of sigmoid(logit) against labels 0 or 1 [B]."""
+    return F.binary_cross_entropy_with_logits(logit, label.to(logit.dtype), reduction="none")
+
+
+def bradley_terry(logit_win: Tensor, logit_lose: Tensor) -> Tensor:
+    """-log sigmoid(logit_win - logit_lose) [B]."""
+    return F.softplus(logit_lose - logit_win)

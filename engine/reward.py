@@ -1,0 +1,116 @@
+"""The latent reward model: the generator's first blocks, learned-query pooling, an MLP head.
+
+    r = sigmoid(MLP(pool(features(x_t, t, text))))          at any timestep t, on noisy latents x_t
+
+Source: PAVRM of PRFL (arXiv 2511.21541). State dicts have the keys of the official files.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prfl_engine.config import UserError
+from prfl_engine.dit import WanTransformer
+from prfl_kernels.modulate import wide
+from prfl_kernels.reward_pool import reward_pool
+
+
+class QueryPool(nn.Module):
+    """Mean over learned queries of MultiheadAttention(query, X, X), plus the mean query.
+
+    Computed with the projections folded out of the token dimension (exact; prfl_kernels.reward_pool
+    and docs/reward.md); with dropout on the attention weights while training, by plain attention.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_queries: int = 1,
+        num_heads: int = 8,
+        dropout: float = 0.0,
+        add_query: bool = True,
+    ):
+        super().__init__()
+        if dim % num_heads:
+            raise UserError(f"reward.num_heads: got {num_heads}, want a divisor of the width {dim}")
+        self.add_query = add_query
+        self.queries = nn.Parameter(torch.empty(num_queries, dim))
+        # Holds the parameters under their official names; its forward runs with dropout only.
+        self.multihead_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
+        nn.init.xavier_uniform_(self.queries)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled vector [B, C], float32 or wider, of features x [B, L, C]."""
+        attn = self.multihead_attn
+        if self.training and attn.dropout > 0:
+            x = x.to(attn.in_proj_weight.dtype)
+            queries = self.queries.expand(len(x), -1, -1)
+            pooled = attn(queries, x, x, need_weights=False)[0].mean(1)
+        else:
+            pooled = self._folded(x)
+        return pooled + self.queries.mean(0) if self.add_query else pooled
+
+    def _folded(self, x: Tensor) -> Tensor:
+        attn, dtype = self.multihead_attn, wide(x.dtype)
+        heads = attn.num_heads
+        w_q, w_k, w_v = attn.in_proj_weight.to(dtype).chunk(3)
+        b_q, _, b_v = attn.in_proj_bias.to(dtype).chunk(3)  # the key bias drops out of the softmax
+        q = F.linear(self.queries.to(dtype), w_q, b_q).unflatten(1, (heads, -1))  # [n, H, D]
+        u = torch.einsum("nhd,hdc->nhc", q, w_k.unflatten(0, (heads, -1))) * q.shape[2] ** -0.5
+        pooled = reward_pool(x, u.flatten(0, 1)).unflatten(1, u.shape[:2])  # [B, n, H, C]
+        # The projections behind the pooling are linear, so the mean over queries goes first.
+        out = torch.einsum("bhc,hdc->bhd", pooled.mean(1), w_v.unflatten(0, (heads, -1)))
+        out = out.flatten(1) + b_v
+        return F.linear(out, attn.out_proj.weight.to(dtype), attn.out_proj.bias.to(dtype))
+
+
+class MLP(nn.Module):
+    """C -> 1024 -> 512 -> 1 with ReLU; float32 at least."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(dim, 1024), nn.Linear(1024, 512), nn.Linear(512, 1)
+        for fc in (self.fc1, self.fc2, self.fc3):
+            nn.init.xavier_uniform_(fc.weight)
+            nn.init.zeros_(fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for fc in (self.fc1, self.fc2):
+            x = F.linear(x, fc.weight.to(x.dtype), fc.bias.to(x.dtype)).relu()
+        return F.linear(x, self.fc3.weight.to(x.dtype), self.fc3.bias.to(x.dtype))
+
+
+class RewardModel(nn.Module):
+    """Scores noisy latents. `transformer` is a WanTransformer without head."""
+
+    def __init__(self, transformer: WanTransformer, pool: QueryPool, feature_layer: int):
+        super().__init__()
+        if not 1 <= feature_layer <= len(transformer.blocks):
+            raise UserError(
+                f"reward.feature_layer: got {feature_layer}, "
+                f"want 1 to the {len(transformer.blocks)} blocks of the reward model"
+            )
+        self.transformer, self.pool = transformer, pool
+        self.mlp = MLP(transformer.config.dim)
+        self.feature_layer = feature_layer
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Tensor,
+        clip: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B], float32 or wider; the reward is their sigmoid.
+
+        x [B, 16, T, H, W], t [B], text [B, n, text_dim]; for an I2V model clip [B, 257, 1280] and
+        condition [B, 20, T, H, W].
+        """
+        context = self.transformer.embed_context(text, clip)
+        x = self.transformer.features(x, t, context, condition, self.feature_layer)
+        return self.mlp(self.pool(x)).squeeze(1)
+
+    def freeze(self) -> "RewardModel":
+        """Evaluation mode, and no gradient to any weight from here on. Returns self."""
+        return self.eval().requires_grad_(False)
