@@ -229,10 +229,17 @@ class Stream(Dataset):
             pin_memory=pinned,
             prefetch_factor=4 if num_workers else None,
         )
-        for item in loader:
-            pair = self.lose is not None
-            moved = [to_device(b, device) for b in (item if pair else [item])]
-            yield tuple(moved) if pair else moved[0]
+        items = iter(loader)
+        while True:
+            try:
+                item = next(items)
+            except UserError as error:  # a worker's arrives with its traceback as the message
+                line = str(error).strip().splitlines()[-1]
+                raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
+            if self.lose is None:
+                yield to_device(item, device)
+            else:
+                yield tuple(to_device(b, device) for b in item)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """The sample indices of every micro-batch of an epoch."""

@@ -1,0 +1,132 @@
+"""The command `prfl`. A mistake in what was given is one line on stderr and exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from prfl_engine import __version__
+from prfl_engine.config import UserError, load_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"prfl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prfl: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prfl", description="Process reward feedback learning for video diffusion transformers."
+    )
+    parser.add_argument("--version", action="version", version=f"prfl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str, config: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if config:
+            sub.add_argument("config", metavar="CONFIG", help="YAML file")
+            sub.add_argument(
+                "overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="e.g. train.steps=100"
+            )
+        return sub
+
+    demo = command("demo", _demo, "The whole job on real video, on this machine.", config=False)
+    demo.add_argument("--out", default="runs/demo", help="folder (default: %(default)s)")
+    command("train", _train, "PRFL training of a generator.")
+    command("train-reward", _train_reward, "Train a latent reward model.")
+    command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
+    sample = command("sample", _sample, "Sample videos from a generator.")
+    sample.add_argument("--out", default="runs/samples", help="new folder (default: %(default)s)")
+    doctor = command("doctor", _doctor, "What is here, and what will run.", config=False)
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    golden = command("golden", _golden, "Compute the values of a golden folder.", config=False)
+    golden.add_argument("folder", metavar="DIR")
+    golden.add_argument("--out", required=True, metavar="FILE", help=".safetensors to write")
+    return parser
+
+
+def _load(args):
+    return load_config(args.config, args.overrides)
+
+
+def _demo(args) -> None:
+    from prfl_engine.demo import demo
+
+    demo(args.out)
+
+
+def _train(args) -> int:
+    from prfl_engine.loop import TrainingError
+    from prfl_engine.train import train
+
+    try:
+        train(_load(args))
+    except TrainingError as error:
+        return _failed(error)
+    return 0
+
+
+def _train_reward(args) -> int:
+    from prfl_engine.loop import TrainingError
+    from prfl_engine.train_reward import train_reward
+
+    try:
+        train_reward(_load(args))
+    except TrainingError as error:
+        return _failed(error)
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    print(f"prfl: {error}", file=sys.stderr)
+    return 1
+
+
+def _eval_reward(args) -> None:
+    from prfl_engine.train_reward import eval_reward
+
+    accuracy = eval_reward(_load(args))
+    for t, value in accuracy.items():
+        print(f"t = {t:4g}   accuracy {value:.4f}")
+    print(f"mean       accuracy {sum(accuracy.values()) / len(accuracy):.4f}")
+
+
+def _sample(args) -> None:
+    from prfl_engine.sample import sample
+
+    for path in sample(_load(args), args.out):
+        print(path)
+
+
+def _doctor(args) -> None:
+    import json
+
+    from prfl_engine.doctor import render, report
+
+    found = report()
+    print(json.dumps(found, indent=2) if args.json else render(found))
+
+
+def _golden(args) -> None:
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+
+    from prfl_engine.golden import compute
+
+    out = Path(args.out)
+    if not out.parent.is_dir():
+        raise UserError(f"--out: {out.parent} is no folder")
+    save_file(compute(args.folder), out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

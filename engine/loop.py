@@ -1,0 +1,176 @@
+"""The loop that both trainings share: accumulate, clip, step, measure, validate, save, resume.
+
+One optimizer step holds the gradients of all losses of all accumulated micro-batches, and is
+clipped once. All randomness follows from the seed and the step, so a run that was stopped and
+resumed goes on as if it had not been; on the CPU, to the bit.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prfl_engine.checkpoint import atomic_folder, checkpoints, load_pickle
+from prfl_engine.config import Config, UserError
+from prfl_engine.data import Stream
+from prfl_engine.doctor import gpu_metrics
+from prfl_engine.metrics import MetricsWriter, progress
+from prfl_engine.optim import EMA, lr_factor, make_optimizer
+
+STATE = "training_state.pt"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; one line."""
+
+
+def pick_device(config: Config) -> torch.device:
+    name = config.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"train.device: got {name!r}, want auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"train.device: got {name!r}, but torch sees no CUDA GPU here")
+    return device
+
+
+def prepare_out(config: Config) -> Path | None:
+    """Make the output folder; return the checkpoint to resume from, None to start from step 0.
+
+    A folder that holds a run is refused unless train.resume asks to go on with it.
+    """
+    out = Path(config.train.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"train.out: {out} is a file, want a folder")
+    found = checkpoints(out)
+    if not config.train.resume and (found or (out / "metrics.jsonl").exists()):
+        what = found[-1].name if found else "metrics.jsonl"
+        raise UserError(
+            f"train.out: {out} already holds {what}, want an empty folder or train.resume=true"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(config.to_yaml())
+    return found[-1] if found else None
+
+
+def fit(
+    config: Config,
+    resume: Path | None,
+    model: nn.Module,
+    groups: list[tuple[nn.Module, float]],
+    stream: Stream,
+    losses: Callable[..., Iterable[tuple[Tensor, dict[str, Tensor]]]],
+    validate: Callable[[int], dict[str, float]] | None,
+    save: Callable[[Path, int], None],
+    load: Callable[[Path], nn.Module],
+) -> None:
+    """Train `model` for config.train.steps optimizer steps, from the checkpoint `resume` if given.
+
+    losses(item, key) yields (loss, metrics) one after another; each is backpropagated, and its
+    graph freed, before the next is computed. `key` is an integer that no other micro-batch has.
+    validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
+    save(folder, step) writes the weights, load(folder) reads them back as a module of model's kind.
+    """
+    train, out = config.train, Path(config.train.out)
+    device = pick_device(config)
+    optimizer = make_optimizer(groups, config.optim)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    start, best = 0, -math.inf
+    if resume is not None:
+        start, best = _load_state(resume, optimizer, device)
+    ema = None
+    if train.ema > 0:
+        ema = EMA(model, train.ema)
+        if resume is not None:
+            ema.average = {k: p.detach().float() for k, p in load(resume / "ema").named_parameters()}
+
+    def write(folder: Path, step: int) -> None:
+        save(folder, step)
+        if ema is not None:
+            with ema.applied():
+                save(folder / "ema", step)
+
+    def checked(step: int) -> None:
+        """Validate, with the averaged weights if there are any, and keep the best."""
+        nonlocal best
+        training = model.training
+        model.eval()
+        with ema.applied() if ema is not None else nullcontext(), torch.no_grad():
+            values = validate(step)
+        model.train(training)
+        metrics.log(step, values, "eval")
+        if values["score"] > best:
+            best = values["score"]
+            with atomic_folder(out / "best") as folder:
+                write(folder, step)
+                (folder / "score.json").write_text(json.dumps({"step": step, "score": best}))
+
+    items = stream.loader(start * train.accumulate, config.data.num_workers, device)
+    with MetricsWriter(out, train.tensorboard, train.wandb) as metrics:
+        metrics.truncate_from(start + 1)
+        if validate is not None and start == 0:
+            checked(0)
+        for step in progress(range(start, train.steps), f"{out.name}", train.steps, initial=start):
+            factor = lr_factor(step, train.steps, config.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            seen: dict[str, Tensor] = {}
+            for micro in range(train.accumulate):
+                item = next(items)
+                for loss, values in losses(item, step * train.accumulate + micro):
+                    (loss / train.accumulate).backward()
+                    for k, v in values.items():
+                        seen[k] = seen.get(k, 0) + v.detach() / train.accumulate
+            norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip)
+            if not math.isfinite(norm.item()):
+                raise TrainingError(
+                    f"step {step}: the norm of the gradient is {norm.item()}; "
+                    f"stopped before the update, checkpoints in {out} are whole"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update()
+            done = step + 1
+            if done % train.log_every == 0:
+                values = {k: v.item() for k, v in seen.items()}
+                values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+                metrics.log(done, values | gpu_metrics(), "train")
+            last = done == train.steps
+            if validate is not None and (done % config.eval.every == 0 or last):
+                checked(done)
+            if done % train.save_every == 0 or last:
+                with atomic_folder(out / f"checkpoint-{done}") as folder:
+                    write(folder, done)
+                    _save_state(folder, done, best, optimizer, device)
+                for old in checkpoints(out)[: -train.keep]:
+                    shutil.rmtree(old)
+
+
+def _save_state(folder: Path, step: int, best: float, optimizer, device: torch.device) -> None:
+    state = {"step": step, "best": best, "optimizer": optimizer.state_dict()}
+    state["rng"] = torch.get_rng_state()
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(device)
+    torch.save(state, folder / STATE)
+
+
+def _load_state(folder: Path, optimizer, device: torch.device) -> tuple[int, float]:
+    state = load_pickle(folder / STATE)
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        return state["step"], state["best"]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{folder / STATE}: does not fit this run: {error}") from None

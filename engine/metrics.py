@@ -1,0 +1,175 @@
+"""Training metrics: one JSON line per call, TensorBoard, and Weights & Biases when asked for.
+
+A line of metrics.jsonl is {"step": int, "time": seconds since the epoch, "values": {name: number}}.
+JSON has no NaN and no infinity: both are written as null and read back as NaN, so any JSON reader
+takes the file. The file is the record that a resumed run cuts back to its own step; TensorBoard is
+told the same through purge_step.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from prfl_engine.config import UserError
+
+FILE = "metrics.jsonl"
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The records of a metrics.jsonl, or of the one in a folder; null values come back as NaN.
+
+    A last line without its newline is the torn write of a killed run and is left out.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    return [record for _, record in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                values = record["values"].items()
+                record["values"] = {k: math.nan if v is None else v for k, v in values}
+                record["step"] = int(record["step"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{path}, line {number}: not a metrics record ({error})") from error
+            yield line, record
+
+
+class MetricsWriter:
+    """Writes what a run measures into out_dir; the main process alone holds one.
+
+    TensorBoard's files go to out_dir/tensorboard. They and the imports behind them (about a second)
+    start with the first value, so that a run that fails early leaves none.
+    """
+
+    def __init__(
+        self, out_dir: str | Path, tensorboard: bool = True, wandb_project: str | None = None
+    ):
+        self.out_dir = Path(out_dir)
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.path = self.out_dir / FILE
+        self._tensorboard = tensorboard
+        self._board = None
+        self._purge_step = None
+        self._run = _start_wandb(wandb_project, self.out_dir) if wandb_project else None
+        self._cut_torn_line()
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+
+    def _cut_torn_line(self) -> None:
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            os.truncate(self.path, data.rfind(b"\n") + 1)
+
+    def log(self, step: int, values: dict[str, float], prefix: str = "") -> None:
+        """Append the values of one step, each named prefix/name."""
+        named = {f"{prefix}/{k}" if prefix else k: float(v) for k, v in values.items()}
+        safe = {k: v if math.isfinite(v) else None for k, v in named.items()}
+        record = {"step": int(step), "time": round(time.time(), 3), "values": safe}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            board = self._open_board()
+            for name, value in named.items():
+                board.add_scalar(name, value, step)
+        if self._run is not None:
+            self._run.log(named, step=step)
+
+    def truncate_from(self, step: int) -> int:
+        """Drop the lines of steps >= step, which an aborted run left; returns how many.
+
+        The file is replaced in one rename, so a kill in the middle leaves the old one or the new.
+        """
+        self._file.close()
+        keep, dropped = [], 0
+        for line, record in _lines(self.path):
+            if record["step"] < step:
+                keep.append(line)
+            else:
+                dropped += 1
+        if dropped:
+            part = self.path.with_suffix(".part")
+            part.write_bytes(b"".join(keep))
+            os.replace(part, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._close_board()
+        self._purge_step = step
+        return dropped
+
+    def _open_board(self):
+        if self._board is None:
+            SummaryWriter = _summary_writer()
+            self._board = SummaryWriter(
+                str(self.out_dir / "tensorboard"), purge_step=self._purge_step
+            )
+        return self._board
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def close(self) -> None:
+        self._file.close()
+        self._close_board()
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _summary_writer():
+    """torch's SummaryWriter; a TensorFlow beside it is imported too, so its log is kept quiet."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(
+                f"TensorBoard cannot be imported ({error}): pip install tensorboard, "
+                "or set train.tensorboard=false"
+            ) from error
+    return SummaryWriter
+
+
+def _start_wandb(project: str, out_dir: Path):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"train.wandb: got {project!r}, but wandb cannot be imported ({error}): "
+            "pip install wandb, or leave the field empty"
+        ) from error
+    return wandb.init(project=project, name=out_dir.name, dir=str(out_dir))
+
+
+def progress(iterable: Iterable, desc: str, total: int | None = None, initial: int = 0):
+    """A progress bar on stderr; where that is no terminal, a line every half minute."""
+    from tqdm import tqdm
+
+    return tqdm(
+        iterable,
+        desc=desc,
+        total=total,
+        initial=initial,
+        file=sys.stderr,
+        dynamic_ncols=True,
+        mininterval=0.2 if sys.stderr.isatty() else 30,
+    )

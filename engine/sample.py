@@ -1,0 +1,87 @@
+"""Sampling videos from a trained generator."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prfl_engine import chain, flow
+from prfl_engine.checkpoint import load_transformer
+from prfl_engine.config import Config, SampleConfig, UserError
+from prfl_engine.data import Reader, fixed_batches, noise_like, read_lists, read_text
+from prfl_engine.loop import DTYPES, pick_device
+from prfl_engine.metrics import progress
+from prfl_engine.objectives import Batch, bind
+
+
+def guided(velocity: chain.Velocity, against: chain.Velocity, scale: float) -> chain.Velocity:
+    """Classifier-free guidance: against + scale * (velocity - against)."""
+
+    def combined(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
+        base = against(x, t, active)
+        return base + scale * (velocity(x, t, active) - base)
+
+    return combined
+
+
+def sample(config: Config, out: str | Path) -> list[Path]:
+    """Sample the prompts of data.val with the generator of model.path; returns the files written.
+
+    `out` must not exist yet. Every sample is written as latents .npy [1, 16, T, h, w] float32, in
+    the layout of the training data, and as .mp4 and .gif where sample.codec can decode it.
+    """
+    out, s = Path(out), config.sample
+    if out.exists():
+        raise UserError(f"--out: {out} exists, want a new folder")
+    if config.model.path is None:
+        raise UserError("model.path: got null, want the folder of a generator")
+    if s.guidance != 1 and config.data.negative_text is None:
+        raise UserError("data.negative_text: got null, want a .npy (sample.guidance is not 1)")
+    device = pick_device(config)
+    paths = read_lists(config.data.val, "data.val")
+    paths = [paths[i % len(paths)] for i in range(s.count)]
+    model = load_transformer(config.model.path, None, device).eval()
+    model.set_precision(DTYPES[config.model.compute_dtype], DTYPES[config.model.residual_dtype])
+    schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
+    latents: list[Tensor] = []
+    reader, size = Reader(model.config), config.eval.batch_size
+    batches = fixed_batches(reader, paths, size, device)
+    with torch.no_grad():
+        for i, batch in enumerate(progress(batches, "sampling", -(-len(paths) // size))):
+            noise = noise_like(batch.latent, s.seed, i)
+            velocity = bind(model, batch)
+            if s.guidance != 1:
+                negative = read_text(config.data.negative_text, model.config).to(device)
+                plain: Batch = batch._replace(text=negative.expand_as(batch.text))
+                velocity = guided(velocity, bind(model, plain), s.guidance)
+            latents.extend(chain.sample(velocity, schedule, noise).cpu())
+    return write_samples(out, latents, s)
+
+
+def write_samples(folder: Path, latents: Sequence[Tensor], config: SampleConfig) -> list[Path]:
+    """Write latents [16, T, h, w] as sample-NN.npy and, with a codec, as videos."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for i, latent in enumerate(latents):
+        written.append(folder / f"sample-{i:02d}.npy")
+        np.save(written[-1], latent[None].float().numpy())
+    if config.codec is not None:
+        from prfl_engine.codec import DCTCodec
+        from prfl_engine.video import write_animation, write_video
+
+        codec = DCTCodec.load(config.codec)
+        videos = [codec.decode(latent[None].float())[0] for latent in latents]
+        for i, video in enumerate(videos):
+            written.append(folder / f"sample-{i:02d}.mp4")
+            write_video(written[-1], video, fps=config.fps)
+        written.append(folder / "samples.gif")
+        write_animation(written[-1], videos, fps=config.fps)
+    return written
+
+
+def with_model(config: Config, path: str | Path) -> Config:
+    """The configuration with another generator."""
+    return replace(config, model=replace(config.model, path=str(path)))

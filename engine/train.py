@@ -1,0 +1,153 @@
+"""PRFL training: flow matching beside the reward of a graded denoising step."""
+
+from pathlib import Path
+
+import torch
+
+from prfl_engine import chain, flow
+from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
+from prfl_engine.config import Config, UserError
+from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
+from prfl_engine.dit import PRESETS, WanTransformer
+from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out
+from prfl_engine.objectives import (
+    Batch,
+    bind,
+    graded_reward,
+    index_range,
+    reward_loss,
+    sft_loss,
+)
+from prfl_engine.reward import RewardModel
+from prfl_engine.sample import write_samples
+
+
+def make_policy(config: Config, resume: Path | None, device: torch.device) -> WanTransformer:
+    """The generator in float32 master weights: from `resume`, from model.path, or random."""
+    m = config.model
+    source = resume or (Path(m.path) if m.path else None)
+    if source is not None:
+        policy = load_transformer(source, torch.float32, device)
+    else:
+        if m.preset not in PRESETS:
+            raise UserError(
+                f"model.preset: got {m.preset!r}, want {', '.join(PRESETS)}, or set model.path"
+            )
+        with torch.device(device):
+            policy = WanTransformer(PRESETS[m.preset])
+        policy.init_weights(torch.Generator(device).manual_seed(config.train.seed))
+    policy.recompute = m.recompute
+    return policy.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
+
+
+def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.device) -> RewardModel:
+    """The reward model of reward.path, frozen, computing in the precision of the policy."""
+    r, m = config.reward, config.model
+    if r.path is None:
+        raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
+    reward = load_reward(
+        r.path,
+        num_heads=r.num_heads,
+        add_query=r.return_type == "query",
+        feature_layer=r.feature_layer,
+        dtype=torch.float32,
+        device=device,
+    )
+    ours, theirs = policy.config, reward.transformer.config
+    for name in ("model_type", "in_dim", "text_dim", "text_len"):
+        got, want = getattr(theirs, name), getattr(ours, name)
+        if got != want:
+            raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
+    reward.transformer.recompute = m.recompute
+    reward.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
+    return reward.freeze()
+
+
+def train(config: Config) -> None:
+    """Run PRFL as the configuration says; results go to config.train.out."""
+    device, c = pick_device(config), config
+    use_reward, use_sft = c.loss.weight > 0, c.loss.sft_weight > 0
+    if c.data.text_dropout > 0 and c.data.null_text is None:
+        raise UserError("data.null_text: got null, want the null prompt's .npy (text_dropout > 0)")
+    schedule = flow.make_schedule(c.rollout.solver, c.rollout.steps, c.rollout.shift)
+    sigmas = flow.train_sigmas(c.rollout.shift)
+    first, last = index_range(c.rollout)
+    paths = read_lists(c.data.train, "data.train")
+    held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
+    resume = prepare_out(c)
+    policy = make_policy(c, resume, device)
+    reward = make_frozen_reward(c, policy, device) if use_reward or c.reward.path else None
+    reader = Reader(
+        policy.config,
+        null_text=c.data.null_text,
+        text_dropout=c.data.text_dropout,
+        long_caption=c.data.long_caption,
+    )
+    stream = Stream(reader, paths, c.data.batch_size, c.train.seed)
+
+    def losses(batch: Batch, key: int):
+        n = len(batch.latent)
+        rng = seeded(c.train.seed, 2, key)
+        picks = torch.from_numpy(rng.integers(flow.TRAIN_STEPS, size=n))
+        index = torch.from_numpy(rng.integers(first, last + 1, size=n))
+        if use_sft:
+            noise = noise_like(batch.latent, c.train.seed, 3, key)
+            loss = sft_loss(policy, batch, noise, sigmas[picks].to(device)).mean()
+            yield c.loss.sft_weight * loss, {"sft_loss": loss}
+        if use_reward:
+            noise = noise_like(batch.latent, c.train.seed, 4, key)
+            logit = graded_reward(policy, reward, schedule, batch, noise, index)
+            loss = reward_loss(logit, c.loss).mean()
+            yield loss, {"reward_loss": loss, "reward": torch.sigmoid(logit).mean()}
+
+    def validate(step: int) -> dict[str, float]:
+        return evaluate_policy(c, policy, reward, schedule, held_out, step)
+
+    fit(
+        c, resume, policy, [(policy, c.optim.lr)], stream, losses,
+        validate if c.eval.every else None,
+        save=lambda folder, step: save_transformer(policy, folder),
+        load=lambda folder: load_transformer(folder, torch.float32, device),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate_policy(
+    config: Config,
+    policy: WanTransformer,
+    reward: RewardModel | None,
+    schedule: flow.Schedule,
+    paths: list[Path],
+    step: int,
+) -> dict[str, float]:
+    """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents.
+
+    Noise is fixed by eval.seed. A sample is noised to every one of eval.timesteps and scored there;
+    "score" is the mean reward over all of them, or minus the flow-matching loss without a reward.
+    """
+    e, device = config.eval, next(policy.parameters()).device
+    paths = [paths[i % len(paths)] for i in range(e.samples)]
+    sft, rewards, kept = [], {t: [] for t in e.timesteps}, []
+    for i, batch in enumerate(fixed_batches(Reader(policy.config), paths, e.batch_size, device)):
+        n = len(batch.latent)
+        noise = noise_like(batch.latent, e.seed, 0, i)
+        level = (torch.arange(n, device=device) + 0.5) / n
+        sft.append(sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
+        noise = noise_like(batch.latent, e.seed, 1, i)
+        latent = chain.sample(bind(policy, batch), schedule, noise)
+        kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
+        if reward is None:
+            continue
+        noise = noise_like(batch.latent, e.seed, 2, i)
+        for t, found in rewards.items():
+            sigma = torch.full((n,), t / flow.TRAIN_STEPS, device=device)
+            x = flow.add_noise(latent, noise, sigma)
+            logit = reward(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition)
+            found.append(torch.sigmoid(logit))
+    if kept:
+        write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
+    values = {"sft_loss": torch.cat(sft).mean().item()}
+    if reward is None:
+        return values | {"score": -values["sft_loss"]}
+    by_t = {f"reward_t{t:g}": torch.cat(found).mean().item() for t, found in rewards.items()}
+    return values | by_t | {"score": sum(by_t.values()) / len(by_t)}
