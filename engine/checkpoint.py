@@ -167,6 +167,9 @@ def new_reward(
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """module.load_state_dict with its complaints as one line that names the file."""
     own = module.state_dict()
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{source}: {key} is a {type(value).__name__}, want a tensor")
     _compare({k: tuple(v.shape) for k, v in own.items()},
              {k: tuple(v.shape) for k, v in state.items()}, source)  # fmt: skip
     module.load_state_dict(state)
@@ -180,7 +183,8 @@ def load_pickle(path: str | Path, device: torch.device | str = "cpu") -> dict[st
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path}: not a safe state dict: {str(error).splitlines()[0]}") from None
+        reason = (str(error) or "empty file").splitlines()[0]
+        raise UserError(f"{path}: not a safe state dict: {reason}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
@@ -224,7 +228,10 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """Which file of the folder holds which key; any *.safetensors files, sharded or not."""
     index = folder / f"{WEIGHTS}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index}: not an index, want JSON with a weight_map") from None
         paths = [folder / name for name in names]
     else:
         paths = sorted(folder.glob("*.safetensors"))

@@ -10,7 +10,13 @@ from prfl_engine.config import UserError, load_config
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # Before Python 3.13 argparse gives up on overrides that stand behind an option.
+    if any(a.startswith("-") for a in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
     try:
         return args.run(args) or 0
     except UserError as error:

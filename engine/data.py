@@ -194,10 +194,14 @@ class Stream(Dataset):
     ):
         self.reader, self.paths, self.batch_size, self.seed = reader, paths, batch_size, seed
         self.lose = lose
-        self._shapes = [reader.shape(p) for p in paths] if batch_size > 1 else [()] * len(paths)
+        mixed = batch_size > 1 or lose is not None  # only then do shapes matter
+        self._shapes = [reader.shape(p) if mixed else () for p in paths]
         sizes = {s: self._shapes.count(s) for s in set(self._shapes)}
         self.batches_per_epoch = sum(-(-n // batch_size) for n in sizes.values())
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._lose_by_shape: dict[tuple, list[Path]] = {}
+        for p in lose or []:
+            self._lose_by_shape.setdefault(reader.shape(p), []).append(p)
 
     def __len__(self) -> int:
         return 2**40
@@ -209,13 +213,14 @@ class Stream(Dataset):
         batch = collate([self.reader.read(p, rng) for p in picked])
         if self.lose is None:
             return batch
-        chosen = [self.lose[i] for i in rng.integers(len(self.lose), size=len(picked))]
-        losers = collate([self.reader.read(p, rng) for p in chosen])
-        if losers.latent.shape != batch.latent.shape:
+        shape = self._shapes[self._plan(epoch)[place][0]]
+        fitting = self._lose_by_shape.get(shape)
+        if fitting is None:
             raise UserError(
-                f"{chosen[0]}: latents of losers are {list(losers.latent.shape[1:])}, want those of "
-                f"the winners, {list(batch.latent.shape[1:])}"
+                f"{self.lose[0]}: no latent of data.lose has the shape of {picked[0]}, {list(shape)}"
             )
+        chosen = [fitting[i] for i in rng.integers(len(fitting), size=len(picked))]
+        losers = collate([self.reader.read(p, rng) for p in chosen])
         return batch, losers
 
     def loader(self, position: int, num_workers: int, device: torch.device) -> Iterator:
@@ -227,6 +232,7 @@ class Stream(Dataset):
             sampler=_From(position),
             num_workers=num_workers,
             pin_memory=pinned,
+            generator=torch.Generator(),  # else it draws from the one that dropout goes on with
             prefetch_factor=4 if num_workers else None,
         )
         items = iter(loader)
@@ -235,11 +241,16 @@ class Stream(Dataset):
                 item = next(items)
             except UserError as error:  # a worker's arrives with its traceback as the message
                 line = str(error).strip().splitlines()[-1]
-                raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
+                error.with_traceback(None)
+                break
             if self.lose is None:
                 yield to_device(item, device)
             else:
                 yield tuple(to_device(b, device) for b in item)
+        # The error's traceback refers to itself and to the loader, and a loader that dies by garbage
+        # collection waits 5 s for its workers. So that is cut, and no handler holds the error here.
+        del items
+        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: "))
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """The sample indices of every micro-batch of an epoch."""

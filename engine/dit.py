@@ -58,10 +58,13 @@ class WanConfig:
             raise UserError(f"{path}: no such file, want the config.json of a Wan transformer")
         try:
             values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UserError(f"{path}: not JSON: {error}") from None
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known})
+        try:
+            known = {f.name for f in fields(cls)}
+            return cls(**{k: v for k, v in values.items() if k in known})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from None
 
     def to_json(self, path: Path) -> None:
         path.write_text(json.dumps({"_class_name": "WanModel", **asdict(self)}, indent=2) + "\n")

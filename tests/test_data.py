@@ -1,0 +1,412 @@
+"""The official data format, and a stream that follows from the seed and the position alone."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from helpers import tiny_config, write_data
+
+from prfl_engine.config import UserError
+from prfl_engine.data import (
+    Reader,
+    Stream,
+    fixed_batches,
+    label_of,
+    noise_like,
+    read_lists,
+    read_text,
+    seeded,
+)
+
+CPU = torch.device("cpu")
+SMALL, LARGE = (16, 1, 4, 4), (16, 2, 4, 6)
+
+
+def read(reader, path, seed=0):
+    return reader.read(path, seeded(seed))
+
+
+def change(path, remove=(), **fields):
+    meta = json.loads(path.read_text())
+    for key in remove:
+        del meta[key]
+    path.write_text(json.dumps(meta | fields))
+
+
+def put(folder, name, *shape, value=None):
+    """A .npy file; its path."""
+    array = (
+        np.random.default_rng(7).standard_normal(shape) if value is None else np.full(shape, value)
+    )
+    np.save(folder / name, array.astype(np.float32))
+    return str(folder / name)
+
+
+def take(stream, first, count, workers=0):
+    loader = stream.loader(first, workers, CPU)
+    return [next(loader) for _ in range(count)]
+
+
+def same(a, b):
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b) if torch.is_tensor(a) else all(map(same, a, b))
+
+
+@pytest.fixture
+def t2v(tmp_path):
+    config = tiny_config()
+    return (
+        config,
+        read_lists([str(write_data(tmp_path / "d", config))], "data.train"),
+        tmp_path / "d",
+    )
+
+
+# Single samples.
+
+
+def test_a_sample(t2v):
+    config, paths, folder = t2v
+    sample = read(Reader(config, long_caption=1.0), paths[1])
+    assert np.array_equal(sample.latent, np.load(folder / "latent-1.npy")[0])
+    assert sample.latent.dtype == sample.text.dtype == torch.float32
+    assert sample.text.shape == (config.text_len, config.text_dim)
+    assert np.array_equal(sample.text[:5], np.load(folder / "long-1.npy")[0])
+    assert not sample.text[5:].any()
+    assert sample.clip is None and sample.condition is None and sample.label is None
+
+
+def test_an_i2v_sample_has_its_mask_before_the_condition(tmp_path):
+    config = tiny_config("i2v")
+    write_data(tmp_path, config, 1, [LARGE])
+    sample = read(Reader(config), tmp_path / "0.json")
+    assert sample.condition.shape == (20, *LARGE[1:])
+    assert (sample.condition[:4, 0] == 1).all()
+    assert not sample.condition[:4, 1:].any()
+    assert np.array_equal(sample.condition[4:], np.load(tmp_path / "first-0.npy")[0])
+    assert np.array_equal(sample.clip, np.load(tmp_path / "clip-0.npy")[0])
+
+
+def test_precedence_of_latents(t2v):
+    config, paths, folder = t2v
+    path = paths[0]
+    change(
+        path,
+        video_vae_latent_path=put(folder, "first.npy", 1, *SMALL, value=1),
+        vae_latent_path=put(folder, "second.npy", 1, *SMALL, value=2),
+        latents_path=put(folder, "third.npy", 1, *SMALL, value=3),
+    )
+    found = []
+    for key in ("video_vae_latent_path", "vae_latent_path", "latents_path"):
+        found.append(read(Reader(config), path).latent.mean().item())
+        change(path, remove=[key])
+    assert found == [1, 2, 3]
+
+
+def test_precedence_of_the_reward_text(t2v):
+    config, paths, folder = t2v
+    path, reader = paths[0], Reader(config, "text_alignment")
+    shape = (1, config.text_len, config.text_dim)
+    change(
+        path,
+        save_textshort_path=put(folder, "first.npy", *shape, value=1),
+        textshort_path=put(folder, "second.npy", *shape, value=2),
+        text_en_path=put(folder, "third.npy", *shape, value=3),
+    )
+    found = []
+    for key in ("save_textshort_path", "textshort_path", "text_en_path"):
+        found.append(read(reader, path).text.mean().item())
+        change(path, remove=[key])
+    assert found == [1, 2, 3]
+
+
+@pytest.mark.parametrize("better, worse, get", [
+    ("image_embeds", "imgclip_path", lambda s: s.clip),
+    ("f1_black_path", "latents_condition_path", lambda s: s.condition[4:]),
+])  # fmt: skip
+def test_precedence_of_image_features(better, worse, get, tmp_path):
+    config = tiny_config("i2v")
+    write_data(tmp_path, config, 1)
+    path = tmp_path / "0.json"
+    shape = (1, 257, 1280) if better == "image_embeds" else (1, *SMALL)
+    change(path, **{
+        better: put(tmp_path, "better.npy", *shape, value=1),
+        worse: put(tmp_path, "worse.npy", *shape, value=2),
+    })  # fmt: skip
+    assert get(read(Reader(config), path)).mean() == 1
+    change(path, remove=[better])
+    assert get(read(Reader(config), path)).mean() == 2
+
+
+@pytest.mark.parametrize("value, want", [
+    ("good", 1), ("poor", 0), (1, 1), (0, 0), (1.0, 1), (None, 0), ("missing", 0),
+])  # fmt: skip
+def test_labels(value, want, t2v):
+    config, paths, _ = t2v
+    if value != "missing":
+        change(paths[0], blur_quality=value)
+    label = read(Reader(config, "blur_quality"), paths[0]).label
+    assert label == want
+    assert label.dtype == torch.float32
+
+
+@pytest.mark.parametrize("physics", ["good", "poor", None])
+@pytest.mark.parametrize("human", [1, 0, None])
+def test_motion_quality_is_both(physics, human):
+    meta = {"physics_quality": physics, "human_quality": human}
+    assert label_of(meta, "motion_quality") == (physics == "good" and human == 1)
+
+
+@pytest.mark.parametrize("value", ["excellent", 0.5, 2, [1], {"a": 1}, ""])
+def test_other_labels_are_refused(value, t2v):
+    config, paths, _ = t2v
+    change(paths[0], text_alignment=value)
+    with pytest.raises(UserError) as caught:
+        read(Reader(config, "text_alignment"), paths[0])
+    assert str(paths[0]) in str(caught.value) and "text_alignment" in str(caught.value)
+
+
+def test_probability_of_captions_and_of_the_null_prompt(t2v):
+    config, paths, folder = t2v
+    reader = Reader(config, None, str(folder / "null.npy"), text_dropout=0.25, long_caption=0.7)
+    null = read_text(folder / "null.npy", config)
+    long = read_text(folder / "long-0.npy", config)
+    short = read_text(folder / "short-0.npy", config)
+    kinds, n = Counter(), 1000
+    for i in range(n):
+        text = read(reader, paths[0], i).text
+        kinds.update(
+            k for k, v in {"null": null, "long": long, "short": short}.items() if same(text, v)
+        )
+    assert sum(kinds.values()) == n
+    # Four deviations of a binomial of 1000 are at most 0.063.
+    assert abs(kinds["null"] / n - 0.25) < 0.063
+    assert abs(kinds["long"] / n - 0.75 * 0.7) < 0.063
+
+
+def test_one_choice_does_not_move_the_other(t2v):
+    """With dropout switched off, a sample that was not dropped keeps its caption."""
+    config, paths, folder = t2v
+    with_dropout = Reader(config, None, str(folder / "null.npy"), 0.5, 0.5)
+    without = Reader(config, None, None, 0.0, 0.5)
+    null = read_text(folder / "null.npy", config)
+    kept = 0
+    for i in range(50):
+        a, b = read(with_dropout, paths[0], i).text, read(without, paths[0], i).text
+        if not same(a, null):
+            kept += 1
+            assert same(a, b)
+    assert 10 < kept < 40
+
+
+# What is wrong is named.
+
+
+def broken(name, t2v):
+    config, paths, folder = t2v
+    path, dim = paths[0], config.text_dim
+    if name == "meta":
+        path.write_text("{")
+        return path, path
+    if name == "no meta":
+        path.unlink()
+        return path, path
+    if name == "no object":
+        path.write_text("[]")
+        return path, path
+    if name == "no latent":
+        change(path, remove=["vae_latent_path"])
+        return path, path
+    file = folder / "broken.npy"
+    if name == "lost latent":
+        change(path, vae_latent_path=str(file))
+    elif name == "corrupt latent":
+        file.write_bytes(b"no array")
+        change(path, vae_latent_path=str(file))
+    elif name == "empty latent":
+        file.write_bytes(b"")
+        change(path, vae_latent_path=str(file))
+    elif name == "channels":
+        change(path, vae_latent_path=put(folder, "broken.npy", 1, 15, 1, 4, 4))
+    elif name == "dimensions":
+        change(path, vae_latent_path=put(folder, "broken.npy", *SMALL))
+    elif name == "text width":
+        change(path, textshort_path=put(folder, "broken.npy", 1, 3, dim + 1))
+    elif name == "long text":
+        change(path, textshort_path=put(folder, "broken.npy", 1, config.text_len + 1, dim))
+        return path, path
+    elif name == "odd rows":
+        change(path, vae_latent_path=put(folder, "broken.npy", 1, 16, 1, 3, 4))
+        return path, path
+    return path, file
+
+
+PROBLEMS = ["meta", "no meta", "no object", "no latent", "lost latent",
+            "corrupt latent", "empty latent", "channels", "dimensions", "text width", "long text",
+            "odd rows"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_broken_sample_is_named_in_one_line(name, t2v):
+    path, named = broken(name, t2v)
+    with pytest.raises(UserError) as caught:
+        read(Reader(t2v[0]), path)
+    assert str(named) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_i2v_needs_condition_and_clip(tmp_path):
+    config = tiny_config("i2v")
+    write_data(tmp_path, config, 1)
+    path = tmp_path / "0.json"
+    change(path, f1_black_path=put(tmp_path, "wrong.npy", 1, *LARGE))
+    with pytest.raises(UserError, match=r"wrong.npy: condition is \[1, 16, 2, 4, 6\]"):
+        read(Reader(config), path)
+    for key, what in (("imgclip_path", "CLIP features"), ("f1_black_path", "condition")):
+        write_data(tmp_path, config, 1)
+        change(path, remove=[key])
+        with pytest.raises(UserError, match=f"{path}: got no {what}"):
+            read(Reader(config), path)
+
+
+def test_lists(t2v, tmp_path, monkeypatch):
+    _, paths, folder = t2v
+    relative = folder / "relative.list"
+    relative.write_text("\n0.json\n\n  1.json  \n")
+    monkeypatch.chdir(tmp_path)
+    assert [p.resolve() for p in read_lists([str(relative)], "data.val")] == paths[:2]
+    both = [str(folder / "all.list"), str(relative)]
+    assert len(read_lists(both, "data.val")) == 6
+    (tmp_path / "empty.list").write_text("\n")
+    for lists in ([], ["no.list"], ["empty.list"]):
+        with pytest.raises(UserError, match="data.val: .*want"):
+            read_lists(lists, "data.val")
+
+
+def test_arrays_beside_their_meta(t2v):
+    config, paths, folder = t2v
+    change(paths[0], vae_latent_path="latent-0.npy")
+    assert np.array_equal(
+        read(Reader(config), paths[0]).latent, np.load(folder / "latent-0.npy")[0]
+    )
+
+
+# The stream.
+
+
+def streams(tmp_path, batch_size=2, count=7, dropout=0.4, **arguments):
+    config = tiny_config()
+    paths = read_lists([str(write_data(tmp_path, config, count, [SMALL, LARGE]))], "data.train")
+    reader = Reader(config, None, str(tmp_path / "null.npy"), dropout, 0.5)
+    return lambda seed=0: Stream(reader, paths, batch_size, seed, **arguments)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_every_sample_once_an_epoch_in_batches_of_one_shape(batch_size, tmp_path):
+    make = streams(tmp_path, batch_size)
+    stream = make()
+    known = {float(np.load(tmp_path / f"latent-{i}.npy").sum()): i for i in range(7)}
+    orders = []
+    for epoch in range(3):
+        n = stream.batches_per_epoch
+        batches = take(stream, epoch * n, n)
+        assert all(len(b.latent) <= batch_size for b in batches)
+        order = [known[float(x.numpy()[None].sum())] for b in batches for x in b.latent]
+        assert sorted(order) == list(range(7))
+        orders.append(order)
+    assert len(set(map(tuple, orders))) > 1
+    # Four samples of one shape and three of the other.
+    assert stream.batches_per_epoch == -(-4 // batch_size) + -(-3 // batch_size)
+
+
+def test_the_stream_follows_from_seed_and_position(tmp_path):
+    make = streams(tmp_path)
+    want = take(make(), 0, 12)
+    assert same(take(make(), 0, 12), want)
+    assert same(take(make(), 5, 7), want[5:])
+    assert not all(same(a, b) for a, b in zip(take(make(seed=1), 0, 12), want, strict=True))
+
+
+def test_the_stream_does_not_depend_on_the_workers(tmp_path):
+    make = streams(tmp_path)
+    assert same(take(make(), 3, 9, workers=2), take(make(), 3, 9))
+
+
+def test_texts_change_from_epoch_to_epoch(tmp_path):
+    stream = streams(tmp_path, 1)()
+    n = stream.batches_per_epoch
+    texts = [{b.latent.sum().item(): b.text for b in take(stream, e * n, n)} for e in range(4)]
+    changed = [not same(texts[0][k], texts[e][k]) for e in range(1, 4) for k in texts[0]]
+    assert any(changed) and not all(changed)
+
+
+def test_pairs_share_a_shape(tmp_path):
+    config = tiny_config()
+    win = read_lists([str(write_data(tmp_path / "win", config, 4))], "data.train")
+    lose = read_lists([str(write_data(tmp_path / "lose", config, 3, seed=5))], "data.lose")
+    stream = Stream(Reader(config, "motion_quality"), win, 2, 0, lose)
+    losers = [np.load(tmp_path / f"lose/latent-{i}.npy")[0] for i in range(3)]
+    seen = set()
+    for winner, loser in take(stream, 0, 12):
+        assert winner.latent.shape == loser.latent.shape == (2, *SMALL)
+        for x in loser.latent.numpy():
+            (i,) = (i for i, want in enumerate(losers) if np.array_equal(x, want))
+            seen.add(i)
+    assert seen == {0, 1, 2}
+
+
+def test_pairs_of_mixed_shapes(tmp_path):
+    """Winners and losers of two sizes each: every pair is of one size."""
+    config = tiny_config()
+    win = read_lists([str(write_data(tmp_path / "win", config, 4, [SMALL, LARGE]))], "data.train")
+    lose = read_lists([str(write_data(tmp_path / "lose", config, 4, [SMALL, LARGE]))], "data.lose")
+    stream = Stream(Reader(config, "motion_quality"), win, 2, 0, lose)
+    for winner, loser in take(stream, 0, 8):
+        assert winner.latent.shape == loser.latent.shape
+
+
+def test_pairs_without_a_loser_of_their_shape_are_refused(tmp_path):
+    config = tiny_config()
+    win = read_lists([str(write_data(tmp_path / "win", config, 2))], "data.train")
+    lose = read_lists([str(write_data(tmp_path / "lose", config, 2, [LARGE]))], "data.lose")
+    with pytest.raises(UserError, match="lose"):
+        take(Stream(Reader(config, "motion_quality"), win, 1, 0, lose), 0, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", ["lost latent", "meta", "long text"])
+def test_an_error_of_a_worker_is_one_line(name, workers, t2v):
+    config, paths, _ = t2v
+    _, named = broken(name, t2v)
+    stream = Stream(Reader(config), paths[:1], 1, 0)
+    with pytest.raises(UserError) as caught:
+        take(stream, 0, 1, workers)
+    message = str(caught.value)
+    assert message.startswith(str(named))
+    assert "\n" not in message and "Traceback" not in message
+
+
+def test_held_out_batches_are_in_order_whole_and_without_dropout(tmp_path):
+    config = tiny_config()
+    paths = read_lists([str(write_data(tmp_path, config, 5, [SMALL, SMALL, LARGE]))], "data.val")
+    reader = Reader(config, None, str(tmp_path / "null.npy"), 1.0, 1.0)
+    batches = list(fixed_batches(reader, paths, 2, CPU))
+    assert [len(b.latent) for b in batches] == [2, 1, 2]
+    latents = [x for b in batches for x in b.latent]
+    texts = [x for b in batches for x in b.text]
+    for i in range(5):
+        assert np.array_equal(latents[i], np.load(tmp_path / f"latent-{i}.npy")[0])
+        assert same(texts[i], read_text(tmp_path / f"short-{i}.npy", config))
+
+
+def test_noise_follows_from_its_key():
+    latent = torch.zeros(2, *SMALL)
+    assert torch.equal(noise_like(latent, 1, 2), noise_like(latent, 1, 2))
+    assert not torch.equal(noise_like(latent, 1, 2), noise_like(latent, 2, 1))
+    noise = noise_like(torch.zeros(100_000), 0)
+    # Five deviations: 5 / sqrt(n), and 5 sqrt(2 / n) for the variance.
+    assert abs(noise.mean()) < 0.016
+    assert abs(noise.var() - 1) < 0.023

@@ -1,0 +1,167 @@
+"""The losses against their formulas, and where their gradients go."""
+
+import math
+
+import pytest
+import torch
+from helpers import SHAPE, random_batch, tiny_config, tiny_model, tiny_reward
+
+from prfl_engine import flow
+from prfl_engine.config import LossConfig, RolloutConfig
+from prfl_engine.objectives import (
+    bradley_terry,
+    cross_entropy,
+    graded_reward,
+    index_range,
+    reward_loss,
+    sft_loss,
+)
+
+BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+LOGITS = torch.tensor([-30.0, -2.0, 0.0, 0.7, 30.0], dtype=torch.float64)
+
+
+@BOTH
+def test_sft_loss_is_the_squared_error_of_the_velocity(model_type):
+    config = tiny_config(model_type)
+    model, batch = tiny_model(config).double(), random_batch(config, 3, dtype=torch.float64)
+    noise, sigma = torch.randn_like(batch.latent), torch.tensor([0.1, 0.637, 1.0])
+    got = sft_loss(model, batch, noise, sigma)
+    assert got.shape == (3,)
+    context = model.embed_context(batch.text, batch.clip)
+    for b in range(3):
+        s, one = sigma[b].double(), slice(b, b + 1)
+        x = (1 - s) * batch.latent[one] + s * noise[one]
+        condition = None if batch.condition is None else batch.condition[one]
+        v = model(x, 1000 * sigma[one], context[one], condition)
+        want = (v - (noise[one] - batch.latent[one])).square().mean()
+        # The engine may form 1000 sigma or 1 - sigma in float32: 2^-24 relative.
+        torch.testing.assert_close(got[b], want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("steps", range(2, 45))
+def test_thirds_cover_all_steps_but_the_last(steps):
+    def steps_of(name):
+        first, last = index_range(RolloutConfig(steps=steps, range=name))
+        return set(range(first, last + 1))
+
+    everything = set(range(steps - 1))
+    assert steps_of("all") == everything
+    parts = [steps_of(n) for n in ("early", "middle", "late")]
+    assert set().union(*parts) == everything
+    assert all(parts)
+    assert all(len(p) <= math.ceil((steps - 1) / 3) + 1 for p in parts)
+    assert parts[0] == set(range(len(parts[0])))
+    assert max(parts[1]) <= max(parts[2]) == steps - 2
+
+
+def test_thirds_of_40_steps():
+    got = {n: index_range(RolloutConfig(range=n)) for n in ("all", "early", "middle", "late")}
+    assert got == {"all": (0, 38), "early": (0, 12), "middle": (13, 25), "late": (26, 38)}
+    assert index_range(RolloutConfig(range=(3, 7))) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    "form, want",
+    [
+        ("hinge", lambda r: 0.3 * max(0.6 - r, 0)),
+        ("linear", lambda r: -0.3 * r),
+        ("log", lambda r: -0.3 * math.log(r)),
+    ],
+)
+def test_reward_loss(form, want):
+    got = reward_loss(LOGITS, LossConfig(form=form, weight=0.3, target=0.6))
+    expected = [want(1 / (1 + math.exp(-x))) for x in LOGITS.tolist()]
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_published_reward_loss():
+    r = torch.sigmoid(LOGITS)
+    torch.testing.assert_close(reward_loss(LOGITS, LossConfig()), 0.1 * (2 - r))
+
+
+@pytest.mark.parametrize("form", ["hinge", "linear", "log"])
+def test_every_form_rewards_a_larger_logit(form):
+    logit = torch.linspace(-5, 5, 5, requires_grad=True)
+    (g,) = torch.autograd.grad(reward_loss(logit, LossConfig(form=form)).sum(), logit)
+    assert (g < 0).all()
+
+
+def test_cross_entropy():
+    label = torch.tensor([0.0, 1, 1, 0, 1])
+    got = cross_entropy(LOGITS, label)
+    want = [
+        math.log1p(math.exp(-x)) if y else x + math.log1p(math.exp(-x))
+        for x, y in zip(LOGITS.tolist(), label.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
+def test_bradley_terry():
+    lose = LOGITS.flip(0)
+    want = [
+        math.log1p(math.exp(b - a)) for a, b in zip(LOGITS.tolist(), lose.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(
+        bradley_terry(LOGITS, lose), torch.tensor(want, dtype=torch.float64), atol=1e-15, rtol=1e-7
+    )
+
+
+def setup(model_type="t2v", size=2):
+    config = tiny_config(model_type)
+    policy, reward = tiny_model(config), tiny_reward(config).freeze()
+    return policy, reward, flow.make_schedule("unipc", 4, 5.0), random_batch(config, size)
+
+
+@BOTH
+def test_the_reward_gradient_reaches_the_policy_and_nothing_of_the_reward_model(model_type):
+    policy, reward, schedule, batch = setup(model_type)
+    noise = torch.randn(2, *SHAPE)
+    logit = graded_reward(policy, reward, schedule, batch, noise, torch.tensor([2, 0]))
+    reward_loss(logit, LossConfig()).mean().backward()
+    for name, p in policy.named_parameters():
+        assert p.grad is not None and p.grad.any(), name
+    assert all(p.grad is None for p in reward.parameters())
+
+
+def test_the_reward_is_taken_at_the_next_timestep_of_each_sample():
+    policy, reward, schedule, batch = setup()
+    policy, reward = policy.double(), reward.double()
+    batch = batch._replace(latent=batch.latent.double(), text=batch.text.double())
+    noise, index = torch.randn(2, *SHAPE, dtype=torch.float64), torch.tensor([2, 0])
+    with torch.no_grad():
+        got = graded_reward(policy, reward, schedule, batch, noise, index)
+        context = policy.embed_context(batch.text)
+        for b in range(2):
+            state, one = flow.init_state(noise[b : b + 1]), slice(b, b + 1)
+            for i in range(index[b] + 1):
+                v = policy(state.x, schedule.timesteps[i : i + 1], context[one])
+                state = flow.step(schedule, state, v, torch.tensor([i]))
+            t = schedule.timesteps[index[b] + 1][None]
+            want = reward(state.x, t, batch.text[one])
+            torch.testing.assert_close(got[one], want, rtol=1e-9, atol=1e-9)
+
+
+def test_the_reward_gradient_is_that_of_finite_differences():
+    """Along a random direction of one weight that acts in the graded step alone (index 0)."""
+    policy, reward, schedule, batch = setup(size=1)
+    policy, reward = policy.double(), reward.double()
+    batch = batch._replace(latent=batch.latent.double(), text=batch.text.double())
+    noise, index = torch.randn(1, *SHAPE, dtype=torch.float64), torch.tensor([0])
+    weight = policy.blocks[1].ffn[2].weight
+    direction = torch.randn_like(weight)
+
+    def loss(offset):
+        saved = weight.data
+        weight.data = saved + offset * direction
+        try:
+            logit = graded_reward(policy, reward, schedule, batch, noise, index)
+            return reward_loss(logit, LossConfig()).sum()
+        finally:
+            weight.data = saved
+
+    weight_grad = torch.autograd.grad(loss(0.0), weight)[0]
+    with torch.no_grad():
+        slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    # Central differences: 1e-10 of curvature, and 1e-16 / 1e-5 of rounding, on a slope near 1e-2.
+    torch.testing.assert_close((weight_grad * direction).sum(), slope, rtol=1e-5, atol=1e-10)

@@ -1,0 +1,187 @@
+"""The packages' layout, who may import whom, and what pip is asked for."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = {"prfl_engine": "engine", "prfl_kernels": "kernels"}
+FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).glob("*.py"))]
+
+# Of the model's layers, bottom up: what each may import of ours. Modules not named here (data,
+# checkpoint, metrics, ...) may import anything but the programs.
+KERNELS = {"prfl_kernels"}
+LAYERS = KERNELS | {"prfl_engine.config", "prfl_engine.layers"}
+DIT = LAYERS | {"prfl_engine.dit"}
+ALLOWED = {
+    "config": set(),
+    "flow": {"prfl_engine.config"},
+    "layers": KERNELS | {"prfl_engine.config"},
+    "dit": LAYERS,
+    "reward": DIT,
+    "chain": DIT | {"prfl_engine.flow"},
+    "objectives": DIT | {"prfl_engine.flow", "prfl_engine.chain", "prfl_engine.reward"},
+}
+
+
+def is_program(module: str) -> bool:
+    return module in ("sample", "demo", "cli", "__main__") or module.startswith("train")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, at the top level?) of every import; `from package import x` is package.x."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lazy = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = {1: f"prfl_{path.parent.name}"}.get(node.level, "")
+            base = ".".join(filter(None, (package, node.module)))
+            if base in FOLDERS:
+                names = [f"{base}.{alias.name}" for alias in node.names]
+            else:
+                names = [base]
+        else:
+            continue
+        found += [(name, id(node) not in lazy) for name in names]
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    """Imported modules of the engine, and prfl_kernels for any of the kernels."""
+    found = set()
+    for name, _ in imports(path):
+        parts = name.split(".")
+        if parts[0] == "prfl_kernels":
+            found.add("prfl_kernels")
+        elif parts[0] == "prfl_engine" and parts[1:] != ["__version__"]:
+            found.add(".".join(parts[:2]))
+    return found
+
+
+def name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+def test_imports_are_seen(tmp_path):
+    file = tmp_path / "engine/x.py"
+    file.parent.mkdir()
+    file.write_text(
+        "import torch.nn\nfrom prfl_engine import chain, flow\n"
+        "from prfl_kernels.modulate import wide\nfrom .dit import A\n"
+        "from . import data\ndef f():\n    import flash_attn\n"
+    )
+    assert imports(file) == [
+        ("torch.nn", True),
+        ("prfl_engine.chain", True),
+        ("prfl_engine.flow", True),
+        ("prfl_kernels.modulate", True),
+        ("prfl_engine.dit", True),
+        ("prfl_engine.data", True),
+        ("flash_attn", False),
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_import_direction(path):
+    if path.parent.name == "kernels":
+        for module, top in imports(path):
+            root = module.split(".")[0]
+            optional = "attention" in path.stem and not top
+            known = {"torch", "triton", "prfl_kernels", *sys.stdlib_module_names}
+            assert root in known or (optional and root != "prfl_engine"), module
+        return
+    if path.stem in ALLOWED:
+        assert ours(path) <= ALLOWED[path.stem]
+    if not is_program(path.stem):
+        assert not [m for m in ours(path) if is_program(m.partition(".")[2])]
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "benchmarks").rglob("*.py"))], ids=name)
+def test_packages_are_imported_by_their_installed_names(path):
+    roots = {module.split(".")[0] for module, _ in imports(path)}
+    assert not roots & {"engine", "kernels", "tests"}
+    assert path.parent.name == "benchmarks" or "benchmarks" not in roots
+
+
+def test_no_module_is_named_after_the_standard_library():
+    folders = ("engine", "kernels", "tests", "benchmarks")
+    stems = {path.stem for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert not stems & (sys.stdlib_module_names - {"__main__"})
+
+
+def test_kernels_is_flat_and_gives_way_to_an_installed_package_of_that_name(tmp_path):
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert not list((ROOT / "kernels").glob("*/*.py"))
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("")
+    code = (
+        f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.__file__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == str(tmp_path / "kernels/__init__.py")
+
+
+def test_packages_import_from_another_folder(tmp_path):
+    code = (
+        "import prfl_engine; print(prfl_engine.__version__)\n"
+        "from prfl_kernels.modulate import modulate"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.fullmatch(r"\d+\.\d+\.\d+", run.stdout.strip())
+
+
+def setup_arguments() -> dict:
+    """What setup.py hands to setuptools, without building anything."""
+    code = (
+        "import json, setuptools; kept = {}; setuptools.setup = lambda **k: kept.update(k)\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})\n"
+        "print(json.dumps(kept))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(run.stdout)
+
+
+def test_pip_is_never_asked_for_apex():
+    """PyPI's apex is an unrelated package."""
+    found = setup_arguments()
+    wanted = [*found["install_requires"], *sum(found["extras_require"].values(), [])]
+    for file in ROOT.glob("requirements*.txt"):
+        wanted += file.read_text().splitlines()
+    assert not [line for line in wanted if re.match(r"\s*apex\b", line)]
+    for file in (ROOT / "Makefile", ROOT / ".ci/run", *ROOT.glob("docs/*.md"), ROOT / "README.md"):
+        if file.exists():
+            assert not re.search(r"(pip3? install|\$\(PIP\))[^\n]*\sapex\b", file.read_text()), file
+
+
+def test_requirements_are_exact_and_cover_what_the_package_needs():
+    pins = {}
+    for file in ROOT.glob("requirements*.txt"):
+        for line in file.read_text().splitlines():
+            if line and not line.startswith("#"):
+                assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
+                package, _, version = line.partition("==")
+                pins[package.lower()] = version
+    found = setup_arguments()
+    needed = [re.match(r"[\w-]+", r)[0].lower() for r in found["install_requires"]]
+    makefile = (ROOT / "Makefile").read_text()
+    for package in needed:
+        assert package in pins or f"?= {package}==" in makefile, package
+    assert found["packages"] == list(FOLDERS) and found["package_dir"] == FOLDERS

@@ -1,0 +1,95 @@
+"""Video files: what is written comes back, sizes and refusals."""
+
+import pytest
+import torch
+from PIL import Image
+
+from prfl_engine.video import grid, read_video, write_animation, write_video
+
+
+def moving_square(frames=6, h=48, w=64):
+    video = torch.full((frames, h, w, 3), 40, dtype=torch.uint8)
+    for t in range(frames):
+        video[t, 16:32, 8 * t : 8 * t + 16] = torch.tensor([220, 60, 30], dtype=torch.uint8)
+    return video
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_video(tmp_path / "a.mp4", moving_square())
+    return tmp_path / "a.mp4"
+
+
+def error(a, b):
+    return (a.float() - b.float()).abs().mean().item()
+
+
+def test_mp4_round_trip(file):
+    video = read_video(file)
+    assert video.dtype == torch.uint8 and video.shape == (6, 48, 64, 3)
+    for t, frame in enumerate(video):
+        assert error(frame, moving_square()[t]) < 4  # of 255; yuv420p blurs the square's colors
+
+
+def test_max_frames(file):
+    assert torch.equal(read_video(file, max_frames=2), read_video(file)[:2])
+    assert len(read_video(file, max_frames=99)) == 6
+
+
+@pytest.mark.parametrize("size", [(24, 32), (96, 128), (24, 24), (30, 64), (17, 9)])
+def test_size(file, size):
+    video = read_video(file, size)
+    assert video.shape == (6, *size, 3)
+
+
+def test_the_crop_is_central(tmp_path):
+    video = torch.zeros(1, 32, 96, 3, dtype=torch.uint8)
+    video[:, :, 32:64] = 255
+    write_video(tmp_path / "a.mp4", video)
+    assert read_video(tmp_path / "a.mp4", (32, 32)).float().mean() > 245
+    assert read_video(tmp_path / "a.mp4", (16, 48)).float().mean(dim=(0, 1, 3))[20:28].min() > 235
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_animation(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    write_animation(path, [moving_square()] * 3, ["a", "b", "c"], columns=2, scale=2)
+    with Image.open(path) as image:
+        assert image.n_frames == 6 and image.info["loop"] == 0
+        assert image.size == (2 * 128 + 4, 2 * (96 + 16 + 4) - 4)
+        for t in (0, 5):
+            image.seek(t)
+            frame = torch.tensor(list(image.convert("RGB").tobytes())).view(*image.size[::-1], 3)
+            square = frame[16 + 34 : 16 + 62, 16 * t + 4 : 16 * t + 28].float()
+            assert (square.mean((0, 1)) - torch.tensor([220.0, 60, 30])).abs().max() < 16
+
+
+def test_grid_without_labels_holds_the_pixels():
+    a = moving_square()
+    page = grid([a, 255 - a], columns=1, scale=2, resample="nearest")
+    assert page.shape == (6, 2 * 96 + 4, 128, 3)
+    assert torch.equal(page[:, :96:2, ::2], a)
+    assert torch.equal(page[:, 101::2, 1::2], 255 - a)
+    assert torch.equal(grid([a]), a)
+
+
+def test_refusals(tmp_path):
+    good = moving_square()
+    with pytest.raises(ValueError, match="none.mp4: no such file"):
+        read_video(tmp_path / "none.mp4")
+    (tmp_path / "text.mp4").write_text("nonsense")
+    with pytest.raises(ValueError, match="text.mp4: not a readable video"):
+        read_video(tmp_path / "text.mp4")
+    with pytest.raises(ValueError, match="video: got '47 x 64 pixels', want even"):
+        write_video(tmp_path / "a.mp4", good[:, :47])
+    with pytest.raises(ValueError, match=r"video: got 'torch.float32 \[6, 48, 64, 3\]'"):
+        write_video(tmp_path / "a.mp4", good.float())
+    with pytest.raises(ValueError, match="path: got 'a.mp4', want a name ending in .webp or .gif"):
+        write_animation(tmp_path / "a.mp4", good)
+    with pytest.raises(ValueError, match="labels: got 1, want 2"):
+        grid([good, good], ["a"])
+    with pytest.raises(ValueError, match="videos: got .* want one shape"):
+        grid([good, good[:3]])
+    with pytest.raises(ValueError, match="resample: got 'cubic', want nearest or bicubic"):
+        grid([good], resample="cubic")
+    assert not list(tmp_path.glob("a.mp4"))
