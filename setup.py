@@ -32,6 +32,7 @@ setup(
         "tqdm",
         "tensorboard",
         "matplotlib",
+        "pillow",
         "av",
     ],
     extras_require={

@@ -3,9 +3,8 @@
 Every stage writes to its own folder and is found finished there when the demo is run again.
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,23 +27,26 @@ from prfl_engine.config import (
     TrainConfig,
 )
 from prfl_engine.data import Reader, fixed_batches, noise_like, read_lists, read_meta
+from prfl_engine.dit import WanConfig
 from prfl_engine.handmade import evaluate_handmade
 from prfl_engine.loop import pick_device
 from prfl_engine.metrics import progress, read_metrics
 from prfl_engine.objectives import bind
+from prfl_engine.report import write_report
 from prfl_engine.train import train
 from prfl_engine.train_reward import train_reward
-
-SEEDS = 64  # held-out seeds on which before, control and PRFL are compared
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Lengths of the demo's stages, in optimizer steps."""
+    """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1500
-    reward: int = 700
+    pretrain: int = 700
+    reward: int = 500
     prfl: int = 60
+    seeds: int = 64
+    """Held-out seeds on which before, control and PRFL are compared."""
+    data: demo_data.DemoSpec = field(default_factory=demo_data.DemoSpec)
 
 
 def demo(out: str | Path, settings: Settings | None = None) -> dict:
@@ -61,7 +63,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         print(f"{name}: {seconds[name]:.0f} s", flush=True)
         return result
 
-    data = stage("data", demo_data.build, out / "data", 0)
+    data = stage("data", demo_data.build, out / "data", 0, s.data)
     base = base_config(data)
     pretrain = replace(
         base,
@@ -90,7 +92,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
     prfl = replace(
         base,
         model=replace(base.model, path=str(generator)),
-        reward=replace(base.reward, path=str(out / "reward" / "best")),
+        reward=replace(base.reward, path=str(_last(reward))),
         loss=LossConfig(weight=1.0),
         optim=OptimConfig(lr=1e-4, warmup=5),
         data=replace(base.data, batch_size=8),
@@ -105,10 +107,13 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
     stage("control (flow matching only)", train, control)
 
     models = {"before": generator, "control": _last(control), "PRFL": _last(prfl)}
-    numbers = stage("comparison", compare, prfl, data, models)
+    numbers = stage("comparison", compare, prfl, data, models, s.seeds)
     numbers["reward_accuracy"] = stage("hand-made features", accuracies, reward, data)
     numbers["seconds"] = seconds | {"all": time.perf_counter() - begun}
     numbers["settings"] = asdict(s)
+    numbers["data"] = data.counts
+    page = stage("report", write_report, out, numbers)
+    print(f"report: {page}")
     return numbers
 
 
@@ -132,3 +137,119 @@ def base_config(data: demo_data.DemoData) -> Config:
 
 def _last(config: Config) -> Path:
     return checkpoints(Path(config.train.out))[-1]
+
+
+@torch.no_grad()
+def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], seeds: int) -> dict:
+    """Sample every model from the same held-out prompts and seeds; score and measure the samples.
+
+    "reward" is the mean over eval.timesteps of the reward of the noised sample; "distance" is
+    |log(J / J_clean)|, J the mean absolute temporal second difference of a decoded video and
+    J_clean the median over held-out clean windows with the same prompt.
+    """
+    device, e, r = pick_device(config), config.eval, config.reward
+    codec = DCTCodec.load(data.codec)
+    score = load_reward(
+        r.path, num_heads=r.num_heads, feature_layer=r.feature_layer, dtype=torch.float32,
+        device=device,
+    ).freeze()  # fmt: skip
+    schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
+    paths = spread(read_lists([str(data.clean_val)], "clean_val"), seeds)
+    reference = clean_jerk(read_lists([str(data.clean_val)], "clean_val"), codec)
+    captions = [read_meta(p)["short_caption"] for p in paths]
+    clean = torch.tensor([reference[c] for c in captions])
+    found: dict[str, dict] = {}
+    for name, path in progress(models.items(), "sampling", len(models)):
+        model = load_transformer(path, torch.float32, device).eval()
+        latents, rewards = [], []
+        reader = Reader(model.config)
+        for i, batch in enumerate(fixed_batches(reader, paths, 16, device)):
+            noise = noise_like(batch.latent, e.seed, 10, i)
+            latent = chain.sample(bind(model, batch), schedule, noise)
+            noise = noise_like(batch.latent, e.seed, 11, i)
+            by_t = []
+            for t in e.timesteps:
+                level = torch.full((len(latent),), t / flow.TRAIN_STEPS, device=device)
+                x = flow.add_noise(latent, noise, level)
+                by_t.append(torch.sigmoid(score(x, flow.TRAIN_STEPS * level, batch.text)))
+            rewards.append(torch.stack(by_t, 1))
+            latents.append(latent)
+        video = torch.cat([codec.decode(z.cpu()) for z in latents])
+        rewards = torch.cat(rewards).cpu()
+        distance = (jerk(video).log() - clean.log()).abs()
+        found[name] = {"video": video, "rewards": rewards, "distance": distance, "jerk": jerk(video)}
+
+    def summary(name: str) -> dict:
+        f = found[name]
+        by_t = dict(zip(map(str, e.timesteps), f["rewards"].mean(0).tolist(), strict=True))
+        return {
+            "reward": f["rewards"].mean().item(),
+            "reward_by_timestep": by_t,
+            "distance": f["distance"].mean().item(),
+            "jerk": f["jerk"].mean().item(),
+        }
+
+    tests = {}
+    for other in ("control", "before"):
+        gain = found["PRFL"]["rewards"].mean(1) - found[other]["rewards"].mean(1)
+        closer = found[other]["distance"] - found["PRFL"]["distance"]
+        tests[f"PRFL against {other}"] = {
+            "reward_gain": gain.mean().item(),
+            "reward_p": paired_p(gain.numpy()),
+            "distance_gain": closer.mean().item(),
+            "distance_p": paired_p(closer.numpy()),
+        }
+    return {
+        "models": {name: summary(name) for name in found},
+        "tests": tests,
+        "clean_jerk": clean.mean().item(),
+        "captions": captions,
+        "per_seed": {
+            name: {"reward": f["rewards"].mean(1).tolist(), "distance": f["distance"].tolist()}
+            for name, f in found.items()
+        },
+        "videos": {name: f["video"] for name, f in found.items()},
+    }
+
+
+def spread(paths: list[Path], count: int) -> list[Path]:
+    """`count` paths at equal distances."""
+    return [paths[i * len(paths) // count] for i in range(count)]
+
+
+def jerk(video: Tensor) -> Tensor:
+    """Mean absolute second difference in time [B] of videos [B, 3, F, H, W], levels in [0, 1]."""
+    return video.diff(n=2, dim=2).abs().flatten(1).mean(1)
+
+
+def clean_jerk(paths: list[Path], codec: DCTCodec) -> dict[str, float]:
+    """Median jerk of the clean windows of every caption, decoded like the samples."""
+    found: dict[str, list[float]] = {}
+    for path in paths:
+        meta = read_meta(path)
+        latent = torch.from_numpy(np.load(path.parent / meta["vae_latent_path"]))
+        found.setdefault(meta["short_caption"], []).append(jerk(codec.decode(latent)).item())
+    return {caption: float(np.median(values)) for caption, values in found.items()}
+
+
+def paired_p(difference: np.ndarray, draws: int = 100_000) -> float:
+    """Two-sided p of a paired permutation test: the signs of the differences at random."""
+    rng = np.random.default_rng(0)
+    signs = rng.integers(0, 2, (draws, len(difference)), dtype=np.int8) * 2 - 1
+    null = np.abs(signs @ difference)
+    return (1 + int((null >= abs(difference.sum()) - 1e-12).sum())) / (draws + 1)
+
+
+def accuracies(config: Config, data: demo_data.DemoData) -> dict:
+    """Held-out accuracy per timestep: of the trained reward model, and of hand-made features."""
+    last = [r for r in read_metrics(config.train.out) if "eval/score" in r["values"]][-1]
+    learned = {str(t): last["values"][f"eval/accuracy_t{t:g}"] for t in config.eval.timesteps}
+    reader = Reader(WanConfig.from_json(Path(config.model.path) / "config.json"), config.data.label)
+    train, val = (
+        next(fixed_batches(reader, read_lists([str(path)], "list"), 10**6, torch.device("cpu")))
+        for path in (data.reward_train, data.reward_val)
+    )
+    hand = evaluate_handmade(
+        train.latent, train.label, val.latent, val.label, config.eval.timesteps, config.eval.seed
+    )
+    return {"learned": learned, "hand-made": {str(t): a for t, a in hand.items()}}

@@ -1,7 +1,6 @@
 """Sampling videos from a trained generator."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ def sample(config: Config, out: str | Path) -> list[Path]:
     """Sample the prompts of data.val with the generator of model.path; returns the files written.
 
     `out` must not exist yet. Every sample is written as latents .npy [1, 16, T, h, w] float32, in
-    the layout of the training data, and as .mp4 and .gif where sample.codec can decode it.
+    the layout of the training data, and as .mp4 and .webp where sample.codec can decode it.
     """
     out, s = Path(out), config.sample
     if out.exists():
@@ -73,15 +72,16 @@ def write_samples(folder: Path, latents: Sequence[Tensor], config: SampleConfig)
         from prfl_engine.video import write_animation, write_video
 
         codec = DCTCodec.load(config.codec)
-        videos = [codec.decode(latent[None].float())[0] for latent in latents]
+        videos = [pixels(codec.decode(latent[None].float())[0]) for latent in latents]
         for i, video in enumerate(videos):
             written.append(folder / f"sample-{i:02d}.mp4")
             write_video(written[-1], video, fps=config.fps)
-        written.append(folder / "samples.gif")
-        write_animation(written[-1], videos, fps=config.fps)
+        written.append(folder / "samples.webp")
+        write_animation(written[-1], videos, scale=2, fps=config.fps)
     return written
 
 
-def with_model(config: Config, path: str | Path) -> Config:
-    """The configuration with another generator."""
-    return replace(config, model=replace(config.model, path=str(path)))
+def pixels(video: Tensor) -> Tensor:
+    """[3, F, H, W] in [0, 1] as uint8 [F, H, W, 3]."""
+    return (video.permute(1, 2, 3, 0) * 255).round().to(torch.uint8)
+

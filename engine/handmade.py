@@ -1,0 +1,111 @@
+"""The yardstick of the learned reward model: logistic regression on hand-made features of motion.
+
+Both see the same thing, a noisy latent x_t = (1 - sigma) x_0 + sigma eps with sigma = t / 1000. One
+classifier is fit for every timestep, with fresh noise drawn on the training latents at just that
+timestep: stronger than one classifier for all t, and more than the learned model is given.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prfl_engine.config import check
+
+TIMESTEPS = (201, 400, 600, 800, 1000)
+DRAWS = 2  # of noise on every training latent
+L2 = (1e-3, 1e-2, 1e-1)  # chosen for every t on a fifth of the training latents
+
+
+def features(x: Tensor) -> Tensor:
+    """Motion statistics [N, D] of latents [N, 16, T >= 4, h, w]; D does not depend on h, w.
+
+    Of the first and second temporal differences and of the later frames themselves (four of their
+    channels are coefficients of motion): the log energy of every channel and frame, at full size and
+    after 2 x 2 averages, which keep motion and quarter the noise; how unevenly each is spread over
+    time; mean absolute values; and how far successive differences go the same way.
+    """
+    out = []
+    for y in (x, F.avg_pool3d(x, (1, 2, 2))):
+        d1 = y.diff(dim=2)
+        d2 = d1.diff(dim=2)
+        for d in (d1, d2, y[:, :, 1:]):
+            energy = d.square().mean((3, 4)).add(1e-6).log()  # N, 16, frames
+            out += [energy, energy.mean(2), energy.amax(2), energy.amin(2), energy.std(2)]
+            out += [d.abs().mean((2, 3, 4)), d.square().mean((2, 3, 4))]
+            peak = d.square().mean(1).flatten(2)  # N, frames, pixels: energy of all channels
+            out += [peak.amax(2).add(1e-6).log(), peak.std(2).add(1e-6).log()]
+        product = (d1[:, :, 1:] * d1[:, :, :-1]).mean((3, 4))
+        out += [product, product.mean(2), product.amin(2)]
+    return torch.cat([f.flatten(1) for f in out], dim=1).double()
+
+
+def evaluate_handmade(
+    train_latents: Tensor,
+    train_labels: Tensor,
+    val_latents: Tensor,
+    val_labels: Tensor,
+    timesteps: Sequence[int] = TIMESTEPS,
+    seed: int = 0,
+) -> dict[int, float]:
+    """Held-out accuracy at each timestep. Latents [N, 16, T, h, w], labels [N] of 0 and 1."""
+    for name, latents, labels in (
+        ("train", train_latents, train_labels), ("val", val_latents, val_labels)
+    ):  # fmt: skip
+        check(
+            latents.ndim == 5 and latents.shape[2] >= 4, f"{name}_latents", list(latents.shape),
+            "[N, 16, T >= 4, h, w]",
+        )  # fmt: skip
+        check(labels.shape == latents.shape[:1], f"{name}_labels", list(labels.shape), f"[{len(latents)}]")
+    accuracy = {}
+    for t in timesteps:
+        check(0 <= t <= 1000, "timesteps", t, "numbers from 0 to 1000")
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + round(t))
+        val = features(_noisy(val_latents, t, generator))
+        train = [features(_noisy(train_latents, t, generator)) for _ in range(DRAWS)]
+        weight = _choose_and_fit(train, train_labels.double(), generator)
+        accuracy[t] = _accuracy(weight, val, val_labels)
+    return accuracy
+
+
+def _noisy(latents: Tensor, t: int, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(latents.shape, generator=generator)
+    return (1 - t / 1000) * latents.float() + t / 1000 * noise
+
+
+def _choose_and_fit(draws: list[Tensor], labels: Tensor, generator: torch.Generator) -> Tensor:
+    """The weights under the L2 that does best on a fifth of the latents, fit on all of them."""
+    order = torch.randperm(len(labels), generator=generator)
+    out, kept = order[: len(order) // 5], order[len(order) // 5 :]
+    part, part_labels = torch.cat([d[kept] for d in draws]), labels[kept].repeat(len(draws))
+    left, left_labels = torch.cat([d[out] for d in draws]), labels[out].repeat(len(draws))
+    scores = {l2: _accuracy(_fit(part, part_labels, l2), left, left_labels) for l2 in L2}
+    return _fit(torch.cat(draws), labels.repeat(len(draws)), max(L2, key=scores.get))
+
+
+def _fit(x: Tensor, labels: Tensor, l2: float) -> Tensor:
+    """Logistic regression on standardised features: mean cross-entropy + l2/2 |w|^2, by L-BFGS.
+
+    Returns weights [D + 1] for the features as they come, the bias last.
+    """
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
+    z = F.pad((x - mean) / std, (0, 1), value=1.0)
+    w = torch.zeros(z.shape[1], dtype=z.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=150, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.binary_cross_entropy_with_logits(z @ w, labels) + l2 / 2 * w[:-1].square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    w = w.detach()
+    slope = w[:-1] / std
+    return torch.cat([slope, w[-1:] - slope @ mean])
+
+
+def _accuracy(weight: Tensor, x: Tensor, labels: Tensor) -> float:
+    logit = x @ weight[:-1] + weight[-1]
+    return ((logit > 0) == (labels > 0.5)).double().mean().item()

@@ -1,0 +1,62 @@
+"""The demo end to end at a tiny size, and its statistics."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from prfl_engine.demo import Settings, demo, jerk, paired_p, spread
+from prfl_engine.demo_data import DemoSpec
+from prfl_engine.handmade import evaluate_handmade
+
+TINY = Settings(
+    pretrain=2, reward=2, prfl=1, seeds=4, data=DemoSpec(train_windows=24, val_windows=16, size=(32, 32))
+)
+
+
+def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys):
+    first = demo(tmp_path / "demo", TINY)
+    report = json.loads((tmp_path / "demo/report.json").read_text())
+    page = (tmp_path / "demo/report.html").read_text()
+    assert set(report["models"]) == {"before", "control", "PRFL"}
+    for name, found in report["models"].items():
+        assert 0 < found["reward"] < 1 and found["distance"] >= 0
+        assert f"{found['reward']:.3f}" in page, name
+    assert set(report["reward_accuracy"]["learned"]) == {"201", "400", "600", "800", "1000"}
+    assert page.count("<img") == 5
+    weights = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").glob("*/checkpoint-*/*.safetensors")}
+    again = demo(tmp_path / "demo", TINY)
+    assert weights == {p: p.stat().st_mtime_ns for p in weights}  # nothing was trained again
+    assert again["models"] == first["models"]
+
+
+def test_jerk_is_zero_for_uniform_motion():
+    ramp = torch.linspace(0, 1, 9).view(1, 1, 9, 1, 1).expand(1, 3, 9, 4, 4)
+    assert jerk(ramp).item() == pytest.approx(0, abs=1e-6)
+    assert jerk(ramp.flip(2) ** 2).item() == pytest.approx(2 / 64, rel=1e-3)
+
+
+def test_paired_p():
+    rng = np.random.default_rng(1)
+    noise = rng.standard_normal(64)
+    noise -= noise.mean()
+    assert paired_p(noise + 1.0) < 1e-4
+    assert paired_p(noise) > 0.9
+    # All 2^3 sign patterns of three equal differences: two of eight are as extreme.
+    assert paired_p(np.ones(3)) == pytest.approx(0.25, abs=0.01)
+
+
+def test_spread():
+    assert spread([0, 1, 2, 3, 4, 5], 3) == [0, 2, 4]
+    assert spread([0, 1], 4) == [0, 0, 1, 1]
+
+
+def test_handmade_features_find_motion_at_low_noise_and_nothing_at_full_noise():
+    g = torch.Generator().manual_seed(0)
+    still = torch.randn(300, 16, 1, 4, 4, generator=g).expand(-1, -1, 5, -1, -1)
+    label = (torch.arange(300) % 2).float()
+    shaken = still + 0.8 * label.view(-1, 1, 1, 1, 1) * torch.randn(300, 16, 5, 4, 4, generator=g)
+    accuracy = evaluate_handmade(shaken[:200], label[:200], shaken[200:], label[200:], (201, 1000), 0)
+    assert accuracy[201] > 0.95
+    assert accuracy[1000] < 0.7
