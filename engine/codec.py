@@ -8,8 +8,8 @@ pixels in YCbCr; the first latent frame stands for the first video frame alone, 
 
 A S = 1, so encode(decode(z)) = z and decode(encode(x)) is a projection. Twelve channels mean the
 same in every latent frame; where a later frame keeps four of motion, the first, which has none,
-keeps the slopes of its colors. Both maps are convolutions with stride = kernel. What this gives up against a VAE: all
-detail finer than about 3 pixels, and blocks show.
+keeps the slopes of its colors. Both maps are convolutions with stride = kernel. What this gives up
+against a VAE: all detail finer than about 3 pixels, and blocks show, in colors above all.
 """
 
 import json
@@ -55,9 +55,7 @@ def _kernels(channels: tuple, frames: int) -> tuple[Tensor, Tensor]:
     scene has the same values in the first latent frame and in the others.
     """
     dct_t, dct_s, inverse = _dct(frames), _dct(STRIDE_S), torch.linalg.inv(_YCBCR)
-    waves = torch.stack(
-        [torch.einsum("t,y,x->tyx", dct_t[t], dct_s[y], dct_s[x]) for _, t, y, x in channels]
-    )
+    waves = torch.stack([torch.einsum("t,y,x->tyx", dct_t[t], dct_s[y], dct_s[x]) for _, t, y, x in channels])
     color = [c for c, *_ in channels]
     hold = (STRIDE_T / frames) ** 0.5
     analysis = hold * torch.einsum("kd,ktyx->kdtyx", _YCBCR[color], waves)

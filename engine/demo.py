@@ -41,8 +41,8 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 700
-    reward: int = 500
+    pretrain: int = 600
+    reward: int = 700
     prfl: int = 60
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
@@ -70,8 +70,8 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         model=replace(base.model, preset="tiny-t2v"),
         loss=LossConfig(weight=0),
         optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=50),
-        data=replace(base.data, batch_size=16),
-        train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.995),
+        data=replace(base.data, batch_size=32),
+        train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.99),
     )
     stage("pre-training", train, pretrain)
     generator = _last(pretrain) / "ema"
@@ -83,7 +83,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         data=replace(
             base.data, batch_size=32, train=(str(data.reward_train),), val=(str(data.reward_val),)
         ),
-        optim=OptimConfig(lr=5e-4, lr_head=5e-4, schedule="cosine", warmup=50, weight_decay=0.1),
+        optim=OptimConfig(lr=2e-3, lr_head=2e-3, schedule="cosine", warmup=30, weight_decay=0.05),
         train=replace(base.train, out=str(out / "reward"), steps=s.reward),
         eval=replace(base.eval, every=max(1, s.reward // 5), batch_size=64),
     )
@@ -128,7 +128,7 @@ def base_config(data: demo_data.DemoData) -> Config:
             null_text=str(data.null_text),
             num_workers=0,
         ),
-        rollout=RolloutConfig(steps=20),
+        rollout=RolloutConfig(steps=20, shift=1.0),
         train=TrainConfig(resume=True, save_every=10**6, keep=1, log_every=5),
         eval=EvalConfig(),
         sample=SampleConfig(codec=str(data.codec)),

@@ -82,7 +82,7 @@ def write_animation(
 ) -> None:
     """Write one video, or several of one shape as a labelled grid, as an endless .webp or .gif.
 
-    A .webp is about a fifth of the .gif's size here, and every browser shows both in an <img>.
+    Every browser shows both in an <img>. A grid of eight demo videos took 0.3 MB as .webp, 4.7 as .gif.
     """
     path = Path(path)
     check(path.suffix in (".webp", ".gif"), "path", path.name, "a name ending in .webp or .gif")
@@ -94,9 +94,7 @@ def write_animation(
         images = [image.quantize(palette=palette) for image in images]
     options = {"quality": 80, "method": 4} if path.suffix == ".webp" else {"optimize": False}
     duration = round(1000 / fps)
-    images[0].save(
-        path, save_all=True, append_images=images[1:], duration=duration, loop=0, **options
-    )
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
 
 
 def grid(
