@@ -41,8 +41,8 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 600
-    reward: int = 700
+    pretrain: int = 1100
+    reward: int = 800
     prfl: int = 60
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
@@ -69,7 +69,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         base,
         model=replace(base.model, preset="tiny-t2v"),
         loss=LossConfig(weight=0),
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=50),
+        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=50),
         data=replace(base.data, batch_size=32),
         train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.99),
     )
@@ -83,7 +83,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         data=replace(
             base.data, batch_size=32, train=(str(data.reward_train),), val=(str(data.reward_val),)
         ),
-        optim=OptimConfig(lr=2e-3, lr_head=2e-3, schedule="cosine", warmup=30, weight_decay=0.05),
+        optim=OptimConfig(lr=2e-3, lr_head=2e-3, schedule="cosine", warmup=30, weight_decay=0.1),
         train=replace(base.train, out=str(out / "reward"), steps=s.reward),
         eval=replace(base.eval, every=max(1, s.reward // 5), batch_size=64),
     )
@@ -94,6 +94,8 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         model=replace(base.model, path=str(generator)),
         reward=replace(base.reward, path=str(_last(reward))),
         loss=LossConfig(weight=1.0),
+        # Where the reward model knows something: at earlier steps its accuracy is near 0.5.
+        rollout=replace(base.rollout, range=(6, 18)),
         optim=OptimConfig(lr=1e-4, warmup=5),
         data=replace(base.data, batch_size=8),
         train=replace(base.train, out=str(out / "prfl"), steps=s.prfl),

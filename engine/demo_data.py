@@ -32,6 +32,7 @@ from prfl_engine.metrics import progress
 from prfl_engine.video import read_video
 
 MARGIN = 4  # pixels around a window
+ZOOM = (1.0, 1.4)  # decoded pixels a pixel of the window; more would hide the motion
 TEXT_DIM = 64
 NEGATIVE = "shuffled frozen jittered dropped"
 SPEEDS = {1: "", 2: "at double speed"}
@@ -90,8 +91,8 @@ class DemoSpec:
         check(self.val_windows > 0, "val_windows", self.val_windows, "at least 1")
         good = self.frames % 4 == 1 and 9 <= self.frames <= min(self.min_held_out, 29)
         check(good, "frames", self.frames, "1 + 4k from 9 to 29 and to min_held_out")
-        good = all(8 <= n <= 112 and n % 8 == 0 for n in self.size)
-        check(good, "size", self.size, "multiples of 8 up to 112")
+        good = all(8 <= n <= 88 and n % 8 == 0 for n in self.size)
+        check(good, "size", self.size, "multiples of 8 up to 88")
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def draw(rng: np.random.Generator, shot: int, frames: list[int], spec: DemoSpec)
     start = int(rng.integers(len(frames) - (spec.frames - 1) * speed))
     h, w = (n + 2 * MARGIN for n in spec.size)
     clip_h, clip_w = SHOTS[shot].size
-    scale = rng.uniform(1, min(clip_h / h, clip_w / w))
+    scale = rng.uniform(*ZOOM)
     box_h, box_w = int(h * scale), int(w * scale)
     top, left = int(rng.integers(clip_h - box_h + 1)), int(rng.integers(clip_w - box_w + 1))
     picked = tuple(frames[start::speed][: spec.frames])

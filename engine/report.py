@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prfl_engine.metrics import read_metrics
-from prfl_engine.sample import pixels
-from prfl_engine.video import write_animation
+from prfl_engine.video import pixels, write_animation
 
 COLORS = {"before": "#8a8f98", "control": "#d98c2b", "PRFL": "#2268b3"}
 SHOWN = 6  # seeds in the animation
@@ -151,7 +150,9 @@ decoded video, J clean the median over held-out clean windows of the same prompt
 {_table(["paired permutation test", "reward", "p", "distance", "p"], tests)}
 <h2>Reward model, on held-out windows</h2>
 {_table(["accuracy", *(f"t = {t}" for t in names), "mean of t ≤ 600"], table)}
-<p>Hand-made: one logistic regression per timestep on the temporal differences of the same noisy
+<p>Both classes hold the same windows; those that hardly move are left out of both. Held-out windows come from
+frames of the same shots that training never saw; the ends of the shots that are held out were chosen so
+that slow and fast motion is on both sides. Hand-made: one logistic regression per timestep on the temporal differences of the same noisy
 latents. At t = 1000 the input is noise alone and 0.5 is all there is.</p>
 <div class="plots">{"".join(_image(p) for p in pictures)}</div>
 <h2>Time</h2>

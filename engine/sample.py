@@ -69,7 +69,7 @@ def write_samples(folder: Path, latents: Sequence[Tensor], config: SampleConfig)
         np.save(written[-1], latent[None].float().numpy())
     if config.codec is not None:
         from prfl_engine.codec import DCTCodec
-        from prfl_engine.video import write_animation, write_video
+        from prfl_engine.video import pixels, write_animation, write_video
 
         codec = DCTCodec.load(config.codec)
         videos = [pixels(codec.decode(latent[None].float())[0]) for latent in latents]
@@ -79,9 +79,3 @@ def write_samples(folder: Path, latents: Sequence[Tensor], config: SampleConfig)
         written.append(folder / "samples.webp")
         write_animation(written[-1], videos, scale=2, fps=config.fps)
     return written
-
-
-def pixels(video: Tensor) -> Tensor:
-    """[3, F, H, W] in [0, 1] as uint8 [F, H, W, 3]."""
-    return (video.permute(1, 2, 3, 0) * 255).round().to(torch.uint8)
-

@@ -17,6 +17,11 @@ RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.B
 GAP = 4  # pixels between the cells of a grid
 
 
+def pixels(video: Tensor) -> Tensor:
+    """[3, F, H, W] in [0, 1], as a codec decodes it, to uint8 [F, H, W, 3]."""
+    return (video.permute(1, 2, 3, 0).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def read_video(
     path: str | Path, size: tuple[int, int] | None = None, max_frames: int | None = None
 ) -> Tensor:
