@@ -163,7 +163,7 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
     found: dict[str, dict] = {}
     for name, path in progress(models.items(), "sampling", len(models)):
         model = load_transformer(path, torch.float32, device).eval()
-        latents, rewards = [], []
+        truth, latents, rewards = [], [], []
         reader = Reader(model.config)
         for i, batch in enumerate(fixed_batches(reader, paths, 16, device)):
             noise = noise_like(batch.latent, e.seed, 10, i)
@@ -176,7 +176,9 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
                 by_t.append(torch.sigmoid(score(x, flow.TRAIN_STEPS * level, batch.text)))
             rewards.append(torch.stack(by_t, 1))
             latents.append(latent)
+            truth.append(batch.latent)
         video = torch.cat([codec.decode(z.cpu()) for z in latents])
+        real = torch.cat([codec.decode(z.cpu()) for z in truth])
         rewards = torch.cat(rewards).cpu()
         distance = (jerk(video).log() - clean.log()).abs()
         found[name] = {"video": video, "rewards": rewards, "distance": distance, "jerk": jerk(video)}
@@ -210,7 +212,7 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
             name: {"reward": f["rewards"].mean(1).tolist(), "distance": f["distance"].tolist()}
             for name, f in found.items()
         },
-        "videos": {name: f["video"] for name, f in found.items()},
+        "videos": {"real, held out": real} | {name: f["video"] for name, f in found.items()},
     }
 
 

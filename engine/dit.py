@@ -60,11 +60,16 @@ class WanConfig:
             values = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{path}: not JSON: {error}") from None
+        return cls.from_values(values, path)
+
+    @classmethod
+    def from_values(cls, values: dict, source: Path) -> "WanConfig":
+        """The hyper-parameters among `values`, read from `source`."""
         try:
             known = {f.name for f in fields(cls)}
             return cls(**{k: v for k, v in values.items() if k in known})
         except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: {error}") from None
+            raise UserError(f"{source}: {error}") from None
 
     def to_json(self, path: Path) -> None:
         path.write_text(json.dumps({"_class_name": "WanModel", **asdict(self)}, indent=2) + "\n")

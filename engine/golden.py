@@ -28,10 +28,20 @@ FILES = (
 def compute(folder: str | Path) -> dict[str, Tensor]:
     """All values of expected.safetensors; UserError where the folder lacks or misstates something."""
     folder = Path(folder)
+    try:
+        return _compute(folder)
+    except KeyError as error:
+        raise UserError(f"{folder}: got no {error} in config.json or inputs.safetensors") from None
+
+
+def _compute(folder: Path) -> dict[str, Tensor]:
     for name in FILES:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: no such file, want a golden folder")
-    spec = json.loads((folder / "config.json").read_text())
+    try:
+        spec = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: not JSON: {error}") from None
     inputs = load_file(folder / "inputs.safetensors")
     policy, reward = _models(folder, spec)
     batch = Batch(
@@ -75,7 +85,7 @@ def compute(folder: str | Path) -> dict[str, Tensor]:
 
 
 def _models(folder: Path, spec: dict) -> tuple[WanTransformer, RewardModel]:
-    config = WanConfig(**spec["model"])
+    config = WanConfig.from_values(spec["model"], folder / "config.json")
     policy = WanTransformer(config)
     load_strict(policy, load_file(folder / "policy.safetensors"), folder / "policy.safetensors")
     r = spec["reward"]

@@ -106,8 +106,8 @@ def _training(axes, out: Path) -> None:
 def _animate(path: Path, videos: dict[str, Tensor], captions: list[str]) -> None:
     chosen = [i * len(captions) // SHOWN for i in range(SHOWN)]
     cells = [pixels(video[i]) for video in videos.values() for i in chosen]
-    labels = [f"{name}: {captions[i]}"[:34] for name in videos for i in chosen]
-    write_animation(path, cells, labels, columns=SHOWN, scale=2, fps=8)
+    labels = [captions[i] if name.startswith("real") else name for name in videos for i in chosen]
+    write_animation(path, cells, [label[:22] for label in labels], columns=SHOWN, scale=3, fps=8)
 
 
 def _page(numbers: dict, pictures: list[Path], animation: Path) -> str:
@@ -140,7 +140,7 @@ def _page(numbers: dict, pictures: list[Path], animation: Path) -> str:
 <em>noisy latents</em> ({steps["reward"]} steps); its reward was propagated back through single
 denoising steps into the generator ({steps["prfl"]} updates). No pixel was decoded in training.
 The control had the same data, seeds and number of updates, with the flow-matching loss only.</p>
-<h2>Samples of one seed, one column: before, control, PRFL</h2>
+<h2>A real window, and samples of its prompt: before, control, PRFL</h2>
 {_image(animation)}
 <h2>Generators, on {steps["seeds"]} held-out seeds</h2>
 {_table(["", "reward", "distance", "jerk"], rows)}
@@ -152,8 +152,8 @@ decoded video, J clean the median over held-out clean windows of the same prompt
 {_table(["accuracy", *(f"t = {t}" for t in names), "mean of t ≤ 600"], table)}
 <p>Both classes hold the same windows; those that hardly move are left out of both. Held-out windows come from
 frames of the same shots that training never saw; the ends of the shots that are held out were chosen so
-that slow and fast motion is on both sides. Hand-made: one logistic regression per timestep on the temporal differences of the same noisy
-latents. At t = 1000 the input is noise alone and 0.5 is all there is.</p>
+that slow and fast motion is on both sides. Hand-made: one logistic regression per timestep on the
+temporal differences of the same noisy latents. At t = 1000 the input is noise alone and 0.5 is all there is.</p>
 <div class="plots">{"".join(_image(p) for p in pictures)}</div>
 <h2>Time</h2>
 {_table(["stage", "wall time"], stages)}
