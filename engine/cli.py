@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from prfl_engine import __version__
-from prfl_engine.config import UserError, load_config
+from prfl_engine.config import TrainingError, UserError, load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"prfl: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"prfl: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("prfl: interrupted", file=sys.stderr)
         return 130
@@ -69,31 +72,16 @@ def _demo(args) -> None:
     demo(args.out)
 
 
-def _train(args) -> int:
-    from prfl_engine.loop import TrainingError
+def _train(args) -> None:
     from prfl_engine.train import train
 
-    try:
-        train(_load(args))
-    except TrainingError as error:
-        return _failed(error)
-    return 0
+    train(_load(args))
 
 
-def _train_reward(args) -> int:
-    from prfl_engine.loop import TrainingError
+def _train_reward(args) -> None:
     from prfl_engine.train_reward import train_reward
 
-    try:
-        train_reward(_load(args))
-    except TrainingError as error:
-        return _failed(error)
-    return 0
-
-
-def _failed(error: Exception) -> int:
-    print(f"prfl: {error}", file=sys.stderr)
-    return 1
+    train_reward(_load(args))
 
 
 def _eval_reward(args) -> None:

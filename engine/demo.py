@@ -41,8 +41,8 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1100
-    reward: int = 800
+    pretrain: int = 800
+    reward: int = 900
     prfl: int = 60
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
@@ -69,7 +69,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         base,
         model=replace(base.model, preset="tiny-t2v"),
         loss=LossConfig(weight=0),
-        optim=OptimConfig(lr=2e-3, schedule="cosine", warmup=50),
+        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=50),
         data=replace(base.data, batch_size=32),
         train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.99),
     )
@@ -83,8 +83,8 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         data=replace(
             base.data, batch_size=32, train=(str(data.reward_train),), val=(str(data.reward_val),)
         ),
-        optim=OptimConfig(lr=2e-3, lr_head=2e-3, schedule="cosine", warmup=30, weight_decay=0.1),
-        train=replace(base.train, out=str(out / "reward"), steps=s.reward),
+        optim=OptimConfig(lr=2e-3, lr_head=2e-3, schedule="cosine", warmup=30, weight_decay=0.05),
+        train=replace(base.train, out=str(out / "reward"), steps=s.reward, ema=0.98),
         eval=replace(base.eval, every=max(1, s.reward // 5), batch_size=64),
     )
     stage("reward model", train_reward, reward)
@@ -92,7 +92,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
     prfl = replace(
         base,
         model=replace(base.model, path=str(generator)),
-        reward=replace(base.reward, path=str(_last(reward))),
+        reward=replace(base.reward, path=str(_last(reward) / "ema")),
         loss=LossConfig(weight=1.0),
         # Where the reward model knows something: at earlier steps its accuracy is near 0.5.
         rollout=replace(base.rollout, range=(6, 18)),

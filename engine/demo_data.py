@@ -32,7 +32,7 @@ from prfl_engine.metrics import progress
 from prfl_engine.video import read_video
 
 MARGIN = 4  # pixels around a window
-ZOOM = (1.0, 1.4)  # decoded pixels a pixel of the window; more would hide the motion
+ZOOM = (1.0, 1.8)  # decoded pixels a pixel of the window; more would hide the motion
 TEXT_DIM = 64
 NEGATIVE = "shuffled frozen jittered dropped"
 SPEEDS = {1: "", 2: "at double speed"}
@@ -83,7 +83,7 @@ class DemoSpec:
     """Frames held out at least."""
     gap: int = 4
     """Frames between the splits that nothing uses."""
-    min_motion: float = 0.016
+    min_motion: float = 0.022
     """Mean absolute difference of successive decoded frames (of 1) below which a window is left out."""
 
     def __post_init__(self):
@@ -91,8 +91,8 @@ class DemoSpec:
         check(self.val_windows > 0, "val_windows", self.val_windows, "at least 1")
         good = self.frames % 4 == 1 and 9 <= self.frames <= min(self.min_held_out, 29)
         check(good, "frames", self.frames, "1 + 4k from 9 to 29 and to min_held_out")
-        good = all(8 <= n <= 88 and n % 8 == 0 for n in self.size)
-        check(good, "size", self.size, "multiples of 8 up to 88")
+        good = all(8 <= n <= 72 and n % 8 == 0 for n in self.size)
+        check(good, "size", self.size, "multiples of 8 up to 72")
 
 
 @dataclass(frozen=True)

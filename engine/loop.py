@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prfl_engine.checkpoint import atomic_folder, checkpoints, load_pickle
-from prfl_engine.config import Config, UserError
+from prfl_engine.config import Config, TrainingError, UserError
 from prfl_engine.data import Stream
 from prfl_engine.doctor import gpu_metrics
 from prfl_engine.metrics import MetricsWriter, progress
@@ -24,10 +24,6 @@ from prfl_engine.optim import EMA, lr_factor, make_optimizer
 
 STATE = "training_state.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; one line."""
 
 
 def pick_device(config: Config) -> torch.device:

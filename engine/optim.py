@@ -20,6 +20,7 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=True,
     )
 
 

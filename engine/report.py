@@ -153,7 +153,8 @@ decoded video, J clean the median over held-out clean windows of the same prompt
 <p>Both classes hold the same windows; those that hardly move are left out of both. Held-out windows come from
 frames of the same shots that training never saw; the ends of the shots that are held out were chosen so
 that slow and fast motion is on both sides. Hand-made: one logistic regression per timestep on the
-temporal differences of the same noisy latents. At t = 1000 the input is noise alone and 0.5 is all there is.</p>
+temporal differences of the same noisy latents. At t = 1000 the input is noise alone and 0.5 is all
+there is.</p>
 <div class="plots">{"".join(_image(p) for p in pictures)}</div>
 <h2>Time</h2>
 {_table(["stage", "wall time"], stages)}
