@@ -14,7 +14,7 @@ STAMP := .venv/installed-$(KEY)
 .PHONY: demo test lint env clean
 
 demo: env
-	OMP_WAIT_POLICY=PASSIVE .venv/bin/prfl demo
+	GOMP_SPINCOUNT=20000 .venv/bin/prfl demo
 
 test: env
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)

@@ -41,9 +41,9 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 800
-    reward: int = 900
-    prfl: int = 60
+    pretrain: int = 1200
+    reward: int = 1000
+    prfl: int = 120
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
     data: demo_data.DemoSpec = field(default_factory=demo_data.DemoSpec)

