@@ -41,8 +41,8 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1200
-    reward: int = 1000
+    pretrain: int = 1500
+    reward: int = 1400
     prfl: int = 120
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
@@ -69,7 +69,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         base,
         model=replace(base.model, preset="tiny-t2v"),
         loss=LossConfig(weight=0),
-        optim=OptimConfig(lr=1e-3, schedule="cosine", warmup=50),
+        optim=OptimConfig(lr=8e-3, schedule="cosine", warmup=50),
         data=replace(base.data, batch_size=32),
         train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.99),
     )
@@ -83,7 +83,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         data=replace(
             base.data, batch_size=32, train=(str(data.reward_train),), val=(str(data.reward_val),)
         ),
-        optim=OptimConfig(lr=2e-3, lr_head=2e-3, schedule="cosine", warmup=30, weight_decay=0.05),
+        optim=OptimConfig(lr=3e-3, lr_head=3e-3, schedule="cosine", warmup=50, weight_decay=0.1),
         train=replace(base.train, out=str(out / "reward"), steps=s.reward, ema=0.98),
         eval=replace(base.eval, every=max(1, s.reward // 5), batch_size=64),
     )
@@ -96,7 +96,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         loss=LossConfig(weight=1.0),
         # Where the reward model knows something: at earlier steps its accuracy is near 0.5.
         rollout=replace(base.rollout, range=(6, 18)),
-        optim=OptimConfig(lr=1e-4, warmup=5),
+        optim=OptimConfig(lr=2e-4, warmup=5),
         data=replace(base.data, batch_size=8),
         train=replace(base.train, out=str(out / "prfl"), steps=s.prfl),
     )
@@ -146,8 +146,8 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
     """Sample every model from the same held-out prompts and seeds; score and measure the samples.
 
     "reward" is the mean over eval.timesteps of the reward of the noised sample; "distance" is
-    |log(J / J_clean)|, J the mean absolute temporal second difference of a decoded video and
-    J_clean the median over held-out clean windows with the same prompt.
+    |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean the median over held-out
+    clean windows with the same prompt.
     """
     device, e, r = pick_device(config), config.eval, config.reward
     codec = DCTCodec.load(data.codec)
@@ -157,9 +157,9 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
     ).freeze()  # fmt: skip
     schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
     paths = spread(read_lists([str(data.clean_val)], "clean_val"), seeds)
-    reference = clean_jerk(read_lists([str(data.clean_val)], "clean_val"), codec)
+    reference = clean_medians(read_lists([str(data.clean_val)], "clean_val"), codec)
     captions = [read_meta(p)["short_caption"] for p in paths]
-    clean = torch.tensor([reference[c] for c in captions])
+    clean, clean_jerk = torch.tensor([reference[c] for c in captions]).T
     found: dict[str, dict] = {}
     for name, path in progress(models.items(), "sampling", len(models)):
         model = load_transformer(path, torch.float32, device).eval()
@@ -180,8 +180,13 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
         video = torch.cat([codec.decode(z.cpu()) for z in latents])
         real = torch.cat([codec.decode(z.cpu()) for z in truth])
         rewards = torch.cat(rewards).cpu()
-        distance = (jerk(video).log() - clean.log()).abs()
-        found[name] = {"video": video, "rewards": rewards, "distance": distance, "jerk": jerk(video)}
+        found[name] = {
+            "video": video,
+            "rewards": rewards,
+            "distance": (unsteadiness(video).log() - clean.log()).abs(),
+            "unsteadiness": unsteadiness(video),
+            "jerk": jerk(video),
+        }
 
     def summary(name: str) -> dict:
         f = found[name]
@@ -189,9 +194,7 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
         return {
             "reward": f["rewards"].mean().item(),
             "reward_by_timestep": by_t,
-            "distance": f["distance"].mean().item(),
-            "jerk": f["jerk"].mean().item(),
-        }
+        } | {key: f[key].mean().item() for key in ("distance", "unsteadiness", "jerk")}
 
     tests = {}
     for other in ("control", "before"):
@@ -206,7 +209,7 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
     return {
         "models": {name: summary(name) for name in found},
         "tests": tests,
-        "clean_jerk": clean.mean().item(),
+        "clean": {"unsteadiness": clean.mean().item(), "jerk": clean_jerk.mean().item()},
         "captions": captions,
         "per_seed": {
             name: {"reward": f["rewards"].mean(1).tolist(), "distance": f["distance"].tolist()}
@@ -226,14 +229,21 @@ def jerk(video: Tensor) -> Tensor:
     return video.diff(n=2, dim=2).abs().flatten(1).mean(1)
 
 
-def clean_jerk(paths: list[Path], codec: DCTCodec) -> dict[str, float]:
-    """Median jerk of the clean windows of every caption, decoded like the samples."""
-    found: dict[str, list[float]] = {}
+def unsteadiness(video: Tensor) -> Tensor:
+    """Jerk over the mean absolute first difference [B]: how broken the motion is, however much of it
+    there is. Frames in random order have 1.5 and more, a steady pan about 1."""
+    return jerk(video) / video.diff(dim=2).abs().flatten(1).mean(1)
+
+
+def clean_medians(paths: list[Path], codec: DCTCodec) -> dict[str, list[float]]:
+    """Median [unsteadiness, jerk] of the clean windows of every caption, decoded like the samples."""
+    found: dict[str, list[list[float]]] = {}
     for path in paths:
         meta = read_meta(path)
-        latent = torch.from_numpy(np.load(path.parent / meta["vae_latent_path"]))
-        found.setdefault(meta["short_caption"], []).append(jerk(codec.decode(latent)).item())
-    return {caption: float(np.median(values)) for caption, values in found.items()}
+        video = codec.decode(torch.from_numpy(np.load(path.parent / meta["vae_latent_path"])))
+        values = [unsteadiness(video).item(), jerk(video).item()]
+        found.setdefault(meta["short_caption"], []).append(values)
+    return {caption: np.median(values, axis=0).tolist() for caption, values in found.items()}
 
 
 def paired_p(difference: np.ndarray, draws: int = 100_000) -> float:

@@ -116,10 +116,11 @@ def _page(numbers: dict, pictures: list[Path], animation: Path) -> str:
     mean_low = {name: _mean([a[t] for t in low]) for name, a in accuracy.items()}
     test = numbers["tests"]
     rows = [
-        [name, f"{m['reward']:.3f}", f"{m['distance']:.3f}", f"{m['jerk']:.4f}"]
+        [name, f"{m['reward']:.3f}", f"{m['distance']:.3f}", f"{m['unsteadiness']:.3f}", f"{m['jerk']:.4f}"]
         for name, m in numbers["models"].items()
     ]
-    rows.append(["held-out clean video", "", "", f"{numbers['clean_jerk']:.4f}"])
+    clean = numbers["clean"]
+    rows.append(["held-out clean video", "", "", f"{clean['unsteadiness']:.3f}", f"{clean['jerk']:.4f}"])
     tests = [
         [name, f"{t['reward_gain']:+.3f}", f"{t['reward_p']:.2g}", f"{-t['distance_gain']:+.3f}",
          f"{t['distance_p']:.2g}"]
@@ -143,10 +144,12 @@ The control had the same data, seeds and number of updates, with the flow-matchi
 <h2>A real window, and samples of its prompt: before, control, PRFL</h2>
 {_image(animation)}
 <h2>Generators, on {steps["seeds"]} held-out seeds</h2>
-{_table(["", "reward", "distance", "jerk"], rows)}
+{_table(["", "reward", "distance", "unsteadiness", "jerk"], rows)}
 <p><em>Reward</em>: mean over five timesteps of the reward of the noised sample. <em>Distance</em>, which
-nothing was trained on: |log(J / J clean)|, J the mean absolute second difference in time (jerk) of the
-decoded video, J clean the median over held-out clean windows of the same prompt; smaller is better.</p>
+nothing was trained on: |log(U / U clean)|, U the unsteadiness of the decoded video (its mean absolute
+second difference in time, the jerk, over its mean absolute first difference), U clean the median over
+held-out clean windows of the same prompt; smaller is better. Jerk alone also grows with the amount of
+motion.</p>
 {_table(["paired permutation test", "reward", "p", "distance", "p"], tests)}
 <h2>Reward model, on held-out windows</h2>
 {_table(["accuracy", *(f"t = {t}" for t in names), "mean of t ≤ 600"], table)}

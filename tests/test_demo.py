@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prfl_engine.demo import Settings, demo, jerk, paired_p, spread
+from prfl_engine.demo import Settings, demo, jerk, paired_p, spread, unsteadiness
 from prfl_engine.demo_data import DemoSpec
 from prfl_engine.handmade import evaluate_handmade
 
@@ -35,6 +35,13 @@ def test_jerk_is_zero_for_uniform_motion():
     ramp = torch.linspace(0, 1, 9).view(1, 1, 9, 1, 1).expand(1, 3, 9, 4, 4)
     assert jerk(ramp).item() == pytest.approx(0, abs=1e-6)
     assert jerk(ramp.flip(2) ** 2).item() == pytest.approx(2 / 64, rel=1e-3)
+
+
+def test_unsteadiness_does_not_grow_with_the_amount_of_motion():
+    noise = torch.rand(1, 3, 400, 4, 4)
+    assert unsteadiness(noise).item() == pytest.approx(unsteadiness(0.1 * noise).item(), rel=1e-5)
+    assert unsteadiness(noise).item() > 1.4
+    assert unsteadiness(torch.linspace(0, 1, 9).view(1, 1, 9, 1, 1)).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_paired_p():
