@@ -41,7 +41,7 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1500
+    pretrain: int = 1300
     reward: int = 1400
     prfl: int = 120
     seeds: int = 64
@@ -84,7 +84,9 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
             base.data, batch_size=32, train=(str(data.reward_train),), val=(str(data.reward_val),)
         ),
         optim=OptimConfig(lr=3e-3, lr_head=3e-3, schedule="cosine", warmup=50, weight_decay=0.1),
-        train=replace(base.train, out=str(out / "reward"), steps=s.reward, ema=0.98),
+        # More of the lower noise levels: at the upper ones there is little to see.
+        rollout=replace(base.rollout, shift=0.5),
+        train=replace(base.train, out=str(out / "reward"), steps=s.reward, ema=0.99),
         eval=replace(base.eval, every=max(1, s.reward // 5), batch_size=64),
     )
     stage("reward model", train_reward, reward)
@@ -123,7 +125,7 @@ def base_config(data: demo_data.DemoData) -> Config:
     """What all stages share."""
     return Config(
         model=ModelConfig(compute_dtype="float32"),
-        reward=RewardConfig(blocks=3, feature_layer=3, num_heads=4),
+        reward=RewardConfig(blocks=4, feature_layer=4, num_heads=4),
         data=DataConfig(
             train=(str(data.sft_train),),
             val=(str(data.clean_val),),

@@ -35,7 +35,7 @@ from prfl_engine.video import read_video
 
 MARGIN = 4  # pixels around a window
 ZOOM = (1.0, 1.5)  # decoded pixels a pixel of the window; more would hide the motion
-PAN = (1, 3)  # decoded pixels that the window moves sideways from frame to frame
+PAN = (2, 3)  # decoded pixels that the window moves sideways from frame to frame
 TEXT_DIM = 64
 NEGATIVE = "shuffled frozen jittered dropped"
 SPEEDS = {1: "", 2: "at double speed"}
@@ -136,9 +136,9 @@ class Window:
 
 
 def shuffled(video: Tensor, rng: np.random.Generator) -> Tensor:
-    """Frames of a stretch of at least half the window in random order."""
+    """Frames of a stretch of at least two thirds of the window in random order."""
     n = len(video)
-    length = rng.integers(n // 2, n + 1)
+    length = rng.integers(2 * n // 3, n + 1)
     start = rng.integers(n - length + 1)
     order = np.arange(n)
     rng.shuffle(order[start : start + length])
@@ -146,9 +146,9 @@ def shuffled(video: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def frozen(video: Tensor, rng: np.random.Generator) -> Tensor:
-    """One frame stands for half the window or more, then the video jumps to where it should be."""
+    """One frame stands for over half the window, then the video jumps to where it should be."""
     n = len(video)
-    length = rng.integers(n // 2, n - 2)
+    length = rng.integers(n // 2 + 2, n - 2)
     start = rng.integers(1, n - length)
     order = np.arange(n)
     order[start : start + length] = start
@@ -157,16 +157,16 @@ def frozen(video: Tensor, rng: np.random.Generator) -> Tensor:
 
 def jittered(video: Tensor, rng: np.random.Generator) -> Tensor:
     """Every frame shifted by its own 0..MARGIN pixels in each direction."""
-    reach = rng.integers(2, MARGIN + 1)
+    reach = rng.integers(3, MARGIN + 1)
     shifts = rng.integers(-reach, reach + 1, size=(len(video), 2)).tolist()
     return torch.stack([f.roll(tuple(s), (1, 2)) for f, s in zip(video, shifts, strict=True)])
 
 
 def dropped(video: Tensor, rng: np.random.Generator) -> Tensor:
-    """Six frames of ten are lost at random; the frame before stands in."""
+    """Seven frames of ten are lost at random; the frame before stands in."""
     order = np.arange(len(video))
     for i in range(1, len(order)):
-        if rng.random() < 0.6:
+        if rng.random() < 0.7:
             order[i] = order[i - 1]
     return video[order]
 
@@ -270,7 +270,7 @@ def build(out_dir: str | Path, seed: int, spec: DemoSpec = DemoSpec()) -> DemoDa
     """Build the data in a new folder, or return that of a finished build of the same parameters."""
     out_dir = Path(out_dir)
     check(seed >= 0, "seed", seed, "a whole number from 0")
-    wanted = json.loads(json.dumps({"version": 2, "seed": seed, **asdict(spec)}))
+    wanted = json.loads(json.dumps({"version": 3, "seed": seed, **asdict(spec)}))
     if not (out_dir / MANIFEST).is_file():
         empty = not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir()))
         check(empty, "out_dir", str(out_dir), "a new or empty folder")
