@@ -42,7 +42,7 @@ class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
     pretrain: int = 1300
-    reward: int = 1400
+    reward: int = 1300
     prfl: int = 120
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""

@@ -73,7 +73,7 @@ SHOTS = (
 class DemoSpec:
     """What is built; the folder of a finished build says for which of these."""
 
-    train_windows: int = 3000
+    train_windows: int = 4500
     """Source windows for training; every one gives a clean and a corrupted sample."""
     val_windows: int = 200
     """Held-out source windows."""
