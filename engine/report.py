@@ -74,7 +74,7 @@ def _reward(ax, numbers: dict) -> None:
         label = f"{name} (mean {found['reward']:.3f})"
         ax.plot(list(map(float, by_t)), list(by_t.values()), "o-", color=COLORS[name], label=label)
     ax.set(xlabel="timestep at which the sample is scored", ylabel="mean reward on held-out seeds",
-           ylim=(0, 1), title="Reward of samples")  # fmt: skip
+           ylim=(0, 1.03), title="Reward of samples")  # fmt: skip
     ax.legend(frameon=False)
 
 
@@ -137,7 +137,7 @@ def _page(numbers: dict, pictures: list[Path], animation: Path) -> str:
 <html lang="en"><meta charset="utf-8"><title>PRFL demo</title><style>{STYLE}</style>
 <h1>Process reward feedback learning on real video</h1>
 <p>A tiny Wan transformer was pre-trained on windows of real clips, half of them with broken motion
-({steps["pretrain"]} steps); its first blocks became a reward model that tells clean from broken on
+({steps["pretrain"]} steps); its blocks became a reward model that tells clean from broken on
 <em>noisy latents</em> ({steps["reward"]} steps); its reward was propagated back through single
 denoising steps into the generator ({steps["prfl"]} updates). No pixel was decoded in training.
 The control had the same data, seeds and number of updates, with the flow-matching loss only.</p>
