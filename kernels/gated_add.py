@@ -4,20 +4,143 @@
     gated_add_modulate(x, y, ...)  = (x', modulate(x', scale, shift))   with x' = gated_add(x, y, gate)
     gated_add_norm(x, y, ...)      = (x', layer_norm(x', weight, bias))
 
-The residual stream x keeps its own dtype; the sum is formed in float32 and rounded once.
+The residual stream x keeps its own dtype; the sum is formed in float32 and rounded once, and the
+norm reads the rounded sum. Saved for the backward: x', scale, gate, mean and 1/std of every token,
+and y, which only d gate needs: with a gate that takes no gradient y is not kept.
 """
 
 import torch
 from torch import Tensor
 
-from prfl_kernels.modulate import layer_norm, modulate, wide
+from prfl_kernels import add_norm
+from prfl_kernels.jit import register
+from prfl_kernels.modulate import norm_reference, wide
+from prfl_kernels.table import REFERENCE, implementation
+
+
+def gated_add_reference(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """x + gate * y in plain torch."""
+    dtype = wide(x.dtype)
+    y = y.to(dtype) if gate is None else y * gate[:, None]
+    return (x.to(dtype) + y).to(x.dtype)
+
+
+def _add(x, y, gate):
+    return add_norm.forward(x, y, gate, None, None, 0.0, 0.0, None)[0]
+
+
+def _add_fake(x, y, gate):
+    return x.new_empty(x.shape)
+
+
+def _add_backward(dsum, y, gate, y_dtype):
+    _, dy, dgate, _, _ = add_norm.backward(
+        None, dsum, None, y, gate, None, None, 0.0, False, y_dtype
+    )
+    return dy, dsum.new_empty(0) if dgate is None else dgate.to(gate.dtype)
+
+
+def _add_backward_fake(dsum, y, gate, y_dtype):
+    dgate = dsum.new_empty(0) if y is None else gate.new_empty(gate.shape)
+    return dsum.new_empty(dsum.shape, dtype=y_dtype), dgate
+
+
+def _add_setup_context(ctx, inputs, output):
+    _, y, gate = inputs
+    ctx.y_dtype = y.dtype
+    ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, gate)
+
+
+def _add_gradient(ctx, dsum):
+    y, gate = ctx.saved_tensors
+    if not any(ctx.needs_input_grad[1:]):
+        return dsum, None, None
+    if gate is None:
+        return dsum, dsum.to(ctx.y_dtype), None
+    dy, dgate = torch.ops.prfl.gated_add_backward(dsum, y, gate, ctx.y_dtype)
+    return dsum, dy, None if y is None else dgate
+
+
+def _norm(x, y, gate, scale, shift, base, eps, out_dtype):
+    total, n, _, stats = add_norm.forward(x, y, gate, scale, shift, base, eps, out_dtype)
+    return total, n, stats
+
+
+def _norm_fake(x, y, gate, scale, shift, base, eps, out_dtype):
+    stats = x.new_empty(2, *x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), stats
+
+
+def _norm_backward(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
+    dx, dy, dgate, dscale, dshift = add_norm.backward(
+        dn, dsum, x, y, gate, scale, stats, base, parameters, y_dtype
+    )
+    none = dn.new_empty(0)
+    if parameters:
+        dscale, dshift = dscale.to(scale.dtype), dshift.to(scale.dtype)
+    else:
+        dscale, dshift = none, none.clone()
+    return dx, dy, none.clone() if dgate is None else dgate.to(gate.dtype), dscale, dshift
+
+
+def _norm_backward_fake(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
+    dgate = dn.new_empty(0) if y is None or gate is None else gate.new_empty(gate.shape)
+    dscale = scale.new_empty(scale.shape) if parameters else dn.new_empty(0)
+    dx, dy = x.new_empty(x.shape), x.new_empty(x.shape, dtype=y_dtype)
+    return dx, dy, dgate, dscale, torch.empty_like(dscale)
+
+
+def _norm_setup_context(ctx, inputs, output):
+    _, y, gate, scale, _, ctx.base, _, _ = inputs
+    ctx.y_dtype = y.dtype
+    ctx.save_for_backward(output[0], y if ctx.needs_input_grad[2] else None, gate, scale, output[2])
+
+
+def _norm_gradient(ctx, dsum, dn, _):
+    x, y, gate, scale, stats = ctx.saved_tensors
+    parameters = any(ctx.needs_input_grad[3:5])
+    dx, dy, dgate, dscale, dshift = torch.ops.prfl.gated_add_norm_backward(
+        dsum, dn, x, y, gate, scale, stats, ctx.base, ctx.y_dtype, parameters
+    )
+    if not parameters:
+        dscale = dshift = None
+    return dx, dy, None if y is None else dgate, dscale, dshift, None, None, None
+
+
+register(
+    "gated_add(Tensor x, Tensor y, Tensor? gate) -> Tensor",
+    _add,
+    _add_fake,
+    _add_gradient,
+    _add_setup_context,
+)
+register(
+    "gated_add_backward(Tensor dsum, Tensor? y, Tensor gate, ScalarType y_dtype) -> (Tensor, Tensor)",
+    _add_backward,
+    _add_backward_fake,
+)
+register(
+    "gated_add_norm(Tensor x, Tensor y, Tensor? gate, Tensor scale, Tensor shift, float base, "
+    "float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
+    _norm,
+    _norm_fake,
+    _norm_gradient,
+    _norm_setup_context,
+)
+register(
+    "gated_add_norm_backward(Tensor dsum, Tensor dn, Tensor x, Tensor? y, Tensor? gate, "
+    "Tensor scale, Tensor stats, float base, ScalarType y_dtype, bool parameters)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _norm_backward,
+    _norm_backward_fake,
+)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """x + gate * y in x.dtype. x, y [B, L, C] of any float dtypes; gate [B, C] or None for 1."""
-    dtype = wide(x.dtype)
-    y = y.to(dtype) if gate is None else y * gate[:, None]
-    return (x.to(dtype) + y).to(x.dtype)
+    if implementation("gated_add", x) == REFERENCE:
+        return gated_add_reference(x, y, gate)
+    return torch.ops.prfl.gated_add(x, y, gate)
 
 
 def gated_add_modulate(
@@ -30,8 +153,7 @@ def gated_add_modulate(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x', modulate(x', scale, shift)) with x' = x + gate * y. Shapes as in the two parts."""
-    x = gated_add(x, y, gate)
-    return x, modulate(x, scale, shift, eps, out_dtype)
+    return _fused("gated_add_modulate", x, y, gate, scale, shift, 1.0, eps, out_dtype or x.dtype)
 
 
 def gated_add_norm(
@@ -44,5 +166,11 @@ def gated_add_norm(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x', layer_norm(x', weight, bias)) with x' = x + gate * y. Shapes as in the two parts."""
-    x = gated_add(x, y, gate)
-    return x, layer_norm(x, weight, bias, eps, out_dtype)
+    return _fused("gated_add_norm", x, y, gate, weight, bias, 0.0, eps, out_dtype or x.dtype)
+
+
+def _fused(op, x, y, gate, scale, shift, base, eps, out_dtype):
+    if implementation(op, x) == REFERENCE:
+        x = gated_add_reference(x, y, gate)
+        return x, norm_reference(x, scale, shift, base, eps, out_dtype)
+    return torch.ops.prfl.gated_add_norm(x, y, gate, scale, shift, base, eps, out_dtype)[:2]

@@ -2,20 +2,114 @@
 
     modulate(x, scale, shift)   = LN(x) * (1 + scale) + shift      x [B, L, C], scale and shift [B, C]
     layer_norm(x, weight, bias) = LN(x) * weight + bias            weight and bias [C]
+    modulate_fp8(x, scale, shift) = the same as e4m3 values and one float32 scale a token
 
 The statistics and the affine part are computed in float32 (float64 for float64 input) whatever
-the dtype of x; the result is rounded once, to out_dtype. Source: Peebles and Xie, "Scalable
-Diffusion Models with Transformers" (adaLN); Wan2.1 uses eps 1e-6 in every block.
+the dtype of x; the result is rounded once, to out_dtype. Saved for the backward: x, scale, and mean
+and 1/std of every token. Source: Peebles and Xie, "Scalable Diffusion Models with Transformers"
+(adaLN); Wan2.1 uses eps 1e-6 in every block.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prfl_kernels import add_norm
+from prfl_kernels.jit import register
+from prfl_kernels.table import REFERENCE, implementation
+
+E4M3_MAX = 448.0
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics and reductions run in: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def norm_reference(
+    x: Tensor, scale: Tensor, shift: Tensor, base: float, eps: float, out_dtype: torch.dtype
+) -> Tensor:
+    """LN(x) * (base + scale) + shift in plain torch; scale and shift [B, C], or [C] for all."""
+    if scale.dim() == 2:
+        scale, shift = scale[:, None], shift[:, None]
+    n = F.layer_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=eps)
+    return (n * (base + scale) + shift).to(out_dtype)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 values, scales [...]) of x [..., C]: one scale a row, its largest value becomes 448."""
+    amax = x.float().abs().amax(-1)
+    scale = torch.where(amax > 0, amax / E4M3_MAX, 1.0)
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def _forward(x, scale, shift, base, eps, out_dtype):
+    _, n, _, stats = add_norm.forward(x, None, None, scale, shift, base, eps, out_dtype)
+    return n, stats
+
+
+def _forward_fake(x, scale, shift, base, eps, out_dtype):
+    stats = x.new_empty(2, *x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=out_dtype), stats
+
+
+def _backward(dn, x, scale, stats, base, parameters):
+    dx, _, _, dscale, dshift = add_norm.backward(
+        dn, None, x, None, None, scale, stats, base, parameters, None
+    )
+    if not parameters:
+        return dx, x.new_empty(0), x.new_empty(0)
+    return dx, dscale.to(scale.dtype), dshift.to(scale.dtype)
+
+
+def _backward_fake(dn, x, scale, stats, base, parameters):
+    like = scale.new_empty(scale.shape) if parameters else x.new_empty(0)
+    return x.new_empty(x.shape), like, torch.empty_like(like)
+
+
+def _setup_context(ctx, inputs, output):
+    x, scale, _, ctx.base, _, _ = inputs
+    ctx.save_for_backward(x, scale, output[1])
+
+
+def _gradient(ctx, dn, _):
+    x, scale, stats = ctx.saved_tensors
+    parameters = any(ctx.needs_input_grad[1:3])
+    dx, dscale, dshift = torch.ops.prfl.modulate_backward(dn, x, scale, stats, ctx.base, parameters)
+    if not parameters:
+        dscale = dshift = None
+    return dx, dscale, dshift, None, None, None
+
+
+def _quantized(x, scale, shift, eps):
+    _, n, quant, _ = add_norm.forward(x, None, None, scale, shift, 1.0, eps, torch.float8_e4m3fn)
+    return n, quant
+
+
+def _quantized_fake(x, scale, shift, eps):
+    rows = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), rows
+
+
+register(
+    "modulate(Tensor x, Tensor scale, Tensor shift, float base, float eps, ScalarType out_dtype)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _gradient,
+    _setup_context,
+)
+register(
+    "modulate_backward(Tensor dn, Tensor x, Tensor scale, Tensor stats, float base, bool parameters)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+register(
+    "modulate_fp8(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor)",
+    _quantized,
+    _quantized_fake,
+)
 
 
 def modulate(
@@ -26,15 +120,26 @@ def modulate(
     x [B, L, C] of any float dtype; scale, shift [B, C]; returns [B, L, C] in out_dtype
     (x.dtype if None).
     """
-    x_wide = x.to(wide(x.dtype))
-    n = F.layer_norm(x_wide, x.shape[-1:], eps=eps)
-    return (n * (1 + scale[:, None]) + shift[:, None]).to(out_dtype or x.dtype)
+    out_dtype = out_dtype or x.dtype
+    if implementation("modulate", x) == REFERENCE:
+        return norm_reference(x, scale, shift, 1.0, eps, out_dtype)
+    return torch.ops.prfl.modulate(x, scale, shift, 1.0, eps, out_dtype)[0]
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """LN(x) * weight + bias. x [B, L, C], weight and bias [C]; returns [B, L, C] in out_dtype."""
-    dtype = wide(x.dtype)
-    n = F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
-    return n.to(out_dtype or x.dtype)
+    out_dtype = out_dtype or x.dtype
+    if implementation("layer_norm", x) == REFERENCE:
+        return norm_reference(x, weight, bias, 0.0, eps, out_dtype)
+    return torch.ops.prfl.modulate(x, weight, bias, 0.0, eps, out_dtype)[0]
+
+
+def modulate_fp8(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """modulate as (e4m3 [B, L, C], float32 scales [B, L]): value times scale. Without gradient."""
+    if implementation("modulate", x) == REFERENCE:
+        return quantize_rows(norm_reference(x, scale, shift, 1.0, eps, wide(x.dtype)))
+    return torch.ops.prfl.modulate_fp8(x, scale, shift, eps)

@@ -1,22 +1,92 @@
-"""Which implementation of every operation runs here, and why."""
+"""Which implementation of every operation runs, and why: the one place that decides.
 
-_OPERATIONS = {
-    "modulate": "reference",
-    "layer_norm": "reference",
-    "gated_add": "reference",
-    "gated_add_modulate": "reference",
-    "gated_add_norm": "reference",
-    "rms_norm": "reference",
-    "qk_norm_rope": "reference",
-    "attention": "torch sdpa",
-    "reward_pool": "reference",
+By default the fused kernels run on CUDA and plain torch runs on the CPU and for float64 anywhere.
+`PRFL_KERNELS` or `configure` overrides that, for all operations ("reference") or for some
+("triton,reward_pool=reference"); what cannot run raises when it is called, and is never replaced.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from prfl_kernels import jit
+
+REFERENCE, TRITON = "reference", "triton"
+OPERATIONS = {
+    "modulate": (REFERENCE, TRITON),
+    "layer_norm": (REFERENCE, TRITON),
+    "gated_add": (REFERENCE, TRITON),
+    "gated_add_modulate": (REFERENCE, TRITON),
+    "gated_add_norm": (REFERENCE, TRITON),
+    "rms_norm": (REFERENCE,),
+    "qk_norm_rope": (REFERENCE,),
+    "attention": (REFERENCE,),
+    "reward_pool": (REFERENCE,),
 }
+_REASONS = {
+    REFERENCE: "plain torch",
+    TRITON: "fused Triton kernel",
+}
+_overrides: dict[str, str] = {}
+
+
+def configure(choice: str) -> None:
+    """Set the implementation of all operations or of single ones, as in PRFL_KERNELS.
+
+    choice is a comma-separated list of IMPLEMENTATION (every operation that has it; the others keep
+    their default) and OPERATION=IMPLEMENTATION; later entries win, "" is the default everywhere.
+    Raises ValueError for a name that is not there.
+    """
+    found: dict[str, str] = {}
+    known = sorted({name for names in OPERATIONS.values() for name in names})
+    for entry in filter(None, (part.strip() for part in choice.split(","))):
+        op, given, implementation = entry.rpartition("=")
+        if given and op not in OPERATIONS:
+            raise ValueError(f"kernels: got operation {op!r}, want one of {', '.join(OPERATIONS)}")
+        names = OPERATIONS[op] if given else known
+        if implementation not in names:
+            where = f" for {op}" if given else ""
+            raise ValueError(f"kernels: got {implementation!r}{where}, want one of {', '.join(names)}")
+        for name in [op] if given else OPERATIONS:
+            if implementation in OPERATIONS[name]:
+                found[name] = implementation
+    _overrides.clear()
+    _overrides.update(found)
+
+
+def implementation(op: str, x: Tensor) -> str:
+    """The implementation of `op` that runs on a tensor like x."""
+    if x.dtype == torch.float64:
+        return REFERENCE  # float64 is for checking; no fused kernel computes in it
+    choice = _overrides.get(op) or _default(op, x.device.type)
+    if choice == TRITON and not (x.is_cuda or jit.INTERPRETED):
+        raise ValueError(
+            f"kernels: {op} got triton for a tensor on {x.device.type}, want a CUDA device "
+            "(or TRITON_INTERPRET=1 in the environment)"
+        )
+    return choice
 
 
 def choices() -> list[tuple[str, str, str]]:
-    """(operation, implementation, reason) of every operation of the package."""
-    reasons = {
-        "reference": "plain torch; no fused kernel is built into this version",
-        "torch sdpa": "torch.nn.functional.scaled_dot_product_attention picks the kernel",
-    }
-    return [(op, choice, reasons[choice]) for op, choice in _OPERATIONS.items()]
+    """(operation, implementation, reason) of every operation, on the GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [(op, *_choice(op, device)) for op in OPERATIONS]
+
+
+def _default(op: str, device: str) -> str:
+    fused = device == "cuda" and jit.triton is not None and TRITON in OPERATIONS[op]
+    return TRITON if fused else REFERENCE
+
+
+def _choice(op: str, device: str) -> tuple[str, str]:
+    if op in _overrides:
+        return _overrides[op], f"{_REASONS[_overrides[op]]}; chosen by configuration or PRFL_KERNELS"
+    choice = _default(op, device)
+    why = f"{_REASONS[choice]}; the default on {device}"
+    if device == "cuda" and choice == REFERENCE and jit.triton is None:
+        why += ", since triton is not installed"
+    return choice, why
+
+
+configure(os.environ.get("PRFL_KERNELS", ""))

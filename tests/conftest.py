@@ -2,10 +2,18 @@
 
 import os
 import random
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in its interpreter; it has to be told before they are imported.
+if find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.install()
 
 # One thread in each of pytest-xdist's workers, or they fight over the cores.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))

@@ -1,0 +1,83 @@
+"""What every test of a fused kernel does: run it beside plain torch, both against float64."""
+
+import pytest
+import torch
+
+from prfl_kernels import jit, table
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(jit.triton is None, reason="Triton is not installed")
+
+
+@pytest.fixture
+def triton():
+    """All operations on the Triton kernels, and NaN in all memory that is not yet written."""
+    table.configure("triton")
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+    table.configure("")
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def strided(a: torch.Tensor) -> torch.Tensor:
+    """The same values with a gap behind every row and sample, as a slice of a larger tensor has."""
+    room = torch.full([*(n + 1 for n in a.shape[:-1]), a.shape[-1] + 16], float("nan"))
+    view = room.to(a)[tuple(slice(n) for n in a.shape)]
+    view.copy_(a)
+    return view
+
+
+def outputs_and_gradients(op, inputs, wanted=None, seed=0):
+    """Outputs of op(*inputs), and the gradients of a fixed random projection of them.
+
+    inputs may hold None; wanted gives the indices of the inputs to differentiate (all if None).
+    """
+    wanted = [i for i, a in enumerate(inputs) if a is not None] if wanted is None else wanted
+    inputs = [a if a is None else a.detach() for a in inputs]
+    for i in wanted:
+        inputs[i].requires_grad_()
+    outputs = op(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(seed)
+    directions = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+    gradients = torch.autograd.grad(outputs, [inputs[i] for i in wanted], directions)
+    return [o.detach() for o in outputs], list(gradients)
+
+
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Root mean square of the difference over that of `want`."""
+    norm = want.double().norm().item()
+    return (got.double() - want.double()).norm().item() / (norm or 1.0)
+
+
+def assert_as_good_as_torch(op, inputs, reference=None, wanted=None, factor=2.0):
+    """Every output and gradient of op errs at most `factor` times as much as plain torch.
+
+    Both are compared with plain torch in float64. `reference` is op on the reference by default.
+    A float32 result of one rounding is allowed half an ULP, 2^-24, whatever plain torch does.
+    """
+    ours = outputs_and_gradients(op, inputs, wanted)
+    reference = reference or _on_reference(op)
+    plain = outputs_and_gradients(reference, inputs, wanted)
+    exact = outputs_and_gradients(reference, [a if a is None else a.double() for a in inputs], wanted)
+    for i, (got, low, want) in enumerate(zip(sum(ours, []), sum(plain, []), sum(exact, []), strict=True)):
+        assert got.dtype == low.dtype and got.shape == low.shape
+        assert not got.isnan().any(), f"result {i} holds NaN"
+        limit = factor * error(low, want) + 2**-24
+        assert error(got, want) <= limit, f"result {i}: {error(got, want):.2e}, want {limit:.2e}"
+
+
+def _on_reference(op):
+    def run(*inputs):
+        before = dict(table._overrides)
+        table.configure("reference")
+        try:
+            return op(*inputs)
+        finally:
+            table._overrides.update(before)
+
+    return run
