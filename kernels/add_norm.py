@@ -136,16 +136,25 @@ def _pair(stats: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if stats is None else (stats[0], stats[1])
 
 
-def _plan(
-    batch: int, length: int, width: int, max_warps: int
-) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """(grid, tokens of a run, constants and launch options)."""
-    block = triton.next_power_of_2(width)
+def run_grid(batch: int, length: int, block: int) -> tuple[tuple[int, int], int]:
+    """((runs, samples), tokens of a run) of kernels whose programs walk over runs of tokens."""
     runs = max(1, (RUNS_WIDE if block > 4096 else RUNS) // batch)
     rows = triton.cdiv(length, runs)
-    warps = min(max_warps, max(1, block // 256))
+    return (triton.cdiv(length, rows), batch), rows
+
+
+def _plan(
+    batch: int, length: int, width: int, max_warps: int, lanes: int = 256
+) -> tuple[tuple[int, int], int, dict[str, int]]:
+    """(grid, tokens of a run, constants and launch options).
+
+    lanes: values of a row for a warp, 32 times the 16 bytes of a thread at least.
+    """
+    block = triton.next_power_of_2(width)
+    grid, rows = run_grid(batch, length, block)
+    warps = min(max_warps, max(1, block // lanes))
     options = {"C": width, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
-    return (triton.cdiv(length, rows), batch), rows, options
+    return grid, rows, options
 
 
 def forward(
@@ -169,7 +178,7 @@ def forward(
     quant = x.new_empty(batch, length, dtype=torch.float32) if fp8 else None
     stats = x.new_empty(2, batch, length, dtype=torch.float32) if n is not None and not fp8 else None
     if x.numel():
-        grid, rows, options = _plan(batch, length, width, WARPS_FORWARD)
+        grid, rows, options = _plan(batch, length, width, WARPS_FORWARD, 512 if fp8 else 256)
         _forward[grid](
             x, y, gate, scale, shift, total, n, quant, *_pair(stats),
             *_strides(x), *_strides(y), *(_strides(a)[0] for a in (gate, scale, shift)),

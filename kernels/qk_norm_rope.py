@@ -8,6 +8,9 @@ row and the last D/2 // 3 with the column; each part has its own frequencies
 theta^(-2j / dim_part). Tokens run frame-major over grid = (frames, rows, columns); `offset` is the
 index of the first token held here, for shards of a sequence. Norm and rotation run in float32 with
 angles computed in float64 (the official code rotates in complex128); the result is rounded once.
+The kernel reads the cosines of a token from a table [largest side, D/2] by its frame, row and
+column, so no table of the whole sequence is made. Saved for the backward: q and k before the norm,
+the weights, and 1/rms of every token.
 Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`, `WanRMSNorm`.
 """
 
@@ -16,43 +19,51 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prfl_kernels.modulate import wide
+from prfl_kernels.add_norm import run_grid, unit_last
+from prfl_kernels.jit import jit, register, tl, triton
+from prfl_kernels.modulate import quantize_rows, wide
+from prfl_kernels.table import REFERENCE, implementation
+
+Grid = tuple[int, int, int]
+# Most warps of a program, as in add_norm: a row of 5,120 in float32, and two accumulators of d weight.
+WARPS_FORWARD, WARPS_BACKWARD = 16, 8
+E4M3_MAX = tl.constexpr(448.0) if triton else 448.0
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32; x.dtype out."""
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm in plain torch; the result has x's dtype, at least float32 inside."""
     x_wide = x.to(wide(x.dtype))
     rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
     return (x_wide * rstd * weight).to(x.dtype)
 
 
-def rope_angles(head_dim: int, grid: tuple[int, int, int], theta: float = 10000.0) -> Tensor:
-    """Angles [F * H * W, head_dim / 2] in float64 of every token of a (F, H, W) grid."""
+def pairs_of(head_dim: int) -> Grid:
+    """How many of the head_dim / 2 pairs turn with the frame, the row and the column."""
     third = head_dim // 2 // 3
-    pairs = (head_dim // 2 - 2 * third, third, third)
-    frame, row, column = (
-        torch.arange(n, dtype=torch.float64)[:, None]
-        * theta ** (-torch.arange(p, dtype=torch.float64) / p)
-        for n, p in zip(grid, pairs, strict=True)
-    )
-    frames, rows, columns = grid
-    return torch.cat(
-        [
-            frame[:, None, None].expand(-1, rows, columns, -1),
-            row[None, :, None].expand(frames, -1, columns, -1),
-            column[None, None].expand(frames, rows, -1, -1),
-        ],
-        dim=-1,
-    ).reshape(frames * rows * columns, head_dim // 2)
+    return head_dim // 2 - 2 * third, third, third
 
 
-@lru_cache(maxsize=8)
+def axis_angles(head_dim: int, size: int, theta: float = 10000.0) -> Tensor:
+    """Angles [size, head_dim / 2] in float64: every pair at positions 0 ... size - 1 of its axis."""
+    frequencies = [theta ** (-torch.arange(n, dtype=torch.float64) / n) for n in pairs_of(head_dim)]
+    return torch.arange(size, dtype=torch.float64)[:, None] * torch.cat(frequencies)
+
+
+def rope_angles(head_dim: int, grid: Grid, theta: float = 10000.0) -> Tensor:
+    """Angles [F * H * W, head_dim / 2] in float64 of every token of a (F, H, W) grid."""
+    places = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # [L, 3]: frame, row, column
+    places = places.repeat_interleave(torch.tensor(pairs_of(head_dim)), dim=1)  # [L, D/2]
+    return axis_angles(head_dim, max(grid), theta).gather(0, places)
+
+
+@lru_cache(maxsize=16)
 def _cos_sin(
-    head_dim: int, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+    head_dim: int, grid: Grid, whole: bool, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every token if `whole`, else of every position of an axis."""
     # The cache must hold ordinary tensors, also when the first call comes under inference mode.
     with torch.inference_mode(False):
-        angles = rope_angles(head_dim, grid)
+        angles = rope_angles(head_dim, grid) if whole else axis_angles(head_dim, max(grid))
         return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
@@ -61,28 +72,401 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+def _reference(x, weight, grid, num_heads, eps, offset):
+    """One of q and k, in float32 or wider."""
+    length, head_dim = x.shape[1], x.shape[2] // num_heads
+    cos, sin = _cos_sin(head_dim, tuple(grid), True, x.device, wide(x.dtype))
+    cos, sin = (a[offset : offset + length, None] for a in (cos, sin))  # [L, 1, D/2]
+    n = rms_norm_reference(x.to(wide(x.dtype)), weight, eps)
+    return _rotate(n.unflatten(-1, (num_heads, head_dim)), cos, sin)
+
+
+@jit
+def _angles(cos_ptr, sin_ptr, token, rows, columns, o_p, FRAME: tl.constexpr, ROW: tl.constexpr,
+            D: tl.constexpr):  # fmt: skip
+    """Cosines and sines [1, pairs] of a token."""
+    frame = token // (rows * columns)
+    row = token // columns % rows
+    place = tl.where(o_p < FRAME, frame, tl.where(o_p < FRAME + ROW, row, token % columns))
+    p = place * (D // 2) + o_p
+    m_p = o_p < D // 2
+    cos = tl.load(cos_ptr + p, mask=m_p, other=0.0)
+    sin = tl.load(sin_ptr + p, mask=m_p, other=0.0)
+    return cos[None, :], sin[None, :]
+
+
+@jit
+def _turned(x, cos, sin, H: tl.constexpr, D: tl.constexpr):
+    """Pairs of x [H, D] turned by their angles."""
+    even, odd = tl.split(tl.reshape(x, (H, D // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (H, D))
+
+
+@jit
+def _normalized(
+    x_ptr, weight, out_ptr, quant_ptr, rstd_ptr, o_in, o_out, o_quant, o_rstd, m_x, m_h, cos, sin, eps,
+    C: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    x = tl.load(x_ptr + o_in, mask=m_x, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / C + eps)
+    n = x * rstd * weight
+    if ROPE:
+        n = _turned(n, cos, sin, HP, DP)
+    if quant_ptr is not None:  # e4m3 with one scale a token and head
+        amax = tl.max(tl.abs(n), 1)
+        quant = tl.where(amax > 0.0, amax / E4M3_MAX, 1.0)
+        n = n / quant[:, None]
+        tl.store(quant_ptr + o_quant, quant, mask=m_h)
+    tl.store(out_ptr + o_out, n.to(out_ptr.dtype.element_ty), mask=m_x)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + o_rstd, rstd)
+
+
+@jit
+def _forward(
+    q_ptr, k_ptr, weight_q_ptr, weight_k_ptr, cos_ptr, sin_ptr, out_q_ptr, out_k_ptr, quant_q_ptr,
+    quant_k_ptr, rstd_q_ptr, rstd_k_ptr, q_b, q_l, k_b, k_l, L, run, offset, rows, columns, eps,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr,
+    FRAME: tl.constexpr, ROW: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * run
+    o_h, o_d = tl.arange(0, HP), tl.arange(0, DP)
+    m_h = o_h < H
+    m_x = m_h[:, None] & (o_d < D)[None, :]
+    o_x = o_h[:, None] * D + o_d[None, :]
+    weight_q = tl.load(weight_q_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    if k_ptr is not None:
+        weight_k = tl.load(weight_k_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    for i in range(0, tl.minimum(run, L - first)):
+        l = first + i
+        row = b * L + l
+        if ROPE:
+            cos, sin = _angles(
+                cos_ptr, sin_ptr, (offset + l).to(tl.int32), rows, columns, tl.arange(0, DP // 2),
+                FRAME, ROW, D,
+            )  # fmt: skip
+        else:
+            cos, sin = 0.0, 0.0
+        _normalized(
+            q_ptr, weight_q, out_q_ptr, quant_q_ptr, rstd_q_ptr, b * q_b + l * q_l + o_x,
+            row * (H * D) + o_x, row * H + o_h, row, m_x, m_h, cos, sin, eps, H * D, HP, DP, ROPE,
+        )  # fmt: skip
+        if k_ptr is not None:
+            _normalized(
+                k_ptr, weight_k, out_k_ptr, quant_k_ptr, rstd_k_ptr, b * k_b + l * k_l + o_x,
+                row * (H * D) + o_x, row * H + o_h, row, m_x, m_h, cos, sin, eps, H * D, HP, DP, ROPE,
+            )  # fmt: skip
+
+
+@jit
+def _differentiated(
+    d_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight, o_d, o_in, o_out, o_rstd, o_x, m_x, cos, sin,
+    C: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    # n = x_hat weight, x_hat = x rstd;  dn = d turned back;  g = dn weight;
+    # dx = rstd (g - x_hat mean(g x_hat));  d weight = sum dn x_hat
+    dn = tl.load(d_ptr + o_d, mask=m_x, other=0.0).to(tl.float32)
+    if ROPE:
+        dn = _turned(dn, cos, -sin, HP, DP)
+    rstd = tl.load(rstd_ptr + o_rstd)
+    x_hat = tl.load(x_ptr + o_in, mask=m_x, other=0.0).to(tl.float32) * rstd
+    g = dn * tl.load(weight_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
+    mean = tl.sum(tl.sum(g * x_hat, 1), 0) / C
+    tl.store(dx_ptr + o_out, ((g - x_hat * mean) * rstd).to(dx_ptr.dtype.element_ty), mask=m_x)
+    return dweight + dn * x_hat
+
+
+@jit
+def _backward(
+    dq_ptr, dk_ptr, q_ptr, k_ptr, weight_q_ptr, weight_k_ptr, cos_ptr, sin_ptr, rstd_q_ptr, rstd_k_ptr,
+    out_q_ptr, out_k_ptr, part_ptr,
+    dq_b, dq_l, dk_b, dk_l, q_b, q_l, k_b, k_l, L, run, offset, rows, columns,
+    H: tl.constexpr, D: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr,
+    FRAME: tl.constexpr, ROW: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * run
+    o_h, o_d = tl.arange(0, HP), tl.arange(0, DP)
+    m_x = (o_h < H)[:, None] & (o_d < D)[None, :]
+    o_x = o_h[:, None] * D + o_d[None, :]
+    dweight_q = tl.zeros([HP, DP], tl.float32)
+    dweight_k = tl.zeros([HP, DP], tl.float32)
+    for i in range(0, tl.minimum(run, L - first)):
+        l = first + i
+        row = b * L + l
+        if ROPE:
+            cos, sin = _angles(
+                cos_ptr, sin_ptr, (offset + l).to(tl.int32), rows, columns, tl.arange(0, DP // 2),
+                FRAME, ROW, D,
+            )  # fmt: skip
+        else:
+            cos, sin = 0.0, 0.0
+        dweight_q = _differentiated(
+            dq_ptr, q_ptr, weight_q_ptr, rstd_q_ptr, out_q_ptr, dweight_q, b * dq_b + l * dq_l + o_x,
+            b * q_b + l * q_l + o_x, row * (H * D) + o_x, row, o_x, m_x, cos, sin, H * D, HP, DP, ROPE,
+        )  # fmt: skip
+        if k_ptr is not None:
+            dweight_k = _differentiated(
+                dk_ptr, k_ptr, weight_k_ptr, rstd_k_ptr, out_k_ptr, dweight_k,
+                b * dk_b + l * dk_l + o_x, b * k_b + l * k_l + o_x, row * (H * D) + o_x, row, o_x, m_x,
+                cos, sin, H * D, HP, DP, ROPE,
+            )  # fmt: skip
+    if part_ptr is not None:
+        # Partial sums [B, runs, q | k, C].
+        slot = (b * tl.num_programs(0) + tl.program_id(0)) * 2 * (H * D)
+        tl.store(part_ptr + slot + o_x, dweight_q, mask=m_x)
+        tl.store(part_ptr + slot + H * D + o_x, dweight_k, mask=m_x)
+
+
+def _plan(x: Tensor, grid: Grid | None, num_heads: int, offset: int, max_warps: int, lanes: int = 256):
+    """(launch grid, tables, integer arguments, constants and options) of both kernels.
+
+    lanes: values of a row for a warp, 32 times the 16 bytes of a thread at least.
+    """
+    batch, length, width = x.shape
+    head_dim = width // num_heads
+    heads, dims = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
+    launch, run = run_grid(batch, length, heads * dims)
+    tables, places = (None, None), (1, 1)
+    if grid is not None:
+        tables, places = _cos_sin(head_dim, tuple(grid), False, x.device, torch.float32), grid[1:]
+    frame, row, _ = pairs_of(head_dim) if grid is not None else (0, 0, 0)
+    options = {
+        "H": num_heads, "D": head_dim, "HP": heads, "DP": dims, "FRAME": frame, "ROW": row,
+        "ROPE": grid is not None, "num_warps": min(max_warps, max(1, heads * dims // lanes)),
+        "enable_fp_fusion": True,
+    }  # fmt: skip
+    return launch, tables, (length, run, offset, *places), options
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor | None,
+    weight_q: Tensor,
+    weight_k: Tensor | None,
+    grid: Grid | None,
+    num_heads: int,
+    eps: float,
+    offset: int,
+    fp8: bool = False,
+) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """([q, k] out [B, L, H, D], their e4m3 scales [B, L, H] if fp8, 1/rms [2, B, L] if not).
+
+    Without grid there is no rotation; without k only q is made, and its 1/rms is [1, B, L].
+    """
+    q, k = unit_last(q), unit_last(k)
+    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
+    dtype = torch.float8_e4m3fn if fp8 else q.dtype
+    out = [None if a is None else a.new_empty(shape, dtype=dtype) for a in (q, k)]
+    quant = [a.new_empty(shape[:3], dtype=torch.float32) if fp8 else None for a in (q, k)]
+    rstd = None if fp8 else q.new_empty(1 if k is None else 2, *shape[:2], dtype=torch.float32)
+    if q.numel():
+        lanes = 512 if fp8 else 256
+        launch, tables, integers, options = _plan(q, grid, num_heads, offset, WARPS_FORWARD, lanes)
+        _forward[launch](
+            q, k, weight_q, weight_k, *tables, *out, *quant,
+            *((None, None) if fp8 else (rstd[0], rstd[-1])),
+            *q.stride()[:2], *(k if k is not None else q).stride()[:2], *integers, eps, **options,
+        )  # fmt: skip
+    return out, quant, rstd
+
+
+def launch_backward(
+    dq: Tensor,
+    dk: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    weight_q: Tensor,
+    weight_k: Tensor | None,
+    rstd: Tensor,
+    grid: Grid | None,
+    num_heads: int,
+    offset: int,
+    parameters: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(d q, d k [B, L, C], d weights [2, C] in float32 if `parameters`) of `launch_forward`."""
+    q, k = unit_last(q), unit_last(k)
+    dq, dk = (None if a is None else unit_last(a.flatten(2)) for a in (dq, dk))
+    out = [None if a is None else a.new_empty(a.shape) for a in (q, k)]
+    dweight = q.new_zeros(2, q.shape[2], dtype=torch.float32) if parameters else None
+    if q.numel():
+        launch, tables, integers, options = _plan(q, grid, num_heads, offset, WARPS_BACKWARD)
+        part = None
+        if parameters:
+            part = q.new_empty(q.shape[0], launch[0], 2, q.shape[2], dtype=torch.float32)
+        other = [q, dq] if k is None else [k, dk]
+        _backward[launch](
+            dq, dk, q, k, weight_q, weight_k, *tables, rstd[0], rstd[-1], *out, part,
+            *dq.stride()[:2], *other[1].stride()[:2], *q.stride()[:2], *other[0].stride()[:2],
+            *integers, **options,
+        )  # fmt: skip
+        if parameters:
+            dweight = part.sum((0, 1))
+    return *out, dweight
+
+
+def _qk_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
+    (q, k), _, rstd = launch_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset)
+    return q, k, rstd
+
+
+def _qk_forward_fake(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
+    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
+    return q.new_empty(shape), k.new_empty(shape), q.new_empty(2, *shape[:2], dtype=torch.float32)
+
+
+def _qk_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
+    dq, dk, dweight = launch_backward(
+        dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters
+    )
+    return dq, dk, q.new_empty(0) if dweight is None else dweight
+
+
+def _qk_backward_fake(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
+    dweight = q.new_empty(2, q.shape[2], dtype=torch.float32) if parameters else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), dweight
+
+
+def _qk_setup_context(ctx, inputs, output):
+    q, k, weight_q, weight_k, ctx.grid, ctx.num_heads, _, ctx.offset = inputs
+    ctx.save_for_backward(q, k, weight_q, weight_k, output[2])
+
+
+def _qk_gradient(ctx, dq, dk, _):
+    q, k, weight_q, weight_k, rstd = ctx.saved_tensors
+    parameters = any(ctx.needs_input_grad[2:4])
+    dq, dk, dweight = torch.ops.prfl.qk_norm_rope_backward(
+        dq, dk, q, k, weight_q, weight_k, rstd, ctx.grid, ctx.num_heads, ctx.offset, parameters
+    )
+    dweights = (None, None)
+    if parameters:
+        dweights = dweight[0].to(weight_q.dtype), dweight[1].to(weight_k.dtype)
+    return dq, dk, *dweights, None, None, None, None
+
+
+def _rms_forward(x, weight, eps):
+    (out, _), _, rstd = launch_forward(x, None, weight, None, None, 1, eps, 0)
+    return out.flatten(2), rstd
+
+
+def _rms_forward_fake(x, weight, eps):
+    return x.new_empty(x.shape), x.new_empty(1, *x.shape[:2], dtype=torch.float32)
+
+
+def _rms_backward(dn, x, weight, rstd, parameters):
+    dx, _, dweight = launch_backward(
+        dn, None, x, None, weight, None, rstd, None, 1, 0, parameters
+    )
+    return dx, x.new_empty(0) if dweight is None else dweight[0].to(weight.dtype, copy=True)
+
+
+def _rms_backward_fake(dn, x, weight, rstd, parameters):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape) if parameters else x.new_empty(0)
+
+
+def _rms_setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def _rms_gradient(ctx, dn, _):
+    parameters = ctx.needs_input_grad[1]
+    dx, dweight = torch.ops.prfl.rms_norm_backward(dn, *ctx.saved_tensors, parameters)
+    return dx, dweight if parameters else None, None
+
+
+def _quantized(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
+    out, quant, _ = launch_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset, True)
+    return *out, *quant
+
+
+def _quantized_fake(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
+    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
+    out = [a.new_empty(shape, dtype=torch.float8_e4m3fn) for a in (q, k)]
+    return *out, *(a.new_empty(shape[:3], dtype=torch.float32) for a in (q, k))
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k"
+register(
+    f"qk_norm_rope({_INPUTS}, int[3] grid, int num_heads, float eps, int offset)"
+    " -> (Tensor, Tensor, Tensor)",
+    _qk_forward,
+    _qk_forward_fake,
+    _qk_gradient,
+    _qk_setup_context,
+)
+register(
+    f"qk_norm_rope_backward(Tensor dq, Tensor dk, {_INPUTS}, Tensor rstd, int[3] grid, int num_heads, "
+    "int offset, bool parameters) -> (Tensor, Tensor, Tensor)",
+    _qk_backward,
+    _qk_backward_fake,
+)
+register(
+    f"qk_norm_rope_fp8({_INPUTS}, int[3] grid, int num_heads, float eps, int offset)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _quantized,
+    _quantized_fake,
+)
+register(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _rms_forward,
+    _rms_forward_fake,
+    _rms_gradient,
+    _rms_setup_context,
+)
+register(
+    "rms_norm_backward(Tensor dn, Tensor x, Tensor weight, Tensor rstd, bool parameters)"
+    " -> (Tensor, Tensor)",
+    _rms_backward,
+    _rms_backward_fake,
+)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [B, L, C]; x.dtype out."""
+    if implementation("rms_norm", x) == REFERENCE:
+        return rms_norm_reference(x, weight, eps)
+    return torch.ops.prfl.rms_norm(x, weight, eps)[0]
+
+
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
     weight_q: Tensor,
     weight_k: Tensor,
-    grid: tuple[int, int, int],
+    grid: Grid,
     num_heads: int,
     eps: float = 1e-6,
     offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Normalise and rotate q and k.
 
-    q, k [B, L, C] (any strides), weights [C], grid (frames, rows, columns) of the whole sequence,
-    offset + L <= frames * rows * columns. Returns q, k [B, L, num_heads, C / num_heads] in the
-    dtype of the inputs.
+    q, k [B, L, C] (any strides: slices of one projection buffer too), weights [C], grid (frames,
+    rows, columns) of the whole sequence, offset + L <= frames * rows * columns. Returns q, k
+    [B, L, num_heads, C / num_heads] in the dtype of the inputs.
     """
-    length, head_dim = q.shape[1], q.shape[2] // num_heads
-    cos, sin = _cos_sin(head_dim, tuple(grid), q.device, wide(q.dtype))
-    cos, sin = (a[offset : offset + length, None] for a in (cos, sin))  # [L, 1, D/2]
+    if implementation("qk_norm_rope", q) == REFERENCE:
+        rest = (grid, num_heads, eps, offset)
+        return _reference(q, weight_q, *rest).to(q.dtype), _reference(k, weight_k, *rest).to(k.dtype)
+    grid = list(grid)
+    return torch.ops.prfl.qk_norm_rope(q, k, weight_q, weight_k, grid, num_heads, eps, offset)[:2]
 
-    def one(x: Tensor, weight: Tensor) -> Tensor:
-        n = rms_norm(x.to(wide(x.dtype)), weight, eps).unflatten(-1, (num_heads, head_dim))
-        return _rotate(n, cos, sin).to(x.dtype)
 
-    return one(q, weight_q), one(k, weight_k)
+def qk_norm_rope_fp8(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    grid: Grid,
+    num_heads: int,
+    eps: float = 1e-6,
+    offset: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """qk_norm_rope as e4m3 q, k [B, L, H, D] and their float32 scales [B, L, H]. No gradient."""
+    if implementation("qk_norm_rope", q) == REFERENCE:
+        rest = (grid, num_heads, eps, offset)
+        q, scale_q = quantize_rows(_reference(q, weight_q, *rest))
+        k, scale_k = quantize_rows(_reference(k, weight_k, *rest))
+        return q, k, scale_q, scale_k
+    grid = list(grid)
+    return torch.ops.prfl.qk_norm_rope_fp8(q, k, weight_q, weight_k, grid, num_heads, eps, offset)

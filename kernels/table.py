@@ -19,8 +19,8 @@ OPERATIONS = {
     "gated_add": (REFERENCE, TRITON),
     "gated_add_modulate": (REFERENCE, TRITON),
     "gated_add_norm": (REFERENCE, TRITON),
-    "rms_norm": (REFERENCE,),
-    "qk_norm_rope": (REFERENCE,),
+    "rms_norm": (REFERENCE, TRITON),
+    "qk_norm_rope": (REFERENCE, TRITON),
     "attention": (REFERENCE,),
     "reward_pool": (REFERENCE,),
 }

@@ -1,0 +1,140 @@
+"""The fused kernels behind qk_norm_rope and rms_norm."""
+
+import math
+
+import pytest
+import torch
+from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided, triton
+from torch.library import opcheck
+
+from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm
+
+__all__ = ["triton"]
+pytestmark = [needs_triton, pytest.mark.usefixtures("triton")]
+F32, BF16 = torch.float32, torch.bfloat16
+GRID = (3, 5, 7)
+
+
+def rope_inputs(batch=2, grid=GRID, heads=3, head_dim=32, dtype=F32, length=None):
+    q, k = (normal(batch, length or math.prod(grid), heads * head_dim, dtype=dtype) for _ in range(2))
+    return [q, k, normal(heads * head_dim), normal(heads * head_dim)]
+
+
+def rope(grid=GRID, heads=3, offset=0):
+    return lambda q, k, weight_q, weight_k: qk_norm_rope(
+        q, k, weight_q, weight_k, grid, heads, 1e-6, offset
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("heads, head_dim", [(3, 32), (2, 64), (1, 128), (3, 12)])
+def test_error_is_at_most_twice_that_of_torch(heads, head_dim, dtype):
+    inputs = rope_inputs(heads=heads, head_dim=head_dim, dtype=dtype)
+    assert_as_good_as_torch(rope(heads=heads), inputs)
+
+
+@pytest.mark.parametrize("heads", [12, 40])
+def test_widths_of_the_models(heads):
+    grid = (1, 2, 2)
+    inputs = rope_inputs(1, grid, heads, 128, BF16)
+    assert_as_good_as_torch(rope(grid, heads), inputs)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", [(2, 37, 96), (1, 1, 7), (2, 3, 1536)])
+def test_rms_norm(shape, dtype):
+    assert_as_good_as_torch(rms_norm, [normal(*shape, dtype=dtype), normal(shape[-1])])
+
+
+@pytest.mark.parametrize("offset, length", [(0, 40), (40, 30), (104, 1)])
+def test_a_shard_is_a_slice_of_the_whole(offset, length):
+    inputs = rope_inputs()
+    whole = rope()(*inputs)
+    part = slice(offset, offset + length)
+    shard = rope(offset=offset)(*(a[:, part] for a in inputs[:2]), *inputs[2:])
+    torch.testing.assert_close(shard, tuple(a[:, part] for a in whole), rtol=0, atol=0)
+
+
+def test_angles_stay_exact_far_into_a_sequence():
+    grid = (1000, 1, 1)
+    assert_as_good_as_torch(rope(grid, 1), rope_inputs(1, grid, 1))
+
+
+def test_slices_of_one_projection():
+    q, k, weight_q, weight_k = rope_inputs()
+    both = torch.cat([q, k, torch.full_like(q, float("nan"))], dim=-1)
+    slices = [both[..., :96], both[..., 96:192], weight_q, weight_k]
+    want = outputs_and_gradients(rope(), [q, k, weight_q, weight_k])
+    torch.testing.assert_close(outputs_and_gradients(rope(), slices), want, rtol=0, atol=0)
+
+
+def test_strides_do_not_matter():
+    inputs = rope_inputs()
+    want = outputs_and_gradients(rope(), inputs)
+    got = outputs_and_gradients(rope(), [strided(a) if a.dim() > 1 else a for a in inputs])
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    transposed = [a.mT.contiguous().mT for a in inputs[:2]] + inputs[2:]
+    torch.testing.assert_close(outputs_and_gradients(rope(), transposed), want, rtol=0, atol=0)
+
+
+def test_a_gradient_with_transposed_heads():
+    """Attention may hand back its gradient as [B, H, L, D] seen as [B, L, H, D]."""
+    inputs = [a.requires_grad_() for a in rope_inputs()]
+    direction = normal(2, 3, 105, 32).transpose(1, 2)
+    q, k = rope()(*inputs)
+    got = torch.autograd.grad([q, k], inputs, [direction, direction], retain_graph=True)
+    want = torch.autograd.grad([q, k], inputs, [direction.contiguous()] * 2)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch, length", [(0, 4), (2, 0)])
+def test_empty_input(batch, length):
+    inputs = [normal(batch, length, 96) for _ in range(2)] + [normal(96), normal(96)]
+    outputs, gradients = outputs_and_gradients(rope(), inputs)
+    assert all(o.shape == (batch, length, 3, 32) for o in outputs)
+    assert not any(g.any() for g in gradients)
+    (out,), _ = outputs_and_gradients(rms_norm, inputs[1:3])
+    assert out.shape == (batch, length, 96)
+
+
+def test_only_the_gradients_asked_for_are_made():
+    inputs = rope_inputs()
+    _, every = outputs_and_gradients(rope(), inputs)
+    for i, want in enumerate(every):
+        _, (got,) = outputs_and_gradients(rope(), inputs, wanted=[i])
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_runs_are_bit_identical():
+    inputs = rope_inputs()
+    first, second = (outputs_and_gradients(rope(), inputs) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_registration():
+    inputs = [a.requires_grad_() for a in rope_inputs(grid=(1, 2, 3))]
+    opcheck(torch.ops.prfl.qk_norm_rope.default, (*inputs, [1, 2, 3], 3, 1e-6, 0))
+    opcheck(torch.ops.prfl.rms_norm.default, (inputs[0], inputs[2], 1e-6))
+    plain = [a.detach() for a in inputs]
+    opcheck(torch.ops.prfl.qk_norm_rope_fp8.default, (*plain, [1, 2, 3], 3, 1e-6, 0))
+
+
+@pytest.mark.parametrize("name", ["qk_norm_rope", "rms_norm"])
+def test_no_graph_break(name):
+    inputs = rope_inputs(grid=(1, 2, 3))
+    op, inputs = (rope((1, 2, 3)), inputs) if name == "qk_norm_rope" else (rms_norm, inputs[1:3])
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    got, want = outputs_and_gradients(compiled, inputs), outputs_and_gradients(op, inputs)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_fp8_heads_use_the_whole_range():
+    inputs = rope_inputs()
+    q, k, scale_q, scale_k = qk_norm_rope_fp8(*inputs, GRID, 3)
+    exact = rope()(*(a.double() for a in inputs))
+    for got, scale, want in ((q, scale_q, exact[0]), (k, scale_k, exact[1])):
+        assert got.dtype == torch.float8_e4m3fn and scale.shape == (2, 105, 3)
+        assert (got.float().abs().amax(-1) == 448).all()
+        # Half an ULP of e4m3: 2^-4 of the value, 2^-10 below 2^-6.
+        limit = 2**-4 * want.abs() + 2**-10 * scale[..., None]
+        assert ((got.double() * scale[..., None] - want).abs() <= limit * 1.001).all()
