@@ -22,7 +22,7 @@ OPERATIONS = {
     "rms_norm": (REFERENCE, TRITON),
     "qk_norm_rope": (REFERENCE, TRITON),
     "attention": (REFERENCE,),
-    "reward_pool": (REFERENCE,),
+    "reward_pool": (REFERENCE, TRITON),
 }
 _REASONS = {
     REFERENCE: "plain torch",
