@@ -28,10 +28,11 @@ from prfl_kernels.table import REFERENCE, implementation
 
 MAX_QUERIES = 64
 SMS = 132
-COLUMNS = 128  # columns of a step
 # The tiles of all programs together have to stay in the 50 MB of the L2 until their second reading.
 TILE_BYTES = 336 << 10
-WARPS, STAGES = 4, 3
+# Columns of a step, most tokens of a tile, warps, stages of the copies in flight (20 KB of features
+# for few queries, what one SM needs to keep the memory busy), for up to 16 and up to 64 queries.
+FEW, MANY = (64, 64, 4, 6), (32, 16, 4, 3)
 
 
 def reward_pool_reference(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +191,7 @@ def _backward(
 def _plan(x: Tensor, queries: int) -> tuple[tuple[int, int], int, dict]:
     """(grid, tokens of a run, constants and launch options)."""
     batch, length, width = x.shape
-    tokens = 64
+    columns, tokens, warps, stages = FEW if queries <= 16 else MANY
     while tokens > 16 and tokens * width * x.element_size() > TILE_BYTES:
         tokens //= 2
     # One program an SM, and fewer where accumulators of N x C would be over 4 % of the features.
@@ -198,7 +199,7 @@ def _plan(x: Tensor, queries: int) -> tuple[tuple[int, int], int, dict]:
     run = triton.cdiv(triton.cdiv(length, runs), tokens) * tokens
     options = {
         "C": width, "QUERIES": max(16, triton.next_power_of_2(queries)), "TOKENS": tokens,
-        "BLOCK": COLUMNS, "num_warps": WARPS, "num_stages": STAGES, "enable_fp_fusion": True,
+        "BLOCK": columns, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
     return (triton.cdiv(length, run), batch), run, options
 
