@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prfl_kernels import jit
 
-REFERENCE, TRITON = "reference", "triton"
+REFERENCE, TRITON, SCALED_MM = "reference", "triton", "scaled_mm"
 OPERATIONS = {
     "modulate": (REFERENCE, TRITON),
     "layer_norm": (REFERENCE, TRITON),
@@ -23,10 +23,14 @@ OPERATIONS = {
     "qk_norm_rope": (REFERENCE, TRITON),
     "attention": (REFERENCE,),
     "reward_pool": (REFERENCE, TRITON),
+    "fp8_linear": (REFERENCE, SCALED_MM),
+    "attention_fp8": (REFERENCE, TRITON),
 }
+_FP8_MATRICES = ("fp8_linear", "attention_fp8")  # want tensor cores that take e4m3
 _REASONS = {
     REFERENCE: "plain torch",
     TRITON: "fused Triton kernel",
+    SCALED_MM: "torch._scaled_mm with row-wise scales",
 }
 _overrides: dict[str, str] = {}
 
@@ -60,11 +64,8 @@ def implementation(op: str, x: Tensor) -> str:
     if x.dtype == torch.float64:
         return REFERENCE  # float64 is for checking; no fused kernel computes in it
     choice = _overrides.get(op) or _default(op, x.device.type)
-    if choice == TRITON and not (x.is_cuda or jit.INTERPRETED):
-        raise ValueError(
-            f"kernels: {op} got triton for a tensor on {x.device.type}, want a CUDA device "
-            "(or TRITON_INTERPRET=1 in the environment)"
-        )
+    if not _runs(op, choice, x.device.type):
+        raise ValueError(_misfit(op, choice, x.device.type))
     return choice
 
 
@@ -74,9 +75,26 @@ def choices() -> list[tuple[str, str, str]]:
     return [(op, *_choice(op, device)) for op in OPERATIONS]
 
 
+def _runs(op: str, choice: str, device: str) -> bool:
+    if choice == REFERENCE or (choice == TRITON and jit.INTERPRETED):
+        return True
+    if device != "cuda" or (choice == TRITON and jit.triton is None):
+        return False
+    return op not in _FP8_MATRICES or torch.cuda.get_device_capability() >= (8, 9)
+
+
+def _misfit(op: str, choice: str, device: str) -> str:
+    want = "a CUDA device"
+    if op in _FP8_MATRICES:
+        want += " of capability 8.9 or higher"
+    if choice == TRITON:
+        want += " with Triton installed (or TRITON_INTERPRET=1 in the environment)"
+    return f"kernels: {op} got {choice} for {device}, want {want}"
+
+
 def _default(op: str, device: str) -> str:
-    fused = device == "cuda" and jit.triton is not None and TRITON in OPERATIONS[op]
-    return TRITON if fused else REFERENCE
+    best = OPERATIONS[op][-1]
+    return best if device == "cuda" and _runs(op, best, device) else REFERENCE
 
 
 def _choice(op: str, device: str) -> tuple[str, str]:
@@ -84,8 +102,10 @@ def _choice(op: str, device: str) -> tuple[str, str]:
         return _overrides[op], f"{_REASONS[_overrides[op]]}; chosen by configuration or PRFL_KERNELS"
     choice = _default(op, device)
     why = f"{_REASONS[choice]}; the default on {device}"
-    if device == "cuda" and choice == REFERENCE and jit.triton is None:
-        why += ", since triton is not installed"
+    best = OPERATIONS[op][-1]
+    if device == "cuda" and choice != best:
+        absent = best == TRITON and jit.triton is None
+        why += f", since {'triton is not installed' if absent else 'its capability is below 8.9'}"
     return choice, why
 
 
