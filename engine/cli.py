@@ -56,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", default="runs/samples", help="new folder (default: %(default)s)")
     doctor = command("doctor", _doctor, "What is here, and what will run.", config=False)
     doctor.add_argument("--json", action="store_true", help="as JSON")
+    kernels = command("kernels", _kernels, "What the GPU kernels compile to and move.", config=False)
+    kernels.add_argument("--json", action="store_true", help="as JSON, with every argument")
+    kernels.add_argument("--quick", action="store_true", help="at 32,760 tokens alone")
+    kernels.add_argument(
+        "--peers", nargs="?", const="", metavar="FILE",
+        help="also peers: liger-kernel if installed, and the Triton tutorial's attention in FILE",
+    )  # fmt: skip
     golden = command("golden", _golden, "Compute the values of a golden folder.", config=False)
     golden.add_argument("folder", metavar="DIR")
     golden.add_argument("--out", required=True, metavar="FILE", help=".safetensors to write")
@@ -106,6 +113,18 @@ def _doctor(args) -> None:
     from prfl_engine.doctor import render, report
 
     found = report()
+    print(json.dumps(found, indent=2) if args.json else render(found))
+
+
+def _kernels(args) -> None:
+    import json
+
+    from prfl_kernels.ledger import collect, render
+
+    try:
+        found = collect(args.quick, args.peers)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     print(json.dumps(found, indent=2) if args.json else render(found))
 
 

@@ -1,0 +1,411 @@
+"""The kernel ledger: what every Triton kernel of this package compiles to and moves, without a GPU.
+
+One row a kernel launch at the shapes of Wan2.1: registers, spills, occupancy and instructions of the
+sm_90a code, bytes and operations counted in Triton's interpreter, and a predicted time. A row of
+ENTRIES is all that a new kernel needs. Compiling and interpreting take processes of their own,
+since TRITON_INTERPRET has to be set before Triton is imported. docs/kernels.md says how to read it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prfl_kernels import add_norm, qk_norm_rope, reward_pool
+
+F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+WIDTHS = {"14B": (5120, 40), "1.3B": (1536, 12)}  # width and heads
+GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}  # 81 frames at 480 x 832 and at 720 x 1280
+HEAD_DIM, TEXT = 128, 512
+# Assumed for predictions: measured copy bandwidth of an H100 SXM; FLOP/s of tensor-core products as
+# FlashAttention 3 reaches them (float32 in tf32 at half of bfloat16's rate, a third of that when
+# split in three, and on the CUDA cores in full precision); one lane an operation of 132 SMs with 128
+# lanes at 1.755 GHz for everything elementwise.
+BANDWIDTH = 3.0e12
+DOT_RATES = {"fp8": 1000e12, "16-bit": 660e12, "TF32": 330e12, "TF32x3": 110e12, "IEEE": 59e12}
+LANES = 29.6e12
+ASSUMPTIONS = (
+    f"Predicted for an H100 SXM, not measured: the longest of bytes / {BANDWIDTH / 1e12:.1f} TB/s, "
+    f"FLOP / {DOT_RATES['16-bit'] / 1e12:.0f} TFLOP/s (fp8: {DOT_RATES['fp8'] / 1e12:.0f}, tf32: "
+    f"{DOT_RATES['TF32'] / 1e12:.0f}, tf32x3: {DOT_RATES['TF32x3'] / 1e12:.0f}), and elementwise "
+    f"operations / {LANES / 1e12:.1f} T/s, summed over an operation's kernels; no launch cost, no latency."
+)
+
+
+class Case(NamedTuple):
+    """A shape: the model, its tokens, and the dtype of the residual stream."""
+
+    model: str
+    length: int
+    stream: torch.dtype
+
+    @property
+    def width(self) -> int:
+        return WIDTHS[self.model][0]
+
+    @property
+    def heads(self) -> int:
+        return WIDTHS[self.model][1]
+
+    def rows(self, dtype: torch.dtype = BF16) -> Tensor:
+        return empty(1, self.length, self.width, dtype=dtype)
+
+    def residual(self) -> Tensor:
+        return self.rows(self.stream)
+
+    def modulation(self) -> Tensor:
+        """One of the six vectors of a block, a slice of [B, 6, C]."""
+        return empty(1, 6, self.width)[:, 1]
+
+    def vector(self) -> Tensor:
+        return empty(self.width)
+
+    def stats(self) -> Tensor:
+        return empty(2, 1, self.length)
+
+    def projected(self) -> tuple[Tensor, ...]:
+        """q, k and v before the norm, slices of the buffer of all three."""
+        return empty(1, self.length, 3 * self.width, dtype=BF16).chunk(3, dim=-1)
+
+    def per_head(self, dtype: torch.dtype = BF16) -> Tensor:
+        return empty(1, self.length, self.heads, HEAD_DIM, dtype=dtype)
+
+
+def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _norm(s: Case, vector: Callable, out_dtype: torch.dtype, base: float = 1.0) -> Iterable:
+    x, scale, shift = s.residual(), vector(), vector()
+    return x, scale, shift, *add_norm.forward(x, None, None, scale, shift, base, 1e-6, out_dtype)
+
+
+def _norm_backward(s: Case, vector: Callable, base: float = 1.0) -> Iterable:
+    dn, x, scale, stats = s.rows(), s.residual(), vector(), s.stats()
+    made = add_norm.backward(dn, None, x, None, None, scale, stats, base, True, None)
+    return dn, x, scale, stats, *made
+
+
+def _gated_add(s: Case) -> Iterable:
+    x, y, gate = s.residual(), s.rows(), s.modulation()
+    return x, y, gate, *add_norm.forward(x, y, gate, None, None, 0.0, 0.0, None)
+
+
+def _gated_add_backward(s: Case) -> Iterable:
+    dsum, y, gate = s.residual(), s.rows(), s.modulation()
+    made = add_norm.backward(None, dsum, None, y, gate, None, None, 0.0, False, BF16)
+    return dsum, y, gate, *made
+
+
+def _gated_norm(s: Case, vector: Callable, base: float) -> Iterable:
+    x, y, gate, scale, shift = s.residual(), s.rows(), s.modulation(), vector(), vector()
+    made = add_norm.forward(x, y, gate, scale, shift, base, 1e-6, BF16)
+    return x, y, gate, scale, shift, *made
+
+
+def _gated_norm_backward(s: Case, vector: Callable, base: float) -> Iterable:
+    dn, dsum, x, y = s.rows(), s.residual(), s.residual(), s.rows()
+    gate, scale, stats = s.modulation(), vector(), s.stats()
+    made = add_norm.backward(dn, dsum, x, y, gate, scale, stats, base, True, BF16)
+    return dn, dsum, x, y, gate, scale, stats, *made
+
+
+def _qk(s: Case, fp8: bool = False) -> Iterable:
+    q, k, _ = s.projected()
+    weights = s.vector(), s.vector()
+    made = qk_norm_rope.launch_forward(q, k, *weights, GRIDS[s.length], s.heads, 1e-6, 0, fp8)
+    return q, k, *weights, *made[0], *made[1], made[2]
+
+
+def _qk_backward(s: Case) -> Iterable:
+    q, k, _ = s.projected()
+    held = s.per_head(), s.per_head(), q, k, s.vector(), s.vector(), s.stats()
+    return *held, *qk_norm_rope.launch_backward(*held, GRIDS[s.length], s.heads, 0, True)
+
+
+def _rms(s: Case) -> Iterable:
+    x, weight = s.rows(), s.vector()
+    made = qk_norm_rope.launch_forward(x, None, weight, None, None, 1, 1e-6, 0)
+    return x, weight, made[0][0], made[2]
+
+
+def _rms_backward(s: Case) -> Iterable:
+    dn, x, weight, rstd = s.rows(), s.rows(), s.vector(), s.stats()[:1]
+    made = qk_norm_rope.launch_backward(dn, None, x, None, weight, None, rstd, None, 1, 0, True)
+    return dn, x, weight, rstd, made[0], made[2][0]
+
+
+def _pool(s: Case) -> Iterable:
+    x, u = s.residual(), empty(s.heads, s.width)
+    return x, u, *reward_pool.launch_forward(x, u)
+
+
+def _pool_backward(s: Case) -> Iterable:
+    x, u, scores = s.residual(), empty(s.heads, s.width), empty(1, s.length, s.heads)
+    dpooled, lse, delta = empty(1, s.heads, s.width), empty(1, s.heads), empty(1, s.heads)
+    made = reward_pool.launch_backward(dpooled, delta, x, u, scores, lse, True, True)
+    return x, u, scores, dpooled, lse, delta, *made
+
+
+class Entry(NamedTuple):
+    """An operation: call(case) makes its launches and returns its inputs and outputs, None allowed."""
+
+    op: str
+    call: Callable[[Case], Iterable[Tensor | None]]
+    kind: str = "memory"  # bound by memory, or "matrix", or "attention": matrix with tiles to check
+    streams: tuple[torch.dtype, ...] = (F32, BF16)  # the one dtype, where the stream does not matter
+
+
+ENTRIES = (
+    Entry("modulate", lambda s: _norm(s, s.modulation, BF16)),
+    Entry("modulate backward", lambda s: _norm_backward(s, s.modulation)),
+    Entry("modulate_fp8", lambda s: _norm(s, s.modulation, FP8)),
+    Entry("layer_norm", lambda s: _norm(s, s.vector, BF16, 0.0)),
+    Entry("layer_norm backward", lambda s: _norm_backward(s, s.vector, 0.0)),
+    Entry("gated_add", _gated_add),
+    Entry("gated_add backward", _gated_add_backward),
+    Entry("gated_add_modulate", lambda s: _gated_norm(s, s.modulation, 1.0)),
+    Entry("gated_add_modulate backward", lambda s: _gated_norm_backward(s, s.modulation, 1.0)),
+    Entry("gated_add_norm", lambda s: _gated_norm(s, s.vector, 0.0)),
+    Entry("gated_add_norm backward", lambda s: _gated_norm_backward(s, s.vector, 0.0)),
+    Entry("qk_norm_rope", _qk, streams=(BF16,)),
+    Entry("qk_norm_rope_fp8", lambda s: _qk(s, True), streams=(BF16,)),
+    Entry("qk_norm_rope backward", _qk_backward, streams=(BF16,)),
+    Entry("rms_norm", _rms, streams=(BF16,)),
+    Entry("rms_norm backward", _rms_backward, streams=(BF16,)),
+    Entry("reward_pool", _pool),
+    Entry("reward_pool backward", _pool_backward),
+)
+
+
+def cases(quick: bool) -> list[tuple[int, Case]]:
+    """(index of the entry, case) of every operation and shape; quick: at 32,760 tokens alone."""
+    return [
+        (index, Case(model, length, stream))
+        for length in GRIDS
+        if not (quick and length != min(GRIDS))
+        for model in WIDTHS
+        for index, entry in enumerate(ENTRIES)
+        for stream in entry.streams
+    ]
+
+
+def collect(quick: bool = False, peers: str | None = None, workers: int | None = None) -> dict:
+    """Everything `prfl kernels --json` prints. peers: as in ledger_peers, "" for the installed ones."""
+    if find_spec("triton") is None:
+        raise ValueError("ledger: got no Triton, want it installed")
+    jobs = cases(quick)
+    workers = workers or min(2, os.cpu_count() or 1)
+    shares = [list(range(i, len(jobs), workers)) for i in range(workers)]
+    with ThreadPoolExecutor(workers) as pool:
+        made = pool.map(lambda share: [_spawn(task, quick, share) for task in ("compile", "count")], shares)
+        rows: list[dict] = [{}] * len(jobs)
+        for share, results in zip(shares, made, strict=True):
+            for i, compiled, counted in zip(share, *results, strict=True):
+                rows[i] = _row(*jobs[i], compiled, counted)
+    return {"assumptions": ASSUMPTIONS, "operations": rows}
+
+
+def _spawn(task: str, quick: bool, share: list[int]) -> list:
+    """The results of `task` on a share of the cases, from a process with Triton in the right mode."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PRFL_KERNELS")}
+    if task == "count":
+        environment["TRITON_INTERPRET"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        code = "import sys; from prfl_kernels import ledger; ledger.work(*sys.argv[1:])"
+        arguments = [task, json.dumps([quick, share]), str(file)]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment)
+        if done.returncode:
+            raise RuntimeError(f"ledger: the process that was to {task} ended with {done.returncode}")
+        result = json.loads(file.read_text())
+    if "error" in result:
+        raise ValueError(result["error"])
+    return result["rows"]
+
+
+def work(task: str, what: str, file: str) -> None:
+    """The inside of a worker process: results, or the message of a ValueError, as JSON in `file`."""
+    torch.set_num_threads(1)
+    quick, share = json.loads(what)
+    jobs = cases(quick)
+    one = _compile if task == "compile" else _count
+    try:
+        result = {"rows": [one(partial(ENTRIES[jobs[i][0]].call, jobs[i][1])) for i in share]}
+    except ValueError as error:
+        result = {"error": str(error)}
+    Path(file).write_text(json.dumps(result))
+
+
+def _compile(call: Callable) -> list[dict]:
+    from prfl_kernels import sass
+
+    return [sass.facts(launch) for launch in sass.compile_calls(call)]
+
+
+def _count(call: Callable) -> dict:
+    from prfl_kernels.ledger_traffic import count
+
+    held, launches, torch_bytes = count(call)
+    minimum = sum(size(a) for a in {id(a): a for a in held if a is not None}.values())
+    return {"minimum": minimum, "launches": launches, "torch": torch_bytes}
+
+
+def size(a: Tensor) -> int:
+    return a.numel() * a.element_size()
+
+
+def _dot_rate(dtype: str, precision: str) -> float:
+    if dtype.startswith("fp8"):
+        return DOT_RATES["fp8"]
+    return DOT_RATES["16-bit"] if dtype in ("bf16", "fp16") else DOT_RATES[precision]
+
+
+def _row(index: int, case: Case, compiled: list[dict], counted: dict) -> dict:
+    """Join what was compiled and what was counted for one operation at one shape."""
+    entry = ENTRIES[index]
+    kernels = []
+    for code, traffic in zip(compiled, counted["launches"], strict=True):
+        if code["kernel"] != traffic["kernel"]:
+            raise ValueError(f"ledger: got {traffic['kernel']} interpreted, want {code['kernel']}")
+        kernels.append(_kernel(code, traffic, case.length * case.width))
+    torch_bytes = sum(counted["torch"].values())
+    moved = torch_bytes + sum(k["bytes"] for k in kernels)
+    torch_seconds = torch_bytes / BANDWIDTH
+    return {
+        "op": entry.op,
+        "kind": entry.kind,
+        "model": case.model,
+        "length": case.length,
+        "stream": str(case.stream).removeprefix("torch.") if len(entry.streams) > 1 else None,
+        "minimum_bytes": counted["minimum"],
+        "bytes": moved,
+        "ratio": moved / counted["minimum"],
+        "reread_bytes": sum(k["reread_bytes"] for k in kernels),
+        "torch_bytes": counted["torch"],
+        "flops": sum(k["flops"] for k in kernels),
+        "elementwise": sum(k["elementwise"] for k in kernels),
+        "predicted_seconds": torch_seconds + sum(max(k["seconds"].values()) for k in kernels),
+        "kernels": kernels,
+    }
+
+
+def _kernel(code: dict, traffic: dict, row_values: int) -> dict:
+    """One launch: bytes up to an argument's size are memory traffic, beyond it re-reads; so are all
+    reads of an argument that the kernel wrote first."""
+    moved = reread = 0
+    for a in traffic["arguments"]:
+        memory = min(a["written"], a["footprint"])
+        memory += 0 if a["written_first"] else min(a["read"], a["footprint"])
+        moved += memory
+        reread += a["read"] + a["written"] - memory
+        widths = code["widths"].get(a["name"], {})
+        if a["name"] in code["descriptors"]:
+            a["wide"] = {side: 1.0 for side in ("read", "written") if a[side]}
+        else:
+            a["wide"] = {side: _wide_share(counts) for side, counts in widths.items()}
+        a["rows"] = a["footprint"] >= row_values  # whole rows of C values, of a byte at least
+    sides = ("read", "written")
+    accessed = [(a[side], a["wide"].get(side, 0.0)) for a in traffic["arguments"] for side in sides]
+    flops = sum(2 * m * n * k * number for m, n, k, _, _, number in traffic["dots"])
+    dot_seconds = sum(
+        2 * m * n * k * number / _dot_rate(dtype, precision)
+        for m, n, k, dtype, precision, number in traffic["dots"]
+    )
+    return code | {
+        "bytes": moved,
+        "reread_bytes": reread,
+        "wide_share": sum(b * w for b, w in accessed) / max(1, sum(b for b, _ in accessed)),
+        "scalars": [a["name"] for a in traffic["arguments"] if a["scalar"] and (a["read"] or a["written"])],
+        "flops": flops,
+        "elementwise": traffic["elementwise"],
+        "seconds": {
+            "memory": moved / BANDWIDTH, "tensor cores": dot_seconds, "lanes": traffic["elementwise"] / LANES,
+        },
+        "dots": traffic["dots"],
+        "arguments": traffic["arguments"],
+    }  # fmt: skip
+
+
+def _wide_share(counts: dict[str, int]) -> float:
+    """Share of the bytes that are accessed with 16 bytes a thread, of {bytes a thread: instructions}."""
+    sizes = {int(width): int(width) * number for width, number in counts.items()}
+    return sum(b for width, b in sizes.items() if width >= 16) / sum(sizes.values())
+
+
+def render(found: dict) -> str:
+    """The ledger as text for a terminal of 150 columns."""
+    lines, shape = [], None
+    for row in found["operations"]:
+        here = row["length"], row["model"]
+        if here != shape:
+            width, heads = WIDTHS[row["model"]]
+            title = f"Wan {row['model']} (C {width}, {heads} heads), {row['length']} tokens"
+            lines += ["", title, _TRAFFIC + _CODE]
+            shape = here
+        lines += _operation(row)
+    for title, kernels in found.get("peers", {}).items():
+        lines += ["", title, _cells("kernel", *("",) * 6) + _CODE]
+        lines += [_cells(k["kernel"], *("",) * 6) + _code(k) for k in kernels]
+    return "\n".join([*lines[1:], "", found["assumptions"], *found.get("notes", ())])
+
+
+def _cells(name, stream, moved, ratio, reread, flops, predicted) -> str:
+    return f"{name:28} {stream:>4} {moved:>7} {ratio:>6} {reread:>8} {flops:>8} {predicted:>9}"
+
+
+_TRAFFIC = _cells("operation, kernel", "res.", "GB", "/min", "reread", "TFLOP", "pred. ms")
+_CODE = (
+    f"  {'threads':>7} {'regs':>4} {'spills':>6} {'smem':>6} {'blocks by':>12} {'MMA':>11} {'TMA':>4} "
+    f"{'wide':>5}  scalars"
+)
+
+
+def _tera(flops: int) -> str:
+    return f"{flops / 1e12:.3g}" if flops else ""
+
+
+def _operation(row: dict) -> list[str]:
+    stream = {"float32": "f32", "bfloat16": "bf16", None: ""}[row["stream"]]
+    traffic = _cells(
+        row["op"], stream, f"{row['bytes'] / 1e9:.3f}", f"{row['ratio']:.3f}",
+        f"{row['reread_bytes'] / 1e9:.3f}", _tera(row["flops"]),
+        f"{row['predicted_seconds'] * 1e3:.3f}",
+    )  # fmt: skip
+    if len(row["kernels"]) == 1:
+        return [traffic + _code(row["kernels"][0])]
+    inner = [
+        _cells(
+            f"  {k['kernel']}", "", f"{k['bytes'] / 1e9:.3f}", "", f"{k['reread_bytes'] / 1e9:.3f}",
+            _tera(k["flops"]), f"{max(k['seconds'].values()) * 1e3:.3f}",
+        ) + _code(k)
+        for k in row["kernels"]
+    ]  # fmt: skip
+    return [traffic.rstrip(), *inner]
+
+
+_PRODUCTS = {"HGMMA": "HG", "QGMMA": "QG", "HMMA": "H", "QMMA": "Q"}
+
+
+def _code(k: dict) -> str:
+    found = k["instructions"]
+    products = [f"{found[name]} {short}" for name, short in _PRODUCTS.items() if name in found]
+    short = {"registers": "regs", "shared": "smem"}
+    limit = f"{k['blocks']} {'+'.join(short.get(name, name) for name in k['limited_by'])}"
+    tma = found.get("UTMALDG", 0) + found.get("UTMASTG", 0)
+    wide = f"{100 * k['wide_share']:.0f}%" if "wide_share" in k else ""
+    return (
+        f"  {k['threads']:7} {k['registers']:4} {k['spills']:6} {k['shared']:6} {limit:>12} "
+        f"{' '.join(products):>11} {tma or '':>4} {wide:>5}  "
+        + " ".join(name.removesuffix("_ptr") for name in k.get("scalars", ()))
+    ).rstrip()
