@@ -37,9 +37,13 @@ def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_rows(w)
 
 
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return (exponent.clamp(-126, 127) + 127 << 23).view(torch.float32)
+
+
 def _truncated(x: Tensor, exponent: Tensor) -> Tensor:
-    """x [...] cut, toward zero, to multiples of 2^(exponent - BITS)."""
-    return torch.ldexp(torch.ldexp(x, BITS - exponent).trunc_(), exponent - BITS)
+    """x [...] cut, toward zero, to multiples of 2^(exponent - BITS); x is below 2^exponent."""
+    return (x * _power_of_two(BITS - exponent)).trunc_() * _power_of_two(exponent - BITS)
 
 
 def hopper_product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
