@@ -11,17 +11,20 @@ float32. The softmax is online, in float32 and base 2, over blocks of 128 keys.
 Values are stored by channel because the fp8 tensor cores of sm_90 want both operands along the
 summed dimension. Inside every group of 16 keys they are in the order 0 1 8 9 2 3 10 11 4 5 12 13
 6 7 14 15: a thread that holds the scores of keys 0 1 8 9 then feeds its own registers to the next
-product, where the plain order would take 32 shuffles and 32 byte permutations a thread and block.
+product, where the plain order takes 16 shuffles, 16 selects and 16 byte permutations a thread and
+block.
 
-The weights p <= 1 are multiplied by 256 before they become e4m3, so that its 15 binades above the
-smallest normal, 2^-6, hold p down to 2^-14 at full precision; a power of two changes no other bit.
+The weights p <= 1 are multiplied by 256 before they become e4m3: down to 2^-14 they keep its full
+precision, down to 2^-18 they are not zero, and a power of two changes no other bit.
 
 Two-level accumulation: these tensor cores add with about 14 bits, which spoils sums over tens of
-thousands of keys. So each block's p v is a product of its own with an accumulator that starts at
-zero, and is added to the float32 accumulator in registers: 4 chained instructions of 32 keys at
-most. For tl.dot that is a dot without accumulator and max_num_imprecise_acc = 128, the block: with
-an accumulator and Triton's default on sm_90, 2^30, all blocks would be one chain. The addition is
-the multiply-add that online softmax needs anyway, and costs 64 registers.
+thousands of keys (benchmarks/fp8_error.py). So each block's p v is a product of its own, of four
+chained instructions of 32 keys that start at zero, and is added to the float32 accumulator in
+registers, by the multiply-add that the online softmax needs anyway. For tl.dot that is a dot without
+accumulator whose max_num_imprecise_acc is the block. What Triton makes of other choices on sm_90:
+with the accumulator as an argument and the default, 2^30, all blocks are one chain; with 32 every
+instruction gets its own 64 registers and additions, and they spill; with 0 the sum is folded into a
+dot on 16-bit tensor cores. Scores are one product of D, 2 or 4 instructions.
 Source: FlashAttention-3 (Shah et al. 2024); flash-attention pull request 2250; DeepSeek-V3
 technical report, section 3.3.2.
 """
@@ -37,8 +40,9 @@ from prfl_kernels.modulate import E4M3_MAX
 from prfl_kernels.table import REFERENCE, implementation
 
 HEAD_DIMS = (64, 128)
-# 128 x 128 tiles on 8 warps: 231 registers at D = 128 and none spilled, one program an SM, so that
-# three stages of keys and values (113 KiB) cost nothing more than two. With 4 warps they spill.
+# 128 x 128 tiles on 8 warps: 255 registers at D = 128 (237 with one level of sums) and none
+# spilled, one program an SM, so that three stages of keys and values (113 KiB) cost no more than two.
+# With 4 warps they spill, warp_specialize or not.
 BLOCK_M, BLOCK_N, WARPS, STAGES = 128, 128, 8, 3
 P_BITS = 8  # p is stored as p * 2^8
 
