@@ -11,17 +11,18 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from prfl_kernels import add_norm, qk_norm_rope, reward_pool
+from prfl_kernels import add_norm, attention_fp8, qk_norm_rope, reward_pool
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 WIDTHS = {"14B": (5120, 40), "1.3B": (1536, 12)}  # width and heads
@@ -157,6 +158,22 @@ def _pool_backward(s: Case) -> Iterable:
     return x, u, scores, dpooled, lse, delta, *made
 
 
+def _attention_fp8(s: Case, keys: int | None = None) -> Iterable:
+    keys = keys or s.length
+    q, q_scale = s.per_head(FP8), empty(1, s.length, s.heads)
+    k, k_scale = empty(1, keys, s.heads, HEAD_DIM, dtype=FP8), empty(1, keys, s.heads)
+    padded = attention_fp8.padded_length(keys)
+    v, v_scale = empty(1, s.heads, HEAD_DIM, padded, dtype=FP8), empty(1, s.heads, HEAD_DIM)
+    held = q, q_scale, k, k_scale, v, v_scale
+    return *held, *attention_fp8.launch_forward(*held, HEAD_DIM**-0.5)
+
+
+def _quantize_values(s: Case) -> Iterable:
+    v = s.projected()[2].unflatten(2, (s.heads, HEAD_DIM))
+    inverse = empty(1, s.heads, HEAD_DIM)
+    return v, inverse, attention_fp8.launch_quantize(v, inverse, attention_fp8.padded_length(s.length))
+
+
 class Entry(NamedTuple):
     """An operation: call(case) makes its launches and returns its inputs and outputs, None allowed."""
 
@@ -185,6 +202,9 @@ ENTRIES = (
     Entry("rms_norm backward", _rms_backward, streams=(BF16,)),
     Entry("reward_pool", _pool),
     Entry("reward_pool backward", _pool_backward),
+    Entry("quantize_values", _quantize_values, streams=(BF16,)),
+    Entry("attention_fp8, self", _attention_fp8, "attention", (BF16,)),
+    Entry("attention_fp8, cross", lambda s: _attention_fp8(s, TEXT), "attention", (BF16,)),
 )
 
 
@@ -201,30 +221,35 @@ def cases(quick: bool) -> list[tuple[int, Case]]:
 
 
 def collect(quick: bool = False, peers: str | None = None, workers: int | None = None) -> dict:
-    """Everything `prfl kernels --json` prints. peers: as in ledger_peers, "" for the installed ones."""
+    """Everything `prfl kernels --json` prints. peers: the tutorial's file for ledger_peers, "" for the
+    installed peers alone, None for none."""
     if find_spec("triton") is None:
         raise ValueError("ledger: got no Triton, want it installed")
     jobs = cases(quick)
     workers = workers or min(2, os.cpu_count() or 1)
     shares = [list(range(i, len(jobs), workers)) for i in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
-        made = pool.map(lambda share: [_spawn(task, quick, share) for task in ("compile", "count")], shares)
+        tasks = ("compile", "count")
+        made = pool.map(lambda share: [_spawn(task, [quick, share]) for task in tasks], shares)
         rows: list[dict] = [{}] * len(jobs)
         for share, results in zip(shares, made, strict=True):
             for i, compiled, counted in zip(share, *results, strict=True):
                 rows[i] = _row(*jobs[i], compiled, counted)
-    return {"assumptions": ASSUMPTIONS, "operations": rows}
+    found = {"assumptions": ASSUMPTIONS, "operations": rows}
+    return found if peers is None else found | {"peers": _spawn("peers", peers)}
 
 
-def _spawn(task: str, quick: bool, share: list[int]) -> list:
-    """The results of `task` on a share of the cases, from a process with Triton in the right mode."""
+def _spawn(task: str, what: Any) -> Any:
+    """The results of `task`, from a process with Triton in the right mode: "compile" and "count" the
+    cases numbered in what = [quick, share], or compile the "peers"."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PRFL_KERNELS")}
+    environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what launches without the option had so far
     if task == "count":
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         code = "import sys; from prfl_kernels import ledger; ledger.work(*sys.argv[1:])"
-        arguments = [task, json.dumps([quick, share]), str(file)]
+        arguments = [task, json.dumps(what), str(file)]
         done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment)
         if done.returncode:
             raise RuntimeError(f"ledger: the process that was to {task} ended with {done.returncode}")
@@ -237,11 +262,15 @@ def _spawn(task: str, quick: bool, share: list[int]) -> list:
 def work(task: str, what: str, file: str) -> None:
     """The inside of a worker process: results, or the message of a ValueError, as JSON in `file`."""
     torch.set_num_threads(1)
-    quick, share = json.loads(what)
-    jobs = cases(quick)
-    one = _compile if task == "compile" else _count
+    asked = json.loads(what)
     try:
-        result = {"rows": [one(partial(ENTRIES[jobs[i][0]].call, jobs[i][1])) for i in share]}
+        if task == "peers":
+            from prfl_kernels.ledger_peers import compile_peers
+
+            result = {"rows": compile_peers(min(GRIDS), WIDTHS, asked)}
+        else:
+            jobs, one = cases(asked[0]), _compile if task == "compile" else _count
+            result = {"rows": [one(partial(ENTRIES[jobs[i][0]].call, jobs[i][1])) for i in asked[1]]}
     except ValueError as error:
         result = {"error": str(error)}
     Path(file).write_text(json.dumps(result))
@@ -355,18 +384,20 @@ def render(found: dict) -> str:
             shape = here
         lines += _operation(row)
     for title, kernels in found.get("peers", {}).items():
-        lines += ["", title, _cells("kernel", *("",) * 6) + _CODE]
-        lines += [_cells(k["kernel"], *("",) * 6) + _code(k) for k in kernels]
-    return "\n".join([*lines[1:], "", found["assumptions"], *found.get("notes", ())])
+        lines += ["", title, f"{'kernel':50}" + _CODE.removesuffix("  scalars")]
+        for k in kernels:
+            tile = " x ".join(str(side) for side in k["tile"].values())
+            lines.append(f"{k['kernel'] + ' ' + tile:50}" + _code(k))
+    return "\n".join([*lines[1:], "", *textwrap.wrap(found["assumptions"], 110)])
 
 
 def _cells(name, stream, moved, ratio, reread, flops, predicted) -> str:
-    return f"{name:28} {stream:>4} {moved:>7} {ratio:>6} {reread:>8} {flops:>8} {predicted:>9}"
+    return f"{name:28} {stream:>4} {moved:>7} {ratio:>6} {reread:>7} {flops:>8} {predicted:>8}"
 
 
 _TRAFFIC = _cells("operation, kernel", "res.", "GB", "/min", "reread", "TFLOP", "pred. ms")
 _CODE = (
-    f"  {'threads':>7} {'regs':>4} {'spills':>6} {'smem':>6} {'blocks by':>12} {'MMA':>11} {'TMA':>4} "
+    f"  {'thr.':>4} {'regs':>4} {'spills':>6} {'smem':>6} {'blocks by':>13} {'MMA':>10} {'TMA':>3} "
     f"{'wide':>5}  scalars"
 )
 
@@ -403,9 +434,9 @@ def _code(k: dict) -> str:
     short = {"registers": "regs", "shared": "smem"}
     limit = f"{k['blocks']} {'+'.join(short.get(name, name) for name in k['limited_by'])}"
     tma = found.get("UTMALDG", 0) + found.get("UTMASTG", 0)
-    wide = f"{100 * k['wide_share']:.0f}%" if "wide_share" in k else ""
+    wide = f"{100 * k['wide_share']:.0f}%" if k["wide_share"] is not None else ""
     return (
-        f"  {k['threads']:7} {k['registers']:4} {k['spills']:6} {k['shared']:6} {limit:>12} "
-        f"{' '.join(products):>11} {tma or '':>4} {wide:>5}  "
+        f"  {k['threads']:4} {k['registers']:4} {k['spills']:6} {k['shared']:6} {limit:>13} "
+        f"{' '.join(products):>10} {tma or '':>3} {wide:>5}  "
         + " ".join(name.removesuffix("_ptr") for name in k.get("scalars", ()))
     ).rstrip()

@@ -266,7 +266,8 @@ class _TorchTraffic(TorchDispatchMode):
         held = {a.untyped_storage()._cdata for a in inputs}
         views = all(a.untyped_storage()._cdata in held for a in outputs)
         name = func.overloadpacket.__name__
-        if "empty" not in name and not views and all(a.is_meta for a in inputs + outputs):
+        in_place = name.endswith("_")
+        if "empty" not in name and (in_place or not views) and all(a.is_meta for a in inputs + outputs):
             read = [] if name.startswith("new_") or name.endswith("_like") else inputs
             self.bytes[name] += sum(a.numel() * a.element_size() for a in read + outputs)
         return out

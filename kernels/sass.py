@@ -6,6 +6,7 @@ warm-up. `facts` reads the result with the cuobjdump and nvdisasm that Triton's 
 Occupancy is counted as NVIDIA's cuda_occupancy.h does.
 """
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from prfl_kernels.jit import INTERPRETED, triton
 
@@ -39,6 +41,7 @@ WIDE = 16  # bytes a thread, the most that one global access moves
 class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, ...]
+    tile: dict[str, int]
     compiled: Any  # triton.compiler.CompiledKernel
 
 
@@ -149,6 +152,7 @@ def facts(launch: Launch) -> dict:
     return {
         "kernel": launch.kernel,
         "grid": list(launch.grid),
+        "tile": launch.tile,
         "threads": threads,
         "stages": metadata.num_stages,
         "registers": registers,
@@ -182,6 +186,16 @@ class _Hopper:
         return torch.device("meta")
 
 
+def _meta(a: Any) -> Any:
+    """A fake tensor of any device, which has no data_ptr, as a meta tensor."""
+    if isinstance(getattr(a, "base", None), FakeTensor):  # a tensor descriptor
+        return dataclasses.replace(a, base=_meta(a.base))
+    if not isinstance(a, FakeTensor):
+        return a
+    with unset_fake_temporarily():
+        return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+
+
 def compile_calls(call: Callable[[], Any]) -> list[Launch]:
     """Every launch that call() makes, compiled for sm_90a and not run."""
     if triton is None:
@@ -194,8 +208,10 @@ def compile_calls(call: Callable[[], Any]) -> list[Launch]:
     plain = JITFunction.run
 
     def run(self, *arguments, grid, warmup, **keywords):
+        arguments = [_meta(a) for a in arguments]
         compiled = plain(self, *arguments, grid=grid, warmup=True, **keywords)
-        found.append(Launch(self.fn.__name__, () if callable(grid) else tuple(grid), compiled))
+        tile = {k: v for k, v in keywords.items() if k.startswith("BLOCK")}
+        found.append(Launch(self.fn.__name__, () if callable(grid) else tuple(grid), tile, compiled))
         return compiled
 
     triton.runtime.driver.set_active(_Hopper())  # for good: this process is there to compile

@@ -70,7 +70,7 @@ NARROW = {
     "reward_pool 14B bfloat16 _forward": "x_ptr",
     "reward_pool backward 14B bfloat16 _backward": "dx_ptr",
 }
-BYTES = {"reward_pool": 1.08, "reward_pool backward": 1.06}
+BYTES = {"reward_pool": 1.08}
 
 
 def test_memory_bound_kernels_access_rows_with_16_bytes_a_thread(rows):
