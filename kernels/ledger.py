@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels import add_norm, attention_fp8, qk_norm_rope, reward_pool
+from prfl_kernels import add_norm, attention_fp8, qk_norm_rope, reward_pool, sass
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 WIDTHS = {"14B": (5120, 40), "1.3B": (1536, 12)}  # width and heads
@@ -225,6 +225,10 @@ def collect(quick: bool = False, peers: str | None = None, workers: int | None =
     installed peers alone, None for none."""
     if find_spec("triton") is None:
         raise ValueError("ledger: got no Triton, want it installed")
+    if peers is not None:
+        from prfl_kernels.ledger_peers import check
+
+        check(peers)
     jobs = cases(quick)
     workers = workers or min(2, os.cpu_count() or 1)
     shares = [list(range(i, len(jobs), workers)) for i in range(workers)]
@@ -277,8 +281,6 @@ def work(task: str, what: str, file: str) -> None:
 
 
 def _compile(call: Callable) -> list[dict]:
-    from prfl_kernels import sass
-
     return [sass.facts(launch) for launch in sass.compile_calls(call)]
 
 
@@ -369,7 +371,7 @@ def _kernel(code: dict, traffic: dict, row_values: int) -> dict:
 def _wide_share(counts: dict[str, int]) -> float:
     """Share of the bytes that are accessed with 16 bytes a thread, of {bytes a thread: instructions}."""
     sizes = {int(width): int(width) * number for width, number in counts.items()}
-    return sum(b for width, b in sizes.items() if width >= 16) / sum(sizes.values())
+    return sum(b for width, b in sizes.items() if width >= sass.WIDE) / sum(sizes.values())
 
 
 def render(found: dict) -> str:
@@ -384,10 +386,10 @@ def render(found: dict) -> str:
             shape = here
         lines += _operation(row)
     for title, kernels in found.get("peers", {}).items():
-        lines += ["", title, f"{'kernel':50}" + _CODE.removesuffix("  scalars")]
+        lines += ["", title, "kernel, tile".ljust(58) + _CODE.removesuffix("  scalars")]
         for k in kernels:
             tile = " x ".join(str(side) for side in k["tile"].values())
-            lines.append(f"{k['kernel'] + ' ' + tile:50}" + _code(k))
+            lines.append(f"{k['kernel']} {tile}, {k['stages']} stages".ljust(58) + _code(k))
     return "\n".join([*lines[1:], "", *textwrap.wrap(found["assumptions"], 110)])
 
 

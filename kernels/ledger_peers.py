@@ -6,10 +6,12 @@ Their launchers ask for a CUDA device, so they get fake tensors that say they ar
 properties of an H100; of the tutorial's configurations all with tiles of 128 x 64 or more compile.
 """
 
-import importlib.util
+import importlib
 import math
 from collections import Counter
 from contextlib import ExitStack, nullcontext
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
@@ -22,22 +24,27 @@ SMS, CAPABILITY = 132, (9, 0)
 LEAST_TILE = 128 * 64
 
 
+def check(file: str) -> None:
+    """Raise ValueError where there is no peer to compile; file as in compile_peers."""
+    if file and not Path(file).is_file():
+        raise ValueError(f"--peers: got {file}, want the file of Triton's tutorial 06-fused-attention.py")
+    if not file and find_spec("liger_kernel") is None:
+        raise ValueError("--peers: got no file and no liger-kernel installed, want one of them")
+
+
 def compile_peers(length: int, widths: dict[str, tuple[int, int]], file: str) -> dict[str, list[dict]]:
     """{title: facts of each launch} at `length` tokens; file is the tutorial, or "" for none."""
     found = {}
-    if importlib.util.find_spec("liger_kernel"):
+    if find_spec("liger_kernel"):
         for model, (width, _) in widths.items():
             for dtype in (torch.float32, torch.bfloat16):
                 name = str(dtype).removeprefix("torch.")
                 title = f"Liger-Kernel at Wan {model}, {length} tokens, {name}"
                 found[title] = _compile(lambda width=width, dtype=dtype: _liger(length, width, dtype))
     if file:
-        for model, (width, heads) in widths.items():
-            title = f"Triton's tutorial at Wan {model}, {length} tokens rounded up to blocks, float16"
-            head_dim = width // heads
-            found[title] = _compile(lambda heads=heads, d=head_dim: _tutorial(file, length, heads, d))
-    if not found:
-        raise ValueError("--peers: got neither liger-kernel installed nor a file, want one of them")
+        model, (width, heads) = next(iter(widths.items()))  # heads are all alike
+        title = f"Triton's tutorial at Wan {model}, {length} tokens rounded up to blocks, float16"
+        found[title] = _compile(lambda: _tutorial(file, length, heads, width // heads))
     return found
 
 
@@ -57,13 +64,16 @@ def _compile(call) -> list[dict]:
 
 
 def _wide(facts: dict) -> float | None:
-    """Share of the bytes of all load and store instructions that move 16 a thread; None without any."""
+    """Share of the bytes of all load and store instructions that move 16 a thread; None where TMA, which
+    is none of them, moves the rest."""
+    if facts["descriptors"]:
+        return None
     widths: Counter = Counter()
     for sides in facts["widths"].values():
         for counts in sides.values():
             widths.update({width: width * number for width, number in counts.items()})
-    total = sum(widths.values())
-    return sum(b for width, b in widths.items() if width >= sass.WIDE) / total if total else None
+    total = max(1, sum(widths.values()))
+    return sum(b for width, b in widths.items() if width >= sass.WIDE) / total
 
 
 def _liger(length: int, width: int, dtype: torch.dtype) -> None:
@@ -83,14 +93,14 @@ def _liger(length: int, width: int, dtype: torch.dtype) -> None:
 
 
 def _load(file: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("triton_tutorial_attention", file)
-    module = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location("triton_tutorial_attention", file)
+    module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (OSError, ImportError, SyntaxError) as error:
         raise ValueError(f"--peers: got {file}, want Triton's 06-fused-attention.py ({error})") from None
-    if not hasattr(module, "attention"):
-        raise ValueError(f"--peers: got {file} without `attention`, want Triton's 06-fused-attention.py")
+    if not hasattr(module, "_attention"):
+        raise ValueError(f"--peers: got {file} without `_attention`, want Triton's 06-fused-attention.py")
     return module
 
 
@@ -108,7 +118,7 @@ def _tutorial(file: str, length: int, heads: int, head_dim: int) -> None:
                 config.pre_hook(dict(zip(self.arg_names, arguments, strict=False)) | keywords | chosen)
             self.fn.run(*arguments, **keywords, **chosen)
 
-    attention = _load(file).attention
+    attention = _load(file)._attention
     shape = (1, heads, -(-length // 128) * 128, head_dim)
     q, k, v, grad = (torch.empty(shape, dtype=torch.float16, device="cuda:0") for _ in range(4))
     context = SimpleNamespace()

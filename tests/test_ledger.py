@@ -1,6 +1,5 @@
 """The kernel ledger: its gates on every Triton kernel, and its counting on kernels known by hand."""
 
-import fcntl
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ from prfl_kernels import add_norm, ledger, reward_pool, sass
 from prfl_kernels.jit import INTERPRETED, jit, tl
 
 pytestmark = needs_triton
+fcntl = pytest.importorskip("fcntl")  # Triton has no Windows either
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton was imported to compile")
 
 
@@ -246,6 +246,15 @@ def _tiles(x_desc, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + (first + o)[:, None] * 16 + o[None, :], x, mask=mask)
 
 
+def test_a_second_reading_of_what_a_kernel_wrote_itself_is_no_memory_traffic():
+    accumulator = {
+        "name": "acc", "footprint": 40, "read": 120, "written": 160, "scalar": False, "written_first": True,
+    }  # fmt: skip
+    traffic = {"arguments": [accumulator], "dots": [], "elementwise": 0}
+    row = ledger._kernel({"kernel": "k", "widths": {}, "descriptors": []}, traffic, 1)
+    assert (row["bytes"], row["reread_bytes"]) == (40, 240)
+
+
 @interpreted
 def test_an_address_outside_a_tensor_is_named():
     from prfl_kernels.ledger_traffic import count
@@ -291,6 +300,17 @@ def test_without_triton_one_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr(ledger, "find_spec", lambda name: None)
     assert main(["kernels"]) == 2
     assert capsys.readouterr().err == "prfl: ledger: got no Triton, want it installed\n"
+
+
+def test_peers_that_are_not_there_are_named(monkeypatch, capsys, tmp_path):
+    from prfl_engine.cli import main
+    from prfl_kernels import ledger_peers
+
+    monkeypatch.setattr(ledger_peers, "find_spec", lambda name: None)
+    assert main(["kernels", "--peers"]) == 2
+    assert "no liger-kernel installed" in capsys.readouterr().err
+    assert main(["kernels", "--peers", str(tmp_path / "no.py")]) == 2
+    assert str(tmp_path / "no.py") in capsys.readouterr().err
 
 
 def test_without_the_disassembler_one_line_says_so(monkeypatch):
