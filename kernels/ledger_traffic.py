@@ -165,8 +165,8 @@ def _reduced(plain: Callable) -> Callable:
 
 
 @contextmanager
-def _counting():
-    """The interpreter with counters in place of memory and matrix products."""
+def _counting(launched: Callable):
+    """The interpreter with counters in place of memory, matrix products and launches."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     replaced = [
         (builder, "create_masked_load", _load),
@@ -178,10 +178,10 @@ def _counting():
         (interpreter.ReduceOps, "apply_impl", _reduced(interpreter.ReduceOps.apply_impl)),
         (executor, "_init_args_hst", lambda self, arguments, keywords: (arguments, keywords)),
         (executor, "_restore_args_dev", lambda self, *rest: None),
-        (interpreter.InterpretedFunction, "run", None),
+        (executor, "__call__", launched),
     ]  # fmt: skip
     plain = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    for owner, name, method in replaced[:-1]:
+    for owner, name, method in replaced:
         setattr(owner, name, method)
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
@@ -273,12 +273,13 @@ class _TorchTraffic(TorchDispatchMode):
         return out
 
 
-def _launch(found: list[dict], kernel: Any, arguments: tuple, grid: Any, keywords: dict) -> None:
-    parameters = inspect.signature(kernel.fn).parameters
-    bound = inspect.signature(kernel.fn).bind(
+def _launch(executor: Any, one: Callable, arguments: tuple, keywords: dict) -> dict:
+    """The counts of a launch; one(executor, **arguments) runs a single program."""
+    parameters = inspect.signature(executor.fn).parameters
+    bound = inspect.signature(executor.fn).bind(
         *arguments, **{k: v for k, v in keywords.items() if k in parameters}
     )
-    grid = grid(bound.arguments) if callable(grid) else grid
+    grid = executor.grid(bound.arguments) if callable(executor.grid) else executor.grid
     grid = (*grid, 1, 1)[:3]
     tensors: list[_Argument] = []
     for name, value in bound.arguments.items():
@@ -289,13 +290,13 @@ def _launch(found: list[dict], kernel: Any, arguments: tuple, grid: Any, keyword
             if isinstance(value, TensorDescriptor):
                 place = TensorDescriptor(place, value.shape, value.strides, value.block_shape)
             bound.arguments[name] = place
-    rewritten = kernel.rewrite()
+    single = interpreter.GridExecutor(executor.fn, executor.arg_names, (1, 1, 1))
 
     def run(place: tuple[int, ...]) -> Counter:
-        _meter.append(_Meter(kernel.fn.__name__, tensors))
+        _meter.append(_Meter(executor.fn.__name__, tensors))
         try:
             with _program(place, grid):
-                interpreter.GridExecutor(rewritten, kernel.arg_names, (1, 1, 1))(**bound.arguments)
+                one(single, **bound.arguments)
             return _meter[-1].counts
         except InterpreterError as error:
             while error.__cause__ is not None:
@@ -305,8 +306,8 @@ def _launch(found: list[dict], kernel: Any, arguments: tuple, grid: Any, keyword
             _meter.pop()
 
     counts = total(grid, run)
-    found.append({
-        "kernel": kernel.fn.__name__,
+    return {
+        "kernel": executor.fn.__name__,
         "grid": list(grid),
         "arguments": [
             {
@@ -320,7 +321,7 @@ def _launch(found: list[dict], kernel: Any, arguments: tuple, grid: Any, keyword
         ],
         "dots": [[*key[1:], number] for key, number in counts.items() if key[0] == "dot"],
         "elementwise": counts["elementwise"],
-    })  # fmt: skip
+    }  # fmt: skip
 
 
 def count(call: Callable[[], Any]) -> tuple[Any, list[dict], dict[str, int]]:
@@ -328,11 +329,11 @@ def count(call: Callable[[], Any]) -> tuple[Any, list[dict], dict[str, int]]:
     if not INTERPRETED:
         raise ValueError("ledger: got no TRITON_INTERPRET, want it set to 1 before Triton is imported")
     found: list[dict] = []
+    one = interpreter.GridExecutor.__call__
 
-    def run(self, *arguments, grid, warmup=False, **keywords):
-        _launch(found, self, arguments, grid, keywords)
+    def launched(self, *arguments, **keywords):
+        found.append(_launch(self, one, arguments, keywords))
 
-    with _counting(), _TorchTraffic() as torch_traffic:
-        interpreter.InterpretedFunction.run = run
+    with _counting(launched), _TorchTraffic() as torch_traffic:
         result = call()
     return result, found, dict(torch_traffic.bytes)
