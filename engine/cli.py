@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         args.overrides += rest
     try:
+        _read_environment()
         return args.run(args) or 0
     except UserError as error:
         print(f"prfl: {error}", file=sys.stderr)
@@ -28,6 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prfl: interrupted", file=sys.stderr)
         return 130
+
+
+def _read_environment() -> None:
+    try:
+        from prfl_kernels import table  # noqa: F401
+    except ValueError as error:
+        raise UserError(f"PRFL_KERNELS: {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -39,6 +39,8 @@ class ModelConfig:
     """Residual stream; the official code keeps it in float32."""
     recompute: bool = False
     """Keep only every block's input and compute the block again in backward."""
+    kernels: str | None = None
+    """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
 
 
 @dataclass(frozen=True)

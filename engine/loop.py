@@ -21,12 +21,14 @@ from prfl_engine.data import Stream
 from prfl_engine.doctor import gpu_metrics
 from prfl_engine.metrics import MetricsWriter, progress
 from prfl_engine.optim import EMA, lr_factor, make_optimizer
+from prfl_kernels import table
 
 STATE = "training_state.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(config: Config) -> torch.device:
+    """The device of a run; the kernels that the configuration asks for are chosen on the way."""
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,6 +38,13 @@ def pick_device(config: Config) -> torch.device:
         raise UserError(f"train.device: got {name!r}, want auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"train.device: got {name!r}, but torch sees no CUDA GPU here")
+    try:
+        if config.model.kernels is not None:
+            table.configure(config.model.kernels)
+        table.check(device.type)
+    except ValueError as error:
+        where = "PRFL_KERNELS" if config.model.kernels is None else "model.kernels"
+        raise UserError(f"{where}: {error}") from None
     return device
 
 

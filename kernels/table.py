@@ -69,6 +69,13 @@ def implementation(op: str, x: Tensor) -> str:
     return choice
 
 
+def check(device: str) -> None:
+    """Raise ValueError if an operation was given an implementation that does not run on `device`."""
+    for op, choice in _overrides.items():
+        if not _runs(op, choice, device):
+            raise ValueError(_misfit(op, choice, device))
+
+
 def choices() -> list[tuple[str, str, str]]:
     """(operation, implementation, reason) of every operation, on the GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -70,9 +70,33 @@ def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle(np.matmul(a, b) + d.data, d.dtype.scalar)
 
 
+def _patch_once_a_launch() -> None:
+    """The interpreter patches the language again at every call of a device function, which is half
+    of its time; once a launch and set of globals is enough."""
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    done: list[set[int]] = []
+
+    def patch_once(fn):
+        if done and id(fn.__globals__) in done[-1]:
+            return None  # only a launch restores what it patched, and it comes first
+        if done:
+            done[-1].add(id(fn.__globals__))
+        return patch(fn)
+
+    def call(self, *arguments, **keywords):
+        done.append(set())
+        try:
+            return launch(self, *arguments, **keywords)
+        finally:
+            done.pop()
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, call
+
+
 def install() -> None:
     if interpreter._convert_float is _convert:
         return
+    _patch_once_a_launch()
     interpreter._convert_float = _convert
     _elementwise("binary_op")
     _elementwise("unary_op")
