@@ -146,14 +146,17 @@ def _rms_backward(s: Case) -> Iterable:
     return dn, x, weight, rstd, made[0], made[2][0]
 
 
+POOL_QUERIES = 8  # one learned query with the 8 heads of the official reward model
+
+
 def _pool(s: Case) -> Iterable:
-    x, u = s.residual(), empty(s.heads, s.width)
+    x, u = s.residual(), empty(POOL_QUERIES, s.width)
     return x, u, *reward_pool.launch_forward(x, u)
 
 
 def _pool_backward(s: Case) -> Iterable:
-    x, u, scores = s.residual(), empty(s.heads, s.width), empty(1, s.length, s.heads)
-    dpooled, lse, delta = empty(1, s.heads, s.width), empty(1, s.heads), empty(1, s.heads)
+    x, u, scores = s.residual(), empty(POOL_QUERIES, s.width), empty(1, s.length, POOL_QUERIES)
+    dpooled, lse, delta = empty(1, POOL_QUERIES, s.width), empty(1, POOL_QUERIES), empty(1, POOL_QUERIES)
     made = reward_pool.launch_backward(dpooled, delta, x, u, scores, lse, True, True)
     return x, u, scores, dpooled, lse, delta, *made
 

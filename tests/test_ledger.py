@@ -64,15 +64,6 @@ def test_matrix_kernels_use_warp_group_products(rows):
         assert found == wanted, name
 
 
-# Where a gate is not met, and what is met instead: 40 folded queries need accumulators of 40 rows for
-# every run, and narrow steps, 32 columns of bfloat16 on 128 threads.
-NARROW = {
-    "reward_pool 14B bfloat16 _forward": "x_ptr",
-    "reward_pool backward 14B bfloat16 _backward": "dx_ptr",
-}
-BYTES = {"reward_pool": 1.08}
-
-
 def test_memory_bound_kernels_access_rows_with_16_bytes_a_thread(rows):
     found = {
         name: argument["name"]
@@ -80,7 +71,12 @@ def test_memory_bound_kernels_access_rows_with_16_bytes_a_thread(rows):
         for argument in k["arguments"]
         if argument["rows"] and set(argument["wide"].values()) != {1.0}
     }
-    assert found == NARROW
+    assert found == {}
+
+
+# The accumulators of pooling, one set a run, are written and read once more by the merge, from the L2:
+# fewer runs would meet the bound and leave a third of the SMs without work.
+BYTES = {"reward_pool": 1.065}
 
 
 def test_memory_bound_operations_move_little_more_than_they_must(rows):
