@@ -1,0 +1,276 @@
+"""Softmax attention in Triton, forward and backward: what `attention` runs as "triton".
+
+    s = scale q k^T,  p = exp(s - lse),  out = p v,  lse = log sum_j exp(s_j)
+    delta = rowsum(dout * out) - dlse,   ds = p * (dout v^T - delta)
+    dv = p^T dout,   dq = scale ds k,    dk = scale ds^T q
+
+q, out, dout [B, Lq, H, D], k and v [B, Lk, H, D] with D 64 or 128, in bfloat16, float16 or float32;
+lse and dlse [B, H, Lq] float32. Scores, softmax (base 2 inside) and sums are float32; p and ds are
+rounded to the dtype of the inputs before they are multiplied. float32 inputs are multiplied in full
+precision, on the CUDA cores: for checking.
+
+Tensors are read and written through descriptors (TMA), which take any strides of 16 bytes, read zeros
+past the end of a sample and write nothing there: queries need no mask. Keys past the end get weight
+zero in one masked block after the full ones. The backward recomputes p twice, once for dk and dv and
+once for dq, so that every sum stays in the registers of one program: no atomics, the same bits every
+time. Source: Dao, "FlashAttention-2" (2023), in two kernels as in Triton's tutorial 06.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from prfl_kernels.jit import jit, tl, triton
+
+HEAD_DIMS = (64, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LOG2E = math.log2(math.e)
+# (queries, keys, warps, stages) of a program by bits of a value and D.
+FORWARD = {
+    (16, 64): (128, 128, 8, 3),
+    (16, 128): (128, 128, 8, 2),
+    (32, 64): (32, 32, 4, 1),
+    (32, 128): (32, 32, 4, 1),
+}
+KEYS = {
+    (16, 64): (64, 128, 8, 2),
+    (16, 128): (64, 128, 8, 2),
+    (32, 64): (32, 32, 4, 1),
+    (32, 128): (32, 32, 4, 1),
+}
+QUERIES = {
+    (16, 64): (128, 128, 8, 2),
+    (16, 128): (128, 64, 8, 2),
+    (32, 64): (32, 32, 4, 1),
+    (32, 128): (32, 32, 4, 1),
+}
+ROWS = 64  # queries of a program that only adds up rows
+
+
+@jit
+def _dot(a, b):
+    """a b in float32; float32 operands are not rounded to tf32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@jit
+def _forward_step(q, k_desc, v_desc, b, j, h, top, total, acc, factor, Lk, MASKED: tl.constexpr):
+    """Add the keys from j on: q [M, D], top and total [M], acc [M, D]."""
+    D: tl.constexpr = q.shape[1]
+    N: tl.constexpr = k_desc.block_shape[2]
+    t = _dot(q, k_desc.load([b, h, j, 0]).reshape(N, D).T)
+    if MASKED:
+        t = tl.where((j + tl.arange(0, N) < Lk)[None, :], t, float("-inf"))
+    new = tl.maximum(top, tl.max(t, 1) * factor)
+    alpha = tl.exp2(top - new)
+    p = tl.exp2(t * factor - new[:, None])
+    total = total * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    v = v_desc.load([b, h, j, 0]).reshape(N, D)
+    acc = tl.dot(p.to(q.dtype), v, acc, input_precision="ieee")
+    return new, total, acc
+
+
+@jit
+def _forward_kernel(
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, Lq, Lk, H, factor,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    bh = tl.program_id(1)
+    b, h = bh // H, bh % H
+    first = tl.program_id(0) * M
+    q = q_desc.load([b, h, first, 0]).reshape(M, D)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    full = Lk // N * N
+    for j in range(0, full, N):
+        top, total, acc = _forward_step(q, k_desc, v_desc, b, j, h, top, total, acc, factor, Lk, False)
+    if full < Lk:
+        top, total, acc = _forward_step(q, k_desc, v_desc, b, full, h, top, total, acc, factor, Lk, True)
+    out = acc * (1.0 / total)[:, None]
+    out_desc.store([b, h, first, 0], out.to(q.dtype).reshape(1, 1, M, D))
+    o_m = first + tl.arange(0, M)
+    lse = (top + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + bh.to(tl.int64) * Lq + o_m, lse, mask=o_m < Lq)
+
+
+@jit
+def _rows_kernel(
+    dout_ptr, out_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, dout_b, dout_l, dout_h, Lq, H, padded,
+    D: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """lse in base 2 and delta, [B, H, padded]: infinity and 0 past the end, so that p is 0 there."""
+    bh = tl.program_id(1).to(tl.int64)
+    b, h = bh // H, bh % H
+    o_m = tl.program_id(0) * M + tl.arange(0, M)
+    o_d = tl.arange(0, D)[None, :]
+    m_m = o_m < Lq
+    p_dout = dout_ptr + b * dout_b + h * dout_h + o_m.to(tl.int64)[:, None] * dout_l + o_d
+    dout = tl.load(p_dout, mask=m_m[:, None], other=0.0).to(tl.float32)
+    p_out = out_ptr + ((b * Lq + o_m[:, None]) * H + h) * D + o_d
+    out = tl.load(p_out, mask=m_m[:, None], other=0.0).to(tl.float32)
+    delta = tl.sum(dout * out, 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + bh * Lq + o_m, mask=m_m, other=0.0)
+    lse = tl.load(lse_ptr + bh * Lq + o_m, mask=m_m, other=float("inf"))
+    tl.store(delta_ptr + bh * padded + o_m, delta)
+    tl.store(lse2_ptr + bh * padded + o_m, lse * 1.4426950408889634)
+
+
+@jit
+def _keys_kernel(
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse2_ptr, delta_ptr, Lq, H, padded, factor,
+    scale, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of N keys. Rows past the end are whatever exp2 makes of zeros and are not written."""
+    bh = tl.program_id(1)
+    b, h = bh // H, bh % H
+    first = tl.program_id(0) * N
+    k = k_desc.load([b, h, first, 0]).reshape(N, D)
+    v = v_desc.load([b, h, first, 0]).reshape(N, D)
+    o_m = bh.to(tl.int64) * padded + tl.arange(0, M)
+    dk = tl.zeros([N, D], tl.float32)
+    dv = tl.zeros([N, D], tl.float32)
+    for i in range(0, Lq, M):
+        q = q_desc.load([b, h, i, 0]).reshape(M, D)
+        lse2 = tl.load(lse2_ptr + i + o_m)
+        p = tl.exp2(_dot(k, q.T) * factor - lse2[None, :])  # transposed, [N, M]
+        dout = dout_desc.load([b, h, i, 0]).reshape(M, D)
+        dv = tl.dot(p.to(q.dtype), dout, dv, input_precision="ieee")
+        delta = tl.load(delta_ptr + i + o_m)
+        ds = p * (_dot(v, dout.T) - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dv_desc.store([b, h, first, 0], dv.to(k.dtype).reshape(1, 1, N, D))
+    dk_desc.store([b, h, first, 0], (dk * scale).to(k.dtype).reshape(1, 1, N, D))
+
+
+@jit
+def _queries_step(q, dout, k_desc, v_desc, b, j, h, lse2, delta, dq, factor, Lk, MASKED: tl.constexpr):
+    D: tl.constexpr = q.shape[1]
+    N: tl.constexpr = k_desc.block_shape[2]
+    k = k_desc.load([b, h, j, 0]).reshape(N, D)
+    p = tl.exp2(_dot(q, k.T) * factor - lse2[:, None])
+    if MASKED:
+        p = tl.where((j + tl.arange(0, N) < Lk)[None, :], p, 0.0)
+    v = v_desc.load([b, h, j, 0]).reshape(N, D)
+    ds = p * (_dot(dout, v.T) - delta[:, None])
+    return tl.dot(ds.to(q.dtype), k, dq, input_precision="ieee")
+
+
+@jit
+def _queries_kernel(
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, lse2_ptr, delta_ptr, Lk, H, padded, factor, scale,
+    D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dq of M queries."""
+    bh = tl.program_id(1)
+    b, h = bh // H, bh % H
+    first = tl.program_id(0) * M
+    q = q_desc.load([b, h, first, 0]).reshape(M, D)
+    dout = dout_desc.load([b, h, first, 0]).reshape(M, D)
+    o_m = bh.to(tl.int64) * padded + first + tl.arange(0, M)
+    lse2, delta = tl.load(lse2_ptr + o_m), tl.load(delta_ptr + o_m)
+    dq = tl.zeros([M, D], tl.float32)
+    full = Lk // N * N
+    for j in range(0, full, N):
+        dq = _queries_step(q, dout, k_desc, v_desc, b, j, h, lse2, delta, dq, factor, Lk, False)
+    if full < Lk:
+        dq = _queries_step(q, dout, k_desc, v_desc, b, full, h, lse2, delta, dq, factor, Lk, True)
+    dq_desc.store([b, h, first, 0], (dq * scale).to(q.dtype).reshape(1, 1, M, D))
+
+
+def _dense(a: Tensor) -> Tensor:
+    """`a`, or a copy where a descriptor cannot address it: rows of its last dimension have to be
+    contiguous, strides whole multiples of 16 bytes and not zero, the start on 16 bytes."""
+    unit = 16 // a.element_size()
+    steps = [s for s, n in zip(a.stride()[:3], a.shape, strict=False) if n > 1]
+    fits = a.stride(3) == 1 and all(s > 0 and s % unit == 0 for s in steps)
+    return a if fits and a.storage_offset() % unit == 0 else a.contiguous()
+
+
+def _descriptor(a: Tensor, rows: int):
+    """`rows` tokens of one head of a [B, L, H, D], indexed as [B, H, L, D].
+
+    In this order the dimensions of size 1 come first and Triton drops them from the load itself;
+    with [B, L, H, D] it would hold the left operand of a product in registers, and _keys_kernel spills.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    a = a.transpose(1, 2)
+    # The stride of a dimension of size 1 is arbitrary; a descriptor wants 16 bytes all the same.
+    strides = [s if n > 1 else a.shape[3] for s, n in zip(a.stride(), a.shape, strict=True)]
+    return TensorDescriptor(a, list(a.shape), [*strides[:3], 1], [1, 1, rows, a.shape[3]])
+
+
+def _check(q: Tensor) -> None:
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"attention: got head dim {q.shape[3]}, want 64 or 128 for triton")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"attention: got {q.dtype}, want bfloat16, float16 or float32 for triton")
+
+
+def _kind(q: Tensor) -> tuple[int, int]:
+    return 8 * q.element_size(), q.shape[3]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq]) of at least one query and key; scale > 0."""
+    _check(q)
+    q, k, v = (_dense(a) for a in (q, k, v))
+    batch, length, heads, dim = q.shape
+    m, n, warps, stages = FORWARD[_kind(q)]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(batch, heads, length, dtype=torch.float32)
+    _forward_kernel[(triton.cdiv(length, m), batch * heads)](
+        *(_descriptor(a, rows) for a, rows in ((q, m), (k, n), (v, n), (out, m))), lse,
+        length, k.shape[1], heads, scale * LOG2E, dim, m, n,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    wants_q: bool = True,
+    wants_kv: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dq, dk, dv) of `forward`, None where not wanted. dlse [B, H, Lq] or None for zero."""
+    _check(q)
+    q, k, v, dout = (_dense(a) for a in (q, k, v, dout))
+    out, lse = out.contiguous(), lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    (batch, length, heads, dim), keys = q.shape, k.shape[1]
+    padded = triton.cdiv(length, 128) * 128  # whole blocks of every kernel
+    lse2, delta = q.new_empty(2, batch, heads, padded, dtype=torch.float32)
+    options = {"enable_fp_fusion": True}
+    _rows_kernel[(padded // ROWS, batch * heads)](
+        dout, out, lse, dlse, lse2, delta, *dout.stride()[:3], length, heads, padded, dim, ROWS,
+        num_warps=4, **options,
+    )  # fmt: skip
+    dq = dk = dv = None
+    if wants_kv:
+        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+        m, n, warps, stages = KEYS[_kind(q)]
+        held = ((q, m), (k, n), (v, n), (dout, m), (dk, n), (dv, n))
+        _keys_kernel[(triton.cdiv(keys, n), batch * heads)](
+            *(_descriptor(a, rows) for a, rows in held), lse2, delta, length, heads, padded,
+            scale * LOG2E, scale, dim, m, n, num_warps=warps, num_stages=stages, **options,
+        )  # fmt: skip
+    if wants_q:
+        dq = q.new_empty(q.shape)
+        m, n, warps, stages = QUERIES[_kind(q)]
+        held = ((q, m), (k, n), (v, n), (dout, m), (dq, m))
+        _queries_kernel[(triton.cdiv(length, m), batch * heads)](
+            *(_descriptor(a, rows) for a, rows in held), lse2, delta, keys, heads, padded,
+            scale * LOG2E, scale, dim, m, n, num_warps=warps, num_stages=stages, **options,
+        )  # fmt: skip
+    return dq, dk, dv
