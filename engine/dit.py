@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prfl_engine.config import UserError
 from prfl_engine.layers import Block, Head, ImageEmbedding, Linear, WideLinear
-from prfl_kernels.modulate import wide
+from prfl_kernels.jit import wide
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from prfl_kernels.attention import attention
 from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
-from prfl_kernels.modulate import layer_norm, modulate, wide
+from prfl_kernels.jit import wide
+from prfl_kernels.modulate import layer_norm, modulate
 from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
 
 IMAGE_TOKENS = 257  # CLIP tokens of the first frame, in front of the text tokens of an I2V context

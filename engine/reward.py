@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prfl_engine.config import UserError
 from prfl_engine.dit import WanTransformer
-from prfl_kernels.modulate import wide
+from prfl_kernels.jit import wide
 from prfl_kernels.reward_pool import reward_pool
 
 

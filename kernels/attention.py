@@ -1,16 +1,113 @@
-"""Softmax attention without mask or dropout, self or cross.
+"""Softmax attention without mask or dropout, self or cross, by any of several implementations.
 
-    out = softmax(q k^T / sqrt(D)) v          q [B, Lq, H, D], k and v [B, Lk, H, D]
+    out = softmax(scale q k^T) v          q [B, Lq, H, D], k and v [B, Lk, H, D]
+    lse = log sum_j exp(scale q k_j)      [B, H, Lq], float32
 
-Layout is (batch, sequence, heads, head dim), as in FlashAttention. The implementation is
-torch.nn.functional.scaled_dot_product_attention, which picks a flash kernel where there is one.
+Layout is (batch, sequence, heads, head dim), as in FlashAttention. Whatever computes it, it is one
+operation, torch.ops.prfl.attention.default, that returns out and lse: selective checkpointing that
+keeps these two never computes attention again, and torch.compile sees every implementation alike.
+`attention_backends` holds the implementations, the table says which one runs.
 """
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
+from prfl_kernels.attention_backends import BACKENDS, absence
+from prfl_kernels.jit import register, wide
+from prfl_kernels.table import implementation
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """out [B, Lq, H, D] in q.dtype from q [B, Lq, H, D] and k, v [B, Lk, H, D] of one dtype."""
-    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"attention: got q {list(q.shape)}, want [B, Lq, H, D]")
+    batch, _, heads, dim = q.shape
+    want = [batch, k.shape[1], heads, dim] if k.ndim == 4 else [batch, "Lk", heads, dim]
+    for name, a in (("k", k), ("v", v)):
+        if list(a.shape) != want:
+            raise ValueError(f"attention: got {name} {list(a.shape)}, want {want}")
+        if a.dtype != q.dtype:
+            raise ValueError(f"attention: got {name} in {a.dtype}, want {q.dtype} as q")
+    if k.shape[1] == 0:
+        raise ValueError("attention: got no keys, want at least one")
+
+
+def _forward(q, k, v, scale, backend):
+    _check(q, k, v)
+    if q.numel() == 0:
+        return _forward_fake(q, k, v, scale, backend)
+    why = absence(backend, q.device.type, q.dtype)
+    if why:
+        raise ValueError(f"kernels: attention got {backend} on {q.device.type}: it {why}")
+    out, lse = BACKENDS[backend].forward(q, k, v, scale)
+    return out.contiguous(), lse.contiguous()
+
+
+def _forward_fake(q, k, v, scale, backend):
+    _check(q, k, v)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+def _backward(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv):
+    if q.numel() == 0:
+        made = [q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)]
+    else:
+        run = BACKENDS[backend].backward
+        made = run(dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv)
+    wanted = (wants_q, wants_kv, wants_kv)
+    return tuple(a.contiguous() if w else q.new_empty(0) for a, w in zip(made, wanted, strict=True))
+
+
+def _backward_fake(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv):
+    wanted = ((q, wants_q), (k, wants_kv), (v, wants_kv))
+    return tuple(a.new_empty(a.shape if w else 0) for a, w in wanted)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _gradient(ctx, dout, dlse):
+    q, k, v, out, lse = ctx.saved_tensors
+    wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv = torch.ops.prfl.attention_backward(
+        dout, dlse, q, k, v, out, lse, ctx.scale, ctx.backend, wants_q, wants_k or wants_v
+    )
+    return dq if wants_q else None, dk if wants_k else None, dv if wants_v else None, None, None
+
+
+register(
+    "attention(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _gradient,
+    _setup_context,
+)
+register(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " float scale, str backend, bool wants_q, bool wants_kv) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq] float32), both differentiable.
+
+    q [B, Lq, H, D], k and v [B, Lk, H, D] of one dtype and any strides; scale > 0, 1 / sqrt(D) if None.
+    lse is float64 for float64 inputs. Raises ValueError for shapes or dtypes that do not fit, for no
+    keys, and for a chosen implementation that cannot run.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.prfl.attention(q, k, v, scale, implementation("attention", q))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """out of `attention_with_lse`."""
+    return attention_with_lse(q, k, v, scale)[0]

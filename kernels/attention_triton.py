@@ -4,10 +4,10 @@
     delta = rowsum(dout * out) - dlse,   ds = p * (dout v^T - delta)
     dv = p^T dout,   dq = scale ds k,    dk = scale ds^T q
 
-q, out, dout [B, Lq, H, D], k and v [B, Lk, H, D] with D 64 or 128, in bfloat16, float16 or float32;
-lse and dlse [B, H, Lq] float32. Scores, softmax (base 2 inside) and sums are float32; p and ds are
-rounded to the dtype of the inputs before they are multiplied. float32 inputs are multiplied in full
-precision, on the CUDA cores: for checking.
+q, out, dout [B, Lq, H, D], k and v [B, Lk, H, D] with D 64 or 128 (or 16 or 32), in bfloat16,
+float16 or float32; lse and dlse [B, H, Lq] float32. Scores, softmax (base 2 inside) and sums are float32;
+p and ds are rounded to the dtype of the inputs before they are multiplied. float32 inputs are multiplied
+in full precision, on the CUDA cores: for checking.
 
 Tensors are read and written through descriptors (TMA), which take any strides of 16 bytes, read zeros
 past the end of a sample and write nothing there: queries need no mask. Keys past the end get weight
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prfl_kernels.jit import jit, tl, triton
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (16, 32, 64, 128)  # the first two for small models
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = math.log2(math.e)
 # (queries, keys, warps, stages) of a program by bits of a value and D.
@@ -206,13 +206,13 @@ def _descriptor(a: Tensor, rows: int):
 
 def _check(q: Tensor) -> None:
     if q.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"attention: got head dim {q.shape[3]}, want 64 or 128 for triton")
+        raise ValueError(f"attention: got head dim {q.shape[3]}, want one of {HEAD_DIMS} for triton")
     if q.dtype not in DTYPES:
         raise ValueError(f"attention: got {q.dtype}, want bfloat16, float16 or float32 for triton")
 
 
 def _kind(q: Tensor) -> tuple[int, int]:
-    return 8 * q.element_size(), q.shape[3]
+    return 8 * q.element_size(), max(64, q.shape[3])
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import add_norm
-from prfl_kernels.jit import register
-from prfl_kernels.modulate import norm_reference, wide
+from prfl_kernels.jit import register, wide
+from prfl_kernels.modulate import norm_reference
 from prfl_kernels.table import REFERENCE, implementation
 
 

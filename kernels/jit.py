@@ -20,11 +20,16 @@ except ModuleNotFoundError:
         return fn
 
 
-__all__ = ["INTERPRETED", "LIBRARY", "jit", "register", "tl", "triton"]
+__all__ = ["INTERPRETED", "LIBRARY", "jit", "register", "tl", "triton", "wide"]
 
 # Kernels run as Python on the CPU when TRITON_INTERPRET=1 was set before this import.
 INTERPRETED = triton is not None and not isinstance(tl.sum, triton.runtime.JITFunction)
 LIBRARY = torch.library.Library("prfl", "DEF")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics and reductions run in: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def register(

@@ -15,15 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prfl_kernels import add_norm
-from prfl_kernels.jit import register
+from prfl_kernels.jit import register, wide
 from prfl_kernels.table import REFERENCE, implementation
 
 E4M3_MAX = 448.0
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that statistics and reductions run in: float32, or float64 for float64 input."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def norm_reference(

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from prfl_kernels.add_norm import run_grid, unit_last
-from prfl_kernels.jit import jit, register, tl, triton
-from prfl_kernels.modulate import quantize_rows, wide
+from prfl_kernels.jit import jit, register, tl, triton, wide
+from prfl_kernels.modulate import quantize_rows
 from prfl_kernels.table import REFERENCE, implementation
 
 Grid = tuple[int, int, int]

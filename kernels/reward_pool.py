@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels.add_norm import unit_last
-from prfl_kernels.jit import jit, register, tl, triton
-from prfl_kernels.modulate import wide
+from prfl_kernels.jit import jit, register, tl, triton, wide
 from prfl_kernels.table import REFERENCE, implementation
 
 MAX_QUERIES = 64

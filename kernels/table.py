@@ -1,6 +1,7 @@
 """Which implementation of every operation runs, and why: the one place that decides.
 
-By default the fused kernels run on CUDA and plain torch runs on the CPU and for float64 anywhere.
+By default the fused kernels run on CUDA and plain torch runs on the CPU and for float64 anywhere;
+attention has more to choose from, see `attention_backends`.
 `PRFL_KERNELS` or `configure` overrides that, for all operations ("reference") or for some
 ("triton,reward_pool=reference"); what cannot run raises when it is called, and is never replaced.
 """
@@ -10,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from prfl_kernels import jit
+from prfl_kernels import attention_backends, jit
 
 REFERENCE, TRITON, SCALED_MM = "reference", "triton", "scaled_mm"
 OPERATIONS = {
@@ -21,7 +22,7 @@ OPERATIONS = {
     "gated_add_norm": (REFERENCE, TRITON),
     "rms_norm": (REFERENCE, TRITON),
     "qk_norm_rope": (REFERENCE, TRITON),
-    "attention": (REFERENCE,),
+    "attention": tuple(attention_backends.BACKENDS),
     "reward_pool": (REFERENCE, TRITON),
     "fp8_linear": (REFERENCE, SCALED_MM),
     "attention_fp8": (REFERENCE, TRITON),
@@ -32,6 +33,7 @@ _REASONS = {
     TRITON: "fused Triton kernel",
     SCALED_MM: "torch._scaled_mm with row-wise scales",
 }
+_ATTENTION = "attention"
 _overrides: dict[str, str] = {}
 
 
@@ -63,7 +65,7 @@ def implementation(op: str, x: Tensor) -> str:
     """The implementation of `op` that runs on a tensor like x."""
     if x.dtype == torch.float64:
         return REFERENCE  # float64 is for checking; no fused kernel computes in it
-    choice = _overrides.get(op) or _default(op, x.device.type)
+    choice = _overrides.get(op) or _default(op, x.device.type, x.dtype)
     if not _runs(op, choice, x.device.type):
         raise ValueError(_misfit(op, choice, x.device.type))
     return choice
@@ -83,6 +85,8 @@ def choices() -> list[tuple[str, str, str]]:
 
 
 def _runs(op: str, choice: str, device: str) -> bool:
+    if op == _ATTENTION:
+        return attention_backends.absence(choice, device) is None
     if choice == REFERENCE or (choice == TRITON and jit.INTERPRETED):
         return True
     if device != "cuda" or (choice == TRITON and jit.triton is None):
@@ -91,6 +95,8 @@ def _runs(op: str, choice: str, device: str) -> bool:
 
 
 def _misfit(op: str, choice: str, device: str) -> str:
+    if op == _ATTENTION:
+        return f"kernels: {op} got {choice} on {device}: it {attention_backends.absence(choice, device)}"
     want = "a CUDA device"
     if op in _FP8_MATRICES:
         want += " of capability 8.9 or higher"
@@ -99,14 +105,20 @@ def _misfit(op: str, choice: str, device: str) -> str:
     return f"kernels: {op} got {choice} for {device}, want {want}"
 
 
-def _default(op: str, device: str) -> str:
+def _default(op: str, device: str, dtype: torch.dtype | None = None) -> str:
+    if op == _ATTENTION:
+        return attention_backends.default(device, dtype)[0]
     best = OPERATIONS[op][-1]
     return best if device == "cuda" and _runs(op, best, device) else REFERENCE
 
 
 def _choice(op: str, device: str) -> tuple[str, str]:
     if op in _overrides:
-        return _overrides[op], f"{_REASONS[_overrides[op]]}; chosen by configuration or PRFL_KERNELS"
+        return _overrides[op], f"{_reason(op, _overrides[op])}; chosen by configuration or PRFL_KERNELS"
+    if op == _ATTENTION:
+        choice, passed = attention_backends.default(device)
+        absent = "".join(f"; {name} {why}" for name, why in passed.items())
+        return choice, f"{_reason(op, choice)}; the default on {device}{absent}"
     choice = _default(op, device)
     why = f"{_REASONS[choice]}; the default on {device}"
     best = OPERATIONS[op][-1]
@@ -114,6 +126,10 @@ def _choice(op: str, device: str) -> tuple[str, str]:
         absent = best == TRITON and jit.triton is None
         why += f", since {'triton is not installed' if absent else 'its capability is below 8.9'}"
     return choice, why
+
+
+def _reason(op: str, choice: str) -> str:
+    return attention_backends.BACKENDS[choice].reason if op == _ATTENTION else _REASONS[choice]
 
 
 configure(os.environ.get("PRFL_KERNELS", ""))

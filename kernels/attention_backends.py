@@ -1,0 +1,268 @@
+"""The implementations of softmax attention behind one contract, and which of them run here.
+
+    forward(q, k, v, scale) -> (out, lse)
+    backward(dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv) -> (dq, dk, dv)
+
+q, out, dout [B, Lq, H, D], k and v [B, Lk, H, D] of one dtype; lse and dlse [B, H, Lq] float32 natural
+logarithms, dlse None for zero. Unwanted gradients may be None. Nothing here is differentiable by
+autograd and nothing masks or drops out: `attention` wraps all of it in one operation.
+
+Optional packages are imported when they are first asked for; a probe keeps the reason of a failure.
+Known forms: FlashAttention-3 returned a tuple before it returned `out` alone; its backward takes the
+softmax scale and the causal flag as arguments 16 and 17 in every version, under two names.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prfl_kernels import attention_triton, jit
+from prfl_kernels.jit import wide
+
+HALVES = (torch.bfloat16, torch.float16)
+aten = torch.ops.aten
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale q k^T in float32 at least, of [B, H, L, D]."""
+    return (q @ k.mT).to(wide(q.dtype)) * scale
+
+
+def reference_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    s = _scores(q, k, scale)
+    lse = s.logsumexp(-1)
+    p = (s - lse[..., None]).exp().to(q.dtype)
+    return (p @ v).transpose(1, 2), lse
+
+
+def reference_backward(dout, dlse, q, k, v, out, lse, scale, wants_q=True, wants_kv=True):
+    """The formulas of `attention_triton`, all of [B, H, Lq, Lk] at once."""
+    dout, q, k, v, out = (a.transpose(1, 2) for a in (dout, q, k, v, out))
+    p = (_scores(q, k, scale) - lse[..., None]).exp()
+    delta = (dout.to(p.dtype) * out.to(p.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    ds = (p * ((dout @ v.mT).to(p.dtype) - delta[..., None]) * scale).to(q.dtype)
+    dq = (ds @ k).transpose(1, 2) if wants_q else None
+    dk = (ds.mT @ q).transpose(1, 2) if wants_kv else None
+    dv = (p.to(q.dtype).mT @ dout).transpose(1, 2) if wants_kv else None
+    return dq, dk, dv
+
+
+def _fa3_forward(q, k, v, scale):
+    flash = import_module("flash_attn_interface").flash_attn_func
+    asks = "return_attn_probs" in inspect.signature(flash).parameters
+    out, lse, *_ = flash(q, k, v, softmax_scale=scale, **({"return_attn_probs": True} if asks else {}))
+    return out, lse
+
+
+def _fa3_backward(dout, q, k, v, out, lse, scale):
+    made = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in (q, k, v)]
+    import_module("flash_attn_interface")._flash_attn_backward(
+        dout, q, k, v, out, lse, *[None] * 6, *made, scale, False,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return made
+
+
+def _fa4_forward(q, k, v, scale):
+    out, lse, *_ = import_module("flash_attn.cute").flash_attn_func(
+        q, k, v, softmax_scale=scale, return_lse=True
+    )
+    return out, lse
+
+
+def _fa4_backward(dout, q, k, v, out, lse, scale):
+    made = import_module("flash_attn.cute.interface")._flash_attn_bwd(
+        q, k, v, out, dout, lse, scale, deterministic=torch.are_deterministic_algorithms_enabled()
+    )
+    return made[:3]
+
+
+def _fa2_forward(q, k, v, scale):
+    out, lse, *_ = import_module("flash_attn").flash_attn_func(
+        q, k, v, softmax_scale=scale, return_attn_probs=True
+    )
+    return out, lse
+
+
+def _fa2_backward(dout, q, k, v, out, lse, scale):
+    made = [torch.empty_like(a, memory_format=torch.contiguous_format) for a in (q, k, v)]
+    import_module("flash_attn.flash_attn_interface")._flash_attn_backward(
+        dout, q, k, v, out, lse, *made, dropout_p=0.0, softmax_scale=scale, causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
+        deterministic=torch.are_deterministic_algorithms_enabled(), rng_state=None,
+    )  # fmt: skip
+    return made
+
+
+def _heads_first(op: Callable, *tensors: Tensor) -> list[Tensor]:
+    """op on [B, H, L, D] tensors, its results as [B, L, H, D]."""
+    return [a.transpose(1, 2) for a in op(*(a.transpose(1, 2) for a in tensors))]
+
+
+def _sdpa_forward(q, k, v, scale):
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    if q.device.type == "cpu":
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    else:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def _sdpa_backward(dout, q, k, v, out, lse, scale):
+    def run(dout, q, k, v, out):
+        if q.device.type == "cpu":
+            op = aten._scaled_dot_product_flash_attention_for_cpu_backward
+            return op(dout, q, k, v, out, lse, 0.0, False, scale=scale)
+        seed, lengths = torch.zeros(2, dtype=torch.int64, device=q.device), (q.shape[2], k.shape[2])
+        op = aten._scaled_dot_product_flash_attention_backward
+        return op(dout, q, k, v, out, lse, None, None, *lengths, 0.0, False, seed, seed, scale=scale)
+
+    return _heads_first(run, dout, q, k, v, out)
+
+
+def _cudnn_forward(q, k, v, scale):
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+    return out.transpose(1, 2), lse.reshape(lse.shape[:3])  # [B, H, Lq, 1] in some versions
+
+
+def _cudnn_backward(dout, q, k, v, out, lse, scale):
+    def run(dout, q, k, v, out):
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse[..., None], seed, seed, None, None, None, q.shape[2], k.shape[2],
+            0.0, False, scale=scale,
+        )  # fmt: skip
+
+    return _heads_first(run, dout, q, k, v, out)
+
+
+def _xformers_forward(q, k, v, scale):
+    run = import_module("xformers.ops").memory_efficient_attention_forward_requires_grad
+    out, lse = run(q, k, v, scale=scale)
+    return out, lse[..., : q.shape[1]]  # its CUTLASS kernel pads to a multiple of 32
+
+
+def _xformers_backward(dout, q, k, v, out, lse, scale):
+    run = import_module("xformers.ops").memory_efficient_attention_backward
+    return run(dout, out, lse, q, k, v, scale=scale)
+
+
+def _with_lse_gradient(forward, backward, dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv):
+    """A backward that knows no dlse, and for dlse one more forward and backward with v = k.
+
+    lse adds p_ij dlse_i to ds_ij, so dq_i += scale dlse_i sum_j p_ij k_j, attention of k to itself as
+    values, and dk_j += sum_i p_ij (scale dlse_i q_i), the value gradient of that.
+    """
+    dq, dk, dv = backward(dout, q, k, v, out, lse, scale)
+    if dlse is not None:
+        weight = scale * dlse.mT[..., None]
+        mean, _ = forward(q, k, k, scale)
+        dq = (dq + weight * mean).to(q.dtype)
+        dk = dk + backward((weight * q).to(q.dtype), q, k, k, mean, lse, scale)[2]
+    return dq, dk, dv
+
+
+class Backend(NamedTuple):
+    reason: str  # what it is
+    forward: Callable
+    backward: Callable
+    needs: tuple[tuple[str, str], ...] = ()  # (module, attribute) of optional packages
+    device: str | None = "cuda"
+    capabilities: tuple[int, int] = (8, math.inf)  # lowest and highest major compute capability
+    dtypes: tuple[torch.dtype, ...] = HALVES
+
+
+def _library(reason: str, forward: Callable, backward: Callable, *needs, **facts) -> Backend:
+    return Backend(reason, forward, partial(_with_lse_gradient, forward, backward), needs, **facts)
+
+
+BACKENDS = {
+    "reference": Backend(
+        "plain torch", reference_forward, reference_backward, device=None,
+        dtypes=(*HALVES, torch.float32, torch.float64),
+    ),
+    "sdpa": _library("torch's flash attention", _sdpa_forward, _sdpa_backward, device=None),
+    "xformers": _library(
+        "xformers", _xformers_forward, _xformers_backward,
+        ("xformers.ops", "memory_efficient_attention_forward_requires_grad"),
+        ("xformers.ops", "memory_efficient_attention_backward"),
+    ),
+    "triton": Backend(
+        "own Triton kernels", attention_triton.forward, attention_triton.backward,
+        dtypes=attention_triton.DTYPES,
+    ),
+    "fa2": _library(
+        "FlashAttention-2", _fa2_forward, _fa2_backward,
+        ("flash_attn", "flash_attn_func"), ("flash_attn.flash_attn_interface", "_flash_attn_backward"),
+    ),
+    "cudnn": _library("cuDNN through torch", _cudnn_forward, _cudnn_backward),
+    "fa4": _library(
+        "FlashAttention-4", _fa4_forward, _fa4_backward,
+        ("flash_attn.cute", "flash_attn_func"), ("flash_attn.cute.interface", "_flash_attn_bwd"),
+        capabilities=(9, math.inf),
+    ),
+    "fa3": _library(
+        "FlashAttention-3", _fa3_forward, _fa3_backward,
+        ("flash_attn_interface", "flash_attn_func"), ("flash_attn_interface", "_flash_attn_backward"),
+        capabilities=(9, 9),
+    ),
+}  # fmt: skip
+ORDER = ("fa3", "fa4", "cudnn", "fa2", "triton", "sdpa")  # on CUDA the first that runs
+
+
+@cache
+def _missing(name: str) -> str | None:
+    """Why a package that back end `name` needs cannot be used, or None. Asked once a process.
+
+    Two packages of versions that do not fit are an AttributeError, a broken build an OSError.
+    """
+    for module, attribute in BACKENDS[name].needs:
+        try:
+            getattr(import_module(module), attribute)
+        except (ImportError, AttributeError, OSError) as error:
+            return f"{module}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return None
+
+
+@torch.compiler.assume_constant_result  # of the machine, not of the tensors
+def absence(name: str, device: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why back end `name` does not run on a device of type `device` for `dtype`; None if it does."""
+    backend = BACKENDS[name]
+    interpreted = name == "triton" and jit.INTERPRETED
+    if backend.device not in (None, device) and not interpreted:
+        return f"needs a {backend.device} device"
+    if name == "triton" and jit.triton is None:
+        return "triton is not installed"
+    if device == "cuda" and backend.device == "cuda":
+        low, high = backend.capabilities
+        major, minor = torch.cuda.get_device_capability()
+        if not low <= major <= high:
+            return f"needs capability {low}.0{'' if high == low else ' or higher'}, got {major}.{minor}"
+    if name == "cudnn" and not torch.backends.cudnn.is_available():
+        return "torch has no cuDNN"
+    dtypes = (*HALVES, torch.float32) if name == "sdpa" and device == "cpu" else backend.dtypes
+    if dtype is not None and dtype not in dtypes:
+        return f"has no {str(dtype).removeprefix('torch.')}"
+    return _missing(name)
+
+
+def default(device: str, dtype: torch.dtype | None = None) -> tuple[str, dict[str, str]]:
+    """(the back end that runs where none is chosen, {each better one: why not it})."""
+    passed: dict[str, str] = {}
+    for name in ORDER if device == "cuda" else ("sdpa",):
+        why = absence(name, device, dtype)
+        if why is None:
+            return name, passed
+        passed[name] = why
+    return "reference", passed
+

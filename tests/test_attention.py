@@ -1,0 +1,355 @@
+"""attention() behind every back end: the contract, the choice, and what the libraries' versions return."""
+
+import sys
+from functools import partial
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from fused import assert_as_good_as_torch, error, needs_triton, normal, outputs_and_gradients, triton
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from prfl_kernels import attention_backends, jit, table
+from prfl_kernels.attention import attention, attention_with_lse
+from prfl_kernels.attention_backends import BACKENDS, reference_backward, reference_forward
+
+__all__ = ["triton"]
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def default_table():
+    yield
+    table.configure("")
+    attention_backends._missing.cache_clear()
+
+
+def qkv(batch=2, queries=37, keys=61, heads=2, dim=64, dtype=torch.float32):
+    return [normal(batch, n, heads, dim, dtype=dtype) for n in (queries, keys, keys)]
+
+
+def formula(q, k, v):
+    """(out, lse) as the definition says, differentiated by autograd."""
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    s = (q @ k.mT) * q.shape[-1] ** -0.5
+    return (s.softmax(-1) @ v).transpose(1, 2), s.logsumexp(-1)
+
+
+# The reference and torch's own
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa"])
+@pytest.mark.parametrize("dim", [16, 128])
+def test_values_and_gradients_are_those_of_the_formula(name, dim):
+    torch.manual_seed(0)
+    inputs = [a.cpu() for a in qkv(dim=dim)]
+    table.configure(f"attention={name}")
+    got = outputs_and_gradients(attention_with_lse, inputs)
+    want = outputs_and_gradients(formula, [a.double() for a in inputs])
+    for a, b in zip(sum(got, []), sum(want, []), strict=True):
+        assert error(a, b) < 2e-6
+
+
+def test_gradcheck_in_float64():
+    torch.manual_seed(1)
+    inputs = [a.cpu().double().requires_grad_() for a in qkv(1, 3, 4, 2, 8)]
+    assert torch.autograd.gradcheck(attention_with_lse, inputs)
+
+
+# Our own kernels behind the operation
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "dtype, sizes",
+    [
+        (torch.float32, (2, 37, 61, 2, 64)),
+        (BF16, (2, 131, 150, 2, 64)),
+        (BF16, (1, 70, 257, 1, 128)),
+        (torch.float16, (1, 150, 40, 1, 32)),
+        (torch.float32, (1, 5, 3, 2, 16)),
+    ],
+)
+def test_triton_is_as_good_as_torch(triton, dtype, sizes):
+    torch.manual_seed(2)
+    assert_as_good_as_torch(attention_with_lse, qkv(*sizes, dtype=dtype))
+
+
+@needs_triton
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [0, 2]])
+def test_triton_gradients_alone(triton, wanted):
+    torch.manual_seed(3)
+    inputs = qkv(1, 40, 35, 1)
+    whole = outputs_and_gradients(attention, inputs)[1]
+    alone = outputs_and_gradients(attention, inputs, wanted)[1]
+    assert all(torch.equal(whole[i], a) for i, a in zip(wanted, alone, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["triton", "reference", "sdpa"])
+def test_opcheck_and_fullgraph(name):
+    if torch.cuda.is_available() and name == "sdpa":
+        pytest.skip("torch's flash attention on a GPU has no float32")
+    table.configure(f"attention={name}")
+    torch.manual_seed(4)
+    inputs = [a.requires_grad_() for a in qkv(1, 9, 7, 2, 16)]
+    torch.library.opcheck(torch.ops.prfl.attention.default, (*inputs, 0.25, name))
+    eager = torch.autograd.grad(attention(*inputs).square().sum(), inputs)
+    torch.compiler.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    made = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    assert all(error(a, b) < 1e-6 for a, b in zip(made, eager, strict=True))
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_empty_and_no_keys(name):
+    table.configure(f"attention={name}")
+    for sizes in ((0, 3, 4), (2, 0, 4)):
+        inputs = qkv(*sizes, 2, 16)
+        (out,), gradients = outputs_and_gradients(attention, inputs)
+        assert out.shape == inputs[0].shape and not any(g.any() for g in gradients)
+    with pytest.raises(ValueError, match="attention: got no keys, want at least one"):
+        attention(*qkv(1, 3, 0, 1, 16))
+
+
+def test_what_does_not_fit_is_named():
+    q, k, v = qkv(1, 3, 4, 2, 16)
+    for wrong, message in (
+        ((q[0], k, v), r"got q \[3, 2, 16\], want \[B, Lq, H, D\]"),
+        ((q, k, v[:, :3]), r"got v \[1, 3, 2, 16\], want \[1, 4, 2, 16\]"),
+        ((q, k[..., :8], v), r"got k \[1, 4, 2, 8\], want \[1, 4, 2, 16\]"),
+        ((q, k.half(), v), "got k in torch.float16, want torch.float32 as q"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(*wrong)
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_triton)])
+def test_selective_checkpointing_computes_attention_once(name, monkeypatch):
+    """A policy that keeps the operation keeps out and lse, whichever back end computes them."""
+    calls, backend = [], BACKENDS[name]
+
+    def counted(*arguments):
+        calls.append(name)
+        return backend.forward(*arguments)
+
+    table.configure(f"attention={name}")
+    monkeypatch.setitem(BACKENDS, name, backend._replace(forward=counted))
+
+    def policy(context, op, *args, **kwargs):
+        keep = op is torch.ops.prfl.attention.default
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    torch.manual_seed(5)
+    inputs = [a.requires_grad_() for a in qkv(1, 9, 7, 2, 16)]
+
+    def branch(q, k, v):
+        return attention(q.sin(), k, v).sin()
+
+    plain = torch.autograd.grad(branch(*inputs).sum(), inputs)
+    calls.clear()
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    out = checkpoint(branch, *inputs, use_reentrant=False, context_fn=contexts)
+    made = torch.autograd.grad(out.sum(), inputs)
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(made, plain, strict=True))
+
+
+# The libraries, played by plain torch
+
+
+def flash(q, k, v, softmax_scale=None):
+    return reference_forward(q, k, v, softmax_scale)
+
+
+def into(buffers, dout, q, k, v, out, lse, scale):
+    for buffer, a in zip(buffers, reference_backward(dout, None, q, k, v, out, lse, scale), strict=True):
+        buffer.copy_(a)
+
+
+def fa3(new):
+    def func(q, k, v, softmax_scale=None, causal=False, return_attn_probs=False):
+        made = flash(q, k, v, softmax_scale)
+        return made if return_attn_probs else made[0]
+
+    def old_func(q, k, v, softmax_scale=None, causal=False):
+        return flash(q, k, v, softmax_scale)
+
+    def backward(
+        dout, q, k, v, out, softmax_lse, cu_q=None, cu_k=None, sequed_q=None, sequed_k=None, max_q=None,
+        max_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False, deterministic=False,
+    ):  # fmt: skip
+        assert (cu_q, cu_k, sequed_q, sequed_k, max_q, max_k, is_causal) == (*[None] * 6, False)
+        into((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale)
+
+    return {
+        "flash_attn_interface": {
+            "flash_attn_func": func if new else old_func, "_flash_attn_backward": backward
+        }
+    }  # fmt: skip
+
+
+def fa4(extra):
+    def func(q, k, v, softmax_scale=None, return_lse=False):
+        assert return_lse
+        return flash(q, k, v, softmax_scale)
+
+    def backward(q, k, v, out, dout, lse, softmax_scale=None, causal=False, deterministic=False):
+        made = reference_backward(dout, None, q, k, v, out, lse, softmax_scale)
+        return (*made, None) if extra else made
+
+    return {
+        "flash_attn": {},
+        "flash_attn.cute": {"flash_attn_func": func},
+        "flash_attn.cute.interface": {"_flash_attn_bwd": backward},
+    }
+
+
+def fa2():
+    def func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, return_attn_probs=False):
+        assert return_attn_probs
+        return (*flash(q, k, v, softmax_scale), None)
+
+    def backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        into((dq, dk, dv), dout, q, k, v, out, softmax_lse, softmax_scale)
+
+    return {
+        "flash_attn": {"flash_attn_func": func},
+        "flash_attn.flash_attn_interface": {"_flash_attn_backward": backward},
+    }
+
+
+def xformers(padded):
+    """The CUTLASS kernel pads lse to a multiple of 32 queries and the backward pads it again."""
+
+    def forward(query, key, value, attn_bias=None, p=0.0, scale=None):
+        out, lse = flash(query, key, value, scale)
+        return out, torch.nn.functional.pad(lse, (0, -lse.shape[2] % 32)) if padded else lse
+
+    def backward(grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None):
+        assert lse.shape[2] == query.shape[1]
+        return reference_backward(grad, None, query, key, value, output, lse, scale)
+
+    return {
+        "xformers": {},
+        "xformers.ops": {
+            "memory_efficient_attention_forward_requires_grad": forward,
+            "memory_efficient_attention_backward": backward,
+        },
+    }
+
+
+def install(monkeypatch, modules):
+    attention_backends._missing.cache_clear()
+    for name, attributes in modules.items():
+        module = ModuleType(name)
+        module.__path__ = []
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+LIBRARIES = {
+    "fa3": [fa3(True), fa3(False)],
+    "fa4": [fa4(True), fa4(False)],
+    "fa2": [fa2()],
+    "xformers": [xformers(True), xformers(False)],
+}
+
+
+@pytest.mark.parametrize(
+    "name, modules", [(name, form) for name, forms in LIBRARIES.items() for form in forms]
+)
+def test_libraries_in_every_form(name, modules, monkeypatch):
+    """Values, gradients and the gradient of lse, which these libraries do not have themselves."""
+    install(monkeypatch, modules)
+    backend = BACKENDS[name]._replace(device=None, dtypes=(torch.float32,))
+    monkeypatch.setitem(BACKENDS, name, backend)
+    table.configure(f"attention={name}")
+    torch.manual_seed(6)
+    inputs = [a.cpu() for a in qkv(2, 37, 21, 2, 16)]
+    want = outputs_and_gradients(formula, [a.double() for a in inputs])
+    got = outputs_and_gradients(attention_with_lse, inputs)
+    for a, b in zip(sum(got, []), sum(want, []), strict=True):
+        assert error(a, b) < 1e-6
+    (_, dk), (_, want_dk) = (
+        outputs_and_gradients(attention, inputs, [0, 1])[1],
+        outputs_and_gradients(lambda *a: formula(*a)[0], [a.double() for a in inputs], [0, 1])[1],
+    )
+    assert error(dk, want_dk) < 1e-6
+
+
+def on_cuda(monkeypatch, major=9):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (major, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface", "xformers.ops"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ModuleNotFoundError
+    attention_backends._missing.cache_clear()
+
+
+def test_the_default_on_cuda_is_the_first_that_runs(monkeypatch):
+    on_cuda(monkeypatch)
+    monkeypatch.setattr(jit, "triton", jit)
+    name, passed = attention_backends.default("cuda", BF16)
+    assert name == "triton" and list(passed) == ["fa3", "fa4", "cudnn", "fa2"]
+    assert "flash_attn_interface" in passed["fa3"] and passed["cudnn"] == "torch has no cuDNN"
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert attention_backends.default("cuda", BF16)[0] == "cudnn"
+    install(monkeypatch, fa4(True))
+    assert attention_backends.default("cuda", BF16)[0] == "fa4"
+    install(monkeypatch, fa3(True))
+    assert attention_backends.default("cuda", BF16)[0] == "fa3"
+    assert attention_backends.default("cuda", torch.float32)[0] == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    name, passed = attention_backends.default("cuda", BF16)
+    assert (name, passed) == ("fa4", {"fa3": "needs capability 9.0, got 10.0"})
+
+
+def test_the_default_on_the_cpu():
+    assert attention_backends.default("cpu", BF16) == ("sdpa", {})
+    assert attention_backends.default("cpu", torch.float64)[0] == "reference"
+
+
+def test_a_reason_is_kept_and_named(monkeypatch):
+    """Broken builds and versions that do not fit, asked once."""
+    on_cuda(monkeypatch)
+    install(monkeypatch, {"flash_attn_interface": {}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="attention got fa3 on cuda: it flash_attn_interface: .*attn_func"):
+        table.configure("attention=fa3")
+        table.check("cuda")
+    install(monkeypatch, fa3(True))
+    table.check("cuda")
+    calls = []
+    attention_backends._missing.cache_clear()
+    monkeypatch.setattr(
+        attention_backends, "import_module", lambda name: calls.append(name) or SimpleNamespace()
+    )
+    for _ in range(3):
+        assert attention_backends.absence("fa3", "cuda", BF16)
+    assert calls == ["flash_attn_interface"]
+
+
+def test_what_was_chosen_and_cannot_run_raises():
+    if not torch.cuda.is_available():
+        for name in ("fa3", "cudnn", "xformers"):
+            table.configure(f"attention={name}")
+            with pytest.raises(ValueError, match=f"attention got {name} on cpu: it needs a cuda device"):
+                attention(*qkv(1, 3, 3, 1, 16))
+    table.configure("attention=sdpa")
+    (row,) = [row for row in table.choices() if row[0] == "attention"]
+    assert row[1] == "sdpa" and row[2].endswith("chosen by configuration or PRFL_KERNELS")
+
+
+def test_doctor_names_every_better_one_and_why_not(monkeypatch):
+    on_cuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (row,) = [row for row in table.choices() if row[0] == "attention"]
+    for name in ("fa3", "fa4", "cudnn", "fa2"):
+        assert f"; {name} " in row[2]
