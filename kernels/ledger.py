@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels import add_norm, attention_fp8, qk_norm_rope, reward_pool, sass
+from prfl_kernels import add_norm, attention_fp8, attention_triton, qk_norm_rope, reward_pool, sass
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 WIDTHS = {"14B": (5120, 40), "1.3B": (1536, 12)}  # width and heads
@@ -161,6 +161,22 @@ def _pool_backward(s: Case) -> Iterable:
     return x, u, scores, dpooled, lse, delta, *made
 
 
+def _qkv(s: Case, keys: int | None) -> list[Tensor]:
+    k, v = (empty(1, keys or s.length, s.heads, HEAD_DIM, dtype=BF16) for _ in range(2))
+    return [s.per_head(BF16), k, v]
+
+
+def _attention(s: Case, keys: int | None = None) -> Iterable:
+    q, k, v = _qkv(s, keys)
+    return q, k, v, *attention_triton.forward(q, k, v, HEAD_DIM**-0.5)
+
+
+def _attention_backward(s: Case, keys: int | None = None) -> Iterable:
+    q, k, v = _qkv(s, keys)
+    held = s.per_head(BF16), None, q, k, v, s.per_head(BF16), empty(1, s.heads, s.length)
+    return *held, *attention_triton.backward(*held, HEAD_DIM**-0.5)
+
+
 def _attention_fp8(s: Case, keys: int | None = None) -> Iterable:
     keys = keys or s.length
     q, q_scale = s.per_head(FP8), empty(1, s.length, s.heads)
@@ -206,6 +222,10 @@ ENTRIES = (
     Entry("reward_pool", _pool),
     Entry("reward_pool backward", _pool_backward),
     Entry("quantize_values", _quantize_values, streams=(BF16,)),
+    Entry("attention, self", _attention, "attention", (BF16,)),
+    Entry("attention, self backward", _attention_backward, "attention", (BF16,)),
+    Entry("attention, cross", lambda s: _attention(s, TEXT), "attention", (BF16,)),
+    Entry("attention, cross backward", lambda s: _attention_backward(s, TEXT), "attention", (BF16,)),
     Entry("attention_fp8, self", _attention_fp8, "attention", (BF16,)),
     Entry("attention_fp8, cross", lambda s: _attention_fp8(s, TEXT), "attention", (BF16,)),
 )
