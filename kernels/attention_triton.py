@@ -12,8 +12,9 @@ in full precision, on the CUDA cores: for checking.
 Tensors are read and written through descriptors (TMA), which take any strides of 16 bytes, read zeros
 past the end of a sample and write nothing there: queries need no mask. Keys past the end get weight
 zero in one masked block after the full ones. The backward recomputes p twice, once for dk and dv and
-once for dq, so that every sum stays in the registers of one program: no atomics, the same bits every
-time. Source: Dao, "FlashAttention-2" (2023), in two kernels as in Triton's tutorial 06.
+once for dq, so that every sum stays in the registers of one program, or is one of a few partial sums in
+a fixed order: no atomics, the same bits every time. Source: Dao, "FlashAttention-2" (2023), in two kernels
+as in Triton's tutorial 06.
 """
 
 import math
@@ -45,6 +46,9 @@ QUERIES = {
     (32, 64): (32, 32, 4, 1),
     (32, 128): (32, 32, 4, 1),
 }
+# Few keys, many queries: the queries of dk and dv are split into runs, summed in float32, until there are
+# about as many programs as make four waves of an H100.
+PROGRAMS = 4 * 132
 ROWS = 64  # queries of a program that only adds up rows
 
 
@@ -121,10 +125,13 @@ def _rows_kernel(
 
 @jit
 def _keys_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse2_ptr, delta_ptr, Lq, H, padded, factor,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse2_ptr, delta_ptr, Lq, H, padded, run, factor,
     scale, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of N keys. Rows past the end are whatever exp2 makes of zeros and are not written."""
+    """dk and dv of N keys over a run of queries, [runs B, H, Lk, D].
+
+    Rows past the end are whatever exp2 makes of zeros and are not written.
+    """
     bh = tl.program_id(1)
     b, h = bh // H, bh % H
     first = tl.program_id(0) * N
@@ -133,7 +140,8 @@ def _keys_kernel(
     o_m = bh.to(tl.int64) * padded + tl.arange(0, M)
     dk = tl.zeros([N, D], tl.float32)
     dv = tl.zeros([N, D], tl.float32)
-    for i in range(0, Lq, M):
+    begin = tl.program_id(2) * run
+    for i in range(begin, tl.minimum(begin + run, Lq), M):
         q = q_desc.load([b, h, i, 0]).reshape(M, D)
         lse2 = tl.load(lse2_ptr + i + o_m)
         p = tl.exp2(_dot(k, q.T) * factor - lse2[None, :])  # transposed, [N, M]
@@ -142,8 +150,9 @@ def _keys_kernel(
         delta = tl.load(delta_ptr + i + o_m)
         ds = p * (_dot(v, dout.T) - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    dv_desc.store([b, h, first, 0], dv.to(k.dtype).reshape(1, 1, N, D))
-    dk_desc.store([b, h, first, 0], (dk * scale).to(k.dtype).reshape(1, 1, N, D))
+    b += tl.program_id(2) * (tl.num_programs(1) // H)
+    dv_desc.store([b, h, first, 0], dv.to(dv_desc.dtype).reshape(1, 1, N, D))
+    dk_desc.store([b, h, first, 0], (dk * scale).to(dk_desc.dtype).reshape(1, 1, N, D))
 
 
 @jit
@@ -258,13 +267,20 @@ def backward(
     )  # fmt: skip
     dq = dk = dv = None
     if wants_kv:
-        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
         m, n, warps, stages = KEYS[_kind(q)]
+        blocks = triton.cdiv(length, m)
+        runs = min(blocks, max(1, PROGRAMS // (triton.cdiv(keys, n) * batch * heads)))
+        run = triton.cdiv(blocks, runs) * m
+        runs = triton.cdiv(length, run)
+        dtype = k.dtype if runs == 1 else torch.float32
+        dk, dv = (k.new_empty(runs * batch, *k.shape[1:], dtype=dtype) for _ in range(2))
         held = ((q, m), (k, n), (v, n), (dout, m), (dk, n), (dv, n))
-        _keys_kernel[(triton.cdiv(keys, n), batch * heads)](
-            *(_descriptor(a, rows) for a, rows in held), lse2, delta, length, heads, padded,
+        _keys_kernel[(triton.cdiv(keys, n), batch * heads, runs)](
+            *(_descriptor(a, rows) for a, rows in held), lse2, delta, length, heads, padded, run,
             scale * LOG2E, scale, dim, m, n, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
+        if runs > 1:
+            dk, dv = (a.unflatten(0, (runs, batch)).sum(0).to(k.dtype) for a in (dk, dv))
     if wants_q:
         dq = q.new_empty(q.shape)
         m, n, warps, stages = QUERIES[_kind(q)]
