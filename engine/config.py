@@ -39,6 +39,8 @@ class ModelConfig:
     """Residual stream; the official code keeps it in float32."""
     recompute: bool = False
     """Keep only every block's input and compute the block again in backward."""
+    keep: Literal["nothing", "attention", "projections", "all"] = "all"
+    """What the attention and FFN branches keep for the backward (docs/kernels.md), besides `recompute`."""
     kernels: str | None = None
     """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
 

@@ -103,6 +103,7 @@ class WanTransformer(nn.Module):
         c = self.config = config
         self.residual_dtype: torch.dtype | None = None  # None: float32, float64 for float64 weights
         self.recompute = False  # keep only the input of every block and compute it again in backward
+        self.keep = "all"  # what the modulated branches of a block keep: a mode of modulated_attention
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
         self.text_embedding = nn.Sequential(
             Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), Linear(c.dim, c.dim)
@@ -195,11 +196,11 @@ class WanTransformer(nn.Module):
         for block in self.blocks[:blocks]:
             if self.recompute and torch.is_grad_enabled():
                 tokens = checkpoint(
-                    block, tokens, e_B6C, context, grid,
+                    block, tokens, e_B6C, context, grid, self.keep,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                tokens = block(tokens, e_B6C, context, grid)
+                tokens = block(tokens, e_B6C, context, grid, self.keep)
         return tokens, e, grid
 
     def _patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prfl_kernels.attention import attention
-from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate
-from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
+from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
+from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
+from prfl_kernels.qk_norm_rope import rms_norm
 
 IMAGE_TOKENS = 257  # CLIP tokens of the first frame, in front of the text tokens of an I2V context
 IMAGE_DIM = 1280
@@ -48,24 +49,18 @@ class RMSNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
+    """The parameters of self-attention; the arithmetic is in prfl_kernels.modulated_attention."""
+
     def __init__(self, dim: int, num_heads: int, eps: float):
         super().__init__()
-        self.num_heads, self.eps = num_heads, eps
+        self.num_heads = num_heads
         self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
-    def forward(self, x_BLC: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        q, k = qk_norm_rope(
-            self.q(x_BLC),
-            self.k(x_BLC),
-            self.norm_q.weight,
-            self.norm_k.weight,
-            grid,
-            self.num_heads,
-            self.eps,
-        )
-        v = self.v(x_BLC).unflatten(2, (self.num_heads, -1))
-        return self.o(attention(q, k, v).flatten(2))
+    def weights(self) -> AttentionWeights:
+        linears = (self.q, self.k, self.v, self.o)
+        pairs = sum(((m.weight, m.bias) for m in linears), ())
+        return AttentionWeights(*pairs, self.norm_q.weight, self.norm_k.weight)
 
 
 class CrossAttention(nn.Module):
@@ -98,7 +93,8 @@ class Block(nn.Module):
     """Self-attention, cross-attention and FFN on the residual stream, modulated by the timestep.
 
     x += gate1 * Attn(LN(x) (1 + scale1) + shift1);  x += Cross(LN_affine(x), context);
-    x += gate2 * FFN(LN(x) (1 + scale2) + shift2).
+    x += gate2 * FFN(LN(x) (1 + scale2) + shift2). `keep` is what the two modulated branches keep for the
+    backward, see prfl_kernels.modulated_attention.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool):
@@ -113,17 +109,24 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, grid: tuple[int, int, int]
+        self,
+        x_BLC: Tensor,
+        e_B6C: Tensor,
+        context_BSC: Tensor,
+        grid: tuple[int, int, int],
+        keep: str = "all",
     ) -> Tensor:
         e = self.modulation.to(e_B6C.dtype) + e_B6C
         shift1, scale1, gate1, shift2, scale2, gate2 = e.unbind(1)
-        dtype = self.self_attn.q.compute_dtype or self.self_attn.q.weight.dtype
-        n = modulate(x_BLC, scale1, shift1, self.eps, dtype)
-        y = self.self_attn(n, grid)
-        x, n = gated_add_norm(x_BLC, y, gate1, self.norm3.weight, self.norm3.bias, self.eps, dtype)
+        attn, (first, _, second) = self.self_attn, self.ffn
+        how = dict(eps=self.eps, dtype=attn.q.compute_dtype or attn.q.weight.dtype, keep=keep)
+        x, n = modulated_attention(
+            x_BLC, shift1, scale1, gate1, attn.weights(), grid, attn.num_heads,
+            norm=(self.norm3.weight, self.norm3.bias), **how,
+        )  # fmt: skip
         y = self.cross_attn(n, context_BSC)
-        x, n = gated_add_modulate(x, y, None, scale2, shift2, self.eps, dtype)
-        return gated_add(x, self.ffn(n), gate2)
+        weights = FFNWeights(first.weight, first.bias, second.weight, second.bias)
+        return modulated_ffn(x, y, shift2, scale2, gate2, weights, **how)
 
 
 class Head(nn.Module):

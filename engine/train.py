@@ -36,7 +36,7 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
         with torch.device(device):
             policy = WanTransformer(PRESETS[m.preset])
         policy.init_weights(torch.Generator(device).manual_seed(config.train.seed))
-    policy.recompute = m.recompute
+    policy.recompute, policy.keep = m.recompute, m.keep
     return policy.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
 
 
@@ -58,7 +58,7 @@ def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.dev
         got, want = getattr(theirs, name), getattr(ours, name)
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
-    reward.transformer.recompute = m.recompute
+    reward.transformer.recompute, reward.transformer.keep = m.recompute, m.keep
     reward.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
     return reward.freeze()
 

@@ -28,7 +28,7 @@ def make_reward(config: Config, source: str | Path | None, device: torch.device)
         torch.manual_seed(config.train.seed)
         with torch.device(device):
             model = new_reward(trunk, r.blocks, r.num_queries, **shared)
-    model.transformer.recompute = m.recompute
+    model.transformer.recompute, model.transformer.keep = m.recompute, m.keep
     model.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
     return model
 

@@ -6,12 +6,15 @@ One pass over memory each way. The two-dimensional grid has one program for ever
 tokens of a sample; gate, scale and shift stay in its registers. Sums over tokens (d scale, d shift,
 d gate) are kept in registers over the run and written once; torch adds the runs in a fixed order,
 so results are the same from run to run, without atomics. Everything is computed in float32.
+
+`pair` gives the two functions of the implementation that runs, all of one signature.
 """
 
 import torch
 from torch import Tensor
 
-from prfl_kernels.jit import jit, tl, triton
+from prfl_kernels.jit import jit, tl, triton, wide
+from prfl_kernels.table import REFERENCE, TRITON, implementation
 
 # Runs of tokens on the whole batch: enough to fill 132 SMs, few enough that their partial sums stay
 # under 5 % of the traffic at 32,760 tokens. A wide row takes a whole SM in the backward.
@@ -20,6 +23,64 @@ RUNS_WIDE, RUNS = 264, 528
 # one SM with 8 warps (238 a thread); with 16 they spill.
 WARPS_FORWARD, WARPS_BACKWARD = 16, 8
 E4M3_MAX = tl.constexpr(448.0) if triton else 448.0
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 values, scales [...]) of x [..., C]: one scale a row, its largest value becomes 448."""
+    amax = x.float().abs().amax(-1)
+    scale = torch.where(amax > 0, amax / torch.finfo(torch.float8_e4m3fn).max, 1.0)
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def reference_forward(x, y, gate, scale, shift, base, eps, out_dtype):
+    """`forward` in plain torch, in float32 or wider."""
+    dtype, total = wide(x.dtype), None
+    if y is not None:
+        x_wide, y = x.to(dtype), y.to(dtype)
+        total = x_wide + y if gate is None else torch.addcmul(x_wide, y, gate.to(dtype)[:, None])
+        x = total = total.to(x.dtype)
+    if scale is None:
+        return total, None, None, None
+    scale, shift = (a.to(dtype)[:, None] if a.dim() == 2 else a.to(dtype) for a in (scale, shift))
+    n, *stats = torch.native_layer_norm(x.to(dtype), x.shape[-1:], None, None, eps)
+    n = torch.addcmul(shift, n, scale + base)
+    if out_dtype == torch.float8_e4m3fn:
+        return total, *quantize_rows(n), None
+    return total, n.to(out_dtype), None, torch.stack(stats)[..., 0]
+
+
+def reference_backward(dn, dsum, x, y, gate, scale, stats, base, parameters, y_dtype):
+    """`backward` in plain torch, in float32 or wider."""
+    dtype = wide((dsum if dn is None else x).dtype)
+    dx = dy = dgate = dscale = dshift = None
+    if dn is not None:
+        dn, x_wide, scale = (a.to(dtype) for a in (dn, x, scale))
+        dx, dscale, dshift = _norm_backward(dn, x_wide, scale, stats, base, parameters)
+        if dsum is not None:
+            dx += dsum
+    total = dsum.to(dtype) if dx is None else dx
+    if y is not None and gate is not None:
+        dgate = (total * y).sum(1)
+    if y_dtype is not None:
+        dy = (total if gate is None else total * gate.to(dtype)[:, None]).to(y_dtype)
+        dy = dy.clone() if dy is dsum or dy is dx else dy
+    return None if dx is None else dx.to(x.dtype), dy, dgate, dscale, dshift
+
+
+def _norm_backward(dn, x, scale, stats, base, parameters):
+    """(dx, d scale, d shift) by torch's own LayerNorm, in one call for every row of scale."""
+    if scale.dim() == 1:  # shared by the batch
+        dx, *sums = _norm_backward(dn[None], x[None], scale[None], stats[:, None], base, parameters)
+        return dx[0], *(None if a is None else a[0] for a in sums)
+    dx, sums = torch.empty_like(x, memory_format=torch.contiguous_format), scale.new_zeros(2, *scale.shape)
+    for b, factor in enumerate(scale + base):
+        dx[b], *made = torch.ops.aten.native_layer_norm_backward(
+            dn[b], x[b], x.shape[-1:], *stats[:, b, ..., None], factor, torch.zeros_like(factor),
+            [True, parameters, parameters],
+        )  # fmt: skip
+        if parameters:
+            sums[:, b] = torch.stack(made)
+    return (dx, *sums) if parameters else (dx, None, None)
 
 
 @jit
@@ -132,7 +193,7 @@ def _strides(a: Tensor | None) -> tuple[int, int]:
     return a.stride(0), a.stride(1) if a.dim() == 3 else 0
 
 
-def _pair(stats: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _split(stats: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if stats is None else (stats[0], stats[1])
 
 
@@ -180,7 +241,7 @@ def forward(
     if x.numel():
         grid, rows, options = _plan(batch, length, width, WARPS_FORWARD, 512 if fp8 else 256)
         _forward[grid](
-            x, y, gate, scale, shift, total, n, quant, *_pair(stats),
+            x, y, gate, scale, shift, total, n, quant, *_split(stats),
             *_strides(x), *_strides(y), *(_strides(a)[0] for a in (gate, scale, shift)),
             length, rows, eps, base, **options,
         )  # fmt: skip
@@ -216,7 +277,7 @@ def backward(
         grid, rows, options = _plan(batch, length, width, WARPS_BACKWARD)
         part = like.new_empty(batch, grid[0], slots, width, dtype=torch.float32)
         _backward[grid](
-            dn, dsum, x, y, gate, scale, *_pair(stats), dx, dy, part,
+            dn, dsum, x, y, gate, scale, *_split(stats), dx, dy, part,
             *_strides(dn), *_strides(dsum), *_strides(x), *_strides(y),
             _strides(gate)[0], _strides(scale)[0], length, rows, base,
             PARAMETERS=parameters, GATE=wants_gate, **options,
@@ -229,3 +290,11 @@ def backward(
     if wants_gate:
         dgate = sums[:, -1]
     return dx, dy, dgate, dscale, dshift
+
+
+IMPLEMENTATIONS = {REFERENCE: (reference_forward, reference_backward), TRITON: (forward, backward)}
+
+
+def pair(op: str, x: Tensor):
+    """(forward, backward) of what runs as operation `op` for x."""
+    return IMPLEMENTATIONS[implementation(op, x)]

@@ -36,7 +36,6 @@ from torch import Tensor
 
 from prfl_kernels.fp8_linear import E4M3, forbid_gradient, never
 from prfl_kernels.jit import jit, register, tl, triton
-from prfl_kernels.modulate import E4M3_MAX
 from prfl_kernels.table import REFERENCE, implementation
 
 HEAD_DIMS = (64, 128)
@@ -267,7 +266,7 @@ def _quantize(v):
     if length == 0:
         raise ValueError("quantize_values: got no keys, want at least one")
     amax = torch.linalg.vector_norm(v, float("inf"), dim=1, dtype=torch.float32)  # [B, H, D]
-    scale = torch.where(amax > 0, amax / E4M3_MAX, 1.0)
+    scale = torch.where(amax > 0, amax / torch.finfo(E4M3).max, 1.0)
     padded, inverse = padded_length(length), 1 / scale
     if v.numel() and implementation("attention_fp8", v) != REFERENCE:
         return launch_quantize(v, inverse, padded), scale

@@ -22,8 +22,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prfl_kernels.add_norm import quantize_rows
 from prfl_kernels.jit import register
-from prfl_kernels.modulate import quantize_rows
 from prfl_kernels.table import REFERENCE, implementation
 
 E4M3 = torch.float8_e4m3fn

@@ -14,19 +14,15 @@ from torch import Tensor
 
 from prfl_kernels import add_norm
 from prfl_kernels.jit import register, wide
-from prfl_kernels.modulate import norm_reference
-from prfl_kernels.table import REFERENCE, implementation
 
 
-def gated_add_reference(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
-    """x + gate * y in plain torch."""
-    dtype = wide(x.dtype)
-    y = y.to(dtype) if gate is None else y * gate[:, None]
-    return (x.to(dtype) + y).to(x.dtype)
+def _pair(x: Tensor, base: float | None):
+    name = {None: "gated_add", 0.0: "gated_add_norm", 1.0: "gated_add_modulate"}[base]
+    return add_norm.pair(name, x)
 
 
 def _add(x, y, gate):
-    return add_norm.forward(x, y, gate, None, None, 0.0, 0.0, None)[0]
+    return _pair(x, None)[0](x, y, gate, None, None, 0.0, 0.0, None)[0]
 
 
 def _add_fake(x, y, gate):
@@ -34,7 +30,7 @@ def _add_fake(x, y, gate):
 
 
 def _add_backward(dsum, y, gate, y_dtype):
-    _, dy, dgate, _, _ = add_norm.backward(
+    _, dy, dgate, _, _ = _pair(dsum, None)[1](
         None, dsum, None, y, gate, None, None, 0.0, False, y_dtype
     )
     return dy, dsum.new_empty(0) if dgate is None else dgate.to(gate.dtype)
@@ -62,17 +58,17 @@ def _add_gradient(ctx, dsum):
 
 
 def _norm(x, y, gate, scale, shift, base, eps, out_dtype):
-    total, n, _, stats = add_norm.forward(x, y, gate, scale, shift, base, eps, out_dtype)
+    total, n, _, stats = _pair(x, base)[0](x, y, gate, scale, shift, base, eps, out_dtype)
     return total, n, stats
 
 
 def _norm_fake(x, y, gate, scale, shift, base, eps, out_dtype):
-    stats = x.new_empty(2, *x.shape[:2], dtype=torch.float32)
+    stats = x.new_empty(2, *x.shape[:2], dtype=wide(x.dtype))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), stats
 
 
 def _norm_backward(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
-    dx, dy, dgate, dscale, dshift = add_norm.backward(
+    dx, dy, dgate, dscale, dshift = _pair(x, base)[1](
         dn, dsum, x, y, gate, scale, stats, base, parameters, y_dtype
     )
     none = dn.new_empty(0)
@@ -138,8 +134,6 @@ register(
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """x + gate * y in x.dtype. x, y [B, L, C] of any float dtypes; gate [B, C] or None for 1."""
-    if implementation("gated_add", x) == REFERENCE:
-        return gated_add_reference(x, y, gate)
     return torch.ops.prfl.gated_add(x, y, gate)
 
 
@@ -153,7 +147,8 @@ def gated_add_modulate(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x', modulate(x', scale, shift)) with x' = x + gate * y. Shapes as in the two parts."""
-    return _fused("gated_add_modulate", x, y, gate, scale, shift, 1.0, eps, out_dtype or x.dtype)
+    out_dtype = out_dtype or x.dtype
+    return torch.ops.prfl.gated_add_norm(x, y, gate, scale, shift, 1.0, eps, out_dtype)[:2]
 
 
 def gated_add_norm(
@@ -166,11 +161,5 @@ def gated_add_norm(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x', layer_norm(x', weight, bias)) with x' = x + gate * y. Shapes as in the two parts."""
-    return _fused("gated_add_norm", x, y, gate, weight, bias, 0.0, eps, out_dtype or x.dtype)
-
-
-def _fused(op, x, y, gate, scale, shift, base, eps, out_dtype):
-    if implementation(op, x) == REFERENCE:
-        x = gated_add_reference(x, y, gate)
-        return x, norm_reference(x, scale, shift, base, eps, out_dtype)
-    return torch.ops.prfl.gated_add_norm(x, y, gate, scale, shift, base, eps, out_dtype)[:2]
+    out_dtype = out_dtype or x.dtype
+    return torch.ops.prfl.gated_add_norm(x, y, gate, weight, bias, 0.0, eps, out_dtype)[:2]

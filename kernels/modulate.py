@@ -11,45 +11,28 @@ and 1/std of every token. Source: Peebles and Xie, "Scalable Diffusion Models wi
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from prfl_kernels import add_norm
 from prfl_kernels.jit import register, wide
-from prfl_kernels.table import REFERENCE, implementation
-
-E4M3_MAX = 448.0
 
 
-def norm_reference(
-    x: Tensor, scale: Tensor, shift: Tensor, base: float, eps: float, out_dtype: torch.dtype
-) -> Tensor:
-    """LN(x) * (base + scale) + shift in plain torch; scale and shift [B, C], or [C] for all."""
-    if scale.dim() == 2:
-        scale, shift = scale[:, None], shift[:, None]
-    n = F.layer_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=eps)
-    return (n * (base + scale) + shift).to(out_dtype)
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(e4m3 values, scales [...]) of x [..., C]: one scale a row, its largest value becomes 448."""
-    amax = x.float().abs().amax(-1)
-    scale = torch.where(amax > 0, amax / E4M3_MAX, 1.0)
-    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
+def _pair(x: Tensor, base: float):
+    return add_norm.pair("modulate" if base else "layer_norm", x)
 
 
 def _forward(x, scale, shift, base, eps, out_dtype):
-    _, n, _, stats = add_norm.forward(x, None, None, scale, shift, base, eps, out_dtype)
+    _, n, _, stats = _pair(x, base)[0](x, None, None, scale, shift, base, eps, out_dtype)
     return n, stats
 
 
 def _forward_fake(x, scale, shift, base, eps, out_dtype):
-    stats = x.new_empty(2, *x.shape[:2], dtype=torch.float32)
+    stats = x.new_empty(2, *x.shape[:2], dtype=wide(x.dtype))
     return x.new_empty(x.shape, dtype=out_dtype), stats
 
 
 def _backward(dn, x, scale, stats, base, parameters):
-    dx, _, _, dscale, dshift = add_norm.backward(
+    dx, _, _, dscale, dshift = _pair(x, base)[1](
         dn, None, x, None, None, scale, stats, base, parameters, None
     )
     if not parameters:
@@ -77,7 +60,7 @@ def _gradient(ctx, dn, _):
 
 
 def _quantized(x, scale, shift, eps):
-    _, n, quant, _ = add_norm.forward(x, None, None, scale, shift, 1.0, eps, torch.float8_e4m3fn)
+    _, n, quant, _ = _pair(x, 1.0)[0](x, None, None, scale, shift, 1.0, eps, torch.float8_e4m3fn)
     return n, quant
 
 
@@ -115,26 +98,18 @@ def modulate(
     x [B, L, C] of any float dtype; scale, shift [B, C]; returns [B, L, C] in out_dtype
     (x.dtype if None).
     """
-    out_dtype = out_dtype or x.dtype
-    if implementation("modulate", x) == REFERENCE:
-        return norm_reference(x, scale, shift, 1.0, eps, out_dtype)
-    return torch.ops.prfl.modulate(x, scale, shift, 1.0, eps, out_dtype)[0]
+    return torch.ops.prfl.modulate(x, scale, shift, 1.0, eps, out_dtype or x.dtype)[0]
 
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """LN(x) * weight + bias. x [B, L, C], weight and bias [C]; returns [B, L, C] in out_dtype."""
-    out_dtype = out_dtype or x.dtype
-    if implementation("layer_norm", x) == REFERENCE:
-        return norm_reference(x, weight, bias, 0.0, eps, out_dtype)
-    return torch.ops.prfl.modulate(x, weight, bias, 0.0, eps, out_dtype)[0]
+    return torch.ops.prfl.modulate(x, weight, bias, 0.0, eps, out_dtype or x.dtype)[0]
 
 
 def modulate_fp8(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """modulate as (e4m3 [B, L, C], float32 scales [B, L]): value times scale. Without gradient."""
-    if implementation("modulate", x) == REFERENCE:
-        return quantize_rows(norm_reference(x, scale, shift, 1.0, eps, wide(x.dtype)))
     return torch.ops.prfl.modulate_fp8(x, scale, shift, eps)

@@ -19,22 +19,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prfl_kernels.add_norm import run_grid, unit_last
+from prfl_kernels.add_norm import quantize_rows, run_grid, unit_last
 from prfl_kernels.jit import jit, register, tl, triton, wide
-from prfl_kernels.modulate import quantize_rows
-from prfl_kernels.table import REFERENCE, implementation
+from prfl_kernels.table import REFERENCE, TRITON, implementation
 
 Grid = tuple[int, int, int]
 # Most warps of a program, as in add_norm: a row of 5,120 in float32, and two accumulators of d weight.
 WARPS_FORWARD, WARPS_BACKWARD = 16, 8
 E4M3_MAX = tl.constexpr(448.0) if triton else 448.0
-
-
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm in plain torch; the result has x's dtype, at least float32 inside."""
-    x_wide = x.to(wide(x.dtype))
-    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
-    return (x_wide * rstd * weight).to(x.dtype)
 
 
 def pairs_of(head_dim: int) -> Grid:
@@ -72,13 +64,43 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
-def _reference(x, weight, grid, num_heads, eps, offset):
-    """One of q and k, in float32 or wider."""
-    length, head_dim = x.shape[1], x.shape[2] // num_heads
-    cos, sin = _cos_sin(head_dim, tuple(grid), True, x.device, wide(x.dtype))
-    cos, sin = (a[offset : offset + length, None] for a in (cos, sin))  # [L, 1, D/2]
-    n = rms_norm_reference(x.to(wide(x.dtype)), weight, eps)
-    return _rotate(n.unflatten(-1, (num_heads, head_dim)), cos, sin)
+def _turns(x, grid, num_heads, offset):
+    """Cosines and sines [L, 1, D/2] of the tokens of x [B, L, C]."""
+    tables = _cos_sin(x.shape[2] // num_heads, tuple(grid), True, x.device, wide(x.dtype))
+    return (a[offset : offset + x.shape[1], None] for a in tables)
+
+
+def reference_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset, fp8=False):
+    """`launch_forward` in plain torch, in float32 or wider."""
+    out, quant, rstds = [None, None], [None, None], []
+    for i, (x, weight) in enumerate(((q, weight_q), (k, weight_k))):
+        if x is None:
+            continue
+        x_wide = x.to(wide(x.dtype))
+        rstds.append(torch.rsqrt(x_wide.square().mean(-1) + eps))
+        n = (x_wide * rstds[-1][..., None] * weight).unflatten(-1, (num_heads, -1))
+        if grid is not None:
+            n = _rotate(n, *_turns(x, grid, num_heads, offset))
+        out[i], quant[i] = quantize_rows(n) if fp8 else (n.to(x.dtype), None)
+    return out, quant, None if fp8 else torch.stack(rstds)
+
+
+def reference_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
+    """`launch_backward` in plain torch, in float32 or wider."""
+    made, dweights = [None, None], rstd.new_zeros(2, q.shape[2]) if parameters else None
+    for i, (d, x, weight) in enumerate(((dq, q, weight_q), (dk, k, weight_k))):
+        if x is None:
+            continue
+        d = d.to(rstd.dtype).reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads)
+        if grid is not None:
+            cos, sin = _turns(x, grid, num_heads, offset)
+            d = _rotate(d, cos, -sin)
+        d, x_hat = d.flatten(2), x.to(rstd.dtype) * rstd[i, ..., None]
+        g = d * weight
+        made[i] = ((g - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd[i, ..., None]).to(x.dtype)
+        if parameters:
+            dweights[i] = (d * x_hat).sum((0, 1))
+    return *made, dweights
 
 
 @jit
@@ -306,25 +328,37 @@ def launch_backward(
     return *out, dweight
 
 
+IMPLEMENTATIONS = {
+    REFERENCE: (reference_forward, reference_backward),
+    TRITON: (launch_forward, launch_backward),
+}
+
+
+def pair(x: Tensor, op: str = "qk_norm_rope"):
+    """(forward, backward) of what runs for x."""
+    return IMPLEMENTATIONS[implementation(op, x)]
+
+
 def _qk_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
-    (q, k), _, rstd = launch_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset)
+    run = pair(q)[0]
+    (q, k), _, rstd = run(q, k, weight_q, weight_k, grid, num_heads, eps, offset)
     return q, k, rstd
 
 
 def _qk_forward_fake(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
     shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
-    return q.new_empty(shape), k.new_empty(shape), q.new_empty(2, *shape[:2], dtype=torch.float32)
+    return q.new_empty(shape), k.new_empty(shape), q.new_empty(2, *shape[:2], dtype=wide(q.dtype))
 
 
 def _qk_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
-    dq, dk, dweight = launch_backward(
+    dq, dk, dweight = pair(q)[1](
         dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters
     )
     return dq, dk, q.new_empty(0) if dweight is None else dweight
 
 
 def _qk_backward_fake(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
-    dweight = q.new_empty(2, q.shape[2], dtype=torch.float32) if parameters else q.new_empty(0)
+    dweight = rstd.new_empty(2, q.shape[2]) if parameters else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), dweight
 
 
@@ -346,16 +380,16 @@ def _qk_gradient(ctx, dq, dk, _):
 
 
 def _rms_forward(x, weight, eps):
-    (out, _), _, rstd = launch_forward(x, None, weight, None, None, 1, eps, 0)
+    (out, _), _, rstd = pair(x, "rms_norm")[0](x, None, weight, None, None, 1, eps, 0)
     return out.flatten(2), rstd
 
 
 def _rms_forward_fake(x, weight, eps):
-    return x.new_empty(x.shape), x.new_empty(1, *x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(1, *x.shape[:2], dtype=wide(x.dtype))
 
 
 def _rms_backward(dn, x, weight, rstd, parameters):
-    dx, _, dweight = launch_backward(
+    dx, _, dweight = pair(x, "rms_norm")[1](
         dn, None, x, None, weight, None, rstd, None, 1, 0, parameters
     )
     return dx, x.new_empty(0) if dweight is None else dweight[0].to(weight.dtype, copy=True)
@@ -376,7 +410,7 @@ def _rms_gradient(ctx, dn, _):
 
 
 def _quantized(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
-    out, quant, _ = launch_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset, True)
+    out, quant, _ = pair(q)[0](q, k, weight_q, weight_k, grid, num_heads, eps, offset, True)
     return *out, *quant
 
 
@@ -424,8 +458,6 @@ register(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [B, L, C]; x.dtype out."""
-    if implementation("rms_norm", x) == REFERENCE:
-        return rms_norm_reference(x, weight, eps)
     return torch.ops.prfl.rms_norm(x, weight, eps)[0]
 
 
@@ -445,9 +477,6 @@ def qk_norm_rope(
     rows, columns) of the whole sequence, offset + L <= frames * rows * columns. Returns q, k
     [B, L, num_heads, C / num_heads] in the dtype of the inputs.
     """
-    if implementation("qk_norm_rope", q) == REFERENCE:
-        rest = (grid, num_heads, eps, offset)
-        return _reference(q, weight_q, *rest).to(q.dtype), _reference(k, weight_k, *rest).to(k.dtype)
     grid = list(grid)
     return torch.ops.prfl.qk_norm_rope(q, k, weight_q, weight_k, grid, num_heads, eps, offset)[:2]
 
@@ -463,10 +492,5 @@ def qk_norm_rope_fp8(
     offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """qk_norm_rope as e4m3 q, k [B, L, H, D] and their float32 scales [B, L, H]. No gradient."""
-    if implementation("qk_norm_rope", q) == REFERENCE:
-        rest = (grid, num_heads, eps, offset)
-        q, scale_q = quantize_rows(_reference(q, weight_q, *rest))
-        k, scale_k = quantize_rows(_reference(k, weight_k, *rest))
-        return q, k, scale_q, scale_k
     grid = list(grid)
     return torch.ops.prfl.qk_norm_rope_fp8(q, k, weight_q, weight_k, grid, num_heads, eps, offset)

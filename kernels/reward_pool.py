@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prfl_kernels.add_norm import unit_last
 from prfl_kernels.jit import jit, register, tl, triton, wide
-from prfl_kernels.table import REFERENCE, implementation
+from prfl_kernels.table import REFERENCE, TRITON, implementation
 
 MAX_QUERIES = 64
 SMS = 132
@@ -34,11 +34,20 @@ TILE_BYTES = 336 << 10
 FEW, MANY = (64, 64, 4, 6), (32, 16, 4, 3)
 
 
-def reward_pool_reference(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(pooled [B, N, C], log-sum-exp of the scores [B, N]) in plain torch."""
+def reference_forward(x, u):
+    """`launch_forward` in plain torch, in float32 or wider."""
     x = x.to(wide(x.dtype))
-    s = x @ u.to(x.dtype).T  # [B, L, N]
-    return torch.softmax(s, dim=1).transpose(1, 2) @ x, s.logsumexp(1)
+    scores = x @ u.to(x.dtype).T  # [B, L, N]
+    return scores.softmax(1).mT @ x, scores.logsumexp(1), scores
+
+
+def reference_backward(dpooled, delta, x, u, scores, lse, want_x, want_u):
+    """`launch_backward` in plain torch, in float32 or wider."""
+    x_wide = x.to(scores.dtype)
+    p = (scores - lse[:, None]).exp()
+    ds = p * (x_wide @ dpooled.mT - delta[:, None])
+    dx = (p @ dpooled + ds @ u.to(ds.dtype)).to(x.dtype) if want_x else None
+    return dx, (ds.flatten(0, 1).T @ x_wide.flatten(0, 1) if want_u else None)
 
 
 def merge(pooled: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +213,9 @@ def _plan(x: Tensor, queries: int) -> tuple[tuple[int, int], int, dict]:
 
 
 def launch_forward(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled [B, N, C], log-sum-exp [B, N], scores [B, L, N]), all float32."""
+    """(pooled [B, N, C], log-sum-exp [B, N], scores [B, L, N]), all float32; N is 1 to 64."""
+    if not 1 <= len(u) <= MAX_QUERIES:
+        raise ValueError(f"reward_pool: got {len(u)} folded queries, want 1 to {MAX_QUERIES}")
     x, u = unit_last(x), u.float().contiguous()
     (batch, length, width), queries = x.shape, len(u)
     pooled, lse, scores = (
@@ -255,17 +266,32 @@ def launch_backward(
     return dx, du
 
 
+IMPLEMENTATIONS = {
+    REFERENCE: (reference_forward, reference_backward),
+    TRITON: (launch_forward, launch_backward),
+}
+
+
+def pair(x: Tensor):
+    """(forward, backward) of what runs for x."""
+    return IMPLEMENTATIONS[implementation("reward_pool", x)]
+
+
+def _pool(x, u):
+    return pair(x)[0](x, u)
+
+
 def _pool_fake(x, u):
     (batch, length, width), queries = x.shape, len(u)
     return tuple(
-        x.new_empty(shape, dtype=torch.float32)
+        x.new_empty(shape, dtype=wide(x.dtype))
         for shape in ((batch, queries, width), (batch, queries), (batch, length, queries))
     )
 
 
 def _pool_backward(dpooled, dlse, x, u, scores, lse, pooled, want_x, want_u):
     delta = (pooled * dpooled).sum(-1) - dlse
-    dx, du = launch_backward(dpooled, delta, x, u, scores, lse, want_x, want_u)
+    dx, du = pair(x)[1](dpooled, delta, x, u, scores, lse, want_x, want_u)
     return x.new_empty(0) if dx is None else dx, x.new_empty(0) if du is None else du.to(u.dtype)
 
 
@@ -289,7 +315,7 @@ def _pool_gradient(ctx, dpooled, dlse, _):
 
 register(
     "reward_pool(Tensor x, Tensor u) -> (Tensor, Tensor, Tensor)",
-    launch_forward,
+    _pool,
     _pool_fake,
     _pool_gradient,
     _pool_setup_context,
@@ -308,10 +334,6 @@ def reward_pool_with_lse(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"reward_pool: got x {list(x.shape)} and u {list(u.shape)}, want [B, L > 0, C] and [N, C]"
         )
-    if implementation("reward_pool", x) == REFERENCE:
-        return reward_pool_reference(x, u)
-    if not 1 <= len(u) <= MAX_QUERIES:
-        raise ValueError(f"reward_pool: got {len(u)} folded queries, want 1 to {MAX_QUERIES}")
     return torch.ops.prfl.reward_pool(x, u)[:2]
 
 

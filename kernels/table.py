@@ -22,6 +22,7 @@ OPERATIONS = {
     "gated_add_norm": (REFERENCE, TRITON),
     "rms_norm": (REFERENCE, TRITON),
     "qk_norm_rope": (REFERENCE, TRITON),
+    "bias_gelu": (REFERENCE, TRITON),
     "attention": tuple(attention_backends.BACKENDS),
     "reward_pool": (REFERENCE, TRITON),
     "fp8_linear": (REFERENCE, SCALED_MM),

@@ -297,7 +297,7 @@ def test_time_embedding_and_head_stay_in_float32():
 
     model.time_projection.register_forward_hook(watch("time"))
     model.head.register_forward_hook(watch("head"))
-    model.blocks[0].self_attn.q.register_forward_hook(watch("q"))
+    model.blocks[0].cross_attn.q.register_forward_hook(watch("q"))
     batch, t = random_batch(config), torch.tensor([900.5, 3.25])
     velocity(model, batch, t)
 
