@@ -22,10 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels import add_norm, attention_fp8, attention_triton, qk_norm_rope, reward_pool, sass
+from prfl_kernels import add_norm, attention_fp8, attention_triton, bias_gelu, qk_norm_rope, reward_pool, sass
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 WIDTHS = {"14B": (5120, 40), "1.3B": (1536, 12)}  # width and heads
+FFN = {"14B": 13824, "1.3B": 8960}
 GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}  # 81 frames at 480 x 832 and at 720 x 1280
 HEAD_DIM, TEXT = 128, 512
 # Assumed for predictions: measured copy bandwidth of an H100 SXM; FLOP/s of tensor-core products as
@@ -146,6 +147,17 @@ def _rms_backward(s: Case) -> Iterable:
     return dn, x, weight, rstd, made[0], made[2][0]
 
 
+def _gelu(s: Case) -> Iterable:
+    h, bias = empty(1, s.length, FFN[s.model], dtype=BF16), empty(FFN[s.model])
+    return h, bias, bias_gelu.launch_forward(h, bias)
+
+
+def _gelu_backward(s: Case) -> Iterable:
+    dg, h = (empty(1, s.length, FFN[s.model], dtype=BF16) for _ in range(2))
+    bias = empty(FFN[s.model])
+    return dg, h, bias, *bias_gelu.launch_backward(dg, h, bias, True)
+
+
 POOL_QUERIES = 8  # one learned query with the 8 heads of the official reward model
 
 
@@ -219,6 +231,8 @@ ENTRIES = (
     Entry("qk_norm_rope backward", _qk_backward, streams=(BF16,)),
     Entry("rms_norm", _rms, streams=(BF16,)),
     Entry("rms_norm backward", _rms_backward, streams=(BF16,)),
+    Entry("bias_gelu", _gelu, streams=(BF16,)),
+    Entry("bias_gelu backward", _gelu_backward, streams=(BF16,)),
     Entry("reward_pool", _pool),
     Entry("reward_pool backward", _pool_backward),
     Entry("quantize_values", _quantize_values, streams=(BF16,)),

@@ -15,9 +15,9 @@ from torch.library import opcheck
 
 from prfl_kernels import attention_fp8 as module
 from prfl_kernels import table
+from prfl_kernels.add_norm import quantize_rows
 from prfl_kernels.attention_fp8 import attention_fp8, attention_fp8_reference, quantize_values
 from prfl_kernels.fp8_linear import fp8_linear, hopper_product, quantize_weight
-from prfl_kernels.add_norm import quantize_rows
 
 __all__ = ["triton"]
 F32, BF16, E4M3 = torch.float32, torch.bfloat16, torch.float8_e4m3fn

@@ -281,6 +281,7 @@ def test_sampling_agrees_with_every_program_and_iteration(entry, monkeypatch):
     from prfl_kernels import ledger_traffic
 
     monkeypatch.setattr(ledger, "WIDTHS", {"tiny": (256, 2)})
+    monkeypatch.setattr(ledger, "FFN", {"tiny": 700})
     monkeypatch.setattr(ledger, "GRIDS", {330: (3, 10, 11)})
     monkeypatch.setattr(add_norm, "RUNS", 9)
     monkeypatch.setattr(reward_pool, "SMS", 2)
