@@ -1,10 +1,16 @@
-"""The denoising chain: rollout without gradient, then a step with gradient.
+"""The denoising chain: a rollout without gradient, then windows of steps with gradient.
 
 A `Velocity` is a model bound to its context: (x [B, C, T, H, W], t [B], active [N] long) -> v, where
 `active` names the samples of the full batch that x holds, so that it can pick their context.
+
+A window is the last k steps before a latent that is scored. Between its steps only latents and solver
+state live: backward goes through the last step, whose graph is there, and then, step by step towards the
+noise, computes each one again from its state and sends the gradient of its results through it. So the
+peak of a window is that of a single step. (Nested checkpoints miss it: what an inner one saves outlives
+the outer one.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,40 +28,127 @@ def advance(
     return flow.step(schedule, state, velocity(state.x, t, active), index)
 
 
-@torch.no_grad()
-def rollout(
-    velocity: Velocity, schedule: flow.Schedule, noise: Tensor, index: Tensor
-) -> flow.SolverState:
+class Chain:
+    """The way of a batch from noise: the state of every sample before each of its steps.
+
+    Samples may stand at different steps; those that move next move together in one call.
+    """
+
+    def __init__(self, velocity: Velocity, schedule: flow.Schedule, noise: Tensor):
+        """noise [B, C, T, H, W]; it is not changed."""
+        self.velocity, self.schedule = velocity, schedule
+        start = flow.init_state(noise.detach())
+        # states[b][i]: the state [1, ...] of sample b before step i, None where it was forgotten.
+        self.states = [[start.select(slice(b, b + 1))] for b in range(len(noise))]
+
+    def at(self, index: Tensor, active: Tensor) -> flow.SolverState:
+        """The states of the samples `active` [N] before their steps index [N]."""
+        rows = [self.states[b][i] for b, i in zip(active.tolist(), index.tolist(), strict=True)]
+        return rows[0] if len(rows) == 1 else flow.SolverState(*map(torch.cat, zip(*rows, strict=True)))
+
+    @torch.no_grad()
+    def advance_to(self, index: Tensor, first: Tensor) -> None:
+        """Go on without gradient until every sample's state before step index[b] is known, and forget
+        those before step first[b] on the way.
+
+        Both [B] long, on the CPU. A batch costs as many forwards of one sample as states are missing.
+        """
+        while True:
+            for states, n in zip(self.states, first.tolist(), strict=True):
+                known = min(n, len(states) - 1)
+                states[:known] = [None] * known
+            at = torch.tensor([len(states) - 1 for states in self.states])
+            active = (at < index).nonzero().squeeze(1)
+            if not len(active):
+                return
+            at = at[active]
+            state = advance(self.velocity, self.schedule, self.at(at, active), at, active)
+            self._append(state, active)
+
+    def _append(self, state: flow.SolverState, active: Tensor) -> None:
+        for row, b in enumerate(active.tolist()):
+            self.states[b].append(flow.SolverState(*(a[row : row + 1].detach() for a in state)))
+
+    def graded(self, index: Tensor, window: int = 1, detach_input: bool = False) -> "Window":
+        """The last `window` steps up to and with step index[b], with gradient to the model.
+
+        index [B] long on the CPU, 0 <= index < len(schedule); a window is cut to index[b] + 1 steps. The
+        states before it are constants. detach_input gives the model a detached input at every step, so that
+        the gradient goes from step to step through the sampler alone (DRTune, Wu et al. 2024).
+        """
+        self.advance_to(index, (index - (window - 1)).clamp(min=0))
+        return Window(self, index, window, detach_input)
+
+
+class Window:
+    """Steps of a chain with gradient. `x` [B, C, T, H, W] is the latent behind the last of them.
+
+    Backpropagate a loss of x, and call `backward` after that for the steps before the last.
+    """
+
+    def __init__(self, chain: Chain, index: Tensor, window: int, detach_input: bool):
+        self.chain, self.index, self.window, self.detach_input = chain, index, window, detach_input
+        everyone = torch.arange(len(index))
+        self.leaf, out = self._step(index, everyone, window > 1)
+        self.x = out.x
+        # The step with gradient is the rollout's next step too.
+        new = torch.tensor([len(states) for states in chain.states]) == index + 1
+        chain._append(out if new.all() else out.select(new.to(out.x.device)), everyone[new])
+
+    def _step(self, index, active, through):
+        """(state before the steps index, state behind them), the first a leaf that takes gradient if
+        `through`."""
+        leaf = flow.SolverState(*(a.detach().requires_grad_(through) for a in self.chain.at(index, active)))
+        velocity = self.chain.velocity
+        if self.detach_input:
+            def velocity(x, t, active):  # fmt: skip
+                return self.chain.velocity(x.detach(), t, active)
+        return leaf, advance(velocity, self.chain.schedule, leaf, index, active)
+
+    def backward(self) -> None:
+        """Backpropagate through the steps before the last, after a backward from x; frees the window."""
+        leaf, self.leaf, self.x = self.leaf, None, None
+        active = torch.arange(len(self.index))
+        for distance in range(1, self.window):
+            on = self.index[active] >= distance  # the others are at the noise
+            if not on.any():
+                return
+            # The gradient of the state before the later step is that of the state behind this one.
+            rows = slice(None) if on.all() else on.to(leaf.x.device)
+            gradients, active = [a.grad[rows] for a in leaf], active[on]
+            leaf, out = self._step(self.index[active] - distance, active, True)
+            torch.autograd.backward(out, gradients)
+            del out, gradients
+
+
+def rollout(velocity: Velocity, schedule: flow.Schedule, noise: Tensor, index: Tensor) -> flow.SolverState:
     """Denoise every sample from noise up to (not including) step index[b], without gradient.
 
     noise [B, C, T, H, W]; index [B] long on the CPU, 0 <= index <= len(schedule). A sample leaves
     the batch as soon as its index is reached, so a batch costs index.sum() forwards of one sample.
     """
-    done = flow.init_state(noise)
-    done = flow.SolverState(*(a.clone() for a in done))
-    for i in range(int(index.max())):
-        active = (index > i).nonzero().squeeze(1)
-        everyone = len(active) == len(index)
-        state = done if everyone else done.select(active.to(noise.device))
-        state = advance(velocity, schedule, state, torch.full_like(active, i), active)
-        if everyone:
-            done = state
-        else:
-            for whole, part in zip(done, state, strict=True):
-                whole[active.to(noise.device)] = part
-    return done
+    chain = Chain(velocity, schedule, noise)
+    chain.advance_to(index, index)
+    return chain.at(index, torch.arange(len(index)))
 
 
-def graded_step(
-    velocity: Velocity, schedule: flow.Schedule, state: flow.SolverState, index: Tensor
-) -> Tensor:
-    """The latent [B, C, T, H, W] after step index[b] of each sample, with gradient through the step.
+def graded_windows(
+    velocity: Velocity,
+    schedule: flow.Schedule,
+    noise: Tensor,
+    indices: Tensor,
+    window: int = 1,
+    detach_input: bool = False,
+) -> Iterator[Window]:
+    """Several graded windows of one rollout, one after another.
 
-    The gradient passes the corrector and the predictor of this step; the history in `state` comes
-    from a rollout and is constant.
+    indices [K, B] long on the CPU, not decreasing along K; repeats share their states. Every forward serves
+    once: a step with gradient is the next step of the rollout as well. Backpropagate each window, and call
+    its `backward`, before taking the next.
     """
-    everyone = torch.arange(len(index))
-    return advance(velocity, schedule, state, index, everyone).x
+    chain = Chain(velocity, schedule, noise)
+    for index in indices:
+        yield chain.graded(index, window, detach_input)
 
 
 def sample(velocity: Velocity, schedule: flow.Schedule, noise: Tensor) -> Tensor:

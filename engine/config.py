@@ -112,16 +112,32 @@ class RolloutConfig:
     """Shift of the flow schedule, for rollouts, flow matching and reward training alike."""
     range: Literal["all", "early", "middle", "late"] | tuple[int, int] = "all"
     """Where the graded step is drawn: all of 0..steps-2, a third of it, or [first, last]."""
+    samples: int = 1
+    """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
+    their losses is taken. 1 is the paper's algorithm."""
 
     def __post_init__(self):
         check(self.steps >= 2, "rollout.steps", self.steps, "at least 2")
         check(self.shift > 0, "rollout.shift", self.shift, "a positive number")
+        check(self.samples >= 1, "rollout.samples", self.samples, "at least 1")
         if not isinstance(self.range, str):
             first, last = self.range
             check(
                 0 <= first <= last <= self.steps - 2, "rollout.range", list(self.range),
                 f"[first, last] within 0..{self.steps - 2}",
             )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChainConfig:
+    window: int | Literal["all"] = 1
+    """Denoising steps with gradient before the reward, the graded one included; all: from the noise on."""
+    detach_input: bool = False
+    """Give the model a detached input at every graded step, so that the gradient goes from step to step
+    through the sampler alone (DRTune)."""
+
+    def __post_init__(self):
+        check(self.window == "all" or self.window >= 1, "chain.window", self.window, "all or at least 1")
 
 
 @dataclass(frozen=True)
@@ -244,6 +260,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    chain: ChainConfig = field(default_factory=ChainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

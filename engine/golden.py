@@ -63,9 +63,8 @@ def _compute(folder: Path) -> dict[str, Tensor]:
         velocity = bind(policy, batch)
         t = torch.tensor([spec["forward_timestep"]])
         out["forward"] = velocity(batch.latent, t, torch.arange(1))
-        state = chain.rollout(velocity, schedule, noise, mid)
-        out["latent_mid"] = state.x
-        out["latent_next"] = chain.graded_step(velocity, schedule, state, mid)
+        out["latent_mid"] = chain.rollout(velocity, schedule, noise, mid).x
+        out["latent_next"] = chain.Chain(velocity, schedule, noise).graded(mid).x
         out["latent_final"] = chain.sample(velocity, schedule, noise)
         t_next = schedule.timesteps[mid + 1]
         context = reward.transformer.embed_context(batch.text, batch.clip)

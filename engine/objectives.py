@@ -1,5 +1,6 @@
 """The losses: flow matching, the reward of a graded denoising step, and those of reward training."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prfl_engine import chain, flow
-from prfl_engine.config import LossConfig, RolloutConfig
+from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
 from prfl_engine.dit import WanTransformer
 from prfl_engine.reward import RewardModel
 
@@ -22,12 +23,13 @@ class Batch(NamedTuple):
     label: Tensor | None = None  # [B], 0 or 1
 
 
-def bind(model: WanTransformer, batch: Batch) -> chain.Velocity:
+def bind(model: WanTransformer, batch: Batch, context: Tensor | None = None) -> chain.Velocity:
     """The model with the batch's context: a velocity for the denoising chain.
 
-    The context tokens are computed once here, with gradient if that is enabled.
+    The context tokens are computed once here, with gradient if that is enabled, unless they are given.
     """
-    context = model.embed_context(batch.text, batch.clip)
+    if context is None:
+        context = model.embed_context(batch.text, batch.clip)
 
     def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
         if len(active) == len(context):
@@ -74,11 +76,50 @@ def graded_reward(
     Steps 0..index-1 run without gradient, step `index` with gradient to the model; its result is
     scored at the timestep it has then, timesteps[index + 1]. index [B] long, on the CPU.
     """
-    with torch.no_grad():
-        state = chain.rollout(bind(model, batch), schedule, noise, index)
-    latent = chain.graded_step(bind(model, batch), schedule, state, index)
+    way = chain.Chain(bind(model, batch), schedule, noise)
+    way.advance_to(index, index)
+    latent = way.graded(index).x
     t = schedule.timesteps[index + 1].to(latent.device, non_blocking=True)
     return reward(latent, t, batch.text, batch.clip, batch.condition)
+
+
+def graded_rewards(
+    model: WanTransformer,
+    reward: RewardModel,
+    schedule: flow.Schedule,
+    batch: Batch,
+    noise: Tensor,
+    indices: Tensor,
+    config: ChainConfig,
+) -> Iterator[Tensor]:
+    """Logits [B] of the rewards after the graded steps indices[0], indices[1], ... of one rollout.
+
+    Backpropagate a loss of each before taking the next: the gradient through the steps before a
+    graded one (config.window) and through the embedding of the context is added to .grad of the model's
+    parameters when the iterator goes on, and is whole when it ends. indices [K, B] long, on the CPU, not
+    decreasing along K. Text and image embeddings, the reward model's too, are computed once.
+    """
+    context = model.embed_context(batch.text, batch.clip)
+    leaf = context.detach().requires_grad_(context.requires_grad)
+    scored = reward.transformer.embed_context(batch.text, batch.clip)
+    window = len(schedule) if config.window == "all" else config.window
+    windows = chain.graded_windows(
+        bind(model, batch, leaf), schedule, noise, indices, window, config.detach_input
+    )
+    for index, graded in zip(indices, windows, strict=True):
+        t = schedule.timesteps[index + 1].to(noise.device, non_blocking=True)
+        yield reward.score(graded.x, t, scored, batch.condition)
+        graded.backward()
+    if leaf.grad is not None:
+        context.backward(leaf.grad)
+
+
+def stratified_indices(first: int, last: int, uniform: Tensor) -> Tensor:
+    """Graded indices [K, B] of K samples of one rollout: the j-th is uniform in the j-th of K equal parts of
+    first..last, so that all together are uniform and none is rolled out twice. uniform [K, B] in [0, 1)."""
+    count = len(uniform)
+    place = (torch.arange(count)[:, None] + uniform) * (last + 1 - first) / count
+    return first + place.floor().long().clamp(max=last - first)
 
 
 def reward_loss(logit: Tensor, loss: LossConfig) -> Tensor:

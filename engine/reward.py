@@ -107,7 +107,10 @@ class RewardModel(nn.Module):
         x [B, 16, T, H, W], t [B], text [B, n, text_dim]; for an I2V model clip [B, 257, 1280] and
         condition [B, 20, T, H, W].
         """
-        context = self.transformer.embed_context(text, clip)
+        return self.score(x, t, self.transformer.embed_context(text, clip), condition)
+
+    def score(self, x: Tensor, t: Tensor, context: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Logits [B] as above, with the context tokens of transformer.embed_context."""
         x = self.transformer.features(x, t, context, condition, self.feature_layer)
         return self.mlp(self.pool(x)).squeeze(1)
 

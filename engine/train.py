@@ -13,10 +13,11 @@ from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out
 from prfl_engine.objectives import (
     Batch,
     bind,
-    graded_reward,
+    graded_rewards,
     index_range,
     reward_loss,
     sft_loss,
+    stratified_indices,
 )
 from prfl_engine.reward import RewardModel
 from prfl_engine.sample import write_samples
@@ -89,16 +90,17 @@ def train(config: Config) -> None:
         n = len(batch.latent)
         rng = seeded(c.train.seed, 2, key)
         picks = torch.from_numpy(rng.integers(flow.TRAIN_STEPS, size=n))
-        index = torch.from_numpy(rng.integers(first, last + 1, size=n))
+        indices = stratified_indices(first, last, torch.from_numpy(rng.random((c.rollout.samples, n))))
         if use_sft:
             noise = noise_like(batch.latent, c.train.seed, 3, key)
             loss = sft_loss(policy, batch, noise, sigmas[picks].to(device)).mean()
             yield c.loss.sft_weight * loss, {"sft_loss": loss}
         if use_reward:
             noise = noise_like(batch.latent, c.train.seed, 4, key)
-            logit = graded_reward(policy, reward, schedule, batch, noise, index)
-            loss = reward_loss(logit, c.loss).mean()
-            yield loss, {"reward_loss": loss, "reward": torch.sigmoid(logit).mean()}
+            share = 1 / c.rollout.samples
+            for logit in graded_rewards(policy, reward, schedule, batch, noise, indices, c.chain):
+                loss = share * reward_loss(logit, c.loss).mean()
+                yield loss, {"reward_loss": loss, "reward": share * torch.sigmoid(logit).mean()}
 
     def validate(step: int) -> dict[str, float]:
         return evaluate_policy(c, policy, reward, schedule, held_out, step)

@@ -43,13 +43,15 @@ def reference_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
 
 
 def reference_backward(dout, dlse, q, k, v, out, lse, scale, wants_q=True, wants_kv=True):
-    """The formulas of `attention_triton`, all of [B, H, Lq, Lk] at once."""
-    dout, q, k, v, out = (a.transpose(1, 2) for a in (dout, q, k, v, out))
+    """The formulas of `attention_triton`, all of [B, H, Lq, Lk] at once; delta is summed over keys, which
+    needs no `out` and makes the rows of ds sum to zero, rounding of `out` or not."""
+    dout, q, k, v = (a.transpose(1, 2) for a in (dout, q, k, v))
     p = (_scores(q, k, scale) - lse[..., None]).exp()
-    delta = (dout.to(p.dtype) * out.to(p.dtype)).sum(-1)
+    dp = (dout @ v.mT).to(p.dtype)
+    delta = (p * dp).sum(-1)
     if dlse is not None:
         delta = delta - dlse
-    ds = (p * ((dout @ v.mT).to(p.dtype) - delta[..., None]) * scale).to(q.dtype)
+    ds = (p * (dp - delta[..., None]) * scale).to(q.dtype)
     dq = (ds @ k).transpose(1, 2) if wants_q else None
     dk = (ds.mT @ q).transpose(1, 2) if wants_kv else None
     dv = (p.to(q.dtype).mT @ dout).transpose(1, 2) if wants_kv else None

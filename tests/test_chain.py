@@ -25,7 +25,7 @@ class Counted:
         self.samples += len(x)
         weight = self.weight[active]
         mixed = torch.einsum("bcthw,bcd->bdthw", x, weight)
-        return torch.tanh(mixed + t.double().view(-1, 1, 1, 1, 1) / 1000)
+        return torch.tanh(mixed + t.to(x.dtype).view(-1, 1, 1, 1, 1) / 1000)
 
     def of(self, b):
         return lambda x, t, active: self(x, t, torch.tensor([b]))
@@ -97,8 +97,7 @@ def test_sample_runs_the_whole_chain():
 
 def test_the_graded_step_has_the_gradient_of_unrolled_code_with_a_detached_history():
     velocity, schedule, noise = setup()
-    state = chain.rollout(velocity, schedule, noise, INDEX)
-    latent = chain.graded_step(velocity, schedule, state, INDEX)
+    latent = chain.Chain(velocity, schedule, noise).graded(INDEX).x
     direction = torch.randn_like(latent)
     (got,) = torch.autograd.grad(latent, velocity.weight, direction)
 
@@ -117,5 +116,96 @@ def test_the_graded_step_has_the_gradient_of_unrolled_code_with_a_detached_histo
 
 def test_the_graded_step_costs_one_call():
     velocity, schedule, noise = setup()
-    chain.graded_step(velocity, schedule, flow.init_state(noise), torch.zeros(5, dtype=torch.long))
+    chain.Chain(velocity, schedule, noise).graded(torch.zeros(5, dtype=torch.long))
     assert (velocity.calls, velocity.samples) == (1, 5)
+
+
+def unrolled(velocity, schedule, noise, index, window, detach_input=False):
+    """The latent behind step `index` of one sample, with a plain graph through the last `window` steps."""
+    state = flow.init_state(noise)
+    for i in range(index + 1):
+        graded = i > index - window
+        with torch.set_grad_enabled(graded):
+            x = state.x.detach() if detach_input else state.x
+            v = velocity(x, schedule.timesteps[i : i + 1], None)
+            state = flow.step(schedule, state, v, torch.tensor([i]))
+    return state.x
+
+
+def gradients_of(velocity, schedule, noise, index, window, detach_input=False):
+    """(latents, gradient of the weights) by the chain's own backward, from fixed directions."""
+    velocity.weight.grad = None
+    graded = chain.Chain(velocity, schedule, noise).graded(index, window, detach_input)
+    x = graded.x
+    x.backward(torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1)))
+    graded.backward()
+    return x.detach(), velocity.weight.grad
+
+
+@pytest.mark.parametrize("detach_input", [False, True])
+@pytest.mark.parametrize("window", [1, 2, 3, 6, 100])
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gradients_of_a_window_are_those_of_the_plain_graph(solver, window, detach_input, dtype, limit):
+    """Samples at different steps, windows cut at the noise where they are longer than the way."""
+    velocity, schedule, noise = setup(solver)
+    velocity.weight, noise = velocity.weight.detach().to(dtype).requires_grad_(), noise.to(dtype)
+    x, got = gradients_of(velocity, schedule, noise, INDEX, window, detach_input)
+    direction = torch.randn(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    wanted = [
+        unrolled(velocity.of(b), schedule, noise[b : b + 1], int(INDEX[b]), window, detach_input)
+        for b in range(5)
+    ]
+    (want,) = torch.autograd.grad(torch.cat(wanted), velocity.weight, direction)
+    assert ((x - torch.cat(wanted)).norm() / x.norm()).item() < limit
+    assert ((got - want).norm() / want.norm()).item() < limit
+
+
+def test_a_longer_window_has_another_gradient():
+    velocity, schedule, noise = setup()
+    _, one = gradients_of(velocity, schedule, noise, INDEX, 1)
+    _, two = gradients_of(velocity, schedule, noise, INDEX, 2)
+    assert (two[0] - one[0]).norm() > 1e-3 * one[0].norm()  # at step 3
+    assert torch.equal(two[1], one[1])  # at step 0 there is nothing before
+
+
+def test_a_window_computes_each_of_its_steps_but_the_last_again():
+    velocity, schedule, noise = setup()
+    gradients_of(velocity, schedule, noise, INDEX, 3)
+    assert velocity.samples == (INDEX + 1).sum() + torch.minimum(INDEX, torch.tensor(2)).sum()
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_windows_of_one_rollout_are_those_of_their_own_rollouts(window):
+    """Also where an index repeats, and where a window reaches back over the one before."""
+    velocity, schedule, noise = setup()
+    indices = torch.tensor([[0, 1, 2, 0, 2], [2, 1, 3, 0, 3], [4, 4, 3, 5, 4]])
+    got, want = [], []
+    for graded in chain.graded_windows(velocity, schedule, noise, indices, window):
+        x = graded.x
+        x.backward(torch.ones_like(x))
+        graded.backward()
+        got.append(x.detach())
+    total, velocity.weight.grad = velocity.weight.grad, None
+    for index in indices:
+        graded = chain.Chain(velocity, schedule, noise).graded(index, window)
+        want.append(graded.x.detach())
+        graded.x.backward(torch.ones_like(graded.x))
+        graded.backward()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(total, velocity.weight.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_with_gradient_is_the_next_step_of_the_rollout():
+    """Distinct indices: as many calls as the way to the last one has steps."""
+    velocity, schedule, noise = setup(size=1)
+    for _ in chain.graded_windows(velocity, schedule, noise, torch.tensor([[1], [3], [4]])):
+        pass
+    assert velocity.calls == 5
+
+
+def test_only_the_states_that_a_window_needs_are_kept():
+    velocity, schedule, noise = setup(size=1)
+    way = chain.Chain(velocity, schedule, noise)
+    way.graded(torch.tensor([4]), 2)
+    assert [s is not None for s in way.states[0]] == [False, False, False, True, True, True]

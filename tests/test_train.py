@@ -97,7 +97,7 @@ def test_a_stopped_run_goes_on_to_the_bit(model_type, tmp_path, monkeypatch):
     run("train", config, f"train.out={whole}")
     with monkeypatch.context() as patch:
         # Two calls a step: the fourth step begins with the seventh.
-        interrupt(patch, train_module, "graded_reward", 7)
+        interrupt(patch, train_module, "graded_rewards", 7)
         run("train", config, f"train.out={cut}", code=130)
     assert [p.name for p in cut.glob("checkpoint-*")] == ["checkpoint-2"]
     assert max(values(cut)) == 3  # logged after the checkpoint; to be cut back
@@ -222,18 +222,18 @@ def test_the_first_adamw_step(tmp_path):
 def test_levels_and_indices_are_drawn_for_every_sample(tmp_path, monkeypatch):
     config = write_run(tmp_path, rollout={"steps": 6})
     levels, indices = [], []
-    sft_loss, graded_reward = train_module.sft_loss, train_module.graded_reward
+    sft_loss, graded_rewards = train_module.sft_loss, train_module.graded_rewards
 
     def sft(model, batch, noise, sigma):
         levels.extend(sigma.tolist())
         return sft_loss(model, batch, noise, sigma)
 
-    def graded(model, reward, schedule, batch, noise, index):
-        indices.extend(index.tolist())
-        return graded_reward(model, reward, schedule, batch, noise, index)
+    def graded(model, reward, schedule, batch, noise, drawn, config):
+        indices.extend(drawn.flatten().tolist())
+        return graded_rewards(model, reward, schedule, batch, noise, drawn, config)
 
     monkeypatch.setattr(train_module, "sft_loss", sft)
-    monkeypatch.setattr(train_module, "graded_reward", graded)
+    monkeypatch.setattr(train_module, "graded_rewards", graded)
     run("train", config, "train.steps=10", "train.accumulate=2", "data.batch_size=2")
     assert len(levels) == len(indices) == 40
     # 40 of 1000 levels: 0.8 coincidences on average.
@@ -281,7 +281,7 @@ def test_weight_0_computes_no_rollout(tmp_path, monkeypatch):
     def rollout(*args, **kwargs):
         raise AssertionError("a rollout")
 
-    monkeypatch.setattr(chain, "rollout", rollout)
+    monkeypatch.setattr(chain, "Chain", rollout)
     run("train", config, "loss.weight=0", "reward.path=null")
     logged = values(tmp_path / "run")
     assert all("train/sft_loss" in v and "train/reward" not in v for v in logged.values())

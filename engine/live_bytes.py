@@ -1,0 +1,62 @@
+"""Bytes of tensor storage that live at once while code runs, counted exactly, on any device or on fake tensors.
+
+The storage of every tensor that an operation returns counts from then until it is freed (so `add` what was
+there before: a view of it is seen too). The
+fused operations of prfl_kernels are opened up: what they allocate on the way counts too. No tensor
+is held and no hook is set, so the count does not change what lives. (torch's own MemTracker keeps gradients
+alive by its hooks and reports more.)
+"""
+
+import weakref
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from prfl_kernels.jit import IMPLEMENTATIONS
+
+
+class LiveBytes(TorchDispatchMode):
+    """A with block in which live bytes are counted: `now`, and the most so far, `peak`.
+
+    round_to: bytes that sizes are rounded up to; 512 counts as torch's CUDA allocator does.
+    """
+
+    def __init__(self, round_to: int = 1):
+        super().__init__()
+        self.round_to, self.now, self.peak = round_to, 0, 0
+        self._known: dict[int, int] = {}
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that exist already, such as parameters."""
+        for a in tensors:
+            self._see(a)
+        self.peak = max(self.peak, self.now)
+
+    def _see(self, a: Tensor) -> None:
+        storage = a.untyped_storage()
+        key = storage._cdata
+        size = -(-storage.nbytes() // self.round_to) * self.round_to
+        if key not in self._known:
+            weakref.finalize(storage, self._free, key).atexit = False
+            self._known[key] = 0
+        self.now += size - self._known[key]  # it may have been resized
+        self._known[key] = size
+
+    def _free(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inside = IMPLEMENTATIONS.get(func.name()) if func.namespace == "prfl" else None
+        if inside is not None:
+            with self:
+                out = inside(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
+        for a in tree_iter(out):
+            if isinstance(a, Tensor):
+                self._see(a)
+        self.peak = max(self.peak, self.now)
+        return out
