@@ -23,9 +23,10 @@ from functools import partial
 from pathlib import Path
 
 import gates
-import kernel_cases
+import shapes
 import torch
-from kernel_cases import ENTRIES, Entry, Shape
+from kernel_cases import ENTRIES, Entry
+from shapes import Shape
 from timing import Times, compile_absence, limits, machine, measure
 
 from prfl_kernels import jit, ledger, table
@@ -203,10 +204,10 @@ def title(model: str, s: Shape) -> str:
     return f"\nWan {model} (C {width}, {heads} heads), {s.tokens} tokens, rank of {s.sp}, {dtypes}\n{HEAD}"
 
 
-def shapes(args: argparse.Namespace) -> list[tuple[str, Shape]]:
-    models = kernel_cases.SMALL_MODELS if args.small else kernel_cases.MODELS
-    grids = kernel_cases.SMALL_GRIDS if args.small else kernel_cases.GRIDS
-    text = kernel_cases.SMALL_TEXT if args.small else kernel_cases.TEXT
+def chosen_shapes(args: argparse.Namespace) -> list[tuple[str, Shape]]:
+    models = shapes.SMALL_MODELS if args.small else shapes.MODELS
+    grids = shapes.SMALL_GRIDS if args.small else shapes.GRIDS
+    text = shapes.SMALL_TEXT if args.small else shapes.TEXT
     dtypes = getattr(torch, args.dtype), getattr(torch, args.residual)
     return [
         (model, Shape(models[model], grids[tokens], sp, 1, text, *dtypes, args.device))
@@ -219,20 +220,19 @@ def shapes(args: argparse.Namespace) -> list[tuple[str, Shape]]:
 def measured(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
     dtypes = getattr(torch, args.dtype), getattr(torch, args.residual)
     print("gates: error against float64 at most twice that of plain torch")
-    found = run_gates(entries, args.backends, kernel_cases.gate_shape(*dtypes, args.device))
+    found = run_gates(entries, args.backends, shapes.gate_shape(*dtypes, args.device))
     if all(g["gate"] != "passed" for g in found):
         return {"gates": found, "rows": []}
     peers, why = list(args.peers), compile_absence(args.device)
     if "compile" in peers and why:
         peers.remove("compile")
         print(f"torch.compile is left out: {why}")
-    limit = limits(args.device, dtypes[0])
-    print(
-        f"\n{machine(args.device)}, torch {torch.__version__}; limits: copy {limit['copy'] / 1e9:.4g} GB/s, "
-        f"product {limit['product'] / 1e12:.4g} TFLOP/s, for fp8 {limit['fp8'] / 1e12:.4g}"
-    )
+    limit = limits(args.device, dtypes[0], any(entry.rate == "fp8" for entry in entries))
+    rates = [f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in limit.items() if name != "copy"]
+    bandwidth = f"copy {limit['copy'] / 1e9:.4g} GB/s"
+    print(f"\n{machine(args.device)}, torch {torch.__version__}; limits: {', '.join([bandwidth, *rates])}")
     rows = []
-    for model, s in shapes(args):
+    for model, s in chosen_shapes(args):
         print(title(model, s))
         for entry in entries:
             backends = [g["backend"] for g in found if g["op"] == entry.name and g["gate"] == "passed"]
@@ -245,10 +245,14 @@ def measured(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
     return {"machine": machine(args.device), "limits": limit, "gates": found, "rows": rows}
 
 
+def ledger_names(entries: Sequence[Entry]) -> dict[str, tuple[Entry, int]]:
+    """(entry, index of the pass) by what the ledger calls it."""
+    return {e.name + suffix: (e, i) for i, suffix in enumerate(("", " backward")) for e in entries}
+
+
 def predicted(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
     """The ledger's rows of these operations, in the form of measured ones."""
-    suffixes = enumerate(("", " backward"))
-    names = {entry.name + suffix: (entry, i) for i, suffix in suffixes for entry in entries}
+    names = ledger_names(entries)
     stream = getattr(torch, args.residual)
 
     def wanted(entry: ledger.Entry, case: ledger.Case) -> bool:
@@ -256,7 +260,7 @@ def predicted(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
         return here and entry.op in names and (case.stream == stream or len(entry.streams) == 1)
 
     found, rows = ledger.collect(only=wanted), []
-    for model, s in shapes(args):
+    for model, s in chosen_shapes(args):
         print(title(model, s))
         for made in found["operations"]:
             if (made["model"], made["length"]) != (model, s.tokens):
@@ -297,8 +301,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Entry]]:
     if args.small is None:
         args.small = device == "cpu" and not args.predicted
     # Compiling takes most of the time of small shapes: one of them unless more are asked for.
-    grids = list(kernel_cases.SMALL_GRIDS if args.small else kernel_cases.GRIDS)
-    models = list(kernel_cases.MODELS)
+    grids = list(shapes.SMALL_GRIDS if args.small else shapes.GRIDS)
+    models = list(shapes.MODELS)
     args.model = args.model or (models[-1:] if args.small else models)
     args.tokens = args.tokens or (grids[:1] if args.small else grids)
     args.sp = args.sp or ([1] if args.small or args.predicted else list(SP))

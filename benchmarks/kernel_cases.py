@@ -1,4 +1,4 @@
-"""What bench_kernels measures: a line of ENTRIES an operation, and the shapes of Wan2.1.
+"""What bench_kernels measures: a line of ENTRIES an operation.
 
 An entry makes inputs for a shape, calls the operation through its public function, and gives a plain
 torch formula of the same: the peer in eager and under torch.compile, and in float64 the truth.
@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from shapes import Shape
 from torch import Tensor
 from torch.func import functional_call
 
@@ -17,93 +18,14 @@ from prfl_engine.reward import QueryPool
 from prfl_kernels.attention import attention
 from prfl_kernels.attention_fp8 import _natural, attention_fp8, attention_fp8_reference, quantize_values
 from prfl_kernels.fp8_linear import fp8_linear, quantize_weight
-from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm, gated_add_reference
+from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.jit import wide
-from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8, norm_reference, quantize_rows
-from prfl_kernels.qk_norm_rope import (
-    qk_norm_rope,
-    qk_norm_rope_fp8,
-    rms_norm,
-    rms_norm_reference,
-    rope_angles,
-)
-from prfl_kernels.reward_pool import reward_pool, reward_pool_reference
+from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8
+from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm, rope_angles
+from prfl_kernels.reward_pool import reward_pool
 
 EPS = 1e-6
 POOL_HEADS = 8  # of the official reward model, with one learned query
-
-
-class Model(NamedTuple):
-    width: int
-    heads: int
-    ffn: int
-
-
-MODELS = {"1.3B": Model(1536, 12, 8960), "14B": Model(5120, 40, 13824)}
-# (frames, rows, columns) of tokens: 81 frames of 480 x 832 and of 720 x 1280.
-GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}
-TEXT = 512
-SMALL_MODELS = {"1.3B": Model(256, 2, 384), "14B": Model(512, 4, 1024)}
-SMALL_GRIDS = {312: (3, 8, 13), 720: (3, 12, 20)}
-SMALL_TEXT = 64
-
-
-class Shape(NamedTuple):
-    """One rank of `sp`: its share of the tokens of every sample, or of the heads in attention."""
-
-    model: Model
-    grid: tuple[int, int, int]
-    sp: int
-    batch: int
-    text: int
-    dtype: torch.dtype  # of everything but parameters and modulation, which are float32, and of
-    residual: torch.dtype  # the residual stream
-    device: str
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2]
-
-    @property
-    def length(self) -> int:
-        return self.tokens // self.sp
-
-    @property
-    def offset(self) -> int:
-        """Index of the last rank's first token."""
-        return self.tokens - self.length
-
-    @property
-    def heads(self) -> int:
-        return self.model.heads // self.sp
-
-    @property
-    def head_dim(self) -> int:
-        return self.model.width // self.model.heads
-
-    def exact(self) -> "Shape":
-        return self._replace(dtype=torch.float64, residual=torch.float64)
-
-    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(shape, device=self.device).to(dtype)
-
-    def rows(self) -> Tensor:
-        return self.normal(self.batch, self.length, self.model.width, dtype=self.dtype)
-
-    def residual_rows(self) -> Tensor:
-        return self.rows().to(self.residual)
-
-    def modulation(self) -> Tensor:
-        """One of a block's six vectors, a slice of [B, 6, C]."""
-        return self.normal(self.batch, 6, self.model.width)[:, 1]
-
-    def vector(self) -> Tensor:
-        return self.normal(self.model.width)
-
-
-def gate_shape(dtype: torch.dtype, residual: torch.dtype, device: str) -> Shape:
-    """Small and odd: 105 tokens, 77 keys of text, 3 heads of the models' 128 channels."""
-    return Shape(Model(384, 3, 656), (3, 5, 7), 1, 2, 77, dtype, residual, device)
 
 
 def as_is(s: Shape, *inputs: Tensor) -> Sequence[Tensor]:
@@ -132,20 +54,37 @@ class Entry(NamedTuple):
     decode: Callable = lambda *outputs: outputs
 
 
+def _normed(x: Tensor, scale: Tensor, shift: Tensor, base: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm and its affine part in float32, rounded once."""
+    if scale.dim() == 2:
+        scale, shift = scale[:, None], shift[:, None]
+    return (F.layer_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=EPS) * (base + scale) + shift).to(dtype)
+
+
+def _added(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return (x.to(wide(x.dtype)) + y * gate[:, None]).to(x.dtype)
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 values, and scales [...], of x [..., C]."""
+    scale = x.float().abs().amax(-1) / 448
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
 def _norm(name: str, call: Callable, vector: Callable, base: float) -> Entry:
     return Entry(
         name, name,
         lambda s: [s.residual_rows(), vector(s), vector(s)],
         lambda s, *inputs: call(*inputs, EPS, s.dtype),
-        lambda s, *inputs: norm_reference(*inputs, base, EPS, s.dtype),
+        lambda s, *inputs: _normed(*inputs, base, s.dtype),
         wanted=(0, 1, 2),
     )  # fmt: skip
 
 
 def _gated_norm(name: str, call: Callable, vector: Callable, base: float) -> Entry:
     def plain(s, x, y, gate, scale, shift):
-        x = gated_add_reference(x, y, gate)
-        return x, norm_reference(x, scale, shift, base, EPS, s.dtype)
+        x = _added(x, y, gate)
+        return x, _normed(x, scale, shift, base, s.dtype)
 
     return Entry(
         name, name,
@@ -161,24 +100,26 @@ def _gated_add() -> Entry:
         "gated_add", "gated_add",
         lambda s: [s.residual_rows(), s.rows(), s.modulation()],
         lambda s, *inputs: gated_add(*inputs),
-        lambda s, *inputs: gated_add_reference(*inputs),
+        lambda s, *inputs: _added(*inputs),
         wanted=(0, 1, 2),
         reads=lambda inputs, outputs: inputs[1:],
     )  # fmt: skip
 
 
 def _modulate_fp8() -> Entry:
-    def plain(s, x, scale, shift):
-        return quantize_rows(norm_reference(x, scale, shift, 1.0, EPS, torch.float32))
-
     return Entry(
         "modulate_fp8", "modulate",
         lambda s: [s.residual_rows(), s.modulation(), s.modulation()],
         lambda s, *inputs: modulate_fp8(*inputs, EPS),
-        plain,
-        exact=lambda s, *inputs: norm_reference(*inputs, 1.0, EPS, s.dtype),
+        lambda s, *inputs: _quantized(_normed(*inputs, 1.0, torch.float32)),
+        exact=lambda s, *inputs: _normed(*inputs, 1.0, s.dtype),
         decode=lambda n, scale: [n.double() * scale[..., None]],
     )  # fmt: skip
+
+
+def _rms(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm in float32."""
+    return F.rms_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=EPS) * weight
 
 
 def _rms_norm() -> Entry:
@@ -186,7 +127,7 @@ def _rms_norm() -> Entry:
         "rms_norm", "rms_norm",
         lambda s: [s.rows(), s.vector()],
         lambda s, *inputs: rms_norm(*inputs, EPS),
-        lambda s, *inputs: rms_norm_reference(*inputs, EPS),
+        lambda s, *inputs: _rms(*inputs).to(s.dtype),
         wanted=(0, 1),
     )  # fmt: skip
 
@@ -205,8 +146,7 @@ def _with_angles(s: Shape, *inputs: Tensor) -> Sequence[Tensor]:
 def _qk_plain(s, q, k, weight_q, weight_k, cos, sin):
     made = []
     for x, weight in ((q, weight_q), (k, weight_k)):
-        n = rms_norm_reference(x.to(wide(x.dtype)), weight, EPS)
-        even, odd = n.unflatten(-1, (s.model.heads, -1, 2)).unbind(-1)
+        even, odd = _rms(x, weight).unflatten(-1, (s.model.heads, -1, 2)).unbind(-1)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
         made.append(turned.flatten(-2).to(x.dtype))
     return tuple(made)
@@ -224,7 +164,7 @@ def _qk_norm_rope() -> Entry:
 
 def _qk_norm_rope_fp8() -> Entry:
     def plain(s, q, k, *rest):
-        (q, scale_q), (k, scale_k) = map(quantize_rows, _qk_plain(s, q.float(), k.float(), *rest))
+        (q, scale_q), (k, scale_k) = map(_quantized, _qk_plain(s, q.float(), k.float(), *rest))
         return q, k, scale_q, scale_k
 
     return Entry(
@@ -282,7 +222,7 @@ def _attention_fp8(kind: str) -> Entry:
 
     def inputs(s):
         q, k, v = _qkv(s, cross)
-        return [*quantize_rows(q), *quantize_rows(k), *quantize_values(v)]
+        return [*_quantized(q), *_quantized(k), *quantize_values(v)]
 
     def values(s, q, q_scale, k, k_scale, v, v_scale):
         v = _natural(v.to(s.dtype))[..., : k.shape[1]] * v_scale[..., None]
@@ -308,7 +248,7 @@ def _fp8_linear() -> Entry:
 
     def inputs(s):
         weight = s.normal(s.model.ffn, s.model.width) * s.model.width**-0.5
-        return [*quantize_rows(s.rows()), *quantize_weight(weight), s.normal(s.model.ffn)]
+        return [*_quantized(s.rows()), *quantize_weight(weight), s.normal(s.model.ffn)]
 
     def values(s, x, x_scale, w, w_scale, bias):
         pairs = (x, x_scale), (w, w_scale)
@@ -325,6 +265,10 @@ def _fp8_linear() -> Entry:
 
 
 def _reward_pool() -> Entry:
+    def plain(s, x, u):
+        x = x.to(wide(x.dtype))
+        return (x @ u.T).softmax(1).transpose(1, 2) @ x
+
     def flops(s):
         product = 2 * s.batch * s.length * s.model.width * POOL_HEADS
         return 2 * product, 4 * product
@@ -333,7 +277,7 @@ def _reward_pool() -> Entry:
         "reward_pool", "reward_pool",
         lambda s: [s.residual_rows(), s.normal(POOL_HEADS, s.model.width) * s.model.width**-0.5],
         lambda s, *inputs: reward_pool(*inputs),
-        lambda s, *inputs: reward_pool_reference(*inputs)[0],
+        plain,
         wanted=(0, 1),
         flops=flops,
     )  # fmt: skip

@@ -258,8 +258,8 @@ def collect(
 
         check(peers)
     jobs = cases(quick)
-    workers = workers or min(2, os.cpu_count() or 1)
     taken = [i for i, (index, case) in enumerate(jobs) if only is None or only(ENTRIES[index], case)]
+    workers = min(workers or min(2, os.cpu_count() or 1), max(1, len(taken)))
     shares = [taken[i::workers] for i in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         tasks = ("compile", "count")
