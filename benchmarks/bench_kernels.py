@@ -36,6 +36,8 @@ PEERS = ("eager", "compile", "sdpa")
 DTYPES = ("bfloat16", "float16", "float32")
 REPEAT = {"cuda": 20, "cpu": 5}
 SP = (1, 2, 4, 8)
+# What a back end raises that does not work: torch, CUDA, a library with another signature, Triton.
+ERRORS = (RuntimeError, TypeError, *([jit.triton.TritonError] if jit.triton else []))
 
 
 def base(entry: Entry) -> str:
@@ -64,6 +66,8 @@ def gate(entry: Entry, backend: str, s: Shape) -> tuple[str, str]:
         got = gates.results(partial(entry.call, s), inputs, entry.wanted)
     except ValueError as error:
         return "absent", str(error)
+    except ERRORS as error:
+        return "failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     table.configure("reference")
     low = gates.results(partial(entry.yardstick or partial(plain, entry), s), inputs, entry.wanted)
     want = gates.results(partial(exact, entry, s.exact()), [a.double() for a in inputs], entry.wanted)
@@ -236,7 +240,9 @@ def measured(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
         print(title(model, s))
         for entry in entries:
             backends = [g["backend"] for g in found if g["op"] == entry.name and g["gate"] == "passed"]
-            if entry.divided == "heads" and s.model.heads % s.sp:
+            if entry.divided is None and s.sp > 1:
+                print(f"{entry.name:20} left out: it has the whole sequence")
+            elif entry.divided == "heads" and s.model.heads % s.sp:
                 print(f"{entry.name:20} left out: {s.model.heads} heads for {s.sp} ranks")
             elif backends:
                 for row in rows_of(entry, s, backends, peers, args.repeat, limit):

@@ -43,7 +43,7 @@ class Entry(NamedTuple):
     wanted: tuple[int, ...] = ()  # inputs to differentiate; none: forward only
     flops: Callable[[Shape], tuple[int, int]] = lambda s: (0, 0)  # of the products, forward and backward
     rate: str = "product"  # which of timing.limits they run at, or "fp8"
-    divided: str = "tokens"  # what a rank has a share of, or "heads"
+    divided: str | None = "tokens"  # what a rank has a share of, or "heads"; None: one rank alone
     reads: Callable = lambda inputs, outputs: inputs  # what the backward has to read
     prepare: Callable = as_is  # from the operation's inputs to those of the peers, untimed
     peers: dict[str, Callable] = {}  # more of them than plain, (shape, *prepared inputs) -> outputs

@@ -112,6 +112,19 @@ def test_what_fails_its_gate_gets_no_time(bench, tmp_path, capsys, monkeypatch, 
     assert not [line for line in printed.splitlines() if line.startswith("gated_add") and "%" in line]
 
 
+def test_what_raises_fails_its_gate_and_the_rest_goes_on(bench, tmp_path, monkeypatch):
+    import kernel_cases
+
+    def broken(x, weight, eps):
+        raise RuntimeError("CUDA error: in a test\nmore lines")
+
+    monkeypatch.setattr(kernel_cases, "rms_norm", broken)
+    code, found = run(bench, tmp_path, "--ops", "gated_add", "rms_norm", "--peers", "eager")
+    assert code == 1 and {r["op"] for r in found["rows"]} == {"gated_add"}
+    gates = [g for g in found["gates"] if g["op"] == "rms_norm" and g["gate"] == "failed"]
+    assert {g["why"] for g in gates} == {"RuntimeError: CUDA error: in a test"}
+
+
 def test_nothing_is_timed_if_every_gate_fails(bench, tmp_path, monkeypatch):
     import kernel_cases
 
