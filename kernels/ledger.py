@@ -257,9 +257,14 @@ def cases(quick: bool) -> list[tuple[int, Case]]:
     ]
 
 
-def collect(quick: bool = False, peers: str | None = None, workers: int | None = None) -> dict:
+def collect(
+    quick: bool = False,
+    peers: str | None = None,
+    workers: int | None = None,
+    only: Callable[[Entry, Case], bool] | None = None,
+) -> dict:
     """Everything `prfl kernels --json` prints. peers: the tutorial's file for ledger_peers, "" for the
-    installed peers alone, None for none."""
+    installed peers alone, None for none; only: the operations and shapes to take, None for all."""
     if find_spec("triton") is None:
         raise ValueError("ledger: got no Triton, want it installed")
     if peers is not None:
@@ -267,16 +272,17 @@ def collect(quick: bool = False, peers: str | None = None, workers: int | None =
 
         check(peers)
     jobs = cases(quick)
-    workers = workers or min(2, os.cpu_count() or 1)
-    shares = [list(range(i, len(jobs), workers)) for i in range(workers)]
+    taken = [i for i, (index, case) in enumerate(jobs) if only is None or only(ENTRIES[index], case)]
+    workers = min(workers or min(2, os.cpu_count() or 1), max(1, len(taken)))
+    shares = [taken[i::workers] for i in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         tasks = ("compile", "count")
         made = pool.map(lambda share: [_spawn(task, [quick, share]) for task in tasks], shares)
-        rows: list[dict] = [{}] * len(jobs)
+        rows: dict[int, dict] = {}
         for share, results in zip(shares, made, strict=True):
             for i, compiled, counted in zip(share, *results, strict=True):
                 rows[i] = _row(*jobs[i], compiled, counted)
-    found = {"assumptions": ASSUMPTIONS, "operations": rows}
+    found = {"assumptions": ASSUMPTIONS, "operations": [rows[i] for i in taken]}
     return found if peers is None else found | {"peers": _spawn("peers", peers)}
 
 

@@ -1,0 +1,339 @@
+"""What bench_kernels measures: a line of ENTRIES an operation.
+
+An entry makes inputs for a shape, calls the operation through its public function, and gives a plain
+torch formula of the same: the peer in eager and under torch.compile, and in float64 the truth.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from shapes import Shape
+from torch import Tensor
+from torch.func import functional_call
+
+from prfl_engine.reward import QueryPool
+from prfl_kernels.attention import attention
+from prfl_kernels.attention_fp8 import _natural, attention_fp8, attention_fp8_reference, quantize_values
+from prfl_kernels.fp8_linear import fp8_linear, quantize_weight
+from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
+from prfl_kernels.jit import wide
+from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8
+from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm, rope_angles
+from prfl_kernels.reward_pool import reward_pool
+
+EPS = 1e-6
+POOL_HEADS = 8  # of the official reward model, with one learned query
+
+
+def as_is(s: Shape, *inputs: Tensor) -> Sequence[Tensor]:
+    return inputs
+
+
+class Entry(NamedTuple):
+    """An operation. Every function takes the shape first, and then the tensors."""
+
+    name: str
+    op: str  # in prfl_kernels.table, which chooses its back end
+    inputs: Callable[[Shape], list[Tensor]]
+    call: Callable  # (shape, *inputs) -> outputs, by the public function
+    plain: Callable  # (shape, *prepared inputs) -> outputs in plain torch
+    wanted: tuple[int, ...] = ()  # inputs to differentiate; none: forward only
+    flops: Callable[[Shape], tuple[int, int]] = lambda s: (0, 0)  # of the products, forward and backward
+    rate: str = "product"  # which of timing.limits they run at, or "fp8"
+    divided: str | None = "tokens"  # what a rank has a share of, or "heads"; None: one rank alone
+    reads: Callable = lambda inputs, outputs: inputs  # what the backward has to read
+    prepare: Callable = as_is  # from the operation's inputs to those of the peers, untimed
+    peers: dict[str, Callable] = {}  # more of them than plain, (shape, *prepared inputs) -> outputs
+    # The gate compares with `exact` in float64, and its error with that of `yardstick`. Both are
+    # plain by default; they differ where the operation quantises, with decode(*outputs) -> values.
+    exact: Callable | None = None
+    yardstick: Callable | None = None  # takes the operation's inputs
+    decode: Callable = lambda *outputs: outputs
+
+
+def _normed(x: Tensor, scale: Tensor, shift: Tensor, base: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm and its affine part in float32, rounded once."""
+    if scale.dim() == 2:
+        scale, shift = scale[:, None], shift[:, None]
+    return (F.layer_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=EPS) * (base + scale) + shift).to(dtype)
+
+
+def _added(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return (x.to(wide(x.dtype)) + y * gate[:, None]).to(x.dtype)
+
+
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 values, and scales [...], of x [..., C]."""
+    scale = x.float().abs().amax(-1) / 448
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def _norm(name: str, call: Callable, vector: Callable, base: float) -> Entry:
+    return Entry(
+        name, name,
+        lambda s: [s.residual_rows(), vector(s), vector(s)],
+        lambda s, *inputs: call(*inputs, EPS, s.dtype),
+        lambda s, *inputs: _normed(*inputs, base, s.dtype),
+        wanted=(0, 1, 2),
+    )  # fmt: skip
+
+
+def _gated_norm(name: str, call: Callable, vector: Callable, base: float) -> Entry:
+    def plain(s, x, y, gate, scale, shift):
+        x = _added(x, y, gate)
+        return x, _normed(x, scale, shift, base, s.dtype)
+
+    return Entry(
+        name, name,
+        lambda s: [s.residual_rows(), s.rows(), s.modulation(), vector(s), vector(s)],
+        lambda s, *inputs: call(*inputs, EPS, s.dtype),
+        plain,
+        wanted=(0, 1, 2, 3, 4),
+    )  # fmt: skip
+
+
+def _gated_add() -> Entry:
+    return Entry(
+        "gated_add", "gated_add",
+        lambda s: [s.residual_rows(), s.rows(), s.modulation()],
+        lambda s, *inputs: gated_add(*inputs),
+        lambda s, *inputs: _added(*inputs),
+        wanted=(0, 1, 2),
+        reads=lambda inputs, outputs: inputs[1:],
+    )  # fmt: skip
+
+
+def _modulate_fp8() -> Entry:
+    return Entry(
+        "modulate_fp8", "modulate",
+        lambda s: [s.residual_rows(), s.modulation(), s.modulation()],
+        lambda s, *inputs: modulate_fp8(*inputs, EPS),
+        lambda s, *inputs: _quantized(_normed(*inputs, 1.0, torch.float32)),
+        exact=lambda s, *inputs: _normed(*inputs, 1.0, s.dtype),
+        decode=lambda n, scale: [n.double() * scale[..., None]],
+    )  # fmt: skip
+
+
+def _rms(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm in float32."""
+    return F.rms_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=EPS) * weight
+
+
+def _rms_norm() -> Entry:
+    return Entry(
+        "rms_norm", "rms_norm",
+        lambda s: [s.rows(), s.vector()],
+        lambda s, *inputs: rms_norm(*inputs, EPS),
+        lambda s, *inputs: _rms(*inputs).to(s.dtype),
+        wanted=(0, 1),
+    )  # fmt: skip
+
+
+def _qk_inputs(s: Shape) -> list[Tensor]:
+    q, k, _ = s.normal(s.batch, s.length, 3 * s.model.width, dtype=s.dtype).chunk(3, dim=-1)
+    return [q, k, s.vector(), s.vector()]
+
+
+def _with_angles(s: Shape, *inputs: Tensor) -> Sequence[Tensor]:
+    """... and the cosines and sines [L, 1, D/2], which eager code keeps from call to call."""
+    angles = rope_angles(s.head_dim, s.grid)[s.offset :, None]
+    return *inputs, *(a.to(s.device, wide(s.dtype)) for a in (angles.cos(), angles.sin()))
+
+
+def _qk_plain(s, q, k, weight_q, weight_k, cos, sin):
+    made = []
+    for x, weight in ((q, weight_q), (k, weight_k)):
+        even, odd = _rms(x, weight).unflatten(-1, (s.model.heads, -1, 2)).unbind(-1)
+        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+        made.append(turned.flatten(-2).to(x.dtype))
+    return tuple(made)
+
+
+def _qk_norm_rope() -> Entry:
+    return Entry(
+        "qk_norm_rope", "qk_norm_rope", _qk_inputs,
+        lambda s, *inputs: qk_norm_rope(*inputs, s.grid, s.model.heads, EPS, s.offset),
+        _qk_plain,
+        wanted=(0, 1, 2, 3),
+        prepare=_with_angles,
+    )  # fmt: skip
+
+
+def _qk_norm_rope_fp8() -> Entry:
+    def plain(s, q, k, *rest):
+        (q, scale_q), (k, scale_k) = map(_quantized, _qk_plain(s, q.float(), k.float(), *rest))
+        return q, k, scale_q, scale_k
+
+    return Entry(
+        "qk_norm_rope_fp8", "qk_norm_rope", _qk_inputs,
+        lambda s, *inputs: qk_norm_rope_fp8(*inputs, s.grid, s.model.heads, EPS, s.offset),
+        plain,
+        prepare=_with_angles,
+        exact=_qk_plain,
+        decode=lambda q, k, *scales: [
+            a.double() * scale[..., None] for a, scale in zip((q, k), scales, strict=True)
+        ],
+    )  # fmt: skip
+
+
+def _qkv(s: Shape, cross: bool) -> list[Tensor]:
+    keys = s.text if cross else s.tokens
+    return [s.normal(s.batch, n, s.heads, s.head_dim, dtype=s.dtype) for n in (s.tokens, keys, keys)]
+
+
+def _attention_plain(s, q, k, v):
+    """Two batched products and a softmax in float32 between them."""
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    p = ((q @ k.mT).to(wide(q.dtype)) * s.head_dim**-0.5).softmax(-1)
+    return (p.to(v.dtype) @ v).transpose(1, 2)
+
+
+def _sdpa(s, q, k, v):
+    q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _attention_flops(cross: bool, s: Shape) -> tuple[int, int]:
+    product = 2 * s.batch * s.tokens * (s.text if cross else s.tokens) * s.heads * s.head_dim
+    return 2 * product, 5 * product
+
+
+def _attention(kind: str) -> Entry:
+    cross = kind == "cross"
+    return Entry(
+        f"attention, {kind}", "attention",
+        lambda s: _qkv(s, cross),
+        lambda s, *inputs: attention(*inputs),
+        _attention_plain,
+        wanted=(0, 1, 2),
+        flops=partial(_attention_flops, cross),
+        divided="heads",
+        reads=lambda inputs, outputs: [*inputs, *outputs],
+        peers={"sdpa": _sdpa},
+    )  # fmt: skip
+
+
+def _attention_fp8(kind: str) -> Entry:
+    """Beside attention in dtype on the same values."""
+    cross = kind == "cross"
+
+    def inputs(s):
+        q, k, v = _qkv(s, cross)
+        return [*_quantized(q), *_quantized(k), *quantize_values(v)]
+
+    def values(s, q, q_scale, k, k_scale, v, v_scale):
+        v = _natural(v.to(s.dtype))[..., : k.shape[1]] * v_scale[..., None]
+        return [(a.to(s.dtype) * b[..., None]).to(s.dtype) for a, b in ((q, q_scale), (k, k_scale))] + [
+            v.permute(0, 3, 1, 2).to(s.dtype).contiguous()
+        ]
+
+    return Entry(
+        f"attention_fp8, {kind}", "attention_fp8", inputs,
+        lambda s, *inputs: attention_fp8(*inputs)[0],
+        _attention_plain,
+        flops=partial(_attention_flops, cross),
+        rate="fp8",
+        divided="heads",
+        prepare=values,
+        peers={"sdpa": _sdpa},
+        yardstick=lambda s, *inputs: attention_fp8_reference(*inputs, s.head_dim**-0.5)[0].bfloat16(),
+    )  # fmt: skip
+
+
+def _fp8_linear() -> Entry:
+    """The FFN's first projection, beside the linear layer in dtype on the same values."""
+
+    def inputs(s):
+        weight = s.normal(s.model.ffn, s.model.width) * s.model.width**-0.5
+        return [*_quantized(s.rows()), *quantize_weight(weight), s.normal(s.model.ffn)]
+
+    def values(s, x, x_scale, w, w_scale, bias):
+        pairs = (x, x_scale), (w, w_scale)
+        return [*((a.to(s.dtype) * b[..., None]).to(s.dtype) for a, b in pairs), bias.to(s.dtype)]
+
+    return Entry(
+        "fp8_linear", "fp8_linear", inputs,
+        lambda s, *inputs: fp8_linear(*inputs, s.dtype),
+        lambda s, *inputs: F.linear(*inputs),
+        flops=lambda s: (2 * s.batch * s.length * s.model.width * s.model.ffn, 0),
+        rate="fp8",
+        prepare=values,
+    )  # fmt: skip
+
+
+def _reward_pool() -> Entry:
+    def plain(s, x, u):
+        x = x.to(wide(x.dtype))
+        return (x @ u.T).softmax(1).transpose(1, 2) @ x
+
+    def flops(s):
+        product = 2 * s.batch * s.length * s.model.width * POOL_HEADS
+        return 2 * product, 4 * product
+
+    return Entry(
+        "reward_pool", "reward_pool",
+        lambda s: [s.residual_rows(), s.normal(POOL_HEADS, s.model.width) * s.model.width**-0.5],
+        lambda s, *inputs: reward_pool(*inputs),
+        plain,
+        wanted=(0, 1),
+        flops=flops,
+    )  # fmt: skip
+
+
+@cache
+def _pool(width: int) -> QueryPool:
+    with torch.device("meta"):  # the parameters come as inputs
+        return QueryPool(width, 1, POOL_HEADS)
+
+
+def _query_pool() -> Entry:
+    """The reward model's pooling as a module, its projections folded, beside what
+    torch.nn.MultiheadAttention calls; weights frozen as in a PRFL step."""
+
+    def inputs(s):
+        shapes = [p.shape for p in _pool(s.model.width).parameters()]
+        weights = [s.normal(*shape, dtype=s.dtype) * s.model.width**-0.5 for shape in shapes]
+        return [s.residual_rows(), *weights]
+
+    def call(s, x, *weights):
+        pool = _pool(s.model.width)
+        names = [name for name, _ in pool.named_parameters()]
+        return functional_call(pool, dict(zip(names, weights, strict=True)), (x,))
+
+    def plain(s, x, queries, w_in, b_in, w_out, b_out):
+        x = x.to(s.dtype).transpose(0, 1)  # [L, B, C]
+        asked = queries[:, None].expand(-1, x.shape[1], -1)
+        pooled, _ = F.multi_head_attention_forward(
+            asked, x, x, s.model.width, POOL_HEADS, w_in, b_in, None, None, False, 0.0, w_out, b_out,
+            need_weights=False,
+        )  # fmt: skip
+        return pooled.mean(0) + queries.mean(0)
+
+    def flops(s):  # of the pooling; the rest does not grow with the tokens
+        product = 2 * s.batch * s.length * s.model.width * POOL_HEADS
+        return 2 * product, 3 * product
+
+    return Entry("query_pool", "reward_pool", inputs, call, plain, wanted=(0,), flops=flops)
+
+
+ENTRIES = (
+    _norm("modulate", modulate, Shape.modulation, 1.0),
+    _norm("layer_norm", layer_norm, Shape.vector, 0.0),
+    _gated_add(),
+    _gated_norm("gated_add_modulate", gated_add_modulate, Shape.modulation, 1.0),
+    _gated_norm("gated_add_norm", gated_add_norm, Shape.vector, 0.0),
+    _rms_norm(),
+    _qk_norm_rope(),
+    _attention("self"),
+    _attention("cross"),
+    _reward_pool(),
+    _query_pool(),
+    _modulate_fp8(),
+    _qk_norm_rope_fp8(),
+    _fp8_linear(),
+    _attention_fp8("self"),
+    _attention_fp8("cross"),
+)

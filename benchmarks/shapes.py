@@ -1,0 +1,79 @@
+"""The shapes of Wan2.1 on one rank, and random tensors in them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Model(NamedTuple):
+    width: int
+    heads: int
+    ffn: int
+
+
+MODELS = {"1.3B": Model(1536, 12, 8960), "14B": Model(5120, 40, 13824)}
+# (frames, rows, columns) of tokens: 81 frames of 480 x 832 and of 720 x 1280.
+GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}
+TEXT = 512
+SMALL_MODELS = {"1.3B": Model(256, 2, 384), "14B": Model(512, 4, 1024)}
+SMALL_GRIDS = {312: (3, 8, 13), 720: (3, 12, 20)}
+SMALL_TEXT = 64
+
+
+class Shape(NamedTuple):
+    """One rank of `sp`: its share of the tokens of every sample, or of the heads in attention."""
+
+    model: Model
+    grid: tuple[int, int, int]
+    sp: int
+    batch: int
+    text: int
+    dtype: torch.dtype  # of everything but parameters and modulation, which are float32, and of
+    residual: torch.dtype  # the residual stream
+    device: str
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def length(self) -> int:
+        return self.tokens // self.sp
+
+    @property
+    def offset(self) -> int:
+        """Index of the last rank's first token."""
+        return self.tokens - self.length
+
+    @property
+    def heads(self) -> int:
+        return self.model.heads // self.sp
+
+    @property
+    def head_dim(self) -> int:
+        return self.model.width // self.model.heads
+
+    def exact(self) -> "Shape":
+        return self._replace(dtype=torch.float64, residual=torch.float64)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, device=self.device).to(dtype)
+
+    def rows(self) -> Tensor:
+        return self.normal(self.batch, self.length, self.model.width, dtype=self.dtype)
+
+    def residual_rows(self) -> Tensor:
+        return self.rows().to(self.residual)
+
+    def modulation(self) -> Tensor:
+        """One of a block's six vectors, a slice of [B, 6, C]."""
+        return self.normal(self.batch, 6, self.model.width)[:, 1]
+
+    def vector(self) -> Tensor:
+        return self.normal(self.model.width)
+
+
+def gate_shape(dtype: torch.dtype, residual: torch.dtype, device: str) -> Shape:
+    """Small and odd: 105 tokens, 77 keys of text, 3 heads of the models' 128 channels."""
+    return Shape(Model(384, 3, 656), (3, 5, 7), 1, 2, 77, dtype, residual, device)
