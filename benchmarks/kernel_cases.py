@@ -17,10 +17,13 @@ from torch.func import functional_call
 from prfl_engine.reward import QueryPool
 from prfl_kernels.attention import attention
 from prfl_kernels.attention_fp8 import _natural, attention_fp8, attention_fp8_reference, quantize_values
+from prfl_kernels.bias_gelu import bias_gelu
 from prfl_kernels.fp8_linear import fp8_linear, quantize_weight
 from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8
+from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
+from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm, rope_angles
 from prfl_kernels.reward_pool import reward_pool
 
@@ -319,6 +322,79 @@ def _query_pool() -> Entry:
     return Entry("query_pool", "reward_pool", inputs, call, plain, wanted=(0,), flops=flops)
 
 
+def _bias_gelu() -> Entry:
+    return Entry(
+        "bias_gelu", "bias_gelu",
+        lambda s: [s.normal(s.batch, s.length, s.model.ffn, dtype=s.dtype), s.normal(s.model.ffn)],
+        lambda s, *inputs: bias_gelu(*inputs),
+        lambda s, h, bias: F.gelu(h.to(wide(h.dtype)) + bias, approximate="tanh").to(h.dtype),
+        wanted=(0, 1),
+    )  # fmt: skip
+
+
+def _weight(s: Shape, rows: int, columns: int) -> list[Tensor]:
+    """A linear layer's weight and bias."""
+    return [s.normal(rows, columns) * columns**-0.5, s.normal(rows)]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+
+def _modulated_attention() -> Entry:
+    """Everything kept, whichever attention is asked for."""
+
+    def inputs(s):
+        width = s.model.width
+        weights = [a for _ in range(4) for a in _weight(s, width, width)]
+        return [s.residual_rows(), *(s.modulation() for _ in range(3)), *weights, s.vector(), s.vector()]
+
+    def call(s, x, shift, scale, gate, *weights):
+        rest = (AttentionWeights(*weights), s.grid, s.model.heads, EPS, s.offset)
+        return modulated_attention(x, shift, scale, gate, *rest, dtype=s.dtype)[0]
+
+    def plain(s, x, shift, scale, gate, *rest):
+        w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, norm_q, norm_k, *angles = rest
+        n = _normed(x, scale, shift, 1.0, s.dtype)
+        q, k = _qk_plain(s, _linear(n, w_q, b_q), _linear(n, w_k, b_k), norm_q, norm_k, *angles)
+        out = _sdpa(s, q, k, _linear(n, w_v, b_v).unflatten(-1, (s.model.heads, -1)))
+        return _added(x, _linear(out.flatten(2), w_o, b_o), gate)
+
+    def flops(s):
+        work = 8 * s.length * s.model.width**2 * s.batch
+        forward, backward = _attention_flops(False, s)
+        return work + forward, 2 * work + backward
+
+    return Entry(
+        "modulated_attention", "attention", inputs, call, plain, tuple(range(14)), flops,
+        divided=None, prepare=_with_angles,
+    )  # fmt: skip
+
+
+def _modulated_ffn() -> Entry:
+    """Everything kept, whichever bias_gelu is asked for."""
+
+    def inputs(s):
+        width, _, ffn = s.model
+        weights = [*_weight(s, ffn, width), *_weight(s, width, ffn)]
+        return [s.residual_rows(), s.rows(), *(s.modulation() for _ in range(3)), *weights]
+
+    def plain(s, x, y, shift, scale, gate, w1, b1, w2, b2):
+        x = (x.to(wide(x.dtype)) + y).to(x.dtype)
+        h = _linear(_normed(x, scale, shift, 1.0, s.dtype), w1, b1)
+        return _added(x, _linear(F.gelu(h, approximate="tanh"), w2, b2), gate)
+
+    def flops(s):
+        work = 4 * s.batch * s.length * s.model.width * s.model.ffn
+        return work, 2 * work
+
+    return Entry(
+        "modulated_ffn", "bias_gelu", inputs,
+        lambda s, *a: modulated_ffn(*a[:5], FFNWeights(*a[5:]), EPS, s.dtype),
+        plain, tuple(range(9)), flops,
+    )  # fmt: skip
+
+
 ENTRIES = (
     _norm("modulate", modulate, Shape.modulation, 1.0),
     _norm("layer_norm", layer_norm, Shape.vector, 0.0),
@@ -336,4 +412,7 @@ ENTRIES = (
     _fp8_linear(),
     _attention_fp8("self"),
     _attention_fp8("cross"),
+    _bias_gelu(),
+    _modulated_attention(),
+    _modulated_ffn(),
 )

@@ -1,4 +1,4 @@
-"""Bytes of tensor storage that live at once while code runs, counted exactly, on any device or on fake tensors.
+"""Bytes of tensor storage that live at once while code runs, counted exactly, on any device or fake tensors.
 
 The storage of every tensor that an operation returns counts from then until it is freed (so `add` what was
 there before: a view of it is seen too). The
@@ -10,7 +10,6 @@ alive by its hooks and reports more.)
 import weakref
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_model, tiny_reward
 from helpers import random_batch as make_batch
+from helpers import tiny_config, tiny_model, tiny_reward
 
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig
