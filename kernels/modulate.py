@@ -135,6 +135,6 @@ def modulate_fp8(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """modulate as (e4m3 [B, L, C], float32 scales [B, L]): value times scale. Without gradient."""
-    if implementation("modulate", x) == REFERENCE:
+    if implementation("modulate", x, fp8=True) == REFERENCE:
         return quantize_rows(norm_reference(x, scale, shift, 1.0, eps, wide(x.dtype)))
     return torch.ops.prfl.modulate_fp8(x, scale, shift, eps)

@@ -463,7 +463,7 @@ def qk_norm_rope_fp8(
     offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """qk_norm_rope as e4m3 q, k [B, L, H, D] and their float32 scales [B, L, H]. No gradient."""
-    if implementation("qk_norm_rope", q) == REFERENCE:
+    if implementation("qk_norm_rope", q, fp8=True) == REFERENCE:
         rest = (grid, num_heads, eps, offset)
         q, scale_q = quantize_rows(_reference(q, weight_q, *rest))
         k, scale_k = quantize_rows(_reference(k, weight_k, *rest))
