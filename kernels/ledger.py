@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,11 +45,13 @@ ASSUMPTIONS = (
 
 
 class Case(NamedTuple):
-    """A shape: the model, its tokens, and the dtype of the residual stream."""
+    """A shape: the model, its tokens, the dtype of the residual stream, and over how many GPUs the
+    heads are divided."""
 
     model: str
     length: int
     stream: torch.dtype
+    shards: int = 1
 
     @property
     def width(self) -> int:
@@ -56,7 +59,11 @@ class Case(NamedTuple):
 
     @property
     def heads(self) -> int:
-        return WIDTHS[self.model][1]
+        return max(1, WIDTHS[self.model][1] // self.shards)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return GRIDS.get(self.length, (1, 1, self.length))
 
     def rows(self, dtype: torch.dtype = BF16) -> Tensor:
         return empty(1, self.length, self.width, dtype=dtype)
@@ -82,8 +89,25 @@ class Case(NamedTuple):
         return empty(1, self.length, self.heads, HEAD_DIM, dtype=dtype)
 
 
-def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+_make = [_meta]
+
+
+def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return _make[-1](shape, dtype)
+
+
+@contextmanager
+def tensors(make: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> Iterator[None]:
+    """Let the entries call their launchers with tensors of make(shape, dtype), not with meta tensors."""
+    _make.append(make)
+    try:
+        yield
+    finally:
+        _make.pop()
 
 
 def _norm(s: Case, vector: Callable, out_dtype: torch.dtype, base: float = 1.0) -> Iterable:
@@ -124,14 +148,14 @@ def _gated_norm_backward(s: Case, vector: Callable, base: float) -> Iterable:
 def _qk(s: Case, fp8: bool = False) -> Iterable:
     q, k, _ = s.projected()
     weights = s.vector(), s.vector()
-    made = qk_norm_rope.launch_forward(q, k, *weights, GRIDS[s.length], s.heads, 1e-6, 0, fp8)
+    made = qk_norm_rope.launch_forward(q, k, *weights, s.grid, s.heads, 1e-6, 0, fp8)
     return q, k, *weights, *made[0], *made[1], made[2]
 
 
 def _qk_backward(s: Case) -> Iterable:
     q, k, _ = s.projected()
     held = s.per_head(), s.per_head(), q, k, s.vector(), s.vector(), s.stats()
-    return *held, *qk_norm_rope.launch_backward(*held, GRIDS[s.length], s.heads, 0, True)
+    return *held, *qk_norm_rope.launch_backward(*held, s.grid, s.heads, 0, True)
 
 
 def _rms(s: Case) -> Iterable:
@@ -270,6 +294,7 @@ def _spawn(task: str, what: Any) -> Any:
     """The results of `task`, from a process with Triton in the right mode: "compile" and "count" the
     cases numbered in what = [quick, share], or compile the "peers"."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PRFL_KERNELS")}
+    environment["PRFL_TUNING"] = ""  # the module constants, also on a GPU that has tuned choices
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what launches without the option had so far
     if task == "count":
         environment["TRITON_INTERPRET"] = "1"
