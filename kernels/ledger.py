@@ -335,9 +335,9 @@ def _compile(call: Callable) -> list[dict]:
 def _count(call: Callable) -> dict:
     from prfl_kernels.ledger_traffic import count
 
-    held, launches, torch_bytes = count(call)
+    held, launches, torch_traffic = count(call)
     minimum = sum(size(a) for a in {id(a): a for a in held if a is not None}.values())
-    return {"minimum": minimum, "launches": launches, "torch": torch_bytes}
+    return {"minimum": minimum, "launches": launches, "torch": torch_traffic}
 
 
 def size(a: Tensor) -> int:
@@ -358,7 +358,8 @@ def _row(index: int, case: Case, compiled: list[dict], counted: dict) -> dict:
         if code["kernel"] != traffic["kernel"]:
             raise ValueError(f"ledger: got {traffic['kernel']} interpreted, want {code['kernel']}")
         kernels.append(_kernel(code, traffic, case.length * case.width))
-    torch_bytes = sum(counted["torch"].values())
+    torch_bytes = sum(counted["torch"]["memory"].values())
+    torch_reread = sum(counted["torch"]["cached"].values())
     moved = torch_bytes + sum(k["bytes"] for k in kernels)
     torch_seconds = torch_bytes / BANDWIDTH
     return {
@@ -370,8 +371,8 @@ def _row(index: int, case: Case, compiled: list[dict], counted: dict) -> dict:
         "minimum_bytes": counted["minimum"],
         "bytes": moved,
         "ratio": moved / counted["minimum"],
-        "reread_bytes": sum(k["reread_bytes"] for k in kernels),
-        "torch_bytes": counted["torch"],
+        "reread_bytes": torch_reread + sum(k["reread_bytes"] for k in kernels),
+        "torch_bytes": counted["torch"]["memory"],
         "flops": sum(k["flops"] for k in kernels),
         "elementwise": sum(k["elementwise"] for k in kernels),
         "predicted_seconds": torch_seconds + sum(max(k["seconds"].values()) for k in kernels),
@@ -381,11 +382,11 @@ def _row(index: int, case: Case, compiled: list[dict], counted: dict) -> dict:
 
 def _kernel(code: dict, traffic: dict, row_values: int) -> dict:
     """One launch: bytes up to an argument's size are memory traffic, beyond it re-reads; so are all
-    reads of an argument that the kernel wrote first."""
+    reads of an argument that the kernel wrote first, or an earlier step of the operation if it is small."""
     moved = reread = 0
     for a in traffic["arguments"]:
         memory = min(a["written"], a["footprint"])
-        memory += 0 if a["written_first"] else min(a["read"], a["footprint"])
+        memory += 0 if a["cached"] else min(a["read"], a["footprint"])
         moved += memory
         reread += a["read"] + a["written"] - memory
         widths = code["widths"].get(a["name"], {})

@@ -191,8 +191,11 @@ def _backward(
         tl.debug_barrier()  # as in the forward
 
 
-def _plan(kernel: str, x: Tensor, queries: int) -> tuple[tuple[int, int], int, dict]:
-    """(grid, tokens of a run, constants and launch options)."""
+def _plan(kernel: str, x: Tensor, queries: int, passes: int) -> tuple[tuple[int, int], int, dict]:
+    """(grid, tokens of a run, constants and launch options).
+
+    passes: how often something of the features' size is read or written; 0 without accumulators.
+    """
     batch, length, width = x.shape
     padded = max(16, triton.next_power_of_2(queries))
     key = padded, 8 * x.element_size(), width, tuning.bucket(length)
@@ -201,8 +204,9 @@ def _plan(kernel: str, x: Tensor, queries: int) -> tuple[tuple[int, int], int, d
     )
     while tokens > 16 and tokens * width * x.element_size() > TILE_BYTES:
         tokens //= 2
-    # One program an SM, and fewer where accumulators of N x C would be over 4 % of the features.
-    runs = max(1, min(SMS, length * x.element_size() // (100 * queries)) // batch)
+    # One program an SM, and fewer where the float32 accumulators [N, C] would add over 5 % of traffic.
+    most = passes * length * x.element_size() // (4 * queries * 20) if passes else SMS
+    runs = max(1, min(SMS, most) // batch)
     run = triton.cdiv(triton.cdiv(length, runs), tokens) * tokens
     options = {
         "C": width, "QUERIES": padded, "TOKENS": tokens,
@@ -220,7 +224,7 @@ def launch_forward(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for shape in ((batch, queries, width), (batch, queries), (batch, length, queries))
     )
     if x.numel():
-        grid, run, options = _plan("forward", x, queries)
+        grid, run, options = _plan("forward", x, queries, 1)
         top, total = x.new_empty(2, batch, grid[0], queries, dtype=torch.float32)
         acc = x.new_empty(batch, grid[0], queries, width, dtype=torch.float32)
         _forward[grid](
@@ -252,7 +256,7 @@ def launch_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
     du = torch.zeros_like(u, dtype=torch.float32) if want_u else None
     if x.numel():
-        grid, run, options = _plan("backward", x, len(u))
+        grid, run, options = _plan("backward", x, len(u), (1 + want_x) * want_u)
         part = x.new_empty(len(x), grid[0], *u.shape, dtype=torch.float32) if want_u else None
         _backward[grid](
             x, u.float().contiguous(), dpooled, scores, lse, delta, dx, part,
