@@ -176,16 +176,17 @@ def _differentiated(
     C: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     # n = x_hat weight, x_hat = x rstd;  dn = d turned back;  g = dn weight;
-    # dx = rstd (g - x_hat mean(g x_hat));  d weight = sum dn x_hat
+    # dx = rstd (g - x_hat mean(g x_hat)) = rstd (g - x rstd^2 mean(g x));  d weight = sum dn x_hat
     dn = tl.load(d_ptr + o_d, mask=m_x, other=0.0).to(tl.float32)
     if ROPE:
         dn = _turned(dn, cos, -sin, HP, DP)
     rstd = tl.load(rstd_ptr + o_rstd)
-    x_hat = tl.load(x_ptr + o_in, mask=m_x, other=0.0).to(tl.float32) * rstd
+    x = tl.load(x_ptr + o_in, mask=m_x, other=0.0).to(tl.float32)
+    dweight += dn * (x * rstd)  # before the sums below, so that dn leaves the registers
     g = dn * tl.load(weight_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(g * x_hat, 1), 0) / C
-    tl.store(dx_ptr + o_out, ((g - x_hat * mean) * rstd).to(dx_ptr.dtype.element_ty), mask=m_x)
-    return dweight + dn * x_hat
+    mean = tl.sum(tl.sum(g * x, 1), 0) * (rstd * rstd) / C
+    tl.store(dx_ptr + o_out, ((g - x * mean) * rstd).to(dx_ptr.dtype.element_ty), mask=m_x)
+    return dweight
 
 
 @jit
