@@ -54,7 +54,7 @@ def hooked(hook: Hook) -> Iterator[None]:
 def file() -> Path | None:
     """Where the tuned choices of this process's GPU lie; None without a GPU or with PRFL_TUNING empty."""
     folder = os.environ.get("PRFL_TUNING", os.path.expanduser("~/.cache/prfl"))
-    if not folder or not torch.cuda.is_available():
+    if not folder or triton is None or not torch.cuda.is_available():
         return None
     return Path(folder) / (re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) + ".json")
 

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fused import DEVICE, needs_triton
 
 from prfl_engine.cli import main
+from prfl_engine.config import UserError
+from prfl_engine.loop import pick_device
 from prfl_kernels import add_norm, ledger, tune, tuning
 
 pytestmark = needs_triton
@@ -55,6 +58,9 @@ def test_a_file_that_is_not_one_of_ours_is_named(gpu, text):
     with pytest.raises(ValueError, match=f"tuning: {gpu}: got no file of tuned choices") as found:
         tuning.choice("some kernel", (), (1,))
     assert "\n" not in str(found.value)
+    run = SimpleNamespace(train=SimpleNamespace(device="cpu"), model=SimpleNamespace(kernels=None))
+    with pytest.raises(UserError, match=f"tuning: {gpu}"):
+        pick_device(run)
 
 
 @pytest.mark.parametrize("field", ["gpu", "torch", "triton"])
