@@ -71,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
         "--peers", nargs="?", const="", metavar="FILE",
         help="also peers: liger-kernel if installed, and the Triton tutorial's attention in FILE",
     )  # fmt: skip
+    tune = command("tune", _tune, "Measure the kernels' tile choices on this GPU.", config=False)
+    tune.add_argument("--model", nargs="+", metavar="NAME", help="14B, 1.3B (default: both)")
+    tune.add_argument("--tokens", nargs="+", type=int, metavar="N", help="default: 32760 75600")
+    tune.add_argument("--sp", type=int, default=1, metavar="N", help="GPUs of a sequence (default: 1)")
+    tune.add_argument("--list", action="store_true", help="print the choices, measure nothing")
     golden = command("golden", _golden, "Compute the values of a golden folder.", config=False)
     golden.add_argument("folder", metavar="DIR")
     golden.add_argument("--out", required=True, metavar="FILE", help=".safetensors to write")
@@ -134,6 +139,23 @@ def _kernels(args) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     print(json.dumps(found, indent=2) if args.json else render(found))
+
+
+def _tune(args) -> None:
+    from prfl_kernels import ledger, tune
+
+    models, lengths = args.model or list(ledger.WIDTHS), args.tokens or list(ledger.GRIDS)
+    unknown = set(models) - set(ledger.WIDTHS)
+    if unknown:
+        raise UserError(f"--model: got {unknown.pop()}, want one of {', '.join(ledger.WIDTHS)}")
+    if min(args.sp, *lengths) < 1 or any(n % args.sp for n in lengths):
+        raise UserError(f"--tokens, --sp: got {lengths}, {args.sp}, want multiples of a number from 1 on")
+    work = tune.listing if args.list else tune.tune
+    try:
+        for line in work(models, lengths, args.sp):
+            print(line, flush=True)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _golden(args) -> None:

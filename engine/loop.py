@@ -21,7 +21,7 @@ from prfl_engine.data import Stream
 from prfl_engine.doctor import gpu_metrics
 from prfl_engine.metrics import MetricsWriter, progress
 from prfl_engine.optim import EMA, lr_factor, make_optimizer
-from prfl_kernels import table
+from prfl_kernels import table, tuning
 
 STATE = "training_state.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -45,6 +45,10 @@ def pick_device(config: Config) -> torch.device:
     except ValueError as error:
         where = "PRFL_KERNELS" if config.model.kernels is None else "model.kernels"
         raise UserError(f"{where}: {error}") from None
+    try:
+        tuning.tuned()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return device
 
 

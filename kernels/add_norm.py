@@ -13,6 +13,7 @@ so results are the same from run to run, without atomics. Everything is computed
 import torch
 from torch import Tensor
 
+from prfl_kernels import tuning
 from prfl_kernels.jit import jit, tl, triton, wide
 from prfl_kernels.table import REFERENCE, TRITON, implementation
 
@@ -22,6 +23,17 @@ RUNS_WIDE, RUNS = 264, 528
 # Most warps of a program. Three accumulators and six rows of 5,120 in float32 fit the registers of
 # one SM with 8 warps (238 a thread); with 16 they spill.
 WARPS_FORWARD, WARPS_BACKWARD = 16, 8
+# (warps, runs) that `prfl tune` tries beside the default, by the width rounded up to a power of two.
+CANDIDATES = {
+    "add_norm forward": {
+        (2048,): ((8, 528), (8, 264), (4, 528)),
+        (8192,): ((16, 528), (8, 264), (8, 528)),
+    },
+    "add_norm backward": {
+        (2048,): ((8, 264), (8, 1056)),
+        (8192,): ((8, 132), (8, 528)),
+    },
+}
 E4M3_MAX = tl.constexpr(448.0) if triton else 448.0
 
 
@@ -197,23 +209,31 @@ def _split(stats: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if stats is None else (stats[0], stats[1])
 
 
-def run_grid(batch: int, length: int, block: int) -> tuple[tuple[int, int], int]:
-    """((runs, samples), tokens of a run) of kernels whose programs walk over runs of tokens."""
-    runs = max(1, (RUNS_WIDE if block > 4096 else RUNS) // batch)
-    rows = triton.cdiv(length, runs)
-    return (triton.cdiv(length, rows), batch), rows
+def run_grid(
+    kernel: str, kind: tuning.Key, batch: int, length: int, block: int, warps: int
+) -> tuple[tuple[int, int], int, int]:
+    """((runs, samples), tokens of a run, warps) of kernels whose programs walk over runs of tokens.
+
+    kind is what else a tuned choice depends on, warps the default.
+    """
+    default = warps, RUNS_WIDE if block > 4096 else RUNS
+    key = block, *kind, tuning.bucket(batch * length)
+    warps, runs = tuning.choice(kernel, key, default)
+    rows = triton.cdiv(length, max(1, runs // batch))
+    return (triton.cdiv(length, rows), batch), rows, warps
 
 
 def _plan(
-    batch: int, length: int, width: int, max_warps: int, lanes: int = 256
+    kernel: str, kind: tuning.Key, like: Tensor, max_warps: int, lanes: int = 256
 ) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """(grid, tokens of a run, constants and launch options).
+    """(grid, tokens of a run, constants and launch options) for rows of `like` [B, L, C].
 
     lanes: values of a row for a warp, 32 times the 16 bytes of a thread at least.
     """
+    batch, length, width = like.shape
     block = triton.next_power_of_2(width)
-    grid, rows = run_grid(batch, length, block)
-    warps = min(max_warps, max(1, block // lanes))
+    default = min(max_warps, max(1, block // lanes))
+    grid, rows, warps = run_grid(kernel, kind, batch, length, block, default)
     options = {"C": width, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
     return grid, rows, options
 
@@ -239,7 +259,9 @@ def forward(
     quant = x.new_empty(batch, length, dtype=torch.float32) if fp8 else None
     stats = x.new_empty(2, batch, length, dtype=torch.float32) if n is not None and not fp8 else None
     if x.numel():
-        grid, rows, options = _plan(batch, length, width, WARPS_FORWARD, 512 if fp8 else 256)
+        parts = "y" * (y is not None) + "n" * (n is not None) + "8" * fp8
+        kind = 8 * x.element_size(), parts
+        grid, rows, options = _plan("add_norm forward", kind, x, WARPS_FORWARD, 512 if fp8 else 256)
         _forward[grid](
             x, y, gate, scale, shift, total, n, quant, *_split(stats),
             *_strides(x), *_strides(y), *(_strides(a)[0] for a in (gate, scale, shift)),
@@ -274,7 +296,9 @@ def backward(
     slots = 2 * parameters + wants_gate
     sums = like.new_zeros(batch, slots, width, dtype=torch.float32)
     if like.numel():
-        grid, rows, options = _plan(batch, length, width, WARPS_BACKWARD)
+        parts = "n" * (dn is not None) + "p" * parameters + "y" * (dy is not None) + "g" * wants_gate
+        kind = 8 * (like if x is None else x).element_size(), parts
+        grid, rows, options = _plan("add_norm backward", kind, like, WARPS_BACKWARD)
         part = like.new_empty(batch, grid[0], slots, width, dtype=torch.float32)
         _backward[grid](
             dn, dsum, x, y, gate, scale, *_split(stats), dx, dy, part,
@@ -295,6 +319,6 @@ def backward(
 IMPLEMENTATIONS = {REFERENCE: (reference_forward, reference_backward), TRITON: (forward, backward)}
 
 
-def pair(op: str, x: Tensor):
-    """(forward, backward) of what runs as operation `op` for x."""
-    return IMPLEMENTATIONS[implementation(op, x)]
+def pair(op: str, x: Tensor, fp8: bool = False):
+    """(forward, backward) of what runs as operation `op` for x, to e4m3 if fp8."""
+    return IMPLEMENTATIONS[implementation(op, x, fp8)]

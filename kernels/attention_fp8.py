@@ -34,6 +34,7 @@ import math
 import torch
 from torch import Tensor
 
+from prfl_kernels import tuning
 from prfl_kernels.fp8_linear import E4M3, forbid_gradient, never
 from prfl_kernels.jit import jit, register, tl, triton
 from prfl_kernels.table import REFERENCE, implementation
@@ -42,7 +43,10 @@ HEAD_DIMS = (64, 128)
 # 128 x 128 tiles on 8 warps: 255 registers at D = 128 (237 with one level of sums) and none
 # spilled, one program an SM, so that three stages of keys and values (113 KiB) cost no more than two.
 # With 4 warps they spill, warp_specialize or not.
-BLOCK_M, BLOCK_N, WARPS, STAGES = 128, 128, 8, 3
+BLOCK_N = 128
+# Queries, warps and stages of a program; and what `prfl tune` tries beside, by D.
+FORWARD = 128, 8, 3
+CANDIDATES = {"attention_fp8": {(128,): ((128, 8, 2), (64, 4, 2), (64, 4, 3))}}
 P_BITS = 8  # p is stored as p * 2^8
 
 
@@ -200,21 +204,22 @@ def launch_forward(
 
     batch, length, heads, dim = q8.shape
     keys, padded = k8.shape[1], v8.shape[3]
+    key = dim, tuning.bucket(length), tuning.bucket(keys)
+    rows, warps, stages = tuning.choice("attention_fp8", key, FORWARD)
     out = q8.new_empty(q8.shape, dtype=torch.bfloat16)
     lse = q8.new_empty(batch, heads, length, dtype=torch.float32)
     # By head, so that a block's scales are one run of memory; padding is any finite number.
     by_head = k_scale.new_ones(batch, heads, padded)
     by_head[..., :keys] = k_scale.mT
-    rows = [a.contiguous().view(-1, heads * dim) for a in (q8, k8)]
     descriptors = [
-        TensorDescriptor.from_tensor(a, [block, dim])
-        for a, block in zip(rows, (BLOCK_M, BLOCK_N), strict=True)
+        TensorDescriptor.from_tensor(a.contiguous().view(-1, heads * dim), [block, dim])
+        for a, block in ((q8, rows), (k8, BLOCK_N))
     ]
     values = TensorDescriptor.from_tensor(v8.contiguous().view(-1, padded), [dim, BLOCK_N])
-    _forward_kernel[(triton.cdiv(length, BLOCK_M), batch * heads)](
+    _forward_kernel[(triton.cdiv(length, rows), batch * heads)](
         *descriptors, values, q_scale.contiguous(), by_head, v_scale.contiguous(), out, lse,
-        length, keys, heads, padded, scale * math.log2(math.e), dim, BLOCK_M, BLOCK_N, P_BITS,
-        num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
+        length, keys, heads, padded, scale * math.log2(math.e), dim, rows, BLOCK_N, P_BITS,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
 

@@ -22,12 +22,13 @@ import math
 import torch
 from torch import Tensor
 
+from prfl_kernels import tuning
 from prfl_kernels.jit import jit, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128)  # the first two for small models
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = math.log2(math.e)
-# (queries, keys, warps, stages) of a program by bits of a value and D.
+# (queries, keys, warps, stages) of a program by bits of a value and D; and what `prfl tune` tries beside.
 FORWARD = {
     (16, 64): (128, 128, 8, 3),
     (16, 128): (128, 128, 8, 2),
@@ -45,6 +46,11 @@ QUERIES = {
     (16, 128): (128, 64, 8, 2),
     (32, 64): (32, 32, 4, 1),
     (32, 128): (32, 32, 4, 1),
+}
+CANDIDATES = {
+    "attention forward": {(16, 128): ((128, 64, 8, 3), (128, 64, 4, 2), (256, 64, 8, 2))},
+    "attention keys": {(16, 128): ((64, 128, 8, 3), (64, 64, 4, 2))},
+    "attention queries": {(16, 128): ((128, 64, 8, 3), (128, 128, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2))},
 }
 # Few keys, many queries: the queries of dk and dv are split into runs, summed in float32, until there are
 # about as many programs as make four waves of an H100.
@@ -220,8 +226,11 @@ def _check(q: Tensor) -> None:
         raise ValueError(f"attention: got {q.dtype}, want bfloat16, float16 or float32 for triton")
 
 
-def _kind(q: Tensor) -> tuple[int, int]:
-    return 8 * q.element_size(), max(64, q.shape[3])
+def _tile(kernel: str, defaults: dict, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+    """(queries, keys, warps, stages) of a program."""
+    kind = 8 * q.element_size(), max(64, q.shape[3])
+    key = *kind, tuning.bucket(q.shape[1]), tuning.bucket(k.shape[1])
+    return tuning.choice(f"attention {kernel}", key, defaults[kind])
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -229,7 +238,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     _check(q)
     q, k, v = (_dense(a) for a in (q, k, v))
     batch, length, heads, dim = q.shape
-    m, n, warps, stages = FORWARD[_kind(q)]
+    m, n, warps, stages = _tile("forward", FORWARD, q, k)
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     _forward_kernel[(triton.cdiv(length, m), batch * heads)](
@@ -267,7 +276,7 @@ def backward(
     )  # fmt: skip
     dq = dk = dv = None
     if wants_kv:
-        m, n, warps, stages = KEYS[_kind(q)]
+        m, n, warps, stages = _tile("keys", KEYS, q, k)
         blocks = triton.cdiv(length, m)
         runs = min(blocks, max(1, PROGRAMS // (triton.cdiv(keys, n) * batch * heads)))
         run = triton.cdiv(blocks, runs) * m
@@ -283,7 +292,7 @@ def backward(
             dk, dv = (a.unflatten(0, (runs, batch)).sum(0).to(k.dtype) for a in (dk, dv))
     if wants_q:
         dq = q.new_empty(q.shape)
-        m, n, warps, stages = QUERIES[_kind(q)]
+        m, n, warps, stages = _tile("queries", QUERIES, q, k)
         held = ((q, m), (k, n), (v, n), (dout, m), (dq, m))
         _queries_kernel[(triton.cdiv(length, m), batch * heads)](
             *(_descriptor(a, rows) for a, rows in held), lse2, delta, keys, heads, padded,

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,11 +46,13 @@ ASSUMPTIONS = (
 
 
 class Case(NamedTuple):
-    """A shape: the model, its tokens, and the dtype of the residual stream."""
+    """A shape: the model, its tokens, the dtype of the residual stream, and over how many GPUs the
+    heads are divided."""
 
     model: str
     length: int
     stream: torch.dtype
+    shards: int = 1
 
     @property
     def width(self) -> int:
@@ -57,7 +60,11 @@ class Case(NamedTuple):
 
     @property
     def heads(self) -> int:
-        return WIDTHS[self.model][1]
+        return max(1, WIDTHS[self.model][1] // self.shards)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return GRIDS.get(self.length, (1, 1, self.length))
 
     def rows(self, dtype: torch.dtype = BF16) -> Tensor:
         return empty(1, self.length, self.width, dtype=dtype)
@@ -83,8 +90,25 @@ class Case(NamedTuple):
         return empty(1, self.length, self.heads, HEAD_DIM, dtype=dtype)
 
 
-def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+_make = [_meta]
+
+
+def empty(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return _make[-1](shape, dtype)
+
+
+@contextmanager
+def tensors(make: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> Iterator[None]:
+    """Let the entries call their launchers with tensors of make(shape, dtype), not with meta tensors."""
+    _make.append(make)
+    try:
+        yield
+    finally:
+        _make.pop()
 
 
 def _norm(s: Case, vector: Callable, out_dtype: torch.dtype, base: float = 1.0) -> Iterable:
@@ -125,14 +149,14 @@ def _gated_norm_backward(s: Case, vector: Callable, base: float) -> Iterable:
 def _qk(s: Case, fp8: bool = False) -> Iterable:
     q, k, _ = s.projected()
     weights = s.vector(), s.vector()
-    made = qk_norm_rope.launch_forward(q, k, *weights, GRIDS[s.length], s.heads, 1e-6, 0, fp8)
+    made = qk_norm_rope.launch_forward(q, k, *weights, s.grid, s.heads, 1e-6, 0, fp8)
     return q, k, *weights, *made[0], *made[1], made[2]
 
 
 def _qk_backward(s: Case) -> Iterable:
     q, k, _ = s.projected()
     held = s.per_head(), s.per_head(), q, k, s.vector(), s.vector(), s.stats()
-    return *held, *qk_norm_rope.launch_backward(*held, GRIDS[s.length], s.heads, 0, True)
+    return *held, *qk_norm_rope.launch_backward(*held, s.grid, s.heads, 0, True)
 
 
 def _rms(s: Case) -> Iterable:
@@ -290,6 +314,7 @@ def _spawn(task: str, what: Any) -> Any:
     """The results of `task`, from a process with Triton in the right mode: "compile" and "count" the
     cases numbered in what = [quick, share], or compile the "peers"."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PRFL_KERNELS")}
+    environment["PRFL_TUNING"] = ""  # the module constants, also on a GPU that has tuned choices
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what launches without the option had so far
     if task == "count":
         environment["TRITON_INTERPRET"] = "1"
@@ -330,9 +355,9 @@ def _compile(call: Callable) -> list[dict]:
 def _count(call: Callable) -> dict:
     from prfl_kernels.ledger_traffic import count
 
-    held, launches, torch_bytes = count(call)
+    held, launches, torch_traffic = count(call)
     minimum = sum(size(a) for a in {id(a): a for a in held if a is not None}.values())
-    return {"minimum": minimum, "launches": launches, "torch": torch_bytes}
+    return {"minimum": minimum, "launches": launches, "torch": torch_traffic}
 
 
 def size(a: Tensor) -> int:
@@ -353,7 +378,8 @@ def _row(index: int, case: Case, compiled: list[dict], counted: dict) -> dict:
         if code["kernel"] != traffic["kernel"]:
             raise ValueError(f"ledger: got {traffic['kernel']} interpreted, want {code['kernel']}")
         kernels.append(_kernel(code, traffic, case.length * case.width))
-    torch_bytes = sum(counted["torch"].values())
+    torch_bytes = sum(counted["torch"]["memory"].values())
+    torch_reread = sum(counted["torch"]["cached"].values())
     moved = torch_bytes + sum(k["bytes"] for k in kernels)
     torch_seconds = torch_bytes / BANDWIDTH
     return {
@@ -365,8 +391,8 @@ def _row(index: int, case: Case, compiled: list[dict], counted: dict) -> dict:
         "minimum_bytes": counted["minimum"],
         "bytes": moved,
         "ratio": moved / counted["minimum"],
-        "reread_bytes": sum(k["reread_bytes"] for k in kernels),
-        "torch_bytes": counted["torch"],
+        "reread_bytes": torch_reread + sum(k["reread_bytes"] for k in kernels),
+        "torch_bytes": counted["torch"]["memory"],
         "flops": sum(k["flops"] for k in kernels),
         "elementwise": sum(k["elementwise"] for k in kernels),
         "predicted_seconds": torch_seconds + sum(max(k["seconds"].values()) for k in kernels),
@@ -376,11 +402,11 @@ def _row(index: int, case: Case, compiled: list[dict], counted: dict) -> dict:
 
 def _kernel(code: dict, traffic: dict, row_values: int) -> dict:
     """One launch: bytes up to an argument's size are memory traffic, beyond it re-reads; so are all
-    reads of an argument that the kernel wrote first."""
+    reads of an argument that the kernel wrote first, or an earlier step of the operation if it is small."""
     moved = reread = 0
     for a in traffic["arguments"]:
         memory = min(a["written"], a["footprint"])
-        memory += 0 if a["written_first"] else min(a["read"], a["footprint"])
+        memory += 0 if a["cached"] else min(a["read"], a["footprint"])
         moved += memory
         reread += a["read"] + a["written"] - memory
         widths = code["widths"].get(a["name"], {})

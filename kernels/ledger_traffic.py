@@ -9,6 +9,9 @@ their work evenly and compute masks from the loop's counter, not from what a loo
 (tests/test_ledger.py compares with every program and iteration). TRITON_INTERPRET=1 has to be set
 before this is imported.
 
+A small tensor that the function's kernels or torch wrote is marked where it is read again: partial sums
+come from the L2 in all likelihood, so such reads are counted apart.
+
 Floating-point operations are counted twice over: 2 M N K for every tl.dot, and as "elementwise" one
 a lane (padding too, it takes the same time) for every other arithmetic operation, comparison,
 function and reduction; not for conversions and selections.
@@ -31,6 +34,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from prfl_kernels.jit import INTERPRETED, tl
 
 np = interpreter.np
+CACHED = 25 << 20  # bytes of a tensor that the 50 MB L2 of an H100 may still hold: half of it
 SPACE = 44  # bits of an argument's address range, 16 TiB
 ARITHMETIC = ("binary_op", "unary_op", "create_fma", "create_clampf", "create_fabs", "create_rsqrt")
 Handle = interpreter.TensorHandle
@@ -251,12 +255,28 @@ def total(grid: tuple[int, ...], run: Callable[[tuple[int, ...]], Counter]) -> C
     return found
 
 
+class _Written:
+    """What was written since counting began."""
+
+    def __init__(self):
+        self.storages: dict[int, Any] = {}  # kept, so that no later one gets the same address
+
+    def add(self, a: torch.Tensor) -> None:
+        storage = a.untyped_storage()
+        self.storages[storage._cdata] = storage
+
+    def cached(self, a: torch.Tensor) -> bool:
+        storage = a.untyped_storage()
+        return storage._cdata in self.storages and storage.nbytes() <= CACHED
+
+
 class _TorchTraffic(TorchDispatchMode):
     """Bytes that torch operations on meta tensors read and write: second stages, copies."""
 
-    def __init__(self):
+    def __init__(self, written: _Written):
         super().__init__()
-        self.bytes: Counter = Counter()
+        self.written = written
+        self.memory, self.cached = Counter(), Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -269,11 +289,16 @@ class _TorchTraffic(TorchDispatchMode):
         in_place = name.endswith("_")
         if "empty" not in name and (in_place or not views) and all(a.is_meta for a in inputs + outputs):
             read = [] if name.startswith("new_") or name.endswith("_like") else inputs
-            self.bytes[name] += sum(a.numel() * a.element_size() for a in read + outputs)
+            for a in read:
+                counter = self.cached if self.written.cached(a) else self.memory
+                counter[name] += a.numel() * a.element_size()
+            for a in outputs:
+                self.memory[name] += a.numel() * a.element_size()
+                self.written.add(a)
         return out
 
 
-def _launch(executor: Any, one: Callable, arguments: tuple, keywords: dict) -> dict:
+def _launch(executor: Any, one: Callable, arguments: tuple, keywords: dict, written: _Written) -> dict:
     """The counts of a launch; one(executor, **arguments) runs a single program."""
     parameters = inspect.signature(executor.fn).parameters
     bound = inspect.signature(executor.fn).bind(
@@ -306,6 +331,10 @@ def _launch(executor: Any, one: Callable, arguments: tuple, keywords: dict) -> d
             _meter.pop()
 
     counts = total(grid, run)
+    cached = {a.name for a in tensors if written.cached(a.tensor)}
+    for a in tensors:
+        if counts["written", a.name]:
+            written.add(a.tensor)
     return {
         "kernel": executor.fn.__name__,
         "grid": list(grid),
@@ -315,7 +344,7 @@ def _launch(executor: Any, one: Callable, arguments: tuple, keywords: dict) -> d
                 "footprint": a.tensor.numel() * a.tensor.element_size(),
                 "read": counts["read", a.name], "written": counts["written", a.name],
                 "scalar": not counts["blocks", a.name],
-                "written_first": ("first", "written", a.name) in counts,
+                "cached": a.name in cached or ("first", "written", a.name) in counts,
             }
             for a in tensors
         ],
@@ -324,16 +353,18 @@ def _launch(executor: Any, one: Callable, arguments: tuple, keywords: dict) -> d
     }  # fmt: skip
 
 
-def count(call: Callable[[], Any]) -> tuple[Any, list[dict], dict[str, int]]:
-    """(what call() returns, the counts of every launch, {torch operation: bytes})."""
+def count(call: Callable[[], Any]) -> tuple[Any, list[dict], dict[str, dict[str, int]]]:
+    """(what call() returns, the counts of every launch, those of torch: {"memory" | "cached": {operation:
+    bytes}})."""
     if not INTERPRETED:
         raise ValueError("ledger: got no TRITON_INTERPRET, want it set to 1 before Triton is imported")
     found: list[dict] = []
+    written = _Written()
     one = interpreter.GridExecutor.__call__
 
     def launched(self, *arguments, **keywords):
-        found.append(_launch(self, one, arguments, keywords))
+        found.append(_launch(self, one, arguments, keywords, written))
 
-    with _counting(launched), _TorchTraffic() as torch_traffic:
+    with _counting(launched), _TorchTraffic(written) as traffic:
         result = call()
-    return result, found, dict(torch_traffic.bytes)
+    return result, found, {"memory": dict(traffic.memory), "cached": dict(traffic.cached)}

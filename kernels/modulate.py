@@ -60,7 +60,8 @@ def _gradient(ctx, dn, _):
 
 
 def _quantized(x, scale, shift, eps):
-    _, n, quant, _ = _pair(x, 1.0)[0](x, None, None, scale, shift, 1.0, eps, torch.float8_e4m3fn)
+    run = add_norm.pair("modulate", x, fp8=True)[0]
+    _, n, quant, _ = run(x, None, None, scale, shift, 1.0, eps, torch.float8_e4m3fn)
     return n, quant
 
 

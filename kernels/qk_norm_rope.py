@@ -26,6 +26,17 @@ from prfl_kernels.table import REFERENCE, TRITON, implementation
 Grid = tuple[int, int, int]
 # Most warps of a program, as in add_norm: a row of 5,120 in float32, and two accumulators of d weight.
 WARPS_FORWARD, WARPS_BACKWARD = 16, 8
+# (warps, runs) that `prfl tune` tries beside the default, by the padded width.
+CANDIDATES = {
+    "qk_norm_rope forward": {
+        (2048,): ((8, 528), (8, 264), (4, 528)),
+        (8192,): ((16, 528), (8, 264), (8, 528)),
+    },
+    "qk_norm_rope backward": {
+        (2048,): ((8, 264), (8, 1056)),
+        (8192,): ((8, 132), (8, 528)),
+    },
+}
 E4M3_MAX = tl.constexpr(448.0) if triton else 448.0
 
 
@@ -187,16 +198,17 @@ def _differentiated(
     C: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
     # n = x_hat weight, x_hat = x rstd;  dn = d turned back;  g = dn weight;
-    # dx = rstd (g - x_hat mean(g x_hat));  d weight = sum dn x_hat
+    # dx = rstd (g - x_hat mean(g x_hat)) = rstd (g - x rstd^2 mean(g x));  d weight = sum dn x_hat
     dn = tl.load(d_ptr + o_d, mask=m_x, other=0.0).to(tl.float32)
     if ROPE:
         dn = _turned(dn, cos, -sin, HP, DP)
     rstd = tl.load(rstd_ptr + o_rstd)
-    x_hat = tl.load(x_ptr + o_in, mask=m_x, other=0.0).to(tl.float32) * rstd
+    x = tl.load(x_ptr + o_in, mask=m_x, other=0.0).to(tl.float32)
+    dweight += dn * (x * rstd)  # before the sums below, so that dn leaves the registers
     g = dn * tl.load(weight_ptr + o_x, mask=m_x, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(g * x_hat, 1), 0) / C
-    tl.store(dx_ptr + o_out, ((g - x_hat * mean) * rstd).to(dx_ptr.dtype.element_ty), mask=m_x)
-    return dweight + dn * x_hat
+    mean = tl.sum(tl.sum(g * x, 1), 0) * (rstd * rstd) / C
+    tl.store(dx_ptr + o_out, ((g - x * mean) * rstd).to(dx_ptr.dtype.element_ty), mask=m_x)
+    return dweight
 
 
 @jit
@@ -241,23 +253,34 @@ def _backward(
         tl.store(part_ptr + slot + H * D + o_x, dweight_k, mask=m_x)
 
 
-def _plan(x: Tensor, grid: Grid | None, num_heads: int, offset: int, max_warps: int, lanes: int = 256):
+def _plan(
+    kernel: str,
+    what: str,
+    x: Tensor,
+    grid: Grid | None,
+    num_heads: int,
+    offset: int,
+    max_warps: int,
+    lanes: int = 256,
+):
     """(launch grid, tables, integer arguments, constants and options) of both kernels.
 
-    lanes: values of a row for a warp, 32 times the 16 bytes of a thread at least.
+    what: letters of the tensors there are, for `tuning`. lanes: values of a row for a warp, 32 times
+    the 16 bytes of a thread at least.
     """
     batch, length, width = x.shape
     head_dim = width // num_heads
     heads, dims = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
-    launch, run = run_grid(batch, length, heads * dims)
+    default = min(max_warps, max(1, heads * dims // lanes))
+    kind = 8 * x.element_size(), what
+    launch, run, warps = run_grid(kernel, kind, batch, length, heads * dims, default)
     tables, places = (None, None), (1, 1)
     if grid is not None:
         tables, places = _cos_sin(head_dim, tuple(grid), False, x.device, torch.float32), grid[1:]
     frame, row, _ = pairs_of(head_dim) if grid is not None else (0, 0, 0)
     options = {
         "H": num_heads, "D": head_dim, "HP": heads, "DP": dims, "FRAME": frame, "ROW": row,
-        "ROPE": grid is not None, "num_warps": min(max_warps, max(1, heads * dims // lanes)),
-        "enable_fp_fusion": True,
+        "ROPE": grid is not None, "num_warps": warps, "enable_fp_fusion": True,
     }  # fmt: skip
     return launch, tables, (length, run, offset, *places), options
 
@@ -284,8 +307,10 @@ def launch_forward(
     quant = [a.new_empty(shape[:3], dtype=torch.float32) if fp8 else None for a in (q, k)]
     rstd = None if fp8 else q.new_empty(1 if k is None else 2, *shape[:2], dtype=torch.float32)
     if q.numel():
-        lanes = 512 if fp8 else 256
-        launch, tables, integers, options = _plan(q, grid, num_heads, offset, WARPS_FORWARD, lanes)
+        launch, tables, integers, options = _plan(
+            "qk_norm_rope forward", "q" + "k" * (k is not None) + "8" * fp8, q, grid, num_heads, offset,
+            WARPS_FORWARD, 512 if fp8 else 256,
+        )  # fmt: skip
         _forward[launch](
             q, k, weight_q, weight_k, *tables, *out, *quant,
             *((None, None) if fp8 else (rstd[0], rstd[-1])),
@@ -313,7 +338,10 @@ def launch_backward(
     out = [None if a is None else a.new_empty(a.shape) for a in (q, k)]
     dweight = q.new_zeros(2, q.shape[2], dtype=torch.float32) if parameters else None
     if q.numel():
-        launch, tables, integers, options = _plan(q, grid, num_heads, offset, WARPS_BACKWARD)
+        launch, tables, integers, options = _plan(
+            "qk_norm_rope backward", "q" + "k" * (k is not None) + "p" * parameters, q, grid, num_heads,
+            offset, WARPS_BACKWARD,
+        )  # fmt: skip
         part = None
         if parameters:
             part = q.new_empty(q.shape[0], launch[0], 2, q.shape[2], dtype=torch.float32)
@@ -334,9 +362,9 @@ IMPLEMENTATIONS = {
 }
 
 
-def pair(x: Tensor, op: str = "qk_norm_rope"):
-    """(forward, backward) of what runs for x."""
-    return IMPLEMENTATIONS[implementation(op, x)]
+def pair(x: Tensor, op: str = "qk_norm_rope", fp8: bool = False):
+    """(forward, backward) of what runs for x, to e4m3 if fp8."""
+    return IMPLEMENTATIONS[implementation(op, x, fp8)]
 
 
 def _qk_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
@@ -410,7 +438,7 @@ def _rms_gradient(ctx, dn, _):
 
 
 def _quantized(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
-    out, quant, _ = pair(q)[0](q, k, weight_q, weight_k, grid, num_heads, eps, offset, True)
+    out, quant, _ = pair(q, fp8=True)[0](q, k, weight_q, weight_k, grid, num_heads, eps, offset, True)
     return *out, *quant
 
 

@@ -21,6 +21,7 @@ pass uses that sum_l p_l dp_l = pooled . d pooled is known beforehand:
 import torch
 from torch import Tensor
 
+from prfl_kernels import tuning
 from prfl_kernels.add_norm import unit_last
 from prfl_kernels.jit import jit, register, tl, triton, wide
 from prfl_kernels.table import REFERENCE, TRITON, implementation
@@ -32,6 +33,9 @@ TILE_BYTES = 336 << 10
 # Columns of a step, most tokens of a tile, warps, stages of the copies in flight (20 KB of features
 # for few queries, what one SM needs to keep the memory busy), for up to 16 and up to 64 queries.
 FEW, MANY = (64, 64, 4, 6), (32, 16, 4, 3)
+# What `prfl tune` tries beside the default, by the queries rounded up to a power of two.
+_FEW = ((64, 64, 4, 4), (64, 64, 4, 8), (64, 64, 8, 6))
+CANDIDATES = {"reward_pool forward": {(16,): _FEW}, "reward_pool backward": {(16,): _FEW}}
 
 
 def reference_forward(x, u):
@@ -196,17 +200,25 @@ def _backward(
         tl.debug_barrier()  # as in the forward
 
 
-def _plan(x: Tensor, queries: int) -> tuple[tuple[int, int], int, dict]:
-    """(grid, tokens of a run, constants and launch options)."""
+def _plan(kernel: str, x: Tensor, queries: int, passes: int) -> tuple[tuple[int, int], int, dict]:
+    """(grid, tokens of a run, constants and launch options).
+
+    passes: how often something of the features' size is read or written; 0 without accumulators.
+    """
     batch, length, width = x.shape
-    columns, tokens, warps, stages = FEW if queries <= 16 else MANY
+    padded = max(16, triton.next_power_of_2(queries))
+    key = padded, 8 * x.element_size(), width, tuning.bucket(length)
+    columns, tokens, warps, stages = tuning.choice(
+        f"reward_pool {kernel}", key, FEW if queries <= 16 else MANY
+    )
     while tokens > 16 and tokens * width * x.element_size() > TILE_BYTES:
         tokens //= 2
-    # One program an SM, and fewer where accumulators of N x C would be over 4 % of the features.
-    runs = max(1, min(SMS, length * x.element_size() // (100 * queries)) // batch)
+    # One program an SM, and fewer where the float32 accumulators [N, C] would add over 5 % of traffic.
+    most = passes * length * x.element_size() // (4 * queries * 20) if passes else SMS
+    runs = max(1, min(SMS, most) // batch)
     run = triton.cdiv(triton.cdiv(length, runs), tokens) * tokens
     options = {
-        "C": width, "QUERIES": max(16, triton.next_power_of_2(queries)), "TOKENS": tokens,
+        "C": width, "QUERIES": padded, "TOKENS": tokens,
         "BLOCK": columns, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
     }  # fmt: skip
     return (triton.cdiv(length, run), batch), run, options
@@ -223,7 +235,7 @@ def launch_forward(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         for shape in ((batch, queries, width), (batch, queries), (batch, length, queries))
     )
     if x.numel():
-        grid, run, options = _plan(x, queries)
+        grid, run, options = _plan("forward", x, queries, 1)
         top, total = x.new_empty(2, batch, grid[0], queries, dtype=torch.float32)
         acc = x.new_empty(batch, grid[0], queries, width, dtype=torch.float32)
         _forward[grid](
@@ -255,7 +267,7 @@ def launch_backward(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
     du = torch.zeros_like(u, dtype=torch.float32) if want_u else None
     if x.numel():
-        grid, run, options = _plan(x, len(u))
+        grid, run, options = _plan("backward", x, len(u), (1 + want_x) * want_u)
         part = x.new_empty(len(x), grid[0], *u.shape, dtype=torch.float32) if want_u else None
         _backward[grid](
             x, u.float().contiguous(), dpooled, scores, lse, delta, dx, part,

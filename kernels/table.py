@@ -62,13 +62,13 @@ def configure(choice: str) -> None:
     _overrides.update(found)
 
 
-def implementation(op: str, x: Tensor) -> str:
-    """The implementation of `op` that runs on a tensor like x."""
+def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
+    """The implementation of `op`, or of its form that makes e4m3, that runs on a tensor like x."""
     if x.dtype == torch.float64:
         return REFERENCE  # float64 is for checking; no fused kernel computes in it
     choice = _overrides.get(op) or _default(op, x.device.type, x.dtype)
-    if not _runs(op, choice, x.device.type):
-        raise ValueError(_misfit(op, choice, x.device.type))
+    if not _runs(op, choice, x.device.type, fp8):
+        raise ValueError(_misfit(op, choice, x.device.type, fp8))
     return choice
 
 
@@ -85,25 +85,26 @@ def choices() -> list[tuple[str, str, str]]:
     return [(op, *_choice(op, device)) for op in OPERATIONS]
 
 
-def _runs(op: str, choice: str, device: str) -> bool:
+def _runs(op: str, choice: str, device: str, fp8: bool = False) -> bool:
     if op == _ATTENTION:
         return attention_backends.absence(choice, device) is None
     if choice == REFERENCE or (choice == TRITON and jit.INTERPRETED):
         return True
     if device != "cuda" or (choice == TRITON and jit.triton is None):
         return False
-    return op not in _FP8_MATRICES or torch.cuda.get_device_capability() >= (8, 9)
+    e4m3 = fp8 or op in _FP8_MATRICES
+    return not e4m3 or torch.cuda.get_device_capability() >= (8, 9)
 
 
-def _misfit(op: str, choice: str, device: str) -> str:
+def _misfit(op: str, choice: str, device: str, fp8: bool = False) -> str:
     if op == _ATTENTION:
         return f"kernels: {op} got {choice} on {device}: it {attention_backends.absence(choice, device)}"
     want = "a CUDA device"
-    if op in _FP8_MATRICES:
+    if fp8 or op in _FP8_MATRICES:
         want += " of capability 8.9 or higher"
     if choice == TRITON:
         want += " with Triton installed (or TRITON_INTERPRET=1 in the environment)"
-    return f"kernels: {op} got {choice} for {device}, want {want}"
+    return f"kernels: {op}{'_fp8' * fp8} got {choice} for {device}, want {want}"
 
 
 def _default(op: str, device: str, dtype: torch.dtype | None = None) -> str:

@@ -7,14 +7,15 @@ before float32: 4 * 33 * 2^-13 < 2^-5 of the sum of the magnitudes.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fused import DEVICE, error, needs_triton, normal, strided, triton
 from torch.library import opcheck
 
+from prfl_kernels import add_norm, qk_norm_rope, table
 from prfl_kernels import attention_fp8 as module
-from prfl_kernels import table
 from prfl_kernels.add_norm import quantize_rows
 from prfl_kernels.attention_fp8 import attention_fp8, attention_fp8_reference, quantize_values
 from prfl_kernels.fp8_linear import fp8_linear, hopper_product, quantize_weight
@@ -211,6 +212,24 @@ def test_choice_is_explicit():
 
 
 # -- the emulation of the tensor cores
+
+
+@needs_triton
+@pytest.mark.parametrize("capability, runs", [((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
+    x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    monkeypatch.setattr(table.jit, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    for op in ("modulate", "qk_norm_rope"):
+        assert table.implementation(op, x) == "triton"
+    if runs:
+        assert table.implementation("modulate", x, fp8=True) == "triton"
+        return
+    want = "got triton for cuda, want a CUDA device of capability 8.9 or higher"
+    with pytest.raises(ValueError, match=f"kernels: modulate_fp8 {want}"):
+        add_norm.pair("modulate", x, fp8=True)
+    with pytest.raises(ValueError, match=f"kernels: qk_norm_rope_fp8 {want}"):
+        qk_norm_rope.pair(x, fp8=True)
 
 
 def test_hopper_product_keeps_fourteen_bits():
