@@ -15,13 +15,19 @@ import math
 import torch
 from torch import Tensor
 
+from prfl_kernels import tuning
 from prfl_kernels.jit import jit, register, tl, triton, wide
 from prfl_kernels.table import REFERENCE, TRITON, implementation
 
 CUBIC, TWO_K = 0.044715, 2 * math.sqrt(2 / math.pi)
-# Tokens and columns of a tile, and warps: twice 16 bytes of bfloat16 a thread. Runs of tokens: many
-# waves on 132 SMs, and partial sums under 1 % of the traffic.
-TOKENS, COLUMNS, WARPS, RUNS = 8, 512, 8, 96
+# Tokens and columns of a tile, warps, and runs of tokens: twice 16 bytes of bfloat16 a thread, many waves on
+# 132 SMs, partial sums under 1 % of the traffic.
+TILE = (8, 512, 8, 96)
+# What `prfl tune` tries beside it, by the bits of a value.
+CANDIDATES = {
+    "bias_gelu forward": {(16,): ((4, 512, 4, 192), (16, 512, 8, 96), (8, 1024, 8, 96))},
+    "bias_gelu backward": {(16,): ((4, 512, 4, 192), (4, 1024, 8, 96), (8, 512, 8, 192))},
+}
 
 
 def reference_forward(h, bias):
@@ -102,13 +108,15 @@ def _backward(
         tl.store(part_ptr + tl.program_id(1) * F + o_n, dbias, mask=o_n < F)
 
 
-def _plan(h: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
+def _plan(kernel: str, h: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
     """(grid, rows, tokens of a run and constants, launch options)."""
     rows, width = h.shape[0] * h.shape[1], h.shape[2]
-    run = triton.cdiv(triton.cdiv(rows, RUNS), TOKENS) * TOKENS
-    grid = triton.cdiv(width, COLUMNS), triton.cdiv(rows, run)
-    constants = rows, run, width, TOKENS, COLUMNS, CUBIC, TWO_K
-    return grid, constants, {"num_warps": WARPS, "enable_fp_fusion": True}
+    key = 8 * h.element_size(), width, tuning.bucket(rows)
+    tokens, columns, warps, runs = tuning.choice(kernel, key, TILE)
+    run = triton.cdiv(triton.cdiv(rows, runs), tokens) * tokens
+    grid = triton.cdiv(width, columns), triton.cdiv(rows, run)
+    constants = rows, run, width, tokens, columns, CUBIC, TWO_K
+    return grid, constants, {"num_warps": warps, "enable_fp_fusion": True}
 
 
 def launch_forward(h: Tensor, bias: Tensor | None) -> Tensor:
@@ -116,7 +124,7 @@ def launch_forward(h: Tensor, bias: Tensor | None) -> Tensor:
     h, bias = h.contiguous(), None if bias is None else bias.contiguous()
     g = torch.empty_like(h)
     if h.numel():
-        grid, constants, options = _plan(h)
+        grid, constants, options = _plan("bias_gelu forward", h)
         _forward[grid](h, bias, g, *constants, **options)
     return g
 
@@ -129,7 +137,7 @@ def launch_backward(
     dh, g = torch.empty_like(h), torch.empty_like(h)
     dbias = h.new_zeros(h.shape[2], dtype=torch.float32) if wants_bias else None
     if h.numel():
-        grid, constants, options = _plan(h)
+        grid, constants, options = _plan("bias_gelu backward", h)
         part = h.new_empty(grid[1], h.shape[2], dtype=torch.float32) if wants_bias else None
         _backward[grid](dg, h, bias, dh, g, part, *constants, **options)
         if wants_bias:
