@@ -24,8 +24,9 @@ from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8
 from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
-from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm, rope_angles
+from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm
 from prfl_kernels.reward_pool import reward_pool
+from prfl_kernels.rope import rope_angles
 
 EPS = 1e-6
 POOL_HEADS = 8  # of the official reward model, with one learned query

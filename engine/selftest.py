@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import compiled, jit, table
+from prfl_kernels.add_norm import quantize_rows
 from prfl_kernels.attention import attention_with_lse
 from prfl_kernels.attention_fp8 import attention_fp8, quantize_values
+from prfl_kernels.bias_gelu import bias_gelu
 from prfl_kernels.fp8_linear import fp8_linear
 from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
-from prfl_kernels.modulate import layer_norm, modulate, quantize_rows
+from prfl_kernels.modulate import layer_norm, modulate
 from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
 from prfl_kernels.reward_pool import reward_pool_with_lse
 
@@ -56,6 +58,7 @@ CASES = {
     "gated_add": Case(gated_add, (_X, _X, _BC)),
     "gated_add_modulate": Case(gated_add_modulate, (_X, _X, _BC, _BC, _BC)),
     "gated_add_norm": Case(gated_add_norm, (_X, _X, _BC, _C, _C)),
+    "bias_gelu": Case(bias_gelu, (_X, _C)),
     "rms_norm": Case(rms_norm, (_X, _C)),
     "qk_norm_rope": Case(_rope, (_X, _X, _C, _C)),
     "attention": Case(attention_with_lse, (_QKV, _QKV, _QKV)),

@@ -13,9 +13,9 @@ so results are the same from run to run, without atomics. Everything is computed
 import torch
 from torch import Tensor
 
-from prfl_kernels import tuning
-from prfl_kernels.jit import jit, tl, triton, wide
-from prfl_kernels.table import REFERENCE, TRITON, implementation
+from prfl_kernels import cpu_kernels, tuning
+from prfl_kernels.jit import jit, tl, triton, unit_last, wide
+from prfl_kernels.table import CPU, REFERENCE, TRITON, implementation
 
 # Runs of tokens on the whole batch: enough to fill 132 SMs, few enough that their partial sums stay
 # under 5 % of the traffic at 32,760 tokens. A wide row takes a whole SM in the backward.
@@ -193,11 +193,6 @@ def _backward(
         tl.store(part_ptr + (slot + 2 * PARAMETERS) * C + o_c, dgate, mask=m_c)
 
 
-def unit_last(a: Tensor | None) -> Tensor | None:
-    """`a` with contiguous rows: itself, or a copy if its last dimension is strided."""
-    return a if a is None or a.stride(-1) == 1 else a.contiguous()
-
-
 def _strides(a: Tensor | None) -> tuple[int, int]:
     """Strides of samples and tokens; a vector [C] is the same for every sample."""
     if a is None or a.dim() == 1:
@@ -316,7 +311,11 @@ def backward(
     return dx, dy, dgate, dscale, dshift
 
 
-IMPLEMENTATIONS = {REFERENCE: (reference_forward, reference_backward), TRITON: (forward, backward)}
+IMPLEMENTATIONS = {
+    REFERENCE: (reference_forward, reference_backward),
+    CPU: (cpu_kernels.add_norm_forward, cpu_kernels.add_norm_backward),
+    TRITON: (forward, backward),
+}
 
 
 def pair(op: str, x: Tensor, fp8: bool = False):

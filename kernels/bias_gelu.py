@@ -15,9 +15,9 @@ import math
 import torch
 from torch import Tensor
 
-from prfl_kernels import tuning
+from prfl_kernels import cpu_kernels, tuning
 from prfl_kernels.jit import jit, register, tl, triton, wide
-from prfl_kernels.table import REFERENCE, TRITON, implementation
+from prfl_kernels.table import CPU, REFERENCE, TRITON, implementation
 
 CUBIC, TWO_K = 0.044715, 2 * math.sqrt(2 / math.pi)
 # Tokens and columns of a tile, warps, and runs of tokens: twice 16 bytes of bfloat16 a thread, many waves on
@@ -147,6 +147,7 @@ def launch_backward(
 
 IMPLEMENTATIONS = {
     REFERENCE: (reference_forward, reference_backward),
+    CPU: (cpu_kernels.bias_gelu_forward, cpu_kernels.bias_gelu_backward),
     TRITON: (launch_forward, launch_backward),
 }
 

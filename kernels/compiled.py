@@ -17,6 +17,7 @@ from torch import Tensor
 
 PARTS = ("cpu", "cuda")
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = tuple(_CODES)
 View = tuple[int, ...] | None
 
 

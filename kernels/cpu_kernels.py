@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# As modules: the files of the operations import this one.
-from prfl_kernels import add_norm, qk_norm_rope
 from prfl_kernels.compiled import extension, supported, view
-
-Grid = tuple[int, int, int]
+from prfl_kernels.jit import unit_last
+from prfl_kernels.rope import Grid, cos_sin, pairs_of
 
 # Runs of tokens of a sample: enough for the threads of a large machine, few enough that their partial
 # sums (at most three rows a run) stay under 5 % of the traffic.
@@ -28,10 +26,6 @@ POOL_RUNS, POOL_GROUP = 64, 8  # queries are handled in groups of this many (csr
 
 def _runs(length: int) -> int:
     return max(1, min(RUNS, length // TOKENS_OF_A_RUN))
-
-
-def _unit_last(a: Tensor | None) -> Tensor | None:
-    return add_norm.unit_last(a)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -61,7 +55,7 @@ def add_norm_forward(
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
     """`add_norm.forward`: (x', n, None, statistics)."""
-    x, y, gate, scale, shift = (_unit_last(a) for a in (x, y, gate, scale, shift))
+    x, y, gate, scale, shift = (unit_last(a) for a in (x, y, gate, scale, shift))
     total = None if y is None else _empty(*x.shape, dtype=x.dtype)
     n = None if scale is None else _empty(*x.shape, dtype=out_dtype)
     stats = None if n is None else _empty(2, *x.shape[:2])
@@ -88,7 +82,7 @@ def add_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`add_norm.backward`: (dx, dy, d gate, d scale, d shift), each None where it is not wanted."""
     shape = (dsum if dn is None else dn).shape
-    dn, dsum, x, y, gate, scale = (_unit_last(a) for a in (dn, dsum, x, y, gate, scale))
+    dn, dsum, x, y, gate, scale = (unit_last(a) for a in (dn, dsum, x, y, gate, scale))
     if dn is not None and dsum is not None:
         dsum = dsum.to(x.dtype)
     if y is not None and y_dtype is not None:
@@ -120,7 +114,7 @@ def add_norm_backward(
 def _turns(head_dim: int, grid: Grid) -> tuple[Tensor, Tensor]:
     """[largest side, head_dim]: every cosine twice; and (-sine, sine) of every pair."""
     with torch.inference_mode(False):
-        cos, sin = qk_norm_rope._cos_sin(head_dim, grid, False, torch.device("cpu"), torch.float32)
+        cos, sin = cos_sin(head_dim, grid, False, torch.device("cpu"), torch.float32)
         return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
 
@@ -128,7 +122,7 @@ def _rope(grid: Grid | None, num_heads: int, head_dim: int, offset: int) -> tupl
     """(cosines, sines, (heads, head_dim, first channels of rows and columns, rows, columns, offset))."""
     if grid is None:
         return None, None, (num_heads, head_dim, 0, 0, 1, 1, offset)
-    frames, rows, _ = qk_norm_rope.pairs_of(head_dim)
+    frames, rows, _ = pairs_of(head_dim)
     channels = 2 * frames, 2 * (frames + rows)
     tables = map(view, _turns(head_dim, tuple(grid)))
     return *tables, (num_heads, head_dim, *channels, *grid[1:], offset)
@@ -148,7 +142,7 @@ def qk_norm_rope_forward(
     """`qk_norm_rope.launch_forward`: ([q, k] out, [None, None], 1/rms). ValueError with fp8."""
     if fp8:
         raise ValueError("qk_norm_rope: got fp8 for the compiled CPU kernel, want bfloat16 or float32")
-    q, k, weight_q, weight_k = (_unit_last(a) for a in (q, k, weight_q, weight_k))
+    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
     supported(q, k, weight_q, weight_k)
     head_dim = q.shape[2] // num_heads
     out = [None if a is None else _empty(*a.shape[:2], num_heads, head_dim, dtype=a.dtype) for a in (q, k)]
@@ -176,12 +170,12 @@ def qk_norm_rope_backward(
     parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`qk_norm_rope.launch_backward`: (d q, d k, d weights [2, C] in float32 if `parameters`)."""
-    q, k, weight_q, weight_k = (_unit_last(a) for a in (q, k, weight_q, weight_k))
+    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
     head_dim = q.shape[2] // num_heads
     shape = (*q.shape[:2], num_heads, head_dim)
     # Heads keep their stride: attention may hand its gradient back transposed.
     dq, dk = (
-        None if d is None else _unit_last((d if d.dim() == 4 else d.view(shape)).to(q.dtype))
+        None if d is None else unit_last((d if d.dim() == 4 else d.view(shape)).to(q.dtype))
         for d in (dq, dk)
     )
     supported(q, k, weight_q, weight_k)
@@ -200,7 +194,7 @@ def qk_norm_rope_backward(
 
 def _rows(a: Tensor) -> Tensor:
     """a [..., F] as [B, L, F] with unit last stride, without a copy where there are three dimensions."""
-    return _unit_last(a if a.dim() == 3 else a.reshape(1, -1, a.shape[-1]))
+    return unit_last(a if a.dim() == 3 else a.reshape(1, -1, a.shape[-1]))
 
 
 def bias_gelu_forward(h: Tensor, bias: Tensor | None) -> Tensor:
@@ -210,7 +204,7 @@ def bias_gelu_forward(h: Tensor, bias: Tensor | None) -> Tensor:
     g = _empty(*h.shape, dtype=h.dtype)
     if h.numel():
         extension().bias_gelu_forward(
-            view(rows), view(_unit_last(bias)), view(g.view(rows.shape)), *rows.shape,
+            view(rows), view(unit_last(bias)), view(g.view(rows.shape)), *rows.shape,
             torch.get_num_threads(),
         )  # fmt: skip
     return g
@@ -228,7 +222,7 @@ def bias_gelu_backward(
         runs = _runs(rows.shape[1])
         part = _empty(rows.shape[0], runs, h.shape[-1]) if wants_bias else None
         extension().bias_gelu_backward(
-            view(dg), view(rows), view(_unit_last(bias)), view(dh.view(rows.shape)),
+            view(dg), view(rows), view(unit_last(bias)), view(dh.view(rows.shape)),
             view(g.view(rows.shape)), view(part), view(dbias), *rows.shape, runs,
             torch.get_num_threads(),
         )  # fmt: skip
@@ -248,7 +242,7 @@ def _pool_runs(x: Tensor, queries: int) -> int:
 
 def reward_pool_forward(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`reward_pool.launch_forward`: (pooled [B, N, C], log-sum-exp [B, N], scores [B, L, N])."""
-    x = _unit_last(x)
+    x = unit_last(x)
     supported(x)
     (batch, length, width), wanted = x.shape, len(u)
     pooled, lse = _empty(batch, wanted, width), _empty(batch, wanted)
@@ -275,7 +269,7 @@ def reward_pool_backward(
     want_u: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`reward_pool.launch_backward`: (dx in x.dtype, du [N, C] float32), each if wanted."""
-    x = _unit_last(x)
+    x = unit_last(x)
     supported(x)
     (batch, length, width), wanted = x.shape, len(u)
     dx = _empty(*x.shape, dtype=x.dtype) if want_x else None

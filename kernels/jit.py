@@ -20,7 +20,9 @@ except ModuleNotFoundError:
         return fn
 
 
-__all__ = ["IMPLEMENTATIONS", "INTERPRETED", "LIBRARY", "jit", "register", "tl", "triton", "wide"]
+__all__ = [
+    "IMPLEMENTATIONS", "INTERPRETED", "LIBRARY", "jit", "register", "tl", "triton", "unit_last", "wide",
+]  # fmt: skip
 
 # Kernels run as Python on the CPU when TRITON_INTERPRET=1 was set before this import.
 INTERPRETED = triton is not None and not isinstance(tl.sum, triton.runtime.JITFunction)
@@ -31,6 +33,11 @@ IMPLEMENTATIONS: dict[str, Callable] = {}  # of every operation, under its full 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics and reductions run in: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def unit_last(a: torch.Tensor | None) -> torch.Tensor | None:
+    """`a` with contiguous rows: itself, or a copy if its last dimension is strided."""
+    return a if a is None or a.stride(-1) == 1 else a.contiguous()
 
 
 def register(

@@ -14,16 +14,15 @@ the weights, and 1/rms of every token.
 Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`, `WanRMSNorm`.
 """
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from prfl_kernels.add_norm import quantize_rows, run_grid, unit_last
-from prfl_kernels.jit import jit, register, tl, triton, wide
-from prfl_kernels.table import REFERENCE, TRITON, implementation
+from prfl_kernels import cpu_kernels
+from prfl_kernels.add_norm import quantize_rows, run_grid
+from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
+from prfl_kernels.rope import Grid, cos_sin, pairs_of, rotate
+from prfl_kernels.table import CPU, REFERENCE, TRITON, implementation
 
-Grid = tuple[int, int, int]
 # Most warps of a program, as in add_norm: a row of 5,120 in float32, and two accumulators of d weight.
 WARPS_FORWARD, WARPS_BACKWARD = 16, 8
 # (warps, runs) that `prfl tune` tries beside the default, by the padded width.
@@ -40,44 +39,9 @@ CANDIDATES = {
 E4M3_MAX = tl.constexpr(448.0) if triton else 448.0
 
 
-def pairs_of(head_dim: int) -> Grid:
-    """How many of the head_dim / 2 pairs turn with the frame, the row and the column."""
-    third = head_dim // 2 // 3
-    return head_dim // 2 - 2 * third, third, third
-
-
-def axis_angles(head_dim: int, size: int, theta: float = 10000.0) -> Tensor:
-    """Angles [size, head_dim / 2] in float64: every pair at positions 0 ... size - 1 of its axis."""
-    frequencies = [theta ** (-torch.arange(n, dtype=torch.float64) / n) for n in pairs_of(head_dim)]
-    return torch.arange(size, dtype=torch.float64)[:, None] * torch.cat(frequencies)
-
-
-def rope_angles(head_dim: int, grid: Grid, theta: float = 10000.0) -> Tensor:
-    """Angles [F * H * W, head_dim / 2] in float64 of every token of a (F, H, W) grid."""
-    places = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # [L, 3]: frame, row, column
-    places = places.repeat_interleave(torch.tensor(pairs_of(head_dim)), dim=1)  # [L, D/2]
-    return axis_angles(head_dim, max(grid), theta).gather(0, places)
-
-
-@lru_cache(maxsize=16)
-def _cos_sin(
-    head_dim: int, grid: Grid, whole: bool, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every token if `whole`, else of every position of an axis."""
-    # The cache must hold ordinary tensors, also when the first call comes under inference mode.
-    with torch.inference_mode(False):
-        angles = rope_angles(head_dim, grid) if whole else axis_angles(head_dim, max(grid))
-        return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
-
-
 def _turns(x, grid, num_heads, offset):
     """Cosines and sines [L, 1, D/2] of the tokens of x [B, L, C]."""
-    tables = _cos_sin(x.shape[2] // num_heads, tuple(grid), True, x.device, wide(x.dtype))
+    tables = cos_sin(x.shape[2] // num_heads, tuple(grid), True, x.device, wide(x.dtype))
     return (a[offset : offset + x.shape[1], None] for a in tables)
 
 
@@ -91,7 +55,7 @@ def reference_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset, fp
         rstds.append(torch.rsqrt(x_wide.square().mean(-1) + eps))
         n = (x_wide * rstds[-1][..., None] * weight).unflatten(-1, (num_heads, -1))
         if grid is not None:
-            n = _rotate(n, *_turns(x, grid, num_heads, offset))
+            n = rotate(n, *_turns(x, grid, num_heads, offset))
         out[i], quant[i] = quantize_rows(n) if fp8 else (n.to(x.dtype), None)
     return out, quant, None if fp8 else torch.stack(rstds)
 
@@ -105,7 +69,7 @@ def reference_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, 
         d = d.to(rstd.dtype).reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads)
         if grid is not None:
             cos, sin = _turns(x, grid, num_heads, offset)
-            d = _rotate(d, cos, -sin)
+            d = rotate(d, cos, -sin)
         d, x_hat = d.flatten(2), x.to(rstd.dtype) * rstd[i, ..., None]
         g = d * weight
         made[i] = ((g - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd[i, ..., None]).to(x.dtype)
@@ -276,7 +240,7 @@ def _plan(
     launch, run, warps = run_grid(kernel, kind, batch, length, heads * dims, default)
     tables, places = (None, None), (1, 1)
     if grid is not None:
-        tables, places = _cos_sin(head_dim, tuple(grid), False, x.device, torch.float32), grid[1:]
+        tables, places = cos_sin(head_dim, tuple(grid), False, x.device, torch.float32), grid[1:]
     frame, row, _ = pairs_of(head_dim) if grid is not None else (0, 0, 0)
     options = {
         "H": num_heads, "D": head_dim, "HP": heads, "DP": dims, "FRAME": frame, "ROW": row,
@@ -358,6 +322,7 @@ def launch_backward(
 
 IMPLEMENTATIONS = {
     REFERENCE: (reference_forward, reference_backward),
+    CPU: (cpu_kernels.qk_norm_rope_forward, cpu_kernels.qk_norm_rope_backward),
     TRITON: (launch_forward, launch_backward),
 }
 

@@ -21,10 +21,9 @@ pass uses that sum_l p_l dp_l = pooled . d pooled is known beforehand:
 import torch
 from torch import Tensor
 
-from prfl_kernels import tuning
-from prfl_kernels.add_norm import unit_last
-from prfl_kernels.jit import jit, register, tl, triton, wide
-from prfl_kernels.table import REFERENCE, TRITON, implementation
+from prfl_kernels import cpu_kernels, tuning
+from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
+from prfl_kernels.table import CPU, REFERENCE, TRITON, implementation
 
 MAX_QUERIES = 64
 SMS = 132
@@ -280,6 +279,7 @@ def launch_backward(
 
 IMPLEMENTATIONS = {
     REFERENCE: (reference_forward, reference_backward),
+    CPU: (cpu_kernels.reward_pool_forward, cpu_kernels.reward_pool_backward),
     TRITON: (launch_forward, launch_backward),
 }
 

@@ -1,7 +1,7 @@
 """Which implementation of every operation runs, and why: the one place that decides.
 
-By default the fused kernels run on CUDA and plain torch runs on the CPU and for float64 anywhere;
-attention has more to choose from, see `attention_backends`.
+By default the fused Triton kernels run on CUDA, the compiled C++ kernels on the CPU, and plain torch where
+neither is there and for float64 anywhere; attention has more to choose from, see `attention_backends`.
 `PRFL_KERNELS` or `configure` overrides that, for all operations ("reference") or for some
 ("triton,reward_pool=reference"); what cannot run raises when it is called, and is never replaced.
 """
@@ -11,26 +11,29 @@ import os
 import torch
 from torch import Tensor
 
-from prfl_kernels import attention_backends, jit
+from prfl_kernels import attention_backends, compiled, jit
 
-REFERENCE, TRITON, SCALED_MM = "reference", "triton", "scaled_mm"
+REFERENCE, CPU, TRITON, SCALED_MM = "reference", "cpu", "triton", "scaled_mm"
+_ALL = (REFERENCE, CPU, TRITON)
 OPERATIONS = {
-    "modulate": (REFERENCE, TRITON),
-    "layer_norm": (REFERENCE, TRITON),
-    "gated_add": (REFERENCE, TRITON),
-    "gated_add_modulate": (REFERENCE, TRITON),
-    "gated_add_norm": (REFERENCE, TRITON),
-    "rms_norm": (REFERENCE, TRITON),
-    "qk_norm_rope": (REFERENCE, TRITON),
-    "bias_gelu": (REFERENCE, TRITON),
+    "modulate": _ALL,
+    "layer_norm": _ALL,
+    "gated_add": _ALL,
+    "gated_add_modulate": _ALL,
+    "gated_add_norm": _ALL,
+    "rms_norm": _ALL,
+    "qk_norm_rope": _ALL,
+    "bias_gelu": _ALL,
     "attention": tuple(attention_backends.BACKENDS),
-    "reward_pool": (REFERENCE, TRITON),
+    "reward_pool": _ALL,
     "fp8_linear": (REFERENCE, SCALED_MM),
     "attention_fp8": (REFERENCE, TRITON),
 }
+_BEST = {"cuda": (SCALED_MM, TRITON), "cpu": (CPU,)}  # by device; the first that an operation has and runs
 _FP8_MATRICES = ("fp8_linear", "attention_fp8")  # want tensor cores that take e4m3
 _REASONS = {
     REFERENCE: "plain torch",
+    CPU: "compiled C++ kernel",
     TRITON: "fused Triton kernel",
     SCALED_MM: "torch._scaled_mm with row-wise scales",
 }
@@ -66,17 +69,24 @@ def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
     """The implementation of `op`, or of its form that makes e4m3, that runs on a tensor like x."""
     if x.dtype == torch.float64:
         return REFERENCE  # float64 is for checking; no fused kernel computes in it
-    choice = _overrides.get(op) or _default(op, x.device.type, x.dtype)
-    if not _runs(op, choice, x.device.type, fp8):
-        raise ValueError(_misfit(op, choice, x.device.type, fp8))
+    device = x.device.type
+    choice = _overrides.get(op)
+    if choice is None:
+        choice = _default(op, device, x.dtype, fp8)
+        if fp8 and device == "cuda" and choice == REFERENCE:
+            choice = TRITON  # to be refused below, with the reason
+    why = absence(op, choice, device, x.dtype, fp8)
+    if why:
+        raise ValueError(_misfit(op, choice, device, why, fp8))
     return choice
 
 
 def check(device: str) -> None:
     """Raise ValueError if an operation was given an implementation that does not run on `device`."""
     for op, choice in _overrides.items():
-        if not _runs(op, choice, device):
-            raise ValueError(_misfit(op, choice, device))
+        why = absence(op, choice, device)
+        if why:
+            raise ValueError(_misfit(op, choice, device, why))
 
 
 def choices() -> list[tuple[str, str, str]]:
@@ -85,33 +95,39 @@ def choices() -> list[tuple[str, str, str]]:
     return [(op, *_choice(op, device)) for op in OPERATIONS]
 
 
-def _runs(op: str, choice: str, device: str, fp8: bool = False) -> bool:
+def absence(
+    op: str, choice: str, device: str, dtype: torch.dtype | None = None, fp8: bool = False
+) -> str | None:
+    """Why implementation `choice` of `op` does not run on a device of type `device`; None if it does."""
     if op == _ATTENTION:
-        return attention_backends.absence(choice, device) is None
+        return attention_backends.absence(choice, device)
     if choice == REFERENCE or (choice == TRITON and jit.INTERPRETED):
-        return True
-    if device != "cuda" or (choice == TRITON and jit.triton is None):
-        return False
-    e4m3 = fp8 or op in _FP8_MATRICES
-    return not e4m3 or torch.cuda.get_device_capability() >= (8, 9)
+        return None
+    if choice == CPU:
+        if fp8:
+            return "makes no e4m3"
+        if dtype not in (None, *compiled.DTYPES):
+            return f"has no {str(dtype).removeprefix('torch.')}"
+        return compiled.absence(CPU, device)
+    if device != "cuda":
+        hint = " (or TRITON_INTERPRET=1 in the environment)" if choice == TRITON else ""
+        return f"needs a cuda device{hint}"
+    if choice == TRITON and jit.triton is None:
+        return "triton is not installed"
+    if (fp8 or op in _FP8_MATRICES) and torch.cuda.get_device_capability() < (8, 9):
+        return "needs capability 8.9 or higher"
+    return None
 
 
-def _misfit(op: str, choice: str, device: str, fp8: bool = False) -> str:
-    if op == _ATTENTION:
-        return f"kernels: {op} got {choice} on {device}: it {attention_backends.absence(choice, device)}"
-    want = "a CUDA device"
-    if fp8 or op in _FP8_MATRICES:
-        want += " of capability 8.9 or higher"
-    if choice == TRITON:
-        want += " with Triton installed (or TRITON_INTERPRET=1 in the environment)"
-    return f"kernels: {op}{'_fp8' * fp8} got {choice} for {device}, want {want}"
+def _misfit(op: str, choice: str, device: str, why: str, fp8: bool = False) -> str:
+    return f"kernels: {op}{'_fp8' * fp8} got {choice} on {device}: it {why}"
 
 
-def _default(op: str, device: str, dtype: torch.dtype | None = None) -> str:
+def _default(op: str, device: str, dtype: torch.dtype | None = None, fp8: bool = False) -> str:
     if op == _ATTENTION:
         return attention_backends.default(device, dtype)[0]
-    best = OPERATIONS[op][-1]
-    return best if device == "cuda" and _runs(op, best, device) else REFERENCE
+    known = (c for c in _BEST.get(device, ()) if c in OPERATIONS[op])
+    return next((c for c in known if not absence(op, c, device, dtype, fp8)), REFERENCE)
 
 
 def _choice(op: str, device: str) -> tuple[str, str]:
@@ -119,15 +135,12 @@ def _choice(op: str, device: str) -> tuple[str, str]:
         return _overrides[op], f"{_reason(op, _overrides[op])}; chosen by configuration or PRFL_KERNELS"
     if op == _ATTENTION:
         choice, passed = attention_backends.default(device)
-        absent = "".join(f"; {name} {why}" for name, why in passed.items())
-        return choice, f"{_reason(op, choice)}; the default on {device}{absent}"
-    choice = _default(op, device)
-    why = f"{_REASONS[choice]}; the default on {device}"
-    best = OPERATIONS[op][-1]
-    if device == "cuda" and choice != best:
-        absent = best == TRITON and jit.triton is None
-        why += f", since {'triton is not installed' if absent else 'its capability is below 8.9'}"
-    return choice, why
+    else:
+        choice = _default(op, device)
+        better = (c for c in _BEST[device] if c in OPERATIONS[op] and c != choice)
+        passed = {c: absence(op, c, device) for c in better}
+    absent = "".join(f"; {name} {why}" for name, why in passed.items())
+    return choice, f"{_reason(op, choice)}; the default on {device}{absent}"
 
 
 def _reason(op: str, choice: str) -> str:

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prfl_engine.config import UserError
+from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.reward import QueryPool, RewardModel
 
 
@@ -144,16 +144,16 @@ def test_a_frozen_model_gives_gradient_to_its_input_alone(model_type):
     assert not reward.training
 
 
-class MatrixProducts(TorchDispatchMode):
-    """Counts the shapes of the results of matrix products."""
+class MatrixProducts(LiveBytes):
+    """Counts the shapes of the results of matrix products, those inside fused operations too."""
 
     def __init__(self):
         super().__init__()
         self.shapes = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **kwargs or {})
-        if function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear"):
             self.shapes[tuple(out.shape)] += 1
         return out
 
@@ -205,3 +205,28 @@ def test_impossible_reward_models_are_refused():
     for layer in (0, 2):
         with pytest.raises(UserError, match=f"reward.feature_layer: got {layer}"):
             RewardModel(trunk, QueryPool(32), layer)
+
+
+def products_of(model, x, t, text, clip=None, condition=None):
+    """(products of the forward, of the backward to the latent)."""
+    x = x.detach().requires_grad_()
+    with MatrixProducts() as products:
+        logit = model(x, t, text, clip, condition)
+        forward = products.shapes.total()
+        logit.sum().backward()
+    return forward, products.shapes.total() - forward
+
+
+@pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+def test_a_frozen_model_makes_input_gradients_alone(model_type):
+    """A block more: its products forward, and backward one for each that the latent goes through."""
+    config = tiny_config(model_type, num_layers=3)
+    batch, t = random_batch(config, 1), torch.tensor([500.0])
+    given = (batch.latent, t, batch.text, batch.clip, batch.condition)
+    small, large = (products_of(tiny_reward(config, blocks=n).freeze(), *given) for n in (1, 2))
+    image = 2 if model_type == "i2v" else 0  # keys and values of the picture
+    # q, k, v, o; q, o of the cross-attention and k, v of the text; two of the FFN
+    assert large[0] - small[0] == 4 + 4 + image + 2
+    assert large[1] - small[1] == 4 + 2 + 2
+    trained = products_of(tiny_reward(config, blocks=2), *given)
+    assert trained[0] == large[0] and trained[1] > 2 * large[1]
