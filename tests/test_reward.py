@@ -144,6 +144,9 @@ def test_a_frozen_model_gives_gradient_to_its_input_alone(model_type):
     assert not reward.training
 
 
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear", "matmul")
+
+
 class MatrixProducts(LiveBytes):
     """Counts the shapes of the results of matrix products, those inside fused operations too."""
 
@@ -153,7 +156,7 @@ class MatrixProducts(LiveBytes):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(function, types, args, kwargs)
-        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_", "bmm", "baddbmm", "linear"):
+        if function.overloadpacket.__name__ in PRODUCTS:
             self.shapes[tuple(out.shape)] += 1
         return out
 
