@@ -37,10 +37,12 @@ class ModelConfig:
     """Linear layers and attention."""
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Residual stream; the official code keeps it in float32."""
-    recompute: bool = False
-    """Keep only every block's input and compute the block again in backward."""
+    recompute: Literal["none", "full", "attention"] = "none"
+    """full: keep only every block's input and compute the block again in backward; attention: keep the output
+    of its self-attention too, which is most of a block's work and is not computed again."""
     keep: Literal["nothing", "attention", "projections", "all"] = "all"
-    """What the attention and FFN branches keep for the backward (docs/kernels.md), besides `recompute`."""
+    """What the attention and FFN branches keep for the backward (docs/kernels.md); with recompute: while the
+    backward of their block runs ("attention" where recompute is attention)."""
     kernels: str | None = None
     """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
 

@@ -8,6 +8,7 @@ modulation, norms, rotation and head run in float32 (float64 when the weights ar
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -95,6 +96,21 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def _made_again(block: Block, recompute: str, keep: str) -> Callable[..., Tensor]:
+    """The block for a checkpoint, which calls it twice: the attention of the first call serves the second
+    one too if recompute is "attention"."""
+    first: list[tuple[Tensor, Tensor]] = []
+
+    def run(tokens, e_B6C, context, grid):
+        if recompute == "full":
+            return block(tokens, e_B6C, context, grid, keep)[0]
+        tokens, attention = block(tokens, e_B6C, context, grid, "attention", *first)
+        first[:] = [attention]
+        return tokens
+
+    return run
+
+
 class WanTransformer(nn.Module):
     """The transformer, or its first `num_blocks` blocks without head (the trunk of a reward model)."""
 
@@ -102,7 +118,7 @@ class WanTransformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.residual_dtype: torch.dtype | None = None  # None: float32, float64 for float64 weights
-        self.recompute = False  # keep only the input of every block and compute it again in backward
+        self.recompute = "none"  # of a block, in backward: see ModelConfig
         self.keep = "all"  # what the modulated branches of a block keep: a mode of modulated_attention
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
         self.text_embedding = nn.Sequential(
@@ -194,13 +210,13 @@ class WanTransformer(nn.Module):
         e = self.time_embedding(sinusoid(t, c.freq_dim))
         e_B6C = self.time_projection(e).unflatten(1, (6, c.dim))
         for block in self.blocks[:blocks]:
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute == "none" or not torch.is_grad_enabled():
+                tokens, _ = block(tokens, e_B6C, context, grid, self.keep)
+            else:
                 tokens = checkpoint(
-                    block, tokens, e_B6C, context, grid, self.keep,
+                    _made_again(block, self.recompute, self.keep), tokens, e_B6C, context, grid,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
-            else:
-                tokens = block(tokens, e_B6C, context, grid, self.keep)
         return tokens, e, grid
 
     def _patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

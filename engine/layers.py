@@ -94,7 +94,7 @@ class Block(nn.Module):
 
     x += gate1 * Attn(LN(x) (1 + scale1) + shift1);  x += Cross(LN_affine(x), context);
     x += gate2 * FFN(LN(x) (1 + scale2) + shift2). `keep` is what the two modulated branches keep for the
-    backward, see prfl_kernels.modulated_attention.
+    backward, `attention` what a call before has made; see prfl_kernels.modulated_attention.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool):
@@ -115,18 +115,20 @@ class Block(nn.Module):
         context_BSC: Tensor,
         grid: tuple[int, int, int],
         keep: str = "all",
-    ) -> Tensor:
+        attention: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(x' [B, L, C], output and log-sum-exp of self-attention where kept or given)."""
         e = self.modulation.to(e_B6C.dtype) + e_B6C
         shift1, scale1, gate1, shift2, scale2, gate2 = e.unbind(1)
         attn, (first, _, second) = self.self_attn, self.ffn
         how = dict(eps=self.eps, dtype=attn.q.compute_dtype or attn.q.weight.dtype, keep=keep)
-        x, n = modulated_attention(
+        x, n, attention = modulated_attention(
             x_BLC, shift1, scale1, gate1, attn.weights(), grid, attn.num_heads,
-            norm=(self.norm3.weight, self.norm3.bias), **how,
+            norm=(self.norm3.weight, self.norm3.bias), attention=attention, **how,
         )  # fmt: skip
         y = self.cross_attn(n, context_BSC)
         weights = FFNWeights(first.weight, first.bias, second.weight, second.bias)
-        return modulated_ffn(x, y, shift2, scale2, gate2, weights, **how)
+        return modulated_ffn(x, y, shift2, scale2, gate2, weights, **how), attention
 
 
 class Head(nn.Module):

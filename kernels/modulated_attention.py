@@ -15,7 +15,9 @@ where there is an n', and what `keep` names:
     projections  and projections: q, k before norm, v     8 L C            n, norm and rotation
     all          and rotated: q, k; normed: n             14 L C           -
 
-a Wo^T is never needed: see prfl_kernels.branch. n is left out where the projections are frozen.
+a Wo^T is never needed: see prfl_kernels.branch. n is left out where the projections are frozen. A block that
+is computed again in backward can be given a and the log-sum-exp of the first time: then neither q, k and v
+nor attention are computed for x', and the backward makes q, k and v alone.
 """
 
 from collections.abc import Collection
@@ -96,32 +98,37 @@ def _ended(x, y, gate, weight, bias, s: _Settings):
 
 
 def _forward(x, shift, scale, gate, *rest):
-    w, (weight, bias), s = AttentionWeights(*rest[:10]), rest[10:12], _Settings(*rest[12:17])
-    keeps = dict(zip(KEPT, rest[17], strict=True))
+    w, (weight, bias, out, _), s = AttentionWeights(*rest[:10]), rest[10:14], _Settings(*rest[14:19])
+    keeps = dict(zip(KEPT, rest[19], strict=True))
     held = {name: tuple(x.new_empty(0) for _ in range(count)) for name, count in KEPT.items()}
     n, stats = _normed(x, scale, shift, s)
-    q_in, k_in, v = _projected(n, w)
-    if keeps["normed"]:
-        held["normed"] = (n,)
-    del n
-    q, k, rstd = _rotated(q_in, k_in, w, s)
-    if keeps["projections"]:
-        held["projections"] = q_in, k_in, v
-    del q_in, k_in
-    out, lse = attention_with_lse(q, k, _heads(v, s))
-    if keeps["rotated"]:
-        held["rotated"] = q, k, rstd
-    del q, k, v, rstd
-    if keeps["attention"]:
-        held["attention"] = out, lse
+    if out is None:
+        out = _attended(x, n, w, s, keeps, held)
     total, next_n, next_stats = _ended(x, linear(out.flatten(2), w.o, w.o_bias), gate, weight, bias, s)
     ends = (x.new_empty(0) if a is None else a for a in (next_n, next_stats))
     return total, *ends, stats, *sum(held.values(), ())
 
 
+def _attended(x, n, w, s, keeps, held):
+    """a, with what is kept on the way put into `held`."""
+    q_in, k_in, v = _projected(n, w)
+    if keeps["normed"]:
+        held["normed"] = (n,)
+    q, k, rstd = _rotated(q_in, k_in, w, s)
+    if keeps["projections"]:
+        held["projections"] = q_in, k_in, v
+    del n, q_in, k_in
+    out, lse = attention_with_lse(q, k, _heads(v, s))
+    if keeps["rotated"]:
+        held["rotated"] = q, k, rstd
+    if keeps["attention"]:
+        held["attention"] = out, lse
+    return out
+
+
 def _fake(x, shift, scale, gate, *rest):
-    s, (batch, length, width) = _Settings(*rest[12:17]), x.shape
-    keeps = dict(zip(KEPT, rest[17], strict=True))
+    s, (batch, length, width) = _Settings(*rest[14:19]), x.shape
+    keeps = dict(zip(KEPT, rest[19], strict=True))
     rows, heads = (batch, length, width), (batch, length, s.num_heads, width // s.num_heads)
     stats, f32 = (2, batch, length), wide(x.dtype)
     ends = [(rows, s.dtype), (stats, f32)] if rest[10] is not None else [None, None]
@@ -218,12 +225,14 @@ def _backward_fake(dout, dn, x, total, shift, scale, gate, *rest):
 
 def _setup_context(ctx, inputs, output):
     x, shift, scale, gate = inputs[:4]
-    weights, weight, ctx.settings = inputs[4:14], inputs[14], inputs[16:21]
+    weights, weight, given, ctx.settings = inputs[4:14], inputs[14], inputs[16:18], inputs[18:23]
     total, next_n, next_stats, *held = output
     if weight is None:
         total = next_stats  # x' is not needed: an empty tensor in its place
         ctx.mark_non_differentiable(next_n)
     ctx.mark_non_differentiable(next_stats, *held)
+    if given[0] is not None:
+        held[1:3] = given
     ctx.save_for_backward(x, total, shift, scale, gate, *weights, weight, next_stats, *held)
 
 
@@ -234,15 +243,15 @@ def _gradient(ctx, dout, dn, *_):
     made = torch.ops.prfl.modulated_attention_backward(
         dout, None if saved[15] is None else dn, *saved, *ctx.settings, wants
     )
-    return *(a if need else None for a, need in zip(made, needs[:16], strict=True)), *[None] * 6
+    return *(a if need else None for a, need in zip(made, needs[:16], strict=True)), *[None] * 8
 
 
 _VECTORS = "Tensor shift, Tensor scale, Tensor gate"
 _MATRICES = ", ".join(f"Tensor {name}" for name in AttentionWeights._fields)
 _SETTINGS = "int[3] grid, int num_heads, float eps, int offset, ScalarType dtype"
 register(
-    f"modulated_attention(Tensor x, {_VECTORS}, {_MATRICES}, Tensor? weight, Tensor? bias, {_SETTINGS},"
-    f" bool[4] keep) -> ({', '.join(['Tensor'] * 13)})",
+    f"modulated_attention(Tensor x, {_VECTORS}, {_MATRICES}, Tensor? weight, Tensor? bias,"
+    f" Tensor? given_out, Tensor? given_lse, {_SETTINGS}, bool[4] keep) -> ({', '.join(['Tensor'] * 13)})",
     _forward,
     _fake,
     _gradient,
@@ -258,6 +267,14 @@ register(
 )
 
 
+class Branch(NamedTuple):
+    """What `modulated_attention` returns."""
+
+    x: Tensor  # x' [B, L, C] in x.dtype
+    n: Tensor | None  # n' [B, L, C] in dtype, where a next norm was given
+    attention: tuple[Tensor, Tensor] | None  # a [B, L, H, D] and log-sum-exp [B, H, L], where kept or given
+
+
 def modulated_attention(
     x: Tensor,
     shift: Tensor,
@@ -271,13 +288,15 @@ def modulated_attention(
     norm: tuple[Tensor, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     keep: str | Collection[str] = "all",
-) -> tuple[Tensor, Tensor | None]:
-    """(x', n'), [B, L, C] in x.dtype and in dtype; n' is None without norm = (weight [C], bias [C]).
+    attention: tuple[Tensor, Tensor] | None = None,
+) -> Branch:
+    """The branch: x', and n' where there is norm = (weight [C], bias [C]) of the next one.
 
     x [B, L, C] is the residual stream, shift, scale and gate [B, C]; grid (frames, rows, columns) of the
     whole sequence and offset as in qk_norm_rope; products and attention run in dtype (x.dtype if None).
-    keep is a mode of KEEP or some of the names behind them; without gradient nothing is kept. Raises
-    ValueError for another `keep`.
+    keep is a mode of KEEP or some of the names behind them; without gradient nothing is kept. attention is
+    what an earlier call with the same inputs returned under that name, not to be computed again: with it
+    nothing else is kept, as with keep "attention". Raises ValueError for another `keep`.
     """
     names = kept("modulated_attention", KEEP, keep)
     inputs = (x, shift, scale, gate, *weights, *(norm or ()))
@@ -285,8 +304,11 @@ def modulated_attention(
     keeps = {name: graded and name in names for name in KEPT}
     trained = any(a.requires_grad for a in weights[:6])  # dW takes n
     keeps["normed"] &= trained or not keeps["projections"]
+    if attention is not None:
+        keeps = dict.fromkeys(KEPT, False)
     made = torch.ops.prfl.modulated_attention(
-        x, shift, scale, gate, *weights, *(norm or (None, None)),
+        x, shift, scale, gate, *weights, *(norm or (None, None)), *(attention or (None, None)),
         list(grid), num_heads, eps, offset, dtype or x.dtype, list(keeps.values()),
     )  # fmt: skip
-    return made[0], None if norm is None else made[1]
+    held = (made[4], made[5]) if keeps["attention"] else attention
+    return Branch(made[0], None if norm is None else made[1], held)

@@ -88,7 +88,7 @@ def attention_op(keep="all", dtype=None):
             x, shift, scale, gate, AttentionWeights(*rest[:10]), GRID, HEADS, norm=rest[10:] or None,
             dtype=x.dtype if x.dtype == F64 else dtype, keep=keep,
         )  # fmt: skip
-        return made if len(rest) > 10 else made[0]
+        return made[:2] if len(rest) > 10 else made[0]
 
     return run
 
@@ -142,6 +142,27 @@ def test_values_and_gradients_are_those_of_the_formula(name, keep, batch):
     got, want = outputs_and_gradients(op(keep), inputs), outputs_and_gradients(formula(), inputs)
     for a, b in zip(sum(got, []), sum(want, []), strict=True):
         assert error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("next_norm", [True, False])
+def test_attention_of_an_earlier_call_is_taken_as_it_is(next_norm, monkeypatch):
+    inputs = attention_inputs(next_norm=next_norm)
+    want = outputs_and_gradients(attention_op("attention"), inputs)
+    x, shift, scale, gate, *rest = inputs
+    weights, how = AttentionWeights(*rest[:10]), dict(grid=GRID, num_heads=HEADS, norm=rest[10:] or None)
+    x.requires_grad_()
+    earlier = modulated_attention(x, shift, scale, gate, weights, keep="attention", **how).attention
+    assert [a.shape for a in earlier] == [(2, LENGTH, HEADS, 16), (2, HEADS, LENGTH)]
+    monkeypatch.setattr(attention_branch, "attention_with_lse", None)
+
+    def again(x, shift, scale, gate, *rest):
+        w, how["norm"] = AttentionWeights(*rest[:10]), rest[10:] or None
+        made = modulated_attention(x, shift, scale, gate, w, attention=earlier, **how)
+        assert made.attention is earlier
+        return made[:2] if next_norm else made[0]
+
+    got = outputs_and_gradients(again, inputs)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 @BRANCHES
@@ -271,7 +292,7 @@ def test_no_graph_break(name, keep):
 @pytest.mark.parametrize("keep", [[True] * 4, [False] * 4])
 def test_registration_of_the_attention_branch(keep, next_norm):
     inputs = [a.requires_grad_() for a in attention_inputs(1, F32, next_norm=next_norm)]
-    inputs += [] if next_norm else [None, None]
+    inputs += [None, None] if next_norm else [None] * 4
     opcheck(torch.ops.prfl.modulated_attention.default, (*inputs, list(GRID), HEADS, 1e-6, 0, BF16, keep))
 
 

@@ -15,6 +15,7 @@ from helpers import (
 
 from prfl_engine.config import UserError
 from prfl_engine.dit import PRESETS, WanTransformer, sinusoid
+from prfl_engine.live_bytes import LiveBytes
 
 BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])
 
@@ -199,7 +200,8 @@ def test_unpatchify_puts_every_patch_back():
     torch.testing.assert_close(out * deviation + mean, x, rtol=1e-10, atol=1e-10)
 
 
-MEMORY = [(False, k) for k in ("all", "projections", "attention", "nothing")] + [(True, "all")]
+MEMORY = [("none", k) for k in ("all", "projections", "attention", "nothing")]
+MEMORY += [("attention", "all"), ("full", "all")]
 
 
 @BOTH
@@ -218,26 +220,21 @@ def test_what_is_kept_changes_no_gradient(model_type):
 
 
 def test_every_mode_keeps_less_than_the_one_before():
-    """Bytes saved for backward, over the parameters themselves; recomputing blocks keeps under half."""
+    """Bytes that live between forward and backward; recomputing blocks keeps under half."""
     config = tiny_config(num_layers=4)
     batch, t = random_batch(config), torch.tensor([700.0, 30.0])
-    saved = []
+    kept = []
     for recompute, keep in MEMORY:
         model = tiny_model(config)
         model.recompute, model.keep = recompute, keep
-        own, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
-
-        def pack(a, own=own, held=held):
-            if a.untyped_storage().data_ptr() not in own:
-                held[a.untyped_storage().data_ptr()] = a.untyped_storage().nbytes()
-            return a
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda a: a):
+        with LiveBytes() as live:
+            live.add([*model.parameters(), batch.latent, batch.text, t])
+            before = live.now
             out = velocity(model, batch, t)
-        saved.append(sum(held.values()))
+            kept.append(live.now - before)
         del out
-    assert saved == sorted(saved, reverse=True) and len(set(saved)) == len(saved)
-    assert saved[-1] < saved[0] / 2
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept)
+    assert kept[-2] < kept[0] / 2
 
 
 @BOTH

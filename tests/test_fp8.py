@@ -205,7 +205,7 @@ def test_choice_is_explicit():
     *_, arguments = linear_inputs(5)
     table.configure("fp8_linear=scaled_mm")
     try:
-        with pytest.raises(ValueError, match="fp8_linear got scaled_mm for cpu, want a CUDA device of"):
+        with pytest.raises(ValueError, match="fp8_linear got scaled_mm on cpu: it needs a cuda device"):
             fp8_linear(*arguments)
     finally:
         table.configure("")
@@ -225,7 +225,7 @@ def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
     if runs:
         assert table.implementation("modulate", x, fp8=True) == "triton"
         return
-    want = "got triton for cuda, want a CUDA device of capability 8.9 or higher"
+    want = "got triton on cuda: it needs capability 8.9 or higher"
     with pytest.raises(ValueError, match=f"kernels: modulate_fp8 {want}"):
         add_norm.pair("modulate", x, fp8=True)
     with pytest.raises(ValueError, match=f"kernels: qk_norm_rope_fp8 {want}"):
