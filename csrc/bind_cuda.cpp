@@ -9,6 +9,7 @@
 #include "cuda/add_norm.h"
 #include "cuda/qk_norm_rope.h"
 #include "cuda/reward_pool.h"
+#include "cuda/solver_step.h"
 
 namespace py = pybind11;
 using prfl::DType;
@@ -192,10 +193,22 @@ void bind_qk_norm_rope(py::module_& m) {
         });
 }
 
+void bind_solver_step(py::module_& m) {
+  m.def("solver_step", [](View x, View x_last, View m0, View m1, View velocity, View columns, View x_next,
+                          View x_c, View m_t, Size batch, Size size, bool aligned, Size stream) {
+    py::gil_scoped_release unlocked;
+    prfl::cuda::solver_step({x.at<float>(), x_last.at<float>(), m0.at<float>(), m1.at<float>(), velocity.data,
+                             columns.at<float>(), x_next.at<float>(), x_c.at<float>(), m_t.at<float>(), batch,
+                             size, velocity.dtype == DType::bf16, aligned},
+                            at(stream));
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   bind_reward_pool(m);
   bind_add_norm(m);
   bind_qk_norm_rope(m);
+  bind_solver_step(m);
 }

@@ -280,3 +280,27 @@ def reward_pool_backward(
         if want_u:
             du = part.sum((0, 1))
     return dx, du
+
+
+def solver_step(
+    x: Tensor, x_last: Tensor, m0: Tensor, m1: Tensor, velocity: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_next, x_c, m_t) of a step of a sampler, as prfl_engine.flow.solver_step_reference; no gradient.
+
+    The state float32 [B, ...], velocity float32 or bfloat16 of that shape, columns [B, 9].
+    """
+    for a in (x, x_last, m0, m1, velocity):
+        if a.shape != x.shape or (a is not velocity and a.dtype != torch.float32):
+            got = f"{list(a.shape)} in {a.dtype}"
+            raise ValueError(f"solver_step: got {got} beside x {list(x.shape)}, want that in float32")
+    _supported("solver_step", velocity)
+    if columns.shape != (len(x), 9):
+        raise ValueError(f"solver_step: got columns {list(columns.shape)}, want [{len(x)}, 9]")
+    held = tuple(a.contiguous() for a in (x, x_last, m0, m1, velocity, columns.float()))
+    made = tuple(torch.empty_like(held[0]) for _ in range(3))
+    if x.numel():
+        size = x[0].numel()
+        aligned = size % 8 == 0 and all(a.data_ptr() % VECTOR == 0 for a in (*held, *made))
+        views = (_view(a.view(-1)) for a in (*held, *made))
+        library().solver_step(*views, len(x), size, aligned, _stream(x))
+    return made

@@ -37,6 +37,41 @@ def missing() -> str:
     return "" if headers() else "no CUDA headers: no nvcc on PATH, no nvidia-cuda-runtime wheel"
 
 
+class Watched:
+    """A built module whose launches may access nothing but the tensors that they are given.
+
+    traffic: {argument: (bytes read, bytes written)} of the last launch, in the order of `_view` calls.
+    """
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+        self.given: list[int] = []
+        self.traffic: list[tuple[int, int]] = []
+
+    def give(self, a) -> None:
+        """Allow a tensor to the next launch."""
+        self.given.append(0 if a is None else a.data_ptr())
+        if a is not None and a.numel():
+            span = 1 + sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True))
+            self.module.watch(a.data_ptr(), span * a.element_size())
+
+    def __getattr__(self, name: str):
+        found = getattr(self.module, name)
+        if not name.endswith(("_forward", "_backward", "_step")):
+            return found
+
+        def launch(*arguments):
+            try:
+                found(*arguments)
+                count = self.module.traffic
+                self.traffic = [(count(p, False), count(p, True)) if p else (0, 0) for p in self.given]
+            finally:
+                self.module.watch(0, 0)
+                self.given = []
+
+        return launch
+
+
 def build(folder: Path, name: str, csrc: Path = CSRC) -> ModuleType:
     """The module `name`, made in `folder` from the sources in csrc."""
     import pybind11

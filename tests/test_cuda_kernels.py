@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from cuda_sim import build, missing
-from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided, triton
+from cuda_sim import Watched, build, missing
+from fused import (
+    assert_as_good_as_torch,
+    error,
+    needs_triton,
+    normal,
+    outputs_and_gradients,
+    strided,
+    triton,
+)
 from test_add_norm import NAMES, row_inputs
 from test_qk_norm_rope import GRID, rope, rope_inputs
 
+from prfl_engine.flow import make_schedule, solver_step_reference
 from prfl_kernels import add_norm, cuda_kernels, qk_norm_rope, reward_pool
 from prfl_kernels.modulate import modulate, modulate_fp8
 
@@ -27,23 +36,20 @@ def simulation(tmp_path_factory):
 @pytest.fixture
 def kernels(simulation, monkeypatch):
     """The launchers on the simulation, which checks every access against the tensors they are given."""
-    view = cuda_kernels._view
+    watched, view = Watched(simulation), cuda_kernels._view
 
-    def watched(a):
-        if a is not None and a.numel():
-            span = 1 + sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True))
-            simulation.watch(a.data_ptr(), span * a.element_size())
+    def given(a):
+        watched.give(a)
         return view(a)
 
-    monkeypatch.setattr(cuda_kernels, "library", lambda: simulation)
-    monkeypatch.setattr(cuda_kernels, "_view", watched)
+    monkeypatch.setattr(cuda_kernels, "library", lambda: watched)
+    monkeypatch.setattr(cuda_kernels, "_view", given)
     monkeypatch.setattr(add_norm, "forward", cuda_kernels.add_norm_forward)
     monkeypatch.setattr(add_norm, "backward", cuda_kernels.add_norm_backward)
     monkeypatch.setattr(qk_norm_rope, "launch_forward", cuda_kernels.qk_forward)
     monkeypatch.setattr(qk_norm_rope, "launch_backward", cuda_kernels.qk_backward)
     monkeypatch.setattr(reward_pool, "launch_backward", cuda_kernels.reward_pool_backward)
-    yield simulation
-    simulation.watch(0, 0)
+    return watched
 
 
 class Pool(torch.autograd.Function):
@@ -268,3 +274,25 @@ def test_fp8_heads_use_the_whole_range(heads, head_dim, grid):
         assert (got.float().abs().amax(-1) == 448).all()
         limit = 2**-4 * want.abs() + 2**-10 * scale[..., None]
         assert ((got.double() * scale[..., None] - want).abs() <= limit * 1.001).all()
+
+
+@pytest.mark.parametrize("velocity", [F32, BF16])
+@pytest.mark.parametrize("shape", [(3, 16, 2, 6, 4), (2, 5, 1, 3, 3), (1, 16, 9, 5, 5), (0, 4, 1, 1, 1)])
+def test_solver_step(shape, velocity):
+    """Samples at different steps, of sizes that no access divides and of more than one block."""
+    state = [normal(*shape) for _ in range(4)]
+    v = normal(*shape, dtype=velocity)
+    columns = make_schedule("unipc", 5, 3.0).table[[0, 3, 4][: shape[0]]]
+    got = cuda_kernels.solver_step(*state, v, columns.float())
+    low = solver_step_reference(*state, v, columns.float())
+    exact = solver_step_reference(*(a.double() for a in state), v.double(), columns)
+    for ours, plain, want in zip(got, low, exact, strict=True):
+        assert ours.shape == want.shape and not ours.isnan().any()
+        assert error(ours, want) <= 2 * error(plain, want) + 2**-24
+
+
+def test_solver_step_names_misfits():
+    state = [normal(2, 8) for _ in range(5)]
+    for inputs in ([*state, normal(2, 8)], [*state[:4], normal(2, 7), normal(2, 9)]):
+        with pytest.raises(ValueError, match="^solver_step: got"):
+            cuda_kernels.solver_step(*inputs)
