@@ -212,3 +212,22 @@ void bind_cuda(py::module_& m) {
   bind_qk_norm_rope(m);
   bind_solver_step(m);
 }
+
+#ifdef CUSIM
+// The module of the tests: the launchers on cusim, and what the tests ask of it.
+#include "sim/cusim.h"
+
+PYBIND11_MODULE(prfl_sim, m) {
+  bind_cuda(m);
+  m.def("watch", [](Size base, Size bytes) { cusim::watch(reinterpret_cast<void*>(base), bytes); });
+  m.def("unwatch", &cusim::unwatch);
+  m.def("traffic", [](Size base) { return cusim::traffic(reinterpret_cast<void*>(base)); });
+  // The launches since the last unwatch: (blocks along x, y, threads, bytes of shared memory, cluster).
+  m.def("launches", [] {
+    std::vector<std::tuple<unsigned, unsigned, unsigned, size_t, unsigned>> found;
+    for (const cusim::Launch& l : cusim::launches())
+      found.emplace_back(l.grid.x, l.grid.y, l.block.x, l.shared, l.cluster.x);
+    return found;
+  });
+}
+#endif

@@ -85,6 +85,7 @@ struct Watch {
   uint64_t read, written;
 };
 std::vector<Watch> watches;
+std::vector<Launch> launched;
 
 std::string place(const Fiber& f) {
   return "thread " + std::to_string(f.thread.thread.x) + " of block " + std::to_string(f.thread.block.x) +
@@ -362,6 +363,7 @@ void allow_shared(const void* kernel, size_t bytes) {
 void launch(const Launch& l, const std::function<void()>& function) {
   check(l);
   now = l, body = &function;
+  launched.push_back(l);
   gridDim = l.grid, blockDim = l.block;
   error.clear();
   const unsigned threads = l.block.x * l.block.y * l.block.z;
@@ -380,15 +382,21 @@ void launch(const Launch& l, const std::function<void()>& function) {
       }
 }
 
-}  // namespace cusim
+void watch(const void* base, size_t bytes) {
+  watches.push_back({static_cast<const char*>(base), bytes, 0, 0});
+}
 
-// For tests: arrays that kernels may access, and the bytes that they did.
-extern "C" __attribute__((visibility("default"))) void cusim_watch(const void* base, size_t bytes) {
-  if (base == nullptr) return cusim::watches.clear();
-  cusim::watches.push_back({static_cast<const char*>(base), bytes, 0, 0});
+void unwatch() {
+  watches.clear();
+  launched.clear();
 }
-extern "C" __attribute__((visibility("default"))) uint64_t cusim_traffic(const void* base, int written) {
-  for (const auto& w : cusim::watches)
-    if (w.base == base) return written ? w.written : w.read;
-  return 0;
+
+std::pair<uint64_t, uint64_t> traffic(const void* base) {
+  for (const Watch& w : watches)
+    if (w.base == base) return {w.read, w.written};
+  return {0, 0};
 }
+
+const std::vector<Launch>& launches() { return launched; }
+
+}  // namespace cusim

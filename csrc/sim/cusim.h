@@ -21,6 +21,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
+#include <vector>
 
 #undef __global__
 #undef __device__
@@ -80,6 +82,13 @@ void bulk_wait(size_t groups);
 void touch(const void* p, size_t bytes, bool write);
 void allow_shared(const void* kernel, size_t bytes);  // cudaFuncSetAttribute
 void launch(const Launch& launch, const std::function<void()>& body);
+
+// For tests: the arrays that kernels may access (anything, if there are none), the bytes (read, written)
+// of one, and what was launched since the last unwatch.
+void watch(const void* base, size_t bytes);
+void unwatch();
+std::pair<uint64_t, uint64_t> traffic(const void* base);
+const std::vector<Launch>& launches();
 
 template <class T, class Source>
 T shuffle(unsigned mask, T value, int width, Source source, const char* file, int line) {
