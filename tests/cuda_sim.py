@@ -58,8 +58,9 @@ def _load(objects: list[Path], folder: Path) -> ModuleType:
     library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
-    loader = ExtensionFileLoader(NAME, str(library))
-    module = module_from_spec(spec_from_loader(NAME, loader))
+    name = f"{folder.name}.{NAME}"  # pybind11 returns the module that it has of a name
+    loader = ExtensionFileLoader(name, str(library))
+    module = module_from_spec(spec_from_loader(name, loader))
     loader.exec_module(module)
     return module
 
@@ -95,8 +96,9 @@ def build_faulty(folder: Path, victim: str, file: str, old: str, new: str) -> Mo
     text = (folder / "cuda" / file).read_text()
     assert text.count(old) == 1, f"{file} holds {text.count(old)} times {old!r}, want it once"
     (folder / "cuda" / file).write_text(text.replace(old, new))
-    faulty = _compile(folder / "cuda" / victim, folder / "faulty.o")
-    return _load([*(o for name, o in _objects().items() if name != f"cuda/{victim}"), faulty], folder)
+    faulty = _compile(folder / victim, folder / "faulty.o")
+    # First, so that of functions that several objects hold the linker takes the faulty one.
+    return _load([faulty, *(o for name, o in _objects().items() if name != victim)], folder)
 
 
 class Watched:

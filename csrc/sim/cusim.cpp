@@ -137,12 +137,13 @@ void deadlock() {
   error = text;
 }
 
-// Runs all threads of the cluster to their ends, or to an error.
-void schedule() {
-  unsigned left = running;
-  while (left && error.empty()) {
-    bool moved = false;
-    for (unsigned i = 0; i < running && error.empty(); ++i) {
+// Runs the threads of a warp until each has ended or is blocked. Returns whether any moved.
+bool run_warp(unsigned first, unsigned& left) {
+  const unsigned last = std::min(first + kWarp, running);
+  bool any = false;
+  for (bool moved = true; moved && error.empty(); any |= moved) {
+    moved = false;
+    for (unsigned i = first; i < last && error.empty(); ++i) {
       Fiber& f = *fibers[i];
       if (f.done || (f.word && (*f.word & f.mask) == f.value)) continue;
       current = &f, self = &f.thread;
@@ -150,7 +151,21 @@ void schedule() {
       moved = true;
       left -= f.done;
     }
-    if (moved) continue;
+  }
+  return any;
+}
+
+// Runs all threads of the cluster to their ends, or to an error. Each warp goes as far as it can before
+// another one runs, so that one that should have waited sees what the others have not yet written; every
+// other cluster begins with the last warp, so that either side of a race comes first in one of them.
+void schedule(bool backwards) {
+  unsigned left = running;
+  const unsigned warps = (running + kWarp - 1) / kWarp;
+  while (left && error.empty()) {
+    bool moved = false;
+    for (unsigned w = 0; w < warps && error.empty(); ++w)
+      moved |= run_warp((backwards ? warps - 1 - w : w) * kWarp, left);
+    if (moved || !error.empty()) continue;
     if (loads.empty()) return deadlock();
     Load load = std::move(loads.front());
     loads.pop_front();
@@ -367,12 +382,13 @@ void launch(const Launch& l, const std::function<void()>& function) {
   gridDim = l.grid, blockDim = l.block;
   error.clear();
   const unsigned threads = l.block.x * l.block.y * l.block.z;
+  unsigned order = 0;
   for (unsigned z = 0; z < l.grid.z; ++z)
     for (unsigned y = 0; y < l.grid.y; ++y)
       for (unsigned x = 0; x < l.grid.x; x += l.cluster.x) {
         loads.clear();
         prepare(make_uint3(x, y, z), threads);
-        schedule();
+        schedule(order++ % 2);
         if (error.empty() && !loads.empty()) error = "bulk loads that nobody waits for";
         tsan_acquire(&finished);
         for (unsigned i = 0; i < running; ++i) discard(fibers[i]->stack);
