@@ -8,6 +8,7 @@
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define CUSIM_ASAN(call) call
 #else
@@ -126,6 +127,7 @@ void start(Stack& s, void (*entry)()) {
     s.memory = static_cast<char*>(p);
   }
   s.fake = nullptr;
+  CUSIM_ASAN(__asan_unpoison_memory_region(s.memory, kStack));  // frames that never returned left marks
   s.context.make(s.memory, kStack, entry);
   CUSIM_TSAN_CALL(scheduler_tsan = __tsan_get_current_fiber());
   CUSIM_TSAN_CALL(s.tsan = __tsan_create_fiber(0));
