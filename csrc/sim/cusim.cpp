@@ -392,7 +392,6 @@ void launch(const Launch& l, const std::function<void()>& function) {
         schedule(order++ % 2);
         if (error.empty() && !loads.empty()) error = "bulk loads that nobody waits for";
         tsan_acquire(&finished);
-        for (unsigned i = 0; i < running; ++i) discard(fibers[i]->stack);
         for (Block& b : blocks) std::free(b.shared);
         blocks.clear();
         if (!error.empty()) throw std::runtime_error("cusim: " + error);
