@@ -24,11 +24,15 @@ def rms_backward():
     return error(dx, g - x * (g * x).mean(-1, keepdim=True))
 
 
-def pool():
-    x, u = normal(1, 200 * 32, 512), normal(2, 512) / 20
+def pool(tokens=200 * 32, width=512):
+    x, u = normal(1, tokens, width), normal(2, width) / 20
     pooled, *_ = cuda_kernels.reward_pool_forward(x, u)
     x, u = x.double(), u.double()
     return error(pooled, (x @ u.T).softmax(1).transpose(1, 2) @ x)
+
+
+def wide_pool():
+    return pool(20, 1536)
 
 
 def pool_backward():
@@ -38,6 +42,12 @@ def pool_backward():
     p = (scores - lse).exp()
     ds = p * (x @ dpooled[0].T - delta)
     return error(dx, p.double() @ dpooled[0].double() + ds.double() @ u.double())
+
+
+def solver():
+    state, columns = [normal(1, 640) for _ in range(5)], normal(1, 9)
+    _, _, m_t = cuda_kernels.solver_step(*state, columns)
+    return error(m_t, state[0].double() - columns[0, 0] * state[4].double())
 
 
 # (what is wrong, run, source, file, text, replacement, message; none where only the numbers tell)
@@ -62,6 +72,10 @@ FAULTS = [
      "without a wait|a block that has ended"),
     ("no wait for a store", pool_backward, "reward_pool", "reward_pool.cu", "  bulk_wait_read<0>();\n", "",
      "bulk stores"),
+    ("too many threads", solver, "solver_step", "solver_step.cu", "dim3(kThreads)}", "dim3(2048)}",
+     "bad number of threads"),
+    ("shared memory not asked for", wide_pool, "reward_pool", "launch.h", "if (s.shared > 48 << 10)",
+     "if (false)", "too much shared memory"),
 ]  # fmt: skip
 
 
@@ -81,7 +95,7 @@ def test_a_planted_fault_is_noticed(fault, tmp_path, monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("run", [rms, rms_backward, pool, pool_backward])
+@pytest.mark.parametrize("run", [rms, rms_backward, pool, wide_pool, pool_backward, solver])
 def test_without_a_fault_the_same_runs_are_right(run, monkeypatch):
     watch(monkeypatch, build())
     assert run() < 1e-5
