@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from prfl_kernels.jit import IMPLEMENTATIONS
+from prfl_kernels.jit import REGISTERED
 
 
 class LiveBytes(TorchDispatchMode):
@@ -48,7 +48,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._known.pop(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inside = IMPLEMENTATIONS.get(func.name()) if func.namespace == "prfl" else None
+        inside = REGISTERED.get(func.name()) if func.namespace == "prfl" else None
         if inside is not None:
             with self:
                 out = inside(*args, **(kwargs or {}))

@@ -21,13 +21,13 @@ except ModuleNotFoundError:
 
 
 __all__ = [
-    "IMPLEMENTATIONS", "INTERPRETED", "LIBRARY", "jit", "register", "tl", "triton", "unit_last", "wide",
+    "REGISTERED", "INTERPRETED", "LIBRARY", "jit", "register", "tl", "triton", "unit_last", "wide",
 ]  # fmt: skip
 
 # Kernels run as Python on the CPU when TRITON_INTERPRET=1 was set before this import.
 INTERPRETED = triton is not None and not isinstance(tl.sum, triton.runtime.JITFunction)
 LIBRARY = torch.library.Library("prfl", "DEF")
-IMPLEMENTATIONS: dict[str, Callable] = {}  # of every operation, under its full name "prfl::..."
+REGISTERED: dict[str, Callable] = {}  # of every operation, under its full name "prfl::..."
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +54,7 @@ def register(
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    IMPLEMENTATIONS[f"prfl::{name}"] = implementation
+    REGISTERED[f"prfl::{name}"] = implementation
     torch.library.register_fake(f"prfl::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(

@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from formulas import (
+    gated_add_reference,
+    norm_reference,
+    reward_pool_reference,
+    rms_norm_reference,
+    rope_reference,
+)
 from fused import assert_as_good_as_torch, normal, outputs_and_gradients, strided
 
 from prfl_kernels import compiled
-from prfl_kernels.gated_add import gated_add_reference
-from prfl_kernels.modulate import norm_reference
-from prfl_kernels.qk_norm_rope import _reference, rms_norm_reference
-from prfl_kernels.reward_pool import reward_pool_reference
 
 if why := compiled.absence("cpu", "cpu"):
     pytest.skip(f"prfl_kernels._C {why}", allow_module_level=True)
@@ -139,7 +142,7 @@ def rope_case(batch=2, grid=GRID, heads=HEADS, head_dim=32, dtype=F32, offset=0,
 
     def reference(q, k, weight_q, weight_k):
         pairs = ((q, weight_q), (k, weight_k))
-        return tuple(_reference(a, w, grid, heads, EPS, offset).to(a.dtype) for a, w in pairs)
+        return tuple(rope_reference(a, w, grid, heads, EPS, offset).to(a.dtype) for a, w in pairs)
 
     shape = (batch, length or math.prod(grid) - offset, heads * head_dim)
     weights = [normal(heads * head_dim, dtype=dtype) for _ in range(2)]

@@ -1,0 +1,287 @@
+"""The CUDA C++ kernels, run on a CPU by csrc/sim: the same sources, the same references."""
+
+import pytest
+import torch
+from cuda_sim import Watched, build, missing
+from formulas import reward_pool_reference
+from fused import (
+    assert_as_good_as_torch,
+    error,
+    needs_triton,
+    normal,
+    outputs_and_gradients,
+    strided,
+    triton,
+)
+from test_add_norm import NAMES, row_inputs
+from test_qk_norm_rope import GRID, rope, rope_inputs
+
+from prfl_engine.flow import make_schedule, solver_step_reference
+from prfl_kernels import add_norm, cuda_kernels, qk_norm_rope, reward_pool
+from prfl_kernels.modulate import modulate, modulate_fp8
+from prfl_kernels.reward_pool import reward_pool_with_lse
+
+__all__ = ["triton"]
+pytestmark = [
+    needs_triton,  # the operations around the launchers are reached through its choice in the table
+    pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}"),
+    pytest.mark.usefixtures("triton", "kernels"),
+]
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def watch(monkeypatch, module):
+    watched, view = Watched(module), cuda_kernels._view
+
+    def given(a):
+        watched.give(a)
+        return view(a)
+
+    monkeypatch.setattr(cuda_kernels, "library", lambda: watched)
+    monkeypatch.setattr(cuda_kernels, "_view", given)
+    return watched
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The launchers on the simulation, which checks every access against the tensors they are given."""
+    watched = watch(monkeypatch, build())
+    cuda = cuda_kernels
+    twins = {
+        add_norm: (cuda.add_norm_forward, cuda.add_norm_backward),
+        qk_norm_rope: (cuda.qk_norm_rope_forward, cuda.qk_norm_rope_backward),
+        reward_pool: (cuda.reward_pool_forward, cuda.reward_pool_backward),
+    }
+    for module, pair in twins.items():  # in the place of the Triton kernels, which run without a GPU too
+        monkeypatch.setitem(module.IMPLEMENTATIONS, "triton", pair)
+    return watched
+
+
+def pool_inputs(batch=2, length=77, width=96, queries=3, dtype=F32):
+    return [normal(batch, length, width, dtype=dtype), normal(queries, width) * width**-0.5]
+
+
+POOL_SHAPES = [(2, 77, 96, 3), (1, 5, 8, 1), (1, 200, 136, 8), (1, 70, 1536, 8), (1, 35, 5120, 8)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", POOL_SHAPES)
+def test_reward_pool(shape, dtype):
+    assert_as_good_as_torch(reward_pool_with_lse, pool_inputs(*shape, dtype), reward_pool_reference)
+
+
+@pytest.mark.parametrize("dtype, length", [(F32, 7 * 16 * 32 - 5), (BF16, 6 * 32 * 32 - 40)])
+def test_reward_pool_reuses_its_ring(dtype, length):
+    """Runs of more tiles than the ring has stages, the last run and tile shorter."""
+    inputs = pool_inputs(1, length, 8, 2, dtype)
+    assert_as_good_as_torch(reward_pool_with_lse, inputs, reward_pool_reference)
+
+
+def test_reward_pool_takes_any_strides():
+    x, u = pool_inputs()
+    want = outputs_and_gradients(reward_pool_with_lse, [x, u])
+    odd = torch.cat([x, x[..., :1]], -1)[..., :96]  # rows begin at no multiple of 16 bytes
+    for other in (strided(x), x.mT.contiguous().mT, odd):
+        got = outputs_and_gradients(reward_pool_with_lse, [other, u])
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_reward_pool_makes_only_the_gradients_asked_for():
+    inputs = pool_inputs()
+    _, every = outputs_and_gradients(reward_pool_with_lse, inputs)
+    for i, want in enumerate(every):
+        _, (got,) = outputs_and_gradients(reward_pool_with_lse, inputs, wanted=[i])
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_reward_pool_of_nothing():
+    (pooled, lse), (dx, du) = outputs_and_gradients(reward_pool_with_lse, pool_inputs(batch=0))
+    assert pooled.shape == (0, 3, 96) and lse.shape == (0, 3) and dx.shape == (0, 77, 96) and not du.any()
+
+
+def test_large_scores_do_not_overflow():
+    x, u = pool_inputs()
+    outputs, gradients = outputs_and_gradients(reward_pool_with_lse, [x, u * 1e4])
+    assert all(a.isfinite().all() for a in outputs + gradients)
+
+
+@pytest.mark.parametrize("queries, width", [(9, 96), (3, 36), (1, 5128)])
+def test_reward_pool_names_misfits(queries, width):
+    with pytest.raises(ValueError, match="^reward_pool: got"):
+        cuda_kernels.reward_pool_forward(*pool_inputs(1, 4, width, queries))
+
+
+ALL = pytest.mark.parametrize("name", NAMES)
+
+
+@ALL
+@pytest.mark.parametrize("shape", [(2, 37, 96), (1, 1, 7), (3, 5, 130)])
+@pytest.mark.parametrize("stream, branch", [(F32, F32), (F32, BF16), (BF16, BF16)])
+def test_add_norm(name, shape, stream, branch):
+    assert_as_good_as_torch(*row_inputs(name, *shape, stream, branch))
+
+
+@ALL
+@pytest.mark.parametrize("stream, branch", [(F32, BF16), (BF16, BF16)])
+@pytest.mark.parametrize("width", [1536, 5120])
+def test_add_norm_at_the_widths_of_the_models(name, width, stream, branch):
+    assert_as_good_as_torch(*row_inputs(name, 1, 3, width, stream, branch))
+
+
+def test_the_norm_of_a_float32_stream_in_bfloat16():
+    """What the training of a block asks for: n and its gradient are narrower than x."""
+    op, inputs = row_inputs("gated_add_modulate", 2, 3, 1536, F32, BF16)
+    assert_as_good_as_torch(lambda *a: op(*a, 1e-6, BF16), inputs)
+
+
+@ALL
+def test_add_norm_in_runs_of_tokens(name):
+    """L = 133 for each of 4 samples: 99 runs of at most two tokens."""
+    assert_as_good_as_torch(*row_inputs(name, 4, 133, 8))
+
+
+@ALL
+@pytest.mark.parametrize("width", [48, 1536])
+def test_add_norm_takes_any_strides(name, width):
+    op, inputs = row_inputs(name, 2, 3, width)
+    want = outputs_and_gradients(op, inputs)
+    odd = [a if a is None else torch.cat([a, a[..., :1]], -1)[..., :width] for a in inputs]
+    last = [a if a is None or a.dim() < 2 else a.mT.contiguous().mT for a in inputs]
+    for other in (odd, last, [a if a is None else strided(a) for a in inputs]):
+        got = outputs_and_gradients(op, other)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@ALL
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+def test_add_norm_of_nothing(name, batch, length):
+    op, inputs = row_inputs(name, batch, length, 24)
+    outputs, gradients = outputs_and_gradients(op, inputs)
+    assert all(o.shape == (batch, length, 24) for o in outputs)
+    given = [a for a in inputs if a is not None]
+    assert all(g.shape == a.shape and not g.any() for g, a in zip(gradients, given, strict=True))
+
+
+@ALL
+def test_add_norm_makes_only_the_gradients_asked_for(name):
+    op, inputs = row_inputs(name, 2, 9, 32)
+    _, every = outputs_and_gradients(op, inputs)
+    for i, want in zip((i for i, a in enumerate(inputs) if a is not None), every, strict=True):
+        _, (got,) = outputs_and_gradients(op, inputs, wanted=[i])
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [96, 1536])
+def test_fp8_rows_use_the_whole_range(width):
+    x, scale, shift = row_inputs("modulate", 2, 5, width)[1]
+    x[0, 3], scale[1], shift[1] = 0.0, -1.0, 0.0  # sample 1 is zero everywhere: its scales are 1
+    n, rows = modulate_fp8(x, scale, shift)
+    assert n.dtype == torch.float8_e4m3fn and rows.shape == (2, 5)
+    assert (n[0].float().abs().amax(-1) == 448).all()
+    assert not n[1].float().any() and (rows[1] == 1).all()
+    want = modulate(x.double(), scale.double(), shift.double())
+    limit = 2**-4 * want.abs() + 2**-10 * rows[..., None]  # half an ULP of e4m3, 2^-10 below 2^-6
+    assert ((n.double() * rows[..., None] - want).abs() <= limit * 1.001).all()
+
+
+def test_add_norm_names_misfits():
+    for stream, branch, width in ((BF16, F32, 16), (F32, F32, 5128)):
+        op, inputs = row_inputs("gated_add_norm", 1, 2, width, stream, branch)
+        with pytest.raises(ValueError, match="^add_norm: got"):
+            op(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("heads, head_dim", [(3, 32), (2, 64), (1, 128), (3, 12)])
+def test_qk_norm_rope(heads, head_dim, dtype):
+    inputs = rope_inputs(heads=heads, head_dim=head_dim, dtype=dtype)
+    assert_as_good_as_torch(rope(heads=heads), inputs)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("heads", [12, 40])
+def test_qk_norm_rope_at_the_widths_of_the_models(heads, dtype):
+    grid = (2, 2, 3)
+    assert_as_good_as_torch(rope(grid, heads), rope_inputs(1, grid, heads, 128, dtype))
+
+
+def test_qk_norm_rope_in_runs_of_tokens():
+    grid = (5, 9, 11)
+    assert_as_good_as_torch(rope(grid, 1), rope_inputs(1, grid, 1, 8))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", [(2, 37, 96), (1, 1, 7), (2, 3, 1536), (1, 2, 5120)])
+def test_rms_norm(shape, dtype):
+    inputs = [normal(*shape, dtype=dtype), normal(shape[-1])]
+    assert_as_good_as_torch(qk_norm_rope.rms_norm, inputs)
+
+
+@pytest.mark.parametrize("offset, length", [(0, 40), (40, 30), (104, 1)])
+def test_a_shard_is_a_slice_of_the_whole(offset, length):
+    inputs = rope_inputs()
+    whole = rope()(*inputs)
+    part = slice(offset, offset + length)
+    shard = rope(offset=offset)(*(a[:, part] for a in inputs[:2]), *inputs[2:])
+    torch.testing.assert_close(shard, tuple(a[:, part] for a in whole), rtol=0, atol=0)
+
+
+def test_qk_norm_rope_takes_any_strides():
+    q, k, weight_q, weight_k = inputs = rope_inputs()
+    want = outputs_and_gradients(rope(), inputs)
+    both = torch.cat([q, k, torch.full_like(q, float("nan"))], dim=-1)
+    odd = torch.cat([q, q[..., :1]], -1)[..., :96]
+    for other in ([both[..., :96], both[..., 96:192]], [odd, k], [a.mT.contiguous().mT for a in (q, k)]):
+        got = outputs_and_gradients(rope(), [*other, weight_q, weight_k])
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_with_transposed_heads():
+    inputs = [a.requires_grad_() for a in rope_inputs()]
+    direction = normal(2, 3, 105, 32).transpose(1, 2)
+    q, k = rope()(*inputs)
+    got = torch.autograd.grad([q, k], inputs, [direction, direction], retain_graph=True)
+    want = torch.autograd.grad([q, k], inputs, [direction.contiguous()] * 2)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch, length", [(0, 4), (2, 0)])
+def test_qk_norm_rope_of_nothing(batch, length):
+    inputs = [normal(batch, length, 96) for _ in range(2)] + [normal(96), normal(96)]
+    outputs, gradients = outputs_and_gradients(rope(), inputs)
+    assert all(o.shape == (batch, length, 3, 32) for o in outputs)
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("heads, head_dim, grid", [(3, 32, GRID), (12, 128, (1, 2, 2)), (2, 8, (1, 1, 3))])
+def test_fp8_heads_use_the_whole_range(heads, head_dim, grid):
+    inputs = rope_inputs(grid=grid, heads=heads, head_dim=head_dim)
+    q, k, scale_q, scale_k = qk_norm_rope.qk_norm_rope_fp8(*inputs, grid, heads)
+    exact = rope(grid, heads)(*(a.double() for a in inputs))
+    for got, scale, want in ((q, scale_q, exact[0]), (k, scale_k, exact[1])):
+        assert got.dtype == torch.float8_e4m3fn and scale.shape == want.shape[:3]
+        assert (got.float().abs().amax(-1) == 448).all()
+        limit = 2**-4 * want.abs() + 2**-10 * scale[..., None]
+        assert ((got.double() * scale[..., None] - want).abs() <= limit * 1.001).all()
+
+
+@pytest.mark.parametrize("velocity", [F32, BF16])
+@pytest.mark.parametrize("shape", [(3, 16, 2, 6, 4), (2, 5, 1, 3, 3), (1, 16, 9, 5, 5), (0, 4, 1, 1, 1)])
+def test_solver_step(shape, velocity):
+    """Samples at different steps, of sizes that no access divides and of more than one block."""
+    state = [normal(*shape) for _ in range(4)]
+    v = normal(*shape, dtype=velocity)
+    columns = make_schedule("unipc", 5, 3.0).table[[0, 3, 4][: shape[0]]]
+    got = cuda_kernels.solver_step(*state, v, columns.float())
+    low = solver_step_reference(*state, v, columns.float())
+    exact = solver_step_reference(*(a.double() for a in state), v.double(), columns)
+    for ours, plain, want in zip(got, low, exact, strict=True):
+        assert ours.shape == want.shape and not ours.isnan().any()
+        assert error(ours, want) <= 2 * error(plain, want) + 2**-24
+
+
+def test_solver_step_names_misfits():
+    state = [normal(2, 8) for _ in range(5)]
+    for inputs in ([*state, normal(2, 8)], [*state[:4], normal(2, 7), normal(2, 9)]):
+        with pytest.raises(ValueError, match="^solver_step: got"):
+            cuda_kernels.solver_step(*inputs)
