@@ -10,6 +10,7 @@ PYTEST_FLAGS ?= -n $(JOBS) --dist worksteal
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -q
 KEY := $(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d' ' -f1)
 STAMP := .venv/installed-$(KEY)
+BUILT := .venv/built-$(KEY)
 
 .PHONY: demo test lint env clean
 
@@ -22,7 +23,7 @@ test: env
 lint: env
 	.venv/bin/ruff check .
 
-env: $(STAMP)
+env: $(BUILT)
 
 # The stamp is the last thing written, and older ones go first: neither an interrupted install nor a
 # change of TORCH and back leaves one that says more than is true.
@@ -34,9 +35,15 @@ $(STAMP): requirements.txt requirements-data.txt setup.py pyproject.toml
 	@if [ "$$(uname -s)" = Linux ] && ! .venv/bin/python -m pip show -q triton 2>/dev/null; \
 		then echo "$(PIP) '$(TRITON)'"; $(PIP) '$(TRITON)'; fi
 	$(PIP) --no-deps -r requirements-data.txt
+	touch $@
+
+# The package with its compiled kernels; objects that did not change are kept in build/.
+$(BUILT): $(STAMP) $(shell find csrc -type f)
+	rm -f .venv/built-*
 	$(PIP) --no-deps --no-build-isolation -e .
+	@.venv/bin/python -c 'from prfl_kernels import compiled; [print(*row) for row in compiled.report()]'
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist kernels/_C.*.so *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -151,7 +151,7 @@ def setup_arguments() -> dict:
     code = (
         "import json, setuptools; kept = {}; setuptools.setup = lambda **k: kept.update(k)\n"
         "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})\n"
-        "print(json.dumps(kept))"
+        "print(json.dumps(kept, default=str))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

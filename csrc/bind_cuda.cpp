@@ -1,0 +1,42 @@
+// The launchers of csrc/cuda for Python. Tensors come as in bind.cpp, the stream as its address; also
+// part of the module that the tests build on cusim.
+#include <pybind11/pybind11.h>
+
+#include "bind.h"
+#include "cuda/reward_pool.h"
+
+namespace py = pybind11;
+using prfl::DType;
+using prfl::View;
+using Size = int64_t;
+
+namespace {
+
+cudaStream_t at(Size stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void bind_reward_pool(py::module_& m) {
+  using namespace prfl::cuda;
+  m.attr("reward_pool_queries") = kPoolQueries;
+  m.attr("reward_pool_width") = kPoolWidth;
+  m.def("reward_pool_runs", &reward_pool_runs);
+  m.def("reward_pool_forward", [](View x, View u, View pooled, View lse, View scores, View top, View total,
+                                  View acc, Size batch, Size length, Size width, Size queries, Size stream) {
+    py::gil_scoped_release unlocked;
+    reward_pool_forward({x.data, u.at<float>(), pooled.at<float>(), lse.at<float>(), scores.at<float>(),
+                         top.at<float>(), total.at<float>(), acc.at<float>(), x.stride[0], x.stride[1], batch,
+                         length, width, queries, x.dtype == DType::bf16},
+                        at(stream));
+  });
+  m.def("reward_pool_backward", [](View x, View u, View dpooled, View scores, View lse, View delta, View dx,
+                                   View part, Size batch, Size length, Size width, Size queries, Size stream) {
+    py::gil_scoped_release unlocked;
+    reward_pool_backward({x.data, u.at<float>(), dpooled.at<float>(), scores.at<float>(), lse.at<float>(),
+                          delta.at<float>(), dx.data, part.at<float>(), x.stride[0], x.stride[1], batch, length,
+                          width, queries, x.dtype == DType::bf16},
+                         at(stream));
+  });
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) { bind_reward_pool(m); }

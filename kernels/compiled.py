@@ -1,0 +1,111 @@
+"""The compiled extension prfl_kernels._C: which parts of it are there, which run, and why not.
+
+It is built from csrc/ when the package is installed (setup.py): kernels for the CPU, one build for
+every instruction set, and kernels for CUDA. It holds no torch code: tensors go in as addresses and
+strides, and its loops run on the threads of torch's own OpenMP runtime.
+PRFL_CPU_ISA=generic|avx2|avx512|avx512_bf16 (or `use_isa`) forces an instruction set; by default the
+best one that the processor takes runs.
+"""
+
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+PARTS = ("cpu", "cuda")
+_CODES = {torch.float32: 0, torch.bfloat16: 1}
+View = tuple[int, ...] | None
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str]:
+    """The extension, or None and the reason."""
+    try:
+        from prfl_kernels import _C
+    except ImportError as error:
+        if getattr(error, "name", None) == "prfl_kernels._C" or "cannot import name '_C'" in str(error):
+            why = "is not built: install the package with g++ 9 or newer, Python's headers and pybind11"
+            return None, why
+        return None, f"does not load: {' '.join(str(error).split())}"
+    if forced := os.environ.get("PRFL_CPU_ISA"):
+        try:
+            _C.use_isa(forced)
+        except ValueError as error:
+            raise ValueError(f"PRFL_CPU_ISA: {error}") from None
+    return _C, ""
+
+
+def extension() -> ModuleType:
+    """prfl_kernels._C. Raises ValueError, with the reason, where it is not there."""
+    module, why = _load()
+    if module is None:
+        raise ValueError(f"kernels: prfl_kernels._C {why}")
+    return module
+
+
+def absence(part: str, device_type: str) -> str | None:
+    """Why the compiled part ("cpu" or "cuda") does not run on a device; None if it does."""
+    if part not in PARTS:
+        raise ValueError(f"kernels: got compiled part {part!r}, want one of {', '.join(PARTS)}")
+    module, why = _load()
+    if module is None:
+        return why
+    if part == "cuda" and not module.cuda_architectures:
+        return f"is not built: {module.cuda_reason}"
+    if device_type != part:
+        return "runs on the CPU alone" if part == "cpu" else "needs a CUDA device"
+    if part == "cuda":
+        if not torch.cuda.is_available():
+            return "needs a CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability < (9, 0):
+            built = module.cuda_architectures
+            return f"is built for {built}, this GPU is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def isas() -> list[str]:
+    """The instruction sets that are built and run on this processor, poorest first."""
+    return [name for name, runs in extension().isas() if runs]
+
+
+def use_isa(name: str = "") -> None:
+    """Run the CPU kernels of one instruction set; "" for the best. ValueError if it is not there."""
+    try:
+        extension().use_isa(name)
+    except ValueError as error:
+        raise ValueError(f"kernels: {error}") from None
+
+
+def report() -> list[tuple[str, str, str]]:
+    """(part, "yes" or "no", what it is or why not) of every part, for `prfl doctor`."""
+    module, _ = _load()
+    rows = []
+    if (why := absence("cpu", "cpu")) is None:
+        built = ", ".join(name if runs else f"{name} (not on this processor)" for name, runs in module.isas())
+        rows.append(("cpu", "yes", f"{module.active_isa()} of {built}"))
+        runtime = module.openmp_runtime()
+        threads = "torch's threads, " + runtime if runtime else "one thread: torch has no OpenMP runtime here"
+        rows.append(("cpu threads", "yes" if runtime else "no", threads))
+    else:
+        rows.append(("cpu", "no", why))
+    why = absence("cuda", "cuda")
+    rows.append(("cuda", "no" if why else "yes", why or f"for {module.cuda_architectures}"))
+    return rows
+
+
+def view(a: Tensor | None) -> View:
+    """A tensor as _C takes it: (address, dtype code, strides of all dimensions but the last).
+
+    The last dimension must have stride 1. Whoever calls keeps the tensor alive during the call.
+    """
+    return None if a is None else (a.data_ptr(), _CODES[a.dtype], *a.stride()[:-1])
+
+
+def supported(*tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor is float32 or bfloat16."""
+    for a in tensors:
+        if a is not None and a.dtype not in _CODES:
+            raise ValueError(f"kernels: got {a.dtype} for a compiled CPU kernel, want float32 or bfloat16")
