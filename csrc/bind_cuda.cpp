@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind.h"
+#include "cuda/attention_hopper.h"
 #include "cuda/reward_pool.h"
 
 namespace py = pybind11;
@@ -13,6 +14,26 @@ using Size = int64_t;
 namespace {
 
 cudaStream_t at(Size stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void bind_attention(py::module_& m) {
+  using namespace prfl::cuda;
+  const auto sequence = [](const View& a, Size length) {
+    return Sequence{a.data, length, {a.stride[0], a.stride[1], a.stride[2]}};
+  };
+  m.def("attention_hopper", [=](View q, View k, View v, View out, View lse, Size batch, Size queries, Size keys,
+                                Size heads, float scale, Size stream) {
+    py::gil_scoped_release unlocked;
+    attention_hopper(sequence(q, queries), sequence(k, keys), sequence(v, keys), out.data, lse.at<float>(), batch,
+                     heads, scale, at(stream));
+  });
+  m.def("attention_hopper_fp8", [=](View q, View q_scale, View k, View k_scale, View v, View v_scale, View out,
+                                    View lse, Size batch, Size queries, Size keys, Size heads, float scale,
+                                    Size stream) {
+    py::gil_scoped_release unlocked;
+    attention_hopper_fp8(sequence(q, queries), q_scale.at<float>(), sequence(k, keys), k_scale.at<float>(), v.data,
+                         v_scale.at<float>(), out.data, lse.at<float>(), batch, heads, scale, at(stream));
+  });
+}
 
 void bind_reward_pool(py::module_& m) {
   using namespace prfl::cuda;
@@ -39,4 +60,7 @@ void bind_reward_pool(py::module_& m) {
 
 }  // namespace
 
-void bind_cuda(py::module_& m) { bind_reward_pool(m); }
+void bind_cuda(py::module_& m) {
+  bind_attention(m);
+  bind_reward_pool(m);
+}

@@ -56,8 +56,8 @@ __device__ __forceinline__ void produce(Shared<Format>& s, const Arguments<Forma
 
 // Normalised rows go out through this group's queries, which all of its products have read by now.
 template <class Format>
-__device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>& a, int group, const float (&acc)[kDim / 2],
-                                      const RowSoftmax<Format::kBits>& softmax) {
+__device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>& a, int group,
+                                      const float (&acc)[kDim / 2], const RowSoftmax<Format::kBits>& softmax) {
   const int thread = threadIdx.x % kWarpGroup, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
   const int first = (blockIdx.x * kConsumers + group) * kQueries;
   float* lse = a.lse + (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * a.queries + first;
@@ -153,6 +153,7 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
 
 template <class Format>
 __global__ void __launch_bounds__(kThreads, 1) attention_hopper_kernel(const __grid_constant__ Arguments<Format> a) {
+#if defined(CUSIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   PRFL_SHARED(base);
   Shared<Format>& s = *reinterpret_cast<Shared<Format>*>(base);
   if (threadIdx.x == 0) {
@@ -172,6 +173,9 @@ __global__ void __launch_bounds__(kThreads, 1) attention_hopper_kernel(const __g
     grow_registers<kConsumerRegisters>();
     consume<Format>(s, a, group, blocks);
   }
+#else
+  __trap();  // other targets have no such instructions; the dispatcher asks for capability 9.0
+#endif
 }
 
 Rows rows(const Sequence& a, int64_t batch, int64_t heads, CUtensorMapDataType type, int bytes) {
