@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind.h"
+#include "cuda/add_norm.h"
 #include "cuda/attention_hopper.h"
 #include "cuda/reward_pool.h"
 
@@ -58,9 +59,38 @@ void bind_reward_pool(py::module_& m) {
   });
 }
 
+void bind_add_norm(py::module_& m) {
+  using namespace prfl::cuda;
+  m.attr("norm_width") = kNormWidth;
+  m.def("add_norm_runs", &add_norm_runs);
+  m.def("add_norm_forward", [](View x, View y, View gate, View scale, View shift, View sum, View n, View quant,
+                               View mean, View rstd, Size batch, Size length, Size width, float eps, float base,
+                               int branch, bool aligned, Size stream) {
+    py::gil_scoped_release unlocked;
+    add_norm_forward({x.data, y.data, gate.at<float>(), scale.at<float>(), shift.at<float>(), sum.data, n.data,
+                      quant.at<float>(), mean.at<float>(), rstd.at<float>(), x.stride[0], x.stride[1], y.stride[0],
+                      y.stride[1], gate.stride[0], scale.stride[0], shift.stride[0], batch, length, width, eps, base,
+                      int(x.dtype), branch, int(n.dtype), aligned},
+                     at(stream));
+  });
+  m.def("add_norm_backward", [](View dn, View dsum, View x, View y, View gate, View scale, View mean, View rstd,
+                                View dx, View dy, View part, Size batch, Size length, Size width, float base,
+                                int kind, int branch, int grad, bool aligned, bool parameters, bool wants_gate,
+                                Size stream) {
+    py::gil_scoped_release unlocked;
+    add_norm_backward({dn.data, dsum.data, x.data, y.data, gate.at<float>(), scale.at<float>(), mean.at<float>(),
+                       rstd.at<float>(), dx.data, dy.data, part.at<float>(), dn.stride[0], dn.stride[1],
+                       dsum.stride[0], dsum.stride[1], x.stride[0], x.stride[1], y.stride[0], y.stride[1],
+                       gate.stride[0], scale.stride[0], batch, length, width, base, kind, branch, grad, aligned,
+                       parameters, wants_gate},
+                      at(stream));
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  bind_attention(m);
   bind_reward_pool(m);
+  bind_add_norm(m);
+  bind_attention(m);
 }

@@ -4,9 +4,11 @@ import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
@@ -37,14 +39,60 @@ def missing() -> str:
     return "" if headers() else "no CUDA headers: no nvcc on PATH, no nvidia-cuda-runtime wheel"
 
 
+class Watched:
+    """A built module whose launches may access nothing but the tensors that they are given.
+
+    traffic: {argument: (bytes read, bytes written)} of the last launch, in the order of `_view` calls.
+    """
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+        self.given: list[int] = []
+        self.traffic: list[tuple[int, int]] = []
+
+    def give(self, a) -> None:
+        """Allow a tensor to the next launch."""
+        self.given.append(0 if a is None else a.data_ptr())
+        if a is not None and a.numel():
+            span = 1 + sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True))
+            self.module.watch(a.data_ptr(), span * a.element_size())
+
+    def __getattr__(self, name: str):
+        found = getattr(self.module, name)
+        if not name.endswith(("_forward", "_backward", "_step")):
+            return found
+
+        def launch(*arguments):
+            try:
+                found(*arguments)
+                count = self.module.traffic
+                self.traffic = [(count(p, False), count(p, True)) if p else (0, 0) for p in self.given]
+            finally:
+                self.module.watch(0, 0)
+                self.given = []
+
+        return launch
+
+
+def compiler(*includes: str | Path) -> list:
+    """g++ as it compiles for cusim."""
+    # As nvcc does by default, products and sums contract to fused ones.
+    flags = ["-std=c++17", "-O2", "-mfma", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-DCUSIM", "-Wno-psabi"]
+    return ["g++", *flags, *(f"-I{path}" for path in includes), "-isystem", headers()]
+
+
+@cache
+def simulation() -> ModuleType:
+    """The module of all kernels, built once a process."""
+    with TemporaryDirectory() as folder:
+        return build(Path(folder), "prfl_sim")
+
+
 def build(folder: Path, name: str, csrc: Path = CSRC) -> ModuleType:
     """The module `name`, made in `folder` from the sources in csrc."""
     import pybind11
 
-    # As nvcc does by default, products and sums contract to fused ones.
-    flags = ["-std=c++17", "-O2", "-mfma", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-DCUSIM"]
-    includes = [csrc, csrc / "sim", pybind11.get_include(), sysconfig.get_path("include")]
-    command = ["g++", *flags, *(f"-I{path}" for path in includes), "-isystem", headers()]
+    command = compiler(csrc, csrc / "sim", pybind11.get_include(), sysconfig.get_path("include"))
     library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     jobs = [(["-O1"], source) for source in ("bind_cuda.cpp", "sim/module.cpp")]
     jobs += [([], source) for source in ("sim/cusim.cpp", *sources())]

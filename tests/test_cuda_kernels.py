@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from cuda_sim import build, missing
+from cuda_sim import missing
+from cuda_sim import simulation as simulated
 from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided, triton
+from test_add_norm import NAMES, row_inputs
 
-from prfl_kernels import cuda_kernels, reward_pool
+from prfl_kernels import add_norm, cuda_kernels, reward_pool
+from prfl_kernels.modulate import modulate, modulate_fp8
 
 __all__ = ["triton"]
 pytestmark = [
@@ -17,8 +20,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(scope="session")
-def simulation(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("sim"), "prfl_sim")
+def simulation():
+    return simulated()
 
 
 @pytest.fixture
@@ -34,6 +37,8 @@ def kernels(simulation, monkeypatch):
 
     monkeypatch.setattr(cuda_kernels, "library", lambda: simulation)
     monkeypatch.setattr(cuda_kernels, "_view", watched)
+    monkeypatch.setattr(add_norm, "forward", cuda_kernels.add_norm_forward)
+    monkeypatch.setattr(add_norm, "backward", cuda_kernels.add_norm_backward)
     monkeypatch.setattr(reward_pool, "launch_backward", cuda_kernels.reward_pool_backward)
     yield simulation
     simulation.watch(0, 0)
@@ -107,3 +112,83 @@ def test_large_scores_do_not_overflow():
 def test_reward_pool_names_misfits(queries, width):
     with pytest.raises(ValueError, match="^reward_pool: got"):
         cuda_kernels.reward_pool_forward(*pool_inputs(1, 4, width, queries))
+
+
+ALL = pytest.mark.parametrize("name", NAMES)
+
+
+@ALL
+@pytest.mark.parametrize("shape", [(2, 37, 96), (1, 1, 7), (3, 5, 130)])
+@pytest.mark.parametrize("stream, branch", [(F32, F32), (F32, BF16), (BF16, BF16)])
+def test_add_norm(name, shape, stream, branch):
+    assert_as_good_as_torch(*row_inputs(name, *shape, stream, branch))
+
+
+@ALL
+@pytest.mark.parametrize("stream, branch", [(F32, BF16), (BF16, BF16)])
+@pytest.mark.parametrize("width", [1536, 5120])
+def test_add_norm_at_the_widths_of_the_models(name, width, stream, branch):
+    assert_as_good_as_torch(*row_inputs(name, 1, 3, width, stream, branch))
+
+
+def test_the_norm_of_a_float32_stream_in_bfloat16():
+    """What the training of a block asks for: n and its gradient are narrower than x."""
+    op, inputs = row_inputs("gated_add_modulate", 2, 3, 1536, F32, BF16)
+    assert_as_good_as_torch(lambda *a: op(*a, 1e-6, BF16), inputs)
+
+
+@ALL
+def test_add_norm_in_runs_of_tokens(name):
+    """L = 133 for each of 4 samples: 99 runs of at most two tokens."""
+    assert_as_good_as_torch(*row_inputs(name, 4, 133, 8))
+
+
+@ALL
+@pytest.mark.parametrize("width", [48, 1536])
+def test_add_norm_takes_any_strides(name, width):
+    op, inputs = row_inputs(name, 2, 3, width)
+    want = outputs_and_gradients(op, inputs)
+    odd = [a if a is None else torch.cat([a, a[..., :1]], -1)[..., :width] for a in inputs]
+    last = [a if a is None or a.dim() < 2 else a.mT.contiguous().mT for a in inputs]
+    for other in (odd, last, [a if a is None else strided(a) for a in inputs]):
+        got = outputs_and_gradients(op, other)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@ALL
+@pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
+def test_add_norm_of_nothing(name, batch, length):
+    op, inputs = row_inputs(name, batch, length, 24)
+    outputs, gradients = outputs_and_gradients(op, inputs)
+    assert all(o.shape == (batch, length, 24) for o in outputs)
+    given = [a for a in inputs if a is not None]
+    assert all(g.shape == a.shape and not g.any() for g, a in zip(gradients, given, strict=True))
+
+
+@ALL
+def test_add_norm_makes_only_the_gradients_asked_for(name):
+    op, inputs = row_inputs(name, 2, 9, 32)
+    _, every = outputs_and_gradients(op, inputs)
+    for i, want in zip((i for i, a in enumerate(inputs) if a is not None), every, strict=True):
+        _, (got,) = outputs_and_gradients(op, inputs, wanted=[i])
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [96, 1536])
+def test_fp8_rows_use_the_whole_range(width):
+    x, scale, shift = row_inputs("modulate", 2, 5, width)[1]
+    x[0, 3], scale[1], shift[1] = 0.0, -1.0, 0.0  # sample 1 is zero everywhere: its scales are 1
+    n, rows = modulate_fp8(x, scale, shift)
+    assert n.dtype == torch.float8_e4m3fn and rows.shape == (2, 5)
+    assert (n[0].float().abs().amax(-1) == 448).all()
+    assert not n[1].float().any() and (rows[1] == 1).all()
+    want = modulate(x.double(), scale.double(), shift.double())
+    limit = 2**-4 * want.abs() + 2**-10 * rows[..., None]  # half an ULP of e4m3, 2^-10 below 2^-6
+    assert ((n.double() * rows[..., None] - want).abs() <= limit * 1.001).all()
+
+
+def test_add_norm_names_misfits():
+    for stream, branch, width in ((BF16, F32, 16), (F32, F32, 5128)):
+        op, inputs = row_inputs("gated_add_norm", 1, 2, width, stream, branch)
+        with pytest.raises(ValueError, match="^add_norm: got"):
+            op(*inputs)

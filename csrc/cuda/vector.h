@@ -88,4 +88,71 @@ __device__ __forceinline__ void store8(bf16* p, const float (&x)[8]) {
                                               bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7])));
 }
 
+__device__ __forceinline__ Raw8<float> pack8(const float (&x)[8], float) {
+  return {{make_float4(x[0], x[1], x[2], x[3]), make_float4(x[4], x[5], x[6], x[7])}};
+}
+__device__ __forceinline__ Raw8<bf16> pack8(const float (&x)[8], bf16) {
+  return {{make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]))}};
+}
+
+// The eight columns of a row that a thread works on. kWidth: the width, if it is known at compile time
+// and rows allow 16-byte accesses; 0 for any other.
+template <int kWidth>
+struct Columns {
+  int first, count;  // of them within the row
+  bool vectors;      // whether rows allow 16-byte accesses
+
+  __device__ __forceinline__ Columns(int64_t width, bool aligned)
+      : first(8 * threadIdx.x), count(min(8, max(0, int(width) - first))), vectors(aligned && count == 8) {}
+
+  template <class T>
+  __device__ __forceinline__ Raw8<T> load(const T* row) const {
+    if constexpr (kWidth == 0) {
+      if (!vectors) {
+        float x[8];
+        PRFL_UNROLL
+        for (int i = 0; i < 8; ++i) x[i] = i < count ? wide(get(row + first + i)) : 0.0f;
+        return pack8(x, T());
+      }
+    }
+    return load8(row + first);
+  }
+  template <class T>
+  __device__ __forceinline__ void load(const T* row, float (&x)[8]) const {
+    unpack8(load(row), x);
+  }
+  template <class T>
+  __device__ __forceinline__ void store(T* row, const float (&x)[8]) const {
+    if constexpr (kWidth == 0) {
+      if (!vectors) {
+        PRFL_UNROLL
+        for (int i = 0; i < 8; ++i)
+          if (i < count) put(row + first + i, narrow<T>(x[i]));
+        return;
+      }
+    }
+    store8(row + first, x);
+  }
+  // As e4m3. Two neighbouring lanes make one access of 16 bytes.
+  __device__ __forceinline__ void store_e4m3(uint8_t* row, const float (&x)[8]) const {
+    uint32_t words[4];
+    PRFL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(x[4 * i], x[4 * i + 1]), __NV_SATFINITE, __NV_E4M3);
+      const uint32_t high =
+          __nv_cvt_float2_to_fp8x2(make_float2(x[4 * i + 2], x[4 * i + 3]), __NV_SATFINITE, __NV_E4M3);
+      words[i] = low | high << 16;
+    }
+    if constexpr (kWidth != 0) {
+      words[2] = __shfl_down_sync(~0u, words[0], 1), words[3] = __shfl_down_sync(~0u, words[1], 1);
+      if (threadIdx.x % 2 == 0)
+        put(reinterpret_cast<uint4*>(row + first), make_uint4(words[0], words[1], words[2], words[3]));
+    } else {
+      PRFL_UNROLL
+      for (int i = 0; i < 8; ++i)
+        if (i < count) put(row + first + i, uint8_t(words[i / 4] >> 8 * (i % 4)));
+    }
+  }
+};
+
 }  // namespace prfl::cuda

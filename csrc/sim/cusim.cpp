@@ -73,6 +73,7 @@ unsigned running;                            // of them in this cluster
 std::vector<Block> blocks;                   // of the cluster now running
 Barrier cluster;
 std::deque<Load> loads;
+bool eager;  // loads happen when they are issued: what overwrites a tile still in use shows
 const std::function<void()>* body;
 Launch now;
 std::string error;
@@ -308,7 +309,9 @@ void later(uint64_t* bar, int64_t bytes, std::function<void()> work) {
   Quiet quiet;
   mbarrier_add(bar, 0, 0);  // fails here, not when the copy arrives
   tsan_release(bar);
-  loads.push_back({bar, bytes, std::move(work)});
+  if (!eager) return loads.push_back({bar, bytes, std::move(work)});
+  work();
+  mbarrier_add(bar, 0, -bytes);
 }
 
 void bulk_load(void* to, const void* from, size_t bytes, uint64_t* bar) {
@@ -385,6 +388,7 @@ extern "C" __attribute__((visibility("default"))) void cusim_watch(const void* b
   if (base == nullptr) return cusim::watches.clear();
   cusim::watches.push_back({static_cast<const char*>(base), bytes, 0, 0});
 }
+extern "C" __attribute__((visibility("default"))) void cusim_eager(int on) { cusim::eager = on != 0; }
 extern "C" __attribute__((visibility("default"))) uint64_t cusim_traffic(const void* base, int written) {
   for (const auto& w : cusim::watches)
     if (w.base == base) return written ? w.written : w.read;

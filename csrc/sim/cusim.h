@@ -70,7 +70,8 @@ void mbarrier_init(uint64_t* bar, unsigned count);
 void mbarrier_add(uint64_t* bar, unsigned arrivals, int64_t bytes);
 void mbarrier_wait(uint64_t* bar, unsigned parity, const char* file, int line);
 // Work of the asynchronous copy engine happens as late as it may: loads when no thread can go on
-// otherwise, stores when their group is waited for. `work` moves the data, `bytes` go to bar.
+// otherwise, or after cusim_eager(1) at once; stores when their group is waited for. `work` moves the
+// data, `bytes` go to bar.
 void later(uint64_t* bar, int64_t bytes, std::function<void()> work);
 void bulk_load(void* to, const void* from, size_t bytes, uint64_t* bar);
 void bulk_store(void* to, const void* from, size_t bytes);

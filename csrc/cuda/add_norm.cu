@@ -1,0 +1,257 @@
+// The kernel pair behind modulate, layer_norm and gated_add:
+//
+//   x' = x + gate y,   n = (x' - mean) rstd (scale + base) + shift
+//
+// A thread holds eight columns. Forward, a block makes one token; the loads of the others that are
+// resident hide its reductions. Backward, a block walks over a run of tokens with the sums for scale,
+// shift and gate in registers, and asks for the next token's rows before it reduces over this one's.
+#include "add_norm.h"
+
+#include "launch.h"
+#include "reduce.h"
+#include "vector.h"
+
+namespace prfl::cuda {
+namespace {
+
+constexpr float kE4m3Max = 448.0f;
+
+template <int kWidth>
+constexpr int kBlock = (kWidth ? kWidth : kNormWidth) / 8;
+// Blocks that have to fit an SM: forward 48 registers a thread, backward as many as it takes.
+template <int kWidth>
+constexpr int kResident = 1280 / kBlock<kWidth>;
+constexpr int kSlots = kNormWidth / 8 / kWarp;  // warps of a block at most
+
+template <class Stream, class Branch, int kWidth>
+__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>) add_norm_forward_kernel(const AddNormForward a) {
+  PRFL_SHARED(memory);
+  float* slots = reinterpret_cast<float*>(memory);
+  const int64_t b = blockIdx.y, l = blockIdx.x, width = kWidth ? kWidth : a.width;
+  const int64_t token = b * a.length + l;
+  const Columns<kWidth> columns(width, a.aligned);
+  const Raw8<Stream> x_raw = columns.load(static_cast<const Stream*>(a.x) + b * a.x_b + l * a.x_l);
+  float x[8];
+  if (a.y != nullptr) {
+    const Raw8<Branch> y_raw = columns.load(static_cast<const Branch*>(a.y) + b * a.y_b + l * a.y_l);
+    float y[8], gate[8];
+    if (a.gate != nullptr) columns.load(a.gate + b * a.gate_b, gate);
+    unpack8(x_raw, x), unpack8(y_raw, y);
+    PRFL_UNROLL
+    for (int i = 0; i < 8; ++i) x[i] = wide(narrow<Stream>(a.gate != nullptr ? x[i] + y[i] * gate[i] : x[i] + y[i]));
+    columns.store(static_cast<Stream*>(a.sum) + token * width, x);
+  } else {
+    unpack8(x_raw, x);
+  }
+  if (a.n == nullptr) return;
+
+  // The norm sees the residual stream as it is stored. Columns behind the width hold zeros.
+  float sum = 0.0f, squares = 0.0f;
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) sum += x[i];
+  const float mean = block_sum(sum, slots) / width;
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x[i] = kWidth || i < columns.count ? x[i] - mean : 0.0f;
+    squares += x[i] * x[i];
+  }
+  const float rstd = rsqrtf(block_sum(squares, slots + kSlots) / width + a.eps);
+  float scale[8], shift[8];
+  columns.load(a.scale + b * a.scale_b, scale);
+  columns.load(a.shift + b * a.shift_b, shift);
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] = x[i] * rstd * (scale[i] + a.base) + shift[i];
+  if (a.mean != nullptr && threadIdx.x == 0) put(a.mean + token, mean), put(a.rstd + token, rstd);
+  if (a.out == kFloat32) {
+    columns.store(static_cast<float*>(a.n) + token * width, x);
+  } else if (a.out == kBfloat16) {
+    columns.store(static_cast<bf16*>(a.n) + token * width, x);
+  } else {
+    float most = 0.0f;
+    PRFL_UNROLL
+    for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x[i]));
+    most = block_max(most, slots);
+    const float quant = most > 0.0f ? most / kE4m3Max : 1.0f;
+    PRFL_UNROLL
+    for (int i = 0; i < 8; ++i) x[i] /= quant;
+    columns.store_e4m3(static_cast<uint8_t*>(a.n) + token * width, x);
+    if (threadIdx.x == 0) put(a.quant + token, quant);
+  }
+}
+
+// Rows of a token on their way.
+template <class Stream, class Branch, class Grad>
+struct Incoming {
+  Raw8<Grad> dn;
+  Raw8<Stream> dsum, x;
+  Raw8<Branch> y;
+  float mean, rstd;
+};
+
+template <class Stream, class Branch, class Grad, int kWidth>
+__device__ __forceinline__ void fetch(const AddNormBackward& a, const Columns<kWidth>& columns, int64_t b, int64_t l,
+                                      Incoming<Stream, Branch, Grad>& row) {
+  if (a.dn == nullptr) return;
+  row.dn = columns.load(static_cast<const Grad*>(a.dn) + b * a.dn_b + l * a.dn_l);
+  row.x = columns.load(static_cast<const Stream*>(a.x) + b * a.x_b + l * a.x_l);
+  row.mean = get(a.mean + b * a.length + l), row.rstd = get(a.rstd + b * a.length + l);
+}
+
+// What is added to dx, and what it is multiplied with for d gate.
+template <class Stream, class Branch, class Grad, int kWidth>
+__device__ __forceinline__ void fetch_rest(const AddNormBackward& a, const Columns<kWidth>& columns, int64_t b,
+                                           int64_t l, Incoming<Stream, Branch, Grad>& row) {
+  if (a.dsum != nullptr) row.dsum = columns.load(static_cast<const Stream*>(a.dsum) + b * a.dsum_b + l * a.dsum_l);
+  if (a.wants_gate) row.y = columns.load(static_cast<const Branch*>(a.y) + b * a.y_b + l * a.y_l);
+}
+
+struct ColumnSums {
+  float scale[8] = {}, shift[8] = {}, gate[8] = {};
+};
+
+// dx of the norm, from x and dn of a token:  n = x_hat (base + scale) + shift,  g = dn (base + scale),
+// dx = rstd (g - mean(g) - x_hat mean(g x_hat)),  d scale = sum dn x_hat,  d shift = sum dn
+template <class Stream, class Branch, class Grad, int kWidth>
+__device__ __forceinline__ void through_norm(const AddNormBackward& a, const Columns<kWidth>& columns, int64_t b,
+                                             int64_t width, const Incoming<Stream, Branch, Grad>& row, float* slots,
+                                             ColumnSums& sums, float (&dx)[8]) {
+  float x[8], dn[8], scale[8], means[2] = {};
+  columns.load(a.scale + b * a.scale_b, scale);
+  unpack8(row.x, x), unpack8(row.dn, dn);
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x[i] = kWidth || i < columns.count ? (x[i] - row.mean) * row.rstd : 0.0f;
+    sums.scale[i] += dn[i] * x[i], sums.shift[i] += dn[i];
+    dx[i] = dn[i] * (scale[i] + a.base);
+    means[0] += dx[i], means[1] += dx[i] * x[i];
+  }
+  block_sum(means, slots);
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) dx[i] = (dx[i] - means[0] / width - x[i] * (means[1] / width)) * row.rstd;
+}
+
+template <class Stream, class Branch, class Grad, int kWidth>
+__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
+    add_norm_backward_kernel(const AddNormBackward a, int64_t run) {
+  PRFL_SHARED(memory);
+  float* slots = reinterpret_cast<float*>(memory);
+  const int64_t b = blockIdx.y, first = blockIdx.x * run, last = min(first + run, a.length);
+  const int64_t width = kWidth ? kWidth : a.width;
+  // Four rows of float32 on their way would not fit the registers.
+  constexpr bool kAllAhead = sizeof(Stream) + sizeof(Branch) + sizeof(Grad) < 12;
+  const Columns<kWidth> columns(width, a.aligned);
+  ColumnSums sums;
+  Incoming<Stream, Branch, Grad> next;
+  fetch(a, columns, b, first, next);
+  if (kAllAhead) fetch_rest(a, columns, b, first, next);
+  for (int64_t l = first; l < last; ++l) {
+    Incoming<Stream, Branch, Grad> row = next;
+    if (!kAllAhead) fetch_rest(a, columns, b, l, row);
+    if (l + 1 < last) {
+      fetch(a, columns, b, l + 1, next);
+      if (kAllAhead) fetch_rest(a, columns, b, l + 1, next);
+    }
+    const int64_t out = (b * a.length + l) * width;
+    float dx[8], other[8];
+    if (a.dn != nullptr) {
+      through_norm(a, columns, b, width, row, slots + 2 * kSlots * ((l - first) % 2), sums, dx);
+      if (a.dsum != nullptr) {
+        unpack8(row.dsum, other);
+        PRFL_UNROLL
+        for (int i = 0; i < 8; ++i) dx[i] += other[i];
+      }
+      columns.store(static_cast<Stream*>(a.dx) + out, dx);
+    } else {
+      unpack8(row.dsum, dx);
+    }
+    if (a.wants_gate) {
+      unpack8(row.y, other);
+      PRFL_UNROLL
+      for (int i = 0; i < 8; ++i) sums.gate[i] += dx[i] * other[i];
+    }
+    if (a.dy == nullptr) continue;
+    if (a.gate != nullptr) {
+      columns.load(a.gate + b * a.gate_b, other);
+      PRFL_UNROLL
+      for (int i = 0; i < 8; ++i) dx[i] *= other[i];
+    }
+    columns.store(static_cast<Branch*>(a.dy) + out, dx);
+  }
+  float* part = a.part + (b * gridDim.x + blockIdx.x) * (2 * a.parameters + a.wants_gate) * width;
+  if (a.parameters) columns.store(part, sums.scale), columns.store(part + width, sums.shift);
+  if (a.wants_gate) columns.store(part + 2 * a.parameters * width, sums.gate);
+}
+
+// One run an SM where a token takes a block that fills it.
+int64_t run_length(int64_t batch, int64_t length, int64_t width) {
+  const int64_t most = std::max<int64_t>(1, (width > 2560 ? 132 : 396) / batch);
+  return (length + most - 1) / most;
+}
+
+template <class Arguments>
+Shape shape(const Arguments& a, int64_t blocks, int kWidth) {
+  const unsigned threads = kWidth ? kWidth / 8 : unsigned((a.width + 8 * kWarp - 1) / (8 * kWarp)) * kWarp;
+  return {dim3(unsigned(blocks), unsigned(a.batch)), dim3(threads), 4 * kSlots * sizeof(float)};
+}
+
+template <class Stream, class Branch, int kWidth>
+void forward(const AddNormForward& a, cudaStream_t stream) {
+  launch("add_norm forward", add_norm_forward_kernel<Stream, Branch, kWidth>, shape(a, a.length, kWidth), stream, a);
+}
+
+template <class Stream, class Branch, class Grad, int kWidth>
+void backward(const AddNormBackward& a, cudaStream_t stream) {
+  const int64_t run = run_length(a.batch, a.length, a.width);
+  launch("add_norm backward", add_norm_backward_kernel<Stream, Branch, Grad, kWidth>,
+         shape(a, (a.length + run - 1) / run, kWidth), stream, a, run);
+}
+
+template <class Stream, class Branch>
+auto forward_of(int64_t width) {
+  return width == 5120 ? forward<Stream, Branch, 5120>
+                       : width == 1536 ? forward<Stream, Branch, 1536> : forward<Stream, Branch, 0>;
+}
+
+template <class Stream, class Branch, class Grad>
+auto backward_of(int64_t width) {
+  return width == 5120 ? backward<Stream, Branch, Grad, 5120>
+                       : width == 1536 ? backward<Stream, Branch, Grad, 1536> : backward<Stream, Branch, Grad, 0>;
+}
+
+template <class Arguments>
+void check(const Arguments& a, bool kinds) {
+  if (!kinds)
+    throw std::runtime_error("add_norm: got kinds " + std::to_string(a.stream) + " and " + std::to_string(a.branch) +
+                             " of stream and branch, want a branch no wider than the stream");
+  if (a.width < 1 || a.width > kNormWidth)
+    throw std::runtime_error("add_norm: got width " + std::to_string(a.width) + ", want 1 to 5120");
+}
+
+}  // namespace
+
+int64_t add_norm_runs(int64_t batch, int64_t length, int64_t width) {
+  const int64_t run = run_length(batch, length, width);
+  return (length + run - 1) / run;
+}
+
+void add_norm_forward(const AddNormForward& a, cudaStream_t stream) {
+  check(a, a.stream == kFloat32 || a.branch == kBfloat16);
+  const int64_t width = a.aligned ? a.width : 0;
+  const auto run = a.stream == kBfloat16 ? forward_of<bf16, bf16>(width)
+                   : a.branch == kBfloat16 ? forward_of<float, bf16>(width)
+                                           : forward_of<float, float>(width);
+  run(a, stream);
+}
+
+void add_norm_backward(const AddNormBackward& a, cudaStream_t stream) {
+  const int kinds = 4 * a.stream + 2 * a.branch + a.grad;
+  check(a, kinds == 0 || kinds == 2 || kinds == 3 || kinds == 7);
+  const int64_t width = a.aligned ? a.width : 0;
+  const auto run = kinds == 7   ? backward_of<bf16, bf16, bf16>(width)
+                   : kinds == 3 ? backward_of<float, bf16, bf16>(width)
+                   : kinds == 2 ? backward_of<float, bf16, float>(width)
+                                : backward_of<float, float, float>(width);
+  run(a, stream);
+}
+
+}  // namespace prfl::cuda
