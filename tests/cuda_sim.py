@@ -77,7 +77,8 @@ class Watched:
 def compiler(*includes: str | Path) -> list:
     """g++ as it compiles for cusim."""
     # As nvcc does by default, products and sums contract to fused ones.
-    flags = ["-std=c++17", "-O2", "-mfma", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-DCUSIM", "-Wno-psabi"]
+    flags = ["-std=c++17", "-O2", "-mfma", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-DCUSIM"]
+    flags += ["-Wno-psabi"]  # a note on parameters of 128 bytes' alignment
     return ["g++", *flags, *(f"-I{path}" for path in includes), "-isystem", headers()]
 
 

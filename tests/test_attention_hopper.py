@@ -11,7 +11,7 @@ import pytest
 import torch
 from cuda_sim import CSRC, compiler, missing
 from cuda_sim import simulation as simulated
-from fused import assert_as_good_as_torch, error, normal, strided
+from fused import error, normal, strided
 from test_fp8 import exact, quantized, values_of
 
 from prfl_kernels import attention_hopper, cuda_kernels
@@ -147,15 +147,16 @@ FAULTS = {  # what is changed in the source
     "too many bytes are announced": ("&s.loaded, kConsumers", "&s.loaded, 2 * kConsumers"),
 }
 RUN = """
-extern "C" __attribute__((visibility("default"))) bool run(const int64_t (*t)[5], const int64_t* n, float scale) {
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT bool run(const int64_t (*t)[5], const int64_t* n, float scale) {
   using namespace prfl::cuda;
   const auto at = [](const int64_t (&a)[5], int64_t length) {
     return Sequence{reinterpret_cast<void*>(a[0]), length, {a[2], a[3], a[4]}};
   };
   void *out = reinterpret_cast<void*>(t[3][0]), *lse = reinterpret_cast<void*>(t[4][0]);
   try {
-    attention_hopper(at(t[0], n[1]), at(t[1], n[2]), at(t[2], n[2]), out, static_cast<float*>(lse), n[0], n[3],
-                     scale, nullptr);
+    const Sequence q = at(t[0], n[1]), k = at(t[1], n[2]), v = at(t[2], n[2]);
+    attention_hopper(q, k, v, out, static_cast<float*>(lse), n[0], n[3], scale, nullptr);
   } catch (const std::runtime_error&) {
     return false;
   }
