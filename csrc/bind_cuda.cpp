@@ -1,11 +1,16 @@
 // The launchers of csrc/cuda for Python. Tensors come as in bind.cpp, the stream as its address; also
 // part of the module that the tests build on cusim.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
 
 #include "bind.h"
 #include "cuda/add_norm.h"
 #include "cuda/attention_hopper.h"
+#include "cuda/qk_norm_rope.h"
 #include "cuda/reward_pool.h"
+#include "cuda/solver_step.h"
 
 namespace py = pybind11;
 using prfl::DType;
@@ -49,41 +54,174 @@ void bind_reward_pool(py::module_& m) {
                          length, width, queries, x.dtype == DType::bf16},
                         at(stream));
   });
-  m.def("reward_pool_backward", [](View x, View u, View dpooled, View scores, View lse, View delta, View dx,
-                                   View part, Size batch, Size length, Size width, Size queries, Size stream) {
-    py::gil_scoped_release unlocked;
-    reward_pool_backward({x.data, u.at<float>(), dpooled.at<float>(), scores.at<float>(), lse.at<float>(),
-                          delta.at<float>(), dx.data, part.at<float>(), x.stride[0], x.stride[1], batch, length,
-                          width, queries, x.dtype == DType::bf16},
-                         at(stream));
-  });
+  m.def("reward_pool_backward",
+        [](View x, View u, View dpooled, View scores, View lse, View delta, View dx, View part, Size batch,
+           Size length, Size width, Size queries, Size stream) {
+          py::gil_scoped_release unlocked;
+          reward_pool_backward({x.data, u.at<float>(), dpooled.at<float>(), scores.at<float>(),
+                                lse.at<float>(), delta.at<float>(), dx.data, part.at<float>(), x.stride[0],
+                                x.stride[1], batch, length, width, queries, x.dtype == DType::bf16},
+                               at(stream));
+        });
 }
 
 void bind_add_norm(py::module_& m) {
   using namespace prfl::cuda;
   m.attr("norm_width") = kNormWidth;
   m.def("add_norm_runs", &add_norm_runs);
-  m.def("add_norm_forward", [](View x, View y, View gate, View scale, View shift, View sum, View n, View quant,
-                               View mean, View rstd, Size batch, Size length, Size width, float eps, float base,
-                               int branch, bool aligned, Size stream) {
+  m.def("add_norm_forward", [](View x, View y, View gate, View scale, View shift, View sum, View n,
+                               View quant, View mean, View rstd, Size batch, Size length, Size width,
+                               float eps, float base, int branch, bool aligned, Size stream) {
     py::gil_scoped_release unlocked;
-    add_norm_forward({x.data, y.data, gate.at<float>(), scale.at<float>(), shift.at<float>(), sum.data, n.data,
-                      quant.at<float>(), mean.at<float>(), rstd.at<float>(), x.stride[0], x.stride[1], y.stride[0],
-                      y.stride[1], gate.stride[0], scale.stride[0], shift.stride[0], batch, length, width, eps, base,
-                      int(x.dtype), branch, int(n.dtype), aligned},
+    add_norm_forward({x.data,
+                      y.data,
+                      gate.at<float>(),
+                      scale.at<float>(),
+                      shift.at<float>(),
+                      sum.data,
+                      n.data,
+                      quant.at<float>(),
+                      mean.at<float>(),
+                      rstd.at<float>(),
+                      x.stride[0],
+                      x.stride[1],
+                      y.stride[0],
+                      y.stride[1],
+                      gate.stride[0],
+                      scale.stride[0],
+                      shift.stride[0],
+                      batch,
+                      length,
+                      width,
+                      eps,
+                      base,
+                      int(x.dtype),
+                      branch,
+                      int(n.dtype),
+                      aligned},
                      at(stream));
   });
-  m.def("add_norm_backward", [](View dn, View dsum, View x, View y, View gate, View scale, View mean, View rstd,
-                                View dx, View dy, View part, Size batch, Size length, Size width, float base,
-                                int kind, int branch, int grad, bool aligned, bool parameters, bool wants_gate,
-                                Size stream) {
+  m.def("add_norm_backward",
+        [](View dn, View dsum, View x, View y, View gate, View scale, View mean, View rstd, View dx, View dy,
+           View part, Size batch, Size length, Size width, float base, int kind, int branch, int grad,
+           bool aligned, bool parameters, bool wants_gate, Size stream) {
+          py::gil_scoped_release unlocked;
+          add_norm_backward({dn.data,
+                             dsum.data,
+                             x.data,
+                             y.data,
+                             gate.at<float>(),
+                             scale.at<float>(),
+                             mean.at<float>(),
+                             rstd.at<float>(),
+                             dx.data,
+                             dy.data,
+                             part.at<float>(),
+                             dn.stride[0],
+                             dn.stride[1],
+                             dsum.stride[0],
+                             dsum.stride[1],
+                             x.stride[0],
+                             x.stride[1],
+                             y.stride[0],
+                             y.stride[1],
+                             gate.stride[0],
+                             scale.stride[0],
+                             batch,
+                             length,
+                             width,
+                             base,
+                             kind,
+                             branch,
+                             grad,
+                             aligned,
+                             parameters,
+                             wants_gate},
+                            at(stream));
+        });
+}
+
+// (head_dim, frame pairs, row pairs, rows, columns, offset)
+using Places = std::tuple<int, int, int, int, int, int>;
+
+prfl::cuda::Rotation rotation(View cos, View sin, const Places& p) {
+  const auto [head_dim, frame_pairs, row_pairs, rows, columns, offset] = p;
+  return {cos.at<float>(), sin.at<float>(), head_dim, frame_pairs, row_pairs, rows, columns, offset};
+}
+
+void bind_qk_norm_rope(py::module_& m) {
+  using namespace prfl::cuda;
+  m.def("qk_norm_rope_forward",
+        [](View q, View k, View weight_q, View weight_k, View out_q, View out_k, View quant_q, View quant_k,
+           View rstd_q, View rstd_k, View cos, View sin, Size batch, Size length, Size width, Places places,
+           float eps, bool aligned, Size stream) {
+          py::gil_scoped_release unlocked;
+          qk_norm_rope_forward({q.data,
+                                k.data,
+                                weight_q.at<float>(),
+                                weight_k.at<float>(),
+                                out_q.data,
+                                out_k.data,
+                                quant_q.at<float>(),
+                                quant_k.at<float>(),
+                                rstd_q.at<float>(),
+                                rstd_k.at<float>(),
+                                q.stride[0],
+                                q.stride[1],
+                                k.stride[0],
+                                k.stride[1],
+                                batch,
+                                length,
+                                width,
+                                rotation(cos, sin, places),
+                                eps,
+                                int(q.dtype),
+                                int(out_q.dtype),
+                                aligned},
+                               at(stream));
+        });
+  m.def("qk_norm_rope_backward",
+        [](View dq, View dk, View q, View k, View weight_q, View weight_k, View rstd_q, View rstd_k,
+           View out_q, View out_k, View part, View cos, View sin, Size batch, Size length, Size width,
+           Places places, bool aligned, Size stream) {
+          py::gil_scoped_release unlocked;
+          qk_norm_rope_backward({dq.data,
+                                 dk.data,
+                                 q.data,
+                                 k.data,
+                                 weight_q.at<float>(),
+                                 weight_k.at<float>(),
+                                 rstd_q.at<float>(),
+                                 rstd_k.at<float>(),
+                                 out_q.data,
+                                 out_k.data,
+                                 part.at<float>(),
+                                 dq.stride[0],
+                                 dq.stride[1],
+                                 dk.stride[0],
+                                 dk.stride[1],
+                                 q.stride[0],
+                                 q.stride[1],
+                                 k.stride[0],
+                                 k.stride[1],
+                                 batch,
+                                 length,
+                                 width,
+                                 rotation(cos, sin, places),
+                                 int(q.dtype),
+                                 aligned},
+                                at(stream));
+        });
+}
+
+void bind_solver_step(py::module_& m) {
+  m.def("solver_step", [](View x, View x_last, View m0, View m1, View velocity, View columns, View x_next,
+                          View x_c, View m_t, Size batch, Size size, bool aligned, Size stream) {
     py::gil_scoped_release unlocked;
-    add_norm_backward({dn.data, dsum.data, x.data, y.data, gate.at<float>(), scale.at<float>(), mean.at<float>(),
-                       rstd.at<float>(), dx.data, dy.data, part.at<float>(), dn.stride[0], dn.stride[1],
-                       dsum.stride[0], dsum.stride[1], x.stride[0], x.stride[1], y.stride[0], y.stride[1],
-                       gate.stride[0], scale.stride[0], batch, length, width, base, kind, branch, grad, aligned,
-                       parameters, wants_gate},
-                      at(stream));
+    prfl::cuda::solver_step({x.at<float>(), x_last.at<float>(), m0.at<float>(), m1.at<float>(), velocity.data,
+                             columns.at<float>(), x_next.at<float>(), x_c.at<float>(), m_t.at<float>(), batch,
+                             size, velocity.dtype == DType::bf16, aligned},
+                            at(stream));
   });
 }
 
@@ -92,5 +230,7 @@ void bind_add_norm(py::module_& m) {
 void bind_cuda(py::module_& m) {
   bind_reward_pool(m);
   bind_add_norm(m);
+  bind_qk_norm_rope(m);
+  bind_solver_step(m);
   bind_attention(m);
 }

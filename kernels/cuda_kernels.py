@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prfl_kernels import compiled
 from prfl_kernels.add_norm import unit_last
+from prfl_kernels.qk_norm_rope import Grid, _cos_sin, pairs_of
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
 VECTOR = 16  # bytes
@@ -135,6 +136,88 @@ def add_norm_backward(
     return dx, dy, dgate, dscale, dshift
 
 
+def _turns(q: Tensor, grid: Grid | None, num_heads: int, offset: int):
+    """(cosines, sines, places) of a rotation, as the launchers take them."""
+    head_dim = q.shape[2] // num_heads
+    if grid is None:
+        return None, None, (head_dim, 0, 0, 1, 1, 0)
+    tables = _cos_sin(head_dim, tuple(grid), False, q.device, torch.float32)
+    return *tables, (head_dim, *pairs_of(head_dim)[:2], *grid[1:], offset)
+
+
+def qk_forward(
+    q: Tensor,
+    k: Tensor | None,
+    weight_q: Tensor,
+    weight_k: Tensor | None,
+    grid: Grid | None,
+    num_heads: int,
+    eps: float,
+    offset: int,
+    fp8: bool = False,
+) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """As qk_norm_rope.launch_forward: ([q, k] out, their scales if fp8, 1/rms [2, B, L] if not).
+
+    q, k float32 or bfloat16, C up to 5120, quick for 1536 and 5120 in heads of 128; for fp8 heads of a
+    power of two from 8 to 256.
+    """
+    _supported("qk_norm_rope", q, k)
+    q, k = unit_last(q), unit_last(k)
+    (batch, length, width), head_dim = q.shape, q.shape[2] // num_heads
+    _narrow("qk_norm_rope", width, q.dtype, q.dtype if k is None else k.dtype)
+    if fp8 and (head_dim & (head_dim - 1) or not 8 <= head_dim <= 256):
+        raise ValueError(f"qk_norm_rope: got heads of {head_dim} for fp8, want a power of two from 8 to 256")
+    shape = (batch, length, num_heads, head_dim)
+    dtype = torch.float8_e4m3fn if fp8 else q.dtype
+    out = [None if a is None else a.new_empty(shape, dtype=dtype) for a in (q, k)]
+    quant = [None if a is None or not fp8 else a.new_empty(shape[:3], dtype=torch.float32) for a in (q, k)]
+    rstd = None if fp8 else q.new_empty(1 if k is None else 2, batch, length, dtype=torch.float32)
+    if q.numel():
+        weights = [None if a is None else a.float().contiguous() for a in (weight_q, weight_k)]
+        cos, sin, places = _turns(q, grid, num_heads, offset)
+        stats = (None, None) if fp8 else (rstd[0], rstd[-1])
+        held = (q, k, *weights, *out, *quant, *stats, cos, sin)
+        library().qk_norm_rope_forward(
+            *map(_view, held), batch, length, width, places, eps, _aligned(width, *held[:6]), _stream(q)
+        )
+    return out, quant, rstd
+
+
+def qk_backward(
+    dq: Tensor,
+    dk: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    weight_q: Tensor,
+    weight_k: Tensor | None,
+    rstd: Tensor,
+    grid: Grid | None,
+    num_heads: int,
+    offset: int,
+    parameters: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As qk_norm_rope.launch_backward: (d q, d k [B, L, C], d weights [2, C] in float32 if `parameters`)."""
+    _supported("qk_norm_rope", dq, dk, q, k)
+    q, k = unit_last(q), unit_last(k)
+    dq, dk = (None if a is None else unit_last(a.flatten(2)) for a in (dq, dk))
+    batch, length, width = q.shape
+    out = [None if a is None else a.new_empty(a.shape) for a in (q, k)]
+    dweight = q.new_zeros(2, width, dtype=torch.float32) if parameters else None
+    if q.numel():
+        runs = library().add_norm_runs(batch, length, width)
+        part = q.new_empty(batch, runs, 2, width, dtype=torch.float32) if parameters else None
+        weights = [None if a is None else a.float().contiguous() for a in (weight_q, weight_k)]
+        cos, sin, places = _turns(q, grid, num_heads, offset)
+        held = (dq, dk, q, k, *weights, rstd[0], rstd[-1], *out, part, cos, sin)
+        rows = (*held[:6], *out)
+        library().qk_norm_rope_backward(
+            *map(_view, held), batch, length, width, places, _aligned(width, *rows), _stream(q)
+        )
+        if parameters:
+            dweight = part.sum((0, 1))
+    return *out, dweight
+
+
 def _narrow(name: str, width: int, stream: torch.dtype, *others: torch.dtype) -> None:
     """A bfloat16 stream meets bfloat16 alone."""
     if width > library().norm_width:
@@ -197,3 +280,27 @@ def reward_pool_backward(
         if want_u:
             du = part.sum((0, 1))
     return dx, du
+
+
+def solver_step(
+    x: Tensor, x_last: Tensor, m0: Tensor, m1: Tensor, velocity: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_next, x_c, m_t) of a step of a sampler, as prfl_engine.flow.solver_step_reference; no gradient.
+
+    The state float32 [B, ...], velocity float32 or bfloat16 of that shape, columns [B, 9].
+    """
+    for a in (x, x_last, m0, m1, velocity):
+        if a.shape != x.shape or (a is not velocity and a.dtype != torch.float32):
+            got = f"{list(a.shape)} in {a.dtype}"
+            raise ValueError(f"solver_step: got {got} beside x {list(x.shape)}, want that in float32")
+    _supported("solver_step", velocity)
+    if columns.shape != (len(x), 9):
+        raise ValueError(f"solver_step: got columns {list(columns.shape)}, want [{len(x)}, 9]")
+    held = tuple(a.contiguous() for a in (x, x_last, m0, m1, velocity, columns.float()))
+    made = tuple(torch.empty_like(held[0]) for _ in range(3))
+    if x.numel():
+        size = x[0].numel()
+        aligned = size % 8 == 0 and all(a.data_ptr() % VECTOR == 0 for a in (*held, *made))
+        views = (_view(a.view(-1)) for a in (*held, *made))
+        library().solver_step(*views, len(x), size, aligned, _stream(x))
+    return made

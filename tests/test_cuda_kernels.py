@@ -2,12 +2,21 @@
 
 import pytest
 import torch
-from cuda_sim import missing
-from cuda_sim import simulation as simulated
-from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided, triton
+from cuda_sim import Watched, build, missing
+from fused import (
+    assert_as_good_as_torch,
+    error,
+    needs_triton,
+    normal,
+    outputs_and_gradients,
+    strided,
+    triton,
+)
 from test_add_norm import NAMES, row_inputs
+from test_qk_norm_rope import GRID, rope, rope_inputs
 
-from prfl_kernels import add_norm, cuda_kernels, reward_pool
+from prfl_engine.flow import make_schedule, solver_step_reference
+from prfl_kernels import add_norm, cuda_kernels, qk_norm_rope, reward_pool
 from prfl_kernels.modulate import modulate, modulate_fp8
 
 __all__ = ["triton"]
@@ -20,28 +29,27 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(scope="session")
-def simulation():
-    return simulated()
+def simulation(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("sim"), "prfl_sim")
 
 
 @pytest.fixture
 def kernels(simulation, monkeypatch):
     """The launchers on the simulation, which checks every access against the tensors they are given."""
-    view = cuda_kernels._view
+    watched, view = Watched(simulation), cuda_kernels._view
 
-    def watched(a):
-        if a is not None and a.numel():
-            span = 1 + sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True))
-            simulation.watch(a.data_ptr(), span * a.element_size())
+    def given(a):
+        watched.give(a)
         return view(a)
 
-    monkeypatch.setattr(cuda_kernels, "library", lambda: simulation)
-    monkeypatch.setattr(cuda_kernels, "_view", watched)
+    monkeypatch.setattr(cuda_kernels, "library", lambda: watched)
+    monkeypatch.setattr(cuda_kernels, "_view", given)
     monkeypatch.setattr(add_norm, "forward", cuda_kernels.add_norm_forward)
     monkeypatch.setattr(add_norm, "backward", cuda_kernels.add_norm_backward)
+    monkeypatch.setattr(qk_norm_rope, "launch_forward", cuda_kernels.qk_forward)
+    monkeypatch.setattr(qk_norm_rope, "launch_backward", cuda_kernels.qk_backward)
     monkeypatch.setattr(reward_pool, "launch_backward", cuda_kernels.reward_pool_backward)
-    yield simulation
-    simulation.watch(0, 0)
+    return watched
 
 
 class Pool(torch.autograd.Function):
@@ -192,3 +200,99 @@ def test_add_norm_names_misfits():
         op, inputs = row_inputs("gated_add_norm", 1, 2, width, stream, branch)
         with pytest.raises(ValueError, match="^add_norm: got"):
             op(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("heads, head_dim", [(3, 32), (2, 64), (1, 128), (3, 12)])
+def test_qk_norm_rope(heads, head_dim, dtype):
+    inputs = rope_inputs(heads=heads, head_dim=head_dim, dtype=dtype)
+    assert_as_good_as_torch(rope(heads=heads), inputs)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("heads", [12, 40])
+def test_qk_norm_rope_at_the_widths_of_the_models(heads, dtype):
+    grid = (2, 2, 3)
+    assert_as_good_as_torch(rope(grid, heads), rope_inputs(1, grid, heads, 128, dtype))
+
+
+def test_qk_norm_rope_in_runs_of_tokens():
+    grid = (5, 9, 11)
+    assert_as_good_as_torch(rope(grid, 1), rope_inputs(1, grid, 1, 8))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", [(2, 37, 96), (1, 1, 7), (2, 3, 1536), (1, 2, 5120)])
+def test_rms_norm(shape, dtype):
+    inputs = [normal(*shape, dtype=dtype), normal(shape[-1])]
+    assert_as_good_as_torch(qk_norm_rope.rms_norm, inputs)
+
+
+@pytest.mark.parametrize("offset, length", [(0, 40), (40, 30), (104, 1)])
+def test_a_shard_is_a_slice_of_the_whole(offset, length):
+    inputs = rope_inputs()
+    whole = rope()(*inputs)
+    part = slice(offset, offset + length)
+    shard = rope(offset=offset)(*(a[:, part] for a in inputs[:2]), *inputs[2:])
+    torch.testing.assert_close(shard, tuple(a[:, part] for a in whole), rtol=0, atol=0)
+
+
+def test_qk_norm_rope_takes_any_strides():
+    q, k, weight_q, weight_k = inputs = rope_inputs()
+    want = outputs_and_gradients(rope(), inputs)
+    both = torch.cat([q, k, torch.full_like(q, float("nan"))], dim=-1)
+    odd = torch.cat([q, q[..., :1]], -1)[..., :96]
+    for other in ([both[..., :96], both[..., 96:192]], [odd, k], [a.mT.contiguous().mT for a in (q, k)]):
+        got = outputs_and_gradients(rope(), [*other, weight_q, weight_k])
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_with_transposed_heads():
+    inputs = [a.requires_grad_() for a in rope_inputs()]
+    direction = normal(2, 3, 105, 32).transpose(1, 2)
+    q, k = rope()(*inputs)
+    got = torch.autograd.grad([q, k], inputs, [direction, direction], retain_graph=True)
+    want = torch.autograd.grad([q, k], inputs, [direction.contiguous()] * 2)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch, length", [(0, 4), (2, 0)])
+def test_qk_norm_rope_of_nothing(batch, length):
+    inputs = [normal(batch, length, 96) for _ in range(2)] + [normal(96), normal(96)]
+    outputs, gradients = outputs_and_gradients(rope(), inputs)
+    assert all(o.shape == (batch, length, 3, 32) for o in outputs)
+    assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("heads, head_dim, grid", [(3, 32, GRID), (12, 128, (1, 2, 2)), (2, 8, (1, 1, 3))])
+def test_fp8_heads_use_the_whole_range(heads, head_dim, grid):
+    inputs = rope_inputs(grid=grid, heads=heads, head_dim=head_dim)
+    q, k, scale_q, scale_k = qk_norm_rope.qk_norm_rope_fp8(*inputs, grid, heads)
+    exact = rope(grid, heads)(*(a.double() for a in inputs))
+    for got, scale, want in ((q, scale_q, exact[0]), (k, scale_k, exact[1])):
+        assert got.dtype == torch.float8_e4m3fn and scale.shape == want.shape[:3]
+        assert (got.float().abs().amax(-1) == 448).all()
+        limit = 2**-4 * want.abs() + 2**-10 * scale[..., None]
+        assert ((got.double() * scale[..., None] - want).abs() <= limit * 1.001).all()
+
+
+@pytest.mark.parametrize("velocity", [F32, BF16])
+@pytest.mark.parametrize("shape", [(3, 16, 2, 6, 4), (2, 5, 1, 3, 3), (1, 16, 9, 5, 5), (0, 4, 1, 1, 1)])
+def test_solver_step(shape, velocity):
+    """Samples at different steps, of sizes that no access divides and of more than one block."""
+    state = [normal(*shape) for _ in range(4)]
+    v = normal(*shape, dtype=velocity)
+    columns = make_schedule("unipc", 5, 3.0).table[[0, 3, 4][: shape[0]]]
+    got = cuda_kernels.solver_step(*state, v, columns.float())
+    low = solver_step_reference(*state, v, columns.float())
+    exact = solver_step_reference(*(a.double() for a in state), v.double(), columns)
+    for ours, plain, want in zip(got, low, exact, strict=True):
+        assert ours.shape == want.shape and not ours.isnan().any()
+        assert error(ours, want) <= 2 * error(plain, want) + 2**-24
+
+
+def test_solver_step_names_misfits():
+    state = [normal(2, 8) for _ in range(5)]
+    for inputs in ([*state, normal(2, 8)], [*state[:4], normal(2, 7), normal(2, 9)]):
+        with pytest.raises(ValueError, match="^solver_step: got"):
+            cuda_kernels.solver_step(*inputs)

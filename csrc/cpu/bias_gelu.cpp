@@ -1,6 +1,5 @@
 // gelu(a) = a s(2 t),  t = sqrt(2/pi) (a + 0.044715 a^3),  s the logistic function,  a = h + bias:
 // the same as the tanh form, 1 + tanh t = 2 s(2 t), and accurate where 1 + tanh t cancels.
-#include "kernels.h"
 #include "rows.h"
 
 namespace prfl::PRFL_ISA {
@@ -20,57 +19,57 @@ inline vf biased(const T* h, const float* bias, int64_t i, M m) {
   return bias != nullptr ? a + load(bias + i, m) : a;
 }
 
-}  // namespace
-
-void bias_gelu_forward(const BiasGeluForward& a) {
-  Scratch bias(a.width);
-  if (a.bias) read_row(a.bias, a.bias.data, a.width, bias);
-  const float* b = a.bias ? static_cast<float*>(bias) : nullptr;
-  with_type(a.h.dtype, [&](auto type) {
-    using T = decltype(type);
-    const int64_t grain = 1 + (1 << 14) / a.width;
-    parallel_for(0, a.rows, grain, a.threads, [&](int64_t first, int64_t last) {
-      for (int64_t l = first; l < last; l++) {
-        const T* h = a.h.at<T>(l);
-        T* out = a.out.at<T>(l);
-        each(a.width, [&](int64_t i, auto m, int) {
-          vf z = biased(h, b, i, m);
-          store(out + i, z * logistic(z), m);
-        });
-      }
-    });
+template <class T>
+void forward(const BiasGeluForward& a) {
+  Scratch room(a.shape.width);
+  const float* bias = float_row(a.bias, 0, a.shape.width, room);
+  over_tokens(a.shape, a.threads, [&](int64_t b, int64_t l0, int64_t l1) {
+    for (int64_t l = l0; l < l1; l++) {
+      const T* h = a.h.at<T>(b, l);
+      T* g = a.g.at<T>(b, l);
+      each(a.shape.width, [&](int64_t i, auto m, int) {
+        vf z = biased(h, bias, i, m);
+        store(g + i, z * logistic(z), m);
+      });
+    }
   });
 }
 
 // gelu'(a) = s + a s (1 - s) 2 t',  2 t' = 2 sqrt(2/pi) (1 + 3 * 0.044715 a^2)
-void bias_gelu_backward(const BiasGeluBackward& a) {
-  Scratch bias(a.width);
-  if (a.bias) read_row(a.bias, a.bias.data, a.width, bias);
-  const float* b = a.bias ? static_cast<float*>(bias) : nullptr;
-  const int64_t run = (a.rows + a.runs - 1) / a.runs;
-  with_type(a.h.dtype, [&](auto type) {
-    using T = decltype(type);
-    parallel_for(0, a.runs, 1, a.threads, [&](int64_t r, int64_t) {
-      float* total = a.part ? a.part.at<float>(r) : nullptr;
-      if (total != nullptr) memset(total, 0, a.width * sizeof(float));
-      for (int64_t l = r * run; l < min((r + 1) * run, a.rows); l++) {
-        const T* dg = a.dg.at<T>(l);
-        const T* h = a.h.at<T>(l);
-        T* dh = a.dh.at<T>(l);
-        T* g = a.g.at<T>(l);
-        each(a.width, [&](int64_t i, auto m, int) {
-          vf z = biased(h, b, i, m);
-          vf s = logistic(z);
-          vf slope = s + z * s * (1.0f - s) * (TWICE_ROOT * (1.0f + 3.0f * CUBIC * z * z));
-          vf d = load(dg + i, m) * slope;
-          store(g + i, z * s, m);
-          store(dh + i, d, m);
-          if (total != nullptr) store(total + i, load(total + i, m) + d, m);
-        });
-      }
-    });
+template <class T>
+void backward(const BiasGeluBackward& a) {
+  const int64_t width = a.shape.width;
+  Scratch room(width);
+  const float* bias = float_row(a.bias, 0, width, room);
+  over_runs(a.shape, a.runs, a.threads, [&](int64_t b, int64_t r, int64_t l0, int64_t l1) {
+    float* total = a.part ? a.part.at<float>() + (b * a.runs + r) * width : nullptr;
+    if (total != nullptr) memset(total, 0, width * sizeof(float));
+    for (int64_t l = l0; l < l1; l++) {
+      const T *dg = a.dg.at<T>(b, l), *h = a.h.at<T>(b, l);
+      T *dh = a.dh.at<T>(b, l), *g = a.g.at<T>(b, l);
+      each(width, [&](int64_t i, auto m, int) {
+        vf z = biased(h, bias, i, m);
+        vf s = logistic(z);
+        vf slope = s + z * s * (1.0f - s) * (TWICE_ROOT * (1.0f + 3.0f * CUBIC * z * z));
+        vf d = load(dg + i, m) * slope;
+        store(g + i, z * s, m);
+        store(dh + i, d, m);
+        if (total != nullptr) store(total + i, load(total + i, m) + d, m);
+      });
+    }
   });
-  if (a.part) add_runs(a.part.at<float>(), a.runs, a.width, a.width, a.dbias.at<float>(), a.threads);
+  if (a.part)
+    add_runs(a.part.at<float>(), a.shape.batch * a.runs, width, width, a.dbias.at<float>(), a.threads);
+}
+
+}  // namespace
+
+void bias_gelu_forward(const BiasGeluForward& a) {
+  with_type(a.h.dtype, [&](auto h) { forward<decltype(h)>(a); });
+}
+
+void bias_gelu_backward(const BiasGeluBackward& a) {
+  with_type(a.h.dtype, [&](auto h) { backward<decltype(h)>(a); });
 }
 
 }  // namespace prfl::PRFL_ISA

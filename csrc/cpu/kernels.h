@@ -7,23 +7,103 @@
 
 namespace prfl {
 
-// bias_gelu: h, dg, dh, g [rows, width]; bias [width] or absent. Strides of h, dg by row.
+// Rows are [batch, length, width] with strides by sample and token; a parameter is [batch, width] with
+// its stride by sample, 0 for one [width] shared by all. Absent views are optional parts not wanted.
+struct Shape {
+  int64_t batch, length, width;
+};
+
+// add_norm: sum = x + gate y and n = LN(sum) (scale + base) + shift, in x's and n's type.
+struct AddNormForward {
+  View x, y, gate, scale, shift;
+  View sum, n;
+  View mean, rstd;  // float [batch, length]
+  Shape shape;
+  float base, eps;
+  int threads;
+};
+// dsum and dx have x's type, dy has y's.
+struct AddNormBackward {
+  View dn, dsum, x, y, gate, scale, mean, rstd;
+  View dx, dy;
+  View part;  // float [batch, runs, slots, width]: d scale, d shift if `parameters`, d gate if y and gate
+  View sums;  // float [batch, slots, width]: part summed over the runs
+  Shape shape;
+  int64_t runs;
+  float base;
+  bool parameters;
+  int threads;
+};
+
+// qk_norm_rope: RMSNorm over a row of heads * head_dim, then rotation of the pairs of every head.
+// cos, sin: float [positions, head_dim] with every cosine twice and (-sine, sine); absent: no rotation.
+// Channels below `frames` of a head take the row of the token's frame, those below `frames_rows` that
+// of its row in the frame, the others that of its column.
+struct Rope {
+  View cos, sin;
+  int64_t heads, head_dim, frames, frames_rows, rows, columns, offset;
+};
+struct QkNormRopeForward {
+  View x[2], weight[2];  // q and k; x[1] may be absent
+  View out[2], rstd[2];
+  Shape shape;
+  Rope rope;
+  float eps;
+  int threads;
+};
+struct QkNormRopeBackward {
+  View d[2];  // strides by sample, token and head
+  View x[2], weight[2], rstd[2], dx[2];
+  View part;     // float [batch, runs, 2, width]; absent if d weight is not wanted
+  View dweight;  // float [2, width]
+  Shape shape;
+  Rope rope;
+  int64_t runs;
+  int threads;
+};
+
+// bias_gelu: g = gelu(h + bias), all of h's type.
 struct BiasGeluForward {
-  View h, bias, out;
-  int64_t rows, width;
+  View h, bias, g;
+  Shape shape;
   int threads;
 };
 struct BiasGeluBackward {
   View dg, h, bias, dh, g;
-  View part;  // float [runs, width], sums of dh over runs of rows; absent if d bias is not wanted
+  View part;   // float [batch, runs, width]; absent if d bias is not wanted
   View dbias;  // float [width]
-  int64_t rows, width, runs;
+  Shape shape;
+  int64_t runs;
   int threads;
 };
 
-#define PRFL_CPU_KERNELS(KERNEL)                \
-  KERNEL(bias_gelu_forward, BiasGeluForward)    \
-  KERNEL(bias_gelu_backward, BiasGeluBackward)
+// reward_pool: scores = x u^T, pooled = softmax over the tokens of the scores, times x. `queries` is a
+// multiple of 8, `wanted` of them are written out.
+struct RewardPoolForward {
+  View x, u;                 // u: float [queries, width]
+  View part, top, total;     // float [batch, runs, queries, width], [batch, runs, queries] twice
+  View pooled, lse, scores;  // float [batch, wanted, width], [batch, wanted], [batch, length, wanted]
+  Shape shape;
+  int64_t queries, wanted, runs;
+  int threads;
+};
+struct RewardPoolBackward {
+  View x, u, dpooled, delta, scores, lse;  // dpooled: float [batch, queries, width]
+  View dx, part, du;  // part as above, or absent with du: float [queries, width]
+  Shape shape;
+  int64_t queries, wanted, runs;
+  int threads;
+};
+
+#define PRFL_CPU_KERNELS(KERNEL)                     \
+  KERNEL(add_norm_forward, AddNormForward)           \
+  KERNEL(add_norm_backward, AddNormBackward)         \
+  KERNEL(qk_norm_rope_forward, QkNormRopeForward)    \
+  KERNEL(qk_norm_rope_backward, QkNormRopeBackward)  \
+  KERNEL(bias_gelu_forward, BiasGeluForward)         \
+  KERNEL(bias_gelu_backward, BiasGeluBackward)       \
+  KERNEL(reward_pool_forward, RewardPoolForward)     \
+  KERNEL(reward_pool_backward, RewardPoolBackward)
 
 struct Kernels {
 #define PRFL_MEMBER(name, Arguments) void (*name)(const Arguments&);

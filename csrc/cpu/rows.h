@@ -1,27 +1,45 @@
-// Whole rows, and the sums over rows that do not depend on how many threads there are.
+// Whole rows of tokens, and the sums over tokens that do not depend on how many threads there are.
 #pragma once
 
+#include "kernels.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace prfl::PRFL_ISA {
 
-// Row of any type as float32; absent: `otherwise` everywhere.
-inline void read_row(const View& a, const void* row, int64_t n, float* out, float otherwise = 0.0f) {
-  if (!a) {
-    each(n, [&](int64_t i, auto m, int) { store(out + i, all(otherwise), m); });
-    return;
-  }
-  with_type(a.dtype, [&](auto type) {
-    const auto* p = static_cast<const decltype(type)*>(row);
-    each(n, [&](int64_t i, auto m, int) { store(out + i, load(p + i, m), m); });
+// A row as float32: itself, or a copy in `room`; null where the tensor is absent.
+inline const float* float_row(const View& a, int64_t row, int64_t n, float* room) {
+  if (!a) return nullptr;
+  if (a.dtype == DType::f32) return a.at<float>(row);
+  const bf16* p = a.at<bf16>(row);
+  each(n, [&](int64_t i, auto m, int) { store(room + i, load(p + i, m), m); });
+  return room;
+}
+
+// fn(b, l0, l1) for tokens [l0, l1) of sample b, in pieces of about 32K values.
+template <class F>
+inline void over_tokens(const Shape& shape, int threads, F&& fn) {
+  const int64_t grain = 1 + (1 << 15) / shape.width;
+  const int64_t pieces = (shape.length + grain - 1) / grain;
+  parallel_for(0, shape.batch * pieces, 1, threads, [&](int64_t piece, int64_t) {
+    const int64_t first = piece % pieces * grain;
+    fn(piece / pieces, first, min(first + grain, shape.length));
   });
 }
 
-// out[width] = the sum of part[count][width], rows `step` apart, added one after another.
+// fn(b, r, l0, l1) for the tokens [l0, l1) of run r of sample b, all runs of a sample equally long.
+template <class F>
+inline void over_runs(const Shape& shape, int64_t runs, int threads, F&& fn) {
+  const int64_t run = (shape.length + runs - 1) / runs;
+  parallel_for(0, shape.batch * runs, 1, threads, [&](int64_t piece, int64_t) {
+    const int64_t r = piece % runs;
+    fn(piece / runs, r, min(r * run, shape.length), min((r + 1) * run, shape.length));
+  });
+}
+
+// out[width] = the sum of `count` rows of part, `step` apart, added one after another.
 inline void add_runs(const float* part, int64_t count, int64_t step, int64_t width, float* out, int threads) {
-  constexpr int64_t COLUMNS = 1024;
-  parallel_for(0, width, COLUMNS, threads, [=](int64_t first, int64_t last) {
+  parallel_for(0, width, 1024, threads, [=](int64_t first, int64_t last) {
     each(last - first, [=](int64_t i, auto m, int) {
       vf total = {};
       for (int64_t r = 0; r < count; r++) total += load(part + r * step + first + i, m);

@@ -124,6 +124,24 @@ inline void each(int64_t n, F&& f) {
   if (i < n) f(i, Tail{static_cast<int>(n - i)}, 0);
 }
 
+// `a` with zeros in the lanes that a tail does not have.
+inline vf first_lanes(vf a, Full) { return a; }
+inline vf first_lanes(vf a, Tail m) {
+  for (int i = m.n; i < LANES; i++) a[i] = 0.0f;
+  return a;
+}
+
+// Lanes 2i and 2i + 1 exchanged.
+inline vf swapped(vf a) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permute_ps((__m512)a, 0xb1);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permute_ps((__m256)a, 0xb1);
+#else
+  return vf{a[1], a[0], a[3], a[2]};
+#endif
+}
+
 inline float sum(vf a) {
   float lanes[LANES];
   memcpy(lanes, &a, sizeof a);
@@ -162,13 +180,24 @@ inline vf exp(vf a) {
   return select(a < -87.3f, all(0.0f), p * as<vf>(power));
 }
 
-// f(T{}) with T the element type.
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
+
+// f(T{}, ...) with T the element types.
 template <class F>
 inline void with_type(DType dtype, F&& f) {
   if (dtype == DType::bf16)
     f(bf16{});
   else
     f(float{});
+}
+template <class F>
+inline void with_types(DType a, DType b, DType c, F&& f) {
+  with_type(a, [&](auto a) {
+    with_type(b, [&](auto b) { with_type(c, [&](auto c) { f(a, b, c); }); });
+  });
 }
 
 // n floats of scratch on a cache line; what a thread needs while it works on a piece.

@@ -6,25 +6,16 @@
 // resident hide its reductions. Backward, a block walks over a run of tokens with the sums for scale,
 // shift and gate in registers, and asks for the next token's rows before it reduces over this one's.
 #include "add_norm.h"
-
-#include "launch.h"
 #include "reduce.h"
+#include "rows.h"
 #include "vector.h"
 
 namespace prfl::cuda {
 namespace {
 
-constexpr float kE4m3Max = 448.0f;
-
-template <int kWidth>
-constexpr int kBlock = (kWidth ? kWidth : kNormWidth) / 8;
-// Blocks that have to fit an SM: forward 48 registers a thread, backward as many as it takes.
-template <int kWidth>
-constexpr int kResident = 1280 / kBlock<kWidth>;
-constexpr int kSlots = kNormWidth / 8 / kWarp;  // warps of a block at most
-
 template <class Stream, class Branch, int kWidth>
-__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>) add_norm_forward_kernel(const AddNormForward a) {
+__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>)
+    add_norm_forward_kernel(const AddNormForward a) {
   PRFL_SHARED(memory);
   float* slots = reinterpret_cast<float*>(memory);
   const int64_t b = blockIdx.y, l = blockIdx.x, width = kWidth ? kWidth : a.width;
@@ -38,7 +29,8 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>) add_norm_fo
     if (a.gate != nullptr) columns.load(a.gate + b * a.gate_b, gate);
     unpack8(x_raw, x), unpack8(y_raw, y);
     PRFL_UNROLL
-    for (int i = 0; i < 8; ++i) x[i] = wide(narrow<Stream>(a.gate != nullptr ? x[i] + y[i] * gate[i] : x[i] + y[i]));
+    for (int i = 0; i < 8; ++i)
+      x[i] = wide(narrow<Stream>(a.gate != nullptr ? x[i] + y[i] * gate[i] : x[i] + y[i]));
     columns.store(static_cast<Stream*>(a.sum) + token * width, x);
   } else {
     unpack8(x_raw, x);
@@ -89,8 +81,8 @@ struct Incoming {
 };
 
 template <class Stream, class Branch, class Grad, int kWidth>
-__device__ __forceinline__ void fetch(const AddNormBackward& a, const Columns<kWidth>& columns, int64_t b, int64_t l,
-                                      Incoming<Stream, Branch, Grad>& row) {
+__device__ __forceinline__ void fetch(const AddNormBackward& a, const Columns<kWidth>& columns, int64_t b,
+                                      int64_t l, Incoming<Stream, Branch, Grad>& row) {
   if (a.dn == nullptr) return;
   row.dn = columns.load(static_cast<const Grad*>(a.dn) + b * a.dn_b + l * a.dn_l);
   row.x = columns.load(static_cast<const Stream*>(a.x) + b * a.x_b + l * a.x_l);
@@ -99,9 +91,10 @@ __device__ __forceinline__ void fetch(const AddNormBackward& a, const Columns<kW
 
 // What is added to dx, and what it is multiplied with for d gate.
 template <class Stream, class Branch, class Grad, int kWidth>
-__device__ __forceinline__ void fetch_rest(const AddNormBackward& a, const Columns<kWidth>& columns, int64_t b,
-                                           int64_t l, Incoming<Stream, Branch, Grad>& row) {
-  if (a.dsum != nullptr) row.dsum = columns.load(static_cast<const Stream*>(a.dsum) + b * a.dsum_b + l * a.dsum_l);
+__device__ __forceinline__ void fetch_rest(const AddNormBackward& a, const Columns<kWidth>& columns,
+                                           int64_t b, int64_t l, Incoming<Stream, Branch, Grad>& row) {
+  if (a.dsum != nullptr)
+    row.dsum = columns.load(static_cast<const Stream*>(a.dsum) + b * a.dsum_b + l * a.dsum_l);
   if (a.wants_gate) row.y = columns.load(static_cast<const Branch*>(a.y) + b * a.y_b + l * a.y_l);
 }
 
@@ -112,8 +105,9 @@ struct ColumnSums {
 // dx of the norm, from x and dn of a token:  n = x_hat (base + scale) + shift,  g = dn (base + scale),
 // dx = rstd (g - mean(g) - x_hat mean(g x_hat)),  d scale = sum dn x_hat,  d shift = sum dn
 template <class Stream, class Branch, class Grad, int kWidth>
-__device__ __forceinline__ void through_norm(const AddNormBackward& a, const Columns<kWidth>& columns, int64_t b,
-                                             int64_t width, const Incoming<Stream, Branch, Grad>& row, float* slots,
+__device__ __forceinline__ void through_norm(const AddNormBackward& a, const Columns<kWidth>& columns,
+                                             int64_t b, int64_t width,
+                                             const Incoming<Stream, Branch, Grad>& row, float* slots,
                                              ColumnSums& sums, float (&dx)[8]) {
   float x[8], dn[8], scale[8], means[2] = {};
   columns.load(a.scale + b * a.scale_b, scale);
@@ -182,46 +176,38 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
   if (a.wants_gate) columns.store(part + 2 * a.parameters * width, sums.gate);
 }
 
-// One run an SM where a token takes a block that fills it.
-int64_t run_length(int64_t batch, int64_t length, int64_t width) {
-  const int64_t most = std::max<int64_t>(1, (width > 2560 ? 132 : 396) / batch);
-  return (length + most - 1) / most;
-}
-
-template <class Arguments>
-Shape shape(const Arguments& a, int64_t blocks, int kWidth) {
-  const unsigned threads = kWidth ? kWidth / 8 : unsigned((a.width + 8 * kWarp - 1) / (8 * kWarp)) * kWarp;
-  return {dim3(unsigned(blocks), unsigned(a.batch)), dim3(threads), 4 * kSlots * sizeof(float)};
-}
-
 template <class Stream, class Branch, int kWidth>
 void forward(const AddNormForward& a, cudaStream_t stream) {
-  launch("add_norm forward", add_norm_forward_kernel<Stream, Branch, kWidth>, shape(a, a.length, kWidth), stream, a);
+  launch("add_norm forward", add_norm_forward_kernel<Stream, Branch, kWidth>,
+         row_shape(a.length, a.batch, a.width), stream, a);
 }
 
 template <class Stream, class Branch, class Grad, int kWidth>
 void backward(const AddNormBackward& a, cudaStream_t stream) {
   const int64_t run = run_length(a.batch, a.length, a.width);
   launch("add_norm backward", add_norm_backward_kernel<Stream, Branch, Grad, kWidth>,
-         shape(a, (a.length + run - 1) / run, kWidth), stream, a, run);
+         row_shape((a.length + run - 1) / run, a.batch, a.width), stream, a, run);
 }
 
 template <class Stream, class Branch>
 auto forward_of(int64_t width) {
-  return width == 5120 ? forward<Stream, Branch, 5120>
-                       : width == 1536 ? forward<Stream, Branch, 1536> : forward<Stream, Branch, 0>;
+  return width == 5120   ? forward<Stream, Branch, 5120>
+         : width == 1536 ? forward<Stream, Branch, 1536>
+                         : forward<Stream, Branch, 0>;
 }
 
 template <class Stream, class Branch, class Grad>
 auto backward_of(int64_t width) {
-  return width == 5120 ? backward<Stream, Branch, Grad, 5120>
-                       : width == 1536 ? backward<Stream, Branch, Grad, 1536> : backward<Stream, Branch, Grad, 0>;
+  return width == 5120   ? backward<Stream, Branch, Grad, 5120>
+         : width == 1536 ? backward<Stream, Branch, Grad, 1536>
+                         : backward<Stream, Branch, Grad, 0>;
 }
 
 template <class Arguments>
 void check(const Arguments& a, bool kinds) {
   if (!kinds)
-    throw std::runtime_error("add_norm: got kinds " + std::to_string(a.stream) + " and " + std::to_string(a.branch) +
+    throw std::runtime_error("add_norm: got kinds " + std::to_string(a.stream) + " and " +
+                             std::to_string(a.branch) +
                              " of stream and branch, want a branch no wider than the stream");
   if (a.width < 1 || a.width > kNormWidth)
     throw std::runtime_error("add_norm: got width " + std::to_string(a.width) + ", want 1 to 5120");
@@ -237,7 +223,7 @@ int64_t add_norm_runs(int64_t batch, int64_t length, int64_t width) {
 void add_norm_forward(const AddNormForward& a, cudaStream_t stream) {
   check(a, a.stream == kFloat32 || a.branch == kBfloat16);
   const int64_t width = a.aligned ? a.width : 0;
-  const auto run = a.stream == kBfloat16 ? forward_of<bf16, bf16>(width)
+  const auto run = a.stream == kBfloat16   ? forward_of<bf16, bf16>(width)
                    : a.branch == kBfloat16 ? forward_of<float, bf16>(width)
                                            : forward_of<float, float>(width);
   run(a, stream);

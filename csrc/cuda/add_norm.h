@@ -27,7 +27,7 @@ struct AddNormBackward {
   const void *dn, *dsum, *x, *y;
   const float *gate, *scale, *mean, *rstd;
   void *dx, *dy;
-  float* part;  // [batch, runs, d scale | d shift | d gate as wanted, width]
+  float *part;  // [batch, runs, d scale | d shift | d gate as wanted, width]
   int64_t dn_b, dn_l, dsum_b, dsum_l, x_b, x_l, y_b, y_l, gate_b, scale_b, batch, length, width;
   float base;
   int stream, branch, grad;  // kinds of x, dsum and dx, of y and dy, of dn
@@ -36,7 +36,7 @@ struct AddNormBackward {
 
 // How many runs of tokens of a sample leave partial sums.
 int64_t add_norm_runs(int64_t batch, int64_t length, int64_t width);
-void add_norm_forward(const AddNormForward& arguments, cudaStream_t stream);
-void add_norm_backward(const AddNormBackward& arguments, cudaStream_t stream);
+void add_norm_forward(const AddNormForward &arguments, cudaStream_t stream);
+void add_norm_backward(const AddNormBackward &arguments, cudaStream_t stream);
 
 }  // namespace prfl::cuda

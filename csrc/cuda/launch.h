@@ -30,7 +30,8 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Shape& s, cudaStream_t stream,
             Arguments... arguments) {
   if (s.shared > 48 << 10)
-    require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.shared)), name, s);
+    require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(s.shared)), name,
+            s);
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = s.cluster, cluster.val.clusterDim.y = 1, cluster.val.clusterDim.z = 1;

@@ -62,7 +62,9 @@ __device__ __forceinline__ void load_transposed(uint32_t (&m)[4], const void* ro
 #else
 
 inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUSIM_HERE) {
-  struct { uint32_t a[4], b[2]; } mine, from;
+  struct {
+    uint32_t a[4], b[2];
+  } mine, from;
   std::memcpy(mine.a, a, sizeof a), std::memcpy(mine.b, b, sizeof b);
   const char* all = cusim::exchange(~0u, &mine, sizeof mine, false, file, line);
   const int g = lane_id() / 4, t = lane_id() % 4;
@@ -170,7 +172,8 @@ struct Tile<float> {
     FragmentA<3> a;
     PRFL_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = *reinterpret_cast<const float2*>(at(row + g + i % 2 * 8, column + 2 * t + i / 2 * 8));
+      const float2 pair =
+          *reinterpret_cast<const float2*>(at(row + g + i % 2 * 8, column + 2 * t + i / 2 * 8));
       set(a, i, pair.x, pair.y);
     }
     return a;

@@ -8,10 +8,9 @@
 // waits for the scores of a tile it computes those of the next. dx replaces the tile in its stage and
 // leaves through the bulk copy engine. The runs (16 for 5,120 columns) are merged by a second kernel
 // in a fixed order. Products run on the tensor cores to float32 accuracy.
-#include "reward_pool.h"
-
 #include "launch.h"
 #include "pool_tiles.h"
+#include "reward_pool.h"
 
 namespace prfl::cuda {
 namespace {
@@ -116,7 +115,8 @@ __global__ void __launch_bounds__(kThreads, 1) pool_forward(const PoolForward a,
 
 // Joins the runs: four columns a thread; grid (columns, queries, batch).
 __global__ void __launch_bounds__(kThreads) pool_merge(const PoolForward a, int64_t runs) {
-  const int64_t c = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 4, row = blockIdx.z * a.queries + blockIdx.y;
+  const int64_t c = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 4,
+                row = blockIdx.z * a.queries + blockIdx.y;
   const int64_t first = blockIdx.z * runs * a.queries + blockIdx.y;  // of run 0
   float top = -INFINITY, total = 0.0f;
   for (int64_t r = 0; r < runs; ++r) top = fmaxf(top, get(a.top + first + r * a.queries));
@@ -203,13 +203,15 @@ __device__ __forceinline__ void differentiate(const PoolTiles<T, kGroups>& tiles
       float dx[4] = {};
       multiply<kKept<T>>(dx, both, state.gu[g][half]);
       PRFL_UNROLL
-      for (int i = 0; i < 2; ++i) tile.set_pair(m + g4 + 8 * i, c + 8 * half + 2 * t, dx[2 * i], dx[2 * i + 1]);
+      for (int i = 0; i < 2; ++i)
+        tile.set_pair(m + g4 + 8 * i, c + 8 * half + 2 * t, dx[2 * i], dx[2 * i + 1]);
     }
   }
 }
 
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads, 1) pool_backward(const PoolBackward a, int64_t runs, int64_t run) {
+__global__ void __launch_bounds__(kThreads, 1)
+    pool_backward(const PoolBackward a, int64_t runs, int64_t run) {
   PRFL_SHARED(memory);
   const int64_t b = blockIdx.y;
   using Tiles = PoolTiles<T, kGroups>;
@@ -279,7 +281,8 @@ Shape shape(const Geometry& g, int64_t batch, int64_t width) {
 
 template <class T, int kGroups>
 void forward(const PoolForward& a, const Geometry& g, cudaStream_t stream) {
-  launch("reward_pool forward", pool_forward<T, kGroups>, shape<T>(g, a.batch, a.width), stream, a, g.runs, g.run);
+  launch("reward_pool forward", pool_forward<T, kGroups>, shape<T>(g, a.batch, a.width), stream, a, g.runs,
+         g.run);
 }
 
 template <class T, int kGroups>
@@ -307,7 +310,8 @@ void reward_pool_forward(const PoolForward& a, cudaStream_t stream) {
   const auto run = a.bf16 ? (g.ranks == 8 ? forward<bf16, 5> : forward<bf16, 3>)
                           : (g.ranks == 8 ? forward<float, 5> : forward<float, 3>);
   run(a, g, stream);
-  const dim3 grid(unsigned((a.width + 4 * kThreads - 1) / (4 * kThreads)), unsigned(a.queries), unsigned(a.batch));
+  const dim3 grid(unsigned((a.width + 4 * kThreads - 1) / (4 * kThreads)), unsigned(a.queries),
+                  unsigned(a.batch));
   launch("reward_pool merge", pool_merge, Shape{grid, dim3(kThreads)}, stream, a, g.runs);
 }
 

@@ -10,10 +10,10 @@ namespace prfl::cuda {
 
 struct PoolForward {
   const void* x;
-  const float* u;              // [queries, width]
-  float *pooled, *lse;         // [batch, queries, width], [batch, queries]
-  float* scores;               // [batch, length, queries]
-  float *top, *total, *acc;    // scratch: [batch, runs, queries] twice, [batch, runs, queries, width]
+  const float* u;            // [queries, width]
+  float *pooled, *lse;       // [batch, queries, width], [batch, queries]
+  float* scores;             // [batch, length, queries]
+  float *top, *total, *acc;  // scratch: [batch, runs, queries] twice, [batch, runs, queries, width]
   int64_t x_b, x_l, batch, length, width, queries, bf16;
 };
 

@@ -64,7 +64,9 @@ __device__ __forceinline__ Raw8<float> load8(const float* p) {
   const float4* q = reinterpret_cast<const float4*>(p);
   return {{get(q), get(q + 1)}};
 }
-__device__ __forceinline__ Raw8<bf16> load8(const bf16* p) { return {{get(reinterpret_cast<const uint4*>(p))}}; }
+__device__ __forceinline__ Raw8<bf16> load8(const bf16* p) {
+  return {{get(reinterpret_cast<const uint4*>(p))}};
+}
 
 __device__ __forceinline__ void unpack8(const Raw8<float>& raw, float (&x)[8]) {
   PRFL_UNROLL
@@ -84,15 +86,16 @@ __device__ __forceinline__ void store8(float* p, const float (&x)[8]) {
   put(reinterpret_cast<float4*>(p) + 1, make_float4(x[4], x[5], x[6], x[7]));
 }
 __device__ __forceinline__ void store8(bf16* p, const float (&x)[8]) {
-  put(reinterpret_cast<uint4*>(p), make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]),
-                                              bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7])));
+  put(reinterpret_cast<uint4*>(p),
+      make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7])));
 }
 
 __device__ __forceinline__ Raw8<float> pack8(const float (&x)[8], float) {
   return {{make_float4(x[0], x[1], x[2], x[3]), make_float4(x[4], x[5], x[6], x[7])}};
 }
 __device__ __forceinline__ Raw8<bf16> pack8(const float (&x)[8], bf16) {
-  return {{make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]), bf16_pair(x[6], x[7]))}};
+  return {{make_uint4(bf16_pair(x[0], x[1]), bf16_pair(x[2], x[3]), bf16_pair(x[4], x[5]),
+                      bf16_pair(x[6], x[7]))}};
 }
 
 // The eight columns of a row that a thread works on. kWidth: the width, if it is known at compile time
@@ -138,7 +141,8 @@ struct Columns {
     uint32_t words[4];
     PRFL_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(x[4 * i], x[4 * i + 1]), __NV_SATFINITE, __NV_E4M3);
+      const uint32_t low =
+          __nv_cvt_float2_to_fp8x2(make_float2(x[4 * i], x[4 * i + 1]), __NV_SATFINITE, __NV_E4M3);
       const uint32_t high =
           __nv_cvt_float2_to_fp8x2(make_float2(x[4 * i + 2], x[4 * i + 3]), __NV_SATFINITE, __NV_E4M3);
       words[i] = low | high << 16;

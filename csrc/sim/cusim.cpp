@@ -108,7 +108,8 @@ void at(const char* what, const char* file, int line) {
 void enter_fiber() {
   begun(current->stack);
   (*body)();
-  if (!current->open.empty() || !current->groups.empty()) fail("bulk stores that the thread does not wait for");
+  if (!current->open.empty() || !current->groups.empty())
+    fail("bulk stores that the thread does not wait for");
   current->done = true;
   ++current->block->done;
   tsan_release(&finished);
@@ -225,7 +226,8 @@ void barrier(unsigned id, unsigned count, bool wait, const char* file, int line)
 void cluster_arrive(const char* file, int line) {
   Quiet quiet;
   at("the arrival at a cluster barrier", file, line);
-  if (current->cluster_arrivals > cluster.generation) fail("two arrivals at a cluster barrier without a wait");
+  if (current->cluster_arrivals > cluster.generation)
+    fail("two arrivals at a cluster barrier without a wait");
   ++current->cluster_arrivals;
   tsan_release(&cluster);
   if (++cluster.arrived == running) cluster.arrived = 0, ++cluster.generation;

@@ -126,12 +126,23 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, CUSIM_HERE) {
 inline int __any_sync(unsigned mask, int p, CUSIM_HERE) { return __ballot_sync(mask, p, file, line) != 0; }
 inline int __all_sync(unsigned mask, int p, CUSIM_HERE) { return __ballot_sync(mask, p, file, line) == mask; }
 
-template <class T> T __ldg(const T* p) { return *p; }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline unsigned __float_as_uint(float x) { unsigned u; std::memcpy(&u, &x, 4); return u; }
-inline float __uint_as_float(unsigned u) { float x; std::memcpy(&x, &u, 4); return x; }
+inline unsigned __float_as_uint(float x) {
+  unsigned u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+inline float __uint_as_float(unsigned u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
 inline int __float_as_int(float x) { return int(__float_as_uint(x)); }
 inline float __int_as_float(int i) { return __uint_as_float(unsigned(i)); }
 using std::max;

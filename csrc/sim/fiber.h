@@ -42,13 +42,22 @@ extern "C" void cusim_switch(void** from, void* to);
 namespace cusim {
 namespace {
 
-inline void tsan_release(void* p) { (void)p; CUSIM_TSAN_CALL(__tsan_release(p)); }
-inline void tsan_acquire(void* p) { (void)p; CUSIM_TSAN_CALL(__tsan_acquire(p)); }
+inline void tsan_release(void* p) {
+  (void)p;
+  CUSIM_TSAN_CALL(__tsan_release(p));
+}
+inline void tsan_acquire(void* p) {
+  (void)p;
+  CUSIM_TSAN_CALL(__tsan_acquire(p));
+}
 inline void tsan_read(const void* p, size_t n) {
   (void)p, (void)n;
   CUSIM_TSAN_CALL(__tsan_read_range(const_cast<void*>(p), n));
 }
-inline void tsan_write(void* p, size_t n) { (void)p, (void)n; CUSIM_TSAN_CALL(__tsan_write_range(p, n)); }
+inline void tsan_write(void* p, size_t n) {
+  (void)p, (void)n;
+  CUSIM_TSAN_CALL(__tsan_write_range(p, n));
+}
 
 // Accesses within are not the kernel's: the race detector is to leave them alone.
 struct Quiet {
@@ -122,7 +131,10 @@ void start(Stack& s, void (*entry)()) {
   CUSIM_TSAN_CALL(s.tsan = __tsan_create_fiber(0));
 }
 
-void discard(Stack& s) { (void)s; CUSIM_TSAN_CALL(__tsan_destroy_fiber(s.tsan)); }
+void discard(Stack& s) {
+  (void)s;
+  CUSIM_TSAN_CALL(__tsan_destroy_fiber(s.tsan));
+}
 
 // From the scheduler into the fiber, until it leaves.
 void resume(Stack& s) {

@@ -13,5 +13,6 @@ PYBIND11_MODULE(PRFL_MODULE, m) {
   bind_cuda(m);
   m.def("watch", [](intptr_t base, size_t bytes) { cusim_watch(reinterpret_cast<void*>(base), bytes); });
   m.def("eager", [](bool on) { cusim_eager(on); });
-  m.def("traffic", [](intptr_t base, bool written) { return cusim_traffic(reinterpret_cast<void*>(base), written); });
+  m.def("traffic",
+        [](intptr_t base, bool written) { return cusim_traffic(reinterpret_cast<void*>(base), written); });
 }

@@ -1,0 +1,125 @@
+// n = x rstd weight over a whole row, then the pairs of every head turned by the token's angles:
+// out = n cos + swapped(n) sin, where swapped exchanges the two of a pair and sin is (-sine, sine).
+#include <math.h>
+
+#include "rows.h"
+
+namespace prfl::PRFL_ISA {
+namespace {
+
+// Cosines and sines [head_dim] of a token, gathered from the rows of its frame, row and column.
+struct Angles {
+  const Rope& rope;
+  float *cos, *sin;
+
+  void take(int64_t l) {
+    const int64_t token = rope.offset + l;
+    const int64_t frame = token / (rope.rows * rope.columns);
+    copy(frame, 0, rope.frames);
+    copy(token / rope.columns % rope.rows, rope.frames, rope.frames_rows);
+    copy(token % rope.columns, rope.frames_rows, rope.head_dim);
+  }
+  void copy(int64_t place, int64_t from, int64_t to) {
+    memcpy(cos + from, rope.cos.at<float>(place) + from, (to - from) * sizeof(float));
+    memcpy(sin + from, rope.sin.at<float>(place) + from, (to - from) * sizeof(float));
+  }
+};
+
+template <class X>
+float squares(const X* x, int64_t n) {
+  vf total[4] = {};
+  each<4>(n, [&](int64_t i, auto m, int k) {
+    vf a = load(x + i, m);
+    total[k] += a * a;
+  });
+  return sum(total);
+}
+
+template <class X, bool ROPE>
+void forward(const QkNormRopeForward& a) {
+  const int64_t width = a.shape.width, dim = a.rope.head_dim;
+  Scratch weights(2 * width);
+  const float* weight[2];
+  for (int t = 0; t < 2; t++) weight[t] = float_row(a.weight[t], 0, width, weights + t * width);
+  over_tokens(a.shape, a.threads, [&](int64_t b, int64_t l0, int64_t l1) {
+    Scratch room(2 * dim);
+    Angles angles{a.rope, room, room + dim};
+    for (int64_t l = l0; l < l1; l++) {
+      if (ROPE) angles.take(l);
+      for (int t = 0; t < 2 && a.x[t]; t++) {
+        const X* x = a.x[t].at<X>(b, l);
+        X* out = a.out[t].at<X>(b, l);
+        const float rstd = 1.0f / sqrtf(squares(x, width) / width + a.eps);
+        a.rstd[t].at<float>(b)[l] = rstd;
+        for (int64_t h = 0; h < width; h += dim)
+          each(dim, [&](int64_t i, auto m, int) {
+            vf n = load(x + h + i, m) * rstd * load(weight[t] + h + i, m);
+            if (ROPE) n = n * load(angles.cos + i, m) + swapped(n) * load(angles.sin + i, m);
+            store(out + h + i, n, m);
+          });
+      }
+    }
+  });
+}
+
+// dn = d turned back;  g = dn weight;  dx = rstd (g - x_hat mean(g x_hat));  d weight = sum dn x_hat
+template <class X, bool ROPE>
+void backward(const QkNormRopeBackward& a) {
+  const int64_t width = a.shape.width, dim = a.rope.head_dim;
+  Scratch weights(2 * width);
+  const float* weight[2];
+  for (int t = 0; t < 2; t++) weight[t] = float_row(a.weight[t], 0, width, weights + t * width);
+  over_runs(a.shape, a.runs, a.threads, [&](int64_t b, int64_t r, int64_t l0, int64_t l1) {
+    Scratch room(2 * dim + width);
+    Angles angles{a.rope, room, room + dim};
+    float* g = room + 2 * dim;
+    float* part = a.part ? a.part.at<float>() + (b * a.runs + r) * 2 * width : nullptr;
+    if (part != nullptr) memset(part, 0, 2 * width * sizeof(float));
+    for (int64_t l = l0; l < l1; l++) {
+      if (ROPE) angles.take(l);
+      for (int t = 0; t < 2 && a.x[t]; t++) {
+        const X* x = a.x[t].at<X>(b, l);
+        const float rstd = a.rstd[t].at<float>(b)[l];
+        float* dweight = part != nullptr ? part + t * width : nullptr;
+        vf total[2] = {};
+        for (int64_t h = 0; h < width; h += dim) {
+          const X* d = a.d[t].at<X>(b, l, h / dim);
+          each<2>(dim, [&](int64_t i, auto m, int k) {
+            vf dn = load(d + i, m);
+            if (ROPE) dn = dn * load(angles.cos + i, m) - swapped(dn) * load(angles.sin + i, m);
+            vf x_hat = load(x + h + i, m) * rstd;
+            vf dn_x = dn * x_hat;
+            if (dweight != nullptr) store(dweight + h + i, load(dweight + h + i, m) + dn_x, m);
+            vf w = load(weight[t] + h + i, m);
+            store(g + h + i, dn * w, m);
+            total[k] += dn_x * w;
+          });
+        }
+        const float mean = sum(total) / width;
+        X* dx = a.dx[t].at<X>(b, l);
+        each(width, [&](int64_t i, auto m, int) {
+          vf x_hat = load(x + i, m) * rstd;
+          store(dx + i, (load(g + i, m) - x_hat * mean) * rstd, m);
+        });
+      }
+    }
+  });
+  if (a.part)
+    add_runs(a.part.at<float>(), a.shape.batch * a.runs, 2 * width, 2 * width, a.dweight.at<float>(), a.threads);
+}
+
+}  // namespace
+
+void qk_norm_rope_forward(const QkNormRopeForward& a) {
+  with_type(a.x[0].dtype, [&](auto x) {
+    a.rope.cos ? forward<decltype(x), true>(a) : forward<decltype(x), false>(a);
+  });
+}
+
+void qk_norm_rope_backward(const QkNormRopeBackward& a) {
+  with_type(a.x[0].dtype, [&](auto x) {
+    a.rope.cos ? backward<decltype(x), true>(a) : backward<decltype(x), false>(a);
+  });
+}
+
+}  // namespace prfl::PRFL_ISA

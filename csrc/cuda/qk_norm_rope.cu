@@ -1,0 +1,233 @@
+// RMSNorm over the whole width and rotation of every head's pairs, of q and k at once:
+//
+//   n = x / sqrt(mean(x^2) + eps) weight,   out = n turned by the angles of the token
+//
+// A thread holds eight columns of q and of k: four pairs of one head. Forward, a block makes one token;
+// backward it walks over a run of tokens with the sums for the weights in registers.
+#include "qk_norm_rope.h"
+#include "reduce.h"
+#include "rows.h"
+#include "vector.h"
+
+namespace prfl::cuda {
+namespace {
+
+// Cosines and sines of the thread's pairs at token l.
+struct Angles {
+  float cos[4], sin[4];
+};
+
+template <int kWidth>
+__device__ __forceinline__ void load_angles(const Rotation& r, const Columns<kWidth>& columns, int64_t l,
+                                            Angles& angles) {
+  const unsigned pairs = (kWidth ? 128 : r.head_dim) / 2, token = unsigned(r.offset + l);
+  const unsigned line = token / unsigned(r.columns), column = token - line * unsigned(r.columns);
+  const unsigned frame = line / unsigned(r.rows), row = line - frame * unsigned(r.rows);
+  PRFL_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const unsigned pair = unsigned(columns.first / 2 + i) % pairs;
+    const unsigned place = pair < unsigned(r.frame_pairs)                 ? frame
+                           : pair < unsigned(r.frame_pairs + r.row_pairs) ? row
+                                                                          : column;
+    angles.cos[i] = get(r.cos + place * pairs + pair), angles.sin[i] = get(r.sin + place * pairs + pair);
+  }
+}
+
+// By the angles, or back for sign -1.
+__device__ __forceinline__ void turn(const Angles& angles, float sign, float (&x)[8]) {
+  PRFL_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float even = x[2 * i], odd = x[2 * i + 1], sin = sign * angles.sin[i];
+    x[2 * i] = even * angles.cos[i] - odd * sin;
+    x[2 * i + 1] = even * sin + odd * angles.cos[i];
+  }
+}
+
+// As e4m3 with one scale for each head, whose columns neighbouring lanes hold.
+template <int kWidth>
+__device__ __forceinline__ void store_heads(const Columns<kWidth>& columns, int head_dim, int64_t token,
+                                            int64_t width, float (&x)[8], void* out, float* quant) {
+  float most = 0.0f;
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x[i]));
+  for (int step = (kWidth ? 128 : head_dim) / 16; step > 0; step /= 2)
+    most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
+  const float scale = most > 0.0f ? most / kE4m3Max : 1.0f;
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] /= scale;
+  columns.store_e4m3(static_cast<uint8_t*>(out) + token * width, x);
+  if (columns.count && columns.first % head_dim == 0)
+    put(quant + (token * width + columns.first) / head_dim, scale);
+}
+
+template <class T, int kWidth>
+__device__ __forceinline__ void store_row(const QkForward& a, const Columns<kWidth>& columns, int64_t token,
+                                          int64_t width, float rstd, const float* weight,
+                                          const Angles& angles, float (&x)[8], void* out, float* quant) {
+  float w[8];
+  columns.load(weight, w);
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) x[i] *= rstd * w[i];
+  if (a.rotation.cos != nullptr) turn(angles, 1.0f, x);
+  if (a.out == kE4m3)
+    store_heads(columns, a.rotation.head_dim, token, width, x, out, quant);
+  else
+    columns.store(static_cast<T*>(out) + token * width, x);
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>) qk_forward_kernel(const QkForward a) {
+  PRFL_SHARED(memory);
+  const int64_t b = blockIdx.y, l = blockIdx.x, width = kWidth ? kWidth : a.width;
+  const int64_t token = b * a.length + l;
+  const Columns<kWidth> columns(width, a.aligned);
+  float q[8], k[8] = {}, squares[2] = {};
+  columns.load(static_cast<const T*>(a.q) + b * a.q_b + l * a.q_l, q);
+  if (a.k != nullptr) columns.load(static_cast<const T*>(a.k) + b * a.k_b + l * a.k_l, k);
+  Angles angles = {};
+  if (a.rotation.cos != nullptr) load_angles(a.rotation, columns, l, angles);
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) squares[0] += q[i] * q[i], squares[1] += k[i] * k[i];
+  block_sum(squares, reinterpret_cast<float*>(memory));
+  const float rstd_q = rsqrtf(squares[0] / width + a.eps), rstd_k = rsqrtf(squares[1] / width + a.eps);
+  store_row<T>(a, columns, token, width, rstd_q, a.weight_q, angles, q, a.out_q, a.quant_q);
+  if (a.k != nullptr)
+    store_row<T>(a, columns, token, width, rstd_k, a.weight_k, angles, k, a.out_k, a.quant_k);
+  if (a.rstd_q == nullptr || threadIdx.x != 0) return;
+  put(a.rstd_q + token, rstd_q);
+  if (a.k != nullptr) put(a.rstd_k + token, rstd_k);
+}
+
+template <class T>
+struct Pair {
+  Raw8<T> d, x;
+  float rstd;
+};
+
+// x_hat and g = dn weight of one token; d weight = sum dn x_hat.
+template <class T, int kWidth>
+__device__ __forceinline__ void through_weight(const Columns<kWidth>& columns, const Pair<T>& row,
+                                               bool turned, const Angles& angles, const float* weight,
+                                               float (&x_hat)[8], float (&g)[8], float (&dweight)[8]) {
+  float w[8];
+  columns.load(weight, w);
+  unpack8(row.x, x_hat), unpack8(row.d, g);
+  if (turned) turn(angles, -1.0f, g);
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    x_hat[i] *= row.rstd;
+    dweight[i] += g[i] * x_hat[i];
+    g[i] *= w[i];
+  }
+}
+
+__device__ __forceinline__ float dot8(const float (&a)[8], const float (&b)[8]) {
+  float sum = 0.0f;
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// dx = rstd (g - x_hat mean(g x_hat))
+template <class T, int kWidth>
+__device__ __forceinline__ void store_dx(const Columns<kWidth>& columns, void* out, float rstd, float mean,
+                                         const float (&x_hat)[8], float (&g)[8]) {
+  PRFL_UNROLL
+  for (int i = 0; i < 8; ++i) g[i] = (g[i] - x_hat[i] * mean) * rstd;
+  columns.store(static_cast<T*>(out), g);
+}
+
+template <class T, int kWidth>
+__device__ __forceinline__ void fetch(const QkBackward& a, const Columns<kWidth>& columns, int64_t b,
+                                      int64_t l, Pair<T>& q, Pair<T>& k) {
+  q.d = columns.load(static_cast<const T*>(a.dq) + b * a.dq_b + l * a.dq_l);
+  q.x = columns.load(static_cast<const T*>(a.q) + b * a.q_b + l * a.q_l);
+  q.rstd = get(a.rstd_q + b * a.length + l);
+  if (a.k == nullptr) return;
+  k.d = columns.load(static_cast<const T*>(a.dk) + b * a.dk_b + l * a.dk_l);
+  k.x = columns.load(static_cast<const T*>(a.k) + b * a.k_b + l * a.k_l);
+  k.rstd = get(a.rstd_k + b * a.length + l);
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
+    qk_backward_kernel(const QkBackward a, int64_t run) {
+  PRFL_SHARED(memory);
+  // Four rows of float32 on their way, besides those at work, would not fit the registers.
+  constexpr bool kAhead = sizeof(T) == 2;
+  const int64_t b = blockIdx.y, first = blockIdx.x * run, last = min(first + run, a.length);
+  const int64_t width = kWidth ? kWidth : a.width;
+  const Columns<kWidth> columns(width, a.aligned);
+  float dweight_q[8] = {}, dweight_k[8] = {};
+  Pair<T> next_q, next_k;
+  if (kAhead) fetch(a, columns, b, first, next_q, next_k);
+  for (int64_t l = first; l < last; ++l) {
+    Pair<T> q = next_q, k = next_k;
+    if (!kAhead) fetch(a, columns, b, l, q, k);
+    if (kAhead && l + 1 < last) fetch(a, columns, b, l + 1, next_q, next_k);
+    Angles angles = {};
+    const bool turned = a.rotation.cos != nullptr;
+    if (turned) load_angles(a.rotation, columns, l, angles);
+    float x_q[8], g_q[8], x_k[8] = {}, g_k[8] = {};
+    through_weight(columns, q, turned, angles, a.weight_q, x_q, g_q, dweight_q);
+    if (a.k != nullptr) through_weight(columns, k, turned, angles, a.weight_k, x_k, g_k, dweight_k);
+    float means[2] = {dot8(g_q, x_q), dot8(g_k, x_k)};
+    block_sum(means, reinterpret_cast<float*>(memory) + 2 * kSlots * ((l - first) % 2));
+    const int64_t out = (b * a.length + l) * width;
+    store_dx<T>(columns, static_cast<T*>(a.out_q) + out, q.rstd, means[0] / width, x_q, g_q);
+    if (a.k != nullptr)
+      store_dx<T>(columns, static_cast<T*>(a.out_k) + out, k.rstd, means[1] / width, x_k, g_k);
+  }
+  if (a.part == nullptr) return;
+  float* part = a.part + (b * gridDim.x + blockIdx.x) * 2 * width;
+  columns.store(part, dweight_q), columns.store(part + width, dweight_k);
+}
+
+template <class T, int kWidth>
+void forward(const QkForward& a, cudaStream_t stream) {
+  launch("qk_norm_rope forward", qk_forward_kernel<T, kWidth>, row_shape(a.length, a.batch, a.width), stream,
+         a);
+}
+
+template <class T, int kWidth>
+void backward(const QkBackward& a, cudaStream_t stream) {
+  const int64_t run = run_length(a.batch, a.length, a.width);
+  launch("qk_norm_rope backward", qk_backward_kernel<T, kWidth>,
+         row_shape((a.length + run - 1) / run, a.batch, a.width), stream, a, run);
+}
+
+// The width to specialise for: heads of 128 where there is a rotation or a scale a head.
+template <class Arguments>
+int64_t checked(const Arguments& a) {
+  if (a.width < 1 || a.width > kNormWidth)
+    throw std::runtime_error("qk_norm_rope: got width " + std::to_string(a.width) + ", want 1 to 5120");
+  return a.aligned && (a.rotation.cos == nullptr || a.rotation.head_dim == 128) ? a.width : 0;
+}
+
+template <class T>
+auto forward_of(int64_t width) {
+  return width == 5120 ? forward<T, 5120> : width == 1536 ? forward<T, 1536> : forward<T, 0>;
+}
+
+template <class T>
+auto backward_of(int64_t width) {
+  return width == 5120 ? backward<T, 5120> : width == 1536 ? backward<T, 1536> : backward<T, 0>;
+}
+
+}  // namespace
+
+void qk_norm_rope_forward(const QkForward& a, cudaStream_t stream) {
+  const int64_t width = checked(a);
+  const int d = a.rotation.head_dim;
+  if (a.out == kE4m3 && (d < 8 || d > 256 || d & (d - 1)))
+    throw std::runtime_error("qk_norm_rope: got heads of " + std::to_string(d) +
+                             " for e4m3, want a power of two from 8 to 256");
+  (a.kind == kBfloat16 ? forward_of<bf16>(width) : forward_of<float>(width))(a, stream);
+}
+
+void qk_norm_rope_backward(const QkBackward& a, cudaStream_t stream) {
+  const int64_t width = checked(a);
+  (a.kind == kBfloat16 ? backward_of<bf16>(width) : backward_of<float>(width))(a, stream);
+}
+
+}  // namespace prfl::cuda
