@@ -8,10 +8,16 @@ sums, so their backward serves both.
 import torch
 from torch import Tensor
 
-from prfl_kernels import cuda_kernels
 from prfl_kernels.attention_triton import _dense as addressable
 
 HEAD_DIM = 128
+
+
+def _launch(name: str, held: tuple[Tensor, ...], sizes: tuple[int, ...], scale: float) -> None:
+    from prfl_kernels import cuda_kernels  # imports the table, which imports the back ends and so this
+
+    launch = getattr(cuda_kernels.library(), name)
+    launch(*map(cuda_kernels._view, held), *sizes, scale, cuda_kernels._stream(held[0]))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -25,9 +31,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     batch, queries, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    held = map(cuda_kernels._view, (q, k, v, out, lse))
-    sizes = batch, queries, k.shape[1], heads
-    cuda_kernels.library().attention_hopper(*held, *sizes, scale, cuda_kernels._stream(q))
+    _launch("attention_hopper", (q, k, v, out, lse), (batch, queries, k.shape[1], heads), scale)
     return out, lse
 
 
@@ -51,7 +55,5 @@ def launch_forward_fp8(
     by_head = k_scale.new_ones(batch, heads, v8.shape[3])
     by_head[..., : k8.shape[1]] = k_scale.mT
     inputs = q8, q_scale.contiguous(), k8, by_head, v8.contiguous(), v_scale.contiguous()
-    held = map(cuda_kernels._view, (*inputs, out, lse))
-    sizes = batch, queries, k8.shape[1], heads
-    cuda_kernels.library().attention_hopper_fp8(*held, *sizes, scale, cuda_kernels._stream(q8))
+    _launch("attention_hopper_fp8", (*inputs, out, lse), (batch, queries, k8.shape[1], heads), scale)
     return out, lse

@@ -11,14 +11,18 @@ import pytest
 import torch
 from cuda_sim import CSRC, compiler, missing
 from cuda_sim import simulation as simulated
-from fused import error, normal, strided
+from fused import assert_as_good_as_torch, error, needs_triton, normal, strided
 from test_fp8 import exact, quantized, values_of
 
-from prfl_kernels import attention_hopper, cuda_kernels
-from prfl_kernels.attention_backends import reference_forward
+from prfl_kernels import attention_hopper, compiled, cuda_kernels, table
+from prfl_kernels.attention import attention_with_lse
+from prfl_kernels.attention_backends import BACKENDS, ORDER, absence, reference_forward
 from prfl_kernels.attention_fp8 import BLOCK_N, attention_fp8_reference
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}")
+pytestmark = [
+    needs_triton,
+    pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}"),
+]
 BF16 = torch.bfloat16
 SCALE = 128**-0.5
 KEYS, SLOTS = 176, 4  # of a block, and of the ring: as in csrc/cuda/attention_formats.h
@@ -97,6 +101,30 @@ def test_a_launch_that_cannot_be_has_its_numbers(kernels):
     message = "attention_hopper: cuTensorMapEncodeTiled got k of sizes 1 4 1 128, strides 512 129 128"
     with pytest.raises(RuntimeError, match=message):
         kernels.attention_hopper(q, odd, v, q, q, 1, 3, 4, 1, SCALE, 0)
+
+
+# -- behind the dispatcher
+
+
+def test_the_backend_is_forward_here_and_backward_in_triton(monkeypatch):
+    """Gradients come from (q, k, v, out, lse): on this forward's as good as torch's own."""
+    monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["cuda"]._replace(device=None, capabilities=(0, 99)))
+    monkeypatch.setattr(compiled, "absence", lambda part, device: None)
+    monkeypatch.setitem(table._overrides, "attention", "cuda")
+    assert_as_good_as_torch(attention_with_lse, qkv(1, 70, 200, 1))
+
+
+def test_it_is_no_default_and_says_why_it_is_absent(monkeypatch):
+    assert "cuda" not in ORDER
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    assert absence("cuda", "cuda", BF16) == "needs capability 9.0, got 10.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(compiled, "absence", lambda part, device: f"is not built: {part} {device}")
+    assert absence("cuda", "cuda", BF16) == "is not built: cuda cuda"
+    monkeypatch.setattr(compiled, "absence", lambda part, device: None)
+    assert absence("cuda", "cuda", BF16) is None
+    assert absence("cuda", "cuda", torch.float16) == "has no float16"
+    assert absence("cuda", "cpu", BF16) == "needs a cuda device"
 
 
 # -- e4m3
