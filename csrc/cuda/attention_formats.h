@@ -47,6 +47,7 @@ struct Bf16 {
   struct Scales {};
   float factor[2];
 
+  static __device__ __forceinline__ uint64_t values(const void* tile) { return mma_operand(tile, kKeys * kPanel); }
   __device__ __forceinline__ Bf16(const Arguments<Bf16>& a, int) : factor{a.factor, a.factor} {}
 
   static __device__ __forceinline__ void load_keys(Shared<Bf16>& s, int slot, const Arguments<Bf16>& a, int block,
@@ -67,8 +68,7 @@ struct Bf16 {
     }
   }
   __device__ __forceinline__ void issue_values(float (&acc)[kDim / 2], const uint32_t (&p)[kWeights],
-                                               const unsigned char* values) {
-    const uint64_t v = mma_operand(values, kKeys * kPanel);
+                                               uint64_t v) {
     PRFL_UNROLL
     for (int j = 0; j < kKeys; j += 16) mma_bf16(acc, p + j / 4, v + j * kPanel / 16, 1);
   }
@@ -95,6 +95,7 @@ struct E4m3 {
   };
   float factor[2];
 
+  static __device__ __forceinline__ uint64_t values(const void* tile) { return mma_operand(tile); }
   __device__ __forceinline__ E4m3(const Arguments<E4m3>& a, int first) {
     const int row = first + threadIdx.x % kWarpGroup / 32 * 16 + lane_id() / 4;
     PRFL_UNROLL
@@ -122,8 +123,7 @@ struct E4m3 {
     for (int d = 0; d < kDim; d += 32) mma_e4m3(scores, q + d / 16, k + d / 16, d > 0);
   }
   __device__ __forceinline__ void issue_values(float (&)[kDim / 2], const uint32_t (&p)[kWeights],
-                                               const unsigned char* values) {
-    const uint64_t v = mma_operand(values);
+                                               uint64_t v) {
     PRFL_UNROLL
     for (int j = 0; j < kKeys; j += 32) mma_e4m3(made_, p + j / 8, v + j / 16, j > 0);
   }

@@ -98,11 +98,12 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
   if (group == 0 && blocks > 1) named_barrier_arrive(kTurn, kConsumers * kWarpGroup);
 
   Ring<Format> ring;
-  const uint64_t q = mma_operand(s.queries[group]);
+  const uint64_t q = mma_operand(s.queries[group]), k = mma_operand(s.tiles[0]), v = Format::values(s.tiles[0]);
+  constexpr int kStep = Format::kTile / 16;
   mbarrier_wait(&s.loaded, 0);
   mbarrier_wait(&s.full[0], 0);
   mma_fence();
-  Format::issue_scores(scores, q, mma_operand(s.tiles[0]));
+  Format::issue_scores(scores, q, k);
   mma_commit();
   mma_wait<0>();
   format.scale(scores, s, 0);
@@ -122,13 +123,13 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
     ring.next();
     named_barrier_wait(kTurn + group, kConsumers * kWarpGroup);
     mma_fence();
-    Format::issue_scores(scores, q, mma_operand(s.tiles[k_slot]));
+    Format::issue_scores(scores, q, k + k_slot * kStep);
     mma_commit();
     const int v_slot = ring.slot;
     mbarrier_wait(&s.full[v_slot], ring.phase);
     ring.next();
     mma_fence();
-    format.issue_values(acc, p, s.tiles[v_slot]);
+    format.issue_values(acc, p, v + v_slot * kStep);
     mma_commit();
     // Nobody waits for the very last turn.
     if (group == 0 || j > 1) named_barrier_arrive(kTurn + (group ^ 1), kConsumers * kWarpGroup);
@@ -144,7 +145,7 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
   }
   mbarrier_wait(&s.full[ring.slot], ring.phase);
   mma_fence();
-  format.issue_values(acc, p, s.tiles[ring.slot]);
+  format.issue_values(acc, p, v + ring.slot * kStep);
   mma_commit();
   mma_wait<0>();
   format.finish(acc, a);
