@@ -58,8 +58,16 @@ def check(q, k, v):
     return out, lse
 
 
-# Lengths that no tile divides, one block and more blocks than the ring has slots, one query, one key.
-SHAPES = [(1, 1, 1, 1), (2, 130, 2 * KEYS, 2), (1, 257, KEYS - 1, 1), (1, 70, (SLOTS + 2) * KEYS + 9, 1)]
+# Lengths that no tile divides, one block and more blocks than the ring has slots, one query, one key. Two
+# tiles of queries and more than 32 are clusters; of an odd number the last block has nothing to do.
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 130, 2 * KEYS, 2),
+    (1, 257, KEYS - 1, 1),
+    (1, 70, (SLOTS + 2) * KEYS + 9, 1),
+    (1, 140, SLOTS * KEYS + 9, 1),
+    (1, 33 * 128 - 60, 20, 1),
+]
 
 
 @pytest.mark.parametrize("eager", [False, True])
@@ -173,6 +181,8 @@ FAULTS = {  # what is changed in the source
     "values are given back while in use": ("    mma_wait<0>();\n    if (lane", "    if (lane"),
     "one key too many": (">= valid", "> valid"),
     "too many bytes are announced": ("&s.loaded, kConsumers", "&s.loaded, 2 * kConsumers"),
+    "a block takes its partner's tiles for its own": ("lane < ranks", "lane < 1"),
+    "a block ends before its partner": ("  cluster_wait();\n#else", "#else"),
 }
 RUN = """
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -225,7 +235,7 @@ def runs_right(library):
     for eager in (0, 1):
         library.cusim_eager(eager)
         try:
-            check(*qkv(1, 70, (SLOTS + 2) * KEYS + 9, 1))
+            check(*qkv(1, 130, SLOTS * KEYS + 9, 1))
         except (RuntimeError, AssertionError):
             return False
     return True

@@ -6,6 +6,7 @@
 // of its own, and the accumulator is float32 in registers; weights are stored times 2^8. See
 // kernels/attention_fp8.py.
 #pragma once
+#include "cluster.h"
 #include "softmax.h"
 #include "tma.h"
 #include "vector.h"
@@ -37,29 +38,28 @@ struct Shared {
 
 struct Place {
   int tile, head, batch;
+  unsigned rank, ranks;  // in a cluster, whose blocks have the head in common
+};
+
+struct Corner {  // of a box of a tensor map
+  int row, panel;
 };
 
 struct Bf16 {
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  static constexpr int kBytes = 2, kKeys = 176, kSlots = 4, kBits = 0;
+  static constexpr int kBytes = 2, kKeys = 176, kSlots = 4, kBits = 0, kHalfRows = kKeys, kScaleBytes = 0;
   static constexpr int kWeights = kKeys / 4, kTile = kKeys * kDim * kBytes;
-  static_assert(kTile % kSwizzle == 0);
+  static_assert(kTile / 2 % kSwizzle == 0);
   struct Scales {};
   float factor[2];
 
   static __device__ __forceinline__ uint64_t values(const void* tile) { return mma_operand(tile, kKeys * kPanel); }
   __device__ __forceinline__ Bf16(const Arguments<Bf16>& a, int) : factor{a.factor, a.factor} {}
 
-  static __device__ __forceinline__ void load_keys(Shared<Bf16>& s, int slot, const Arguments<Bf16>& a, int block,
-                                                   const Place& at) {
-    mbarrier_expect(&s.full[slot], kTile);
-    tma_load(s.tiles[slot], &a.k, block * kKeys, 0, at.head, at.batch, &s.full[slot]);
-  }
-  static __device__ __forceinline__ void load_values(Shared<Bf16>& s, int slot, const Arguments<Bf16>& a, int block,
-                                                     const Place& at) {
-    mbarrier_expect(&s.full[slot], kTile);
-    tma_load(s.tiles[slot], &a.v, block * kKeys, 0, at.head, at.batch, &s.full[slot]);
-  }
+  // A half of a tile is a panel.
+  static __device__ __forceinline__ Corner key_half(int block, int half) { return {block * kKeys, half}; }
+  static __device__ __forceinline__ Corner value_half(int block, int half) { return {block * kKeys, half}; }
+  static __device__ __forceinline__ void load_scales(Shared<Bf16>&, int, const Arguments<Bf16>&, int, const Place&) {}
   static __device__ __forceinline__ void issue_scores(float (&scores)[kKeys / 2], uint64_t q, uint64_t k) {
     PRFL_UNROLL
     for (int d = 0; d < kDim; d += 16) {
@@ -88,7 +88,7 @@ struct Bf16 {
 
 struct E4m3 {
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  static constexpr int kBytes = 1, kKeys = 128, kSlots = 8, kBits = 8;
+  static constexpr int kBytes = 1, kKeys = 128, kSlots = 8, kBits = 8, kHalfRows = 64, kScaleBytes = 4 * kKeys;
   static constexpr int kWeights = kKeys / 8, kTile = kKeys * kDim;
   struct Scales {
     float of[kSlots][kKeys];  // of the keys of a tile
@@ -105,18 +105,15 @@ struct E4m3 {
     }
   }
 
-  static __device__ __forceinline__ void load_keys(Shared<E4m3>& s, int slot, const Arguments<E4m3>& a, int block,
-                                                   const Place& at) {
+  static __device__ __forceinline__ Corner key_half(int block, int half) {
+    return {block * kKeys + half * kHalfRows, 0};
+  }
+  static __device__ __forceinline__ Corner value_half(int block, int half) { return {half * kHalfRows, block}; }
+  static __device__ __forceinline__ void load_scales(Shared<E4m3>& s, int slot, const Arguments<E4m3>& a, int block,
+                                                     const Place& at) {
     const int padded = (a.keys + kKeys - 1) / kKeys * kKeys;
     const float* scales = a.k_scale + (int64_t(at.batch) * gridDim.y + at.head) * padded + block * kKeys;
-    mbarrier_expect(&s.full[slot], kTile + sizeof(s.scales.of[0]));
-    tma_load(s.tiles[slot], &a.k, block * kKeys, 0, at.head, at.batch, &s.full[slot]);
-    bulk_load(s.scales.of[slot], scales, sizeof(s.scales.of[0]), &s.full[slot]);
-  }
-  static __device__ __forceinline__ void load_values(Shared<E4m3>& s, int slot, const Arguments<E4m3>& a, int block,
-                                                     const Place& at) {
-    mbarrier_expect(&s.full[slot], kTile);
-    tma_load(s.tiles[slot], &a.v, 0, block, at.head, at.batch, &s.full[slot]);
+    bulk_load(s.scales.of[slot], scales, kScaleBytes, &s.full[slot]);
   }
   static __device__ __forceinline__ void issue_scores(float (&scores)[kKeys / 2], uint64_t q, uint64_t k) {
     PRFL_UNROLL

@@ -31,6 +31,16 @@ __device__ __forceinline__ void tma_load(void* tile, const CUtensorMap* map, int
       "l"(map), "r"(shared_address(bar)), "r"(0), "r"(row), "r"(panel), "r"(head), "r"(batch)
       : "memory");
 }
+// To the same place, and reported to the same barrier, in the first `ranks` blocks of the cluster.
+__device__ __forceinline__ void tma_load_all(void* tile, const CUtensorMap* map, int row, int panel, int head,
+                                             int batch, uint64_t* bar, unsigned ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(tile)),
+      "l"(map), "r"(shared_address(bar)), "r"(0), "r"(row), "r"(panel), "r"(head), "r"(batch),
+      "h"(static_cast<uint16_t>((1 << ranks) - 1))
+      : "memory");
+}
 // Belongs to the thread's next bulk_commit.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* tile, int row, int panel,
                                           int head, int batch) {
@@ -57,6 +67,12 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 inline void tma_load(void* tile, const CUtensorMap* map, int row, int panel, int head, int batch,
                      uint64_t* bar) {
   cusim::tensor_load(tile, map, {0, row, panel, head, batch}, bar);
+}
+inline void tma_load_all(void* tile, const CUtensorMap* map, int row, int panel, int head, int batch, uint64_t* bar,
+                         unsigned ranks) {
+  for (unsigned rank = 0; rank < ranks; ++rank)
+    cusim::tensor_load(cusim::at_rank(tile, rank), map, {0, row, panel, head, batch},
+                       static_cast<uint64_t*>(cusim::at_rank(bar, rank)));
 }
 inline void tma_store(const CUtensorMap* map, const void* tile, int row, int panel, int head, int batch) {
   cusim::tensor_store(map, tile, {0, row, panel, head, batch});

@@ -60,7 +60,7 @@ void each_unit(const TiledMap& m, char* tile, const Corner& corner, F f) {
 }
 
 inline void need_tile(const void* tile) {
-  if ((static_cast<const char*>(tile) - self->shared) % 1024) fail("a tile that does not start at 1024 bytes");
+  if (uintptr_t(tile) % 1024) fail("a tile that does not start at 1024 bytes");
 }
 
 inline void tensor_load(void* tile, const CUtensorMap* map, Corner corner, uint64_t* bar) {
