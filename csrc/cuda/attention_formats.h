@@ -53,18 +53,22 @@ struct Bf16 {
   struct Scales {};
   float factor[2];
 
-  static __device__ __forceinline__ uint64_t values(const void* tile) { return mma_operand(tile, kKeys * kPanel); }
+  static __device__ __forceinline__ uint64_t values(const void* tile) {
+    return mma_operand(tile, kKeys * kPanel);
+  }
   __device__ __forceinline__ Bf16(const Arguments<Bf16>& a, int) : factor{a.factor, a.factor} {}
 
   // A half of a tile is a panel.
   static __device__ __forceinline__ Corner key_half(int block, int half) { return {block * kKeys, half}; }
   static __device__ __forceinline__ Corner value_half(int block, int half) { return {block * kKeys, half}; }
-  static __device__ __forceinline__ void load_scales(Shared<Bf16>&, int, const Arguments<Bf16>&, int, const Place&) {}
+  static __device__ __forceinline__ void load_scales(Shared<Bf16>&, int, const Arguments<Bf16>&, int,
+                                                     const Place&) {}
   static __device__ __forceinline__ void issue_scores(float (&scores)[kKeys / 2], uint64_t q, uint64_t k) {
     PRFL_UNROLL
     for (int d = 0; d < kDim; d += 16) {
       const int panel = d * 2 / kPanel, byte = d * 2 % kPanel;
-      mma_bf16(scores, q + (panel * kQueries * kPanel + byte) / 16, k + (panel * kKeys * kPanel + byte) / 16, d > 0);
+      mma_bf16(scores, q + (panel * kQueries * kPanel + byte) / 16, k + (panel * kKeys * kPanel + byte) / 16,
+               d > 0);
     }
   }
   __device__ __forceinline__ void issue_values(float (&acc)[kDim / 2], const uint32_t (&p)[kWeights],
@@ -88,7 +92,8 @@ struct Bf16 {
 
 struct E4m3 {
   static constexpr CUtensorMapDataType kType = CU_TENSOR_MAP_DATA_TYPE_UINT8;
-  static constexpr int kBytes = 1, kKeys = 128, kSlots = 8, kBits = 8, kHalfRows = 64, kScaleBytes = 4 * kKeys;
+  static constexpr int kBytes = 1, kKeys = 128, kSlots = 8, kBits = 8, kHalfRows = 64,
+                       kScaleBytes = 4 * kKeys;
   static constexpr int kWeights = kKeys / 8, kTile = kKeys * kDim;
   struct Scales {
     float of[kSlots][kKeys];  // of the keys of a tile
@@ -108,9 +113,11 @@ struct E4m3 {
   static __device__ __forceinline__ Corner key_half(int block, int half) {
     return {block * kKeys + half * kHalfRows, 0};
   }
-  static __device__ __forceinline__ Corner value_half(int block, int half) { return {half * kHalfRows, block}; }
-  static __device__ __forceinline__ void load_scales(Shared<E4m3>& s, int slot, const Arguments<E4m3>& a, int block,
-                                                     const Place& at) {
+  static __device__ __forceinline__ Corner value_half(int block, int half) {
+    return {half * kHalfRows, block};
+  }
+  static __device__ __forceinline__ void load_scales(Shared<E4m3>& s, int slot, const Arguments<E4m3>& a,
+                                                     int block, const Place& at) {
     const int padded = (a.keys + kKeys - 1) / kKeys * kKeys;
     const float* scales = a.k_scale + (int64_t(at.batch) * gridDim.y + at.head) * padded + block * kKeys;
     bulk_load(s.scales.of[slot], scales, kScaleBytes, &s.full[slot]);

@@ -1,10 +1,11 @@
 // Softmax attention forward for sm_90a, head dim 128, in bfloat16 and in e4m3.
 //
-// A block computes 128 queries of one head. One thread of its first warp group keeps a ring of tiles of keys and
-// values full, in the order in which they are used. The other two warp groups compute, 64 queries each: a group
-// issues the scores of the next block of keys and p v of the current one, and turns the scores into weights
-// while p v runs. The two take turns at issuing, so that the softmax of one also runs under the products of the
-// other. Weights stay in registers: what a thread holds of a result is what it has to hold of the left operand.
+// A block computes 128 queries of one head. One thread of its first warp group keeps a ring of tiles of keys
+// and values full, in the order in which they are used. The other two warp groups compute, 64 queries each: a
+// group issues the scores of the next block of keys and p v of the current one, and turns the scores into
+// weights while p v runs. The two take turns at issuing, so that the softmax of one also runs under the
+// products of the other. Weights stay in registers: what a thread holds of a result is what it has to hold of
+// the left operand.
 //
 // Blocks of keys go from last to first: the last one alone may be partly filled, and is masked before the
 // loop. Queries past the end are zeros and are never written. Every sum has one order: no atomics.
@@ -20,7 +21,8 @@ namespace {
 constexpr int kThreads = (1 + kConsumers) * kWarpGroup;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 // Together no more than a launch gives, in units of 8 a thread.
-static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * (1 + kConsumers));
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              65536 / kThreads / 8 * 8 * (1 + kConsumers));
 
 // Named barriers: kTurn + g lets consumer g issue products, kOwn + g is among the threads of consumer g.
 enum { kTurn = 1, kOwn = kTurn + kConsumers };
@@ -61,7 +63,8 @@ __device__ __forceinline__ void produce(Shared<Format>& s, const Arguments<Forma
 // Normalised rows go out through this group's queries, which all of its products have read by now.
 template <class Format>
 __device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>& a, int group,
-                                      const float (&acc)[kDim / 2], const RowSoftmax<Format::kBits>& softmax) {
+                                      const float (&acc)[kDim / 2],
+                                      const RowSoftmax<Format::kBits>& softmax) {
   const int thread = threadIdx.x % kWarpGroup, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
   const int first = (blockIdx.x * kConsumers + group) * kQueries;
   float* lse = a.lse + (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * a.queries + first;
@@ -90,7 +93,8 @@ __device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>
 }
 
 template <class Format>
-__device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Format>& a, int group, int blocks) {
+__device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Format>& a, int group,
+                                        int blocks) {
   constexpr int kKeys = Format::kKeys;
   const int lane = lane_id(), ranks = cluster_size();
   Format format(a, (blockIdx.x * kConsumers + group) * kQueries);
@@ -102,7 +106,8 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
   if (group == 0 && blocks > 1) named_barrier_arrive(kTurn, kConsumers * kWarpGroup);
 
   Ring<Format> ring;
-  const uint64_t q = mma_operand(s.queries[group]), k = mma_operand(s.tiles[0]), v = Format::values(s.tiles[0]);
+  const uint64_t q = mma_operand(s.queries[group]), k = mma_operand(s.tiles[0]),
+                 v = Format::values(s.tiles[0]);
   constexpr int kStep = Format::kTile / 16;
   mbarrier_wait(&s.loaded, 0);
   mbarrier_wait(&s.full[0], 0);
@@ -157,7 +162,8 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
 }
 
 template <class Format>
-__global__ void __launch_bounds__(kThreads, 1) attention_hopper_kernel(const __grid_constant__ Arguments<Format> a) {
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_hopper_kernel(const __grid_constant__ Arguments<Format> a) {
 #if defined(CUSIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   PRFL_SHARED(base);
   Shared<Format>& s = *reinterpret_cast<Shared<Format>*>(base);
@@ -209,18 +215,19 @@ Arguments<Format> arguments(const char* name, const Sequence& q, const Sequence&
 
 template <class Format>
 void run(const char* name, const Arguments<Format>& a, int64_t batch, int64_t heads, CUstream_st* stream) {
-  // Two blocks of a head read keys and values together, half of each tile from memory: half the traffic of the
-  // L2. An odd number of tiles gets one that computes nothing, where that is less than 3 % of the work.
+  // Two blocks of a head read keys and values together, half of each tile from memory: half the traffic of
+  // the L2. An odd number of tiles gets one that computes nothing, where that is less than 3 % of the work.
   const unsigned tile = kConsumers * kQueries, tiles = (a.queries + tile - 1) / tile;
   const unsigned ranks = tiles % 2 == 0 || tiles > 32 ? 2 : 1;
   const dim3 grid((tiles + ranks - 1) / ranks * ranks, heads, batch);
-  launch(name, attention_hopper_kernel<Format>, {grid, dim3(kThreads), sizeof(Shared<Format>), ranks}, stream, a);
+  launch(name, attention_hopper_kernel<Format>, {grid, dim3(kThreads), sizeof(Shared<Format>), ranks}, stream,
+         a);
 }
 
 }  // namespace
 
-void attention_hopper(const Sequence& q, const Sequence& k, const Sequence& v, void* out, float* lse, int64_t batch,
-                      int64_t heads, float scale, CUstream_st* stream) {
+void attention_hopper(const Sequence& q, const Sequence& k, const Sequence& v, void* out, float* lse,
+                      int64_t batch, int64_t heads, float scale, CUstream_st* stream) {
   const char* name = "attention_hopper";
   Arguments<Bf16> a = arguments<Bf16>(name, q, k, out, lse, batch, heads, scale);
   a.v = tensor_map(name, "v", rows(v, batch, heads, Bf16::kType, Bf16::kBytes), Bf16::kHalfRows, 1);
@@ -228,14 +235,14 @@ void attention_hopper(const Sequence& q, const Sequence& k, const Sequence& v, v
 }
 
 void attention_hopper_fp8(const Sequence& q, const float* q_scale, const Sequence& k, const float* k_scale,
-                          const void* v, const float* v_scale, void* out, float* lse, int64_t batch, int64_t heads,
-                          float scale, CUstream_st* stream) {
+                          const void* v, const float* v_scale, void* out, float* lse, int64_t batch,
+                          int64_t heads, float scale, CUstream_st* stream) {
   const char* name = "attention_hopper_fp8";
   Arguments<E4m3> a = arguments<E4m3>(name, q, k, out, lse, batch, heads, scale);
   const int64_t padded = (k.length + E4m3::kKeys - 1) / E4m3::kKeys * E4m3::kKeys;
   // Values lie by channel: rows of keys, of which a tile has one panel.
-  const Rows by_channel{v, batch, kDim, heads, padded, heads * kDim * padded, padded, kDim * padded,
-                        E4m3::kType, E4m3::kBytes};
+  const Rows by_channel{v,      batch,         kDim,        heads,       padded, heads * kDim * padded,
+                        padded, kDim * padded, E4m3::kType, E4m3::kBytes};
   a.v = tensor_map(name, "v", by_channel, E4m3::kHalfRows, 1);
   a.q_scale = q_scale, a.k_scale = k_scale, a.v_scale = v_scale;
   run(name, a, batch, heads, stream);

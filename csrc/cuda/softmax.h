@@ -1,7 +1,7 @@
 // Online softmax of scores that lie in registers as a wgmma product leaves them, float32 and base 2.
 //
-// A thread holds a quarter of each of two rows, the other threads of its quad the rest: s[4 j + 2 h + e] is of
-// row h. Weights are 2^(s factor - top + kBits), top the largest s factor so far, factor > 0.
+// A thread holds a quarter of each of two rows, the other threads of its quad the rest: s[4 j + 2 h + e] is
+// of row h. Weights are 2^(s factor - top + kBits), top the largest s factor so far, factor > 0.
 #pragma once
 #include "device.h"
 

@@ -15,7 +15,7 @@
 
 namespace prfl::cuda {
 
-constexpr int kPanel = 128;  // bytes of a token in a panel, the span of the swizzle
+constexpr int kPanel = 128;     // bytes of a token in a panel, the span of the swizzle
 constexpr int kSwizzle = 1024;  // bytes after which the swizzle repeats; tiles start at multiples
 
 // Where byte `at` of token `row` lies in a panel.
@@ -34,6 +34,7 @@ __device__ __forceinline__ void tma_load(void* tile, const CUtensorMap* map, int
 // To the same place, and reported to the same barrier, in the first `ranks` blocks of the cluster.
 __device__ __forceinline__ void tma_load_all(void* tile, const CUtensorMap* map, int row, int panel, int head,
                                              int batch, uint64_t* bar, unsigned ranks) {
+  if (ranks == 1) return tma_load(tile, map, row, panel, head, batch, bar);
   asm volatile(
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared_address(tile)),
@@ -68,8 +69,8 @@ inline void tma_load(void* tile, const CUtensorMap* map, int row, int panel, int
                      uint64_t* bar) {
   cusim::tensor_load(tile, map, {0, row, panel, head, batch}, bar);
 }
-inline void tma_load_all(void* tile, const CUtensorMap* map, int row, int panel, int head, int batch, uint64_t* bar,
-                         unsigned ranks) {
+inline void tma_load_all(void* tile, const CUtensorMap* map, int row, int panel, int head, int batch,
+                         uint64_t* bar, unsigned ranks) {
   for (unsigned rank = 0; rank < ranks; ++rank)
     cusim::tensor_load(cusim::at_rank(tile, rank), map, {0, row, panel, head, batch},
                        static_cast<uint64_t*>(cusim::at_rank(bar, rank)));
@@ -89,7 +90,8 @@ struct Rows {  // a tensor [B, L, H, D]; strides in elements, of which `bytes` b
   int bytes;
 };
 
-// The map of tiles of `rows` tokens and `panels` panels, by default all of a token. Throws std::runtime_error with its numbers if there is none.
+// The map of tiles of `rows` tokens and `panels` panels, by default all of a token. Throws std::runtime_error
+// with its numbers if there is none.
 inline CUtensorMap tensor_map(const char* kernel, const char* name, const Rows& a, int rows,
                               int64_t panels = 0) {
   const auto encode = tensor_map_encoder();
@@ -97,7 +99,9 @@ inline CUtensorMap tensor_map(const char* kernel, const char* name, const Rows& 
   const cuuint64_t width = kPanel / a.bytes, all = a.dim * a.bytes / kPanel;
   const cuuint64_t sizes[5] = {width, cuuint64_t(a.length), all, cuuint64_t(a.heads), cuuint64_t(a.batch)};
   // The stride of a dimension of size 1 is arbitrary; a map wants a multiple of 16 bytes all the same.
-  const auto bytes = [&](int64_t size, int64_t stride) { return cuuint64_t(size == 1 ? kPanel : stride * a.bytes); };
+  const auto bytes = [&](int64_t size, int64_t stride) {
+    return cuuint64_t(size == 1 ? kPanel : stride * a.bytes);
+  };
   const cuuint64_t strides[4] = {bytes(a.length, a.length_stride), kPanel, bytes(a.heads, a.head_stride),
                                  bytes(a.batch, a.batch_stride)};
   const cuuint32_t box[5] = {cuuint32_t(width), cuuint32_t(rows), cuuint32_t(panels ? panels : all), 1, 1};

@@ -42,7 +42,9 @@ template <int N>
 inline void grow_registers(CUSIM_HERE) {
   shrink_registers<N>(file, line);
 }
-inline void named_barrier_wait(int id, int threads, CUSIM_HERE) { cusim::barrier(id, threads, true, file, line); }
+inline void named_barrier_wait(int id, int threads, CUSIM_HERE) {
+  cusim::barrier(id, threads, true, file, line);
+}
 inline void named_barrier_arrive(int id, int threads, CUSIM_HERE) {
   cusim::barrier(id, threads, false, file, line);
 }

@@ -18,8 +18,9 @@ static_assert(sizeof(TiledMap) <= sizeof(CUtensorMap));
 
 inline CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* data,
                              const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
-                             const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                             CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+                             const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                             CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                             CUtensorMapFloatOOBfill fill) {
   const bool bf16 = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   bool fits = (bf16 || type == CU_TENSOR_MAP_DATA_TYPE_UINT8) && rank == 5 && uintptr_t(data) % 16 == 0 &&
               interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle == CU_TENSOR_MAP_SWIZZLE_128B &&
@@ -74,8 +75,10 @@ inline void tensor_load(void* tile, const CUtensorMap* map, Corner corner, uint6
   });
   later(bar, bytes, [=] {
     each_unit(m, to, corner, [](char* global, char* shared) {
-      if (global) std::memcpy(shared, global, 16);
-      else std::memset(shared, 0, 16);
+      if (global)
+        std::memcpy(shared, global, 16);
+      else
+        std::memset(shared, 0, 16);
     });
   });
 }
