@@ -26,17 +26,17 @@ void bind_attention(py::module_& m) {
   const auto sequence = [](const View& a, Size length) {
     return Sequence{a.data, length, {a.stride[0], a.stride[1], a.stride[2]}};
   };
-  m.def("attention_hopper", [=](View q, View k, View v, View out, View lse, Size batch, Size queries, Size keys,
+  m.def("attention_hopper_forward", [=](View q, View k, View v, View out, View lse, Size batch, Size queries, Size keys,
                                 Size heads, float scale, Size stream) {
     py::gil_scoped_release unlocked;
-    attention_hopper(sequence(q, queries), sequence(k, keys), sequence(v, keys), out.data, lse.at<float>(), batch,
+    attention_hopper_forward(sequence(q, queries), sequence(k, keys), sequence(v, keys), out.data, lse.at<float>(), batch,
                      heads, scale, at(stream));
   });
-  m.def("attention_hopper_fp8", [=](View q, View q_scale, View k, View k_scale, View v, View v_scale, View out,
+  m.def("attention_hopper_fp8_forward", [=](View q, View q_scale, View k, View k_scale, View v, View v_scale, View out,
                                     View lse, Size batch, Size queries, Size keys, Size heads, float scale,
                                     Size stream) {
     py::gil_scoped_release unlocked;
-    attention_hopper_fp8(sequence(q, queries), q_scale.at<float>(), sequence(k, keys), k_scale.at<float>(), v.data,
+    attention_hopper_fp8_forward(sequence(q, queries), q_scale.at<float>(), sequence(k, keys), k_scale.at<float>(), v.data,
                          v_scale.at<float>(), out.data, lse.at<float>(), batch, heads, scale, at(stream));
   });
 }
@@ -234,3 +234,23 @@ void bind_cuda(py::module_& m) {
   bind_solver_step(m);
   bind_attention(m);
 }
+
+#ifdef CUSIM
+// The module of the tests: the launchers on cusim, and what the tests ask of it.
+#include "sim/cusim.h"
+
+PYBIND11_MODULE(prfl_sim, m) {
+  bind_cuda(m);
+  m.def("watch", [](Size base, Size bytes) { cusim::watch(reinterpret_cast<void*>(base), bytes); });
+  m.def("unwatch", &cusim::unwatch);
+  m.def("load_early", &cusim::load_early);
+  m.def("traffic", [](Size base) { return cusim::traffic(reinterpret_cast<void*>(base)); });
+  // The launches since the last unwatch: (blocks along x, y, threads, bytes of shared memory, cluster).
+  m.def("launches", [] {
+    std::vector<std::tuple<unsigned, unsigned, unsigned, size_t, unsigned>> found;
+    for (const cusim::Launch& l : cusim::launches())
+      found.emplace_back(l.grid.x, l.grid.y, l.block.x, l.shared, l.cluster.x);
+    return found;
+  });
+}
+#endif

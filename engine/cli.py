@@ -36,6 +36,12 @@ def _read_environment() -> None:
         from prfl_kernels import table  # noqa: F401
     except ValueError as error:
         raise UserError(f"PRFL_KERNELS: {error}") from None
+    from prfl_kernels import compiled
+
+    try:
+        compiled.absence("cpu", "cpu")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:

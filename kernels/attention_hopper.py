@@ -31,7 +31,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     batch, queries, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    _launch("attention_hopper", (q, k, v, out, lse), (batch, queries, k.shape[1], heads), scale)
+    _launch("attention_hopper_forward", (q, k, v, out, lse), (batch, queries, k.shape[1], heads), scale)
     return out, lse
 
 
@@ -55,5 +55,5 @@ def launch_forward_fp8(
     by_head = k_scale.new_ones(batch, heads, v8.shape[3])
     by_head[..., : k8.shape[1]] = k_scale.mT
     inputs = q8, q_scale.contiguous(), k8, by_head, v8.contiguous(), v_scale.contiguous()
-    _launch("attention_hopper_fp8", (*inputs, out, lse), (batch, queries, k8.shape[1], heads), scale)
+    _launch("attention_hopper_fp8_forward", (*inputs, out, lse), (batch, queries, k8.shape[1], heads), scale)
     return out, lse

@@ -1,5 +1,7 @@
 """Builds csrc/cuda as host C++ on csrc/sim, with g++ and NVIDIA's headers, as a Python module."""
 
+import fcntl
+import hashlib
 import shutil
 import subprocess
 import sysconfig
@@ -8,11 +10,13 @@ from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_loader
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
+NAME = "prfl_sim"
+# As nvcc does by default, products and sums contract to fused ones.
+FLAGS = ["-std=c++17", "-O1", "-mfma", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-DCUSIM"]
 
 
 def sources() -> list[str]:
@@ -36,19 +40,79 @@ def missing() -> str:
         return "no g++"
     if find_spec("pybind11") is None:
         return "pybind11 is missing"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers are missing"
     return "" if headers() else "no CUDA headers: no nvcc on PATH, no nvidia-cuda-runtime wheel"
+
+
+def _compile(source: Path, target: Path) -> Path:
+    import pybind11
+
+    includes = [CSRC, CSRC / "sim", pybind11.get_include(), sysconfig.get_path("include")]
+    command = ["g++", *FLAGS, *(f"-I{path}" for path in includes), "-isystem", headers()]
+    subprocess.run([*command, "-x", "c++", "-c", source, "-o", target], check=True)
+    return target
+
+
+def _load(objects: list[Path], folder: Path) -> ModuleType:
+    library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists():
+        subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
+    name = f"{folder.name}.{NAME}"  # pybind11 returns the module that it has of a name
+    loader = ExtensionFileLoader(name, str(library))
+    module = module_from_spec(spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module
+
+
+@cache
+def _objects() -> dict[str, Path]:
+    """{source: object}, compiled once for every state of the sources, whoever asks."""
+    files = sorted(p for part in ("*.cpp", "*.h", "cuda/*", "sim/*", "sources.txt") for p in CSRC.glob(part))
+    state = repr([FLAGS, headers(), *((p.name, p.read_text()) for p in files)])
+    folder = ROOT / "build" / f"sim-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ["bind_cuda.cpp", *sources(), "sim/cusim.cpp"]
+    objects = {name: folder / f"{Path(name).name}.o" for name in names}
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(lambda item: _compile(CSRC / item[0], item[1]), objects.items()))
+            _load(list(objects.values()), folder)
+            (folder / "done").touch()
+    return objects
+
+
+def build() -> ModuleType:
+    """The module of csrc/bind_cuda.cpp on the simulation."""
+    objects = _objects()
+    return _load(list(objects.values()), next(iter(objects.values())).parent)
+
+
+def build_faulty(folder: Path, victim: str, file: str, old: str, new: str) -> ModuleType:
+    """The same with one text of csrc/cuda/`file` replaced, which the source `victim` includes or is."""
+    shutil.copytree(CSRC / "cuda", folder / "cuda")
+    text = (folder / "cuda" / file).read_text()
+    assert text.count(old) == 1, f"{file} holds {text.count(old)} times {old!r}, want it once"
+    (folder / "cuda" / file).write_text(text.replace(old, new))
+    faulty = _compile(folder / victim, folder / "faulty.o")
+    # First, so that of functions that several objects hold the linker takes the faulty one.
+    return _load([faulty, *(o for name, o in _objects().items() if name != victim)], folder)
 
 
 class Watched:
     """A built module whose launches may access nothing but the tensors that they are given.
 
-    traffic: {argument: (bytes read, bytes written)} of the last launch, in the order of `_view` calls.
+    traffic: (bytes read, bytes written) of every tensor of the last call, in the order in which they were
+    given; launches: the shapes of what it launched.
     """
 
     def __init__(self, module: ModuleType):
         self.module = module
         self.given: list[int] = []
         self.traffic: list[tuple[int, int]] = []
+        self.launches: list[tuple[int, ...]] = []
 
     def give(self, a) -> None:
         """Allow a tensor to the next launch."""
@@ -65,50 +129,10 @@ class Watched:
         def launch(*arguments):
             try:
                 found(*arguments)
-                count = self.module.traffic
-                self.traffic = [(count(p, False), count(p, True)) if p else (0, 0) for p in self.given]
+                self.traffic = [self.module.traffic(p) for p in self.given]
+                self.launches = self.module.launches()
             finally:
-                self.module.watch(0, 0)
+                self.module.unwatch()
                 self.given = []
 
         return launch
-
-
-def compiler(*includes: str | Path) -> list:
-    """g++ as it compiles for cusim."""
-    # As nvcc does by default, products and sums contract to fused ones.
-    flags = ["-std=c++17", "-O2", "-mfma", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-DCUSIM"]
-    flags += ["-Wno-psabi"]  # a note on parameters of 128 bytes' alignment
-    return ["g++", *flags, *(f"-I{path}" for path in includes), "-isystem", headers()]
-
-
-@cache
-def simulation() -> ModuleType:
-    """The module of all kernels, built once a process."""
-    with TemporaryDirectory() as folder:
-        return build(Path(folder), "prfl_sim")
-
-
-def build(folder: Path, name: str, csrc: Path = CSRC) -> ModuleType:
-    """The module `name`, made in `folder` from the sources in csrc."""
-    import pybind11
-
-    command = compiler(csrc, csrc / "sim", pybind11.get_include(), sysconfig.get_path("include"))
-    library = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    jobs = [(["-O1"], source) for source in ("bind_cuda.cpp", "sim/module.cpp")]
-    jobs += [([], source) for source in ("sim/cusim.cpp", *sources())]
-
-    def compiled(job) -> Path:
-        options, source = job
-        target = folder / (Path(source).name + ".o")
-        line = [*command, *options, f"-DPRFL_MODULE={name}", "-x", "c++", "-c", csrc / source, "-o", target]
-        subprocess.run(line, check=True)
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, jobs))
-    subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
-    loader = ExtensionFileLoader(name, str(library))
-    module = module_from_spec(spec_from_loader(name, loader))
-    loader.exec_module(module)
-    return module

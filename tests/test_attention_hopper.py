@@ -3,15 +3,11 @@
 Faults planted in the source have to be caught by the same checks.
 """
 
-import ctypes
-import subprocess
-from types import SimpleNamespace
-
 import pytest
 import torch
-from cuda_sim import CSRC, compiler, missing
-from cuda_sim import simulation as simulated
+from cuda_sim import build, build_faulty, missing
 from fused import assert_as_good_as_torch, error, needs_triton, normal, strided
+from test_cuda_kernels import watch
 from test_fp8 import exact, quantized, values_of
 
 from prfl_kernels import attention_hopper, compiled, cuda_kernels, table
@@ -31,12 +27,11 @@ KEYS, SLOTS = 176, 4  # of a block, and of the ring: as in csrc/cuda/attention_f
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     """The launchers on the simulation; memory that they do not write is NaN."""
-    simulation = simulated()
-    monkeypatch.setattr(cuda_kernels, "library", lambda: simulation)
+    watched = watch(monkeypatch, build())
     torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    yield simulation
+    yield watched
     torch.use_deterministic_algorithms(False)
-    simulation.eager(False)
+    watched.load_early(False)
 
 
 def qkv(batch, queries, keys, heads):
@@ -70,10 +65,10 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_as_good_as_torch(kernels, shape, eager):
-    kernels.eager(eager)
+def test_as_good_as_torch(kernels, shape, early):
+    kernels.load_early(early)
     check(*qkv(*shape))
 
 
@@ -108,7 +103,7 @@ def test_a_launch_that_cannot_be_has_its_numbers(kernels):
     odd = (k[0], k[1], 512, 129, 128)  # rows 258 bytes apart
     message = "attention_hopper: cuTensorMapEncodeTiled got k of sizes 1 4 1 128, strides 512 129 128"
     with pytest.raises(RuntimeError, match=message):
-        kernels.attention_hopper(q, odd, v, q, q, 1, 3, 4, 1, SCALE, 0)
+        kernels.attention_hopper_forward(q, odd, v, q, q, 1, 3, 4, 1, SCALE, 0)
 
 
 # -- behind the dispatcher
@@ -158,10 +153,10 @@ def test_fp8_is_the_reference_with_its_blocks_turned_round():
     assert (lse - want_lse).abs().max() <= 2**-18
 
 
-@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 130, 200, 2), (1, 100, 9 * BLOCK_N + 5, 1)])
-def test_fp8_errs_as_the_reference(kernels, shape, eager):
-    kernels.eager(eager)
+def test_fp8_errs_as_the_reference(kernels, shape, early):
+    kernels.load_early(early)
     q8, q_scale, k8, k_scale, v8, v_scale = arguments = fp8_inputs(*shape)
     q, k = q8.double() * q_scale.double()[..., None], k8.double() * k_scale.double()[..., None]
     want, want_lse, _, _ = exact(q, k, values_of(v8, v_scale, shape[2]), SCALE)
@@ -178,73 +173,36 @@ FAULTS = {  # what is changed in the source
     "the producer waits for the wrong phase": ("ring.phase ^ 1", "ring.phase"),
     "values are not waited for": ("    mbarrier_wait(&s.full[v_slot], ring.phase);\n", ""),
     "scores are read before they are there": ("    mma_wait<1>();\n", ""),
-    "values are given back while in use": ("    mma_wait<0>();\n    if (lane", "    if (lane"),
+    "values are given back while in use": ("    mma_wait<0>();\n    if (rel", "    if (rel"),
     "one key too many": (">= valid", "> valid"),
     "too many bytes are announced": ("&s.loaded, kConsumers", "&s.loaded, 2 * kConsumers"),
-    "a block takes its partner's tiles for its own": ("lane < ranks", "lane < 1"),
+    "a block takes its partner's tiles for its own": (
+        "release = lane < int(cluster_size())",
+        "release = lane < 1",
+    ),
     "a block ends before its partner": ("  cluster_wait();\n#else", "#else"),
 }
-RUN = """
-#define EXPORT extern "C" __attribute__((visibility("default")))
-EXPORT bool run(const int64_t (*t)[5], const int64_t* n, float scale) {
-  using namespace prfl::cuda;
-  const auto at = [](const int64_t (&a)[5], int64_t length) {
-    return Sequence{reinterpret_cast<void*>(a[0]), length, {a[2], a[3], a[4]}};
-  };
-  void *out = reinterpret_cast<void*>(t[3][0]), *lse = reinterpret_cast<void*>(t[4][0]);
-  try {
-    const Sequence q = at(t[0], n[1]), k = at(t[1], n[2]), v = at(t[2], n[2]);
-    attention_hopper(q, k, v, out, static_cast<float*>(lse), n[0], n[3], scale, nullptr);
-  } catch (const std::runtime_error&) {
-    return false;
-  }
-  return true;
-}
-"""
 
 
-@pytest.fixture(scope="module")
-def cusim(tmp_path_factory):
-    target = tmp_path_factory.mktemp("cusim") / "cusim.o"
-    subprocess.run([*compiler(CSRC / "sim"), "-c", CSRC / "sim/cusim.cpp", "-o", target], check=True)
-    return target
-
-
-def changed_library(folder, cusim, old, new):
-    """The kernel with `old` replaced by `new`, as a library with the function run."""
-    text = (CSRC / "cuda/attention_hopper.cu").read_text()
-    assert old in text
-    source, library = folder / "changed.cpp", folder / "changed.so"
-    source.write_text(text.replace(old, new) + RUN)
-    command = [*compiler(CSRC, CSRC / "cuda", CSRC / "sim"), "-O1"]
-    subprocess.run([*command, "-shared", source, cusim, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
-
-
-def runs_right(library):
-    """Whether the library's attention runs and is as good as torch's, with loads late and early."""
-
-    def attention_hopper(*arguments):
-        views, sizes, scale = arguments[:5], arguments[5:9], arguments[9]
-        rows = [(*view, *[0] * (5 - len(view))) for view in views]
-        flat = (ctypes.c_int64 * 25)(*sum(rows, ()))
-        if not library.run(flat, (ctypes.c_int64 * 4)(*sizes), ctypes.c_float(scale)):
-            raise RuntimeError("the simulation has found a fault")
-
-    cuda_kernels.library = lambda: SimpleNamespace(attention_hopper=attention_hopper)
-    for eager in (0, 1):
-        library.cusim_eager(eager)
+def runs_right():
+    """Whether attention runs and is as good as torch's, with loads late and early."""
+    inputs = qkv(1, 130, SLOTS * KEYS + 9, 1)
+    for early in (False, True):
+        cuda_kernels.library().load_early(early)
         try:
-            check(*qkv(1, 130, SLOTS * KEYS + 9, 1))
+            check(*inputs)
         except (RuntimeError, AssertionError):
             return False
     return True
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_caught(fault, tmp_path, cusim):
-    assert not runs_right(changed_library(tmp_path, cusim, *FAULTS[fault]))
+def test_planted_faults_are_caught(fault, tmp_path, monkeypatch):
+    watch(
+        monkeypatch, build_faulty(tmp_path, "cuda/attention_hopper.cu", "attention_hopper.cu", *FAULTS[fault])
+    )
+    assert not runs_right()
 
 
-def test_without_a_fault_nothing_is_caught(tmp_path, cusim):
-    assert runs_right(changed_library(tmp_path, cusim, "", ""))
+def test_without_a_fault_nothing_is_caught():
+    assert runs_right()

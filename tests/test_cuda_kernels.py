@@ -28,15 +28,8 @@ pytestmark = [
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-@pytest.fixture(scope="session")
-def simulation(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("sim"), "prfl_sim")
-
-
-@pytest.fixture
-def kernels(simulation, monkeypatch):
-    """The launchers on the simulation, which checks every access against the tensors they are given."""
-    watched, view = Watched(simulation), cuda_kernels._view
+def watch(monkeypatch, module):
+    watched, view = Watched(module), cuda_kernels._view
 
     def given(a):
         watched.give(a)
@@ -44,6 +37,13 @@ def kernels(simulation, monkeypatch):
 
     monkeypatch.setattr(cuda_kernels, "library", lambda: watched)
     monkeypatch.setattr(cuda_kernels, "_view", given)
+    return watched
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The launchers on the simulation, which checks every access against the tensors they are given."""
+    watched = watch(monkeypatch, build())
     monkeypatch.setattr(add_norm, "forward", cuda_kernels.add_norm_forward)
     monkeypatch.setattr(add_norm, "backward", cuda_kernels.add_norm_backward)
     monkeypatch.setattr(qk_norm_rope, "launch_forward", cuda_kernels.qk_forward)

@@ -96,7 +96,8 @@ template <class Format>
 __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Format>& a, int group,
                                         int blocks) {
   constexpr int kKeys = Format::kKeys;
-  const int lane = lane_id(), ranks = cluster_size();
+  const int lane = lane_id();
+  const bool release = lane < int(cluster_size());  // a lane for every block
   Format format(a, (blockIdx.x * kConsumers + group) * kQueries);
   RowSoftmax<Format::kBits> softmax;
   float scores[kKeys / 2], acc[kDim / 2], alpha[2];
@@ -116,7 +117,7 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
   mma_commit();
   mma_wait<0>();
   format.scale(scores, s, 0);
-  if (lane < ranks) mbarrier_arrive_at(&s.empty[0], lane);
+  if (release) mbarrier_arrive_at(&s.empty[0], lane);
   ring.next();
   const int valid = a.keys - (blocks - 1) * kKeys;
   PRFL_UNROLL
@@ -146,9 +147,9 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
     format.scale(scores, s, k_slot);
     softmax.step(scores, format.factor, alpha);
     // Tied to the weights, or the compiler moves the exponentials behind the next wait.
-    if (lane < ranks && softmax.done()) mbarrier_arrive_at(&s.empty[k_slot], lane);
+    if (release && softmax.done()) mbarrier_arrive_at(&s.empty[k_slot], lane);
     mma_wait<0>();
-    if (lane < ranks) mbarrier_arrive_at(&s.empty[v_slot], lane);
+    if (release) mbarrier_arrive_at(&s.empty[v_slot], lane);
     Format::round(p, scores);
     format.fold(acc, alpha, false);
   }
@@ -226,17 +227,18 @@ void run(const char* name, const Arguments<Format>& a, int64_t batch, int64_t he
 
 }  // namespace
 
-void attention_hopper(const Sequence& q, const Sequence& k, const Sequence& v, void* out, float* lse,
-                      int64_t batch, int64_t heads, float scale, CUstream_st* stream) {
+void attention_hopper_forward(const Sequence& q, const Sequence& k, const Sequence& v, void* out, float* lse,
+                              int64_t batch, int64_t heads, float scale, CUstream_st* stream) {
   const char* name = "attention_hopper";
   Arguments<Bf16> a = arguments<Bf16>(name, q, k, out, lse, batch, heads, scale);
   a.v = tensor_map(name, "v", rows(v, batch, heads, Bf16::kType, Bf16::kBytes), Bf16::kHalfRows, 1);
   run(name, a, batch, heads, stream);
 }
 
-void attention_hopper_fp8(const Sequence& q, const float* q_scale, const Sequence& k, const float* k_scale,
-                          const void* v, const float* v_scale, void* out, float* lse, int64_t batch,
-                          int64_t heads, float scale, CUstream_st* stream) {
+void attention_hopper_fp8_forward(const Sequence& q, const float* q_scale, const Sequence& k,
+                                  const float* k_scale, const void* v, const float* v_scale, void* out,
+                                  float* lse, int64_t batch, int64_t heads, float scale,
+                                  CUstream_st* stream) {
   const char* name = "attention_hopper_fp8";
   Arguments<E4m3> a = arguments<E4m3>(name, q, k, out, lse, batch, heads, scale);
   const int64_t padded = (k.length + E4m3::kKeys - 1) / E4m3::kKeys * E4m3::kKeys;

@@ -117,6 +117,7 @@ inline void mma_commit() { cusim::products().commit(); }
 template <int N>
 inline void mma_wait(CUSIM_HERE) {
   __syncwarp(~0u, file, line);
+  cusim::pause(file, line);  // what overwrites an operand too early may do so now
   cusim::products().wait(N);
 }
 template <int N>

@@ -70,10 +70,11 @@ struct Fiber {
 Fiber* current;
 std::vector<std::unique_ptr<Fiber>> fibers;  // reused by every launch
 unsigned running;                            // of them in this cluster
+uint64_t turn;                               // of the scheduler, in which every warp runs once
 std::vector<Block> blocks;                   // of the cluster now running
 Barrier cluster;
 std::deque<Load> loads;
-bool eager;  // loads happen when they are issued: what overwrites a tile still in use shows
+bool early;  // loads happen when they are issued: what overwrites a tile still in use shows
 const std::function<void()>* body;
 Launch now;
 std::string error;
@@ -86,6 +87,7 @@ struct Watch {
   uint64_t read, written;
 };
 std::vector<Watch> watches;
+std::vector<Launch> launched;
 
 std::string place(const Fiber& f) {
   return "thread " + std::to_string(f.thread.thread.x) + " of block " + std::to_string(f.thread.block.x) +
@@ -137,12 +139,13 @@ void deadlock() {
   error = text;
 }
 
-// Runs all threads of the cluster to their ends, or to an error.
-void schedule() {
-  unsigned left = running;
-  while (left && error.empty()) {
-    bool moved = false;
-    for (unsigned i = 0; i < running && error.empty(); ++i) {
+// Runs the threads of a warp until each has ended or is blocked. Returns whether any moved.
+bool run_warp(unsigned first, unsigned& left) {
+  const unsigned last = std::min(first + kWarp, running);
+  bool any = false;
+  for (bool moved = true; moved && error.empty(); any |= moved) {
+    moved = false;
+    for (unsigned i = first; i < last && error.empty(); ++i) {
       Fiber& f = *fibers[i];
       if (f.done || (f.word && (*f.word & f.mask) == f.value)) continue;
       current = &f, self = &f.thread;
@@ -150,7 +153,21 @@ void schedule() {
       moved = true;
       left -= f.done;
     }
-    if (moved) continue;
+  }
+  return any;
+}
+
+// Runs all threads of the cluster to their ends, or to an error. Each warp goes as far as it can before
+// another one runs, so that one that should have waited sees what the others have not yet written; every
+// other cluster begins with the last warp, so that either side of a race comes first in one of them.
+void schedule(bool backwards) {
+  unsigned left = running;
+  const unsigned warps = (running + kWarp - 1) / kWarp;
+  for (; left && error.empty(); ++turn) {
+    bool moved = false;
+    for (unsigned w = 0; w < warps && error.empty(); ++w)
+      moved |= run_warp((backwards ? warps - 1 - w : w) * kWarp, left);
+    if (moved || !error.empty()) continue;
     if (loads.empty()) return deadlock();
     Load load = std::move(loads.front());
     loads.pop_front();
@@ -221,6 +238,12 @@ void barrier(unsigned id, unsigned count, bool wait, const char* file, int line)
   if (!wait) return;
   block_on(&b.generation, ~0ull, before);
   tsan_acquire(&b);
+}
+
+void pause(const char* file, int line) {
+  Quiet quiet;
+  at("a pause", file, line);
+  block_on(&turn, ~0ull, turn);
 }
 
 void cluster_arrive(const char* file, int line) {
@@ -311,7 +334,7 @@ void later(uint64_t* bar, int64_t bytes, std::function<void()> work) {
   Quiet quiet;
   mbarrier_add(bar, 0, 0);  // fails here, not when the copy arrives
   tsan_release(bar);
-  if (!eager) return loads.push_back({bar, bytes, std::move(work)});
+  if (!early) return loads.push_back({bar, bytes, std::move(work)});
   work();
   mbarrier_add(bar, 0, -bytes);
 }
@@ -365,15 +388,17 @@ void allow_shared(const void* kernel, size_t bytes) {
 void launch(const Launch& l, const std::function<void()>& function) {
   check(l);
   now = l, body = &function;
+  launched.push_back(l);
   gridDim = l.grid, blockDim = l.block;
   error.clear();
   const unsigned threads = l.block.x * l.block.y * l.block.z;
+  unsigned order = 0;
   for (unsigned z = 0; z < l.grid.z; ++z)
     for (unsigned y = 0; y < l.grid.y; ++y)
       for (unsigned x = 0; x < l.grid.x; x += l.cluster.x) {
         loads.clear();
         prepare(make_uint3(x, y, z), threads);
-        schedule();
+        schedule(order++ % 2);
         if (error.empty() && !loads.empty()) error = "bulk loads that nobody waits for";
         tsan_acquire(&finished);
         for (unsigned i = 0; i < running; ++i) discard(fibers[i]->stack);
@@ -383,16 +408,23 @@ void launch(const Launch& l, const std::function<void()>& function) {
       }
 }
 
-}  // namespace cusim
+void watch(const void* base, size_t bytes) {
+  watches.push_back({static_cast<const char*>(base), bytes, 0, 0});
+}
 
-// For tests: arrays that kernels may access, and the bytes that they did.
-extern "C" __attribute__((visibility("default"))) void cusim_watch(const void* base, size_t bytes) {
-  if (base == nullptr) return cusim::watches.clear();
-  cusim::watches.push_back({static_cast<const char*>(base), bytes, 0, 0});
+void load_early(bool on) { early = on; }
+
+void unwatch() {
+  watches.clear();
+  launched.clear();
 }
-extern "C" __attribute__((visibility("default"))) void cusim_eager(int on) { cusim::eager = on != 0; }
-extern "C" __attribute__((visibility("default"))) uint64_t cusim_traffic(const void* base, int written) {
-  for (const auto& w : cusim::watches)
-    if (w.base == base) return written ? w.written : w.read;
-  return 0;
+
+std::pair<uint64_t, uint64_t> traffic(const void* base) {
+  for (const Watch& w : watches)
+    if (w.base == base) return {w.read, w.written};
+  return {0, 0};
 }
+
+const std::vector<Launch>& launches() { return launched; }
+
+}  // namespace cusim

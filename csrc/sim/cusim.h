@@ -21,6 +21,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
+#include <vector>
 
 #undef __global__
 #undef __device__
@@ -60,6 +62,7 @@ struct Launch {
 [[noreturn]] void fail(const char* what);
 // bar.sync and bar.arrive (wait false) of `count` threads; 0: all of the block, at one call site.
 void barrier(unsigned id, unsigned count, bool wait, const char* file, int line);
+void pause(const char* file, int line);  // until every other warp has run as far as it can
 void cluster_arrive(const char* file, int line);
 void cluster_wait(const char* file, int line);
 void* at_rank(void* shared, unsigned rank);  // the same place in another block of the cluster
@@ -70,7 +73,7 @@ void mbarrier_init(uint64_t* bar, unsigned count);
 void mbarrier_add(uint64_t* bar, unsigned arrivals, int64_t bytes);
 void mbarrier_wait(uint64_t* bar, unsigned parity, const char* file, int line);
 // Work of the asynchronous copy engine happens as late as it may: loads when no thread can go on
-// otherwise, or after cusim_eager(1) at once; stores when their group is waited for. `work` moves the
+// otherwise, or after load_early(true) at once; stores when their group is waited for. `work` moves the
 // data, `bytes` go to bar.
 void later(uint64_t* bar, int64_t bytes, std::function<void()> work);
 void bulk_load(void* to, const void* from, size_t bytes, uint64_t* bar);
@@ -81,6 +84,14 @@ void bulk_wait(size_t groups);
 void touch(const void* p, size_t bytes, bool write);
 void allow_shared(const void* kernel, size_t bytes);  // cudaFuncSetAttribute
 void launch(const Launch& launch, const std::function<void()>& body);
+
+// For tests: the arrays that kernels may access (anything, if there are none), the bytes (read, written)
+// of one, and what was launched since the last unwatch.
+void watch(const void* base, size_t bytes);
+void unwatch();
+void load_early(bool on);
+std::pair<uint64_t, uint64_t> traffic(const void* base);
+const std::vector<Launch>& launches();
 
 template <class T, class Source>
 T shuffle(unsigned mask, T value, int width, Source source, const char* file, int line) {
