@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from cuda_sim import CSRC
 
-from prfl_kernels import pipes, sass
+from prfl_kernels import loop_cycles, sass
 
 
 def missing():
@@ -29,7 +29,7 @@ def compiled(tmp_path_factory):
     flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{CSRC}"]
     command = ["nvcc", *flags, "-cubin", "-o", target, CSRC / "cuda/attention_hopper.cu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kernels = pipes.read(target).items()
+    kernels = loop_cycles.read(target).items()
     kinds = ("Bf16", "E4m3")
     return {kind: kernel for name, kernel in kernels for kind in kinds if kind in name}, done.stderr
 
@@ -62,8 +62,8 @@ def test_exponentials_run_under_the_second_product(compiled, kind, product):
     assert inside == sum("MUFU" in text for text in loop) >= 64
 
 
-# Part of the tensor cores' cycles that other pipes may take. In e4m3 the products take half as long and
-# the rest, exponentials and additions of float32 for every weight, does not: all pipes are about full.
+# Part of the tensor cores' cycles that other loop_cycles may take. In e4m3 the products take half as long and
+# the rest, exponentials and additions of float32 for every weight, does not: all loop_cycles are about full.
 LIMITS = {
     "Bf16": {"issue": 0.45, "mufu": 0.52, "alu": 0.35},
     "E4m3": {"issue": 1.10, "mufu": 1.04, "alu": 0.60},
@@ -72,7 +72,7 @@ LIMITS = {
 
 @pytest.mark.parametrize("kind", LIMITS)
 def test_cycles_of_a_block_of_keys(compiled, kind):
-    found = pipes.cycles(compiled[0][kind].loop)
+    found = loop_cycles.cycles(compiled[0][kind].loop)
     tensor = found.pop("tensor")
     assert tensor == {"Bf16": 1408, "E4m3": 512}[kind]
     assert not {name: n / tensor for name, n in found.items() if n > LIMITS[kind][name] * tensor}

@@ -6,8 +6,8 @@ struct CUstream_st;
 
 namespace prfl::cuda {
 
-struct Sequence {  // [B, L, H, 128] with contiguous rows; strides of B, L and H in elements, 16 bytes or
-                   // multiples
+// [B, L, H, 128] with contiguous rows; strides of B, L and H in elements, multiples of 16 bytes.
+struct Sequence {
   const void* data;
   int64_t length, strides[3];
 };
