@@ -62,8 +62,8 @@ def test_exponentials_run_under_the_second_product(compiled, kind, product):
     assert inside == sum("MUFU" in text for text in loop) >= 64
 
 
-# Part of the tensor cores' cycles that other loop_cycles may take. In e4m3 the products take half as long and
-# the rest, exponentials and additions of float32 for every weight, does not: all loop_cycles are about full.
+# Part of the tensor cores' cycles that other pipes may take. In e4m3 the products take half as long and
+# the rest, exponentials and additions of float32 for every weight, does not: all pipes are about full.
 LIMITS = {
     "Bf16": {"issue": 0.45, "mufu": 0.52, "alu": 0.35},
     "E4m3": {"issue": 1.10, "mufu": 1.04, "alu": 0.60},
