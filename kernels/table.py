@@ -13,8 +13,8 @@ from torch import Tensor
 
 from prfl_kernels import attention_backends, jit
 
-REFERENCE, TRITON, SCALED_MM = "reference", "triton", "scaled_mm"
-OPERATIONS = {
+REFERENCE, TRITON, SCALED_MM, CUDA = "reference", "triton", "scaled_mm", "cuda"
+OPERATIONS = {  # the last one is the default on CUDA
     "modulate": (REFERENCE, TRITON),
     "layer_norm": (REFERENCE, TRITON),
     "gated_add": (REFERENCE, TRITON),
@@ -25,13 +25,14 @@ OPERATIONS = {
     "attention": tuple(attention_backends.BACKENDS),
     "reward_pool": (REFERENCE, TRITON),
     "fp8_linear": (REFERENCE, SCALED_MM),
-    "attention_fp8": (REFERENCE, TRITON),
+    "attention_fp8": (REFERENCE, CUDA, TRITON),
 }
 _FP8_MATRICES = ("fp8_linear", "attention_fp8")  # want tensor cores that take e4m3
 _REASONS = {
     REFERENCE: "plain torch",
     TRITON: "fused Triton kernel",
     SCALED_MM: "torch._scaled_mm with row-wise scales",
+    CUDA: "own CUDA C++ kernel",
 }
 _ATTENTION = "attention"
 _overrides: dict[str, str] = {}
@@ -87,6 +88,8 @@ def choices() -> list[tuple[str, str, str]]:
 def _runs(op: str, choice: str, device: str) -> bool:
     if op == _ATTENTION:
         return attention_backends.absence(choice, device) is None
+    if choice == CUDA:
+        return _cuda_absence(device) is None
     if choice == REFERENCE or (choice == TRITON and jit.INTERPRETED):
         return True
     if device != "cuda" or (choice == TRITON and jit.triton is None):
@@ -94,7 +97,14 @@ def _runs(op: str, choice: str, device: str) -> bool:
     return op not in _FP8_MATRICES or torch.cuda.get_device_capability() >= (8, 9)
 
 
+def _cuda_absence(device: str) -> str | None:
+    """Why the CUDA C++ attention does not run; it is written for capability 9.0 alone."""
+    return attention_backends.absence("cuda", device)
+
+
 def _misfit(op: str, choice: str, device: str) -> str:
+    if choice == CUDA and op != _ATTENTION:
+        return f"kernels: {op} got {choice} on {device}: it {_cuda_absence(device)}"
     if op == _ATTENTION:
         return f"kernels: {op} got {choice} on {device}: it {attention_backends.absence(choice, device)}"
     want = "a CUDA device"

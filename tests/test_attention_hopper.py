@@ -13,7 +13,7 @@ from test_fp8 import exact, quantized, values_of
 from prfl_kernels import attention_hopper, compiled, cuda_kernels, table
 from prfl_kernels.attention import attention_with_lse
 from prfl_kernels.attention_backends import BACKENDS, ORDER, absence, reference_forward
-from prfl_kernels.attention_fp8 import BLOCK_N, attention_fp8_reference
+from prfl_kernels.attention_fp8 import BLOCK_N, attention_fp8, attention_fp8_reference
 
 pytestmark = [
     needs_triton,
@@ -32,6 +32,7 @@ def kernels(monkeypatch):
     yield watched
     torch.use_deterministic_algorithms(False)
     watched.load_early(False)
+    table.configure("")
 
 
 def qkv(batch, queries, keys, heads):
@@ -164,6 +165,18 @@ def test_fp8_errs_as_the_reference(kernels, shape, early):
     out, lse = attention_hopper.launch_forward_fp8(*arguments, SCALE)
     assert error(out, want) <= 1.1 * error(low.bfloat16(), want)
     assert (lse - want_lse).abs().max() <= 2 * (low_lse - want_lse).abs().max() + 2**-20
+
+
+def test_fp8_is_a_choice_and_no_default(monkeypatch):
+    arguments = fp8_inputs(1, 9, 20, 1)
+    with pytest.raises(ValueError, match="attention_fp8 got cuda on cpu: it needs a cuda device"):
+        table.configure("attention_fp8=cuda")
+        attention_fp8(*arguments)
+    monkeypatch.setattr(table, "_runs", lambda op, choice, device: True)
+    want = attention_hopper.launch_forward_fp8(*arguments, SCALE)
+    assert all(torch.equal(a, b) for a, b in zip(attention_fp8(*arguments), want, strict=True))
+    table.configure("")
+    assert table.OPERATIONS["attention_fp8"][-1] == "triton"
 
 
 # -- faults

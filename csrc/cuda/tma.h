@@ -90,12 +90,10 @@ struct Rows {  // a tensor [B, L, H, D]; strides in elements, of which `bytes` b
   int bytes;
 };
 
-// The map of tiles of `rows` tokens and `panels` panels, by default all of a token. Throws std::runtime_error
-// with its numbers if there is none.
+// The map of tiles of `rows` tokens and `panels` panels, by default all of a token. Throws
+// std::runtime_error with the kernel's name and the map's numbers if there is none.
 inline CUtensorMap tensor_map(const char* kernel, const char* name, const Rows& a, int rows,
                               int64_t panels = 0) {
-  const auto encode = tensor_map_encoder();
-  if (!encode) throw std::runtime_error(std::string(kernel) + ": the driver has no cuTensorMapEncodeTiled");
   const cuuint64_t width = kPanel / a.bytes, all = a.dim * a.bytes / kPanel;
   const cuuint64_t sizes[5] = {width, cuuint64_t(a.length), all, cuuint64_t(a.heads), cuuint64_t(a.batch)};
   // The stride of a dimension of size 1 is arbitrary; a map wants a multiple of 16 bytes all the same.
@@ -107,16 +105,20 @@ inline CUtensorMap tensor_map(const char* kernel, const char* name, const Rows& 
   const cuuint32_t box[5] = {cuuint32_t(width), cuuint32_t(rows), cuuint32_t(panels ? panels : all), 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult got = encode(&map, a.type, 5, const_cast<void*>(a.data), sizes, strides, box, steps,
-                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = tensor_map_encoder();
+  const CUresult got =
+      encode ? encode(&map, a.type, 5, const_cast<void*>(a.data), sizes, strides, box, steps,
+                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+             : CUDA_ERROR_NOT_FOUND;  // no driver, or one older than CUDA 12
   if (got == CUDA_SUCCESS) return map;
   std::string text = std::string(kernel) + ": cuTensorMapEncodeTiled got " + name + " of sizes";
   for (int64_t n : {a.batch, a.length, a.heads, a.dim}) text += " " + std::to_string(n);
   text += ", strides";
   for (int64_t n : {a.batch_stride, a.length_stride, a.head_stride}) text += " " + std::to_string(n);
-  throw std::runtime_error(text + " of " + std::to_string(a.bytes) + " bytes and boxes of " +
-                           std::to_string(rows) + " rows, and failed with " + std::to_string(got));
+  text += " of " + std::to_string(a.bytes) + " bytes and boxes of " + std::to_string(rows) + " rows";
+  throw std::runtime_error(text + (encode ? ", and failed with " + std::to_string(got)
+                                          : ", and the driver does not have it"));
 }
 
 }  // namespace prfl::cuda
