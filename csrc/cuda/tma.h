@@ -10,7 +10,7 @@
 
 #include "bulk.h"
 #ifdef CUSIM
-#include "sim/tensor_map.h"
+#include "sim/hopper.h"
 #endif
 
 namespace prfl::cuda {

@@ -6,7 +6,7 @@
 #pragma once
 #include "bulk.h"
 #ifdef CUSIM
-#include "sim/wgmma.h"
+#include "sim/hopper.h"
 #endif
 
 namespace prfl::cuda {
@@ -112,29 +112,28 @@ __device__ __forceinline__ void mma_e4m3(float (&d)[64], const uint32_t* a, uint
 
 #else
 
-inline void mma_fence() { cusim::products().fence(); }
-inline void mma_commit() { cusim::products().commit(); }
+inline void mma_fence() { cusim::product_fence(); }
+inline void mma_commit() { cusim::product_commit(); }
 template <int N>
 inline void mma_wait(CUSIM_HERE) {
   __syncwarp(~0u, file, line);
-  cusim::pause(file, line);  // what overwrites an operand too early may do so now
-  cusim::products().wait(N);
+  cusim::product_wait(N, file, line);
 }
 template <int N>
 inline void mma_bf16(float (&d)[N], uint64_t a, uint64_t b, int accumulate) {
-  cusim::products().issue({d, 2 * N, a, nullptr, b, false, false, accumulate != 0});
+  cusim::product_issue({d, 2 * N, a, nullptr, b, false, false, accumulate != 0});
 }
 template <int N>
 inline void mma_bf16(float (&d)[N], const uint32_t* a, uint64_t b, int accumulate) {
-  cusim::products().issue({d, 2 * N, 0, a, b, true, false, accumulate != 0});
+  cusim::product_issue({d, 2 * N, 0, a, b, true, false, accumulate != 0});
 }
 template <int N>
 inline void mma_e4m3(float (&d)[N], uint64_t a, uint64_t b, int accumulate) {
-  cusim::products().issue({d, 2 * N, a, nullptr, b, false, true, accumulate != 0});
+  cusim::product_issue({d, 2 * N, a, nullptr, b, false, true, accumulate != 0});
 }
 template <int N>
 inline void mma_e4m3(float (&d)[N], const uint32_t* a, uint64_t b, int accumulate) {
-  cusim::products().issue({d, 2 * N, 0, a, b, false, true, accumulate != 0});
+  cusim::product_issue({d, 2 * N, 0, a, b, false, true, accumulate != 0});
 }
 
 #endif

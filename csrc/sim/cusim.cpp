@@ -169,6 +169,7 @@ void schedule(bool backwards) {
       moved |= run_warp((backwards ? warps - 1 - w : w) * kWarp, left);
     if (moved || !error.empty()) continue;
     if (loads.empty()) return deadlock();
+    Quiet quiet;
     Load load = std::move(loads.front());
     loads.pop_front();
     load.work();
@@ -344,6 +345,7 @@ void bulk_load(void* to, const void* from, size_t bytes, uint64_t* bar) {
   if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16) fail("a bulk copy that is not of 16-byte units");
   touch(from, bytes, false);
   tsan_write(to, bytes);
+  Quiet quiet;
   later(bar, int64_t(bytes), [=] { std::memcpy(to, from, bytes); });
 }
 
@@ -378,6 +380,22 @@ void touch(const void* p, size_t bytes, bool write) {
       return;
     }
   fail(write ? "a write outside every array" : "a read outside every array");
+}
+
+Unseen::Unseen() {
+  CUSIM_TSAN_CALL(AnnotateIgnoreReadsBegin("", 0));
+  CUSIM_TSAN_CALL(AnnotateIgnoreWritesBegin("", 0));
+}
+Unseen::~Unseen() {
+  CUSIM_TSAN_CALL(AnnotateIgnoreWritesEnd("", 0));
+  CUSIM_TSAN_CALL(AnnotateIgnoreReadsEnd("", 0));
+}
+
+void race_check(const void* p, size_t bytes, bool write) {
+  if (write)
+    tsan_write(const_cast<void*>(p), bytes);
+  else
+    tsan_read(p, bytes);
 }
 
 void allow_shared(const void* kernel, size_t bytes) {

@@ -82,6 +82,12 @@ void bulk_commit();
 void bulk_wait(size_t groups);
 // An access of global or shared memory by the running thread: alignment, bounds, byte counts.
 void touch(const void* p, size_t bytes, bool write);
+// For models outside cusim.cpp: an access for ThreadSanitizer alone, and a scope that it does not see.
+void race_check(const void* p, size_t bytes, bool write);
+struct Unseen {
+  Unseen();
+  ~Unseen();
+};
 void allow_shared(const void* kernel, size_t bytes);  // cudaFuncSetAttribute
 void launch(const Launch& launch, const std::function<void()>& body);
 
