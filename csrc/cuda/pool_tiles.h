@@ -143,6 +143,15 @@ struct PoolTiles {
     cluster_arrive();
   }
 
+  // The products of the first tile, on their way through the cluster.
+  __device__ __forceinline__ void begin(const FragmentB<3> (&b)[kGroups]) const {
+    wait(0);
+    multiply_rows(0, b);
+    __syncthreads();
+    share(0);
+    __syncthreads();  // the next tile's sums take the place of these
+  }
+
   // The product of token threadIdx.x / 8 and query threadIdx.x % 8, once the cluster has met.
   __device__ __forceinline__ float collected(int tile) const {
     float sum = 0.0f;

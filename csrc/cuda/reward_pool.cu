@@ -42,10 +42,7 @@ __global__ void __launch_bounds__(kThreads, 1) pool_forward(const PoolForward a,
 
   const int g4 = lane_id() / 4, t = lane_id() % 4;
   float acc[kGroups][4] = {}, top = -INFINITY, total = 0.0f;  // top, total of query g4
-  tiles.wait(0);
-  tiles.multiply_rows(0, u);
-  __syncthreads();
-  tiles.share(0);
+  tiles.begin(u);
   for (int i = 0; i < tiles.count; ++i) {
     const bool more = i + 1 < tiles.count;
     if (more) {
@@ -184,8 +181,8 @@ __device__ __forceinline__ void differentiate(const PoolTiles<T, kGroups>& tiles
   FragmentA<kKept<T>> both;  // p beside ds
   PRFL_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const float2 pair =
-        *reinterpret_cast<const float2*>(&(i / 2 ? ds : p)[(m + g4 + i % 2 * 8) * kQueries + 2 * t]);
+    const float* from = i / 2 ? ds : p;
+    const float2 pair = *reinterpret_cast<const float2*>(from + (m + g4 + i % 2 * 8) * kQueries + 2 * t);
     uint32_t parts[kKept<T>];
     split(pair.x, pair.y, parts);
     PRFL_UNROLL
@@ -224,10 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const bool has_query = pair < Tiles::kPairs && query < a.queries;
   const float lse = has_query ? get(a.lse + b * a.queries + query) : 0.0f;
   const float delta = has_query ? get(a.delta + b * a.queries + query) : 0.0f;
-  tiles.wait(0);
-  tiles.multiply_rows(0, state.g);
-  __syncthreads();
-  tiles.share(0);
+  tiles.begin(state.g);
   for (int i = 0; i < tiles.count; ++i) {
     const bool more = i + 1 < tiles.count, valid = has_query && token < tiles.rows(i);
     const int64_t row = b * a.length + tiles.first + i * kTokens<T> + token;

@@ -13,10 +13,11 @@ namespace {
 
 constexpr int kThreads = 256, kValues = 8 * kThreads;  // of a block
 
-template <class Velocity>
+template <class Velocity, bool kAligned>
 __global__ void __launch_bounds__(kThreads) solver_step_kernel(const SolverStep a) {
   const int64_t b = blockIdx.y, first = int64_t(blockIdx.x) * kValues, at = b * a.size + first;
-  const Columns<0> columns(min(a.size - first, int64_t(kValues)), a.aligned);
+  const Columns<kAligned ? kValues : 0> columns(min(a.size - first, int64_t(kValues)), kAligned);
+  if (columns.count == 0) return;
   float x[8], x_last[8], m0[8], m1[8], m_t[8];
   columns.load(a.x + at, x), columns.load(a.x_last + at, x_last);
   columns.load(a.m0 + at, m0), columns.load(a.m1 + at, m1);
@@ -37,7 +38,10 @@ __global__ void __launch_bounds__(kThreads) solver_step_kernel(const SolverStep 
 
 void solver_step(const SolverStep& a, cudaStream_t stream) {
   const Shape shape{dim3(unsigned((a.size + kValues - 1) / kValues), unsigned(a.batch)), dim3(kThreads)};
-  launch("solver_step", a.bf16 ? solver_step_kernel<bf16> : solver_step_kernel<float>, shape, stream, a);
+  const auto kernel = a.bf16
+                          ? (a.aligned ? solver_step_kernel<bf16, true> : solver_step_kernel<bf16, false>)
+                          : (a.aligned ? solver_step_kernel<float, true> : solver_step_kernel<float, false>);
+  launch("solver_step", kernel, shape, stream, a);
 }
 
 }  // namespace prfl::cuda

@@ -169,7 +169,7 @@ void schedule(bool backwards) {
       moved |= run_warp((backwards ? warps - 1 - w : w) * kWarp, left);
     if (moved || !error.empty()) continue;
     if (loads.empty()) return deadlock();
-    Quiet quiet;
+    Quiet quiet;  // the race detector heard of the access when the copy was asked for
     Load load = std::move(loads.front());
     loads.pop_front();
     load.work();
@@ -419,7 +419,6 @@ void launch(const Launch& l, const std::function<void()>& function) {
         schedule(order++ % 2);
         if (error.empty() && !loads.empty()) error = "bulk loads that nobody waits for";
         tsan_acquire(&finished);
-        for (unsigned i = 0; i < running; ++i) discard(fibers[i]->stack);
         for (Block& b : blocks) std::free(b.shared);
         blocks.clear();
         if (!error.empty()) throw std::runtime_error("cusim: " + error);

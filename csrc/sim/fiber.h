@@ -8,6 +8,7 @@
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define CUSIM_ASAN(call) call
 #else
@@ -17,7 +18,6 @@
 #ifdef CUSIM_TSAN
 extern "C" {
 void* __tsan_create_fiber(unsigned);
-void __tsan_destroy_fiber(void*);
 void __tsan_switch_to_fiber(void*, unsigned);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void*);
@@ -112,6 +112,7 @@ struct Stack {
   Context context;
   char* memory = nullptr;
   void *tsan = nullptr, *fake = nullptr;
+  bool fresh = true;
 };
 
 Context scheduler;
@@ -126,20 +127,20 @@ void start(Stack& s, void (*entry)()) {
     s.memory = static_cast<char*>(p);
   }
   s.fake = nullptr;
+  CUSIM_ASAN(__asan_unpoison_memory_region(s.memory, kStack));  // frames that never returned left marks
   s.context.make(s.memory, kStack, entry);
   CUSIM_TSAN_CALL(scheduler_tsan = __tsan_get_current_fiber());
-  CUSIM_TSAN_CALL(s.tsan = __tsan_create_fiber(0));
-}
-
-void discard(Stack& s) {
-  (void)s;
-  CUSIM_TSAN_CALL(__tsan_destroy_fiber(s.tsan));
+  // Kept for the threads of later blocks, since it takes its time to make one.
+  CUSIM_TSAN_CALL(if (s.tsan == nullptr) s.tsan = __tsan_create_fiber(0));
+  s.fresh = true;
 }
 
 // From the scheduler into the fiber, until it leaves.
 void resume(Stack& s) {
   CUSIM_ASAN(__sanitizer_start_switch_fiber(&scheduler_fake, s.memory, kStack));
-  CUSIM_TSAN_CALL(__tsan_switch_to_fiber(s.tsan, 1));
+  // What happened before the launch, and in earlier clusters, comes before all that a thread does.
+  CUSIM_TSAN_CALL(__tsan_switch_to_fiber(s.tsan, s.fresh ? 0 : 1));
+  s.fresh = false;
   scheduler.swap(s.context);
   CUSIM_ASAN(__sanitizer_finish_switch_fiber(scheduler_fake, nullptr, nullptr));
 }

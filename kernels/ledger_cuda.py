@@ -1,0 +1,398 @@
+"""The CUDA C++ kernels of csrc/cuda in the ledger: what nvcc makes of them for sm_90a and what they move.
+
+Needs nvcc and no GPU. The Python launchers of cuda_kernels run on meta tensors with a library that
+writes down what they would launch; code facts come from the cubin, access widths from the PTX. Bytes
+are a count for every argument: whole arrays once, and what is read for every token or by every
+cluster again (tests/test_ledger_cuda.py compares with what the kernels access in simulation).
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prfl_kernels import add_norm, cuda_kernels, ledger, qk_norm_rope, reward_pool, sass
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc/cuda"
+FLAGS = ["-std=c++17", "-O3", "-arch=sm_90a"]
+OPCODES = (*sass.OPCODES, "UBLKCP", "LDSM")
+# Operations of ledger.ENTRIES that these kernels do.
+OPERATIONS = ("modulate", "layer_norm", "gated_add", "qk_norm_rope", "rms_norm", "reward_pool")
+
+
+class Argument(NamedTuple):
+    name: str
+    tensor: Tensor
+    read: int = 0  # bytes, every access of them
+    written: int = 0
+
+
+class Launch(NamedTuple):
+    source: str
+    kernel: str  # with its template arguments, as c++filt writes it
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    cluster: int
+    arguments: list[Argument]
+    tensor_flops: int = 0
+
+
+def absence() -> str:
+    """Why the CUDA kernels cannot be compiled here; "" if they can."""
+    if not CSRC.is_dir():
+        return "the package was installed without its csrc"
+    return "" if shutil.which("nvcc") else "no nvcc on PATH"
+
+
+def _size(a: Tensor) -> int:
+    return a.numel() * a.element_size()
+
+
+def _arguments(names: str, tensors: Iterable[Tensor | None], written: str, **times: float) -> list[Argument]:
+    """Of the tensors that are there: written ones once, the others read as often as `times` says, or once."""
+    return [
+        Argument(name, a, 0, _size(a)) if name in written.split()
+        else Argument(name, a, int(times.get(name, 1) * _size(a)))
+        for name, a in zip(names.split(), tensors, strict=True)
+        if a is not None
+    ]  # fmt: skip
+
+
+# In the order of the pointers in the launchers' structs.
+POOL_FORWARD = "x u pooled lse scores top total acc"
+POOL_BACKWARD = "x u dpooled scores lse delta dx part"
+NORM_FORWARD = "x y gate scale shift sum n quant mean rstd"
+NORM_BACKWARD = "dn dsum x y gate scale mean rstd dx dy part"
+QK_FORWARD = "q k weight_q weight_k out_q out_k quant_q quant_k rstd_q rstd_k cos sin"
+QK_BACKWARD = "dq dk q k weight_q weight_k rstd_q rstd_k out_q out_k part cos sin"
+SOLVER = "x x_last m0 m1 velocity columns x_next x_c m_t"
+_NAMES = {
+    "pool_forward": POOL_FORWARD, "pool_merge": POOL_FORWARD, "pool_backward": POOL_BACKWARD,
+    "add_norm_forward_kernel": NORM_FORWARD, "add_norm_backward_kernel": NORM_BACKWARD,
+    "qk_forward_kernel": QK_FORWARD, "qk_backward_kernel": QK_BACKWARD, "solver_step_kernel": SOLVER,
+}  # fmt: skip
+# Offsets of pointers that do not stand at the struct's begin.
+_OFFSETS = {
+    "qk_forward_kernel": {"cos": 136, "sin": 144},
+    "qk_backward_kernel": {"cos": 176, "sin": 184},
+}
+_TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16"}
+_TYPE = list(_TYPES.values())
+
+
+class Recorder:
+    """Stands for the compiled library: launches nothing, and keeps what would have been launched."""
+
+    reward_pool_queries, reward_pool_width, norm_width = 8, 5120, 5120
+
+    def __init__(self):
+        self.launches: list[Launch] = []
+
+    @staticmethod
+    def pool_geometry(batch: int, length: int, width: int, bf16: bool) -> tuple[int, int, int]:
+        """(blocks of a cluster, runs, bytes of shared memory), as reward_pool.cu and pool_tiles.h say."""
+        tokens, ranks = 32 if bf16 else 16, 8 if width > 1536 else 4
+        tiles, most = -(-length // tokens), max(1, 128 // ranks // batch)
+        run = -(-tiles // most) * tokens
+        columns, pairs = -(-width // (16 * ranks)) * 16, tokens * 8
+        ring = 4 * tokens * (columns * (2 if bf16 else 4) + 16)
+        return ranks, -(-length // run), ring + 4 * pairs * (8 + 2 * 8 + 2) + 4 * 8
+
+    def reward_pool_runs(self, batch: int, length: int, width: int, bf16: bool) -> int:
+        return self.pool_geometry(batch, length, width, bf16)[1]
+
+    def add_norm_runs(self, batch: int, length: int, width: int) -> int:
+        run = -(-length // max(1, (132 if width > 2560 else 396) // batch))
+        return -(-length // run)
+
+    def _pool(self, kernel: str, arguments: list[Argument], products: int, batch, length, width) -> None:
+        x = arguments[0].tensor
+        bf16 = x.dtype == torch.bfloat16
+        ranks, runs, shared = self.pool_geometry(batch, length, width, bf16)
+        name = f"{kernel}<{_TYPES[x.dtype]}, {5 if ranks == 8 else 3}>"
+        flops = 2 * batch * length * width * 8 * products
+        grid = (ranks * runs, batch, 1)
+        self.launches.append(Launch("reward_pool", name, grid, 256, shared, ranks, arguments, flops))
+
+    def reward_pool_forward(self, *given) -> None:
+        *tensors, batch, length, width, queries, _ = given
+        x, u, pooled, lse, scores, top, total, acc = tensors
+        bf16 = x.dtype == torch.bfloat16
+        runs = self.reward_pool_runs(batch, length, width, bf16)
+        kept = [a for a in _arguments(POOL_FORWARD, tensors, "scores top total acc", u=batch * runs)
+                if a.name not in ("pooled", "lse")]  # fmt: skip
+        self._pool("pool_forward", kept, 2 * (3 if bf16 else 6), batch, length, width)
+        blocks = -(-width // 1024)
+        # Every thread reads the maxima and sums of the runs, the maxima twice.
+        times = {"top": 2 * blocks * 256, "total": blocks * 256}
+        merged = _arguments("pooled lse top total acc", (pooled, lse, top, total, acc), "pooled lse", **times)
+        self.launches.append(Launch("reward_pool", "pool_merge", (blocks, queries, batch), 256, 0, 1, merged))
+
+    def reward_pool_backward(self, *given) -> None:
+        *tensors, batch, length, width, queries, _ = given
+        bf16 = tensors[0].dtype == torch.bfloat16
+        ranks, runs, _ = self.pool_geometry(batch, length, width, bf16)
+        # Two layouts of dpooled; every block of a cluster wants all scores of its tokens.
+        times = {"u": batch * runs, "dpooled": 2 * runs, "scores": ranks, "lse": ranks * runs * 256 // 8}
+        times["delta"] = times["lse"] = times["lse"] if bf16 else times["lse"] // 2
+        arguments = _arguments(POOL_BACKWARD, tensors, "dx part", **times)
+        made = {a.name for a in arguments}
+        products = (3 if bf16 else 6) * (1 + ("part" in made) + ("dx" in made)) + (3 if "dx" in made else 0)
+        products += 3 if "dx" in made and not bf16 else 0
+        self._pool("pool_backward", arguments, products, batch, length, width)
+
+    def _rows(self, source: str, kernel: str, arguments: list[Argument], blocks, batch, width) -> None:
+        grid, threads = (blocks, batch, 1), -(-width // 256) * 32
+        self.launches.append(Launch(source, kernel, grid, threads, 4 * 20 * 4, 1, arguments))
+
+    def add_norm_forward(self, *given) -> None:
+        *tensors, batch, length, width, _, _, branch, aligned, _ = given
+        tokens = {name: batch * length * width * 4 // _size(a)
+                  for name, a in zip(NORM_FORWARD.split()[2:5], tensors[2:5], strict=True) if a is not None}
+        arguments = _arguments(NORM_FORWARD, tensors, "sum n quant mean rstd", **tokens)
+        types = f"{_TYPES[tensors[0].dtype]}, {_TYPE[branch]}, {_special(width, aligned)}"
+        kernel = f"add_norm_forward_kernel<{types}>"
+        self._rows("add_norm", kernel, arguments, length, batch, width)
+
+    def add_norm_backward(self, *given) -> None:
+        *tensors, batch, length, width, _, stream, branch, grad, aligned, _, _, _ = given
+        tokens = {name: batch * length * width * 4 // _size(a)
+                  for name, a in zip(("gate", "scale"), tensors[4:6], strict=True) if a is not None}
+        threads = -(-width // 256) * 32
+        arguments = _arguments(NORM_BACKWARD, tensors, "dx dy part", mean=threads, rstd=threads, **tokens)
+        types = f"{_TYPE[stream]}, {_TYPE[branch]}, {_TYPE[grad]}, {_special(width, aligned)}"
+        runs = self.add_norm_runs(batch, length, width)
+        self._rows("add_norm", f"add_norm_backward_kernel<{types}>", arguments, runs, batch, width)
+
+    def _turned(self, tensors, batch: int, length: int, width: int) -> dict[str, float]:
+        """How often the tables are read: a value for every pair of every token."""
+        tables = {} if tensors[-1] is None else {"cos": tensors[-2], "sin": tensors[-1]}
+        return {name: batch * length * width * 2 / _size(a) for name, a in tables.items()}
+
+    def qk_norm_rope_forward(self, *given) -> None:
+        *tensors, batch, length, width, places, _, aligned, _ = given
+        times = self._turned(tensors, batch, length, width)
+        times |= {"weight_q": batch * length, "weight_k": batch * length}
+        arguments = _arguments(QK_FORWARD, tensors, "out_q out_k quant_q quant_k rstd_q rstd_k", **times)
+        fits = aligned and (tensors[-1] is None or places[0] == 128)
+        kernel = f"qk_forward_kernel<{_TYPES[tensors[0].dtype]}, {_special(width, fits)}>"
+        self._rows("qk_norm_rope", kernel, arguments, length, batch, width)
+
+    def qk_norm_rope_backward(self, *given) -> None:
+        *tensors, batch, length, width, places, aligned, _ = given
+        times = self._turned(tensors, batch, length, width)
+        threads = -(-width // 256) * 32
+        times |= {"weight_q": batch * length, "weight_k": batch * length, "rstd_q": threads, "rstd_k": threads}
+        if tensors[1] is None:
+            tensors[7] = None  # 1/rms of k is that of q there
+        arguments = _arguments(QK_BACKWARD, tensors, "out_q out_k part", **times)
+        fits = aligned and (tensors[-1] is None or places[0] == 128)
+        kernel = f"qk_backward_kernel<{_TYPES[tensors[0].dtype]}, {_special(width, fits)}>"
+        runs = self.add_norm_runs(batch, length, width)
+        self._rows("qk_norm_rope", kernel, arguments, runs, batch, width)
+
+    def solver_step(self, *given) -> None:
+        *tensors, batch, size, aligned, _ = given
+        blocks = -(-size // 2048)
+        arguments = _arguments(SOLVER, tensors, "x_next x_c m_t", columns=blocks * 256)
+        kernel = f"solver_step_kernel<{_TYPES[tensors[4].dtype]}, {str(aligned).lower()}>"
+        self.launches.append(Launch("solver_step", kernel, (blocks, batch, 1), 256, 0, 1, arguments))
+
+
+def _special(width: int, aligned: bool) -> int:
+    return width if aligned and width in (1536, 5120) else 0
+
+
+@contextmanager
+def recording() -> Iterator[Recorder]:
+    """The launchers of add_norm, qk_norm_rope and reward_pool are those of cuda_kernels, on a recorder."""
+    recorder = Recorder()
+    replaced = [
+        (cuda_kernels, "library", lambda: recorder),
+        (cuda_kernels, "_view", lambda a: a),
+        (add_norm, "forward", cuda_kernels.add_norm_forward),
+        (add_norm, "backward", cuda_kernels.add_norm_backward),
+        (qk_norm_rope, "launch_forward", cuda_kernels.qk_forward),
+        (qk_norm_rope, "launch_backward", cuda_kernels.qk_backward),
+        (reward_pool, "launch_forward", cuda_kernels.reward_pool_forward),
+        (reward_pool, "launch_backward", cuda_kernels.reward_pool_backward),
+    ]  # fmt: skip
+    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    try:
+        yield recorder
+    finally:
+        for owner, name, value in plain:
+            setattr(owner, name, value)
+
+
+def _solver(s: ledger.Case) -> Iterable:
+    """The latent of 81 frames: 16 channels, 4 values of each a token."""
+    state = [ledger.empty(1, 64, s.length) for _ in range(4)]
+    velocity, columns = ledger.empty(1, 64, s.length, dtype=torch.bfloat16), ledger.empty(1, 9)
+    return *state, velocity, columns, *cuda_kernels.solver_step(*state, velocity, columns)
+
+
+ENTRIES = (
+    *(entry for entry in ledger.ENTRIES if entry.op.split()[0].startswith(OPERATIONS)),
+    ledger.Entry("solver_step", _solver, streams=(torch.bfloat16,)),
+)
+
+
+@cache
+def compiled(source: str) -> dict[str, dict]:
+    """{kernel with its template arguments: what nvcc made of it} of a file of csrc/cuda."""
+    if why := absence():
+        raise ValueError(f"ledger: got {why}, want nvcc and csrc/cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        made = {kind: Path(folder, f"{source}.{kind}") for kind in ("cubin", "ptx")}
+        for kind, path in made.items():
+            command = ["nvcc", *FLAGS, f"-{kind}", str(CSRC / f"{source}.cu"), "-o", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"ledger: nvcc failed: {done.stderr.strip().splitlines()[:1]}")
+        usage = sass._run("cuobjdump", "-res-usage", str(made["cubin"]))
+        code = sass._run("nvdisasm", "-c", str(made["cubin"]))
+        ptx = made["ptx"].read_text()
+    bodies = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.section|^\t\.section|\Z)", code, re.M | re.S))
+    entries = {name: body for name, body in re.findall(r"\.entry (\w+)\((.*?\n\})", ptx, re.S)}
+    found = {}
+    for mangled, *numbers in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage):
+        name = _demangled(mangled)
+        registers, stack, local = map(int, numbers)
+        counts = sass.instructions(bodies[mangled])
+        threads = re.search(r"\.maxntid (\d+)", entries[mangled])
+        found[name] = {
+            "registers": registers, "stack": stack + local, "spills": counts["LDL"] + counts["STL"],
+            "instructions": {op: n for op, n in counts.items() if op.split(".")[0] in OPCODES},
+            "most_threads": int(threads[1]) if threads else 1024,
+            "widths": _widths(name.split("<")[0], entries[mangled]),
+        }  # fmt: skip
+    return found
+
+
+def _demangled(name: str) -> str:
+    done = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
+    plain = done.stdout.replace("(anonymous namespace)::", "").replace("prfl::cuda::", "")
+    return re.search(r"(\w+(?:<[^(]*>)?)\(", plain)[1]
+
+
+def _widths(kernel: str, entry: str) -> dict[str, dict[str, dict[int, int]]]:
+    """{argument: {"read" | "written": {bytes a thread: instructions}}}, the pointers being members of
+    the struct that is the kernel's first parameter."""
+    names = _NAMES[kernel].split()
+    offsets = {8 * i: name for i, name in enumerate(names)} | {
+        at: name for name, at in _OFFSETS.get(kernel, {}).items()
+    }
+    body = _named_members(entry[entry.index("{") :])
+    pointers = ", ".join(f".param .u64 .ptr .align 1 p{at}" for at in offsets)
+    found = sass.accesses(f".entry k({pointers}) {body}")
+    names = list(offsets.values())
+    return {names[i]: {side: dict(n) for side, n in found[i].items()} for i in found if i >= 0}
+
+
+def _named_members(body: str) -> str:
+    """PTX in which every member of the first parameter is a parameter of its own, p OFFSET."""
+    bases = {name: 0 for name in re.findall(r"mov\.b64 *\t(%rd\d+), \w+_param_0;", body)}
+    for target, source, step in re.findall(r"add\.s64 *\t(%rd\d+), (%rd\d+), (-?\d+);", body):
+        if source in bases:
+            bases[target] = bases[source] + int(step)
+
+    def member(m: re.Match) -> str:
+        base = bases.get(m[1], 0) if m[1].startswith("%") else 0
+        return f"[p{base + int(m[2] or 0)}]"
+
+    known = "|".join(map(re.escape, bases)) or "none"
+    loads = re.compile(rf"(?<=\[)({known}|\w+_param_0)(?:\+(-?\d+))?(?=\])")
+    lines = []
+    for line in body.splitlines():
+        if "ld.param" in line and loads.search(line):
+            line = loads.sub(lambda m: member(m)[1:-1], line)
+            if pair := re.match(r"(.*)ld\.param\.v2\.[bu]64 *\t\{(%rd\d+), (%rd\d+)\}, \[p(\d+)\];", line):
+                lines += [f"ld.param.u64 \t{pair[2 + i]}, [p{int(pair[4]) + 8 * i}];" for i in range(2)]
+                continue
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _kernel(launch: Launch) -> dict:
+    """One launch as the ledger's other rows have it: up to an argument's size bytes are memory traffic."""
+    code = compiled(launch.source)[launch.kernel]
+    blocks, limits = sass.occupancy(code["registers"], launch.threads, launch.shared)
+    moved = reread = 0
+    arguments = []
+    for a in launch.arguments:
+        size, total = _size(a.tensor), a.read + a.written
+        memory = min(total, size)
+        moved, reread = moved + memory, reread + total - memory
+        wide = {side: _wide_share(n) for side, n in code["widths"].get(a.name, {}).items()}
+        if a.name in ("x", "dx") and code["instructions"].get("UBLKCP"):
+            wide = dict.fromkeys(("read", "written"), 1.0)
+        arguments.append({"name": a.name, "footprint": size, "read": a.read, "written": a.written, "wide": wide})
+    accessed = [(a[side], a["wide"].get(side, 0.0)) for a in arguments for side in ("read", "written")]
+    name = launch.kernel.split("<")[0].removesuffix("_kernel")
+    return {
+        "kernel": name, "grid": list(launch.grid), "tile": {}, "threads": launch.threads, "stages": 1,
+        "cluster": launch.cluster, "shared": launch.shared, "blocks": blocks, "limited_by": limits, **code,
+        "bytes": moved, "reread_bytes": reread, "flops": launch.tensor_flops, "arguments": arguments,
+        "wide_share": sum(b * w for b, w in accessed) / max(1, sum(b for b, _ in accessed)),
+        "seconds": {
+            "memory": moved / ledger.BANDWIDTH, "tensor cores": launch.tensor_flops / ledger.DOT_RATES["16-bit"],
+        },
+    }  # fmt: skip
+
+
+def _wide_share(counts: dict[int, int]) -> float:
+    return sum(w * n for w, n in counts.items() if w >= sass.WIDE) / sum(w * n for w, n in counts.items())
+
+
+def record(call: Callable[[], Iterable[Tensor | None]]) -> tuple[list[Tensor], list[Launch]]:
+    """(the inputs and outputs that call() returns, what it launches) on meta tensors."""
+    with recording() as recorder:
+        held = [a for a in call() if a is not None]
+    return list({id(a): a for a in held}.values()), recorder.launches
+
+
+def _row(entry: ledger.Entry, case: ledger.Case) -> dict:
+    held, launches = record(lambda: entry.call(case))
+    kernels = [_kernel(launch) for launch in launches]
+    minimum = sum(map(_size, held))
+    # torch adds the partial sums of the runs.
+    parts = [a.tensor for launch in launches for a in launch.arguments if a.name == "part"]
+    sums = sum(_size(a) + _size(a) // a.shape[1] for a in parts)
+    moved = sums + sum(k["bytes"] for k in kernels)
+    return {
+        "op": entry.op, "kind": entry.kind, "model": case.model, "length": case.length,
+        "stream": str(case.stream).removeprefix("torch.") if len(entry.streams) > 1 else None,
+        "minimum_bytes": minimum, "bytes": moved, "ratio": moved / minimum, "torch_bytes": {"sum": sums},
+        "reread_bytes": sum(k["reread_bytes"] for k in kernels), "flops": sum(k["flops"] for k in kernels),
+        "predicted_seconds": sums / ledger.BANDWIDTH + sum(max(k["seconds"].values()) for k in kernels),
+        "kernels": kernels,
+    }  # fmt: skip
+
+
+def collect(quick: bool) -> list[dict]:
+    """Rows like those of ledger.collect, of every operation and shape; quick: at 32,760 tokens alone."""
+    sources = ("add_norm", "qk_norm_rope", "reward_pool", "solver_step")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compiled, sources))
+    return [
+        _row(entry, ledger.Case(model, length, stream))
+        for length in ledger.GRIDS
+        if not (quick and length != min(ledger.GRIDS))
+        for model in ledger.WIDTHS
+        for entry in ENTRIES
+        for stream in entry.streams
+    ]
