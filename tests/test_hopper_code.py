@@ -66,7 +66,7 @@ def test_exponentials_run_under_the_second_product(compiled, kind, product):
 # the rest, exponentials and additions of float32 for every weight, does not: all pipes are about full.
 LIMITS = {
     "Bf16": {"issue": 0.45, "mufu": 0.52, "alu": 0.35},
-    "E4m3": {"issue": 1.10, "mufu": 1.04, "alu": 0.60},
+    "E4m3": {"issue": 1.12, "mufu": 1.04, "alu": 0.60},
 }
 
 

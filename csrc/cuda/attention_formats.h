@@ -138,6 +138,7 @@ struct E4m3 {
       PRFL_UNROLL
       for (int h = 0; h < 2; ++h) scores[4 * j + 2 * h] *= pair.x, scores[4 * j + 2 * h + 1] *= pair.y;
     }
+    __syncwarp();  // one lane gives the tile back for all
   }
   // Adds p v of a block, which is worth what its own maximum made it; sums before that count alpha of it.
   __device__ __forceinline__ void fold(float (&acc)[kDim / 2], const float (&alpha)[2], bool first) {

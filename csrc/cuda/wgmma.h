@@ -118,6 +118,7 @@ template <int N>
 inline void mma_wait(CUSIM_HERE) {
   __syncwarp(~0u, file, line);
   cusim::product_wait(N, file, line);
+  __syncwarp(~0u, file, line);
 }
 template <int N>
 inline void mma_bf16(float (&d)[N], uint64_t a, uint64_t b, int accumulate) {
