@@ -262,7 +262,10 @@ def collect(quick: bool = False, peers: str | None = None, workers: int | None =
         for share, results in zip(shares, made, strict=True):
             for i, compiled, counted in zip(share, *results, strict=True):
                 rows[i] = _row(*jobs[i], compiled, counted)
-    found = {"assumptions": ASSUMPTIONS, "operations": rows}
+    from prfl_kernels import ledger_cuda
+
+    found = {"assumptions": ASSUMPTIONS, "operations": rows, "cuda_absent": ledger_cuda.absence()}
+    found["cuda"] = [] if found["cuda_absent"] else ledger_cuda.collect(quick)
     return found if peers is None else found | {"peers": _spawn("peers", peers)}
 
 
@@ -400,14 +403,17 @@ def _wide_share(counts: dict[str, int]) -> float:
 def render(found: dict) -> str:
     """The ledger as text for a terminal of 150 columns."""
     lines, shape = [], None
-    for row in found["operations"]:
-        here = row["length"], row["model"]
-        if here != shape:
-            width, heads = WIDTHS[row["model"]]
-            title = f"Wan {row['model']} (C {width}, {heads} heads), {row['length']} tokens"
-            lines += ["", title, _TRAFFIC + _CODE]
-            shape = here
-        lines += _operation(row)
+    for language, rows in (("Triton", found["operations"]), ("CUDA C++", found.get("cuda", ()))):
+        for row in rows:
+            here = language, row["length"], row["model"]
+            if here != shape:
+                width, heads = WIDTHS[row["model"]]
+                title = f"{language}: Wan {row['model']} (C {width}, {heads} heads), {row['length']} tokens"
+                lines += ["", title, _TRAFFIC + _CODE]
+                shape = here
+            lines += _operation(row)
+    if found.get("cuda_absent"):
+        lines += ["", f"The CUDA C++ kernels are left out: {found['cuda_absent']}."]
     for title, kernels in found.get("peers", {}).items():
         lines += ["", title, "kernel, tile".ljust(58) + _CODE.removesuffix("  scalars")]
         for k in kernels:
@@ -458,7 +464,7 @@ def _code(k: dict) -> str:
     products = [f"{found[name]} {short}" for name, short in _PRODUCTS.items() if name in found]
     short = {"registers": "regs", "shared": "smem"}
     limit = f"{k['blocks']} {'+'.join(short.get(name, name) for name in k['limited_by'])}"
-    tma = found.get("UTMALDG", 0) + found.get("UTMASTG", 0)
+    tma = sum(found.get(name, 0) for name in ("UTMALDG", "UTMASTG", "UBLKCP"))
     wide = f"{100 * k['wide_share']:.0f}%" if k["wide_share"] is not None else ""
     return (
         f"  {k['threads']:4} {k['registers']:4} {k['spills']:6} {k['shared']:6} {limit:>13} "

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -193,7 +192,8 @@ class Recorder:
         *tensors, batch, length, width, places, aligned, _ = given
         times = self._turned(tensors, batch, length, width)
         threads = -(-width // 256) * 32
-        times |= {"weight_q": batch * length, "weight_k": batch * length, "rstd_q": threads, "rstd_k": threads}
+        times |= {"weight_q": batch * length, "weight_k": batch * length}
+        times |= {"rstd_q": threads, "rstd_k": threads}
         if tensors[1] is None:
             tensors[7] = None  # 1/rms of k is that of q there
         arguments = _arguments(QK_BACKWARD, tensors, "out_q out_k part", **times)
@@ -205,7 +205,8 @@ class Recorder:
     def solver_step(self, *given) -> None:
         *tensors, batch, size, aligned, _ = given
         blocks = -(-size // 2048)
-        arguments = _arguments(SOLVER, tensors, "x_next x_c m_t", columns=blocks * 256)
+        threads = -(-size // 8) if aligned else blocks * 256
+        arguments = _arguments(SOLVER, tensors, "x_next x_c m_t", columns=threads)
         kernel = f"solver_step_kernel<{_TYPES[tensors[4].dtype]}, {str(aligned).lower()}>"
         self.launches.append(Launch("solver_step", kernel, (blocks, batch, 1), 256, 0, 1, arguments))
 
@@ -257,19 +258,19 @@ def compiled(source: str) -> dict[str, dict]:
     if why := absence():
         raise ValueError(f"ledger: got {why}, want nvcc and csrc/cuda")
     with tempfile.TemporaryDirectory() as folder:
-        made = {kind: Path(folder, f"{source}.{kind}") for kind in ("cubin", "ptx")}
-        for kind, path in made.items():
-            command = ["nvcc", *FLAGS, f"-{kind}", str(CSRC / f"{source}.cu"), "-o", str(path)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise ValueError(f"ledger: nvcc failed: {done.stderr.strip().splitlines()[:1]}")
-        usage = sass._run("cuobjdump", "-res-usage", str(made["cubin"]))
-        code = sass._run("nvdisasm", "-c", str(made["cubin"]))
-        ptx = made["ptx"].read_text()
+        made = Path(folder, f"{source}.cubin")
+        command = ["nvcc", *FLAGS, "-cubin", "-keep", "-keep-dir", folder, str(CSRC / f"{source}.cu")]
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"ledger: nvcc failed: {done.stderr.strip().splitlines()[:1]}")
+        usage = sass._run("cuobjdump", "-res-usage", str(made))
+        code = sass._run("nvdisasm", "-c", str(made))
+        ptx = made.with_suffix(".ptx").read_text()
     bodies = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.section|^\t\.section|\Z)", code, re.M | re.S))
     entries = {name: body for name, body in re.findall(r"\.entry (\w+)\((.*?\n\})", ptx, re.S)}
     found = {}
-    for mangled, *numbers in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage):
+    used = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    for mangled, *numbers in re.findall(used, usage):
         name = _demangled(mangled)
         registers, stack, local = map(int, numbers)
         counts = sass.instructions(bodies[mangled])
@@ -292,10 +293,9 @@ def _demangled(name: str) -> str:
 def _widths(kernel: str, entry: str) -> dict[str, dict[str, dict[int, int]]]:
     """{argument: {"read" | "written": {bytes a thread: instructions}}}, the pointers being members of
     the struct that is the kernel's first parameter."""
-    names = _NAMES[kernel].split()
-    offsets = {8 * i: name for i, name in enumerate(names)} | {
-        at: name for name, at in _OFFSETS.get(kernel, {}).items()
-    }
+    apart = _OFFSETS.get(kernel, {})
+    begin = [name for name in _NAMES[kernel].split() if name not in apart]
+    offsets = {8 * i: name for i, name in enumerate(begin)} | {at: name for name, at in apart.items()}
     body = _named_members(entry[entry.index("{") :])
     pointers = ", ".join(f".param .u64 .ptr .align 1 p{at}" for at in offsets)
     found = sass.accesses(f".entry k({pointers}) {body}")
@@ -310,16 +310,12 @@ def _named_members(body: str) -> str:
         if source in bases:
             bases[target] = bases[source] + int(step)
 
-    def member(m: re.Match) -> str:
-        base = bases.get(m[1], 0) if m[1].startswith("%") else 0
-        return f"[p{base + int(m[2] or 0)}]"
-
-    known = "|".join(map(re.escape, bases)) or "none"
-    loads = re.compile(rf"(?<=\[)({known}|\w+_param_0)(?:\+(-?\d+))?(?=\])")
+    known = "|".join((*map(re.escape, bases), r"\w+_param_0"))
+    member = re.compile(rf"(?<=\[)({known})(?:\+(-?\d+))?(?=\])")
     lines = []
     for line in body.splitlines():
-        if "ld.param" in line and loads.search(line):
-            line = loads.sub(lambda m: member(m)[1:-1], line)
+        if "ld.param" in line:
+            line = member.sub(lambda m: f"p{bases.get(m[1], 0) + int(m[2] or 0)}", line)
             if pair := re.match(r"(.*)ld\.param\.v2\.[bu]64 *\t\{(%rd\d+), (%rd\d+)\}, \[p(\d+)\];", line):
                 lines += [f"ld.param.u64 \t{pair[2 + i]}, [p{int(pair[4]) + 8 * i}];" for i in range(2)]
                 continue
@@ -340,7 +336,9 @@ def _kernel(launch: Launch) -> dict:
         wide = {side: _wide_share(n) for side, n in code["widths"].get(a.name, {}).items()}
         if a.name in ("x", "dx") and code["instructions"].get("UBLKCP"):
             wide = dict.fromkeys(("read", "written"), 1.0)
-        arguments.append({"name": a.name, "footprint": size, "read": a.read, "written": a.written, "wide": wide})
+        arguments.append(
+            {"name": a.name, "footprint": size, "read": a.read, "written": a.written, "wide": wide}
+        )
     accessed = [(a[side], a["wide"].get(side, 0.0)) for a in arguments for side in ("read", "written")]
     name = launch.kernel.split("<")[0].removesuffix("_kernel")
     return {
@@ -349,7 +347,8 @@ def _kernel(launch: Launch) -> dict:
         "bytes": moved, "reread_bytes": reread, "flops": launch.tensor_flops, "arguments": arguments,
         "wide_share": sum(b * w for b, w in accessed) / max(1, sum(b for b, _ in accessed)),
         "seconds": {
-            "memory": moved / ledger.BANDWIDTH, "tensor cores": launch.tensor_flops / ledger.DOT_RATES["16-bit"],
+            "memory": moved / ledger.BANDWIDTH,
+            "tensor cores": launch.tensor_flops / ledger.DOT_RATES["16-bit"],
         },
     }  # fmt: skip
 

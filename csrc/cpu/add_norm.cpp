@@ -55,8 +55,7 @@ void forward(const AddNormForward& a) {
       X* out = a.y ? a.sum.at<X>(b, l) : nullptr;
       // float32 is read again from where it stands, bfloat16 from a copy.
       float* copy = a.n && !is_same<X, float> ? room + 3 * width : nullptr;
-      float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, copy, width)
-                        : read_row(x, copy, width);
+      float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, copy, width) : read_row(x, copy, width);
       if (!a.n) continue;
       const float* row = copy != nullptr ? copy : reinterpret_cast<const float*>(a.y ? out : x);
       const float mean = total / width;
@@ -81,8 +80,8 @@ struct Sums {
 
 // g = dn (scale + base) and x_hat; returns their means over the row.
 template <class X, class N>
-void norm_row(const N* dn, const X* x, const float* scale, float base, float mean, float rstd, const Sums& sums,
-              float* g, float* x_hat, float* mean_g, float* mean_gx, int64_t n) {
+void norm_row(const N* dn, const X* x, const float* scale, float base, float mean, float rstd,
+              const Sums& sums, float* g, float* x_hat, float* mean_g, float* mean_gx, int64_t n) {
   vf total[2] = {}, total_x[2] = {};
   each<2>(n, [&](int64_t i, auto m, int k) {
     vf d = load(dn + i, m);
@@ -141,25 +140,23 @@ void backward(const AddNormBackward& a) {
   });
   for (int64_t b = 0; slots > 0 && b < a.shape.batch; b++) {
     const int64_t values = slots * width;
-    add_runs(a.part.at<float>() + b * a.runs * values, a.runs, values, values, a.sums.at<float>() + b * values,
-             a.threads);
+    add_runs(a.part.at<float>() + b * a.runs * values, a.runs, values, values,
+             a.sums.at<float>() + b * values, a.threads);
   }
 }
 
 }  // namespace
 
 void add_norm_forward(const AddNormForward& a) {
-  with_types(a.x.dtype, a.y.dtype, a.n.dtype, [&](auto x, auto y, auto n) {
-    forward<decltype(x), decltype(y), decltype(n)>(a);
-  });
+  with_types(a.x.dtype, a.y.dtype, a.n.dtype,
+             [&](auto x, auto y, auto n) { forward<decltype(x), decltype(y), decltype(n)>(a); });
 }
 
 void add_norm_backward(const AddNormBackward& a) {
   const DType x = a.dn ? a.x.dtype : a.dsum.dtype;
   const DType y = a.dy ? a.dy.dtype : a.y.dtype;
-  with_types(x, y, a.dn.dtype, [&](auto x, auto y, auto n) {
-    backward<decltype(x), decltype(y), decltype(n)>(a);
-  });
+  with_types(x, y, a.dn.dtype,
+             [&](auto x, auto y, auto n) { backward<decltype(x), decltype(y), decltype(n)>(a); });
 }
 
 }  // namespace prfl::PRFL_ISA

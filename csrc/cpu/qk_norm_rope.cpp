@@ -105,21 +105,20 @@ void backward(const QkNormRopeBackward& a) {
     }
   });
   if (a.part)
-    add_runs(a.part.at<float>(), a.shape.batch * a.runs, 2 * width, 2 * width, a.dweight.at<float>(), a.threads);
+    add_runs(a.part.at<float>(), a.shape.batch * a.runs, 2 * width, 2 * width, a.dweight.at<float>(),
+             a.threads);
 }
 
 }  // namespace
 
 void qk_norm_rope_forward(const QkNormRopeForward& a) {
-  with_type(a.x[0].dtype, [&](auto x) {
-    a.rope.cos ? forward<decltype(x), true>(a) : forward<decltype(x), false>(a);
-  });
+  with_type(a.x[0].dtype,
+            [&](auto x) { a.rope.cos ? forward<decltype(x), true>(a) : forward<decltype(x), false>(a); });
 }
 
 void qk_norm_rope_backward(const QkNormRopeBackward& a) {
-  with_type(a.x[0].dtype, [&](auto x) {
-    a.rope.cos ? backward<decltype(x), true>(a) : backward<decltype(x), false>(a);
-  });
+  with_type(a.x[0].dtype,
+            [&](auto x) { a.rope.cos ? backward<decltype(x), true>(a) : backward<decltype(x), false>(a); });
 }
 
 }  // namespace prfl::PRFL_ISA

@@ -1,0 +1,129 @@
+"""The CUDA C++ kernels in the ledger: the gates on what nvcc makes of them, and the counts of their bytes."""
+
+import json
+import math
+import os
+from functools import partial
+
+import pytest
+import torch
+from cuda_sim import build, missing
+from fused import needs_triton
+from test_cuda_kernels import watch
+from test_ledger import rows
+
+from prfl_kernels import cuda_kernels, ledger_cuda, sass
+
+__all__ = ["rows"]
+pytestmark = [
+    needs_triton,  # whose wheel brings cuobjdump and nvdisasm
+    pytest.mark.skipif(bool(ledger_cuda.absence()), reason=ledger_cuda.absence()),
+]
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture(scope="session")
+def cuda_rows(rows, tmp_path_factory):
+    """The CUDA part of what test_ledger's fixture has made."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    return json.loads((root / "ledger.json").read_text())["cuda"]
+
+
+def kernels(rows):
+    return [
+        (f"{row['op']} {row['model']} {row['stream']} {k['kernel']}", row, k)
+        for row in rows
+        for k in row["kernels"]
+    ]
+
+
+def test_nothing_spills_and_every_block_fits(cuda_rows):
+    assert len(cuda_rows) == 2 * sum(len(entry.streams) for entry in ledger_cuda.ENTRIES)
+    for name, _, k in kernels(cuda_rows):
+        assert k["spills"] == k["stack"] == 0, name
+        assert k["blocks"] >= 1 and k["threads"] <= k["most_threads"], name
+        assert not {"RED", "REDG", "ATOM", "ATOMG"} & set(k["instructions"]), name
+
+
+def test_whole_rows_move_with_16_bytes_a_thread(cuda_rows):
+    for name, row, k in kernels(cuda_rows):
+        width = {"14B": 5120, "1.3B": 1536}[row["model"]]
+        for a in k["arguments"]:
+            sides = [side for side in ("read", "written") if a[side]]
+            assert all(side in a["wide"] for side in sides), f"{name}: {a['name']} is not accounted for"
+            if a["footprint"] >= row["length"] * width:
+                assert all(a["wide"][side] == 1.0 for side in sides), f"{name}: {a['name']}"
+
+
+def test_bytes_stay_within_a_twentieth_of_the_minimum(cuda_rows):
+    assert not [(row["op"], row["ratio"]) for row in cuda_rows if not 1 <= row["ratio"] <= 1.05]
+
+
+def test_features_go_through_the_bulk_copy_engine(cuda_rows):
+    found = [k for _, _, k in kernels(cuda_rows) if k["kernel"] in ("pool_forward", "pool_backward")]
+    assert len(found) == 8
+    for k in found:
+        assert k["instructions"]["UBLKCP"] and k["instructions"]["HMMA"] and k["instructions"]["LDG"] < 60
+        assert k["grid"][0] == 128 and not {"x", "dx"} & set(k["widths"])
+
+
+def normal(*shape, dtype=F32):
+    return torch.randn(shape).to(dtype)
+
+
+def calls():
+    """(name, launcher call) at a small size, every argument a tensor of its own."""
+    for width in (1536, 5120):
+        for stream in (F32, BF16):
+            x, y = normal(1, 5, width, dtype=stream), normal(1, 5, width, dtype=BF16)
+            gate, scale, shift = (normal(1, width) for _ in range(3))
+            stats, dn = normal(2, 1, 5), normal(1, 5, width, dtype=BF16)
+            forward, backward = cuda_kernels.add_norm_forward, cuda_kernels.add_norm_backward
+            name = f"{width} {stream}"
+            yield f"norm {name}", partial(forward, x, y, gate, scale, shift, 1.0, 1e-6, BF16)
+            fp8 = torch.float8_e4m3fn
+            yield f"fp8 {name}", partial(forward, x, None, None, scale, shift[0], 1.0, 1e-6, fp8)
+            rest = (x, y, gate, scale, stats, 1.0, True, BF16)
+            yield f"norm backward {name}", partial(backward, dn, x.clone(), *rest)
+            u, scores = normal(3, width), normal(1, 40, 3)
+            x = normal(1, 40, width, dtype=stream)
+            yield f"pool {name}", partial(cuda_kernels.reward_pool_forward, x, u)
+            small = normal(1, 3, width), normal(1, 3), x, u, scores, normal(1, 3)
+            yield f"pool backward {name}", partial(cuda_kernels.reward_pool_backward, *small, True, True)
+        heads, grid = width // 128, (1, 2, 3)
+        q, k = normal(1, 6, width, dtype=BF16), normal(1, 6, width, dtype=BF16)
+        weights = normal(width), normal(width)
+        for fp8 in (False, True):
+            turned = (q, k, *weights, grid, heads, 1e-6, 0, fp8)
+            yield f"qk {width} {fp8}", partial(cuda_kernels.qk_forward, *turned)
+        held = normal(1, 6, heads, 128, dtype=BF16), normal(1, 6, heads, 128, dtype=BF16), q, k, *weights
+        rest = (normal(2, 1, 6), grid, heads, 0, True)
+        yield f"qk backward {width}", partial(cuda_kernels.qk_backward, *held, *rest)
+    state = [normal(2, math.prod((16, 3, 4, 16))) for _ in range(4)]
+    v, columns = normal(*state[0].shape, dtype=BF16), normal(2, 9)
+    yield "solver", partial(cuda_kernels.solver_step, *state, v, columns)
+
+
+@pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}")
+@pytest.mark.parametrize("name, call", [pytest.param(n, c, id=n) for n, c in calls()])
+def test_counts_are_what_the_kernels_access(name, call, monkeypatch):
+    with ledger_cuda.recording() as recorder:
+        call()
+    simulation = watch(monkeypatch, build())
+    call()
+    counted = {}
+    for launch in recorder.launches:
+        for a in launch.arguments:
+            read, written = counted.get(a.name, (0, 0))
+            counted[a.name] = read + a.read, written + a.written
+    names = ledger_cuda._NAMES[recorder.launches[0].kernel.split("<")[0]].split()
+    accessed = dict(zip(names, simulation.traffic, strict=True))
+    assert {a: n for a, n in accessed.items() if any(n)} == counted
+    shapes = [(*k.grid[:2], k.threads, k.shared, k.cluster) for k in recorder.launches]
+    assert [tuple(shape) for shape in simulation.launches] == shapes
+
+
+def test_occupancy_of_the_widest_kernels():
+    """640 threads of 96 registers: one block an SM; 48 registers: two."""
+    assert sass.occupancy(96, 640, 320)[0] == 1 and sass.occupancy(48, 640, 320)[0] == 2
