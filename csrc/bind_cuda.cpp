@@ -26,19 +26,20 @@ void bind_attention(py::module_& m) {
   const auto sequence = [](const View& a, Size length) {
     return Sequence{a.data, length, {a.stride[0], a.stride[1], a.stride[2]}};
   };
-  m.def("attention_hopper_forward", [=](View q, View k, View v, View out, View lse, Size batch, Size queries, Size keys,
-                                Size heads, float scale, Size stream) {
+  m.def("attention_hopper_forward", [=](View q, View k, View v, View out, View lse, Size batch, Size queries,
+                                        Size keys, Size heads, float scale, Size stream) {
     py::gil_scoped_release unlocked;
-    attention_hopper_forward(sequence(q, queries), sequence(k, keys), sequence(v, keys), out.data, lse.at<float>(), batch,
-                     heads, scale, at(stream));
+    attention_hopper_forward(sequence(q, queries), sequence(k, keys), sequence(v, keys), out.data,
+                             lse.at<float>(), batch, heads, scale, at(stream));
   });
-  m.def("attention_hopper_fp8_forward", [=](View q, View q_scale, View k, View k_scale, View v, View v_scale, View out,
-                                    View lse, Size batch, Size queries, Size keys, Size heads, float scale,
-                                    Size stream) {
-    py::gil_scoped_release unlocked;
-    attention_hopper_fp8_forward(sequence(q, queries), q_scale.at<float>(), sequence(k, keys), k_scale.at<float>(), v.data,
-                         v_scale.at<float>(), out.data, lse.at<float>(), batch, heads, scale, at(stream));
-  });
+  m.def("attention_hopper_fp8_forward",
+        [=](View q, View q_scale, View k, View k_scale, View v, View v_scale, View out, View lse, Size batch,
+            Size queries, Size keys, Size heads, float scale, Size stream) {
+          py::gil_scoped_release unlocked;
+          attention_hopper_fp8_forward(sequence(q, queries), q_scale.at<float>(), sequence(k, keys),
+                                       k_scale.at<float>(), v.data, v_scale.at<float>(), out.data,
+                                       lse.at<float>(), batch, heads, scale, at(stream));
+        });
 }
 
 void bind_reward_pool(py::module_& m) {

@@ -8,7 +8,7 @@ sums, so their backward serves both.
 import torch
 from torch import Tensor
 
-from prfl_kernels.attention_triton import _dense as addressable
+from prfl_kernels.attention_triton import addressable
 
 HEAD_DIM = 128
 

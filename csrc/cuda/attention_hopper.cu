@@ -10,9 +10,8 @@
 // Blocks of keys go from last to first: the last one alone may be partly filled, and is masked before the
 // loop. Queries past the end are zeros and are never written. Every sum has one order: no atomics.
 // Source: FlashAttention-3 (Shah et al. 2024), algorithms 1 and 2.
-#include "attention_hopper.h"
-
 #include "attention_formats.h"
+#include "attention_hopper.h"
 #include "launch.h"
 
 namespace prfl::cuda {

@@ -106,19 +106,18 @@ inline CUtensorMap tensor_map(const char* kernel, const char* name, const Rows& 
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
   const auto encode = tensor_map_encoder();
-  const CUresult got =
-      encode ? encode(&map, a.type, 5, const_cast<void*>(a.data), sizes, strides, box, steps,
-                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
-             : CUDA_ERROR_NOT_FOUND;  // no driver, or one older than CUDA 12
+  const CUresult got = encode ? encode(&map, a.type, 5, const_cast<void*>(a.data), sizes, strides, box, steps,
+                                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+                              : CUDA_ERROR_NOT_FOUND;  // no driver, or one older than CUDA 12
   if (got == CUDA_SUCCESS) return map;
   std::string text = std::string(kernel) + ": cuTensorMapEncodeTiled got " + name + " of sizes";
   for (int64_t n : {a.batch, a.length, a.heads, a.dim}) text += " " + std::to_string(n);
   text += ", strides";
   for (int64_t n : {a.batch_stride, a.length_stride, a.head_stride}) text += " " + std::to_string(n);
   text += " of " + std::to_string(a.bytes) + " bytes and boxes of " + std::to_string(rows) + " rows";
-  throw std::runtime_error(text + (encode ? ", and failed with " + std::to_string(got)
-                                          : ", and the driver does not have it"));
+  throw std::runtime_error(
+      text + (encode ? ", and failed with " + std::to_string(got) : ", and the driver does not have it"));
 }
 
 }  // namespace prfl::cuda
