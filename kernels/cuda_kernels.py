@@ -39,7 +39,8 @@ def _supported(name: str, *tensors: Tensor | None) -> None:
 
 def _vectors(a: Tensor) -> bool:
     """Whether every row of a begins at a multiple of 16 bytes."""
-    steps = [a.data_ptr(), *(s * a.element_size() for s in a.stride()[:-1])]
+    strides = zip(a.shape[:-1], a.stride(), strict=False)
+    steps = [a.data_ptr(), *(s * a.element_size() for n, s in strides if n > 1)]
     return a.stride(-1) == 1 and not any(step % VECTOR for step in steps)
 
 
