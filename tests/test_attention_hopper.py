@@ -14,6 +14,7 @@ from prfl_kernels import attention_hopper, compiled, cuda_kernels, table
 from prfl_kernels.attention import attention_with_lse
 from prfl_kernels.attention_backends import BACKENDS, ORDER, absence, reference_forward
 from prfl_kernels.attention_fp8 import BLOCK_N, attention_fp8, attention_fp8_reference
+from prfl_kernels.fp8_linear import hopper_product
 
 pytestmark = [
     needs_triton,
@@ -154,17 +155,22 @@ def test_fp8_is_the_reference_with_its_blocks_turned_round():
     assert (lse - want_lse).abs().max() <= 2**-18
 
 
+def check_fp8(arguments, factor=1.1, **product):
+    """out errs at most `factor` times and lse twice as much as the reference (with a `product`)."""
+    q8, q_scale, k8, k_scale, v8, v_scale = arguments
+    q, k = q8.double() * q_scale.double()[..., None], k8.double() * k_scale.double()[..., None]
+    want, want_lse, _, _ = exact(q, k, values_of(v8, v_scale, k8.shape[1]), SCALE)
+    low, low_lse = attention_fp8_reference(*arguments, SCALE, **product)
+    out, lse = attention_hopper.launch_forward_fp8(*arguments, SCALE)
+    assert error(out, want) <= factor * error(low.bfloat16(), want)
+    assert (lse - want_lse).abs().max() <= 2 * (low_lse - want_lse).abs().max() + 2**-20
+
+
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 130, 200, 2), (1, 100, 9 * BLOCK_N + 5, 1)])
 def test_fp8_errs_as_the_reference(kernels, shape, early):
     kernels.load_early(early)
-    q8, q_scale, k8, k_scale, v8, v_scale = arguments = fp8_inputs(*shape)
-    q, k = q8.double() * q_scale.double()[..., None], k8.double() * k_scale.double()[..., None]
-    want, want_lse, _, _ = exact(q, k, values_of(v8, v_scale, shape[2]), SCALE)
-    low, low_lse = attention_fp8_reference(*arguments, SCALE)
-    out, lse = attention_hopper.launch_forward_fp8(*arguments, SCALE)
-    assert error(out, want) <= 1.1 * error(low.bfloat16(), want)
-    assert (lse - want_lse).abs().max() <= 2 * (low_lse - want_lse).abs().max() + 2**-20
+    check_fp8(fp8_inputs(*shape))
 
 
 def test_fp8_is_a_choice_and_no_default(monkeypatch):
@@ -177,6 +183,20 @@ def test_fp8_is_a_choice_and_no_default(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(attention_fp8(*arguments), want, strict=True))
     table.configure("")
     assert table.OPERATIONS["attention_fp8"][-1] == "triton"
+
+
+# -- the built extension, not the simulation
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu(shape, monkeypatch):
+    monkeypatch.undo()
+    if why := absence("cuda", "cuda", BF16):
+        pytest.skip(f"cuda {why}")
+    check(*(a.cuda() for a in qkv(*shape)))
+    # Its tensor cores add fewer bits than the simulation's.
+    check_fp8([a.cuda() for a in fp8_inputs(*shape)], 2, product=hopper_product)
 
 
 # -- faults
