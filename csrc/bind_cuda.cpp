@@ -7,6 +7,7 @@
 
 #include "bind.h"
 #include "cuda/add_norm.h"
+#include "cuda/attention_hopper.h"
 #include "cuda/qk_norm_rope.h"
 #include "cuda/reward_pool.h"
 #include "cuda/solver_step.h"
@@ -19,6 +20,27 @@ using Size = int64_t;
 namespace {
 
 cudaStream_t at(Size stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void bind_attention(py::module_& m) {
+  using namespace prfl::cuda;
+  const auto sequence = [](const View& a, Size length) {
+    return Sequence{a.data, length, {a.stride[0], a.stride[1], a.stride[2]}};
+  };
+  m.def("attention_hopper_forward", [=](View q, View k, View v, View out, View lse, Size batch, Size queries,
+                                        Size keys, Size heads, float scale, Size stream) {
+    py::gil_scoped_release unlocked;
+    attention_hopper_forward(sequence(q, queries), sequence(k, keys), sequence(v, keys), out.data,
+                             lse.at<float>(), batch, heads, scale, at(stream));
+  });
+  m.def("attention_hopper_fp8_forward",
+        [=](View q, View q_scale, View k, View k_scale, View v, View v_scale, View out, View lse, Size batch,
+            Size queries, Size keys, Size heads, float scale, Size stream) {
+          py::gil_scoped_release unlocked;
+          attention_hopper_fp8_forward(sequence(q, queries), q_scale.at<float>(), sequence(k, keys),
+                                       k_scale.at<float>(), v.data, v_scale.at<float>(), out.data,
+                                       lse.at<float>(), batch, heads, scale, at(stream));
+        });
+}
 
 void bind_reward_pool(py::module_& m) {
   using namespace prfl::cuda;
@@ -211,6 +233,7 @@ void bind_cuda(py::module_& m) {
   bind_add_norm(m);
   bind_qk_norm_rope(m);
   bind_solver_step(m);
+  bind_attention(m);
 }
 
 #ifdef CUSIM
@@ -221,6 +244,7 @@ PYBIND11_MODULE(prfl_sim, m) {
   bind_cuda(m);
   m.def("watch", [](Size base, Size bytes) { cusim::watch(reinterpret_cast<void*>(base), bytes); });
   m.def("unwatch", &cusim::unwatch);
+  m.def("load_early", &cusim::load_early);
   m.def("traffic", [](Size base) { return cusim::traffic(reinterpret_cast<void*>(base)); });
   // The launches since the last unwatch: (blocks along x, y, threads, bytes of shared memory, cluster).
   m.def("launches", [] {

@@ -13,9 +13,9 @@ so results are the same from run to run, without atomics. Everything is computed
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, tuning
+from prfl_kernels import cpu_kernels, cuda_kernels, tuning
 from prfl_kernels.jit import jit, tl, triton, unit_last, wide
-from prfl_kernels.table import CPU, REFERENCE, TRITON, implementation
+from prfl_kernels.table import CPU, CUDA, REFERENCE, TRITON, implementation
 
 # Runs of tokens on the whole batch: enough to fill 132 SMs, few enough that their partial sums stay
 # under 5 % of the traffic at 32,760 tokens. A wide row takes a whole SM in the backward.
@@ -315,6 +315,7 @@ IMPLEMENTATIONS = {
     REFERENCE: (reference_forward, reference_backward),
     CPU: (cpu_kernels.add_norm_forward, cpu_kernels.add_norm_backward),
     TRITON: (forward, backward),
+    CUDA: (cuda_kernels.add_norm_forward, cuda_kernels.add_norm_backward),
 }
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels import attention_triton, jit
+from prfl_kernels import attention_hopper, attention_triton, compiled, jit
 from prfl_kernels.jit import wide
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -203,6 +203,10 @@ BACKENDS = {
         "own Triton kernels", attention_triton.forward, attention_triton.backward,
         dtypes=attention_triton.DTYPES,
     ),
+    "cuda": Backend(
+        "own CUDA C++ kernel, its backward in Triton", attention_hopper.forward, attention_triton.backward,
+        capabilities=(9, 9), dtypes=(torch.bfloat16,),
+    ),
     "fa2": _library(
         "FlashAttention-2", _fa2_forward, _fa2_backward,
         ("flash_attn", "flash_attn_func"), ("flash_attn.flash_attn_interface", "_flash_attn_backward"),
@@ -219,7 +223,8 @@ BACKENDS = {
         capabilities=(9, 9),
     ),
 }  # fmt: skip
-ORDER = ("fa3", "fa4", "cudnn", "fa2", "triton", "sdpa")  # on CUDA the first that runs
+# On CUDA the first that runs; "cuda" is no default before it has been measured on a GPU.
+ORDER = ("fa3", "fa4", "cudnn", "fa2", "triton", "sdpa")
 
 
 @cache
@@ -243,13 +248,15 @@ def absence(name: str, device: str, dtype: torch.dtype | None = None) -> str | N
     interpreted = name == "triton" and jit.INTERPRETED
     if backend.device not in (None, device) and not interpreted:
         return f"needs a {backend.device} device"
-    if name == "triton" and jit.triton is None:
+    if name in ("triton", "cuda") and jit.triton is None:
         return "triton is not installed"
     if device == "cuda" and backend.device == "cuda":
         low, high = backend.capabilities
         major, minor = torch.cuda.get_device_capability()
         if not low <= major <= high:
             return f"needs capability {low}.0{'' if high == low else ' or higher'}, got {major}.{minor}"
+    if name == "cuda" and (why := compiled.absence("cuda", device)):
+        return why
     if name == "cudnn" and not torch.backends.cudnn.is_available():
         return "torch has no cuDNN"
     dtypes = (*HALVES, torch.float32) if name == "sdpa" and device == "cpu" else backend.dtypes

@@ -34,10 +34,10 @@ import math
 import torch
 from torch import Tensor
 
-from prfl_kernels import tuning
+from prfl_kernels import attention_hopper, tuning
 from prfl_kernels.fp8_linear import E4M3, forbid_gradient, never
 from prfl_kernels.jit import jit, register, tl, triton
-from prfl_kernels.table import REFERENCE, implementation
+from prfl_kernels.table import CUDA, REFERENCE, implementation
 
 HEAD_DIMS = (64, 128)
 # 128 x 128 tiles on 8 warps: 255 registers at D = 128 (237 with one level of sums) and none
@@ -251,10 +251,12 @@ def _forward(q8, q_scale, k8, k_scale, v8, v_scale, scale):
     _check(*tensors)
     if q8.numel() == 0:
         return _forward_fake(*tensors, scale)
-    if implementation("attention_fp8", q8) == REFERENCE:
+    choice = implementation("attention_fp8", q8)
+    if choice == REFERENCE:
         out, lse = attention_fp8_reference(*tensors, scale)
         return out.to(torch.bfloat16, memory_format=torch.contiguous_format), lse.contiguous()
-    return launch_forward(*tensors, scale)
+    launch = attention_hopper.launch_forward_fp8 if choice == CUDA else launch_forward
+    return launch(*tensors, scale)
 
 
 def _forward_fake(q8, q_scale, k8, k_scale, v8, v_scale, scale):

@@ -196,7 +196,7 @@ def _queries_kernel(
     dq_desc.store([b, h, first, 0], (dq * scale).to(q.dtype).reshape(1, 1, M, D))
 
 
-def _dense(a: Tensor) -> Tensor:
+def addressable(a: Tensor) -> Tensor:
     """`a`, or a copy where a descriptor cannot address it: rows of its last dimension have to be
     contiguous, strides whole multiples of 16 bytes and not zero, the start on 16 bytes."""
     unit = 16 // a.element_size()
@@ -236,7 +236,7 @@ def _tile(kernel: str, defaults: dict, q: Tensor, k: Tensor) -> tuple[int, int, 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq]) of at least one query and key; scale > 0."""
     _check(q)
-    q, k, v = (_dense(a) for a in (q, k, v))
+    q, k, v = (addressable(a) for a in (q, k, v))
     batch, length, heads, dim = q.shape
     m, n, warps, stages = _tile("forward", FORWARD, q, k)
     out = q.new_empty(q.shape)
@@ -263,7 +263,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv) of `forward`, None where not wanted. dlse [B, H, Lq] or None for zero."""
     _check(q)
-    q, k, v, dout = (_dense(a) for a in (q, k, v, dout))
+    q, k, v, dout = (addressable(a) for a in (q, k, v, dout))
     out, lse = out.contiguous(), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     (batch, length, heads, dim), keys = q.shape, k.shape[1]

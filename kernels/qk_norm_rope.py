@@ -17,11 +17,11 @@ Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`, `WanRMSNorm`.
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels
+from prfl_kernels import cpu_kernels, cuda_kernels
 from prfl_kernels.add_norm import quantize_rows, run_grid
 from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
 from prfl_kernels.rope import Grid, cos_sin, pairs_of, rotate
-from prfl_kernels.table import CPU, REFERENCE, TRITON, implementation
+from prfl_kernels.table import CPU, CUDA, REFERENCE, TRITON, implementation
 
 # Most warps of a program, as in add_norm: a row of 5,120 in float32, and two accumulators of d weight.
 WARPS_FORWARD, WARPS_BACKWARD = 16, 8
@@ -324,6 +324,7 @@ IMPLEMENTATIONS = {
     REFERENCE: (reference_forward, reference_backward),
     CPU: (cpu_kernels.qk_norm_rope_forward, cpu_kernels.qk_norm_rope_backward),
     TRITON: (launch_forward, launch_backward),
+    CUDA: (cuda_kernels.qk_norm_rope_forward, cuda_kernels.qk_norm_rope_backward),
 }
 
 

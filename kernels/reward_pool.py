@@ -21,9 +21,9 @@ pass uses that sum_l p_l dp_l = pooled . d pooled is known beforehand:
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, tuning
+from prfl_kernels import cpu_kernels, cuda_kernels, tuning
 from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
-from prfl_kernels.table import CPU, REFERENCE, TRITON, implementation
+from prfl_kernels.table import CPU, CUDA, REFERENCE, TRITON, implementation
 
 MAX_QUERIES = 64
 SMS = 132
@@ -281,6 +281,7 @@ IMPLEMENTATIONS = {
     REFERENCE: (reference_forward, reference_backward),
     CPU: (cpu_kernels.reward_pool_forward, cpu_kernels.reward_pool_backward),
     TRITON: (launch_forward, launch_backward),
+    CUDA: (cuda_kernels.reward_pool_forward, cuda_kernels.reward_pool_backward),
 }
 
 

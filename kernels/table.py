@@ -2,6 +2,7 @@
 
 By default the fused Triton kernels run on CUDA, the compiled C++ kernels on the CPU, and plain torch where
 neither is there and for float64 anywhere; attention has more to choose from, see `attention_backends`.
+The CUDA C++ kernels run where they are asked for: they have not been measured beside the Triton ones.
 `PRFL_KERNELS` or `configure` overrides that, for all operations ("reference") or for some
 ("triton,reward_pool=reference"); what cannot run raises when it is called, and is never replaced.
 """
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from prfl_kernels import attention_backends, compiled, jit
 
-REFERENCE, CPU, TRITON, SCALED_MM = "reference", "cpu", "triton", "scaled_mm"
-_ALL = (REFERENCE, CPU, TRITON)
+REFERENCE, CPU, TRITON, CUDA = "reference", "cpu", "triton", "cuda"
+SCALED_MM = "scaled_mm"
+_ALL = (REFERENCE, CPU, TRITON, CUDA)
 OPERATIONS = {
     "modulate": _ALL,
     "layer_norm": _ALL,
@@ -23,11 +25,11 @@ OPERATIONS = {
     "gated_add_norm": _ALL,
     "rms_norm": _ALL,
     "qk_norm_rope": _ALL,
-    "bias_gelu": _ALL,
+    "bias_gelu": (REFERENCE, CPU, TRITON),
     "attention": tuple(attention_backends.BACKENDS),
     "reward_pool": _ALL,
     "fp8_linear": (REFERENCE, SCALED_MM),
-    "attention_fp8": (REFERENCE, TRITON),
+    "attention_fp8": (REFERENCE, TRITON, CUDA),
 }
 _BEST = {"cuda": (SCALED_MM, TRITON), "cpu": (CPU,)}  # by device; the first that an operation has and runs
 _FP8_MATRICES = ("fp8_linear", "attention_fp8")  # want tensor cores that take e4m3
@@ -36,6 +38,7 @@ _REASONS = {
     CPU: "compiled C++ kernel",
     TRITON: "fused Triton kernel",
     SCALED_MM: "torch._scaled_mm with row-wise scales",
+    CUDA: "own CUDA C++ kernel",
 }
 _ATTENTION = "attention"
 _overrides: dict[str, str] = {}
@@ -101,6 +104,10 @@ def absence(
     """Why implementation `choice` of `op` does not run on a device of type `device`; None if it does."""
     if op == _ATTENTION:
         return attention_backends.absence(choice, device)
+    if choice == CUDA:
+        # Attention in CUDA C++ is written for capability 9.0 alone.
+        fp8 = op == "attention_fp8"
+        return attention_backends.absence(CUDA, device) if fp8 else compiled.absence(CUDA, device)
     if choice == REFERENCE or (choice == TRITON and jit.INTERPRETED):
         return None
     if choice == CPU:

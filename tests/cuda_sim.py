@@ -72,7 +72,7 @@ def _objects() -> dict[str, Path]:
     state = repr([FLAGS, headers(), *((p.name, p.read_text()) for p in files)])
     folder = ROOT / "build" / f"sim-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["bind_cuda.cpp", *sources(), "sim/cusim.cpp"]
+    names = ["bind_cuda.cpp", *sources(), "sim/cusim.cpp", "sim/hopper.cpp"]
     objects = {name: folder / f"{Path(name).name}.o" for name in names}
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

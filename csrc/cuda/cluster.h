@@ -31,6 +31,14 @@ __device__ __forceinline__ void store_at_rank(float* there, unsigned rank, float
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(there))), "r"(rank));
   asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
 }
+// An arrival at the barrier that is in another block where `there` is in this one.
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* there, unsigned rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(remote)
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(there))), "r"(rank));
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote) : "memory");
+}
 
 #else
 
@@ -40,6 +48,9 @@ inline void cluster_arrive(CUSIM_HERE) { cusim::cluster_arrive(file, line); }
 inline void cluster_wait(CUSIM_HERE) { cusim::cluster_wait(file, line); }
 inline void store_at_rank(float* there, unsigned rank, float value) {
   *static_cast<float*>(cusim::at_rank(there, rank)) = value;
+}
+inline void mbarrier_arrive_at(uint64_t* there, unsigned rank) {
+  cusim::mbarrier_add(static_cast<uint64_t*>(cusim::at_rank(there, rank)), 1, 0);
 }
 
 #endif

@@ -70,9 +70,11 @@ struct Fiber {
 Fiber* current;
 std::vector<std::unique_ptr<Fiber>> fibers;  // reused by every launch
 unsigned running;                            // of them in this cluster
+uint64_t turn;                               // of the scheduler, in which every warp runs once
 std::vector<Block> blocks;                   // of the cluster now running
 Barrier cluster;
 std::deque<Load> loads;
+bool early;  // loads happen when they are issued: what overwrites a tile still in use shows
 const std::function<void()>* body;
 Launch now;
 std::string error;
@@ -161,7 +163,7 @@ bool run_warp(unsigned first, unsigned& left) {
 void schedule(bool backwards) {
   unsigned left = running;
   const unsigned warps = (running + kWarp - 1) / kWarp;
-  while (left && error.empty()) {
+  for (; left && error.empty(); ++turn) {
     bool moved = false;
     for (unsigned w = 0; w < warps && error.empty(); ++w)
       moved |= run_warp((backwards ? warps - 1 - w : w) * kWarp, left);
@@ -237,6 +239,12 @@ void barrier(unsigned id, unsigned count, bool wait, const char* file, int line)
   if (!wait) return;
   block_on(&b.generation, ~0ull, before);
   tsan_acquire(&b);
+}
+
+void pause(const char* file, int line) {
+  Quiet quiet;
+  at("a pause", file, line);
+  block_on(&turn, ~0ull, turn);
 }
 
 void cluster_arrive(const char* file, int line) {
@@ -327,7 +335,9 @@ void later(uint64_t* bar, int64_t bytes, std::function<void()> work) {
   Quiet quiet;
   mbarrier_add(bar, 0, 0);  // fails here, not when the copy arrives
   tsan_release(bar);
-  loads.push_back({bar, bytes, std::move(work)});
+  if (!early) return loads.push_back({bar, bytes, std::move(work)});
+  work();
+  mbarrier_add(bar, 0, -bytes);
 }
 
 void bulk_load(void* to, const void* from, size_t bytes, uint64_t* bar) {
@@ -335,6 +345,7 @@ void bulk_load(void* to, const void* from, size_t bytes, uint64_t* bar) {
   if ((uintptr_t(to) | uintptr_t(from) | bytes) % 16) fail("a bulk copy that is not of 16-byte units");
   touch(from, bytes, false);
   tsan_write(to, bytes);
+  Quiet quiet;
   later(bar, int64_t(bytes), [=] { std::memcpy(to, from, bytes); });
 }
 
@@ -371,6 +382,22 @@ void touch(const void* p, size_t bytes, bool write) {
   fail(write ? "a write outside every array" : "a read outside every array");
 }
 
+Unseen::Unseen() {
+  CUSIM_TSAN_CALL(AnnotateIgnoreReadsBegin("", 0));
+  CUSIM_TSAN_CALL(AnnotateIgnoreWritesBegin("", 0));
+}
+Unseen::~Unseen() {
+  CUSIM_TSAN_CALL(AnnotateIgnoreWritesEnd("", 0));
+  CUSIM_TSAN_CALL(AnnotateIgnoreReadsEnd("", 0));
+}
+
+void race_check(const void* p, size_t bytes, bool write) {
+  if (write)
+    tsan_write(const_cast<void*>(p), bytes);
+  else
+    tsan_read(p, bytes);
+}
+
 void allow_shared(const void* kernel, size_t bytes) {
   if (bytes > kMaxShared) throw std::runtime_error("cusim: more than 227 KiB of shared memory");
   allowed[kernel] = bytes;
@@ -401,6 +428,8 @@ void launch(const Launch& l, const std::function<void()>& function) {
 void watch(const void* base, size_t bytes) {
   watches.push_back({static_cast<const char*>(base), bytes, 0, 0});
 }
+
+void load_early(bool on) { early = on; }
 
 void unwatch() {
   watches.clear();

@@ -62,6 +62,7 @@ struct Launch {
 [[noreturn]] void fail(const char* what);
 // bar.sync and bar.arrive (wait false) of `count` threads; 0: all of the block, at one call site.
 void barrier(unsigned id, unsigned count, bool wait, const char* file, int line);
+void pause(const char* file, int line);  // until every other warp has run as far as it can
 void cluster_arrive(const char* file, int line);
 void cluster_wait(const char* file, int line);
 void* at_rank(void* shared, unsigned rank);  // the same place in another block of the cluster
@@ -72,7 +73,8 @@ void mbarrier_init(uint64_t* bar, unsigned count);
 void mbarrier_add(uint64_t* bar, unsigned arrivals, int64_t bytes);
 void mbarrier_wait(uint64_t* bar, unsigned parity, const char* file, int line);
 // Work of the asynchronous copy engine happens as late as it may: loads when no thread can go on
-// otherwise, stores when their group is waited for. `work` moves the data, `bytes` go to bar.
+// otherwise, or after load_early(true) at once; stores when their group is waited for. `work` moves the
+// data, `bytes` go to bar.
 void later(uint64_t* bar, int64_t bytes, std::function<void()> work);
 void bulk_load(void* to, const void* from, size_t bytes, uint64_t* bar);
 void bulk_store(void* to, const void* from, size_t bytes);
@@ -80,6 +82,12 @@ void bulk_commit();
 void bulk_wait(size_t groups);
 // An access of global or shared memory by the running thread: alignment, bounds, byte counts.
 void touch(const void* p, size_t bytes, bool write);
+// For models outside cusim.cpp: an access for ThreadSanitizer alone, and a scope that it does not see.
+void race_check(const void* p, size_t bytes, bool write);
+struct Unseen {
+  Unseen();
+  ~Unseen();
+};
 void allow_shared(const void* kernel, size_t bytes);  // cudaFuncSetAttribute
 void launch(const Launch& launch, const std::function<void()>& body);
 
@@ -87,6 +95,7 @@ void launch(const Launch& launch, const std::function<void()>& body);
 // of one, and what was launched since the last unwatch.
 void watch(const void* base, size_t bytes);
 void unwatch();
+void load_early(bool on);
 std::pair<uint64_t, uint64_t> traffic(const void* base);
 const std::vector<Launch>& launches();
 

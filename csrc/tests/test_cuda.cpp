@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/add_norm.h"
+#include "cuda/attention_hopper.h"
 #include "cuda/qk_norm_rope.h"
 #include "cuda/reward_pool.h"
 #include "cuda/solver_step.h"
@@ -244,6 +245,30 @@ static void test_solver_step(int64_t b, int64_t n, bool bf16) {
   });
 }
 
+static void test_attention(int64_t b, int64_t lq, int64_t lk, int64_t h) {
+  const int64_t d = 128, padded = (lk + 127) / 128 * 128;
+  const auto sequence = [&](Bytes& a, int64_t l) { return Sequence{a.data(), l, {l * h * d, h * d, d}}; };
+  Bytes out(b * lq * h * d * 2), lse(b * h * lq * 4);
+  Bytes q = random(b * lq * h * d, true), k = random(b * lk * h * d, true), v = random(b * lk * h * d, true);
+  check("attention", {{&out, true}, {&lse, false}}, [&] {
+    attention_hopper_forward(sequence(q, lq), sequence(k, lk), sequence(v, lk), out.data(), floats(lse), b, h,
+                             0.1f, nullptr);
+  });
+  const auto e4m3 = [](int64_t n) {  // up to 1.875, of either sign
+    Bytes made = random((n + 3) / 4);
+    made.resize(n);
+    for (char& x : made) x &= 0xbf;
+    return made;
+  };
+  Bytes q8 = e4m3(b * lq * h * d), k8 = e4m3(b * lk * h * d), v8 = e4m3(b * h * d * padded);
+  Bytes q_scale = random(b * lq * h), k_scale = random(b * h * padded), v_scale = random(b * h * d);
+  for (int64_t i = 0; i < b * lq * h; ++i) floats(q_scale)[i] = std::fabs(floats(q_scale)[i]) + 0.1f;
+  check("attention in e4m3", {{&out, true}, {&lse, false}}, [&] {
+    attention_hopper_fp8_forward(sequence(q8, lq), floats(q_scale), sequence(k8, lk), floats(k_scale),
+                                 v8.data(), floats(v_scale), out.data(), floats(lse), b, h, 0.01f, nullptr);
+  });
+}
+
 int main(int argc, char** argv) {
   races = argc > 1 && std::string(argv[1]) == "races";
   for (const bool bf16 : {false, true}) {
@@ -257,6 +282,8 @@ int main(int argc, char** argv) {
     test_solver_step(2, 2056, bf16);
     test_solver_step(1, 77, bf16);
   }
+  test_attention(1, 140, races ? 530 : 890, 1);  // a cluster of two blocks, which use their rings twice
+  if (!races) test_attention(2, 70, 20, 2);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -1,0 +1,241 @@
+"""Attention for sm_90a in CUDA C++, run on a CPU by csrc/sim: TMA, mbarriers, WGMMA, named barriers.
+
+Faults planted in the source have to be caught by the same checks.
+"""
+
+import pytest
+import torch
+from cuda_sim import build, build_faulty, missing
+from fused import assert_as_good_as_torch, error, needs_triton, normal, strided
+from test_cuda_kernels import watch
+from test_fp8 import exact, quantized, values_of
+
+from prfl_kernels import attention_hopper, compiled, cuda_kernels, table
+from prfl_kernels.attention import attention_with_lse
+from prfl_kernels.attention_backends import BACKENDS, ORDER, absence, reference_forward
+from prfl_kernels.attention_fp8 import BLOCK_N, attention_fp8, attention_fp8_reference
+from prfl_kernels.fp8_linear import hopper_product
+
+pytestmark = [
+    needs_triton,
+    pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}"),
+]
+BF16 = torch.bfloat16
+SCALE = 128**-0.5
+KEYS, SLOTS = 176, 4  # of a block, and of the ring: as in csrc/cuda/attention_formats.h
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """The launchers on the simulation; memory that they do not write is NaN."""
+    watched = watch(monkeypatch, build())
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield watched
+    torch.use_deterministic_algorithms(False)
+    watched.load_early(False)
+    table.configure("")
+
+
+def qkv(batch, queries, keys, heads):
+    return [normal(batch, n, heads, 128, dtype=BF16).cpu() for n in (queries, keys, keys)]
+
+
+def forward(q, k, v):
+    return attention_hopper.forward(q, k, v, SCALE)
+
+
+def check(q, k, v):
+    """out and lse err at most twice as much as plain torch in bfloat16."""
+    exact_out, exact_lse = reference_forward(q.double(), k.double(), v.double(), SCALE)
+    plain_out, plain_lse = reference_forward(q, k, v, SCALE)
+    out, lse = forward(q, k, v)
+    assert out.dtype == BF16 and lse.dtype == torch.float32
+    assert error(out, exact_out) <= 2 * error(plain_out, exact_out) + 2**-9
+    assert error(lse, exact_lse) <= 2 * error(plain_lse, exact_lse) + 2**-20
+    return out, lse
+
+
+# Lengths that no tile divides, one block and more blocks than the ring has slots, one query, one key. Two
+# tiles of queries and more than 32 are clusters; of an odd number the last block has nothing to do.
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 130, 2 * KEYS, 2),
+    (1, 257, KEYS - 1, 1),
+    (1, 70, (SLOTS + 2) * KEYS + 9, 1),
+    (1, 140, SLOTS * KEYS + 9, 1),
+    (1, 33 * 128 - 60, 20, 1),
+]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_as_good_as_torch(kernels, shape, early):
+    kernels.load_early(early)
+    check(*qkv(*shape))
+
+
+def test_any_strides_give_the_same_bits():
+    q, k, v = qkv(2, 40, 200, 2)
+    want = forward(q, k, v)
+    k2, v2 = torch.cat([k, v], -1).chunk(2, -1)
+    by_head = q.transpose(1, 2).contiguous().transpose(1, 2)
+    odd = torch.cat([k, k[..., :1]], -1)[..., :128]  # rows begin at no multiple of 16 bytes
+    for inputs in ((strided(q), strided(k), strided(v)), (by_head, k2, v2), (q, odd, v)):
+        assert all(torch.equal(a, b) for a, b in zip(forward(*inputs), want, strict=True))
+    one_head = k[:, :, :1].expand_as(k)  # a stride of zero
+    check(q, one_head, v)
+
+
+def test_large_scores():
+    q, k, v = qkv(1, 64, 2 * KEYS, 1)
+    out, lse = check(60 * q, 60 * k, v)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+def test_what_does_not_fit_is_named():
+    q, k, v = qkv(1, 3, 4, 1)
+    with pytest.raises(ValueError, match="attention: got head dim 64, want 128 for cuda"):
+        forward(*(a[..., :64] for a in (q, k, v)))
+    with pytest.raises(ValueError, match="attention: got torch.float16, want bfloat16 for cuda"):
+        forward(*(a.half() for a in (q, k, v)))
+
+
+def test_a_launch_that_cannot_be_has_its_numbers(kernels):
+    q, k, v = (cuda_kernels._view(a) for a in qkv(1, 3, 4, 1))
+    odd = (k[0], k[1], 512, 129, 128)  # rows 258 bytes apart
+    message = "attention_hopper: cuTensorMapEncodeTiled got k of sizes 1 4 1 128, strides 512 129 128"
+    with pytest.raises(RuntimeError, match=message):
+        kernels.attention_hopper_forward(q, odd, v, q, q, 1, 3, 4, 1, SCALE, 0)
+
+
+# -- behind the dispatcher
+
+
+def test_the_backend_is_forward_here_and_backward_in_triton(monkeypatch):
+    """Gradients come from (q, k, v, out, lse): on this forward's as good as torch's own."""
+    monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["cuda"]._replace(device=None, capabilities=(0, 99)))
+    monkeypatch.setattr(compiled, "absence", lambda part, device: None)
+    monkeypatch.setitem(table._overrides, "attention", "cuda")
+    assert_as_good_as_torch(attention_with_lse, qkv(1, 70, 200, 1))
+
+
+def test_it_is_no_default_and_says_why_it_is_absent(monkeypatch):
+    assert "cuda" not in ORDER
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    assert absence("cuda", "cuda", BF16) == "needs capability 9.0, got 10.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(compiled, "absence", lambda part, device: f"is not built: {part} {device}")
+    assert absence("cuda", "cuda", BF16) == "is not built: cuda cuda"
+    monkeypatch.setattr(compiled, "absence", lambda part, device: None)
+    assert absence("cuda", "cuda", BF16) is None
+    assert absence("cuda", "cuda", torch.float16) == "has no float16"
+    assert absence("cuda", "cpu", BF16) == "needs a cuda device"
+
+
+# -- e4m3
+
+
+def fp8_inputs(batch, queries, keys, heads):
+    q, k, v = (a.float() for a in qkv(batch, queries, keys, heads))
+    return quantized(q, k, v)
+
+
+def test_fp8_is_the_reference_with_its_blocks_turned_round():
+    """The reference goes from the first block of keys to the last, the kernel back."""
+    q8, q_scale, k8, k_scale, v8, v_scale = arguments = fp8_inputs(1, 150, 3 * BLOCK_N, 2)
+
+    def turned(a, dim):
+        return a.unflatten(dim, (-1, BLOCK_N)).flip(dim).flatten(dim, dim + 1)
+
+    keys = turned(k8.float(), 1).to(k8.dtype), turned(k_scale, 1)
+    values = turned(v8.float(), 3).to(v8.dtype)
+    want, want_lse = attention_fp8_reference(q8, q_scale, *keys, values, v_scale, SCALE)
+    out, lse = attention_hopper.launch_forward_fp8(*arguments, SCALE)
+    assert error(out, want) <= 1.02 * error(want.bfloat16(), want)
+    assert (lse - want_lse).abs().max() <= 2**-18
+
+
+def check_fp8(arguments, factor=1.1, **product):
+    """out errs at most `factor` times and lse twice as much as the reference (with a `product`)."""
+    q8, q_scale, k8, k_scale, v8, v_scale = arguments
+    q, k = q8.double() * q_scale.double()[..., None], k8.double() * k_scale.double()[..., None]
+    want, want_lse, _, _ = exact(q, k, values_of(v8, v_scale, k8.shape[1]), SCALE)
+    low, low_lse = attention_fp8_reference(*arguments, SCALE, **product)
+    out, lse = attention_hopper.launch_forward_fp8(*arguments, SCALE)
+    assert error(out, want) <= factor * error(low.bfloat16(), want)
+    assert (lse - want_lse).abs().max() <= 2 * (low_lse - want_lse).abs().max() + 2**-20
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 130, 200, 2), (1, 100, 9 * BLOCK_N + 5, 1)])
+def test_fp8_errs_as_the_reference(kernels, shape, early):
+    kernels.load_early(early)
+    check_fp8(fp8_inputs(*shape))
+
+
+def test_fp8_is_a_choice_and_no_default(monkeypatch):
+    arguments = fp8_inputs(1, 9, 20, 1)
+    with pytest.raises(ValueError, match="attention_fp8 got cuda on cpu: it needs a cuda device"):
+        table.configure("attention_fp8=cuda")
+        attention_fp8(*arguments)
+    monkeypatch.setattr(table, "_runs", lambda op, choice, device: True)
+    want = attention_hopper.launch_forward_fp8(*arguments, SCALE)
+    assert all(torch.equal(a, b) for a, b in zip(attention_fp8(*arguments), want, strict=True))
+    table.configure("")
+    assert table.OPERATIONS["attention_fp8"][-1] == "triton"
+
+
+# -- the built extension, not the simulation
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu(shape, monkeypatch):
+    monkeypatch.undo()
+    if why := absence("cuda", "cuda", BF16):
+        pytest.skip(f"cuda {why}")
+    check(*(a.cuda() for a in qkv(*shape)))
+    # Its tensor cores add fewer bits than the simulation's.
+    check_fp8([a.cuda() for a in fp8_inputs(*shape)], 2, product=hopper_product)
+
+
+# -- faults
+
+
+FAULTS = {  # what is changed in the source
+    "the producer waits for the wrong phase": ("ring.phase ^ 1", "ring.phase"),
+    "values are not waited for": ("    mbarrier_wait(&s.full[v_slot], ring.phase);\n", ""),
+    "scores are read before they are there": ("    mma_wait<1>();\n", ""),
+    "values are given back while in use": ("    mma_wait<0>();\n    if (rel", "    if (rel"),
+    "one key too many": (">= valid", "> valid"),
+    "too many bytes are announced": ("&s.loaded, kConsumers", "&s.loaded, 2 * kConsumers"),
+    "a block takes its partner's tiles for its own": (
+        "release = lane < int(cluster_size())",
+        "release = lane < 1",
+    ),
+    "a block ends before its partner": ("  cluster_wait();\n#else", "#else"),
+}
+
+
+def runs_right():
+    """Whether attention runs and is as good as torch's, with loads late and early."""
+    inputs = qkv(1, 130, SLOTS * KEYS + 9, 1)
+    for early in (False, True):
+        cuda_kernels.library().load_early(early)
+        try:
+            check(*inputs)
+        except (RuntimeError, AssertionError):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault, tmp_path, monkeypatch):
+    watch(
+        monkeypatch, build_faulty(tmp_path, "cuda/attention_hopper.cu", "attention_hopper.cu", *FAULTS[fault])
+    )
+    assert not runs_right()
+
+
+def test_without_a_fault_nothing_is_caught():
+    assert runs_right()
