@@ -7,6 +7,7 @@
 
 #include "bind.h"
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
@@ -26,6 +27,9 @@ static void bind_cpu(py::module_& m) {
   auto rope = [](View cos, View sin, const Place& place) {
     return std::apply([&](auto... n) { return prfl::Rope{cos, sin, n...}; }, place);
   };
+  m.def("advise_huge_pages", [](uintptr_t address, Size bytes) {
+    prfl::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+  });
   m.def("add_norm_forward",
         [](View x, View y, View gate, View scale, View shift, View sum, View n, View mean, View rstd, Size batch,
            Size length, Size width, float base, float eps, int threads) {

@@ -36,6 +36,12 @@ def _read_environment() -> None:
         from prfl_kernels import table  # noqa: F401
     except ValueError as error:
         raise UserError(f"PRFL_KERNELS: {error}") from None
+    from prfl_kernels import compiled
+
+    try:
+        compiled.absence("cpu", "cpu")
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", default="runs/samples", help="new folder (default: %(default)s)")
     doctor = command("doctor", _doctor, "What is here, and what will run.", config=False)
     doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor.add_argument(
+        "--selftest", action="store_true", help="also run every kernel that is here against plain torch"
+    )
     kernels = command("kernels", _kernels, "What the GPU kernels compile to and move.", config=False)
     kernels.add_argument("--json", action="store_true", help="as JSON, with every argument")
     kernels.add_argument("--quick", action="store_true", help="at 32,760 tokens alone")
@@ -115,13 +124,22 @@ def _sample(args) -> None:
         print(path)
 
 
-def _doctor(args) -> None:
+def _doctor(args) -> int:
     import json
 
-    from prfl_engine.doctor import render, report
+    from prfl_engine.doctor import columns, render, report
+    from prfl_engine.selftest import selftest
 
     found = report()
-    print(json.dumps(found, indent=2) if args.json else render(found))
+    rows = list(selftest()) if args.selftest else []
+    if args.json:
+        found["selftest"] = [row._asdict() for row in rows]
+        print(json.dumps(found, indent=2))
+    else:
+        print(render(found))
+        cells = [(f"{row.op} {row.implementation}", row.state, row.detail) for row in rows]
+        print("\n".join(["", "Self-test", *columns(cells)] if rows else []), end="\n" if rows else "")
+    return int(any(row.state == "FAILED" for row in rows))
 
 
 def _kernels(args) -> None:

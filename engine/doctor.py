@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from prfl_kernels import table
+from prfl_kernels import compiled, table
 
 GIB = 1 << 30
 CPU_FLAGS = (  # x86, then Arm
@@ -74,6 +74,10 @@ def report() -> dict:
         "gpus": gpus,
         "gpu_note": gpu_note,
         "compilers": [_compiler("gcc", "-dumpfullversion"), _compiler("nvcc", "--version")],
+        "compiled": [
+            {"name": part, "available": state == "yes", "version": None, "reason": reason}
+            for part, state, reason in compiled.report()
+        ],
         "backends": [_probe(backend) for backend in BACKENDS],
         "operations": [
             {"op": op, "implementation": implementation, "reason": reason}
@@ -98,6 +102,7 @@ def render(found: dict) -> str:
         lines.append(found["gpu_note"])
     for title, rows in (
         ("Compilers", found["compilers"]),
+        ("Compiled kernels (prfl_kernels._C)", found["compiled"]),
         ("Optional packages", found["backends"]),
     ):
         cells = [
@@ -108,9 +113,9 @@ def render(found: dict) -> str:
             )
             for row in rows
         ]
-        lines += ["", title, *_columns(cells)]
+        lines += ["", title, *columns(cells)]
     cells = [(row["op"], row["implementation"], row["reason"]) for row in found["operations"]]
-    return "\n".join([*lines, "", "Operations", *_columns(cells)])
+    return "\n".join([*lines, "", "Operations", *columns(cells)])
 
 
 def gpu_metrics() -> dict[str, float]:
@@ -283,6 +288,7 @@ def _absent(error: Exception, module: str) -> bool:
     return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
 
 
-def _columns(rows: list[tuple[str, str, str]]) -> list[str]:
+def columns(rows: list[tuple[str, str, str]]) -> list[str]:
+    """Rows of three cells, the first two padded to a common width."""
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
     return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]

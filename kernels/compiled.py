@@ -9,6 +9,7 @@ best one that the processor takes runs.
 
 import os
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -23,18 +24,16 @@ View = tuple[int, ...] | None
 def _load() -> tuple[ModuleType | None, str]:
     """The extension, or None and the reason."""
     try:
-        from prfl_kernels import _C
+        module = import_module("prfl_kernels._C")
+    except ModuleNotFoundError:
+        return None, "is not built: install the package with g++ 9 or newer, Python's headers and pybind11"
     except ImportError as error:
-        if getattr(error, "name", None) == "prfl_kernels._C" or "cannot import name '_C'" in str(error):
-            why = "is not built: install the package with g++ 9 or newer, Python's headers and pybind11"
-            return None, why
         return None, f"does not load: {' '.join(str(error).split())}"
-    if forced := os.environ.get("PRFL_CPU_ISA"):
-        try:
-            _C.use_isa(forced)
-        except ValueError as error:
-            raise ValueError(f"PRFL_CPU_ISA: {error}") from None
-    return _C, ""
+    try:
+        module.use_isa(os.environ.get("PRFL_CPU_ISA", ""))
+    except ValueError as error:
+        raise ValueError(f"PRFL_CPU_ISA: {error}") from None
+    return module, ""
 
 
 def extension() -> ModuleType:

@@ -21,6 +21,8 @@ Grid = tuple[int, int, int]
 # Runs of tokens of a sample: enough for the threads of a large machine, few enough that their partial
 # sums (at most three rows a run) stay under 5 % of the traffic.
 RUNS, TOKENS_OF_A_RUN = 128, 16
+# Results from here on get large pages: the first touch of small ones costs more than the kernels.
+HUGE_BYTES = 4 << 20
 POOL_RUNS, POOL_GROUP = 64, 8  # queries are handled in groups of this many (csrc/cpu/reward_pool.cpp)
 
 
@@ -33,7 +35,10 @@ def _unit_last(a: Tensor | None) -> Tensor | None:
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
+    a = torch.empty(shape, dtype=dtype)
+    if a.nbytes >= HUGE_BYTES:
+        extension().advise_huge_pages(a.data_ptr(), a.nbytes)
+    return a
 
 
 def _parameter(a: Tensor | None) -> tuple[int, ...] | None:
@@ -57,7 +62,7 @@ def add_norm_forward(
 ) -> tuple[Tensor | None, Tensor | None, None, Tensor | None]:
     """`add_norm.forward`: (x', n, None, statistics)."""
     x, y, gate, scale, shift = (_unit_last(a) for a in (x, y, gate, scale, shift))
-    total = None if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = None if y is None else _empty(*x.shape, dtype=x.dtype)
     n = None if scale is None else _empty(*x.shape, dtype=out_dtype)
     stats = None if n is None else _empty(2, *x.shape[:2])
     supported(x, y, gate, scale, shift, n)
@@ -90,7 +95,7 @@ def add_norm_backward(
         y = y.to(y_dtype)
     supported(dn, dsum, x, y, gate, scale)
     wants_gate = y is not None and gate is not None
-    dx = None if dn is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = None if dn is None else _empty(*x.shape, dtype=x.dtype)
     dy = None if y_dtype is None else _empty(*shape, dtype=y_dtype)
     slots = 2 * parameters + wants_gate
     sums = torch.zeros(shape[0], slots, shape[2])
@@ -180,7 +185,7 @@ def qk_norm_rope_backward(
         for d in (dq, dk)
     )
     supported(q, k, weight_q, weight_k)
-    out = [None if a is None else torch.empty(a.shape, dtype=a.dtype) for a in (q, k)]
+    out = [None if a is None else _empty(*a.shape, dtype=a.dtype) for a in (q, k)]
     dweight = torch.zeros(2, q.shape[2]) if parameters else None
     if q.numel():
         runs = _runs(q.shape[1])
@@ -273,7 +278,7 @@ def reward_pool_backward(
     x = _unit_last(x)
     supported(x)
     (batch, length, width), wanted = x.shape, len(u)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
+    dx = _empty(*x.shape, dtype=x.dtype) if want_x else None
     if not x.numel():
         return dx, torch.zeros(u.shape) if want_u else None
     u, dpooled, delta, lse = _grouped(u), _grouped(dpooled), delta.contiguous(), lse.contiguous()

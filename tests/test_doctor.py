@@ -36,7 +36,7 @@ def test_report_is_plain_data_and_names_this_machine(report):
     assert report["cpu"]["cores"] >= 1 and report["cpu"]["memory_bytes"] > 1 << 28
     text = doctor.render(report)
     assert torch.__version__ in text and "GPU" in text
-    for row in report["compilers"] + report["backends"]:
+    for row in report["compilers"] + report["compiled"] + report["backends"]:
         assert row["available"] or row["reason"], row
         assert row["name"] in text
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -146,17 +147,42 @@ def test_packages_import_from_another_folder(tmp_path):
     assert re.fullmatch(r"\d+\.\d+\.\d+", run.stdout.strip())
 
 
-def setup_arguments() -> dict:
-    """What setup.py hands to setuptools, without building anything."""
+def run_setup(**environment: str) -> subprocess.CompletedProcess:
+    """Print what setup.py hands to setuptools, without building anything."""
     code = (
         "import json, setuptools; kept = {}; setuptools.setup = lambda **k: kept.update(k)\n"
         "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})\n"
         "print(json.dumps(kept, default=str))"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def setup_arguments(**environment: str) -> dict:
+    run = run_setup(**environment)
+    assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+def test_every_source_of_the_extension_is_listed_once():
+    lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines()]
+    entries = [words for words in lines if words and not words[0].startswith("#")]
+    assert {words[0] for words in entries} <= {"isa", "host", "kernel", "python", "python_cuda", "cuda"}
+    listed = [words[1] for words in entries if words[0] != "isa"]
+    csrc = ROOT / "csrc"
+    patterns = ("*.cpp", "cpu/*.cpp", "cuda/*.cu")
+    there = [path.relative_to(csrc).as_posix() for p in patterns for path in csrc.glob(p)]
+    assert sorted(listed) == sorted(there)
+
+
+def test_without_a_compiler_the_package_installs_and_says_so():
+    run = run_setup(CXX="no-such-compiler")
+    assert json.loads(run.stdout)["ext_modules"] == []
+    assert "without compiled kernels" in run.stderr and "no no-such-compiler" in run.stderr
+    run = run_setup(CXX="no-such-compiler", PRFL_BUILD_CUDA="1")
+    assert run.returncode != 0 and "PRFL_BUILD_CUDA=1" in run.stderr
 
 
 def test_pip_is_never_asked_for_apex():

@@ -8,10 +8,8 @@ namespace {
 constexpr float TWICE_ROOT = 1.5957691216057308f;  // 2 sqrt(2 / pi)
 constexpr float CUBIC = 0.044715f;
 
-inline vf logistic(vf a) {
-  vf t = TWICE_ROOT * a * (1.0f + CUBIC * a * a);
-  return 1.0f / (1.0f + exp(-t));
-}
+// e^-2t; s = 1 / (1 + it), and 1 - s = it s.
+inline vf tail_of(vf a) { return exp(-TWICE_ROOT * a * (1.0f + CUBIC * a * a)); }
 
 template <class T, class M>
 inline vf biased(const T* h, const float* bias, int64_t i, M m) {
@@ -29,7 +27,7 @@ void forward(const BiasGeluForward& a) {
       T* g = a.g.at<T>(b, l);
       each(a.shape.width, [&](int64_t i, auto m, int) {
         vf z = biased(h, bias, i, m);
-        store(g + i, z * logistic(z), m);
+        store(g + i, z / (1.0f + tail_of(z)), m);
       });
     }
   });
@@ -49,10 +47,11 @@ void backward(const BiasGeluBackward& a) {
       T *dh = a.dh.at<T>(b, l), *g = a.g.at<T>(b, l);
       each(width, [&](int64_t i, auto m, int) {
         vf z = biased(h, bias, i, m);
-        vf s = logistic(z);
-        vf slope = s + z * s * (1.0f - s) * (TWICE_ROOT * (1.0f + 3.0f * CUBIC * z * z));
+        vf tail = tail_of(z);
+        vf s = 1.0f / (1.0f + tail);
+        vf slope = s + z * s * (tail * s) * (TWICE_ROOT * (1.0f + 3.0f * CUBIC * z * z));
         vf d = load(dg + i, m) * slope;
-        store(g + i, z * s, m);
+        store(g + i, z / (1.0f + tail), m);
         store(dh + i, d, m);
         if (total != nullptr) store(total + i, load(total + i, m) + d, m);
       });

@@ -64,14 +64,187 @@ static void test_parallel_for() {
   expect(caught, "parallel_for hands on what is thrown");
 }
 
-static void test_bias_gelu(int64_t rows, int64_t width) {
-  Floats h = random(rows * width, 1), bias = random(width, 2), g(rows * width);
-  prfl::kernels().bias_gelu_forward({view(h, width), view(bias), view(g, width), rows, width, 2});
-  auto exact = [&](int64_t i) {
-    double a = double(h[i]) + bias[i % width];
-    return 0.5 * a * (1 + std::tanh(std::sqrt(2 / M_PI) * (a + 0.044715 * a * a * a)));
+struct Sizes {
+  int64_t batch, length, width;
+  prfl::Shape shape() const { return {batch, length, width}; }
+  int64_t rows() const { return batch * length; }
+  int64_t values() const { return rows() * width; }
+  View view3(Floats& a) const { return view(a, length * width, width); }
+};
+
+static void test_bias_gelu(const Sizes& s) {
+  const int64_t runs = 3;
+  Floats h = random(s.values(), 1), bias = random(s.width, 2), dg = random(s.values(), 3);
+  Floats g(s.values()), dh(s.values()), again(s.values()), part(s.batch * runs * s.width), dbias(s.width);
+  prfl::kernels().bias_gelu_forward({s.view3(h), view(bias), s.view3(g), s.shape(), 2});
+  prfl::kernels().bias_gelu_backward({s.view3(dg), s.view3(h), view(bias), s.view3(dh), s.view3(again), view(part),
+                                      view(dbias), s.shape(), runs, 2});
+  auto exact = [&](double a) { return 0.5 * a * (1 + std::tanh(std::sqrt(2 / M_PI) * (a + 0.044715 * a * a * a))); };
+  auto slope = [&](int64_t i) {
+    double a = double(h[i]) + bias[i % s.width], step = 1e-5;
+    return dg[i] * (exact(a + step) - exact(a - step)) / (2 * step);
   };
-  expect_close(g, exact, 1e-6, "bias_gelu");
+  expect_close(g, [&](int64_t i) { return exact(double(h[i]) + bias[i % s.width]); }, 1e-6, "bias_gelu g");
+  expect(again == g, "bias_gelu g made again");
+  expect_close(dh, slope, 1e-6, "bias_gelu dh");
+  auto summed = [&](int64_t c) {
+    double total = 0;
+    for (int64_t i = c; i < s.values(); i += s.width) total += slope(i);
+    return total;
+  };
+  expect_close(dbias, summed, 1e-5, "bias_gelu dbias");
+}
+
+static void test_add_norm(const Sizes& s) {
+  const int64_t runs = 2;
+  Floats x = random(s.values(), 1), y = random(s.values(), 2), gate = random(s.batch * s.width, 3);
+  Floats scale = random(s.batch * s.width, 4), shift = random(s.batch * s.width, 5);
+  Floats total(s.values()), n(s.values()), mean(s.rows()), rstd(s.rows());
+  View gates = view(gate, s.width), scales = view(scale, s.width), shifts = view(shift, s.width);
+  View means = view(mean, s.length), rstds = view(rstd, s.length);
+  prfl::kernels().add_norm_forward({s.view3(x), s.view3(y), gates, scales, shifts, s.view3(total), s.view3(n), means,
+                                    rstds, s.shape(), 1.0f, 1e-6f, 2});
+  auto parameter = [&](int64_t i) { return i / (s.length * s.width) * s.width + i % s.width; };
+  expect_close(total, [&](int64_t i) { return x[i] + double(gate[parameter(i)]) * y[i]; }, 1e-6, "add_norm sum");
+  std::vector<double> hat(s.values());
+  for (int64_t r = 0; r < s.rows(); r++) {
+    const float* row = total.data() + r * s.width;
+    double m = 0, v = 0;
+    for (int64_t c = 0; c < s.width; c++) m += row[c] / double(s.width);
+    for (int64_t c = 0; c < s.width; c++) v += (row[c] - m) * (row[c] - m) / double(s.width);
+    for (int64_t c = 0; c < s.width; c++) hat[r * s.width + c] = (row[c] - m) / std::sqrt(v + 1e-6);
+  }
+  auto normed = [&](int64_t i) { return hat[i] * (1.0 + scale[parameter(i)]) + shift[parameter(i)]; };
+  expect_close(n, normed, 1e-5, "add_norm n");
+
+  Floats dn = random(s.values(), 6), dsum = random(s.values(), 7), dx(s.values()), dy(s.values());
+  Floats part(s.batch * runs * 3 * s.width), sums(s.batch * 3 * s.width);
+  prfl::kernels().add_norm_backward({s.view3(dn), s.view3(dsum), s.view3(total), s.view3(y), gates, scales, means,
+                                     rstds, s.view3(dx), s.view3(dy), view(part), view(sums), s.shape(), runs, 1.0f,
+                                     true, 2});
+  std::vector<double> want(s.values());
+  for (int64_t r = 0; r < s.rows(); r++) {
+    double mg = 0, mgx = 0;
+    auto g = [&](int64_t i) { return dn[i] * (1.0 + scale[parameter(i)]); };
+    for (int64_t i = r * s.width; i < (r + 1) * s.width; i++) {
+      mg += g(i) / s.width;
+      mgx += g(i) * hat[i] / s.width;
+    }
+    for (int64_t i = r * s.width; i < (r + 1) * s.width; i++)
+      want[i] = (g(i) - mg - hat[i] * mgx) * rstd[r] + dsum[i];
+  }
+  if (s.width > 1) expect_close(dx, [&](int64_t i) { return want[i]; }, 1e-5, "add_norm dx");
+  expect_close(dy, [&](int64_t i) { return dx[i] * double(gate[parameter(i)]); }, 1e-6, "add_norm dy");
+  auto summed = [&](int64_t k) {
+    const int64_t b = k / (3 * s.width), slot = k / s.width % 3, c = k % s.width;
+    double total = 0;
+    for (int64_t l = 0; l < s.length; l++) {
+      const int64_t i = (b * s.length + l) * s.width + c;
+      total += slot == 0 ? dn[i] * hat[i] : slot == 1 ? dn[i] : double(dx[i]) * y[i];
+    }
+    return total;
+  };
+  expect_close(sums, summed, 1e-5, "add_norm sums");
+}
+
+static void test_qk_norm_rope(int64_t batch, int64_t length, int64_t heads, int64_t dim) {
+  const Sizes s{batch, length, heads * dim};
+  const int64_t runs = 2, positions = length;
+  Floats q = random(s.values(), 1), k = random(s.values(), 2), wq = random(s.width, 3), wk = random(s.width, 4);
+  Floats out_q(s.values()), out_k(s.values()), rq(s.rows()), rk(s.rows()), cos(positions * dim), sin(positions * dim);
+  auto angle = [&](int64_t place, int64_t c) { return 0.1 * place * (1 + c / 2); };
+  for (int64_t i = 0; i < positions * dim; i++) {
+    cos[i] = std::cos(angle(i / dim, i % dim));
+    sin[i] = std::sin(angle(i / dim, i % dim)) * (i % 2 ? 1 : -1);
+  }
+  // Two rows of one column: frames turn the first pair, columns none.
+  prfl::Rope rope{view(cos, dim), view(sin, dim), heads, dim, 2, dim, 2, 1, 0};
+  View stats[2] = {view(rq, s.length), view(rk, s.length)};
+  prfl::kernels().qk_norm_rope_forward({{s.view3(q), s.view3(k)}, {view(wq), view(wk)}, {s.view3(out_q), s.view3(out_k)},
+                                        {stats[0], stats[1]}, s.shape(), rope, 1e-6f, 2});
+  auto place = [&](int64_t l, int64_t c) { return c < 2 ? l / 2 : l % 2; };
+  auto rotated = [&](int64_t i) {
+    const int64_t r = i / s.width, c = i % dim, other = i ^ 1;
+    const double a = angle(place(r % s.length, c), c) * (c % 2 ? 1 : -1);
+    auto n = [&](int64_t j) { return double(q[j]) * rq[r] * wq[j % s.width]; };
+    return n(i) * std::cos(a) + n(other) * std::sin(a);
+  };
+  expect_close(out_q, rotated, 1e-6, "qk_norm_rope q");
+  auto rms = [&](int64_t r) {
+    double total = 0;
+    for (int64_t c = 0; c < s.width; c++) total += double(k[r * s.width + c]) * k[r * s.width + c];
+    return 1 / std::sqrt(total / s.width + 1e-6);
+  };
+  expect_close(rk, rms, 1e-6, "qk_norm_rope rstd");
+
+  // The gradient of sum(out_q)^2 / 2 is out_q: turned back it is the normalised row.
+  Floats dq(s.values()), dk(s.values()), part(s.batch * runs * 2 * s.width), dweight(2 * s.width);
+  View dq_in{out_q.data(), prfl::DType::f32, {s.length * s.width, s.width, dim}};
+  View dk_in{out_k.data(), prfl::DType::f32, {s.length * s.width, s.width, dim}};
+  prfl::kernels().qk_norm_rope_backward({{dq_in, dk_in}, {s.view3(q), s.view3(k)}, {view(wq), view(wk)},
+                                         {stats[0], stats[1]}, {s.view3(dq), s.view3(dk)}, view(part), view(dweight),
+                                         s.shape(), rope, runs, 2});
+  auto summed = [&](int64_t c) {
+    double total = 0;
+    for (int64_t r = 0; r < s.rows(); r++) total += std::pow(double(q[r * s.width + c]) * rq[r], 2) * wq[c];
+    return total;
+  };
+  dweight.resize(s.width);
+  expect_close(dweight, summed, 1e-5, "qk_norm_rope d weight");
+}
+
+static void test_reward_pool(const Sizes& s, int64_t wanted) {
+  const int64_t runs = 2, queries = (wanted + 7) / 8 * 8;
+  Floats x = random(s.values(), 1), u = random(queries * s.width, 2), g = random(s.batch * queries * s.width, 3);
+  for (int64_t i = wanted * s.width; i < queries * s.width; i++) u[i] = 0;
+  for (int64_t i = 0; i < s.batch * queries * s.width; i++)
+    if (i / s.width % queries >= wanted) g[i] = 0;
+  Floats part(s.batch * runs * queries * s.width), top(s.batch * runs * queries), total(s.batch * runs * queries);
+  Floats pooled(s.batch * wanted * s.width), lse(s.batch * wanted), scores(s.rows() * wanted);
+  View u_in = view(u, s.width), score_view = view(scores, s.length * wanted, wanted);
+  prfl::kernels().reward_pool_forward({s.view3(x), u_in, view(part), view(top), view(total),
+                                       view(pooled, wanted * s.width, s.width), view(lse, wanted), score_view, s.shape(),
+                                       queries, wanted, runs, 2});
+  auto dot = [&](int64_t row, const float* a) {
+    double sum = 0;
+    for (int64_t c = 0; c < s.width; c++) sum += double(x[row * s.width + c]) * a[c];
+    return sum;
+  };
+  expect_close(scores, [&](int64_t i) { return dot(i / wanted, u.data() + i % wanted * s.width); }, 1e-5, "pool scores");
+  auto weight = [&](int64_t row, int64_t q) {
+    return std::exp(double(scores[row * wanted + q]) - lse[row / s.length * wanted + q]);
+  };
+  auto pool = [&](int64_t i) {
+    const int64_t b = i / (wanted * s.width), q = i / s.width % wanted, c = i % s.width;
+    double sum = 0;
+    for (int64_t l = 0; l < s.length; l++) sum += weight(b * s.length + l, q) * x[(b * s.length + l) * s.width + c];
+    return sum;
+  };
+  expect_close(pooled, pool, 1e-5, "pooled");
+
+  Floats delta(s.batch * wanted, 0.25f), dx(s.values()), du(queries * s.width);
+  prfl::kernels().reward_pool_backward({s.view3(x), u_in, view(g, queries * s.width, s.width), view(delta, wanted),
+                                        score_view, view(lse, wanted), s.view3(dx), view(part), view(du), s.shape(),
+                                        queries, wanted, runs, 2});
+  auto ds = [&](int64_t row, int64_t q) {
+    const int64_t b = row / s.length;
+    return weight(row, q) * (dot(row, g.data() + (b * queries + q) * s.width) - 0.25);
+  };
+  auto features = [&](int64_t i) {
+    const int64_t row = i / s.width, b = row / s.length, c = i % s.width;
+    double sum = 0;
+    for (int64_t q = 0; q < wanted; q++)
+      sum += weight(row, q) * g[(b * queries + q) * s.width + c] + ds(row, q) * u[q * s.width + c];
+    return sum;
+  };
+  expect_close(dx, features, 1e-5, "pool dx");
+  auto queried = [&](int64_t i) {
+    double sum = 0;
+    for (int64_t row = 0; i / s.width < wanted && row < s.rows(); row++)
+      sum += ds(row, i / s.width) * x[row * s.width + i % s.width];
+    return sum;
+  };
+  expect_close(du, queried, 1e-5, "pool du");
 }
 
 int main() {
@@ -79,8 +252,14 @@ int main() {
   for (const prfl::Build& build : prfl::builds()) {
     if (!build.runs_here) continue;
     prfl::use_isa(build.name);
-    for (int64_t width : {1, 3, 16, 17, 130}) test_bias_gelu(5, width);
+    for (int64_t width : {1, 3, 16, 17, 130}) {
+      const Sizes sizes{2, 5, width};
+      test_bias_gelu(sizes);
+      test_add_norm(sizes);
+      test_reward_pool({2, 35, width}, width == 16 ? 11 : 3);
+    }
+    for (int64_t dim : {2, 12, 32, 34}) test_qk_norm_rope(2, 6, 3, dim);
   }
-  std::printf("%d failures, runtime '%s'\n", failures, prfl::openmp_runtime().c_str());
+  std::printf("%d failures, OpenMP runtime '%s'\n", failures, prfl::openmp_runtime().c_str());
   return failures != 0;
 }
