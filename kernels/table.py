@@ -65,7 +65,7 @@ def implementation(op: str, x: Tensor) -> str:
     """The implementation of `op` that runs on a tensor like x."""
     if x.dtype == torch.float64:
         return REFERENCE  # float64 is for checking; no fused kernel computes in it
-    choice = _overrides.get(op) or _default(op, x.device.type, x.dtype)
+    choice = _overrides.get(op) or _default(op, x.device.type, x.dtype, x.shape[-1])
     if not _runs(op, choice, x.device.type):
         raise ValueError(_misfit(op, choice, x.device.type))
     return choice
@@ -105,9 +105,11 @@ def _misfit(op: str, choice: str, device: str) -> str:
     return f"kernels: {op} got {choice} for {device}, want {want}"
 
 
-def _default(op: str, device: str, dtype: torch.dtype | None = None) -> str:
+def _default(
+    op: str, device: str, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> str:
     if op == _ATTENTION:
-        return attention_backends.default(device, dtype)[0]
+        return attention_backends.default(device, dtype, head_dim)[0]
     best = OPERATIONS[op][-1]
     return best if device == "cuda" and _runs(op, best, device) else REFERENCE
 

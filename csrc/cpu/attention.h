@@ -5,10 +5,9 @@
 // is packed once. Keys come in blocks of KEYS, queries in panels of PANEL and blocks of PANELS panels.
 #pragma once
 
-#include <sys/mman.h>
-
 #include "gemm.h"
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace prfl::PRFL_ISA {
@@ -17,7 +16,6 @@ constexpr int64_t KEYS = LANES == 16 ? 256 : 240;  // whole ROWS, and even
 constexpr int64_t PANELS = 4;
 constexpr int64_t QUERIES = PANELS * PANEL;
 constexpr int64_t HEAD_DIM = 256;  // at most
-constexpr float LOG2E = 1.4426950408889634f;
 
 // How many of everything, in whole blocks: words of a head dim, its rows and columns in a product.
 template <class W>
@@ -48,10 +46,10 @@ class Workspace {
   void allocate() {
     constexpr int64_t HUGE = 2 << 20;
     const bool huge = 4 * size_ >= 2 * HUGE;
-    const int64_t page = huge ? HUGE : 64, bytes = whole(4 * size_ + 1, page);
+    const int64_t page = huge ? HUGE : 64, bytes = whole(4 * size_, page);
     data_ = static_cast<float*>(aligned_alloc(page, bytes));
     if (data_ == nullptr) throw std::bad_alloc();
-    if (huge) madvise(data_, bytes, MADV_HUGEPAGE);
+    if (huge) advise_huge_pages(data_, bytes);
   }
   float* at(int64_t offset) const { return data_ + offset; }
 
@@ -191,11 +189,12 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
-// 2^a to 1 ULP for a <= 127; 2^-126 below that, since a weight this small adds nothing. NaN stays NaN.
-// The polynomial is the minimax one of degree 6 on [-1/2, 1/2] that is 1 at 0.
-inline vf exp2(vf a) {
+// e^(score - lse), at most 2^127, never less than 2^-126, which adds nothing. NaN stays NaN. The
+// difference of large scores is exact, where one in base 2 would be off by the rounding of both. 2^r is
+// the minimax polynomial of degree 6 on [-1/2, 1/2] that is 1 at 0, to 1 ULP.
+inline vf weight(vf score, vf lse) {
   constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  a = max(all(-126.0f), a);
+  vf a = max(all(-126.0f), (score - lse) * 1.4426950408889634f);
   vf shifted = a + magic;
   vf r = a - (shifted - magic);
   vf p = r * 0x1.41fbbcp-13f + 0x1.5f3e54p-10f;

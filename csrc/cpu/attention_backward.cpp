@@ -24,15 +24,15 @@ struct Room {
   static int64_t size(int64_t columns) { return KEYS * (3 * PANEL + 2 * columns + 2 * STEP); }
 
   // p and ds of n keys and one panel from scores and dp: p and ds into the panel's columns, ds_panel.
-  void differentiate(int64_t n, int64_t panel, float factor, const float* lse2, const float* delta) const {
+  void differentiate(int64_t n, int64_t panel, const float* lse, const float* delta) const {
     for (int64_t j = 0; j < n; j += 2)
       for (int v = 0; v < VECTORS; v++) {
         const int64_t x = j * PANEL + v * LANES, at = j * STEP + (panel * PANEL + v * LANES) / W::DEPTH;
-        vf high = load(lse2 + v * LANES, Full{}), less = load(delta + v * LANES, Full{});
-        vf p0 = exp2(load(scores + x, Full{}) * factor - high), p1 = {}, ds1 = {};
+        vf high = load(lse + v * LANES, Full{}), less = load(delta + v * LANES, Full{});
+        vf p0 = weight(load(scores + x, Full{}), high), p1 = {}, ds1 = {};
         vf ds0 = p0 * (load(dp + x, Full{}) - less);
         if (j + 1 < n) {
-          p1 = exp2(load(scores + x + PANEL, Full{}) * factor - high);
+          p1 = weight(load(scores + x + PANEL, Full{}), high);
           ds1 = p1 * (load(dp + x + PANEL, Full{}) - less);
         }
         W::store_along(p + at, STEP, p0, p1);
@@ -52,9 +52,9 @@ struct Backward {
   // Keys by block: k and v as rows, k transposed.
   Store k{memory, s.heads, s.blocks, KEYS * s.depth}, v{memory, s.heads, s.blocks, KEYS * s.depth};
   Store kt{memory, wants_q ? s.heads : 0, s.blocks, KEYS / W::DEPTH * s.rows};
-  // Queries by panel: q and dout transposed, lse in base 2, delta, dq transposed; by block: q and dout.
+  // Queries by panel: q and dout transposed, lse, delta, dq transposed; by block: q and dout.
   Store qt{memory, s.heads, s.panels, s.depth * PANEL}, dout_t{memory, s.heads, s.panels, s.depth * PANEL};
-  Store lse2{memory, s.heads, s.panels, PANEL}, delta{memory, s.heads, s.panels, PANEL};
+  Store lse{memory, s.heads, s.panels, PANEL}, delta{memory, s.heads, s.panels, PANEL};
   Store dq{memory, wants_q ? s.heads : 0, s.panels, s.rows * PANEL};
   Store q{memory, wants_kv ? s.heads : 0, s.query_blocks, QUERIES / W::DEPTH * s.columns};
   Store dout{memory, wants_kv ? s.heads : 0, s.query_blocks, QUERIES / W::DEPTH * s.columns};
@@ -94,7 +94,7 @@ struct Backward {
     const int64_t b = head / s.head_count, h = head % s.head_count, first = panel * PANEL;
     const Rows<T> out_rows = queries(a.out, head, first, PANEL), dout_rows = queries(a.dout, head, first, PANEL);
     for (int64_t l = 0; l < PANEL; l++) {
-      float& high = lse2.floats(head, panel)[l];
+      float& high = lse.floats(head, panel)[l];
       float& total = delta.floats(head, panel)[l];
       high = __builtin_inff();
       total = 0;
@@ -103,7 +103,7 @@ struct Backward {
       each(s.dim, [&](int64_t d, auto m, int) {
         products += load(out_rows.at(l) + d, m) * load(dout_rows.at(l) + d, m);
       });
-      high = a.lse.at<float>(b, h)[first + l] * LOG2E;
+      high = a.lse.at<float>(b, h)[first + l];
       total = sum(products) - (a.dlse ? a.dlse.at<float>(b, h)[first + l] : 0.0f);
     }
   }
@@ -115,9 +115,9 @@ struct Backward {
     uint32_t* turn = wants_q ? added.words(head, i) : nullptr;
     for (int64_t x = begin; x < end; x++) {
       if (wants_q) prefetch(dq.floats(head, x), dq.size());
-      product<W, Start::zero>(k.words(head, j), s.depth, qt.words(head, x), r.scores, PANEL, rows, s.depth);
-      product<W, Start::zero>(v.words(head, j), s.depth, dout_t.words(head, x), r.dp, PANEL, rows, s.depth);
-      r.differentiate(n, x - begin, a.scale * LOG2E, lse2.floats(head, x), delta.floats(head, x));
+      product<W, Into::scaled>(k.words(head, j), s.depth, qt.words(head, x), r.scores, PANEL, rows, s.depth, &a.scale);
+      product<W, Into::set>(v.words(head, j), s.depth, dout_t.words(head, x), r.dp, PANEL, rows, s.depth);
+      r.differentiate(n, x - begin, lse.floats(head, x), delta.floats(head, x));
       if (!wants_q) continue;
       while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != j) sched_yield();
       product<W>(j > 0, kt.words(head, j), KEYS / W::DEPTH, r.ds_panel, dq.floats(head, x), PANEL, s.rows,

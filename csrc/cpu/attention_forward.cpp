@@ -15,17 +15,17 @@ struct Panel {
     for (int l = 0; l < PANEL; l++) top[l] = -INFINITY, total[l] = 0;
   }
 
-  // p = 2^(factor scores - top) of n keys, as words, after top has risen to their maximum; alpha is what
+  // p = e^(scores - top) of n keys, as words, after top has risen to their maximum; alpha is what
   // that makes of the sums so far.
-  void weigh(const float* scores, int64_t n, float factor, uint32_t* p) {
+  void weigh(const float* scores, int64_t n, uint32_t* p) {
     vf high[VECTORS], sum[VECTORS];
     for (int v = 0; v < VECTORS; v++) high[v] = load(scores + v * LANES, Full{});
     for (int64_t j = 1; j < n; j++)
       for (int v = 0; v < VECTORS; v++) high[v] = max(load(scores + j * PANEL + v * LANES, Full{}), high[v]);
     for (int v = 0; v < VECTORS; v++) {
       vf old = load(top + v * LANES, Full{});
-      high[v] = max(high[v] * factor, old);
-      vf fall = exp2(old - high[v]);
+      high[v] = max(high[v], old);
+      vf fall = weight(old, high[v]);
       sum[v] = load(total + v * LANES, Full{}) * fall;
       store(top + v * LANES, high[v], Full{});
       store(alpha + v * LANES, fall, Full{});
@@ -33,8 +33,8 @@ struct Panel {
     for (int64_t j = 0; j < n; j += 2)
       for (int v = 0; v < VECTORS; v++) {
         const float* s = scores + j * PANEL + v * LANES;
-        vf first = exp2(load(s, Full{}) * factor - high[v]);
-        vf second = j + 1 < n ? exp2(load(s + PANEL, Full{}) * factor - high[v]) : vf{};
+        vf first = weight(load(s, Full{}), high[v]);
+        vf second = j + 1 < n ? weight(load(s + PANEL, Full{}), high[v]) : vf{};
         sum[v] += first + second;
         W::store_across(p + j / W::DEPTH * PANEL + v * LANES, first, second);
       }
@@ -73,9 +73,10 @@ struct Forward {
   void step(Panel<W>& panel, int64_t head, int64_t j, int64_t room, int64_t x) {
     const int64_t n = min(KEYS, s.keys - j * KEYS), depth = count(n, W::DEPTH);
     float* found = scores.floats(room, 0);
-    product<W, Start::zero>(k.words(head, j), s.depth, q.words(room, x), found, PANEL, whole(n, ROWS), s.depth);
-    panel.weigh(found, n, a.scale * LOG2E, p.words(room, 0));
-    auto values = j == 0 ? product<W, Start::zero> : product<W, Start::scale>;
+    product<W, Into::scaled>(k.words(head, j), s.depth, q.words(room, x), found, PANEL, whole(n, ROWS), s.depth,
+                             &a.scale);
+    panel.weigh(found, n, p.words(room, 0));
+    auto values = j == 0 ? product<W, Into::set> : product<W, Into::rescaled>;
     values(v.words(head, j), KEYS / W::DEPTH, p.words(room, 0), out.floats(room, x), PANEL, s.rows, depth,
            panel.alpha);
   }
@@ -83,7 +84,7 @@ struct Forward {
   void write(Panel<W>& panel, int64_t head, int64_t first, const float* out) {
     const int64_t b = head / s.head_count, h = head % s.head_count, n = min(PANEL, s.queries - first);
     for (int64_t l = 0; l < n; l++) {
-      a.lse.at<float>(b, h)[first + l] = (panel.top[l] + std::log2(panel.total[l])) / LOG2E;
+      a.lse.at<float>(b, h)[first + l] = panel.top[l] + std::log(panel.total[l]);
       panel.total[l] = 1.0f / panel.total[l];
     }
     unpack_panel(out, panel.total, n, s.dim, a.out.at<T>(b, first, h), a.out.stride[1]);

@@ -90,19 +90,19 @@ struct Words<bf16> {
 };
 #endif
 
-// What a tile begins with: nothing, c, or c with every column scaled.
-enum class Start { zero, add, scale };
+// c = a b,  c = x[0] a b,  c += a b,  or c = c x + a b with an x for every column.
+enum class Into { set, scaled, add, rescaled };
 
-template <class W, Start S>
+template <class W, Into C>
 inline void tile(const uint32_t* a, int64_t a_row, const uint32_t* b, float* c, int64_t c_row, int64_t depth,
-                 const float* factor) {
+                 const float* x) {
   vf sum[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; v++) {
-      sum[r][v] = S == Start::zero ? vf{} : load(c + r * c_row + v * LANES, Full{});
-      if (S == Start::scale) sum[r][v] *= load(factor + v * LANES, Full{});
+      sum[r][v] = C == Into::set || C == Into::scaled ? vf{} : load(c + r * c_row + v * LANES, Full{});
+      if (C == Into::rescaled) sum[r][v] *= load(x + v * LANES, Full{});
     }
   for (int64_t i = 0; i < depth; i++) {
     vu right[VECTORS];
@@ -116,23 +116,24 @@ inline void tile(const uint32_t* a, int64_t a_row, const uint32_t* b, float* c, 
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; v++) store(c + r * c_row + v * LANES, sum[r][v], Full{});
+    for (int v = 0; v < VECTORS; v++)
+      store(c + r * c_row + v * LANES, C == Into::scaled ? sum[r][v] * *x : sum[r][v], Full{});
 }
 
-template <class W, Start S>
+template <class W, Into C>
 inline void product(const uint32_t* a, int64_t a_row, const uint32_t* b, float* c, int64_t c_row,
-                    int64_t rows, int64_t depth, const float* factor = nullptr) {
+                    int64_t rows, int64_t depth, const float* x = nullptr) {
   for (int64_t r = 0; r < rows; r += ROWS)
-    tile<W, S>(a + r * a_row, a_row, b, c + r * c_row, c_row, depth, factor);
+    tile<W, C>(a + r * a_row, a_row, b, c + r * c_row, c_row, depth, x);
 }
 
 template <class W>
 inline void product(bool add, const uint32_t* a, int64_t a_row, const uint32_t* b, float* c, int64_t c_row,
                     int64_t rows, int64_t depth) {
   if (add)
-    product<W, Start::add>(a, a_row, b, c, c_row, rows, depth);
+    product<W, Into::add>(a, a_row, b, c, c_row, rows, depth);
   else
-    product<W, Start::zero>(a, a_row, b, c, c_row, rows, depth);
+    product<W, Into::set>(a, a_row, b, c, c_row, rows, depth);
 }
 
 }  // namespace prfl::PRFL_ISA
