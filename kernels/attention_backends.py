@@ -281,4 +281,3 @@ def default(
             return name, passed
         passed[name] = why
     return "reference", passed
-

@@ -105,9 +105,7 @@ def _misfit(op: str, choice: str, device: str) -> str:
     return f"kernels: {op} got {choice} for {device}, want {want}"
 
 
-def _default(
-    op: str, device: str, dtype: torch.dtype | None = None, head_dim: int | None = None
-) -> str:
+def _default(op: str, device: str, dtype: torch.dtype | None = None, head_dim: int | None = None) -> str:
     if op == _ATTENTION:
         return attention_backends.default(device, dtype, head_dim)[0]
     best = OPERATIONS[op][-1]

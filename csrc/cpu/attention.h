@@ -189,7 +189,7 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
-// e^(score - lse), at most 2^127, never less than 2^-126, which adds nothing. NaN stays NaN. The
+// e^(score - lse) for score - lse < 88; never less than 2^-126, which adds nothing. NaN stays NaN. The
 // difference of large scores is exact, where one in base 2 would be off by the rounding of both. 2^r is
 // the minimax polynomial of degree 6 on [-1/2, 1/2] that is 1 at 0, to 1 ULP.
 inline vf weight(vf score, vf lse) {
