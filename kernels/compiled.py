@@ -91,7 +91,8 @@ def report() -> list[tuple[str, str, str]]:
     else:
         rows.append(("cpu", "no", why))
     why = absence("cuda", "cuda")
-    rows.append(("cuda", "no" if why else "yes", why or f"for {module.cuda_architectures}"))
+    built = f"built for {module.cuda_architectures}" if module and module.cuda_architectures else ""
+    rows.append(("cuda", "no" if why else "yes", "; ".join(filter(None, (built, why)))))
     return rows
 
 

@@ -124,7 +124,8 @@ void forward(const RewardPoolForward& a) {
       add_tile<X>(a.x, b, l, end, p, queries, shrink, acc, width);
     }
   });
-  parallel_for(0, a.shape.batch * a.wanted, 1, a.threads, [&](int64_t i, int64_t) {
+  const int threads = threads_for(a.shape.batch * a.runs * queries * width, a.threads);
+  parallel_for(0, a.shape.batch * a.wanted, 1, threads, [&](int64_t i, int64_t) {
     const int64_t b = i / a.wanted, q = i % a.wanted;
     auto at = [&](const View& v, int64_t r) { return v.at<float>() + (b * a.runs + r) * queries + q; };
     float top = -INFINITY, total = 0.0f;

@@ -16,11 +16,16 @@ inline const float* float_row(const View& a, int64_t row, int64_t n, float* room
   return room;
 }
 
-// fn(b, l0, l1) for tokens [l0, l1) of sample b, in pieces of about 32K values.
+constexpr int64_t PIECE = 1 << 15;  // values that are worth waking a thread for
+
+inline int threads_for(int64_t values, int threads) { return values > PIECE ? threads : 1; }
+
+// fn(b, l0, l1) for tokens [l0, l1) of sample b, in pieces of about PIECE values.
 template <class F>
 inline void over_tokens(const Shape& shape, int threads, F&& fn) {
-  const int64_t grain = 1 + (1 << 15) / shape.width;
+  const int64_t grain = 1 + PIECE / shape.width;
   const int64_t pieces = (shape.length + grain - 1) / grain;
+  threads = threads_for(shape.batch * shape.length * shape.width, threads);
   parallel_for(0, shape.batch * pieces, 1, threads, [&](int64_t piece, int64_t) {
     const int64_t first = piece % pieces * grain;
     fn(piece / pieces, first, min(first + grain, shape.length));
@@ -31,6 +36,7 @@ inline void over_tokens(const Shape& shape, int threads, F&& fn) {
 template <class F>
 inline void over_runs(const Shape& shape, int64_t runs, int threads, F&& fn) {
   const int64_t run = (shape.length + runs - 1) / runs;
+  threads = threads_for(shape.batch * shape.length * shape.width, threads);
   parallel_for(0, shape.batch * runs, 1, threads, [&](int64_t piece, int64_t) {
     const int64_t r = piece % runs;
     fn(piece / runs, r, min(r * run, shape.length), min((r + 1) * run, shape.length));
@@ -39,7 +45,7 @@ inline void over_runs(const Shape& shape, int64_t runs, int threads, F&& fn) {
 
 // out[width] = the sum of `count` rows of part, `step` apart, added one after another.
 inline void add_runs(const float* part, int64_t count, int64_t step, int64_t width, float* out, int threads) {
-  parallel_for(0, width, 1024, threads, [=](int64_t first, int64_t last) {
+  parallel_for(0, width, 1024, threads_for(count * width, threads), [=](int64_t first, int64_t last) {
     each(last - first, [=](int64_t i, auto m, int) {
       vf total = {};
       for (int64_t r = 0; r < count; r++) total += load(part + r * step + first + i, m);
