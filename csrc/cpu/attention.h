@@ -26,6 +26,9 @@ struct Sizes {
 
   explicit Sizes(const AttentionShape& a)
       : heads(a.batch * a.heads), head_count(a.heads), dim(a.dim), queries(a.queries), keys(a.keys) {}
+
+  // Threads of `most` that are worth waking.
+  int threads(int most) const { return heads * queries * keys * dim > 1 << 20 ? most : 1; }
 };
 
 // All that a call packs, in one piece of memory: on huge pages where there is enough of it, since fresh

@@ -46,7 +46,8 @@ template <class W, class T>
 struct Forward {
   const AttentionForward& a;
   Sizes<W> s{a.shape};
-  int64_t tasks = s.heads * s.query_blocks, rooms = min(a.threads, tasks);
+  int threads = s.threads(a.threads);
+  int64_t tasks = s.heads * s.query_blocks, rooms = min(threads, tasks);
   Workspace memory;
   Store k{memory, s.heads, s.blocks, KEYS * s.depth}, v{memory, s.heads, s.blocks, KEYS / W::DEPTH * s.rows};
   // Of every thread: a block of queries by panel, and one panel's scores and p.
@@ -92,10 +93,10 @@ struct Forward {
 
   void operator()() {
     memory.allocate();
-    parallel_for(0, s.heads * s.blocks, 1, a.threads, [&](int64_t t, int64_t last) {
+    parallel_for(0, s.heads * s.blocks, 1, threads, [&](int64_t t, int64_t last) {
       for (; t < last; t++) pack(t / s.blocks, t % s.blocks);
     });
-    share(tasks, rooms, a.threads, [&](int64_t t, int64_t room) {
+    share(tasks, rooms, threads, [&](int64_t t, int64_t room) {
       block(t / s.query_blocks, t % s.query_blocks, room);
     });
   }
