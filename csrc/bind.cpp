@@ -91,7 +91,8 @@ static void bind_cpu(py::module_& m) {
   m.def("attention_backward",
         [shape](View dout, View dlse, View q, View k, View v, View out, View lse, View dq, View dk, View dv,
                 const Sizes& sizes, float scale, int threads) {
-          run(kernels().attention_backward, {dout, dlse, q, k, v, out, lse, dq, dk, dv, shape(sizes), scale, threads});
+          run(kernels().attention_backward,
+              {dout, dlse, q, k, v, out, lse, dq, dk, dv, shape(sizes), scale, threads});
         });
 }
 

@@ -93,7 +93,8 @@ struct Backward {
   // Past the last query lse is infinite: p is next to nothing there, ds and dout are 0.
   void row_sums(int64_t head, int64_t panel) {
     const int64_t b = head / s.head_count, h = head % s.head_count, first = panel * PANEL;
-    const Rows<T> out_rows = queries(a.out, head, first, PANEL), dout_rows = queries(a.dout, head, first, PANEL);
+    const Rows<T> out_rows = queries(a.out, head, first, PANEL);
+    const Rows<T> dout_rows = queries(a.dout, head, first, PANEL);
     for (int64_t l = 0; l < PANEL; l++) {
       float& high = lse.floats(head, panel)[l];
       float& total = delta.floats(head, panel)[l];
@@ -116,7 +117,8 @@ struct Backward {
     uint32_t* turn = wants_q ? added.words(head, i) : nullptr;
     for (int64_t x = begin; x < end; x++) {
       if (wants_q) prefetch(dq.floats(head, x), dq.size());
-      product<W, Into::scaled>(k.words(head, j), s.depth, qt.words(head, x), r.scores, PANEL, rows, s.depth, &a.scale);
+      product<W, Into::scaled>(k.words(head, j), s.depth, qt.words(head, x), r.scores, PANEL, rows, s.depth,
+                               &a.scale);
       product<W, Into::set>(v.words(head, j), s.depth, dout_t.words(head, x), r.dp, PANEL, rows, s.depth);
       r.differentiate(n, x - begin, lse.floats(head, x), delta.floats(head, x));
       if (!wants_q) continue;
@@ -137,14 +139,16 @@ struct Backward {
   void write_dq(int64_t head, int64_t panel) {
     float scale[PANEL];
     for (float& x : scale) x = a.scale;
+    const int64_t n = min(PANEL, s.queries - panel * PANEL);
     T* to = a.dq.at<T>(head / s.head_count, panel * PANEL, head % s.head_count);
-    unpack_panel(dq.floats(head, panel), scale, min(PANEL, s.queries - panel * PANEL), s.dim, to, a.dq.stride[1]);
+    unpack_panel(dq.floats(head, panel), scale, n, s.dim, to, a.dq.stride[1]);
   }
 
   void write(const View& x, const float* from, float scale, int64_t head, int64_t j) {
     for (int64_t l = 0; l < min(KEYS, s.keys - j * KEYS); l++) {
       T* to = x.at<T>(head / s.head_count, j * KEYS + l, head % s.head_count);
-      each(s.dim, [&](int64_t d, auto m, int) { store(to + d, load(from + l * s.columns + d, m) * scale, m); });
+      const float* row = from + l * s.columns;
+      each(s.dim, [&](int64_t d, auto m, int) { store(to + d, load(row + d, m) * scale, m); });
     }
   }
 

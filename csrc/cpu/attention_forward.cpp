@@ -74,8 +74,8 @@ struct Forward {
   void step(Panel<W>& panel, int64_t head, int64_t j, int64_t room, int64_t x) {
     const int64_t n = min(KEYS, s.keys - j * KEYS), depth = count(n, W::DEPTH);
     float* found = scores.floats(room, 0);
-    product<W, Into::scaled>(k.words(head, j), s.depth, q.words(room, x), found, PANEL, whole(n, ROWS), s.depth,
-                             &a.scale);
+    product<W, Into::scaled>(k.words(head, j), s.depth, q.words(room, x), found, PANEL, whole(n, ROWS),
+                             s.depth, &a.scale);
     panel.weigh(found, n, p.words(room, 0));
     auto values = j == 0 ? product<W, Into::set> : product<W, Into::rescaled>;
     values(v.words(head, j), KEYS / W::DEPTH, p.words(room, 0), out.floats(room, x), PANEL, s.rows, depth,
