@@ -9,31 +9,27 @@ namespace {
 
 // Stores x + gate y and returns its sum over the row. The norm sees it as it is stored.
 template <class X, class Y>
-float add_row(const X* x, const Y* y, const float* gate, X* out, float* row, int64_t n) {
+float add_row(const X* x, const Y* y, const float* gate, X* out, int64_t n) {
   vf total[4] = {};
   each<4>(n, [&](int64_t i, auto m, int k) {
     vf branch = load(y + i, m);
     if (gate != nullptr) branch *= load(gate + i, m);
     vf a = rounded(load(x + i, m) + branch, X{});
     store(out + i, a, m);
-    if (row != nullptr) store(row + i, a, m);
     total[k] += a;
   });
   return sum(total);
 }
 
 template <class X>
-float read_row(const X* x, float* row, int64_t n) {
+float row_sum(const X* x, int64_t n) {
   vf total[4] = {};
-  each<4>(n, [&](int64_t i, auto m, int k) {
-    vf a = load(x + i, m);
-    if (row != nullptr) store(row + i, a, m);
-    total[k] += a;
-  });
+  each<4>(n, [&](int64_t i, auto m, int k) { total[k] += load(x + i, m); });
   return sum(total);
 }
 
-float squares(const float* x, float mean, int64_t n) {
+template <class X>
+float squares(const X* x, float mean, int64_t n) {
   vf total[4] = {};
   each<4>(n, [&](int64_t i, auto m, int k) {
     vf a = first_lanes(load(x + i, m) - mean, m);
@@ -46,23 +42,25 @@ template <class X, class Y, class N>
 void forward(const AddNormForward& a) {
   const int64_t width = a.shape.width;
   over_tokens(a.shape, a.threads, [&](int64_t b, int64_t l0, int64_t l1) {
-    Scratch room(4 * width);
+    Scratch room(3 * width);
     const float* gate = float_row(a.gate, b, width, room);
     const float* scale = float_row(a.scale, b, width, room + width);
     const float* shift = float_row(a.shift, b, width, room + 2 * width);
     for (int64_t l = l0; l < l1; l++) {
       const X* x = a.x.at<X>(b, l);
       X* out = a.y ? a.sum.at<X>(b, l) : nullptr;
-      // float32 is read again from where it stands, bfloat16 from a copy.
-      float* copy = a.n && !is_same<X, float> ? room + 3 * width : nullptr;
-      float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, copy, width)
-                        : read_row(x, copy, width);
+      const float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, width) : row_sum(x, width);
       if (!a.n) continue;
-      const float* row = copy != nullptr ? copy : reinterpret_cast<const float*>(a.y ? out : x);
+      const X* row = a.y ? out : x;
       const float mean = total / width;
       const float rstd = 1.0f / sqrtf(squares(row, mean, width) / width + a.eps);
       N* n = a.n.at<N>(b, l);
+      // The next token comes from memory while this one is finished from the cache.
+      const X* next_x = l + 1 < l1 ? a.x.at<X>(b, l + 1) : nullptr;
+      const Y* next_y = l + 1 < l1 && a.y ? a.y.at<Y>(b, l + 1) : nullptr;
       each(width, [&](int64_t i, auto m, int) {
+        prefetch(next_x, i);
+        prefetch(next_y, i);
         vf x_hat = (load(row + i, m) - mean) * rstd;
         store(n + i, x_hat * (load(scale + i, m) + a.base) + load(shift + i, m), m);
       });
@@ -81,8 +79,8 @@ struct Sums {
 
 // g = dn (scale + base) and x_hat; returns their means over the row.
 template <class X, class N>
-void norm_row(const N* dn, const X* x, const float* scale, float base, float mean, float rstd, const Sums& sums,
-              float* g, float* x_hat, float* mean_g, float* mean_gx, int64_t n) {
+void norm_row(const N* dn, const X* x, const float* scale, float base, float mean, float rstd,
+              const Sums& sums, float* g, float* x_hat, float* mean_g, float* mean_gx, int64_t n) {
   vf total[2] = {}, total_x[2] = {};
   each<2>(n, [&](int64_t i, auto m, int k) {
     vf d = load(dn + i, m);
@@ -129,7 +127,11 @@ void backward(const AddNormBackward& a) {
       X* dx = a.dx ? a.dx.at<X>(b, l) : nullptr;
       const Y* y = sums.gate != nullptr ? a.y.at<Y>(b, l) : nullptr;
       Y* dy = a.dy ? a.dy.at<Y>(b, l) : nullptr;
+      const X* next_x = l + 1 < l1 && a.dn ? a.x.at<X>(b, l + 1) : nullptr;
+      const N* next_dn = l + 1 < l1 && a.dn ? a.dn.at<N>(b, l + 1) : nullptr;
       each(width, [&](int64_t i, auto m, int) {
+        prefetch(next_x, i);
+        prefetch(next_dn, i);
         vf d = {};
         if (dx != nullptr) d = (load(g + i, m) - mean_g - load(x_hat + i, m) * mean_gx) * rstd;
         if (dsum != nullptr) d += load(dsum + i, m);
@@ -141,25 +143,23 @@ void backward(const AddNormBackward& a) {
   });
   for (int64_t b = 0; slots > 0 && b < a.shape.batch; b++) {
     const int64_t values = slots * width;
-    add_runs(a.part.at<float>() + b * a.runs * values, a.runs, values, values, a.sums.at<float>() + b * values,
-             a.threads);
+    add_runs(a.part.at<float>() + b * a.runs * values, a.runs, values, values,
+             a.sums.at<float>() + b * values, a.threads);
   }
 }
 
 }  // namespace
 
 void add_norm_forward(const AddNormForward& a) {
-  with_types(a.x.dtype, a.y.dtype, a.n.dtype, [&](auto x, auto y, auto n) {
-    forward<decltype(x), decltype(y), decltype(n)>(a);
-  });
+  with_types(a.x.dtype, a.y.dtype, a.n.dtype,
+             [&](auto x, auto y, auto n) { forward<decltype(x), decltype(y), decltype(n)>(a); });
 }
 
 void add_norm_backward(const AddNormBackward& a) {
   const DType x = a.dn ? a.x.dtype : a.dsum.dtype;
   const DType y = a.dy ? a.dy.dtype : a.y.dtype;
-  with_types(x, y, a.dn.dtype, [&](auto x, auto y, auto n) {
-    backward<decltype(x), decltype(y), decltype(n)>(a);
-  });
+  with_types(x, y, a.dn.dtype,
+             [&](auto x, auto y, auto n) { backward<decltype(x), decltype(y), decltype(n)>(a); });
 }
 
 }  // namespace prfl::PRFL_ISA

@@ -51,8 +51,10 @@ void forward(const QkNormRopeForward& a) {
         X* out = a.out[t].at<X>(b, l);
         const float rstd = 1.0f / sqrtf(squares(x, width) / width + a.eps);
         a.rstd[t].at<float>(b)[l] = rstd;
+        const X* next = l + 1 < l1 ? a.x[t].at<X>(b, l + 1) : nullptr;
         for (int64_t h = 0; h < width; h += dim)
           each(dim, [&](int64_t i, auto m, int) {
+            prefetch(next, h + i);
             vf n = load(x + h + i, m) * rstd * load(weight[t] + h + i, m);
             if (ROPE) n = n * load(angles.cos + i, m) + swapped(n) * load(angles.sin + i, m);
             store(out + h + i, n, m);
@@ -105,21 +107,20 @@ void backward(const QkNormRopeBackward& a) {
     }
   });
   if (a.part)
-    add_runs(a.part.at<float>(), a.shape.batch * a.runs, 2 * width, 2 * width, a.dweight.at<float>(), a.threads);
+    add_runs(a.part.at<float>(), a.shape.batch * a.runs, 2 * width, 2 * width, a.dweight.at<float>(),
+             a.threads);
 }
 
 }  // namespace
 
 void qk_norm_rope_forward(const QkNormRopeForward& a) {
-  with_type(a.x[0].dtype, [&](auto x) {
-    a.rope.cos ? forward<decltype(x), true>(a) : forward<decltype(x), false>(a);
-  });
+  with_type(a.x[0].dtype,
+            [&](auto x) { a.rope.cos ? forward<decltype(x), true>(a) : forward<decltype(x), false>(a); });
 }
 
 void qk_norm_rope_backward(const QkNormRopeBackward& a) {
-  with_type(a.x[0].dtype, [&](auto x) {
-    a.rope.cos ? backward<decltype(x), true>(a) : backward<decltype(x), false>(a);
-  });
+  with_type(a.x[0].dtype,
+            [&](auto x) { a.rope.cos ? backward<decltype(x), true>(a) : backward<decltype(x), false>(a); });
 }
 
 }  // namespace prfl::PRFL_ISA

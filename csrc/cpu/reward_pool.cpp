@@ -8,15 +8,16 @@
 namespace prfl::PRFL_ISA {
 namespace {
 
-constexpr int GROUP = 8;         // queries that are handled together
-constexpr int64_t TILE = 16;     // tokens of a tile
+constexpr int GROUP = 8;          // queries that are handled together
+constexpr int64_t TILE = 16;      // tokens of a tile
 constexpr int64_t COLUMNS = 256;  // columns of a step: 8 queries and 2 tokens of them fit the first level
 // Tokens and columns whose accumulators for 8 queries fit the registers: 32 with AVX-512, otherwise 16.
 constexpr int TOKENS = LANES == 16 ? 2 : 1, WIDE = LANES == 16 ? 2 : 1;
 
 // partial[t][q][LANES] += x_t u_q over `n` columns, for TOKENS tokens and 8 queries.
 template <class X>
-void dots(const X* const (&x)[TOKENS], const float* u, int64_t stride, int64_t n, float* const (&partial)[TOKENS]) {
+void dots(const X* const (&x)[TOKENS], const float* u, int64_t stride, int64_t n,
+          float* const (&partial)[TOKENS]) {
   vf acc[TOKENS][GROUP];
   for (int t = 0; t < TOKENS; t++)
     for (int q = 0; q < GROUP; q++) acc[t][q] = load(partial[t] + q * LANES, Full{});
@@ -36,8 +37,8 @@ void dots(const X* const (&x)[TOKENS], const float* u, int64_t stride, int64_t n
 // out[token][query] = x_token . u_query for the tokens [l0, l1) of a tile; `room` holds
 // (TILE + 1) * queries vectors.
 template <class X>
-void tile_dots(const View& x, int64_t b, int64_t l0, int64_t l1, const float* u, int64_t queries, int64_t width,
-               float* room, float* out) {
+void tile_dots(const View& x, int64_t b, int64_t l0, int64_t l1, const float* u, int64_t queries,
+               int64_t width, float* room, float* out) {
   const int64_t token = queries * LANES;
   memset(room, 0, (TILE + 1) * token * sizeof(float));
   for (int64_t c = 0; c < width; c += COLUMNS)
@@ -107,7 +108,8 @@ void forward(const RewardPoolForward& a) {
       for (int64_t q = 0; q < queries; q++) next[q] = top[q];
       for (int64_t t = 0; t < tokens; t++) {
         memcpy(a.scores.at<float>(b, l + t), p + t * queries, a.wanted * sizeof(float));
-        for (int64_t q = 0; q < queries; q++) next[q] = p[t * queries + q] > next[q] ? p[t * queries + q] : next[q];
+        for (int64_t q = 0; q < queries; q++)
+          next[q] = p[t * queries + q] > next[q] ? p[t * queries + q] : next[q];
       }
       each(queries, [&](int64_t q, auto m, int) {
         vf top_q = load(next + q, m);
@@ -146,7 +148,8 @@ void forward(const RewardPoolForward& a) {
 // dx_token = sum over queries of p[token][q] g_q + ds[token][q] u_q, for the columns [c, c + n).
 template <class X>
 void feature_gradient(const View& dx, int64_t b, int64_t l0, int64_t l1, int64_t c, int64_t n, const float* p,
-                      const float* ds, int64_t queries, const float* g, const float* u, int64_t width, float* tile) {
+                      const float* ds, int64_t queries, const float* g, const float* u, int64_t width,
+                      float* tile) {
   for (int64_t q = 0; q < queries; q += GROUP) {
     const bool first = q == 0, last = q + GROUP == queries;
     each(n, [&](int64_t i, auto m, int) {

@@ -113,6 +113,12 @@ inline void store(T* p, vf a, Tail m) {
 inline vf rounded(vf a, float) { return a; }
 inline vf rounded(vf a, bf16) { return widen(narrow(a)); }
 
+// Asks for a row's place i ahead of its use, into the second level; null is nothing.
+template <class T>
+inline void prefetch(const T* row, int64_t i) {
+  if (row != nullptr) __builtin_prefetch(row + i, 0, 2);
+}
+
 // f(i, lanes, k) for i = 0, LANES, ... < n; k = 0 ... U - 1 in turn numbers independent accumulators.
 template <int U = 1, class F>
 inline void each(int64_t n, F&& f) {
@@ -179,11 +185,6 @@ inline vf exp(vf a) {
   vi power = (as<vi>(shifted) - as<int32_t>(magic) + 127) << 23;
   return select(a < -87.3f, all(0.0f), p * as<vf>(power));
 }
-
-template <class A, class B>
-constexpr bool is_same = false;
-template <class A>
-constexpr bool is_same<A, A> = true;
 
 // f(T{}, ...) with T the element types.
 template <class F>

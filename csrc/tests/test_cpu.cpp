@@ -78,9 +78,11 @@ static void test_bias_gelu(const Sizes& s) {
   Floats h = random(s.values(), 1), bias = random(s.width, 2), dg = random(s.values(), 3);
   Floats g(s.values()), dh(s.values()), again(s.values()), part(s.batch * runs * s.width), dbias(s.width);
   prfl::kernels().bias_gelu_forward({s.view3(h), view(bias), s.view3(g), s.shape(), 2});
-  prfl::kernels().bias_gelu_backward({s.view3(dg), s.view3(h), view(bias), s.view3(dh), s.view3(again), view(part),
-                                      view(dbias), s.shape(), runs, 2});
-  auto exact = [&](double a) { return 0.5 * a * (1 + std::tanh(std::sqrt(2 / M_PI) * (a + 0.044715 * a * a * a))); };
+  prfl::kernels().bias_gelu_backward({s.view3(dg), s.view3(h), view(bias), s.view3(dh), s.view3(again),
+                                      view(part), view(dbias), s.shape(), runs, 2});
+  auto exact = [&](double a) {
+    return 0.5 * a * (1 + std::tanh(std::sqrt(2 / M_PI) * (a + 0.044715 * a * a * a)));
+  };
   auto slope = [&](int64_t i) {
     double a = double(h[i]) + bias[i % s.width], step = 1e-5;
     return dg[i] * (exact(a + step) - exact(a - step)) / (2 * step);
@@ -103,10 +105,11 @@ static void test_add_norm(const Sizes& s) {
   Floats total(s.values()), n(s.values()), mean(s.rows()), rstd(s.rows());
   View gates = view(gate, s.width), scales = view(scale, s.width), shifts = view(shift, s.width);
   View means = view(mean, s.length), rstds = view(rstd, s.length);
-  prfl::kernels().add_norm_forward({s.view3(x), s.view3(y), gates, scales, shifts, s.view3(total), s.view3(n), means,
-                                    rstds, s.shape(), 1.0f, 1e-6f, 2});
+  prfl::kernels().add_norm_forward({s.view3(x), s.view3(y), gates, scales, shifts, s.view3(total), s.view3(n),
+                                    means, rstds, s.shape(), 1.0f, 1e-6f, 2});
   auto parameter = [&](int64_t i) { return i / (s.length * s.width) * s.width + i % s.width; };
-  expect_close(total, [&](int64_t i) { return x[i] + double(gate[parameter(i)]) * y[i]; }, 1e-6, "add_norm sum");
+  expect_close(
+      total, [&](int64_t i) { return x[i] + double(gate[parameter(i)]) * y[i]; }, 1e-6, "add_norm sum");
   std::vector<double> hat(s.values());
   for (int64_t r = 0; r < s.rows(); r++) {
     const float* row = total.data() + r * s.width;
@@ -120,9 +123,9 @@ static void test_add_norm(const Sizes& s) {
 
   Floats dn = random(s.values(), 6), dsum = random(s.values(), 7), dx(s.values()), dy(s.values());
   Floats part(s.batch * runs * 3 * s.width), sums(s.batch * 3 * s.width);
-  prfl::kernels().add_norm_backward({s.view3(dn), s.view3(dsum), s.view3(total), s.view3(y), gates, scales, means,
-                                     rstds, s.view3(dx), s.view3(dy), view(part), view(sums), s.shape(), runs, 1.0f,
-                                     true, 2});
+  prfl::kernels().add_norm_backward({s.view3(dn), s.view3(dsum), s.view3(total), s.view3(y), gates, scales,
+                                     means, rstds, s.view3(dx), s.view3(dy), view(part), view(sums),
+                                     s.shape(), runs, 1.0f, true, 2});
   std::vector<double> want(s.values());
   for (int64_t r = 0; r < s.rows(); r++) {
     double mg = 0, mgx = 0;
@@ -151,8 +154,10 @@ static void test_add_norm(const Sizes& s) {
 static void test_qk_norm_rope(int64_t batch, int64_t length, int64_t heads, int64_t dim) {
   const Sizes s{batch, length, heads * dim};
   const int64_t runs = 2, positions = length;
-  Floats q = random(s.values(), 1), k = random(s.values(), 2), wq = random(s.width, 3), wk = random(s.width, 4);
-  Floats out_q(s.values()), out_k(s.values()), rq(s.rows()), rk(s.rows()), cos(positions * dim), sin(positions * dim);
+  Floats q = random(s.values(), 1), k = random(s.values(), 2), wq = random(s.width, 3),
+         wk = random(s.width, 4);
+  Floats out_q(s.values()), out_k(s.values()), rq(s.rows()), rk(s.rows()), cos(positions * dim),
+      sin(positions * dim);
   auto angle = [&](int64_t place, int64_t c) { return 0.1 * place * (1 + c / 2); };
   for (int64_t i = 0; i < positions * dim; i++) {
     cos[i] = std::cos(angle(i / dim, i % dim));
@@ -161,8 +166,14 @@ static void test_qk_norm_rope(int64_t batch, int64_t length, int64_t heads, int6
   // Two rows of one column: frames turn the first pair, columns none.
   prfl::Rope rope{view(cos, dim), view(sin, dim), heads, dim, 2, dim, 2, 1, 0};
   View stats[2] = {view(rq, s.length), view(rk, s.length)};
-  prfl::kernels().qk_norm_rope_forward({{s.view3(q), s.view3(k)}, {view(wq), view(wk)}, {s.view3(out_q), s.view3(out_k)},
-                                        {stats[0], stats[1]}, s.shape(), rope, 1e-6f, 2});
+  prfl::kernels().qk_norm_rope_forward({{s.view3(q), s.view3(k)},
+                                        {view(wq), view(wk)},
+                                        {s.view3(out_q), s.view3(out_k)},
+                                        {stats[0], stats[1]},
+                                        s.shape(),
+                                        rope,
+                                        1e-6f,
+                                        2});
   auto place = [&](int64_t l, int64_t c) { return c < 2 ? l / 2 : l % 2; };
   auto rotated = [&](int64_t i) {
     const int64_t r = i / s.width, c = i % dim, other = i ^ 1;
@@ -182,9 +193,17 @@ static void test_qk_norm_rope(int64_t batch, int64_t length, int64_t heads, int6
   Floats dq(s.values()), dk(s.values()), part(s.batch * runs * 2 * s.width), dweight(2 * s.width);
   View dq_in{out_q.data(), prfl::DType::f32, {s.length * s.width, s.width, dim}};
   View dk_in{out_k.data(), prfl::DType::f32, {s.length * s.width, s.width, dim}};
-  prfl::kernels().qk_norm_rope_backward({{dq_in, dk_in}, {s.view3(q), s.view3(k)}, {view(wq), view(wk)},
-                                         {stats[0], stats[1]}, {s.view3(dq), s.view3(dk)}, view(part), view(dweight),
-                                         s.shape(), rope, runs, 2});
+  prfl::kernels().qk_norm_rope_backward({{dq_in, dk_in},
+                                         {s.view3(q), s.view3(k)},
+                                         {view(wq), view(wk)},
+                                         {stats[0], stats[1]},
+                                         {s.view3(dq), s.view3(dk)},
+                                         view(part),
+                                         view(dweight),
+                                         s.shape(),
+                                         rope,
+                                         runs,
+                                         2});
   auto summed = [&](int64_t c) {
     double total = 0;
     for (int64_t r = 0; r < s.rows(); r++) total += std::pow(double(q[r * s.width + c]) * rq[r], 2) * wq[c];
@@ -196,37 +215,42 @@ static void test_qk_norm_rope(int64_t batch, int64_t length, int64_t heads, int6
 
 static void test_reward_pool(const Sizes& s, int64_t wanted) {
   const int64_t runs = 2, queries = (wanted + 7) / 8 * 8;
-  Floats x = random(s.values(), 1), u = random(queries * s.width, 2), g = random(s.batch * queries * s.width, 3);
+  Floats x = random(s.values(), 1), u = random(queries * s.width, 2),
+         g = random(s.batch * queries * s.width, 3);
   for (int64_t i = wanted * s.width; i < queries * s.width; i++) u[i] = 0;
   for (int64_t i = 0; i < s.batch * queries * s.width; i++)
     if (i / s.width % queries >= wanted) g[i] = 0;
-  Floats part(s.batch * runs * queries * s.width), top(s.batch * runs * queries), total(s.batch * runs * queries);
+  Floats part(s.batch * runs * queries * s.width), top(s.batch * runs * queries),
+      total(s.batch * runs * queries);
   Floats pooled(s.batch * wanted * s.width), lse(s.batch * wanted), scores(s.rows() * wanted);
   View u_in = view(u, s.width), score_view = view(scores, s.length * wanted, wanted);
   prfl::kernels().reward_pool_forward({s.view3(x), u_in, view(part), view(top), view(total),
-                                       view(pooled, wanted * s.width, s.width), view(lse, wanted), score_view, s.shape(),
-                                       queries, wanted, runs, 2});
+                                       view(pooled, wanted * s.width, s.width), view(lse, wanted), score_view,
+                                       s.shape(), queries, wanted, runs, 2});
   auto dot = [&](int64_t row, const float* a) {
     double sum = 0;
     for (int64_t c = 0; c < s.width; c++) sum += double(x[row * s.width + c]) * a[c];
     return sum;
   };
-  expect_close(scores, [&](int64_t i) { return dot(i / wanted, u.data() + i % wanted * s.width); }, 1e-5, "pool scores");
+  expect_close(
+      scores, [&](int64_t i) { return dot(i / wanted, u.data() + i % wanted * s.width); }, 1e-5,
+      "pool scores");
   auto weight = [&](int64_t row, int64_t q) {
     return std::exp(double(scores[row * wanted + q]) - lse[row / s.length * wanted + q]);
   };
   auto pool = [&](int64_t i) {
     const int64_t b = i / (wanted * s.width), q = i / s.width % wanted, c = i % s.width;
     double sum = 0;
-    for (int64_t l = 0; l < s.length; l++) sum += weight(b * s.length + l, q) * x[(b * s.length + l) * s.width + c];
+    for (int64_t l = 0; l < s.length; l++)
+      sum += weight(b * s.length + l, q) * x[(b * s.length + l) * s.width + c];
     return sum;
   };
   expect_close(pooled, pool, 1e-5, "pooled");
 
   Floats delta(s.batch * wanted, 0.25f), dx(s.values()), du(queries * s.width);
-  prfl::kernels().reward_pool_backward({s.view3(x), u_in, view(g, queries * s.width, s.width), view(delta, wanted),
-                                        score_view, view(lse, wanted), s.view3(dx), view(part), view(du), s.shape(),
-                                        queries, wanted, runs, 2});
+  prfl::kernels().reward_pool_backward({s.view3(x), u_in, view(g, queries * s.width, s.width),
+                                        view(delta, wanted), score_view, view(lse, wanted), s.view3(dx),
+                                        view(part), view(du), s.shape(), queries, wanted, runs, 2});
   auto ds = [&](int64_t row, int64_t q) {
     const int64_t b = row / s.length;
     return weight(row, q) * (dot(row, g.data() + (b * queries + q) * s.width) - 0.25);
