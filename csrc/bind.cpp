@@ -93,6 +93,20 @@ static void bind_cpu(py::module_& m) {
           run(kernels().reward_pool_backward, {x, u, dpooled, delta, scores, lse, dx, part, du,
                                                shape(batch, length, width), queries, wanted, runs, threads});
         });
+  using Sizes = std::tuple<Size, Size, Size, Size, Size>;  // of AttentionShape
+  auto sized = [](const Sizes& sizes) {
+    return std::apply([](auto... n) { return prfl::AttentionShape{n...}; }, sizes);
+  };
+  m.def("attention_forward",
+        [sized](View q, View k, View v, View out, View lse, const Sizes& sizes, float scale, int threads) {
+          run(kernels().attention_forward, {q, k, v, out, lse, sized(sizes), scale, threads});
+        });
+  m.def("attention_backward",
+        [sized](View dout, View dlse, View q, View k, View v, View out, View lse, View dq, View dk, View dv,
+                const Sizes& sizes, float scale, int threads) {
+          run(kernels().attention_backward,
+              {dout, dlse, q, k, v, out, lse, dq, dk, dv, sized(sizes), scale, threads});
+        });
 }
 
 PYBIND11_MODULE(_C, m) {

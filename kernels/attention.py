@@ -35,7 +35,7 @@ def _forward(q, k, v, scale, backend):
     _check(q, k, v)
     if q.numel() == 0:
         return _forward_fake(q, k, v, scale, backend)
-    why = absence(backend, q.device.type, q.dtype)
+    why = absence(backend, q.device.type, q.dtype, q.shape[3])
     if why:
         raise ValueError(f"kernels: attention got {backend} on {q.device.type}: it {why}")
     out, lse = BACKENDS[backend].forward(q, k, v, scale)

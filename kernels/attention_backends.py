@@ -14,7 +14,7 @@ softmax scale and the causal flag as arguments 16 and 17 in every version, under
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cache, partial
 from importlib import import_module
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels import attention_hopper, attention_triton, compiled, jit
+from prfl_kernels import attention_cpu, attention_hopper, attention_triton, compiled, jit
 from prfl_kernels.jit import wide
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -182,6 +182,7 @@ class Backend(NamedTuple):
     device: str | None = "cuda"
     capabilities: tuple[int, int] = (8, math.inf)  # lowest and highest major compute capability
     dtypes: tuple[torch.dtype, ...] = HALVES
+    head_dims: Container[int] | None = None  # None: its own checks tell
 
 
 def _library(reason: str, forward: Callable, backward: Callable, *needs, **facts) -> Backend:
@@ -192,6 +193,11 @@ BACKENDS = {
     "reference": Backend(
         "plain torch", reference_forward, reference_backward, device=None,
         dtypes=(*HALVES, torch.float32, torch.float64),
+    ),
+    "cpu": Backend(
+        f"own C++ kernels, for head dims up to {attention_cpu.LARGEST_HEAD_DIM}",
+        attention_cpu.forward, attention_cpu.backward, device="cpu", dtypes=attention_cpu.DTYPES,
+        head_dims=range(1, attention_cpu.LARGEST_HEAD_DIM + 1),
     ),
     "sdpa": _library("torch's flash attention", _sdpa_forward, _sdpa_backward, device=None),
     "xformers": _library(
@@ -225,6 +231,7 @@ BACKENDS = {
 }  # fmt: skip
 # On CUDA the first that runs; "cuda" is no default before it has been measured on a GPU.
 ORDER = ("fa3", "fa4", "cudnn", "fa2", "triton", "sdpa")
+CPU_ORDER = ("cpu", "sdpa")
 
 
 @cache
@@ -242,14 +249,19 @@ def _missing(name: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # of the machine, not of the tensors
-def absence(name: str, device: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why back end `name` does not run on a device of type `device` for `dtype`; None if it does."""
+def absence(
+    name: str, device: str, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> str | None:
+    """Why back end `name` does not run on a device of type `device`, for a dtype and head dim; None if
+    it does."""
     backend = BACKENDS[name]
     interpreted = name == "triton" and jit.INTERPRETED
     if backend.device not in (None, device) and not interpreted:
         return f"needs a {backend.device} device"
     if name in ("triton", "cuda") and jit.triton is None:
         return "triton is not installed"
+    if name == "cpu" and (why := compiled.absence("cpu", device)) is not None:
+        return why
     if device == "cuda" and backend.device == "cuda":
         low, high = backend.capabilities
         major, minor = torch.cuda.get_device_capability()
@@ -262,16 +274,19 @@ def absence(name: str, device: str, dtype: torch.dtype | None = None) -> str | N
     dtypes = (*HALVES, torch.float32) if name == "sdpa" and device == "cpu" else backend.dtypes
     if dtype is not None and dtype not in dtypes:
         return f"has no {str(dtype).removeprefix('torch.')}"
+    if head_dim is not None and backend.head_dims is not None and head_dim not in backend.head_dims:
+        return f"has no head dim {head_dim}"
     return _missing(name)
 
 
-def default(device: str, dtype: torch.dtype | None = None) -> tuple[str, dict[str, str]]:
+def default(
+    device: str, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> tuple[str, dict[str, str]]:
     """(the back end that runs where none is chosen, {each better one: why not it})."""
     passed: dict[str, str] = {}
-    for name in ORDER if device == "cuda" else ("sdpa",):
-        why = absence(name, device, dtype)
+    for name in ORDER if device == "cuda" else CPU_ORDER:
+        why = absence(name, device, dtype, head_dim)
         if why is None:
             return name, passed
         passed[name] = why
     return "reference", passed
-

@@ -75,7 +75,7 @@ def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
     device = x.device.type
     choice = _overrides.get(op)
     if choice is None:
-        choice = _default(op, device, x.dtype, fp8)
+        choice = _default(op, device, x.dtype, fp8, x.shape[-1])
         if fp8 and device == "cuda" and choice == REFERENCE:
             choice = TRITON  # to be refused below, with the reason
     why = absence(op, choice, device, x.dtype, fp8)
@@ -130,9 +130,11 @@ def _misfit(op: str, choice: str, device: str, why: str, fp8: bool = False) -> s
     return f"kernels: {op}{'_fp8' * fp8} got {choice} on {device}: it {why}"
 
 
-def _default(op: str, device: str, dtype: torch.dtype | None = None, fp8: bool = False) -> str:
+def _default(
+    op: str, device: str, dtype: torch.dtype | None = None, fp8: bool = False, head_dim: int | None = None
+) -> str:
     if op == _ATTENTION:
-        return attention_backends.default(device, dtype)[0]
+        return attention_backends.default(device, dtype, head_dim)[0]
     known = (c for c in _BEST.get(device, ()) if c in OPERATIONS[op])
     return next((c for c in known if not absence(op, c, device, dtype, fp8)), REFERENCE)
 

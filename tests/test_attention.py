@@ -89,8 +89,17 @@ def test_triton_gradients_alone(triton, wanted):
     assert all(torch.equal(whole[i], a) for i, a in zip(wanted, alone, strict=True))
 
 
+CPU = pytest.param(
+    "cpu",
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() or attention_backends.absence("cpu", "cpu") is not None,
+        reason="the C++ kernels are not built, or a GPU is tested",
+    ),
+)
+
+
 @needs_triton
-@pytest.mark.parametrize("name", ["triton", "reference", "sdpa"])
+@pytest.mark.parametrize("name", ["triton", "reference", "sdpa", CPU])
 def test_opcheck_and_fullgraph(name):
     if torch.cuda.is_available() and name == "sdpa":
         pytest.skip("torch's flash attention on a GPU has no float32")
@@ -312,7 +321,9 @@ def test_the_default_on_cuda_is_the_first_that_runs(monkeypatch):
 
 
 def test_the_default_on_the_cpu():
-    assert attention_backends.default("cpu", BF16) == ("sdpa", {})
+    why = attention_backends.absence("cpu", "cpu")
+    assert attention_backends.default("cpu", BF16) == (("sdpa", {"cpu": why}) if why else ("cpu", {}))
+    assert attention_backends.default("cpu", torch.float16)[0] == "sdpa"
     assert attention_backends.default("cpu", torch.float64)[0] == "reference"
 
 

@@ -217,7 +217,7 @@ def test_choice_is_explicit():
 @needs_triton
 @pytest.mark.parametrize("capability, runs", [((8, 6), False), ((8, 9), True), ((9, 0), True)])
 def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
-    x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"), shape=(1, 1, 128))
     monkeypatch.setattr(table.jit, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     for op in ("modulate", "qk_norm_rope"):

@@ -6,7 +6,7 @@ import torch
 from prfl_engine import selftest as module
 from prfl_engine.cli import main
 from prfl_engine.selftest import CASES, selftest
-from prfl_kernels import attention_backends, table
+from prfl_kernels import attention_backends, compiled, table
 
 OPERATIONS = dict(table.OPERATIONS)
 
@@ -33,10 +33,20 @@ def test_every_operation_has_a_case():
 
 def test_all_that_runs_here_is_run_and_good():
     rows = {row.implementation: row for row in selftest()}
-    assert set(rows) == set(table.OPERATIONS["attention"]) - {table.REFERENCE}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    isas = compiled.isas() if compiled.absence("cpu", device) is None else [""]
+    want = set(table.OPERATIONS["attention"]) - {table.REFERENCE, "cpu"}
+    assert set(rows) == want | {f"cpu {isa}".strip() for isa in isas}
     assert rows["sdpa"].state == "ok", rows["sdpa"]
     assert all(row.state != "FAILED" and row.detail for row in rows.values())
     assert not table._overrides
+
+
+def test_without_the_extension_its_kernels_are_absent(monkeypatch):
+    monkeypatch.setattr(compiled, "_load", lambda: (None, "is not built: no compiler"))
+    rows = {row.implementation: row for row in selftest()}
+    if not torch.cuda.is_available():
+        assert rows["cpu"].state == "absent" and "is not built: no compiler" in rows["cpu"].detail
 
 
 @pytest.mark.parametrize("change", [lambda a: a * 1.05, lambda a: a.roll(1, 1), lambda a: a * float("nan")])

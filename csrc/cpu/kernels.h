@@ -95,7 +95,28 @@ struct RewardPoolBackward {
   int threads;
 };
 
+// attention: q, out, dout, dq [batch, queries, heads, dim]; k, v, dk, dv [batch, keys, heads, dim], all
+// of one type, with strides by sample, token and head. lse, dlse: float [batch, heads, queries].
+struct AttentionShape {
+  int64_t batch, queries, keys, heads, dim;
+};
+struct AttentionForward {
+  View q, k, v, out, lse;
+  AttentionShape shape;
+  float scale;
+  int threads;
+};
+struct AttentionBackward {
+  View dout, dlse, q, k, v, out, lse;  // dlse absent: zero
+  View dq, dk, dv;                     // dq, or dk and dv, absent: not wanted
+  AttentionShape shape;
+  float scale;
+  int threads;
+};
+
 #define PRFL_CPU_KERNELS(KERNEL)                     \
+  KERNEL(attention_forward, AttentionForward)        \
+  KERNEL(attention_backward, AttentionBackward)      \
   KERNEL(add_norm_forward, AddNormForward)           \
   KERNEL(add_norm_backward, AddNormBackward)         \
   KERNEL(qk_norm_rope_forward, QkNormRopeForward)    \

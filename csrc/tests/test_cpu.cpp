@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <stdexcept>
@@ -271,6 +272,89 @@ static void test_reward_pool(const Sizes& s, int64_t wanted) {
   expect_close(du, queried, 1e-5, "pool du");
 }
 
+// float32 or bfloat16 values of exactly their size, [batch, length, heads, dim].
+struct Tensor {
+  prfl::DType dtype;
+  Floats values;
+  std::vector<uint16_t> bits;
+
+  Tensor(prfl::DType dtype, Floats a) : dtype(dtype), values(std::move(a)) {
+    if (dtype == prfl::DType::f32) return;
+    for (float& x : values) {  // cut to bfloat16
+      uint32_t u;
+      std::memcpy(&u, &x, sizeof u);
+      bits.push_back(u >> 16);
+      u &= 0xffff0000u;
+      std::memcpy(&x, &u, sizeof u);
+    }
+  }
+  View view(const prfl::AttentionShape& s, int64_t length) {
+    void* data = dtype == prfl::DType::f32 ? static_cast<void*>(values.data()) : bits.data();
+    return {data, dtype, {length * s.heads * s.dim, s.heads * s.dim, s.dim}};
+  }
+  const Floats& read() {
+    for (size_t i = 0; i < bits.size(); i++) {
+      const uint32_t u = static_cast<uint32_t>(bits[i]) << 16;
+      std::memcpy(&values[i], &u, sizeof u);
+    }
+    return values;
+  }
+};
+
+static void test_attention(const prfl::AttentionShape& s, prfl::DType dtype) {
+  const int64_t q_size = s.batch * s.queries * s.heads * s.dim, k_size = s.batch * s.keys * s.heads * s.dim;
+  const int64_t rows = s.batch * s.heads * s.queries;
+  Tensor q(dtype, random(q_size, 1)), k(dtype, random(k_size, 2)), v(dtype, random(k_size, 3));
+  Tensor dout(dtype, random(q_size, 4)), out(dtype, Floats(q_size)), dq(dtype, Floats(q_size));
+  Tensor dk(dtype, Floats(k_size)), dv(dtype, Floats(k_size));
+  Floats lse(rows), dlse = random(rows, 5);
+  const float scale = 1 / std::sqrt(static_cast<float>(s.dim));
+  const View q_in = q.view(s, s.queries), k_in = k.view(s, s.keys), v_in = v.view(s, s.keys);
+  const View out_view = out.view(s, s.queries), lse_view = view(lse, s.heads * s.queries, s.queries);
+  prfl::kernels().attention_forward({q_in, k_in, v_in, out_view, lse_view, s, scale, 3});
+  const View dlse_view = view(dlse, s.heads * s.queries, s.queries);
+  prfl::kernels().attention_backward({dout.view(s, s.queries), dlse_view, q_in, k_in, v_in, out_view, lse_view,
+                                      dq.view(s, s.queries), dk.view(s, s.keys), dv.view(s, s.keys), s, scale, 3});
+
+  std::vector<double> want_lse(rows), want_out(q_size), want_dq(q_size), want_dk(k_size), want_dv(k_size);
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t b = row / (s.heads * s.queries), h = row / s.queries % s.heads, l = row % s.queries;
+    const int64_t at = ((b * s.queries + l) * s.heads + h) * s.dim;
+    auto key = [&](int64_t j) { return ((b * s.keys + j) * s.heads + h) * s.dim; };
+    std::vector<double> p(s.keys), dp(s.keys);
+    double total = 0, delta = -dlse[row];
+    for (int64_t j = 0; j < s.keys; j++) {
+      for (int64_t d = 0; d < s.dim; d++) {
+        p[j] += scale * double(q.values[at + d]) * k.values[key(j) + d];
+        dp[j] += double(dout.values[at + d]) * v.values[key(j) + d];
+      }
+      total += std::exp(p[j]);
+    }
+    want_lse[row] = std::log(total);
+    for (int64_t j = 0; j < s.keys; j++) {
+      p[j] = std::exp(p[j]) / total;
+      delta += p[j] * dp[j];
+    }
+    for (int64_t j = 0; j < s.keys; j++)
+      for (int64_t d = 0; d < s.dim; d++) {
+        const double ds = scale * p[j] * (dp[j] - delta);
+        want_out[at + d] += p[j] * v.values[key(j) + d];
+        want_dq[at + d] += ds * k.values[key(j) + d];
+        want_dk[key(j) + d] += ds * q.values[at + d];
+        want_dv[key(j) + d] += p[j] * dout.values[at + d];
+      }
+  }
+  const double limit = dtype == prfl::DType::f32 ? 1e-5 : 1e-2;
+  auto compare = [&](const Floats& got, const std::vector<double>& want, const char* what) {
+    expect_close(got, [&](int64_t i) { return want[i]; }, limit, std::string("attention ") + what);
+  };
+  compare(lse, want_lse, "lse");
+  compare(out.read(), want_out, "out");
+  compare(dq.read(), want_dq, "dq");
+  compare(dk.read(), want_dk, "dk");
+  compare(dv.read(), want_dv, "dv");
+}
+
 int main() {
   test_parallel_for();
   for (const prfl::Build& build : prfl::builds()) {
@@ -283,6 +367,11 @@ int main() {
       test_reward_pool({2, 35, width}, width == 16 ? 11 : 3);
     }
     for (int64_t dim : {2, 12, 32, 34}) test_qk_norm_rope(2, 6, 3, dim);
+    for (prfl::DType dtype : {prfl::DType::f32, prfl::DType::bf16}) {
+      test_attention({2, 37, 61, 2, 33}, dtype);
+      test_attention({1, 140, 261, 1, 16}, dtype);  // two blocks of queries and of keys
+      test_attention({1, 3, 5, 1, 256}, dtype);     // the largest head dim
+    }
   }
   std::printf("%d failures, OpenMP runtime '%s'\n", failures, prfl::openmp_runtime().c_str());
   return failures != 0;

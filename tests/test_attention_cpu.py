@@ -1,0 +1,164 @@
+"""Attention in C++ for the CPU, in every instruction set that runs here, against plain torch."""
+
+import pytest
+import torch
+from fused import assert_as_good_as_torch, error, normal, outputs_and_gradients, strided
+
+from prfl_kernels import attention_backends, attention_cpu, compiled, table
+from prfl_kernels.attention import attention, attention_with_lse
+
+if why := compiled.absence("cpu", "cpu"):
+    pytest.skip(f"prfl_kernels._C {why}", allow_module_level=True)
+
+F32, BF16 = torch.float32, torch.bfloat16
+BLOCKS = (1, 300, 530, 2, 32)  # three blocks of keys and of queries, both with a rest
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    """attention on the C++ kernels, and NaN in all memory that is not yet written."""
+    torch.manual_seed(0)
+    table.configure("attention=cpu")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    table.configure("")
+    compiled.use_isa()
+
+
+@pytest.fixture(params=compiled.isas())
+def isa(request):
+    compiled.use_isa(request.param)
+
+
+def qkv(batch=2, queries=37, keys=61, heads=2, dim=64, dtype=F32):
+    return [normal(batch, n, heads, dim, dtype=dtype).cpu() for n in (queries, keys, keys)]
+
+
+SIZES = {
+    "short": (2, 37, 61, 2, 64),
+    "blocks": BLOCKS,
+    "cross": (1, 150, 20, 3, 128),
+    "one query": (1, 1, 50, 2, 32),
+    "one key": (1, 50, 1, 2, 16),
+    "no whole vectors": (3, 33, 31, 1, 80),
+    "odd head dim": (1, 9, 7, 2, 33),
+    "largest head dim": (1, 40, 45, 1, 256),
+    "smallest": (1, 1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("size", SIZES)
+def test_values_and_gradients_are_as_good_as_torchs(isa, size, dtype):
+    """out, lse, dq, dk, dv, with gradients of both results."""
+    assert_as_good_as_torch(attention_with_lse, qkv(*SIZES[size], dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gradients_without_lse_and_alone(isa, dtype):
+    inputs = qkv(*BLOCKS, dtype=dtype)
+    assert_as_good_as_torch(attention, inputs)
+    whole = outputs_and_gradients(attention, inputs)[1]
+    for wanted in ([0], [1], [0, 2]):
+        alone = outputs_and_gradients(attention, inputs, wanted)[1]
+        assert all(torch.equal(whole[i], a) for i, a in zip(wanted, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_strides(isa, dtype):
+    """Slices of a packed q, k, v, gaps, an odd offset, broadcast samples; other layouts are copied."""
+    packed = normal(2, 70, 3, 2, 32, dtype=dtype).cpu()
+    inputs = list(packed.unbind(2))
+    dense = [a.contiguous() for a in inputs]
+    layouts = [
+        inputs,
+        [strided(a) for a in dense],
+        [torch.cat([a.new_zeros(1), a.flatten()])[1:].view(a.shape) for a in dense],
+        [a.mT.contiguous().mT for a in dense],
+    ]
+    want = sum(outputs_and_gradients(attention_with_lse, dense), [])
+    for layout in layouts:
+        got = sum(outputs_and_gradients(attention_with_lse, layout), [])
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    q, k, v = dense
+    broadcast = attention(q, k[:1].expand_as(k), v[:1].expand_as(v))
+    assert torch.equal(broadcast[:1], attention(q[:1], k[:1], v[:1]))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_same_bits_on_any_number_of_threads(isa, heads, dtype):
+    """One head: blocks of keys wait for each other with their part of dq."""
+    inputs, before = qkv(1, 600, 900, heads, 32, dtype), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 4, 4, 4, 4):
+            torch.set_num_threads(threads)
+            found.append(sum(outputs_and_gradients(attention_with_lse, inputs), []))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_large_scores(isa, dtype):
+    """Scores of several thousand, of both signs and on a common offset, that exp would overflow on."""
+    q, k, v = qkv(1, 40, 300, 2, 64, dtype)
+    assert_as_good_as_torch(attention_with_lse, [q * 64, k * 32, v])
+    (out, lse), _ = outputs_and_gradients(attention_with_lse, [q.abs() * 64, -k.abs() * 64, v])
+    assert out.isfinite().all() and (lse < -1000).all()
+
+
+def test_a_query_on_one_key_returns_its_value(isa):
+    q, k, v = qkv(1, 20, 1, 1, 64)
+    out, lse = attention_with_lse(q, k, v)
+    assert torch.equal(out, v.expand_as(out))
+    assert error(lse[0, 0], (q[0, :, 0] @ k[0, 0, 0]) / 8) < 1e-6
+
+
+def test_nan_stays_nan(isa):
+    """In the rows that it reaches and no other."""
+    q, k, v = qkv(1, 40, 300, 1, 32)
+    q[0, 7] = float("nan")
+    (out, lse), (dq, dk, _) = outputs_and_gradients(attention_with_lse, [q, k, v])
+    assert out[0, 7].isnan().all() and lse[0, 0, 7].isnan() and dq[0, 7].isnan().all()
+    assert dk.isnan().all()
+    assert not any(a.isnan().any() for a in (out[0, 8:], lse[0, 0, 8:], dq[0, 8:]))
+
+
+# The choice
+
+
+def test_head_dims_and_dtypes_that_it_refuses():
+    wide = qkv(1, 3, 4, 1, 257)
+    with pytest.raises(ValueError, match="^kernels: attention got cpu on cpu: it has no head dim 257$"):
+        attention(*wide)
+    with pytest.raises(ValueError, match="got head dim 257, want 1 to 256 for cpu$"):
+        attention_cpu.forward(*wide, 1.0)
+    with pytest.raises(ValueError, match="it has no float16$"):
+        attention(*qkv(1, 3, 4, 1, 16, torch.float16))
+    table.configure("")
+    assert table.implementation("attention", wide[0]) == "sdpa"
+    assert attention_backends.default("cpu", F32, 257) == ("sdpa", {"cpu": "has no head dim 257"})
+    assert error(attention(*wide), attention(*(a.double() for a in wide))) < 1e-6
+
+
+def test_it_is_the_default_and_doctor_says_so():
+    table.configure("")
+    for dtype in (F32, BF16):
+        assert attention_backends.default("cpu", dtype, 128) == ("cpu", {})
+    (row,) = [row for row in table.choices() if row[0] == "attention"]
+    if not torch.cuda.is_available():
+        assert row[1] == "cpu" and "for head dims up to 256" in row[2]
+    assert attention_backends.absence("cpu", "cuda") == "needs a cpu device"
+
+
+def test_without_the_extension_torchs_own_runs(monkeypatch):
+    table.configure("")
+    monkeypatch.setattr(compiled, "_load", lambda: (None, "is not built: no compiler"))
+    assert attention_backends.default("cpu", BF16) == ("sdpa", {"cpu": "is not built: no compiler"})
+    table.configure("attention=cpu")
+    with pytest.raises(ValueError, match="attention got cpu on cpu: it is not built: no compiler"):
+        table.check("cpu")
