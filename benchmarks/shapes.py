@@ -13,8 +13,9 @@ class Model(NamedTuple):
 
 
 MODELS = {"1.3B": Model(1536, 12, 8960), "14B": Model(5120, 40, 13824)}
-# (frames, rows, columns) of tokens: 81 frames of 480 x 832 and of 720 x 1280.
-GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}
+# (frames, rows, columns) of tokens: 81 frames of 480 x 832 and of 720 x 1280; two for CPUs if asked for.
+GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80), 1080: (9, 10, 12), 4096: (16, 16, 16)}
+DEFAULT = (32760, 75600)
 TEXT = 512
 SMALL_MODELS = {"1.3B": Model(256, 2, 384), "14B": Model(512, 4, 1024)}
 SMALL_GRIDS = {312: (3, 8, 13), 720: (3, 12, 20)}

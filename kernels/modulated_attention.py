@@ -102,28 +102,24 @@ def _forward(x, shift, scale, gate, *rest):
     keeps = dict(zip(KEPT, rest[19], strict=True))
     held = {name: tuple(x.new_empty(0) for _ in range(count)) for name, count in KEPT.items()}
     n, stats = _normed(x, scale, shift, s)
-    if out is None:
-        out = _attended(x, n, w, s, keeps, held)
+    if out is None:  # all in this frame: a helper's caller would keep what is let go of here
+        q_in, k_in, v = _projected(n, w)
+        if keeps["normed"]:
+            held["normed"] = (n,)
+        del n
+        q, k, rstd = _rotated(q_in, k_in, w, s)
+        if keeps["projections"]:
+            held["projections"] = q_in, k_in, v
+        del q_in, k_in
+        out, lse = attention_with_lse(q, k, _heads(v, s))
+        if keeps["rotated"]:
+            held["rotated"] = q, k, rstd
+        del q, k, v, rstd
+        if keeps["attention"]:
+            held["attention"] = out, lse
     total, next_n, next_stats = _ended(x, linear(out.flatten(2), w.o, w.o_bias), gate, weight, bias, s)
     ends = (x.new_empty(0) if a is None else a for a in (next_n, next_stats))
     return total, *ends, stats, *sum(held.values(), ())
-
-
-def _attended(x, n, w, s, keeps, held):
-    """a, with what is kept on the way put into `held`."""
-    q_in, k_in, v = _projected(n, w)
-    if keeps["normed"]:
-        held["normed"] = (n,)
-    q, k, rstd = _rotated(q_in, k_in, w, s)
-    if keeps["projections"]:
-        held["projections"] = q_in, k_in, v
-    del n, q_in, k_in
-    out, lse = attention_with_lse(q, k, _heads(v, s))
-    if keeps["rotated"]:
-        held["rotated"] = q, k, rstd
-    if keeps["attention"]:
-        held["attention"] = out, lse
-    return out
 
 
 def _fake(x, shift, scale, gate, *rest):
