@@ -1,0 +1,183 @@
+"""One PRFL step: seconds of every phase and exact live bytes, by kernels, recomputation, samples and window.
+
+    python benchmarks/bench_step.py [--dtype bfloat16] [--kernels reference cpu] [--recompute none full]
+        [--samples 1 4] [--window 1 all] [--repeat 3]
+
+The step is that of a training run: flow matching, a rollout without gradient, graded steps, the reward of
+their results, backward, clipping and AdamW. First the gate: losses and gradients of every setting against
+the first kernels without recomputation, for the same samples and window. Then every setting takes a step in
+turn, `--repeat` times after a warm-up; medians are printed. Bytes are the most that live in a step before
+the optimizer, over weights and gradients, counted in a step of its own (LiveBytes). By default the size
+is small enough for two CPU cores: width 512, 8 blocks, 1,080 tokens, the graded step at index 6 of 10.
+"""
+
+import argparse
+import copy
+import itertools
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+from timing import machine
+from torch import Tensor, nn
+
+from prfl_engine import flow
+from prfl_engine.checkpoint import new_reward
+from prfl_engine.config import ChainConfig, LossConfig, OptimConfig
+from prfl_engine.dit import WanConfig, WanTransformer
+from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.objectives import Batch, graded_rewards, reward_loss, sft_loss, stratified_indices
+from prfl_engine.optim import make_optimizer
+from prfl_kernels import table
+
+PHASES = ("flow matching", "rollout and reward", "backward", "optimizer")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Setting(NamedTuple):
+    kernels: str
+    recompute: str
+    samples: int
+    window: str
+
+    def __str__(self) -> str:
+        steps = "steps" if self.window != "1" else "step"
+        return f"{self.kernels}, recompute {self.recompute}, {self.samples} x {self.window} {steps}"
+
+
+class Step:
+    """Models, data and optimizer of a step; every run of a setting starts from the same weights."""
+
+    def __init__(self, args: argparse.Namespace):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(0)
+        config = WanConfig(
+            dim=args.width, ffn_dim=args.ffn, num_heads=args.heads, num_layers=args.blocks, text_dim=256
+        )
+        self.policy = WanTransformer(config).init_weights().to(device)
+        nn.init.normal_(self.policy.head.head.weight, std=0.02)  # drawn as zero, which hides all gradients
+        self.reward = new_reward(copy.deepcopy(self.policy), 2, feature_layer=2).to(device).freeze()
+        for model in (self.policy, self.reward.transformer):
+            model.set_precision(DTYPES[args.dtype])
+        self.start = copy.deepcopy(self.policy.state_dict())
+        self.batch = Batch(
+            torch.randn(1, 16, *args.latent, device=device), torch.randn(1, 77, 256, device=device)
+        )
+        self.noise = torch.randn_like(self.batch.latent)
+        self.schedule = flow.make_schedule("unipc", args.steps, 5.0)
+        self.index, self.device = args.index, device
+
+    def indices(self, samples: int) -> Tensor:
+        """The graded index of one sample; those of several are the middles of equal parts below it."""
+        if samples == 1:
+            return torch.tensor([[self.index]])
+        return stratified_indices(0, self.index, torch.full((samples, 1), 0.5, dtype=torch.float64))
+
+    def run(self, setting: Setting, optimize: bool = True) -> tuple[list[float], list[float]]:
+        """(losses, seconds of PHASES) of one step from the same weights, its gradients left in .grad."""
+        table.configure(setting.kernels)
+        self.policy.load_state_dict(self.start)
+        for p in self.policy.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        for model in (self.policy, self.reward.transformer):
+            model.recompute = setting.recompute
+        optimizer = make_optimizer([(self.policy, 5e-6)], OptimConfig())
+        window = setting.window if setting.window == "all" else int(setting.window)
+        seconds, losses = dict.fromkeys(PHASES, 0.0), []
+        last = time.perf_counter()
+
+        def lap(phase: str) -> None:
+            nonlocal last
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            seconds[phase] += now - last
+            last = now
+
+        loss = sft_loss(self.policy, self.batch, self.noise, torch.tensor([0.637], device=self.device)).mean()
+        losses.append(loss.item())
+        lap("flow matching")
+        loss.backward()
+        lap("backward")
+        rest = (self.schedule, self.batch, self.noise, self.indices(setting.samples), ChainConfig(window))
+        for logit in graded_rewards(self.policy, self.reward, *rest):
+            loss = reward_loss(logit, LossConfig()).mean() / setting.samples
+            losses.append(loss.item())
+            lap("rollout and reward")
+            loss.backward()
+            lap("backward")
+        lap("backward")  # the earlier steps of a window, and the context
+        if optimize:
+            nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+            optimizer.step()
+            lap("optimizer")
+        return losses, list(seconds.values())
+
+    def gradients(self, setting: Setting) -> tuple[list[float], Tensor]:
+        losses, _ = self.run(setting, optimize=False)
+        return losses, torch.cat([p.grad.flatten() for p in self.policy.parameters()])
+
+    def peak(self, setting: Setting) -> int:
+        """Most live bytes of a step before the optimizer, over those of weights and gradients."""
+        live, parameters = LiveBytes(512), list(self.policy.parameters())
+        live.add([*parameters, *self.reward.parameters(), *(p.grad for p in parameters)])
+        live.add([*self.start.values(), *(a for a in self.batch if a is not None), self.noise])
+        with live:
+            before = live.now
+            self.run(setting, optimize=False)
+        return live.peak - before
+
+
+def gate(step: Step, settings: list[Setting], limit: float) -> None:
+    """Stop unless losses and gradients agree with those of the first kernels without recomputation."""
+    for samples, window in dict.fromkeys((s.samples, s.window) for s in settings):
+        want_losses, want = step.gradients(Setting(settings[0].kernels, "none", samples, window))
+        for setting in (s for s in settings if (s.samples, s.window) == (samples, window)):
+            losses, got = step.gradients(setting)
+            off = max(abs(a / b - 1) for a, b in zip(losses, want_losses, strict=True))
+            error = ((got - want).norm() / want.norm()).item()
+            print(f"gate: {setting}: losses within {off:.1e}, gradients within {error:.1e}", flush=True)
+            if not (off < limit and error < 10 * limit):
+                raise SystemExit(f"gate failed, want {limit} and {10 * limit}: no times are printed")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--kernels", nargs="+", default=["reference", "cpu"], metavar="CHOICE")
+    parser.add_argument("--recompute", nargs="+", default=["none"], metavar="MODE")
+    parser.add_argument("--samples", nargs="+", type=int, default=[1], metavar="K")
+    parser.add_argument("--window", nargs="+", default=["1"], metavar="N")
+    parser.add_argument("--repeat", type=int, default=3)
+    for name, value in (
+        ("width", 512), ("ffn", 2048), ("heads", 4), ("blocks", 8), ("steps", 10), ("index", 6),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--latent", nargs=3, type=int, default=[9, 20, 24], metavar=("T", "H", "W"))
+    args = parser.parse_args(argv)
+    chosen = itertools.product(args.kernels, args.recompute, args.samples, args.window)
+    settings = [Setting(*s) for s in chosen]
+    step = Step(args)
+    # Two kernels round apart at every one of a few hundred bfloat16 products of a rollout.
+    gate(step, settings, {"float32": 1e-4, "bfloat16": 1e-2}[args.dtype])
+    found: dict[Setting, list[list[float]]] = {s: [] for s in settings}
+    for i in range(args.repeat + 1):
+        for setting in settings:
+            seconds = step.run(setting)[1]
+            if i > 0:  # the first is the warm-up
+                found[setting].append(seconds)
+    where = f"{machine(step.device)}, torch {torch.__version__}, {args.dtype}"
+    print(f"\n{where}; seconds, median of {args.repeat}")
+    print(f"{'':44}" + "".join(f"{p:>20}" for p in PHASES) + f"{'step':>8}{'a gradient':>12}{'MiB':>8}")
+    for setting, runs in found.items():
+        phases = [statistics.median(column) for column in zip(*runs, strict=True)]
+        total = statistics.median(sum(run) for run in runs)
+        print(
+            f"{str(setting):44}" + "".join(f"{s:20.3f}" for s in phases)
+            + f"{total:8.3f}{total / setting.samples:12.3f}{step.peak(setting) / 2**20:8.1f}"
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
