@@ -8,7 +8,8 @@ their results, backward, clipping and AdamW. First the gate: losses and gradient
 the first kernels without recomputation, for the same samples and window. Then every setting takes a step in
 turn, `--repeat` times after a warm-up; medians are printed. Bytes are the most that live in a step before
 the optimizer, over weights and gradients, counted in a step of its own (LiveBytes). With several samples
-the earlier steps of a window count with the rollout that follows them. By default the size is small enough for two CPU cores: width 512, 8 blocks, 1,080 tokens, the graded step at index 6 of 10.
+the earlier steps of a window count with the rollout that follows them. By default the size is small enough
+for two CPU cores: width 512, 8 blocks, 1,080 tokens, the graded step at index 6 of 10.
 """
 
 import argparse
