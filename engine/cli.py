@@ -150,7 +150,8 @@ def _doctor(args) -> int:
 def _kernels(args) -> None:
     import json
 
-    from prfl_kernels.ledger import collect, render
+    from prfl_kernels.ledger import collect
+    from prfl_kernels.ledger_text import render
 
     try:
         found = collect(args.quick, args.peers)
