@@ -1,15 +1,16 @@
 """One PRFL step: seconds of every phase and exact live bytes, by kernels, recomputation, samples and window.
 
     python benchmarks/bench_step.py [--dtype bfloat16] [--kernels reference cpu] [--recompute none full]
-        [--samples 1 4] [--window 1 all] [--repeat 3]
+        [--samples 1 4] [--window 1 all] [--repeat 3] [--peer DIR]
 
 The step is that of a training run: flow matching, a rollout without gradient, graded steps, the reward of
-their results, backward, clipping and AdamW. First the gate: losses and gradients of every setting against
-the first kernels without recomputation, for the same samples and window. Then every setting takes a step in
-turn, `--repeat` times after a warm-up; medians are printed. Bytes are the most that live in a step before
-the optimizer, over weights and gradients, counted in a step of its own (LiveBytes). With several samples
-the earlier steps of a window count with the rollout that follows them. By default the size is small enough
-for two CPU cores: width 512, 8 blocks, 1,080 tokens, the graded step at index 6 of 10.
+their results, backward, clipping and AdamW. With --peer the step of a checkout of HY-Video-PRFL is taken
+too, without and with its recomputation of blocks (peer.py). First the gate: losses and gradients of every
+setting against the first kernels without recomputation, for the same samples and window. Then every setting
+takes a step in turn, `--repeat` times after a warm-up; medians are printed. Bytes are the most that live in
+a step before the optimizer, over weights and gradients, counted in a step of its own (LiveBytes). With
+several samples the earlier steps of a window count with the rollout that follows them. By default the size
+is small enough for two CPU cores: width 512, 8 blocks, 1,080 tokens, the graded step at index 6 of 10.
 """
 
 import argparse
@@ -17,9 +18,12 @@ import copy
 import itertools
 import statistics
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from peer import Peer
 from timing import machine
 from torch import Tensor, nn
 
@@ -34,6 +38,10 @@ from prfl_kernels import table
 
 PHASES = ("flow matching", "rollout and reward", "backward", "optimizer")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+PEER = "peer"  # in the place of kernels
+SHIFT, SIGMA = 5.0, 0.637  # of the schedule; noise level of flow matching
 
 
 class Setting(NamedTuple):
@@ -66,8 +74,14 @@ class Step:
             torch.randn(1, 16, *args.latent, device=device), torch.randn(1, 77, 256, device=device)
         )
         self.noise = torch.randn_like(self.batch.latent)
-        self.schedule = flow.make_schedule("unipc", args.steps, 5.0)
-        self.index, self.device = args.index, device
+        self.schedule = flow.make_schedule("unipc", args.steps, SHIFT)
+        self.index, self.device, self.dtype = args.index, device, DTYPES[args.dtype]
+        self.peers: dict[str, Peer] = {}  # by recomputation
+        for recompute in ("none", "full") if args.peer else ():
+            peer = Peer(args.peer, self.policy, self.reward, self.schedule, SHIFT)
+            if recompute == "full":
+                peer.checkpoint_blocks()
+            self.peers[recompute] = peer
 
     def indices(self, samples: int) -> Tensor:
         """The graded index of one sample; those of several are the middles of equal parts below it."""
@@ -75,16 +89,32 @@ class Step:
             return torch.tensor([[self.index]])
         return stratified_indices(0, self.index, torch.full((samples, 1), 0.5, dtype=torch.float64))
 
-    def run(self, setting: Setting, optimize: bool = True) -> tuple[list[float], list[float]]:
-        """(losses, seconds of PHASES) of one step from the same weights, its gradients left in .grad."""
+    def model(self, setting: Setting) -> nn.Module:
+        return self.peers[setting.recompute].policy if setting.kernels == PEER else self.policy
+
+    def _losses(self, setting: Setting) -> Iterator[Tensor]:
+        """Flow matching, then the reward of every graded sample; to be backpropagated one by one."""
+        sigma = torch.tensor([SIGMA], device=self.device)
+        if setting.kernels == PEER:
+            peer = self.peers[setting.recompute]
+            yield from peer.losses(self.batch, self.noise, sigma, self.index, self.dtype)
+            return
         table.configure(setting.kernels)
-        self.policy.load_state_dict(self.start)
-        for p in self.policy.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         for model in (self.policy, self.reward.transformer):
             model.recompute = setting.recompute
-        optimizer = make_optimizer([(self.policy, 5e-6)], OptimConfig())
         window = setting.window if setting.window == "all" else int(setting.window)
+        yield sft_loss(self.policy, self.batch, self.noise, sigma).mean()
+        rest = (self.schedule, self.batch, self.noise, self.indices(setting.samples), ChainConfig(window))
+        for logit in graded_rewards(self.policy, self.reward, *rest):
+            yield reward_loss(logit, LossConfig()).mean() / setting.samples
+
+    def run(self, setting: Setting, optimize: bool = True) -> tuple[list[float], list[float]]:
+        """(losses, seconds of PHASES) of one step from the same weights, its gradients left in .grad."""
+        model = self.model(setting)
+        model.load_state_dict(self.start)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        optimizer = make_optimizer([(model, 5e-6)], OptimConfig())
         seconds, losses = dict.fromkeys(PHASES, 0.0), []
         last = time.perf_counter()
 
@@ -96,33 +126,29 @@ class Step:
             seconds[phase] += now - last
             last = now
 
-        loss = sft_loss(self.policy, self.batch, self.noise, torch.tensor([0.637], device=self.device)).mean()
-        losses.append(loss.item())
-        lap("flow matching")
-        loss.backward()
-        lap("backward")
-        rest = (self.schedule, self.batch, self.noise, self.indices(setting.samples), ChainConfig(window))
-        for logit in graded_rewards(self.policy, self.reward, *rest):
-            loss = reward_loss(logit, LossConfig()).mean() / setting.samples
+        for loss in self._losses(setting):
             losses.append(loss.item())
-            lap("rollout and reward")
+            lap(PHASES[min(len(losses), 2) - 1])
             loss.backward()
             lap("backward")
         lap("backward")  # the earlier steps of a window, and the context
         if optimize:
-            nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             lap("optimizer")
         return losses, list(seconds.values())
 
     def gradients(self, setting: Setting) -> tuple[list[float], Tensor]:
         losses, _ = self.run(setting, optimize=False)
-        return losses, torch.cat([p.grad.flatten() for p in self.policy.parameters()])
+        held = dict(self.model(setting).named_parameters())
+        held = {k.replace("_checkpoint_wrapped_module.", ""): p.grad for k, p in held.items()}
+        return losses, torch.cat([held[k].flatten() for k in self.start])
 
     def peak(self, setting: Setting) -> int:
         """Most live bytes of a step before the optimizer, over those of weights and gradients."""
-        live, parameters = LiveBytes(512), list(self.policy.parameters())
-        live.add([*parameters, *self.reward.parameters(), *(p.grad for p in parameters)])
+        live, parameters = LiveBytes(512), list(self.model(setting).parameters())
+        others = [self.policy, self.reward, *(m for p in self.peers.values() for m in p.modules())]
+        live.add([*parameters, *(p.grad for p in parameters), *(p for m in others for p in m.parameters())])
         live.add([*self.start.values(), *(a for a in self.batch if a is not None), self.noise])
         with live:
             before = live.now
@@ -131,7 +157,10 @@ class Step:
 
 
 def gate(step: Step, settings: list[Setting], limit: float) -> None:
-    """Stop unless losses and gradients agree with those of the first kernels without recomputation."""
+    """Stop unless losses and gradients agree with those of the first kernels without recomputation.
+
+    limit: of the losses, relative; of the gradients, relative L2, ten times that.
+    """
     for samples, window in dict.fromkeys((s.samples, s.window) for s in settings):
         want_losses, want = step.gradients(Setting(settings[0].kernels, "none", samples, window))
         for setting in (s for s in settings if (s.samples, s.window) == (samples, window)):
@@ -151,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", nargs="+", type=int, default=[1], metavar="K")
     parser.add_argument("--window", nargs="+", default=["1"], metavar="N")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of HY-Video-PRFL")
     for name, value in (
         ("width", 512), ("ffn", 2048), ("heads", 4), ("blocks", 8), ("steps", 10), ("index", 6),
     ):  # fmt: skip
@@ -160,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = itertools.product(args.kernels, args.recompute, args.samples, args.window)
     settings = [Setting(*s) for s in chosen]
     step = Step(args)
+    settings += [Setting(PEER, recompute, 1, "1") for recompute in step.peers]
     # Two kernels round apart at every one of a few hundred bfloat16 products of a rollout.
     gate(step, settings, {"float32": 1e-4, "bfloat16": 1e-2}[args.dtype])
     found: dict[Setting, list[list[float]]] = {s: [] for s in settings}

@@ -50,3 +50,82 @@ def test_what_does_not_agree_gets_no_time(bench, monkeypatch, capsys):
         bench.main([*TINY, "--kernels", "reference", "--recompute", "none", "full"])
     assert "MiB" not in capsys.readouterr().out
     assert torch.is_grad_enabled()
+
+
+# What a checkout of HY-Video-PRFL offers to the benchmark, by its names, around our own modules.
+STAND_IN = {
+    "wan/modules/model.py": """
+from torch import nn
+from prfl_engine.dit import WanConfig, WanTransformer
+from prfl_engine.layers import Block as WanAttentionBlock
+
+class WanModel(WanTransformer):
+    def __init__(self, **values):
+        super().__init__(WanConfig(**values))
+
+    def forward(self, x, t, context, seq_len, output_features=False, selected_layers=()):
+        assert seq_len == x[0][0].numel() // 4
+        context = self.embed_context(context[0][None])
+        if output_features:
+            return [self.features(x[0][None], t, context, None, selected_layers[0])]
+        return list(super().forward(x[0][None], t, context))
+""",
+    "utils/network.py": """
+from prfl_engine.reward import MLP, QueryPool
+
+class QueryAttention(QueryPool):
+    def __init__(self, dim, num_queries, num_heads, dropout, return_type):
+        super().__init__(dim, num_queries, num_heads, dropout, return_type == "query")
+""",
+    "wan/utils/fm_solvers_unipc.py": """
+import torch
+from prfl_engine import flow
+
+class FlowUniPCMultistepScheduler:
+    def __init__(self, num_train_timesteps, shift, use_dynamic_shifting):
+        assert (num_train_timesteps, shift, use_dynamic_shifting) == (1000, 1, False)
+
+    def set_timesteps(self, steps, device, shift):
+        self.schedule, self.state, self.index = flow.make_schedule("unipc", steps, shift), None, 0
+        self.timesteps = self.schedule.timesteps
+
+    def step(self, velocity, t, x, return_dict):
+        assert t == self.timesteps[self.index]
+        state = flow.init_state(x) if self.state is None else self.state._replace(x=x)
+        self.state = flow.step(self.schedule, state, velocity, torch.tensor([self.index]))
+        self.index += 1
+        return (self.state.x,)
+""",
+}
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for name, text in STAND_IN.items():
+        file = tmp_path / "diffusers_lite" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    yield tmp_path
+    for name in [n for n in sys.modules if n.split(".")[0] == "diffusers_lite"]:
+        del sys.modules[name]
+
+
+def test_a_peer_is_gated_and_has_a_row_for_each_recomputation(bench, checkout, capsys):
+    bench.main([*TINY, "--kernels", "reference", "--peer", str(checkout)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("gate: peer")]) == 2
+    rows = {line[:44].strip(): line[44:].split() for line in lines if line.startswith("peer,")}
+    kept, again = (float(rows[f"peer, recompute {mode}, 1 x 1 step"][-1]) for mode in ("none", "full"))
+    assert 0 < again < kept
+
+
+def test_a_peer_that_computes_something_else_gets_no_time(bench, checkout):
+    file = checkout / "diffusers_lite/utils/network.py"
+    file.write_text(file.read_text().replace('return_type == "query"', "False"))
+    with pytest.raises(SystemExit, match="gate failed"):
+        bench.main([*TINY, "--kernels", "reference", "--peer", str(checkout)])
+
+
+def test_a_peer_needs_a_checkout(bench, tmp_path):
+    with pytest.raises(SystemExit, match="want a checkout of HY-Video-PRFL"):
+        bench.main([*TINY, "--peer", str(tmp_path)])
