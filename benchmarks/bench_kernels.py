@@ -29,7 +29,7 @@ from kernel_cases import ENTRIES, Entry
 from shapes import Shape
 from timing import Times, compile_absence, limits, machine, measure
 
-from prfl_kernels import jit, ledger, table
+from prfl_kernels import compiled, jit, ledger, table
 
 PASSES = ("forward", "backward")
 PEERS = ("eager", "compile", "sdpa")
@@ -303,6 +303,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Entry]]:
     parser.add_argument("--small", action=argparse.BooleanOptionalAction, help="the default on a CPU")
     parser.add_argument("--predicted", action="store_true", help="the ledger's H100 times; measures nothing")
     args = parser.parse_args(argv)
+    compiled.keep_freed_memory()
     args.device = device
     if args.small is None:
         args.small = device == "cpu" and not args.predicted

@@ -34,7 +34,7 @@ from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import Batch, graded_rewards, reward_loss, sft_loss, stratified_indices
 from prfl_engine.optim import make_optimizer
-from prfl_kernels import table
+from prfl_kernels import compiled, table
 
 PHASES = ("flow matching", "rollout and reward", "backward", "optimizer")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -187,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--latent", nargs=3, type=int, default=[9, 20, 24], metavar=("T", "H", "W"))
     args = parser.parse_args(argv)
+    compiled.keep_freed_memory()
     chosen = itertools.product(args.kernels, args.recompute, args.samples, args.window)
     settings = [Setting(*s) for s in chosen]
     step = Step(args)

@@ -21,7 +21,7 @@ from prfl_engine.data import Stream
 from prfl_engine.doctor import gpu_metrics
 from prfl_engine.metrics import MetricsWriter, progress
 from prfl_engine.optim import EMA, lr_factor, make_optimizer
-from prfl_kernels import table, tuning
+from prfl_kernels import compiled, table, tuning
 
 STATE = "training_state.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,6 +38,8 @@ def pick_device(config: Config) -> torch.device:
         raise UserError(f"train.device: got {name!r}, want auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"train.device: got {name!r}, but torch sees no CUDA GPU here")
+    if device.type == "cpu":
+        compiled.keep_freed_memory()
     try:
         if config.model.kernels is not None:
             table.configure(config.model.kernels)

@@ -7,7 +7,9 @@ PRFL_CPU_ISA=generic|avx2|avx512|avx512_bf16 (or `use_isa`) forces an instructio
 best one that the processor takes runs.
 """
 
+import ctypes
 import os
+import sys
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -19,6 +21,7 @@ PARTS = ("cpu", "cuda")
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = tuple(_CODES)
 View = tuple[int, ...] | None
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @cache
@@ -110,3 +113,16 @@ def supported(*tensors: Tensor | None) -> None:
     for a in tensors:
         if a is not None and a.dtype not in _CODES:
             raise ValueError(f"kernels: got {a.dtype} for a compiled CPU kernel, want float32 or bfloat16")
+
+
+def keep_freed_memory() -> bool:
+    """Have the allocator of this process keep what is freed for the next results; True if it will.
+
+    glibc maps every large tensor anew and gives it back when it is freed, so that the system clears each page
+    of a result before a kernel writes it: up to five times the cost of writing it. Kept, memory does not
+    shrink again until the process ends. For a process whose work is training on the CPU; only glibc's
+    allocator can be told so.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        return False
+    return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))

@@ -2,6 +2,8 @@
 
 import math
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -411,3 +413,25 @@ def test_without_the_extension_the_reason_is_given(monkeypatch):
     assert {state for _, state, _ in compiled.report()} == {"no"}
     with pytest.raises(ValueError, match="is not built"):
         compiled.extension()
+
+
+FAULTS = """
+import resource, sys, torch
+from prfl_kernels import compiled
+if "keep" in sys.argv:
+    assert compiled.keep_freed_memory()
+torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    torch.ones(1 << 24)  # 64 MiB: 16,384 pages
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_freed_memory_is_kept_for_the_next_result():
+    counted = [
+        int(subprocess.run([sys.executable, "-c", FAULTS, *how], capture_output=True, check=True).stdout)
+        for how in ([], ["keep"])
+    ]
+    assert counted[1] < counted[0] / 10
