@@ -50,7 +50,7 @@ def _operation(row: dict) -> list[str]:
         f"{row['predicted_seconds'] * 1e3:.3f}",
     )  # fmt: skip
     if len(row["kernels"]) == 1:
-        return [traffic + _code(row["kernels"][0])]
+        return [traffic + _code(row["kernels"][0]), *_pipes(row["kernels"][0])]
     inner = [
         _cells(
             f"  {k['kernel']}", "", f"{k['bytes'] / 1e9:.3f}", "", f"{k['reread_bytes'] / 1e9:.3f}",
@@ -59,6 +59,19 @@ def _operation(row: dict) -> list[str]:
         for k in row["kernels"]
     ]  # fmt: skip
     return [traffic.rstrip(), *inner]
+
+
+def _pipes(k: dict) -> list[str]:
+    """The warp groups' registers and the hot loop of a kernel that has them, on a line of its own."""
+    if "loop" not in k:
+        return []
+    registers = " and ".join(map(str, k["warp_groups"]))
+    tensor = k["loop"]["tensor"]
+    parts = ", ".join(f"{name} {n / tensor:.2f}" for name, n in k["loop"].items() if name != "tensor")
+    return [
+        f"  warp groups of {registers} registers, clusters of {k['cluster']}; "
+        f"hot loop: {tensor:.0f} cycles of tensor cores; of that {parts}"
+    ]
 
 
 _PRODUCTS = {"HGMMA": "HG", "QGMMA": "QG", "HMMA": "H", "QMMA": "Q"}
