@@ -21,7 +21,7 @@ LAYERS = KERNELS | {"prfl_engine.config", "prfl_engine.layers"}
 DIT = LAYERS | {"prfl_engine.dit"}
 ALLOWED = {
     "config": set(),
-    "flow": {"prfl_engine.config"},
+    "flow": KERNELS | {"prfl_engine.config"},
     "layers": KERNELS | {"prfl_engine.config"},
     "dit": LAYERS,
     "reward": DIT,
