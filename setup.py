@@ -31,9 +31,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "engine/__init__.py").read_
 TRITON = "triton; platform_system == 'Linux' and platform_machine in 'x86_64 aarch64'"
 
 CXX = shlex.split(os.environ.get("CXX", "g++"))
-# gcc 12 warns of its own AVX-512 intrinsics (its bug 105593), hence the exception.
+# gcc 12 warns of its own AVX-512 intrinsics (its bug 105593), and clang of the name of that warning.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall",
-             "-Wno-maybe-uninitialized"]  # fmt: skip
+             "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # fmt: skip
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Code for the H100; the PTX is for what comes after it.
 CUDA_ARCHITECTURES = {"sm_90a": "arch=compute_90a,code=sm_90a", "ptx_90": "arch=compute_90,code=compute_90"}
@@ -128,7 +128,10 @@ class Build(build_ext):
     def build_extension(self, extension: Extension) -> None:
         nvcc, cudart, why = find_cuda()
         if nvcc is None and os.environ.get("PRFL_BUILD_CUDA") == "1":
-            raise SystemExit(f"PRFL_BUILD_CUDA=1, but the CUDA kernels cannot be built: {why}")
+            raise SystemExit(
+                f"PRFL_BUILD_CUDA=1, but the CUDA kernels cannot be built: {why}; the packages of the extra "
+                "[cuda-build] bring one, to be installed first, and this then with --no-build-isolation"
+            )
         jobs = [*self.cpu_jobs(nvcc, why), *self.cuda_jobs(nvcc)]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             objects = list(pool.map(lambda job: compile_one(*job), jobs))

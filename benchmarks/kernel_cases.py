@@ -27,6 +27,7 @@ from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm
 from prfl_kernels.reward_pool import reward_pool
 from prfl_kernels.rope import rope_angles
+from prfl_kernels.solver_step import solver_step
 
 EPS = 1e-6
 POOL_HEADS = 8  # of the official reward model, with one learned query
@@ -333,6 +334,26 @@ def _bias_gelu() -> Entry:
     )  # fmt: skip
 
 
+def _solver_step() -> Entry:
+    """The latent, 16 channels of 4 values a token, in float32; a velocity in dtype."""
+
+    def inputs(s):
+        state, columns = wide(s.residual), s.normal(s.batch, 9, dtype=wide(s.residual))
+        x, *rest = (s.normal(s.batch, 64, s.tokens, dtype=state) for _ in range(4))
+        return [x, *rest, s.normal(s.batch, 64, s.tokens, dtype=s.dtype), columns]
+
+    def plain(s, x, x_last, m0, m1, velocity, columns):
+        sigma, a_x, a_l, a_0, a_1, a_t, b_x, b_t, b_0 = columns.T[..., None, None]
+        m_t = x - sigma * velocity
+        x_c = a_x * x + a_l * x_last + a_0 * m0 + a_1 * m1 + a_t * m_t
+        return b_x * x_c + b_t * m_t + b_0 * m0, x_c, m_t
+
+    return Entry(
+        "solver_step", "solver_step", inputs, lambda s, *inputs: solver_step(*inputs), plain,
+        wanted=(0, 1, 2, 3, 4), divided=None, reads=lambda inputs, outputs: inputs[5:],
+    )  # fmt: skip
+
+
 def _weight(s: Shape, rows: int, columns: int) -> list[Tensor]:
     """A linear layer's weight and bias."""
     return [s.normal(rows, columns) * columns**-0.5, s.normal(rows)]
@@ -414,6 +435,7 @@ ENTRIES = (
     _attention_fp8("self"),
     _attention_fp8("cross"),
     _bias_gelu(),
+    _solver_step(),
     _modulated_attention(),
     _modulated_ffn(),
 )

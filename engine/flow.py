@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prfl_kernels.solver_step import solver_step
+
 SIGMA_MAX = 0.999  # the largest sigma of a table of 1000 steps, before shifting
 TRAIN_STEPS = 1000
 
@@ -94,19 +96,8 @@ def step(schedule: Schedule, state: SolverState, velocity: Tensor, index: Tensor
     """
     x = state.x
     columns = schedule.table[index.to(schedule.table.device)].to(x.device, x.dtype, non_blocking=True)
-    x_next, x_c, m_t = solver_step_reference(*state, velocity, columns)
+    x_next, x_c, m_t = solver_step(*state, velocity, columns)
     return SolverState(x_next, x_c, m_t, state.m0)
-
-
-def solver_step_reference(
-    x: Tensor, x_last: Tensor, m0: Tensor, m1: Tensor, velocity: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_next, x_c, m_t) of a step in plain torch; columns [B, 9]: rows of a schedule's table."""
-    shape = (-1, *[1] * (x.dim() - 1))
-    sigma, a_x, a_l, a_0, a_1, a_t, b_x, b_t, b_0 = (c.view(shape) for c in columns.unbind(1))
-    m_t = x - sigma * velocity
-    x_c = a_x * x + a_l * x_last + a_0 * m0 + a_1 * m1 + a_t * m_t
-    return b_x * x_c + b_t * m_t + b_0 * m0, x_c, m_t
 
 
 def _euler_row(sigmas: list[float], i: int) -> list[float]:

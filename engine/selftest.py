@@ -24,6 +24,7 @@ from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.modulate import layer_norm, modulate
 from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
 from prfl_kernels.reward_pool import reward_pool_with_lse
+from prfl_kernels.solver_step import solver_step
 
 FACTOR = 4.0
 E4M3_LIMIT = 2**-4  # half an ULP of e4m3, relative
@@ -51,6 +52,12 @@ def _attention_fp8(q, k, v):
     return attention_fp8(*quantize_rows(q), *quantize_rows(k), *quantize_values(v))
 
 
+def _solver(x, x_last, m0, m1, velocity):
+    """The state [B, C] stays in float32 as a parameter does; the velocity comes as [B, 1, C]."""
+    columns = torch.arange(18, dtype=x.dtype, device=x.device).view(2, 9) / 8 - 1
+    return solver_step(x, x_last, m0, m1, velocity[:, 0], columns)
+
+
 _X, _BC, _C, _QKV = (2, 60, 96), (2, 96), (96,), (1, 70, 2, 64)
 CASES = {
     "modulate": Case(modulate, (_X, _BC, _BC)),
@@ -65,6 +72,7 @@ CASES = {
     "reward_pool": Case(reward_pool_with_lse, (_X, (3, 96))),
     "fp8_linear": Case(_linear, ((60, 96), (32, 96), (32,)), exact=False),
     "attention_fp8": Case(_attention_fp8, (_QKV, _QKV, _QKV), exact=False),
+    "solver_step": Case(_solver, (_BC, _BC, _BC, _BC, (2, 1, 96))),
 }
 
 

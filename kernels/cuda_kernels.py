@@ -286,7 +286,7 @@ def reward_pool_backward(
 def solver_step(
     x: Tensor, x_last: Tensor, m0: Tensor, m1: Tensor, velocity: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_next, x_c, m_t) of a step of a sampler, as prfl_engine.flow.solver_step_reference; no gradient.
+    """As solver_step.reference: (x_next, x_c, m_t) of a step of a sampler.
 
     The state float32 [B, ...], velocity float32 or bfloat16 of that shape, columns [B, 9].
     """

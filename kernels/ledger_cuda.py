@@ -1,32 +1,48 @@
 """The CUDA C++ kernels of csrc/cuda in the ledger: what nvcc makes of them for sm_90a and what they move.
 
-Needs nvcc and no GPU. The Python launchers of cuda_kernels run on meta tensors with a library that
-writes down what they would launch; code facts come from the cubin, access widths from the PTX. Bytes
-are a count for every argument: whole arrays once, and what is read for every token or by every
-cluster again (tests/test_ledger_cuda.py compares with what the kernels access in simulation).
+Needs nvcc and no GPU. The Python launchers of cuda_kernels and attention_hopper run on meta tensors with
+a library that writes down what they would launch; ledger_nvcc has the facts of the code. Bytes are a
+count for every argument: whole arrays once, and what is read for every token or by every cluster
+again (tests/test_ledger_cuda.py compares with what the kernels access in simulation).
 """
 
-import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prfl_kernels import add_norm, cuda_kernels, ledger, qk_norm_rope, reward_pool, sass
+from prfl_kernels import (
+    add_norm,
+    attention_fp8,
+    attention_hopper,
+    attention_triton,
+    cuda_kernels,
+    ledger,
+    qk_norm_rope,
+    reward_pool,
+    sass,
+)
+from prfl_kernels.ledger_nvcc import (
+    NORM_BACKWARD,
+    NORM_FORWARD,
+    POOL_BACKWARD,
+    POOL_FORWARD,
+    QK_BACKWARD,
+    QK_FORWARD,
+    SOLVER,
+    absence,
+    compiled,
+)
 
-CSRC = Path(__file__).resolve().parents[1] / "csrc/cuda"
-FLAGS = ["-std=c++17", "-O3", "-arch=sm_90a"]
-OPCODES = (*sass.OPCODES, "UBLKCP", "LDSM")
+__all__ = ["absence", "collect"]
+
 # Operations of ledger.ENTRIES that these kernels do.
-OPERATIONS = ("modulate", "layer_norm", "gated_add", "qk_norm_rope", "rms_norm", "reward_pool")
+OPERATIONS = (
+    "modulate", "layer_norm", "gated_add", "qk_norm_rope", "rms_norm", "reward_pool", "attention",
+)  # fmt: skip
 
 
 class Argument(NamedTuple):
@@ -47,13 +63,6 @@ class Launch(NamedTuple):
     tensor_flops: int = 0
 
 
-def absence() -> str:
-    """Why the CUDA kernels cannot be compiled here; "" if they can."""
-    if not CSRC.is_dir():
-        return "the package was installed without its csrc"
-    return "" if shutil.which("nvcc") else "no nvcc on PATH"
-
-
 def _size(a: Tensor) -> int:
     return a.numel() * a.element_size()
 
@@ -68,24 +77,6 @@ def _arguments(names: str, tensors: Iterable[Tensor | None], written: str, **tim
     ]  # fmt: skip
 
 
-# In the order of the pointers in the launchers' structs.
-POOL_FORWARD = "x u pooled lse scores top total acc"
-POOL_BACKWARD = "x u dpooled scores lse delta dx part"
-NORM_FORWARD = "x y gate scale shift sum n quant mean rstd"
-NORM_BACKWARD = "dn dsum x y gate scale mean rstd dx dy part"
-QK_FORWARD = "q k weight_q weight_k out_q out_k quant_q quant_k rstd_q rstd_k cos sin"
-QK_BACKWARD = "dq dk q k weight_q weight_k rstd_q rstd_k out_q out_k part cos sin"
-SOLVER = "x x_last m0 m1 velocity columns x_next x_c m_t"
-_NAMES = {
-    "pool_forward": POOL_FORWARD, "pool_merge": POOL_FORWARD, "pool_backward": POOL_BACKWARD,
-    "add_norm_forward_kernel": NORM_FORWARD, "add_norm_backward_kernel": NORM_BACKWARD,
-    "qk_forward_kernel": QK_FORWARD, "qk_backward_kernel": QK_BACKWARD, "solver_step_kernel": SOLVER,
-}  # fmt: skip
-# Offsets of pointers that do not stand at the struct's begin.
-_OFFSETS = {
-    "qk_forward_kernel": {"cos": 136, "sin": 144},
-    "qk_backward_kernel": {"cos": 176, "sin": 184},
-}
 _TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16"}
 _TYPE = list(_TYPES.values())
 
@@ -210,6 +201,35 @@ class Recorder:
         kernel = f"solver_step_kernel<{_TYPES[tensors[4].dtype]}, {str(aligned).lower()}>"
         self.launches.append(Launch("solver_step", kernel, (blocks, batch, 1), 256, 0, 1, arguments))
 
+    def attention_hopper_forward(self, *given) -> None:
+        *tensors, batch, queries, keys, heads, _, _ = given
+        self._attention("Bf16", "q k v out lse", tensors, (batch, queries, keys, heads))
+
+    def attention_hopper_fp8_forward(self, *given) -> None:
+        *tensors, batch, queries, keys, heads, _, _ = given
+        names = "q q_scale k k_scale v v_scale out lse"
+        self._attention("E4m3", names, tensors, (batch, queries, keys, heads))
+
+    def _attention(self, kind: str, names: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
+        """As attention_hopper.cu: a block has 128 queries; the two of a cluster read keys and values once."""
+        batch, queries, keys, heads = sizes
+        tiles, block, shared = -(-queries // 128), *ATTENTION_TILES[kind]
+        ranks = 2 if tiles % 2 == 0 or tiles > 32 else 1
+        columns = -(-tiles // ranks) * ranks
+        times = {"k": columns // ranks, "v": columns // ranks, "k_scale": columns}
+        # Four threads share a row; every consuming thread reads a quarter of v's scales.
+        times |= {"q_scale": 4, "v_scale": columns * 2 * 128 // 4}
+        arguments = _arguments(names, tensors, "out lse", **times)
+        flops = 4 * batch * heads * columns * 128 * -(-keys // block) * block * attention_hopper.HEAD_DIM
+        kernel, grid = f"attention_hopper_kernel<{kind}>", (columns, heads, batch)
+        self.launches.append(
+            Launch("attention_hopper", kernel, grid, 384, shared, ranks, arguments, flops)
+        )
+
+
+# Keys of a block, and bytes of shared memory.
+ATTENTION_TILES = {"Bf16": (176, 213072), "E4m3": (128, 168072)}
+
 
 def _special(width: int, aligned: bool) -> int:
     return width if aligned and width in (1536, 5120) else 0
@@ -217,7 +237,7 @@ def _special(width: int, aligned: bool) -> int:
 
 @contextmanager
 def recording() -> Iterator[Recorder]:
-    """The launchers of add_norm, qk_norm_rope and reward_pool are those of cuda_kernels, on a recorder."""
+    """The launchers of the Triton kernels are those of the CUDA kernels, on a recorder."""
     recorder = Recorder()
     replaced = [
         (cuda_kernels, "library", lambda: recorder),
@@ -228,6 +248,8 @@ def recording() -> Iterator[Recorder]:
         (qk_norm_rope, "launch_backward", cuda_kernels.qk_norm_rope_backward),
         (reward_pool, "launch_forward", cuda_kernels.reward_pool_forward),
         (reward_pool, "launch_backward", cuda_kernels.reward_pool_backward),
+        (attention_triton, "forward", attention_hopper.forward),
+        (attention_fp8, "launch_forward", attention_hopper.launch_forward_fp8),
     ]  # fmt: skip
     plain = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, value in replaced:
@@ -246,81 +268,16 @@ def _solver(s: ledger.Case) -> Iterable:
     return *state, velocity, columns, *cuda_kernels.solver_step(*state, velocity, columns)
 
 
+# The backward of attention is Triton's.
 ENTRIES = (
-    *(entry for entry in ledger.ENTRIES if entry.op.split()[0].startswith(OPERATIONS)),
+    *(entry for entry in ledger.ENTRIES
+      if entry.op.startswith(OPERATIONS) and not (entry.kind == "attention" and "backward" in entry.op)),
     ledger.Entry("solver_step", _solver, streams=(torch.bfloat16,)),
-)
+)  # fmt: skip
 
 
-@cache
-def compiled(source: str) -> dict[str, dict]:
-    """{kernel with its template arguments: what nvcc made of it} of a file of csrc/cuda."""
-    if why := absence():
-        raise ValueError(f"ledger: got {why}, want nvcc and csrc/cuda")
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, f"{source}.cubin")
-        command = ["nvcc", *FLAGS, "-cubin", "-keep", "-keep-dir", folder, str(CSRC / f"{source}.cu")]
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"ledger: nvcc failed: {done.stderr.strip().splitlines()[:1]}")
-        usage = sass._run("cuobjdump", "-res-usage", str(made))
-        code = sass._run("nvdisasm", "-c", str(made))
-        ptx = made.with_suffix(".ptx").read_text()
-    bodies = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.section|^\t\.section|\Z)", code, re.M | re.S))
-    entries = {name: body for name, body in re.findall(r"\.entry (\w+)\((.*?\n\})", ptx, re.S)}
-    found = {}
-    used = r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
-    for mangled, *numbers in re.findall(used, usage):
-        name = _demangled(mangled)
-        registers, stack, local = map(int, numbers)
-        counts = sass.instructions(bodies[mangled])
-        threads = re.search(r"\.maxntid (\d+)", entries[mangled])
-        found[name] = {
-            "registers": registers, "stack": stack + local, "spills": counts["LDL"] + counts["STL"],
-            "instructions": {op: n for op, n in counts.items() if op.split(".")[0] in OPCODES},
-            "most_threads": int(threads[1]) if threads else 1024,
-            "widths": _widths(name.split("<")[0], entries[mangled]),
-        }  # fmt: skip
-    return found
-
-
-def _demangled(name: str) -> str:
-    done = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
-    plain = done.stdout.replace("(anonymous namespace)::", "").replace("prfl::cuda::", "")
-    return re.search(r"(\w+(?:<[^(]*>)?)\(", plain)[1]
-
-
-def _widths(kernel: str, entry: str) -> dict[str, dict[str, dict[int, int]]]:
-    """{argument: {"read" | "written": {bytes a thread: instructions}}}, the pointers being members of
-    the struct that is the kernel's first parameter."""
-    apart = _OFFSETS.get(kernel, {})
-    begin = [name for name in _NAMES[kernel].split() if name not in apart]
-    offsets = {8 * i: name for i, name in enumerate(begin)} | {at: name for name, at in apart.items()}
-    body = _named_members(entry[entry.index("{") :])
-    pointers = ", ".join(f".param .u64 .ptr .align 1 p{at}" for at in offsets)
-    found = sass.accesses(f".entry k({pointers}) {body}")
-    names = list(offsets.values())
-    return {names[i]: {side: dict(n) for side, n in found[i].items()} for i in found if i >= 0}
-
-
-def _named_members(body: str) -> str:
-    """PTX in which every member of the first parameter is a parameter of its own, p OFFSET."""
-    bases = {name: 0 for name in re.findall(r"mov\.b64 *\t(%rd\d+), \w+_param_0;", body)}
-    for target, source, step in re.findall(r"add\.s64 *\t(%rd\d+), (%rd\d+), (-?\d+);", body):
-        if source in bases:
-            bases[target] = bases[source] + int(step)
-
-    known = "|".join((*map(re.escape, bases), r"\w+_param_0"))
-    member = re.compile(rf"(?<=\[)({known})(?:\+(-?\d+))?(?=\])")
-    lines = []
-    for line in body.splitlines():
-        if "ld.param" in line:
-            line = member.sub(lambda m: f"p{bases.get(m[1], 0) + int(m[2] or 0)}", line)
-            if pair := re.match(r"(.*)ld\.param\.v2\.[bu]64 *\t\{(%rd\d+), (%rd\d+)\}, \[p(\d+)\];", line):
-                lines += [f"ld.param.u64 \t{pair[2 + i]}, [p{int(pair[4]) + 8 * i}];" for i in range(2)]
-                continue
-        lines.append(line)
-    return "\n".join(lines)
+# What the copy engine moves, and no instruction of a thread.
+COPIED = {"reward_pool": ("x", "dx"), "attention_hopper": ("q", "k", "v", "k_scale", "out")}
 
 
 def _kernel(launch: Launch) -> dict:
@@ -334,13 +291,14 @@ def _kernel(launch: Launch) -> dict:
         memory = min(total, size)
         moved, reread = moved + memory, reread + total - memory
         wide = {side: _wide_share(n) for side, n in code["widths"].get(a.name, {}).items()}
-        if a.name in ("x", "dx") and code["instructions"].get("UBLKCP"):
+        if a.name in COPIED.get(launch.source, ()):
             wide = dict.fromkeys(("read", "written"), 1.0)
         arguments.append(
             {"name": a.name, "footprint": size, "read": a.read, "written": a.written, "wide": wide}
         )
     accessed = [(a[side], a["wide"].get(side, 0.0)) for a in arguments for side in ("read", "written")]
     name = launch.kernel.split("<")[0].removesuffix("_kernel")
+    fp8 = "QGMMA" in code["instructions"]
     return {
         "kernel": name, "grid": list(launch.grid), "tile": {}, "threads": launch.threads, "stages": 1,
         "cluster": launch.cluster, "shared": launch.shared, "blocks": blocks, "limited_by": limits, **code,
@@ -348,7 +306,7 @@ def _kernel(launch: Launch) -> dict:
         "wide_share": sum(b * w for b, w in accessed) / max(1, sum(b for b, _ in accessed)),
         "seconds": {
             "memory": moved / ledger.BANDWIDTH,
-            "tensor cores": launch.tensor_flops / ledger.DOT_RATES["16-bit"],
+            "tensor cores": launch.tensor_flops / ledger.DOT_RATES["fp8" if fp8 else "16-bit"],
         },
     }  # fmt: skip
 
@@ -371,20 +329,24 @@ def _row(entry: ledger.Entry, case: ledger.Case) -> dict:
     # torch adds the partial sums of the runs.
     parts = [a.tensor for launch in launches for a in launch.arguments if a.name == "part"]
     sums = sum(_size(a) + _size(a) // a.shape[1] for a in parts)
-    moved = sums + sum(k["bytes"] for k in kernels)
+    # It turns the scales of keys: filled, read and written.
+    turned = [a.tensor for launch in launches for a in launch.arguments if a.name == "k_scale"]
+    copies = 3 * sum(map(_size, turned))
+    moved = sums + copies + sum(k["bytes"] for k in kernels)
     return {
         "op": entry.op, "kind": entry.kind, "model": case.model, "length": case.length,
         "stream": str(case.stream).removeprefix("torch.") if len(entry.streams) > 1 else None,
-        "minimum_bytes": minimum, "bytes": moved, "ratio": moved / minimum, "torch_bytes": {"sum": sums},
-        "reread_bytes": sum(k["reread_bytes"] for k in kernels), "flops": sum(k["flops"] for k in kernels),
-        "predicted_seconds": sums / ledger.BANDWIDTH + sum(max(k["seconds"].values()) for k in kernels),
-        "kernels": kernels,
+        "minimum_bytes": minimum, "bytes": moved, "ratio": moved / minimum,
+        "torch_bytes": {"sum": sums, "copy": copies}, "reread_bytes": sum(k["reread_bytes"] for k in kernels),
+        "flops": sum(k["flops"] for k in kernels), "kernels": kernels,
+        "predicted_seconds": (sums + copies) / ledger.BANDWIDTH
+        + sum(max(k["seconds"].values()) for k in kernels),
     }  # fmt: skip
 
 
 def collect(quick: bool) -> list[dict]:
     """Rows like those of ledger.collect, of every operation and shape; quick: at 32,760 tokens alone."""
-    sources = ("add_norm", "qk_norm_rope", "reward_pool", "solver_step")
+    sources = ("attention_hopper", "add_norm", "qk_norm_rope", "reward_pool", "solver_step")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compiled, sources))
     return [

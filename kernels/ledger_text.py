@@ -50,15 +50,27 @@ def _operation(row: dict) -> list[str]:
         f"{row['predicted_seconds'] * 1e3:.3f}",
     )  # fmt: skip
     if len(row["kernels"]) == 1:
-        return [traffic + _code(row["kernels"][0])]
-    inner = [
-        _cells(
+        return [traffic + _code(row["kernels"][0]), *_pipes(row["kernels"][0])]
+    lines = [traffic.rstrip()]
+    for k in row["kernels"]:
+        cells = _cells(
             f"  {k['kernel']}", "", f"{k['bytes'] / 1e9:.3f}", "", f"{k['reread_bytes'] / 1e9:.3f}",
             _tera(k["flops"]), f"{max(k['seconds'].values()) * 1e3:.3f}",
-        ) + _code(k)
-        for k in row["kernels"]
-    ]  # fmt: skip
-    return [traffic.rstrip(), *inner]
+        )  # fmt: skip
+        lines += [cells + _code(k), *_pipes(k)]
+    return lines
+
+
+def _pipes(k: dict) -> list[str]:
+    """The hot loop of a kernel with warp-group products, on a line of its own."""
+    if "loop" not in k:
+        return []
+    tensor = k["loop"]["tensor"]
+    parts = ", ".join(f"{name} {n / tensor:.2f}" for name, n in k["loop"].items() if name != "tensor")
+    line = f"    hot loop: {tensor:.0f} cycles of the tensor cores; of that {parts}"
+    if groups := k.get("warp_groups"):
+        line += f"; warp groups of {' and '.join(map(str, groups))} registers, clusters of {k['cluster']}"
+    return [line]
 
 
 _PRODUCTS = {"HGMMA": "HG", "QGMMA": "QG", "HMMA": "H", "QMMA": "Q"}

@@ -9,10 +9,6 @@ Latencies and memory are not counted. Rates: CUDA C++ Programming Guide, arithme
 
 import re
 from collections import Counter
-from pathlib import Path
-from typing import NamedTuple
-
-from prfl_kernels.sass import _run, instructions
 
 MUFU_CYCLES, ALU_CYCLES = 8, 2  # of a warp
 ALU = (
@@ -20,13 +16,6 @@ ALU = (
     "VIADD",
 )  # fmt: skip
 WGMMA = re.compile(r"([HQ])GMMA\.(\d+)x(\d+)x(\d+)")
-
-
-class Kernel(NamedTuple):
-    registers: int  # of a thread at launch
-    stack: int  # bytes of a thread: spills
-    instructions: Counter
-    loop: list[str]  # the instructions of the hot loop
 
 
 def cycles(loop: list[str]) -> dict[str, float]:
@@ -39,20 +28,6 @@ def cycles(loop: list[str]) -> dict[str, float]:
         "mufu": counts["MUFU"] * MUFU_CYCLES,
         "alu": sum(counts[name] for name in ALU) * ALU_CYCLES,
     }
-
-
-def read(cubin: Path) -> dict[str, Kernel]:
-    """Every kernel of a cubin by its mangled name."""
-    usage = _run("cuobjdump", "-res-usage", str(cubin))
-    sass = _run("nvdisasm", "-c", str(cubin))
-    found = {}
-    for name, registers, stack, local in re.findall(
-        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage
-    ):
-        text = sass[sass.index(f".text.{name}:") :]
-        text = text.split("//-----", 1)[0]
-        found[name] = Kernel(int(registers), int(stack) + int(local), instructions(text), hot_loop(text))
-    return found
 
 
 def _opcode(text: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from prfl_kernels import loop_cycles
 from prfl_kernels.jit import INTERPRETED, triton
 
 CAPABILITY = 90
@@ -130,7 +131,9 @@ def facts(launch: Launch) -> dict:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", str(file))
-        counts = instructions(_run("nvdisasm", "-c", str(file)))
+        code = _run("nvdisasm", "-c", str(file))
+    counts = instructions(code)
+    loop = loop_cycles.cycles(loop_cycles.hot_loop(code)) if counts["HGMMA"] + counts["QGMMA"] else None
     used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if used is None:
         raise ValueError(f"ledger: got no resource usage of {launch.kernel} from cuobjdump")
@@ -149,7 +152,7 @@ def facts(launch: Launch) -> dict:
         for i, name in zip_longest(range(max(found, default=-1) + 1), names, fillvalue="scratch")
         if i in found
     }
-    return {
+    return ({"loop": loop} if loop else {}) | {
         "kernel": launch.kernel,
         "grid": list(launch.grid),
         "tile": launch.tile,

@@ -30,6 +30,7 @@ OPERATIONS = {
     "reward_pool": _ALL,
     "fp8_linear": (REFERENCE, SCALED_MM),
     "attention_fp8": (REFERENCE, TRITON, CUDA),
+    "solver_step": (REFERENCE, CUDA),
 }
 _BEST = {"cuda": (SCALED_MM, TRITON), "cpu": (CPU,)}  # by device; the first that an operation has and runs
 _FP8_MATRICES = ("fp8_linear", "attention_fp8")  # want tensor cores that take e4m3

@@ -16,8 +16,8 @@ from fused import (
 from test_add_norm import NAMES, row_inputs
 from test_qk_norm_rope import GRID, rope, rope_inputs
 
-from prfl_engine.flow import make_schedule, solver_step_reference
-from prfl_kernels import add_norm, cuda_kernels, qk_norm_rope, reward_pool
+from prfl_engine.flow import make_schedule
+from prfl_kernels import add_norm, cuda_kernels, qk_norm_rope, reward_pool, solver_step
 from prfl_kernels.modulate import modulate, modulate_fp8
 from prfl_kernels.reward_pool import reward_pool_with_lse
 
@@ -273,8 +273,8 @@ def test_solver_step(shape, velocity):
     v = normal(*shape, dtype=velocity)
     columns = make_schedule("unipc", 5, 3.0).table[[0, 3, 4][: shape[0]]]
     got = cuda_kernels.solver_step(*state, v, columns.float())
-    low = solver_step_reference(*state, v, columns.float())
-    exact = solver_step_reference(*(a.double() for a in state), v.double(), columns)
+    low = solver_step.reference(*state, v, columns.float())
+    exact = solver_step.reference(*(a.double() for a in state), v.double(), columns)
     for ours, plain, want in zip(got, low, exact, strict=True):
         assert ours.shape == want.shape and not ours.isnan().any()
         assert error(ours, want) <= 2 * error(plain, want) + 2**-24

@@ -1,61 +1,49 @@
 """What nvcc makes of the attention for sm_90a: gates on its machine code. Nothing here needs a GPU."""
 
-import shutil
-import subprocess
-
 import pytest
-from cuda_sim import CSRC
 
-from prfl_kernels import loop_cycles, sass
+from prfl_kernels import ledger_nvcc, loop_cycles, sass
 
 
 def missing():
-    if shutil.which("nvcc") is None:
-        return "no nvcc"
     try:
         sass.tool("cuobjdump"), sass.tool("nvdisasm")
     except ValueError as error:
         return str(error)
-    return ""
+    return ledger_nvcc.absence()
 
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"cannot compile for sm_90a: {missing()}")
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """(the kernels by format, what ptxas said)"""
-    target = tmp_path_factory.mktemp("cubin") / "attention.cubin"
-    flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", f"-I{CSRC}"]
-    command = ["nvcc", *flags, "-cubin", "-o", target, CSRC / "cuda/attention_hopper.cu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kernels = loop_cycles.read(target).items()
-    kinds = ("Bf16", "E4m3")
-    return {kind: kernel for name, kernel in kernels for kind in kinds if kind in name}, done.stderr
-
-
 FORMATS = pytest.mark.parametrize("kind, product", [("Bf16", "HGMMA"), ("E4m3", "QGMMA")])
 
 
+def facts(kind):
+    return ledger_nvcc.compiled("attention_hopper")[f"attention_hopper_kernel<{kind}>"]
+
+
 @FORMATS
-def test_instructions(compiled, kind, product):
-    kernel = compiled[0][kind]
-    assert kernel.registers == 168 and kernel.stack == 0
-    counts = kernel.instructions
-    assert counts["LDL"] + counts["STL"] == 0
-    assert counts[product] and not counts["HMMA"] + counts["QMMA"]
+def test_instructions(kind, product):
+    kernel = facts(kind)
+    assert kernel["registers"] == 168 and kernel["warp_groups"] == [24, 240]
+    assert kernel["spills"] == kernel["stack"] == 0
+    counts = kernel["instructions"]
+    assert counts[product] and not {"HGMMA", "QGMMA", "HMMA", "QMMA"} & set(counts) - {product}
     assert counts["UTMALDG"] and counts["UTMASTG"] == 1 and counts["USETMAXREG"] == 2
+    assert bool(counts.get("UBLKCP")) == (kind == "E4m3")  # the scales of keys
 
 
-def test_products_are_not_serialized(compiled):
+def test_products_are_not_serialized():
     """ptxas says so where it has to wait for every product, C7510 and the like."""
-    assert "Potential Performance Loss" not in compiled[1] and "(C75" not in compiled[1]
+    messages = ledger_nvcc.build("attention_hopper").messages
+    assert "registers" in messages
+    assert "Potential Performance Loss" not in messages and "(C75" not in messages
 
 
 @FORMATS
-def test_exponentials_run_under_the_second_product(compiled, kind, product):
+def test_exponentials_run_under_the_second_product(kind, product):
     """Between the wait for the scores and the wait for p v."""
-    loop = compiled[0][kind].loop
+    bodies = ledger_nvcc.build("attention_hopper").bodies
+    loop = loop_cycles.hot_loop(next(body for name, body in bodies.items() if kind in name))
     first, second = (i for i, text in enumerate(loop) if "DEPBAR.LE gsb0" in text)
     assert "0x1" in loop[first] and "0x0" in loop[second]
     inside = sum("MUFU.EX2" in text for text in loop[first:second])
@@ -71,8 +59,9 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("kind", LIMITS)
-def test_cycles_of_a_block_of_keys(compiled, kind):
-    found = loop_cycles.cycles(compiled[0][kind].loop)
+def test_cycles_of_a_block_of_keys(kind):
+    found = dict(facts(kind)["loop"])
     tensor = found.pop("tensor")
     assert tensor == {"Bf16": 1408, "E4m3": 512}[kind]
+    assert found.keys() == LIMITS[kind].keys()
     assert not {name: n / tensor for name, n in found.items() if n > LIMITS[kind][name] * tensor}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fused import needs_triton
 
-from prfl_kernels import add_norm, ledger, ledger_text, reward_pool, sass
+from prfl_kernels import add_norm, ledger, ledger_text, loop_cycles, reward_pool, sass
 from prfl_kernels.jit import INTERPRETED, jit, tl
 
 pytestmark = needs_triton
@@ -87,6 +87,46 @@ def test_attention_tiles(rows):
             tile = sorted((m, n, inner))
             tile.remove(ledger.HEAD_DIM)
             assert tile[0] >= 64 and tile[1] >= 128, (name, m, n, inner)
+
+
+def test_tensor_cores_are_the_busiest_pipe_of_attention(rows):
+    """In 16 bits; in fp8 products take half as long and the softmax does not, so all pipes are about full."""
+    for name, k in launches(rows, "attention"):
+        if not {"HGMMA", "QGMMA"} & set(k["instructions"]):
+            assert "loop" not in k, name
+            continue
+        tensor = k["loop"]["tensor"]
+        busiest = max(n for pipe, n in k["loop"].items() if pipe != "tensor")
+        assert tensor and busiest <= (1.2 if "QGMMA" in k["instructions"] else 0.6) * tensor, name
+
+
+LOOPS = """
+.L_x_0:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   HGMMA.64x176x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0020*/                   MUFU.EX2 R0, R1 ;
+        /*0030*/                   FMNMX R2, R0, R1, !PT ;
+        /*0040*/              @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+        /*0060*/                   FADD R0, R0, R1 ;
+        /*0070*/               @P2 BRA `(.L_x_2) ;
+        /*0080*/                   EXIT ;
+.L_x_3:
+        /*0090*/                   NANOSLEEP 0x20 ;
+        /*00a0*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_the_hot_loop_and_its_cycles_by_hand():
+    """The loop with the product, and the wait that stands behind the code and jumps back into it."""
+    loop = loop_cycles.hot_loop(LOOPS)
+    assert [text.split()[0].split(".")[0] for text in loop][:3] == ["HGMMA", "MUFU", "FMNMX"]
+    assert any("NANOSLEEP" in text for text in loop) and not any("EXIT" in text for text in loop)
+    found = loop_cycles.cycles(loop)
+    assert found["tensor"] == 64 * 176 * 16 / 2048 and found["issue"] == len(loop)
+    assert found["mufu"] == 8 and found["alu"] == 2
 
 
 def test_occupancy_by_hand():

@@ -12,7 +12,7 @@ from fused import needs_triton
 from test_cuda_kernels import watch
 from test_ledger import rows
 
-from prfl_kernels import cuda_kernels, ledger_cuda, sass
+from prfl_kernels import attention_hopper, cuda_kernels, ledger_cuda, ledger_nvcc, ledger_text, sass
 
 __all__ = ["rows"]
 pytestmark = [
@@ -67,6 +67,25 @@ def test_features_go_through_the_bulk_copy_engine(cuda_rows):
         assert k["grid"][0] == 128 and not {"x", "dx"} & set(k["widths"])
 
 
+def test_attention_has_its_warp_groups_and_pipes(cuda_rows):
+    """HGMMA and QGMMA alone, fed by TMA; in bfloat16 no other pipe is busy for half of the products' time."""
+    found = [(row, row["kernels"][0]) for row in cuda_rows if row["kind"] == "attention"]
+    assert len(found) == 8 and all(len(row["kernels"]) == 1 for row, _ in found)
+    for row, k in found:
+        product = "QGMMA" if "fp8" in row["op"] else "HGMMA"
+        assert {"HGMMA", "QGMMA", "HMMA", "QMMA"} & set(k["instructions"]) == {product}
+        assert k["instructions"]["UTMALDG"] and k["instructions"]["UTMASTG"]
+        assert k["warp_groups"] == [24, 240] and k["cluster"] == 2 and k["blocks"] == 1
+        assert k["flops"] >= 4 * row["length"] * (512 if "cross" in row["op"] else row["length"]) * (
+            {"14B": 5120, "1.3B": 1536}[row["model"]]
+        )
+        busiest = max(n for name, n in k["loop"].items() if name != "tensor")
+        assert busiest <= (1.12 if product == "QGMMA" else 0.52) * k["loop"]["tensor"]
+    text = ledger_text.render({"operations": [], "cuda": [row for row, _ in found], "assumptions": ""})
+    assert text.count("warp groups of 24 and 240 registers, clusters of 2") == 8
+    assert text.count("hot loop: 1408 cycles of the tensor cores; of that issue 0.") == 4
+
+
 def normal(*shape, dtype=F32):
     return torch.randn(shape).to(dtype)
 
@@ -99,6 +118,15 @@ def calls():
         held = normal(1, 6, heads, 128, dtype=BF16), normal(1, 6, heads, 128, dtype=BF16), q, k, *weights
         rest = (normal(2, 1, 6), grid, heads, 0, True)
         yield f"qk backward {width}", partial(cuda_kernels.qk_norm_rope_backward, *held, *rest)
+    # One tile of queries, and an odd number of more than 32, which gets another block for its cluster.
+    scale, fp8 = 128**-0.5, torch.float8_e4m3fn
+    for queries, keys, heads in ((70, 190, 2), (33 * 128 - 60, 20, 1)):
+        q, k, v = (normal(1, n, heads, 128, dtype=BF16) for n in (queries, keys, keys))
+        yield f"attention {queries}", partial(attention_hopper.forward, q, k, v, scale)
+        v8 = normal(1, heads, 128, -(-keys // 128) * 128).to(fp8)
+        scales = (normal(1, queries, heads), normal(1, keys, heads), normal(1, heads, 128))
+        held = (q.to(fp8), scales[0].exp(), k.to(fp8), scales[1].exp(), v8, scales[2].exp(), scale)
+        yield f"attention fp8 {queries}", partial(attention_hopper.launch_forward_fp8, *held)
     state = [normal(2, math.prod((16, 3, 4, 16))) for _ in range(4)]
     v, columns = normal(*state[0].shape, dtype=BF16), normal(2, 9)
     yield "solver", partial(cuda_kernels.solver_step, *state, v, columns)
@@ -116,7 +144,10 @@ def test_counts_are_what_the_kernels_access(name, call, monkeypatch):
         for a in launch.arguments:
             read, written = counted.get(a.name, (0, 0))
             counted[a.name] = read + a.read, written + a.written
-    names = ledger_cuda._NAMES[recorder.launches[0].kernel.split("<")[0]].split()
+    first = recorder.launches[0]
+    names = ledger_nvcc.NAMES[first.kernel.split("<")[0]].split()
+    if first.source == "attention_hopper":
+        names = [a.name for a in first.arguments]
     accessed = dict(zip(names, simulation.traffic, strict=True))
     assert {a: n for a, n in accessed.items() if any(n)} == counted
     shapes = [(*k.grid[:2], k.threads, k.shared, k.cluster) for k in recorder.launches]

@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ LAYERS = KERNELS | {"prfl_engine.config", "prfl_engine.layers"}
 DIT = LAYERS | {"prfl_engine.dit"}
 ALLOWED = {
     "config": set(),
-    "flow": {"prfl_engine.config"},
+    "flow": KERNELS | {"prfl_engine.config"},
     "layers": KERNELS | {"prfl_engine.config"},
     "dit": LAYERS,
     "reward": DIT,
@@ -147,12 +149,13 @@ def test_packages_import_from_another_folder(tmp_path):
     assert re.fullmatch(r"\d+\.\d+\.\d+", run.stdout.strip())
 
 
-def run_setup(**environment: str) -> subprocess.CompletedProcess:
-    """Print what setup.py hands to setuptools, without building anything."""
+def run_setup(wanted: str = "kept", **environment: str) -> subprocess.CompletedProcess:
+    """Print what setup.py hands to setuptools, or another expression, without building anything."""
     code = (
         "import json, setuptools; kept = {}; setuptools.setup = lambda **k: kept.update(k)\n"
-        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py'})\n"
-        "print(json.dumps(kept, default=str))"
+        "made = {'__file__': 'setup.py', 'kept': kept}\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), made)\n"
+        f"print(json.dumps(eval({wanted!r}, made), default=str))"
     )
     return subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
@@ -183,6 +186,60 @@ def test_without_a_compiler_the_package_installs_and_says_so():
     assert "without compiled kernels" in run.stderr and "no no-such-compiler" in run.stderr
     run = run_setup(CXX="no-such-compiler", PRFL_BUILD_CUDA="1")
     assert run.returncode != 0 and "PRFL_BUILD_CUDA=1" in run.stderr
+
+
+def toolkit(home: Path, version: str, library: str = "lib") -> Path:
+    """A folder that looks like a CUDA toolkit, or like that of pip's wheels."""
+    for folder in ("bin", library):
+        (home / folder).mkdir(parents=True)
+    nvcc = home / "bin/nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.1'\n")
+    nvcc.chmod(0o755)
+    (home / library / "libcudart_static.a").touch()
+    return nvcc
+
+
+needs_shell = pytest.mark.skipif(sys.platform != "linux", reason="kernels are built on Linux alone")
+
+
+@needs_shell
+def test_nvcc_is_found_where_it_is(tmp_path):
+    """CUDA_HOME before pip's wheels before PATH; what is too old is passed over and named."""
+    wheel, home, old = tmp_path / "site/nvidia/cu13", tmp_path / "home", tmp_path / "old"
+    nvccs = [toolkit(wheel, "13.0"), toolkit(home, "12.4", "lib64"), toolkit(old, "12.3")]
+
+    def found(**environment):
+        run = run_setup("find_cuda()", PRFL_BUILD_CUDA="", **environment)
+        assert run.returncode == 0, run.stderr
+        return json.loads(run.stdout)
+
+    plain = {"CUDA_HOME": "", "PATH": "/nowhere", "PYTHONPATH": ""}
+    site = plain | {"PYTHONPATH": str(tmp_path / "site")}
+    assert found(**site | {"CUDA_HOME": str(home)})[0] == str(nvccs[1])
+    assert found(**site | {"CUDA_HOME": str(old)})[:2] == [str(nvccs[0]), f"{wheel}/lib/libcudart_static.a"]
+    if not has_nvcc_wheel():
+        assert found(**plain | {"PATH": str(nvccs[1].parent)})[0] == str(nvccs[1])
+        why = f"{nvccs[2]} is older than 12.4"
+        assert found(**plain | {"CUDA_HOME": str(old)}) == [None, None, why]
+
+
+def has_nvcc_wheel() -> bool:
+    wheels = find_spec("nvidia")
+    folders = wheels.submodule_search_locations if wheels else []
+    return any(Path(folder, "cu13/bin/nvcc").exists() for folder in folders)
+
+
+@needs_shell
+@pytest.mark.skipif(has_nvcc_wheel(), reason="this environment has an nvcc")
+@pytest.mark.skipif(find_spec("pybind11") is None or not shutil.which("g++"), reason="cannot build kernels")
+def test_cuda_kernels_asked_for_without_nvcc_are_an_error_that_says_how(tmp_path):
+    (tmp_path / "g++").symlink_to(shutil.which("g++"))
+    environment = {**os.environ, "PRFL_BUILD_CUDA": "1", "PATH": str(tmp_path), "CUDA_HOME": ""}
+    command = [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path / "b"), "-t", str(tmp_path / "t")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode != 0
+    assert "cannot be built: no nvcc 12.4 or newer was found" in run.stderr
+    assert "[cuda-build]" in run.stderr and "--no-build-isolation" in run.stderr
 
 
 def test_pip_is_never_asked_for_apex():

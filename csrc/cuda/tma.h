@@ -73,7 +73,7 @@ inline void tma_load_all(void* tile, const CUtensorMap* map, int row, int panel,
                          uint64_t* bar, unsigned ranks) {
   for (unsigned rank = 0; rank < ranks; ++rank)
     cusim::tensor_load(cusim::at_rank(tile, rank), map, {0, row, panel, head, batch},
-                       static_cast<uint64_t*>(cusim::at_rank(bar, rank)));
+                       static_cast<uint64_t*>(cusim::at_rank(bar, rank)), rank == 0);
 }
 inline void tma_store(const CUtensorMap* map, const void* tile, int row, int panel, int head, int batch) {
   cusim::tensor_store(map, tile, {0, row, panel, head, batch});

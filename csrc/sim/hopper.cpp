@@ -139,15 +139,15 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
   return CUDA_SUCCESS;
 }
 
-void tensor_load(void* tile, const CUtensorMap* map, Corner corner, uint64_t* bar) {
+void tensor_load(void* tile, const CUtensorMap* map, Corner corner, uint64_t* bar, bool reads) {
   const TiledMap m = opened(map);
   need_tile(tile);
   const unsigned bytes = m.box[0] * m.box[1] * m.box[2] * m.box[3] * m.box[4] * m.bytes;
   char* to = static_cast<char*>(tile);
   race_check(to, bytes, true);
   const Unseen unseen;
-  each_unit(m, to, corner, [](char* global, char*) {
-    if (global) touch(global, 16, false);
+  each_unit(m, to, corner, [reads](char* global, char*) {
+    if (global && reads) touch(global, 16, false);
   });
   later(bar, bytes, [=] {
     each_unit(m, to, corner, [](char* global, char* shared) {

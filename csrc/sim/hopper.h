@@ -16,7 +16,8 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill);
 
 using Corner = std::array<int, 5>;
-void tensor_load(void* tile, const CUtensorMap* map, Corner corner, uint64_t* bar);
+// A copy that is not read for itself, but comes with that of another block, is none of the traffic.
+void tensor_load(void* tile, const CUtensorMap* map, Corner corner, uint64_t* bar, bool reads = true);
 void tensor_store(const CUtensorMap* map, const void* tile, Corner corner);
 
 struct Product {

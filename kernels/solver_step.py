@@ -1,0 +1,103 @@
+"""One step of the Euler and UniPC samplers: two linear combinations of the state and the velocity.
+
+    m_t    = x - sigma v                                             the prediction of x_0
+    x_c    = a_x x + a_l x_last + a_0 m_0 + a_1 m_1 + a_t m_t        corrector
+    x_next = b_x x_c + b_t m_t + b_0 m_0                             predictor
+
+x, x_last, m_0 and m_1 [B, ...] have one dtype, in which the results come; the velocity may have another
+float dtype, as a network in bfloat16 gives it. columns [B, 9] is (sigma, a_x, a_l, a_0, a_1, a_t, b_x,
+b_t, b_0) of every sample, a row of the sampler's table (prfl_engine.flow), and takes no gradient.
+
+The step is linear, so its backward needs nothing but the columns. With d the gradient of a result,
+
+    d_c = d x_c + b_x d x_next,    d_t = d m_t + b_t d x_next + a_t d_c
+    dx = a_x d_c + d_t,   dx_last = a_l d_c,   dm_0 = a_0 d_c + b_0 d x_next,   dm_1 = a_1 d_c
+    dv = -sigma d_t
+"""
+
+import torch
+from torch import Tensor
+
+from prfl_kernels import cuda_kernels
+from prfl_kernels.jit import register
+from prfl_kernels.table import CUDA, REFERENCE, implementation
+
+
+def reference(
+    x: Tensor, x_last: Tensor, m0: Tensor, m1: Tensor, velocity: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_next, x_c, m_t) in plain torch."""
+    sigma, a_x, a_l, a_0, a_1, a_t, b_x, b_t, b_0 = _columns(columns, x)
+    m_t = x - sigma * velocity
+    x_c = a_x * x + a_l * x_last + a_0 * m0 + a_1 * m1 + a_t * m_t
+    x_next = b_x * x_c + b_t * m_t + b_0 * m0
+    return tuple(a.to(x.dtype).contiguous() for a in (x_next, x_c, m_t))
+
+
+def _columns(columns: Tensor, like: Tensor) -> list[Tensor]:
+    """The nine coefficients, each [B, 1, ...]."""
+    shape = (-1, *[1] * (like.dim() - 1))
+    return [c.view(shape) for c in columns.unbind(1)]
+
+
+IMPLEMENTATIONS = {REFERENCE: reference, CUDA: cuda_kernels.solver_step}
+
+
+def _check(x, x_last, m0, m1, velocity, columns):
+    for name, a in (("x_last", x_last), ("m0", m0), ("m1", m1), ("velocity", velocity)):
+        if a.shape != x.shape or (a is not velocity and a.dtype != x.dtype):
+            got, want = (f"{list(b.shape)} in {b.dtype}" for b in (a, x))
+            raise ValueError(f"solver_step: got {name} {got}, want that of x, {want}")
+    if x.dim() < 1 or columns.shape != (len(x), 9):
+        want = [len(x) if x.dim() else "B", 9]
+        raise ValueError(f"solver_step: got columns {list(columns.shape)}, want {want}")
+
+
+def _run(*inputs):
+    _check(*inputs)
+    return IMPLEMENTATIONS[implementation("solver_step", inputs[0])](*inputs)
+
+
+def _fake(*inputs):
+    _check(*inputs)
+    x = inputs[0]
+    return tuple(x.new_empty(x.shape) for _ in range(3))
+
+
+def _setup_context(ctx, inputs, output):
+    if ctx.needs_input_grad[5]:
+        raise ValueError("solver_step: got columns that require grad, want a table of constants")
+    ctx.dtype = inputs[4].dtype
+    ctx.save_for_backward(inputs[5])
+
+
+def _gradient(ctx, d_next, d_c, d_t):
+    sigma, a_x, a_l, a_0, a_1, a_t, b_x, b_t, b_0 = _columns(*ctx.saved_tensors, d_next)
+    wants, dtype = ctx.needs_input_grad, d_next.dtype
+    d_c = d_c + b_x * d_next
+    d_t = d_t + b_t * d_next + a_t * d_c
+    return (
+        (a_x * d_c + d_t).to(dtype) if wants[0] else None,
+        (a_l * d_c).to(dtype) if wants[1] else None,
+        (a_0 * d_c + b_0 * d_next).to(dtype) if wants[2] else None,
+        (a_1 * d_c).to(dtype) if wants[3] else None,
+        (-sigma * d_t).to(ctx.dtype) if wants[4] else None,
+        None,
+    )
+
+
+register(
+    "solver_step(Tensor x, Tensor x_last, Tensor m0, Tensor m1, Tensor velocity, Tensor columns)"
+    " -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+    _gradient,
+    _setup_context,
+)
+
+
+def solver_step(
+    x: Tensor, x_last: Tensor, m0: Tensor, m1: Tensor, velocity: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_next, x_c, m_t) in x.dtype; shapes and dtypes as in the head of this file, or ValueError."""
+    return torch.ops.prfl.solver_step(x, x_last, m0, m1, velocity, columns)
