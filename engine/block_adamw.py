@@ -44,10 +44,14 @@ class BlockAdamW(torch.optim.Optimizer):
         self.rounding, self.in_backward = config.rounding, config.in_backward
         self.eight_bits = EightBits() if config.name == "adamw8bit" else None
         self.group_of = {p: group for group in self.param_groups for p in group["params"]}
+        self.index_of = {p: i for i, p in enumerate(self.group_of)}
         device = next(iter(self.group_of)).device
+        self.generator = torch.Generator(device)
+        for group in self.param_groups:
+            group["updates"] = 0  # steps so far, known to the host; states hold those that changed something
         pinned = config.offload != "none" and device.type == "cuda"
         home = torch.device("cpu") if config.offload != "none" else device
-        for i, p in enumerate(self.group_of):
+        for p, i in self.index_of.items():
             if p.dtype not in (torch.float32, torch.bfloat16) or not p.is_contiguous():
                 raise UserError(f"parameter {i}: got {p.dtype}, want contiguous float32 or bfloat16")
             sizes = [len(a) for a in _blocks(p)]
@@ -91,13 +95,13 @@ class BlockAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter that has a gradient; with in_backward that has been done already."""
-        if self.in_backward:
-            return
         ok = None if self.found_inf is None else self.found_inf == 0
         if self.gradients:
             self._update([(p, None) for p in self.group_of if p in self._norms], ok)
-        else:
+        elif not self.in_backward:
             self._update([(p, p.grad) for p in self.group_of if p.grad is not None], ok)
+        for group in self.param_groups:
+            group["updates"] += 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those on the host too."""
@@ -131,7 +135,7 @@ class BlockAdamW(torch.optim.Optimizer):
     def _update(self, pairs: list[tuple[Tensor, Tensor | None]], ok: Tensor | None) -> None:
         """Update parameters with their gradients, None: those on the host; nothing changes unless ok."""
         steps = {p: self.state[p]["step"].double() + 1 for p, _ in pairs}
-        for (p, w, g), block in self._on_device(self._work(pairs), "both"):
+        for (p, i, w, g), block in self._on_device(self._work(pairs), "both"):
             group, t = self.group_of[p], steps[p]
             beta1, beta2 = group["betas"]
             g = (block["gradient"] if g is None else g).float()
@@ -153,7 +157,10 @@ class BlockAdamW(torch.optim.Optimizer):
                 _put(w, high, ok)
                 _put(block["rest"], rest, ok)
             else:
-                _put(w, round_stochastically(new), ok)
+                # By position, so that neither the order of updates nor a resumed run changes a bit.
+                position = group["updates"] * len(self.index_of) + self.index_of[p]
+                self.generator.manual_seed((position << 16) + i)
+                _put(w, round_stochastically(new, self.generator), ok)
         for p, t in steps.items():
             _put(self.state[p]["step"], t.float(), ok)
 
@@ -162,7 +169,7 @@ class BlockAdamW(torch.optim.Optimizer):
             weights, blocks = _blocks(p.detach()), self.state[p]["blocks"]
             gradients = [None] * len(blocks) if grad is None else _blocks(grad)
             for i, (w, g, block) in enumerate(zip(weights, gradients, blocks, strict=True)):
-                yield (p, w, g), block if grad is not None else block | self.gradients[p][i]
+                yield (p, i, w, g), block if grad is not None else block | self.gradients[p][i]
 
     def _on_device(self, work: Iterable[tuple], how: str) -> Iterator[tuple]:
         return iter(work) if self.host is None else self.host.through(work, how)
@@ -257,12 +264,12 @@ def split_master(x: Tensor) -> tuple[Tensor, Tensor]:
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 
 
-def round_stochastically(x: Tensor) -> Tensor:
-    """bfloat16 neighbours of finite float32 x, the farther one with probability distance below / spacing.
+def round_stochastically(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Finite float32 x to one of its two neighbours in bfloat16, the likelier the nearer: E = x.
 
-    Random 16 bits are added below the bits that stay, from the default generator of the device.
+    Random 16 bits are added below the bits that stay.
     """
-    noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device)
+    noise = torch.randint(1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     return noise.add_(x.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).bfloat16()
 
 

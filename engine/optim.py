@@ -30,8 +30,9 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
             p.grad_dtype = torch.float32
     narrow = any(p.dtype == torch.bfloat16 for p in parameters)
     if config.name == "apex":
-        if narrow:
-            raise UserError("optim.name: got 'apex' with bfloat16 weights, want adamw or adamw8bit")
+        if narrow or parameters[0].device.type != "cuda":
+            what = "bfloat16 weights" if narrow else "weights on a CPU"
+            raise UserError(f"optim.name: got 'apex' with {what}, want adamw or adamw8bit")
         return _apex(made, config)
     if narrow or config.name == "adamw8bit" or config.in_backward or config.offload != "none":
         return BlockAdamW(made, config)
@@ -86,8 +87,6 @@ def _apex(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
             f"optim.name: got 'apex', but FusedAdam cannot be imported ({error}): build NVIDIA's apex from "
             "its repository with --cpp_ext --cuda_ext, or take adamw"
         ) from None
-    if groups[0]["params"][0].device.type != "cuda":
-        raise UserError("optim.name: got 'apex' on a CPU, want adamw or adamw8bit")
 
     class Fused(FusedAdam):
         """torch's amp protocol: grad_scale and found_inf are attributes."""
