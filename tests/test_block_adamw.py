@@ -9,7 +9,7 @@ from helpers import relative
 from torch import nn
 
 from prfl_engine import block_adamw
-from prfl_engine.block_adamw import BlockAdamW, master, round_stochastically, split_master
+from prfl_engine.block_adamw import BlockAdamW, EightBits, master, round_stochastically, split_master
 from prfl_engine.config import OptimConfig, UserError
 from prfl_engine.optim import make_optimizer, update
 
@@ -40,9 +40,6 @@ def coding(request, monkeypatch):
 
     module.create_dynamic_map = create_dynamic_map
     module.scale_tensor = scale_tensor
-    module.quantize_8bit_with_qmap = lambda x, table: (
-        torch.bucketize(x, (table[1:] + table[:-1]) / 2).to(torch.uint8)
-    )
     module.dequant_with_qmap = lambda codes, table, scale: (
         table[codes.int()].view(len(scale), -1) * scale[:, None]
     ).view(codes.shape)
@@ -96,11 +93,11 @@ def test_the_formula_is_that_of_torch():
 def test_masters_are_the_float32_weights_to_the_bit():
     narrow, wide = parameters(BF16), parameters()
     optimizer = train(narrow, OptimConfig())
+    reference = make_optimizer([(wide, 1e-2)], OptimConfig(offload="states"))
     for step in range(5):  # the same gradients, which a bfloat16 weight gets in bfloat16
-        wide_optimizer = make_optimizer([(wide, 1e-2)], OptimConfig(offload="states")) if step == 0 else wide_optimizer
         for p, g in zip(wide, gradients(step, BF16), strict=True):
             p.grad = g.float()
-        update(wide_optimizer, None)
+        update(reference, None)
     for p, q in zip(narrow, wide, strict=True):
         blocks = optimizer.state[p]["blocks"]
         pieces = zip(p.detach().flatten().split(1024), blocks, strict=True)
@@ -174,7 +171,8 @@ def test_gradients_add_up_on_the_host_as_on_the_device(grad_dtype):
                 sum((p.float() * g).sum() for p, g in pairs).backward()
             assert all((p.grad is None) == (offload == "all") for p in model)
             if offload == "states":
-                assert all(p.grad.dtype == (BF16 if grad_dtype == "weights" else torch.float32) for p in model)
+                want = BF16 if grad_dtype == "weights" else torch.float32
+                assert all(p.grad.dtype == want for p in model)
             norm = update(optimizer, 1.0)
         models[offload].norm = norm
     assert_same(models["states"], models["all"])
@@ -216,6 +214,18 @@ def test_8_bit_moments_take_a_quarter_and_train_as_well(coding):
     assert loss["adamw8bit"] < 1.1 * loss["adamw"] < 0.5
 
 
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_codes_are_those_of_torchao(name):
+    of = pytest.importorskip("torchao.optim.quant_utils", reason="torchao is not installed")
+    x = torch.randn(1 << 16) * torch.logspace(-6, 1, 1 << 16)
+    bits = EightBits(x.device)
+    codes, scale = bits.encode(name, x if name == "exp_avg" else x.square())
+    scaled, want_scale = of.scale_tensor(x if name == "exp_avg" else x.square(), 256)
+    want = of.quantize_8bit_with_qmap(scaled, bits.tables[name])
+    assert torch.equal(scale, want_scale)
+    assert (codes != want).float().mean() < 1e-4 and (codes.int() - want.int()).abs().max() <= 1
+
+
 def test_8_bit_moments_are_near_those_in_float32():
     pytest.importorskip("torchao", reason="torchao is not installed")
     narrow, wide = parameters(), parameters()
@@ -236,7 +246,8 @@ def test_8_bits_without_torchao_is_one_line(monkeypatch):
 
 
 HOW = [
-    {}, {"rounding": "stochastic"}, {"in_backward": True, "clip": None}, {"offload": "states"}, {"offload": "all"},
+    {}, {"rounding": "stochastic"}, {"in_backward": True, "clip": None}, {"offload": "states"},
+    {"offload": "all"},
 ]  # fmt: skip
 
 
