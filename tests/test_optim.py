@@ -170,7 +170,7 @@ def test_torch_changes_nothing_either_where_a_gradient_is_not_finite():
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_a_model_updated_in_backward_is_the_same_in_less_memory(dtype, recompute):
-    config = tiny_config(num_layers=4, dim=64, ffn_dim=256)
+    config = tiny_config(dim=64, ffn_dim=256)
     batch = random_batch(config, 1)
     weights, peaks, states = {}, {}, {}
     for in_backward in (False, True):
@@ -182,10 +182,9 @@ def test_a_model_updated_in_backward_is_the_same_in_less_memory(dtype, recompute
         live.add([*model.parameters(), *tensors(optimizer.state_dict()["state"])])
         before = live.now
         with live:
-            for _ in range(2):
-                sft_loss(model, batch, torch.ones_like(batch.latent), torch.tensor([0.3])).mean().backward()
-                assert all((p.grad is None) == in_backward for p in model.parameters())
-                update(optimizer, None)
+            sft_loss(model, batch, torch.ones_like(batch.latent), torch.tensor([0.3])).mean().backward()
+            assert all((p.grad is None) == in_backward for p in model.parameters())
+            update(optimizer, None)
         peaks[in_backward] = live.peak - before
         weights[in_backward] = [p.detach() for p in model.parameters()]
         states[in_backward] = optimizer.state_dict()["state"]
@@ -219,14 +218,11 @@ def test_the_watch_for_syncs_sees_them():
         assert x[host[host > 1]].shape == (1,)
 
 
-HOW = [
-    {}, {"clip": None}, {"rounding": "stochastic"}, {"offload": "states"}, {"offload": "all"},
-    {"in_backward": True, "clip": None, "rounding": "stochastic", "offload": "states"},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("dtype, how", [
+    (torch.float32, {}), (torch.float32, {"offload": "states", "clip": None}), (BF16, {}),
+    (BF16, {"rounding": "stochastic", "offload": "all"}),
+    (BF16, {"rounding": "stochastic", "offload": "states", "in_backward": True, "clip": None}),
+], ids=str)  # fmt: skip
 def test_a_step_takes_no_number_out_of_a_tensor(how, dtype):
     """Losses, backward, clipping, update and average, as loop.fit makes them."""
     config = OptimConfig(**how)
