@@ -125,26 +125,10 @@ def fit(
                 write(folder, step)
                 (folder / "score.json").write_text(json.dumps({"step": step, "score": best}))
 
-    def settle() -> None:
-        """Wait for what the last step measured: stop if its gradient was not finite, or log it."""
-        nonlocal measured
-        if measured is None:
-            return
-        step, lr, numbers = measured.step, measured.lr, measured.read()
-        measured = None
-        if not math.isfinite(numbers["grad_norm"]):
-            raise TrainingError(
-                f"step {step}: the norm of the gradient is {numbers['grad_norm']}; "
-                f"stopped, checkpoints in {out} are whole"
-            )
-        if (step + 1) % train.log_every == 0:
-            metrics.log(step + 1, numbers | {"lr": lr} | gpu_metrics(), "train")
-
-    measured: Measured | None = None
-    shown: dict[str, Tensor] = {}  # the newest values since the last log
     items = stream.loader(start * train.accumulate, config.data.num_workers, device)
     with MetricsWriter(out, train.tensorboard, train.wandb) as metrics:
         metrics.truncate_from(start + 1)
+        measurements = Measurements(metrics, train.log_every)
         if validate is not None and start == 0:
             checked(0)
         for step in progress(range(start, train.steps), f"{out.name}", train.steps, initial=start):
@@ -157,19 +141,17 @@ def fit(
                     (loss / train.accumulate).backward()
                     for k, v in values.items():
                         seen[k] = seen.get(k, 0) + v.detach() / train.accumulate
-                    settle()  # the device has a backward of this step to do meanwhile
+                    measurements.settle()  # the device has a backward of this step to do meanwhile
             norm = update(optimizer, config.optim.clip)
             if ema is not None:
                 ema.update()
-            done, shown = step + 1, shown | seen
-            measured = Measured(step, config.optim.lr * factor, {"grad_norm": norm} | shown)
-            if done % train.log_every == 0:
-                shown = {}
+            measurements.put(step, optimizer.param_groups[0]["base_lr"] * factor, norm, seen)
+            done = step + 1
             last = done == train.steps
             check_now = validate is not None and (done % config.eval.every == 0 or last)
             save_now = done % train.save_every == 0 or last
             if check_now or save_now:
-                settle()
+                measurements.settle()
             if check_now:
                 checked(done)
             if save_now:
@@ -192,7 +174,37 @@ class Measured:
     def read(self) -> dict[str, float]:
         if self.event is not None:
             self.event.synchronize()
-        return dict(zip(self.names, self.numbers.tolist(), strict=True))
+        return dict(zip(self.names, self.numbers.tolist(), strict=True)) | {"lr": self.lr}
+
+
+class Measurements:
+    """What steps measure; a step's values are read, all in one transfer, when the next one has begun."""
+
+    def __init__(self, metrics: MetricsWriter, log_every: int):
+        self.metrics, self.log_every = metrics, log_every
+        self.last: Measured | None = None
+        self.newest: dict[str, Tensor] = {}  # since the last log: not every step has every loss
+
+    def put(self, step: int, lr: float, norm: Tensor, values: dict[str, Tensor]) -> None:
+        self.newest |= values
+        logs = (step + 1) % self.log_every == 0
+        self.last = Measured(step, lr, {"grad_norm": norm} | (self.newest if logs else {}))
+        if logs:
+            self.newest = {}
+
+    def settle(self) -> None:
+        """Wait for the last step's values: TrainingError if its gradient was not finite, else log them."""
+        if self.last is None:
+            return
+        step, values = self.last.step, self.last.read()
+        self.last = None
+        if not math.isfinite(values["grad_norm"]):
+            raise TrainingError(
+                f"step {step}: the norm of the gradient is {values['grad_norm']}; "
+                f"stopped, checkpoints in {self.metrics.out_dir} are whole"
+            )
+        if (step + 1) % self.log_every == 0:
+            self.metrics.log(step + 1, values | gpu_metrics(), "train")
 
 
 def _save_state(folder: Path, step: int, best: float, optimizer, device: torch.device) -> None:
