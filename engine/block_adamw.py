@@ -22,7 +22,7 @@ GROUP = 256  # values that share a scale, as in torchao and bitsandbytes
 
 
 class BlockAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov, Hutter 2019) with float32 arithmetic over bfloat16 or float32 parameters.
+    """AdamW (Loshchilov, Hutter 2019) in float32, by torch's fused kernel, of bfloat16 or float32 parameters.
 
     groups as torch.optim takes them. What is used of config: betas, eps, weight_decay, and
     name "adamw8bit": moments of parameters of 4,096 values and more in blockwise dynamic 8-bit numbers
@@ -134,35 +134,32 @@ class BlockAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def _update(self, pairs: list[tuple[Tensor, Tensor | None]], ok: Tensor | None) -> None:
         """Update parameters with their gradients, None: those on the host; nothing changes unless ok."""
-        steps = {p: self.state[p]["step"].double() + 1 for p, _ in pairs}
+        steps = {p: self.state[p]["step"] + 1 for p, _ in pairs}
+        scale = None if self.in_backward else self.grad_scale
+        bad = None if ok is None else (~ok).float()
         for (p, i, w, g), block in self._on_device(self._work(pairs), "both"):
-            group, t = self.group_of[p], steps[p]
-            beta1, beta2 = group["betas"]
+            group = self.group_of[p]
             g = (block["gradient"] if g is None else g).float()
-            if self.grad_scale is not None and not self.in_backward:
-                g = g / self.grad_scale
-            # m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2
-            m = self._read(block, "exp_avg").lerp(g, 1 - beta1)
-            v = self._read(block, "exp_avg_sq").mul(beta2).addcmul_(g, g, value=1 - beta2)
-            # w = (1 - lr wd) w - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
-            root = v.sqrt().div_((1 - beta2**t).sqrt()).add_(group["eps"])
-            new = master(w, block).mul(1 - group["lr"] * group["weight_decay"])
-            new.sub_((m / root).mul_(group["lr"] / (1 - beta1**t)))
+            x, m, v = master(w, block), self._read(block, "exp_avg"), self._read(block, "exp_avg_sq")
+            torch._fused_adamw_(
+                [x], [g], [m], [v], [], [steps[p]], lr=group["lr"], beta1=group["betas"][0],
+                beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
+                amsgrad=False, maximize=False, grad_scale=scale, found_inf=bad,
+            )  # fmt: skip
             self._write(block, "exp_avg", m, ok)
             self._write(block, "exp_avg_sq", v, ok)
-            if w.dtype == torch.float32:
-                _put(w, new, ok)
-            elif "rest" in block:
-                high, rest = split_master(new)
-                _put(w, high, ok)
-                _put(block["rest"], rest, ok)
-            else:
+            # A weight that has not changed comes back the same, however it is rounded.
+            if "rest" in block:
+                high, rest = split_master(x)
+                w.copy_(high)
+                block["rest"].copy_(rest)
+            elif w.dtype == torch.bfloat16:
                 # By position, so that neither the order of updates nor a resumed run changes a bit.
                 position = group["updates"] * len(self.index_of) + self.index_of[p]
                 self.generator.manual_seed((position << 16) + i)
-                _put(w, round_stochastically(new, self.generator), ok)
+                w.copy_(round_stochastically(x, self.generator))
         for p, t in steps.items():
-            _put(self.state[p]["step"], t.float(), ok)
+            _put(self.state[p]["step"], t, ok)
 
     def _work(self, pairs) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
         for p, grad in pairs:
@@ -180,13 +177,11 @@ class BlockAdamW(torch.optim.Optimizer):
         return self.eight_bits.decode(name, block[name], block[f"{name}_scale"])
 
     def _write(self, block: dict[str, Tensor], name: str, value: Tensor, ok: Tensor | None) -> None:
-        if f"{name}_scale" not in block:
-            _put(block[name], value, ok)
-            return
-        codes, scale = self.eight_bits.encode(name, value)
-        # Not by coding the old value again: that does not give the old codes.
-        _put(block[name], codes, ok)
-        _put(block[f"{name}_scale"], scale, ok)
+        if f"{name}_scale" in block:
+            codes, scale = self.eight_bits.encode(name, value)
+            # A value that has not changed does not get its old code again.
+            _put(block[name], codes, ok)
+            _put(block[f"{name}_scale"], scale, ok)
 
     def state_dict(self) -> dict:
         if self.host is not None:
@@ -249,7 +244,7 @@ def norm_of(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def master(w: Tensor, block: dict[str, Tensor]) -> Tensor:
-    """The float32 weights: w itself, or its 16 bits and the rest below them."""
+    """The float32 weights: w itself, a copy of a bfloat16 w, or its 16 bits and the rest below them."""
     if "rest" not in block:
         return w.float()
     return ((w.view(torch.int16).int() << 16) + block["rest"]).view(torch.float32)
