@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from prfl_engine.block_adamw import BlockAdamW
 from prfl_engine.checkpoint import atomic_folder, checkpoints, load_pickle
 from prfl_engine.config import Config, TrainingError, UserError
 from prfl_engine.data import Stream
@@ -217,7 +218,8 @@ def _save_state(folder: Path, step: int, best: float, optimizer, device: torch.d
 
 
 def _load_state(folder: Path, optimizer, device: torch.device) -> tuple[int, float]:
-    state = load_pickle(folder / STATE)
+    # One that copies what it loads need not find room for all of it twice.
+    state = load_pickle(folder / STATE, mmap=isinstance(optimizer, BlockAdamW))
     kind, own = state.get("kind", "AdamW"), type(optimizer).__name__
     if kind != own:
         raise UserError(f"{folder / STATE}: holds a state of {kind}, want {own}: the optim section differs")
