@@ -214,6 +214,7 @@ setup(
         "fa4": ["flash-attn-4>=4.0.0b1"],  # prereleases only, so the bound has to name one
         "wan": ["diffusers", "transformers"],
         "lora": ["peft"],
+        "lowmem": ["torchao"],  # the 8-bit numbers of optim.name=adamw8bit
         "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "ninja", "pybind11"],
     },
     entry_points={"console_scripts": ["prfl = prfl_engine.cli:main"]},

@@ -93,7 +93,9 @@ class Window:
         self.x = out.x
         # The step with gradient is the rollout's next step too.
         new = torch.tensor([len(states) for states in chain.states]) == index + 1
-        chain._append(out if new.all() else out.select(new.to(out.x.device)), everyone[new])
+        rows = everyone[new]  # row numbers: a mask on the device would have to be counted there first
+        some = out if new.all() else out.select(rows.to(out.x.device, non_blocking=True))
+        chain._append(some, rows)
 
     def _step(self, index, active, through):
         """(state before the steps index, state behind them), the first a leaf that takes gradient if
@@ -114,7 +116,9 @@ class Window:
             if not on.any():
                 return
             # The gradient of the state before the later step is that of the state behind this one.
-            rows = slice(None) if on.all() else on.to(leaf.x.device)
+            rows = slice(None)
+            if not on.all():
+                rows = on.nonzero().squeeze(1).to(leaf.x.device, non_blocking=True)
             gradients, active = [a.grad[rows] for a in leaf], active[on]
             leaf, out = self._step(self.index[active] - distance, active, True)
             torch.autograd.backward(out, gradients)

@@ -175,13 +175,15 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
     module.load_state_dict(state)
 
 
-def load_pickle(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def load_pickle(
+    path: str | Path, device: torch.device | str = "cpu", mmap: bool = False
+) -> dict[str, Tensor]:
     """A state dict saved by torch.save, read without executing code; one nested under 'state_dict'
-    is unpacked."""
+    is unpacked. mmap leaves tensors in the file until they are read, for whoever copies them at once."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file, want a saved state dict")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = (str(error) or "empty file").splitlines()[0]
         raise UserError(f"{path}: not a safe state dict: {reason}") from None

@@ -33,6 +33,8 @@ class ModelConfig:
     """Folder with config.json and native safetensors; None: random weights of `preset`."""
     preset: str | None = None
     """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, tiny-t2v, tiny-i2v."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Trained weights, and those of a frozen reward model's transformer; bfloat16: see optim.rounding."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Linear layers and attention."""
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -152,6 +154,9 @@ class LossConfig:
     """Target of the hinge; 2 is never reached by r < 1, which makes it linear."""
     sft_weight: float = 1.0
     """Weight of the flow-matching loss; 0 computes none."""
+    alternate: bool = False
+    """Flow matching in one optimizer step, the reward in the next, in turn, as the official script has it;
+    false: both losses in every step."""
 
     def __post_init__(self):
         check(self.weight >= 0, "loss.weight", self.weight, "at least 0")
@@ -160,10 +165,16 @@ class LossConfig:
             self.weight + self.sft_weight > 0, "loss.weight", self.weight,
             "a positive weight here or in loss.sft_weight",
         )  # fmt: skip
+        check(
+            not self.alternate or (self.weight > 0 and self.sft_weight > 0), "loss.alternate", self.alternate,
+            "false, or positive loss.weight and loss.sft_weight",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: Literal["adamw", "adamw8bit", "apex"] = "adamw"
+    """adamw8bit: moments in 8 bits (torchao, the extra [lowmem]); apex: FusedAdam of NVIDIA's apex."""
     lr: float = 5e-6
     """Learning rate of the transformer."""
     lr_head: float = 1e-5
@@ -175,15 +186,37 @@ class OptimConfig:
     """After the warm-up; cosine falls to 0 at train.steps."""
     warmup: int = 0
     """Optimizer steps of linear warm-up."""
-    clip: float = 1.0
-    """Largest norm of the whole gradient."""
+    clip: float | None = 1.0
+    """Largest norm of the whole gradient; null clips nothing."""
+    rounding: Literal["master", "stochastic"] = "master"
+    """Of bfloat16 weights. master: the optimizer keeps the other 16 bits of a float32 weight; stochastic: it
+    keeps none and rounds up or down at random, right on average."""
+    grad_dtype: Literal["weights", "float32"] = "weights"
+    """Gradients are added up in the dtype of their weights, or in float32."""
+    in_backward: bool = False
+    """Update a parameter as soon as backward has its gradient, and free that. For one backward in an
+    optimizer step (what waits for another would be kept all the same) and without clipping."""
+    offload: Literal["none", "states", "all"] = "none"
+    """What lives in host memory (pinned for a GPU) and passes through the device in blocks: states, the
+    optimizer's; all: gradients too, added up there, clipped as always."""
 
     def __post_init__(self):
         for name in ("lr", "lr_head", "weight_decay"):
             value = getattr(self, name)
             check(value >= 0, f"optim.{name}", value, "at least 0")
         check(self.warmup >= 0, "optim.warmup", self.warmup, "at least 0")
-        check(self.clip > 0, "optim.clip", self.clip, "a positive number")
+        check(self.clip is None or self.clip > 0, "optim.clip", self.clip, "a positive number or null")
+        if self.in_backward:
+            check(
+                self.clip is None, "optim.clip", self.clip,
+                "null with optim.in_backward: the norm is known when the last update has been made",
+            )  # fmt: skip
+            check(
+                self.offload != "all", "optim.offload", self.offload, "none or states with optim.in_backward"
+            )
+        if self.name == "apex":
+            check(not self.in_backward, "optim.in_backward", True, "false with optim.name apex")
+            check(self.offload == "none", "optim.offload", self.offload, "none with optim.name apex")
 
 
 @dataclass(frozen=True)
@@ -268,6 +301,12 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        check(
+            self.train.accumulate == 1 or not self.optim.in_backward, "train.accumulate",
+            self.train.accumulate, "1 with optim.in_backward: one backward in an optimizer step",
+        )  # fmt: skip
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)

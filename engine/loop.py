@@ -1,7 +1,9 @@
 """The loop that both trainings share: accumulate, clip, step, measure, validate, save, resume.
 
 One optimizer step holds the gradients of all losses of all accumulated micro-batches, and is
-clipped once. All randomness follows from the seed and the step, so a run that was stopped and
+clipped once. Nothing in a step waits for the device: an update is made on condition that the gradient is
+finite, a condition that the device decides, and the host reads what a step measured while the next one
+runs. All randomness follows from the seed and the step, so a run that was stopped and
 resumed goes on as if it had not been; on the CPU, to the bit.
 """
 
@@ -15,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from prfl_engine.block_adamw import BlockAdamW
 from prfl_engine.checkpoint import atomic_folder, checkpoints, load_pickle
 from prfl_engine.config import Config, TrainingError, UserError
 from prfl_engine.data import Stream
 from prfl_engine.doctor import gpu_metrics
 from prfl_engine.metrics import MetricsWriter, progress
-from prfl_engine.optim import EMA, lr_factor, make_optimizer
+from prfl_engine.optim import EMA, lr_factor, make_optimizer, set_lr, update
 from prfl_kernels import compiled, table, tuning
 
 STATE = "training_state.pt"
@@ -89,12 +92,12 @@ def fit(
     losses(item, key) yields (loss, metrics) one after another; each is backpropagated, and its
     graph freed, before the next is computed. `key` is an integer that no other micro-batch has.
     validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
-    save(folder, step) writes the weights, load(folder) reads them back as a module of model's kind.
+    save(folder, step) writes the weights, load(folder) reads them back as a module of model's kind,
+    in float32.
     """
     train, out = config.train, Path(config.train.out)
     device = pick_device(config)
     optimizer = make_optimizer(groups, config.optim)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     start, best = 0, -math.inf
     ema = None
     if train.ema > 0:
@@ -107,7 +110,7 @@ def fit(
     def write(folder: Path, step: int) -> None:
         save(folder, step)
         if ema is not None:
-            with ema.applied():
+            with ema.applied(torch.float32):
                 save(folder / "ema", step)
 
     def checked(step: int) -> None:
@@ -128,12 +131,12 @@ def fit(
     items = stream.loader(start * train.accumulate, config.data.num_workers, device)
     with MetricsWriter(out, train.tensorboard, train.wandb) as metrics:
         metrics.truncate_from(start + 1)
+        measurements = Measurements(metrics, train.log_every)
         if validate is not None and start == 0:
             checked(0)
         for step in progress(range(start, train.steps), f"{out.name}", train.steps, initial=start):
             factor = lr_factor(step, train.steps, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
+            set_lr(optimizer, factor)
             seen: dict[str, Tensor] = {}
             for micro in range(train.accumulate):
                 item = next(items)
@@ -141,25 +144,20 @@ def fit(
                     (loss / train.accumulate).backward()
                     for k, v in values.items():
                         seen[k] = seen.get(k, 0) + v.detach() / train.accumulate
-            norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip)
-            if not math.isfinite(norm.item()):
-                raise TrainingError(
-                    f"step {step}: the norm of the gradient is {norm.item()}; "
-                    f"stopped before the update, checkpoints in {out} are whole"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                    measurements.settle()  # the device has a backward of this step to do meanwhile
+            norm = update(optimizer, config.optim.clip)
             if ema is not None:
                 ema.update()
+            measurements.put(step, optimizer.param_groups[0]["base_lr"] * factor, norm, seen)
             done = step + 1
-            if done % train.log_every == 0:
-                values = {k: v.item() for k, v in seen.items()}
-                values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-                metrics.log(done, values | gpu_metrics(), "train")
             last = done == train.steps
-            if validate is not None and (done % config.eval.every == 0 or last):
+            check_now = validate is not None and (done % config.eval.every == 0 or last)
+            save_now = done % train.save_every == 0 or last
+            if check_now or save_now:
+                measurements.settle()
+            if check_now:
                 checked(done)
-            if done % train.save_every == 0 or last:
+            if save_now:
                 with atomic_folder(out / f"checkpoint-{done}") as folder:
                     write(folder, done)
                     _save_state(folder, done, best, optimizer, device)
@@ -167,8 +165,54 @@ def fit(
                     shutil.rmtree(old)
 
 
+class Measured:
+    """Values of a step, 0-dim on the device, on their way to the host."""
+
+    def __init__(self, step: int, lr: float, values: dict[str, Tensor]):
+        self.step, self.lr, self.names = step, lr, list(values)
+        flat = torch.stack([v.detach().float() for v in values.values()])
+        self.numbers = flat.to("cpu", non_blocking=True)  # into pinned memory, where it came from a GPU
+        self.event = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
+
+    def read(self) -> dict[str, float]:
+        if self.event is not None:
+            self.event.synchronize()
+        return dict(zip(self.names, self.numbers.tolist(), strict=True)) | {"lr": self.lr}
+
+
+class Measurements:
+    """What steps measure; a step's values are read, all in one transfer, when the next one has begun."""
+
+    def __init__(self, metrics: MetricsWriter, log_every: int):
+        self.metrics, self.log_every = metrics, log_every
+        self.last: Measured | None = None
+        self.newest: dict[str, Tensor] = {}  # since the last log: not every step has every loss
+
+    def put(self, step: int, lr: float, norm: Tensor, values: dict[str, Tensor]) -> None:
+        self.newest |= values
+        logs = (step + 1) % self.log_every == 0
+        self.last = Measured(step, lr, {"grad_norm": norm} | (self.newest if logs else {}))
+        if logs:
+            self.newest = {}
+
+    def settle(self) -> None:
+        """Wait for the last step's values: TrainingError if its gradient was not finite, else log them."""
+        if self.last is None:
+            return
+        step, values = self.last.step, self.last.read()
+        self.last = None
+        if not math.isfinite(values["grad_norm"]):
+            raise TrainingError(
+                f"step {step}: the norm of the gradient is {values['grad_norm']}; "
+                f"stopped, checkpoints in {self.metrics.out_dir} are whole"
+            )
+        if (step + 1) % self.log_every == 0:
+            self.metrics.log(step + 1, values | gpu_metrics(), "train")
+
+
 def _save_state(folder: Path, step: int, best: float, optimizer, device: torch.device) -> None:
     state = {"step": step, "best": best, "optimizer": optimizer.state_dict()}
+    state["kind"] = type(optimizer).__name__
     state["rng"] = torch.get_rng_state()
     if device.type == "cuda":
         state["cuda_rng"] = torch.cuda.get_rng_state(device)
@@ -176,7 +220,11 @@ def _save_state(folder: Path, step: int, best: float, optimizer, device: torch.d
 
 
 def _load_state(folder: Path, optimizer, device: torch.device) -> tuple[int, float]:
-    state = load_pickle(folder / STATE)
+    # One that copies what it loads need not find room for all of it twice.
+    state = load_pickle(folder / STATE, mmap=isinstance(optimizer, BlockAdamW))
+    kind, own = state.get("kind", "AdamW"), type(optimizer).__name__
+    if kind != own:
+        raise UserError(f"{folder / STATE}: holds a state of {kind}, want {own}: the optim section differs")
     try:
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])

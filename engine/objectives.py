@@ -34,7 +34,7 @@ def bind(model: WanTransformer, batch: Batch, context: Tensor | None = None) -> 
     def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
         if len(active) == len(context):
             return model(x, t, context, batch.condition)
-        rows = active.to(x.device)
+        rows = active.to(x.device, non_blocking=True)
         condition = None if batch.condition is None else batch.condition[rows]
         return model(x, t, context[rows], condition)
 

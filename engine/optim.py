@@ -1,4 +1,4 @@
-"""AdamW, its learning-rate schedule, and the moving average of the weights."""
+"""The optimizer, one update with it, its learning-rate schedule, and the moving average of the weights."""
 
 import math
 from collections.abc import Iterator
@@ -7,21 +7,65 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from prfl_engine.config import OptimConfig
+from prfl_engine.block_adamw import BlockAdamW, norm_of
+from prfl_engine.config import OptimConfig, UserError
 
 
-def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over (module, learning rate) groups; only parameters that require gradients."""
+def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over (module, learning rate) groups; only parameters that require gradients.
+
+    torch's fused one where weights and states are float32 on the device and all gradients are there for the
+    update, apex's if it is asked for, BlockAdamW for everything else.
+    """
+    made = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr, "base_lr": lr}
+        for module, lr in groups
+    ]
+    parameters = [p for group in made for p in group["params"]]
+    if config.grad_dtype == "float32":
+        for p in parameters:
+            if not hasattr(p, "grad_dtype"):
+                version = torch.__version__
+                raise UserError(f"optim.grad_dtype: got 'float32', want 'weights' with torch {version}")
+            p.grad_dtype = torch.float32
+    narrow = any(p.dtype == torch.bfloat16 for p in parameters)
+    if config.name == "apex":
+        if narrow or parameters[0].device.type != "cuda":
+            what = "bfloat16 weights" if narrow else "weights on a CPU"
+            raise UserError(f"optim.name: got 'apex' with {what}, want adamw or adamw8bit")
+        return _apex(made, config)
+    if narrow or config.name == "adamw8bit" or config.in_backward or config.offload != "none":
+        return BlockAdamW(made, config)
     return torch.optim.AdamW(
-        [
-            {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr, "base_lr": lr}
-            for module, lr in groups
-        ],
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
+        made, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
+
+
+def update(optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
+    """One update by the gradients that are there, clipped to the norm `clip`, and the end of them.
+
+    Returns their norm, 0-dim on the device. Where it is not finite neither weights nor states change (with
+    in_backward: from the first such gradient on). Nothing waits for the device.
+    """
+    if isinstance(optimizer, BlockAdamW):
+        norm = optimizer.norm()
+    else:
+        norm = norm_of(p for group in optimizer.param_groups for p in group["params"])
+    optimizer.found_inf = (~norm.isfinite()).float()
+    # The update divides by it, which saves a pass over the gradients.
+    optimizer.grad_scale = None if clip is None else (norm / clip).clamp(min=1).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """The learning rate of every group becomes its base_lr times the factor; no host sync."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["base_lr"] * factor)
+        else:
+            group["lr"] = group["base_lr"] * factor
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
@@ -34,6 +78,48 @@ def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _apex(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    """NVIDIA apex's FusedAdam, in its capturable form, whose flag and scale are read on the device."""
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise UserError(
+            f"optim.name: got 'apex', but FusedAdam cannot be imported ({error}): build NVIDIA's apex from "
+            "its repository with --cpp_ext --cuda_ext, or take adamw"
+        ) from None
+
+    class Fused(FusedAdam):
+        """torch's amp protocol: grad_scale and found_inf are attributes."""
+
+        grad_scale = found_inf = None
+
+        def step(self) -> None:
+            super().step(grad_scaler=self)
+
+        def _check_inf_per_device(self, _) -> dict[torch.device, Tensor]:
+            return {self.found_inf.device: self.found_inf}
+
+        def _get_scale_async(self) -> Tensor:
+            return torch.ones_like(self.found_inf) if self.grad_scale is None else self.grad_scale
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            super().zero_grad()
+
+        def load_state_dict(self, saved: dict) -> None:
+            super().load_state_dict(saved)
+            for group in self.param_groups:
+                for name in ("lr", "step"):  # torch moves the states to the device, not these
+                    if name in group:
+                        group[name] = group[name].to(group["params"][0].device)
+
+    # The constructor makes the default learning rate a tensor, not that of a group.
+    for group in groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
+    return Fused(
+        groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, capturable=True
+    )
+
+
 class EMA:
     """Exponential moving average of a module's parameters, in float32."""
 
@@ -43,17 +129,22 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        now = [p.float() for p in self.module.parameters()]
-        torch._foreach_lerp_(list(self.average.values()), now, 1 - self.decay)
+        same = [(a, p) for a, p in zip(self.average.values(), self.module.parameters(), strict=True)]
+        for a, p in same:
+            if a.dtype != p.dtype:
+                a.lerp_(p.float(), 1 - self.decay)  # one parameter in float32 at a time
+        same = [(a, p) for a, p in same if a.dtype == p.dtype]
+        if same:
+            torch._foreach_lerp_([a for a, _ in same], [p for _, p in same], 1 - self.decay)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The module with the averaged weights, inside a with block."""
+    def applied(self, dtype: torch.dtype | None = None) -> Iterator[None]:
+        """The module with the averaged weights, inside a with block; dtype None: in that of its own."""
         own: dict[str, Tensor] = {}
         with torch.no_grad():
             for k, p in self.module.named_parameters():
                 own[k] = p.data
-                p.data = self.average[k].to(p.dtype)
+                p.data = self.average[k].to(dtype or p.dtype)
         try:
             yield
         finally:

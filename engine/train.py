@@ -6,7 +6,7 @@ import torch
 
 from prfl_engine import chain, flow
 from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
-from prfl_engine.config import Config, UserError
+from prfl_engine.config import Config, UserError, check
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
 from prfl_engine.dit import PRESETS, WanTransformer
 from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out
@@ -24,11 +24,11 @@ from prfl_engine.sample import write_samples
 
 
 def make_policy(config: Config, resume: Path | None, device: torch.device) -> WanTransformer:
-    """The generator in float32 master weights: from `resume`, from model.path, or random."""
+    """The generator, weights in model.weights_dtype: from `resume`, from model.path, or random."""
     m = config.model
     source = resume or (Path(m.path) if m.path else None)
     if source is not None:
-        policy = load_transformer(source, torch.float32, device)
+        policy = load_transformer(source, DTYPES[m.weights_dtype], device)
     else:
         if m.preset not in PRESETS:
             raise UserError(
@@ -37,6 +37,7 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
         with torch.device(device):
             policy = WanTransformer(PRESETS[m.preset])
         policy.init_weights(torch.Generator(device).manual_seed(config.train.seed))
+        policy.to(DTYPES[m.weights_dtype])
     policy.recompute, policy.keep = m.recompute, m.keep
     return policy.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
 
@@ -51,7 +52,7 @@ def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.dev
         num_heads=r.num_heads,
         add_query=r.return_type == "query",
         feature_layer=r.feature_layer,
-        dtype=torch.float32,
+        dtype=DTYPES[m.weights_dtype],
         device=device,
     )
     ours, theirs = policy.config, reward.transformer.config
@@ -64,12 +65,24 @@ def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.dev
     return reward.freeze()
 
 
+def check_one_backward(config: Config) -> None:
+    """UserError where an optimizer step of PRFL has more than one backward: not with optim.in_backward."""
+    c, want = config, "with optim.in_backward: one backward in an optimizer step"
+    both = c.loss.weight > 0 and c.loss.sft_weight > 0
+    check(not both or c.loss.alternate, "loss.alternate", c.loss.alternate, f"true or one loss alone {want}")
+    if c.loss.weight > 0:
+        check(c.rollout.samples == 1, "rollout.samples", c.rollout.samples, f"1 {want}")
+        check(c.chain.window == 1, "chain.window", c.chain.window, f"1 {want}")
+
+
 def train(config: Config) -> None:
     """Run PRFL as the configuration says; results go to config.train.out."""
     device, c = pick_device(config), config
     use_reward, use_sft = c.loss.weight > 0, c.loss.sft_weight > 0
     if c.data.text_dropout > 0 and c.data.null_text is None:
         raise UserError("data.null_text: got null, want the null prompt's .npy (text_dropout > 0)")
+    if c.optim.in_backward:
+        check_one_backward(c)
     schedule = flow.make_schedule(c.rollout.solver, c.rollout.steps, c.rollout.shift)
     sigmas = flow.train_sigmas(c.rollout.shift)
     first, last = index_range(c.rollout)
@@ -91,11 +104,13 @@ def train(config: Config) -> None:
         rng = seeded(c.train.seed, 2, key)
         picks = torch.from_numpy(rng.integers(flow.TRAIN_STEPS, size=n))
         indices = stratified_indices(first, last, torch.from_numpy(rng.random((c.rollout.samples, n))))
-        if use_sft:
+        turn = key // c.train.accumulate % 2 if c.loss.alternate else None  # even steps: flow matching
+        if use_sft and turn != 1:
             noise = noise_like(batch.latent, c.train.seed, 3, key)
-            loss = sft_loss(policy, batch, noise, sigmas[picks].to(device)).mean()
+            sigma = sigmas[picks].to(device, non_blocking=True)
+            loss = sft_loss(policy, batch, noise, sigma).mean()
             yield c.loss.sft_weight * loss, {"sft_loss": loss}
-        if use_reward:
+        if use_reward and turn != 0:
             noise = noise_like(batch.latent, c.train.seed, 4, key)
             share = 1 / c.rollout.samples
             for logit in graded_rewards(policy, reward, schedule, batch, noise, indices, c.chain):

@@ -14,17 +14,23 @@ from prfl_engine.objectives import Batch, bradley_terry, cross_entropy
 from prfl_engine.reward import RewardModel
 
 
-def make_reward(config: Config, source: str | Path | None, device: torch.device) -> RewardModel:
-    """The reward model of the folder `source`, or a new one on the first blocks of model.path."""
+def make_reward(
+    config: Config, source: str | Path | None, device: torch.device, dtype: torch.dtype | None = None
+) -> RewardModel:
+    """The reward model of the folder `source`, or a new one on the first blocks of model.path.
+
+    The weights of its transformer are in dtype, None: model.weights_dtype; those of the head in float32.
+    """
     r, m = config.reward, config.model
+    dtype = dtype or DTYPES[m.weights_dtype]
     shared = dict(num_heads=r.num_heads, dropout=r.dropout, add_query=r.return_type == "query",
                   feature_layer=r.feature_layer)  # fmt: skip
     if source is not None:
-        model = load_reward(source, dtype=torch.float32, device=device, **shared)
+        model = load_reward(source, dtype=dtype, device=device, **shared)
     else:
         if m.path is None:
             raise UserError("model.path: got null, want the generator that the reward starts from")
-        trunk = load_transformer(m.path, torch.float32, device, trunk=True, blocks=r.blocks)
+        trunk = load_transformer(m.path, dtype, device, trunk=True, blocks=r.blocks)
         torch.manual_seed(config.train.seed)
         with torch.device(device):
             model = new_reward(trunk, r.blocks, r.num_queries, **shared)
@@ -58,7 +64,7 @@ def train_reward(config: Config) -> None:
         batch = item[0] if pairs else item
         rng = seeded(c.train.seed, 2, key)
         sigma = sigmas[torch.from_numpy(rng.integers(flow.TRAIN_STEPS, size=len(batch.latent)))]
-        sigma = sigma.to(device)
+        sigma = sigma.to(device, non_blocking=True)
         noise = noise_like(batch.latent, c.train.seed, 3, key)
         logit = logits(batch, noise, sigma)
         if pairs:  # winner and loser share noise and noise level
@@ -80,7 +86,7 @@ def train_reward(config: Config) -> None:
         c, resume, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], stream,
         losses, validate if c.eval.every else None,
         save=lambda folder, step: save_reward(model, folder, step),
-        load=lambda folder: make_reward(c, folder, device),
+        load=lambda folder: make_reward(c, folder, device, torch.float32),
     )  # fmt: skip
 
 

@@ -1,0 +1,88 @@
+"""Blocks of tensors that live in host memory and pass through two slots on the device.
+
+While one block is worked on, the next is on its way up and the one before on its way down, each on a
+stream of its own. On the CPU the same copies are made without streams.
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Block = dict[str, Tensor]  # 1-dim tensors by name
+
+
+def new_block(layout: dict[str, tuple[int, torch.dtype]], device: torch.device, pinned: bool) -> Block:
+    """Zeros of the sizes and dtypes of `layout`."""
+    return {
+        name: torch.zeros(n, dtype=dtype, device=device, pin_memory=pinned)
+        for name, (n, dtype) in layout.items()
+    }
+
+
+class HostBlocks:
+    """The way of host blocks through the device."""
+
+    def __init__(self, device: torch.device, blocks: list[Block]):
+        """`blocks` are all that will ever pass: the slots have room for the largest tensor of every name."""
+        room: dict[tuple[str, torch.dtype], int] = {}
+        for block in blocks:
+            for name, a in block.items():
+                room[name, a.dtype] = max(len(a), room.get((name, a.dtype), 0))
+        self.slots = [
+            {key: torch.empty(n, dtype=key[1], device=device) for key, n in room.items()} for _ in range(2)
+        ]
+        self.freed: list[torch.cuda.Event | None] = [None, None]
+        self.up, self.down = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
+        self.device, self.turn = device, 0
+        self.last: set[int] = set()  # addresses of the tensors that went up last
+
+    def through(self, work: Iterable[tuple[Any, Block]], how: str) -> Iterator[tuple[Any, Block]]:
+        """Yield (what, block on the device) for every (what, block), and write the block back behind it.
+
+        how "write": blocks are only written, so they need not come up. Take every item before the next
+        `through`; the last is written back when the iterator ends.
+        """
+        work, ahead = iter(work), []
+        while True:
+            ahead += [self._raise(*item, how) for item in islice(work, 2 - len(ahead))]
+            if not ahead:
+                return
+            what, block, here, turn, ready = ahead.pop(0)
+            if ready is not None:
+                torch.cuda.current_stream(self.device).wait_event(ready)
+            yield what, here
+            done = None if self.down is None else torch.cuda.current_stream(self.device).record_event()
+            self.freed[turn] = self._copy(self.down, done, [(block[k], here[k]) for k in block])
+
+    def wait(self) -> None:
+        """Until the host blocks hold what has been written."""
+        if self.down is not None:
+            self.down.synchronize()
+
+    def _raise(self, what: Any, block: Block, how: str):
+        turn, self.turn = self.turn, 1 - self.turn
+        here = {k: self.slots[turn][k, a.dtype][: len(a)] for k, a in block.items()}
+        # A slot is free when what was in it has gone down. A block that went up just before, in the other
+        # slot, may still be on its way down.
+        addresses = {a.data_ptr() for a in block.values()}
+        if self.up is not None and not addresses.isdisjoint(self.last):
+            self.up.wait_stream(self.down)
+        self.last = addresses
+        pairs = [(here[k], block[k]) for k in block] if how == "both" else []
+        return what, block, here, turn, self._copy(self.up, self.freed[turn], pairs)
+
+    def _copy(self, stream, after, pairs: list[tuple[Tensor, Tensor]]):
+        """Copy (to, from) on the stream, behind the event `after`; returns the event behind the copies."""
+        if stream is None:
+            for to, source in pairs:
+                to.copy_(source)
+            return None
+        if after is not None:
+            stream.wait_event(after)
+        with torch.cuda.stream(stream):
+            for to, source in pairs:
+                to.copy_(source, non_blocking=True)
+            return stream.record_event()
