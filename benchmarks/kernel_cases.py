@@ -19,12 +19,19 @@ from prfl_kernels.attention import attention
 from prfl_kernels.attention_fp8 import _natural, attention_fp8, attention_fp8_reference, quantize_values
 from prfl_kernels.bias_gelu import bias_gelu
 from prfl_kernels.fp8_linear import fp8_linear, quantize_weight
-from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
+from prfl_kernels.gated_add import (
+    gated_add,
+    gated_add_modulate,
+    gated_add_modulate_fp8,
+    gated_add_norm,
+    gated_add_norm_fp8,
+)
 from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8
 from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm
+from prfl_kernels.quantize_fp8 import quantize_fp8
 from prfl_kernels.reward_pool import reward_pool
 from prfl_kernels.rope import rope_angles
 
@@ -118,6 +125,41 @@ def _modulate_fp8() -> Entry:
         lambda s, *inputs: _quantized(_normed(*inputs, 1.0, torch.float32)),
         exact=lambda s, *inputs: _normed(*inputs, 1.0, s.dtype),
         decode=lambda n, scale: [n.double() * scale[..., None]],
+    )  # fmt: skip
+
+
+def _gated_norm_fp8(name: str, call: Callable, vector: Callable, base: float) -> Entry:
+    def plain(s, x, y, gate, scale, shift):
+        x = _added(x, y, gate)
+        return x, *_quantized(_normed(x, scale, shift, base, torch.float32))
+
+    def exact(s, x, y, gate, scale, shift):
+        x = _added(x, y, gate)
+        return x, _normed(x, scale, shift, base, s.dtype)
+
+    return Entry(
+        f"{name}_fp8", name,
+        lambda s: [s.residual_rows(), s.rows(), s.modulation(), vector(s), vector(s)],
+        lambda s, *inputs: call(*inputs, EPS),
+        plain,
+        exact=exact,
+        decode=lambda x, n, scale: [x, n.double() * scale[..., None]],
+    )  # fmt: skip
+
+
+def _quantize_fp8(gelu: bool) -> Entry:
+    """What comes out of attention, or out of the FFN's first product, as rows of e4m3."""
+
+    def values(s, x):
+        return F.gelu(x.to(wide(x.dtype)), approximate="tanh") if gelu else x
+
+    return Entry(
+        "quantize_fp8" + ", gelu" * gelu, "quantize_fp8",
+        lambda s: [s.normal(s.batch, s.length, s.model.ffn if gelu else s.model.width, dtype=s.dtype)],
+        lambda s, x: quantize_fp8(x, gelu),
+        lambda s, x: _quantized(values(s, x)),
+        exact=values,
+        decode=lambda out, scale: [out.double() * scale[..., None]],
     )  # fmt: skip
 
 
@@ -409,6 +451,10 @@ ENTRIES = (
     _reward_pool(),
     _query_pool(),
     _modulate_fp8(),
+    _gated_norm_fp8("gated_add_modulate", gated_add_modulate_fp8, Shape.modulation, 1.0),
+    _gated_norm_fp8("gated_add_norm", gated_add_norm_fp8, Shape.vector, 0.0),
+    _quantize_fp8(gelu=False),
+    _quantize_fp8(gelu=True),
     _qk_norm_rope_fp8(),
     _fp8_linear(),
     _attention_fp8("self"),
