@@ -34,9 +34,20 @@ class Chain:
     Samples may stand at different steps; those that move next move together in one call.
     """
 
-    def __init__(self, velocity: Velocity, schedule: flow.Schedule, noise: Tensor):
-        """noise [B, C, T, H, W]; it is not changed."""
+    def __init__(
+        self,
+        velocity: Velocity,
+        schedule: flow.Schedule,
+        noise: Tensor,
+        stretch: Callable[[], Velocity] | None = None,
+    ):
+        """noise [B, C, T, H, W]; it is not changed.
+
+        velocity makes the steps with gradient. Every stretch of steps without gradient, from where a
+        sample stands to where it is wanted next, asks stretch() for its velocity (None: the same).
+        """
         self.velocity, self.schedule = velocity, schedule
+        self.stretch = stretch or (lambda: velocity)
         start = flow.init_state(noise.detach())
         # states[b][i]: the state [1, ...] of sample b before step i, None where it was forgotten.
         self.states = [[start.select(slice(b, b + 1))] for b in range(len(noise))]
@@ -53,6 +64,7 @@ class Chain:
 
         Both [B] long, on the CPU. A batch costs as many forwards of one sample as states are missing.
         """
+        velocity = self.stretch()
         while True:
             for states, n in zip(self.states, first.tolist(), strict=True):
                 known = min(n, len(states) - 1)
@@ -62,7 +74,7 @@ class Chain:
             if not len(active):
                 return
             at = at[active]
-            state = advance(self.velocity, self.schedule, self.at(at, active), at, active)
+            state = advance(velocity, self.schedule, self.at(at, active), at, active)
             self._append(state, active)
 
     def _append(self, state: flow.SolverState, active: Tensor) -> None:
@@ -139,14 +151,16 @@ def graded_windows(
     indices: Tensor,
     window: int = 1,
     detach_input: bool = False,
+    stretch: Callable[[], Velocity] | None = None,
 ) -> Iterator[Window]:
     """Several graded windows of one rollout, one after another.
 
-    indices [K, B] long on the CPU, not decreasing along K; repeats share their states. Every forward serves
+    indices [K, B] long on the CPU, not decreasing along K; repeats share their states; stretch as in
+    Chain. Every forward serves
     once: a step with gradient is the next step of the rollout as well. Backpropagate each window, and call
     its `backward`, before taking the next.
     """
-    chain = Chain(velocity, schedule, noise)
+    chain = Chain(velocity, schedule, noise, stretch)
     for index in indices:
         yield chain.graded(index, window, detach_input)
 

@@ -43,6 +43,9 @@ class ModelConfig:
     keep: Literal["nothing", "attention", "projections", "all"] = "all"
     """What the attention and FFN branches keep for the backward (docs/kernels.md); with recompute: while the
     backward of their block runs ("attention" where recompute is attention)."""
+    compile: bool = False
+    """torch.compile for every block: one compilation serves all, and every shape takes one; blocks with
+    gradient are compiled only where recompute is none."""
     kernels: str | None = None
     """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
 
@@ -117,8 +120,23 @@ class RolloutConfig:
     samples: int = 1
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm."""
+    precision: Literal["same", "fp8"] = "same"
+    """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
+    cache: float = 0.0
+    """Steps without gradient reuse what the blocks added before, while the accumulated relative change of
+    their modulated input stays below this (TeaCache); 0 computes every step, 0.1 to 0.3 skips some."""
+    probe_every: int = 50
+    """Optimizer steps between measurements of how far an fp8 or cached rollout ends from a plain one."""
+    max_drift: float = 0.05
+    """Relative distance of the latents above which rollouts are plain until a measurement is below it."""
+    cuda_graph: bool = False
+    """Replay the blocks of steps without gradient as a CUDA graph: worth it where launches cost more than
+    the work (few tokens); its working memory stays reserved."""
 
     def __post_init__(self):
+        check(self.cache >= 0, "rollout.cache", self.cache, "at least 0")
+        check(self.probe_every >= 1, "rollout.probe_every", self.probe_every, "at least 1")
+        check(self.max_drift > 0, "rollout.max_drift", self.max_drift, "a positive number")
         check(self.steps >= 2, "rollout.steps", self.steps, "at least 2")
         check(self.shift > 0, "rollout.shift", self.shift, "a positive number")
         check(self.samples >= 1, "rollout.samples", self.samples, "at least 1")

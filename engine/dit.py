@@ -98,13 +98,13 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 
 def _made_again(block: Block, recompute: str, keep: str) -> Callable[..., Tensor]:
     """The block for a checkpoint, which calls it twice: the attention of the first call serves the second
-    one too if recompute is "attention"."""
+    one too if recompute is "attention". Not compiled: two compiled calls need not save the same tensors."""
     first: list[tuple[Tensor, Tensor]] = []
 
     def run(tokens, e_B6C, context, grid):
         if recompute == "full":
-            return block(tokens, e_B6C, context, grid, keep)[0]
-        tokens, attention = block(tokens, e_B6C, context, grid, "attention", *first)
+            return block.forward(tokens, e_B6C, context, grid, keep)[0]
+        tokens, attention = block.forward(tokens, e_B6C, context, grid, "attention", *first)
         first[:] = [attention]
         return tokens
 
@@ -196,19 +196,10 @@ class WanTransformer(nn.Module):
         condition [B, 20, T, H, W] is the mask and the encoded first frame of an I2V model.
         """
         tokens, e, grid = self._run(x, t, context, condition, None)
-        return self._unpatchify(self.head(tokens, e), grid)
+        return self.finish(tokens, e, grid)
 
     def _run(self, x, t, context, condition, blocks):
-        c = self.config
-        if condition is not None:
-            x = torch.cat([x, condition.to(x.dtype)], dim=1)
-        if x.shape[1] != c.in_dim:
-            raise UserError(
-                f"latent: got {x.shape[1]} channels (condition included), want {c.in_dim}"
-            )
-        tokens, grid = self._patchify(x)
-        e = self.time_embedding(sinusoid(t, c.freq_dim))
-        e_B6C = self.time_projection(e).unflatten(1, (6, c.dim))
+        tokens, e, e_B6C, grid = self.begin(x, t, condition)
         for block in self.blocks[:blocks]:
             if self.recompute == "none" or not torch.is_grad_enabled():
                 tokens, _ = block(tokens, e_B6C, context, grid, self.keep)
@@ -218,6 +209,36 @@ class WanTransformer(nn.Module):
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
         return tokens, e, grid
+
+    def begin(
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
+        """What the blocks take: tokens [B, L, C], the embedding [B, C] of t and its six vectors a block
+        adds to its own [B, 6, C], and the grid (frames, rows, columns). Arguments as in forward."""
+        c = self.config
+        if condition is not None:
+            x = torch.cat([x, condition.to(x.dtype)], dim=1)
+        if x.shape[1] != c.in_dim:
+            raise UserError(
+                f"latent: got {x.shape[1]} channels (condition included), want {c.in_dim}"
+            )
+        tokens, grid = self._patchify(x)
+        e = self.time_embedding(sinusoid(t, c.freq_dim))
+        return tokens, e, self.time_projection(e).unflatten(1, (6, c.dim)), grid
+
+    def finish(self, tokens: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """The velocity [B, out_dim, T, H, W] from the tokens behind the last block, and what begin gave."""
+        return self._unpatchify(self.head(tokens, e), grid)
+
+    def compile_blocks(self, backend: str = "inductor") -> "WanTransformer":
+        """Let torch.compile make the code of every block, without graph breaks and for fixed shapes: all
+        blocks share it, and another shape, precision or use (with gradient or without, frozen) has its own.
+        Blocks with gradient that are computed again in backward stay as they are. Returns self."""
+        # Beyond this many torch.compile would raise: shapes of a data set times a handful of uses.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
+        return self
 
     def _patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """The strided convolution as one matrix product over the values of every patch."""

@@ -76,17 +76,23 @@ class CrossAttention(nn.Module):
             self.norm_k_img = RMSNorm(dim, eps)
 
     def forward(self, x_BLC: Tensor, context_BSC: Tensor) -> Tensor:
-        q, text = self._heads(self.norm_q(self.q(x_BLC))), context_BSC
+        return self.o(self.attend(self.q(x_BLC), context_BSC))
+
+    def attend(self, q_BLC: Tensor, context_BSC: Tensor) -> Tensor:
+        """What goes into the last projection, from queries before their norm; [B, L, C] in their dtype."""
+        dtype = q_BLC.dtype
+
+        def heads(x: Tensor) -> Tensor:
+            return x.to(dtype).unflatten(2, (self.num_heads, -1))
+
+        q, text = heads(self.norm_q(q_BLC)), context_BSC
         if self.image:
             picture, text = context_BSC[:, :IMAGE_TOKENS], context_BSC[:, IMAGE_TOKENS:]
-        out = attention(q, self._heads(self.norm_k(self.k(text))), self._heads(self.v(text)))
+        out = attention(q, heads(self.norm_k(self.k(text))), heads(self.v(text)))
         if self.image:
-            k = self._heads(self.norm_k_img(self.k_img(picture)))
-            out = out + attention(q, k, self._heads(self.v_img(picture)))
-        return self.o(out.flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1))
+            k = heads(self.norm_k_img(self.k_img(picture)))
+            out = out + attention(q, k, heads(self.v_img(picture)))
+        return out.flatten(2)
 
 
 class Block(nn.Module):

@@ -29,6 +29,8 @@ def make_reward(config: Config, source: str | Path | None, device: torch.device)
         with torch.device(device):
             model = new_reward(trunk, r.blocks, r.num_queries, **shared)
     model.transformer.recompute, model.transformer.keep = m.recompute, m.keep
+    if m.compile:
+        model.transformer.compile_blocks()
     model.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
     return model
 
