@@ -111,16 +111,16 @@ class Fp8Blocks:
         self.version: Hashable = None
 
     @torch.no_grad()
-    def follow(self, version: Hashable = 0) -> None:
-        """Quantise the weights if they may have changed since the last call.
+    def follow(self, version: Hashable = None) -> None:
+        """Quantise the weights, unless they are known not to have changed since the last call.
 
-        They count as unchanged only if `version`, which the caller changes with every optimizer step, and
-        every parameter's address and torch's own count of writes to it are what they were: a write that
-        torch does not count (through .data, or by a foreign kernel) has to come with another version.
+        That takes a `version`, which the caller changes with every optimizer step; None is always quantised.
+        Every parameter's address and torch's own count of writes to it must be what they were, too. The
+        count alone is not enough: fused AdamW and writes through .data leave it as it is.
         """
         parameters = self.model.blocks.parameters()
         found = version, tuple((p.data_ptr(), p._version) for p in parameters)
-        if found != self.version:
+        if version is None or found != self.version:
             for block in self.blocks:
                 for product in block.products:
                     product.quantize()

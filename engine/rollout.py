@@ -11,7 +11,7 @@ Probes draw no random numbers. They also run in the first step of a process and 
 that what a resumed run does follows from its weights and step number alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Rollout:
         """record: a recorder of `graphs` if the blocks are to be replayed."""
         self.model, self.config, self.schedule = model, config, schedule
         self.fp8 = Fp8Blocks(model) if config.precision == "fp8" else None
-        self.version = 0  # of the weights
+        self.version: Hashable = None  # of the weights, see Fp8Blocks.follow
         self.accelerated = True  # False: plain until a probe passes
         plain, fast = self._plain, self.fp8 or self._plain
         if record is not None:
@@ -137,7 +137,7 @@ class DriftMeter:
         """To be called before every rollout of optimizer step `step`, counted from 0."""
         if step == self.step:
             return
-        self.step = step
+        self.step = self.rollout.version = step
         if self.drift is not None and all(step % period for period in self.periods):
             return
         device = next(self.rollout.model.parameters()).device
