@@ -124,11 +124,13 @@ class RolloutConfig:
     """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
     cache: float = 0.0
     """Steps without gradient reuse what the blocks added before, while the accumulated relative change of
-    their modulated input stays below this (TeaCache); 0 computes every step, 0.1 to 0.3 skips some."""
+    their modulated input stays below this (TeaCache); 0 computes every step. With 40 steps 0.05 skipped
+    0.4 of the demo's, 0.1 0.6 of them."""
     probe_every: int = 50
     """Optimizer steps between measurements of how far an fp8 or cached rollout ends from a plain one."""
     max_drift: float = 0.05
-    """Relative distance of the latents above which rollouts are plain until a measurement is below it."""
+    """Relative distance of the latents above which rollouts are plain until a measurement is below it. On
+    the demo fp8 has 0.025, and the last step of 40 by itself moves a latent by 0.09."""
     cuda_graph: bool = False
     """Replay the blocks of steps without gradient as a CUDA graph: worth it where launches cost more than
     the work (few tokens); its working memory stays reserved."""

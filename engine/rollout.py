@@ -34,7 +34,8 @@ Blocks = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
 def make_rollout(
     model: WanTransformer, config: RolloutConfig, schedule: flow.Schedule, device: torch.device
 ) -> "Rollout | None":
-    """What `rollout` asks for; None where a rollout is as the other steps are. UserError for what cannot be."""
+    """What the configuration asks for; None where a rollout is as the other steps are. Raises UserError for
+    what cannot be."""
     if config.precision == "same" and config.cache == 0 and not config.cuda_graph:
         return None
     if config.cuda_graph and device.type != "cuda":
@@ -122,7 +123,7 @@ class Rollout:
 
 
 class DriftMeter:
-    """Measures the drift of a rollout on a fixed sample in due time, and turns its acceleration off and on."""
+    """Measures the drift of a rollout on a fixed sample in due time; turns its acceleration off and on."""
 
     def __init__(self, rollout: Rollout, sample: Batch, index: int, seed: int, save_every: int):
         """sample: a batch of one, on the CPU; index: the step before which latents are compared;
@@ -146,7 +147,7 @@ class DriftMeter:
         drift, limit, before = self.drift.item(), self.rollout.config.max_drift, self.rollout.accelerated
         self.rollout.accelerated = drift <= limit
         if self.rollout.accelerated != before:
-            now = "accelerated again" if self.rollout.accelerated else "plain until a probe is below it"
+            now = "accelerated again" if self.rollout.accelerated else "plain until it is below"
             note(f"step {step}: rollout drift {drift:.3g}, rollout.max_drift {limit:g}: rollouts are {now}")
 
     def values(self) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused import needs_triton, triton
-from helpers import random_batch, relative, tiny_config, tiny_model
+from helpers import relative, tiny_config, tiny_model
 
 from prfl_engine import fp8_blocks
 from prfl_engine.config import UserError
@@ -165,7 +165,7 @@ def step(model, how):
     [("fused AdamW", 1), ("fused AdamW", None), ("data", 1), ("in place", 0), ("replaced", 0)],
 )
 def test_moved_weights_are_quantised_again(how, version):
-    """In place and by replacement even where the version was left as it was. The buffers stay where they are."""
+    """In place and by replacement even where the version was left as it was. Buffers stay where they are."""
     config = wide_config(num_layers=2)
     model, held = tiny_model(config), inputs(config)
     blocks = Fp8Blocks(model)

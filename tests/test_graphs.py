@@ -74,7 +74,9 @@ def test_memory_that_moved_is_recorded_again():
     assert held is not weight[0]
 
 
-@pytest.mark.parametrize("fields", [{}, {"cache": 0.3}, {"precision": "fp8"}, {"precision": "fp8", "cache": 0.3}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"cache": 0.3}, {"precision": "fp8"}, {"precision": "fp8", "cache": 0.3}]
+)
 def test_a_rollout_by_replays_is_the_rollout(fields):
     """Samples leave the batch on the way: two shapes. With a cache part of a batch may be computed."""
     config = tiny_config(dim=128, num_heads=2)

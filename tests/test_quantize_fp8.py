@@ -93,7 +93,8 @@ def test_registration_and_no_gradient():
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
-    "op, plain, rows", [(gated_add_modulate_fp8, gated_add_modulate, 2), (gated_add_norm_fp8, gated_add_norm, 1)]
+    "op, plain, rows",
+    [(gated_add_modulate_fp8, gated_add_modulate, 2), (gated_add_norm_fp8, gated_add_norm, 1)],
 )
 def test_norms_behind_a_residual(backend, gated, op, plain, rows):
     x, y = normal(2, 7, 96), normal(2, 7, 96, dtype=BF16)

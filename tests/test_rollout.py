@@ -151,9 +151,9 @@ def test_acceleration_goes_off_above_the_limit_and_on_below_it(capsys):
     assert found == [1] * 4 + [0] * 4 + [1] * 4 + [0] * 2
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "prfl: step 4: rollout drift 0.2, rollout.max_drift 0.1: rollouts are plain until a probe is below it",
+        "prfl: step 4: rollout drift 0.2, rollout.max_drift 0.1: rollouts are plain until it is below",
         "prfl: step 8: rollout drift 0.05, rollout.max_drift 0.1: rollouts are accelerated again",
-        "prfl: step 12: rollout drift nan, rollout.max_drift 0.1: rollouts are plain until a probe is below it",
+        "prfl: step 12: rollout drift nan, rollout.max_drift 0.1: rollouts are plain until it is below",
     ]
 
 
@@ -199,7 +199,8 @@ def test_a_run_with_the_meter_draws_what_a_run_without_draws(tmp_path):
     config = write_run(tmp_path, train={"steps": 4, "accumulate": 2, "save_every": 3}, rollout={"steps": 4})
     runs = {name: tmp_path / name for name in ("off", "on")}
     assert main(["train", str(config), f"train.out={runs['off']}"]) == 0
-    assert main(["train", str(config), f"train.out={runs['on']}", "rollout.cache=1e-9", "rollout.probe_every=2"]) == 0
+    options = "rollout.cache=1e-9", "rollout.probe_every=2"
+    assert main(["train", str(config), f"train.out={runs['on']}", *options]) == 0
     assert_equal(content(runs["on"] / "checkpoint-4"), content(runs["off"] / "checkpoint-4"))
     off, on = values(runs["off"]), values(runs["on"])
     for step, found in on.items():
@@ -209,9 +210,11 @@ def test_a_run_with_the_meter_draws_what_a_run_without_draws(tmp_path):
 
 @pytest.mark.parametrize("fields", [["rollout.precision=fp8"], ["rollout.cache=1.5", "rollout.samples=2"]])
 def test_a_stopped_accelerated_run_goes_on_to_the_bit(fields, tmp_path, monkeypatch):
-    """With a limit that drifts fall on both sides of: acceleration is off for some steps and on for others."""
+    """With a limit that drifts fall on both sides of: acceleration is off for some steps, on for others."""
     config = wide_run(
-        tmp_path, train={"steps": 6, "accumulate": 2, "save_every": 3}, rollout={"steps": 6, "probe_every": 2},
+        tmp_path,
+        train={"steps": 6, "accumulate": 2, "save_every": 3},
+        rollout={"steps": 6, "probe_every": 2},
         optim={"lr": 3e-3},
     )  # fmt: skip
     found = tmp_path / "found"

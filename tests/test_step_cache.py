@@ -21,7 +21,7 @@ class Blocks:
 
 
 def drive(cache, inputs, samples=((0,),) * 99, times=None):
-    """Steps with modulated inputs inputs[step][row] (numbers); [the step that each row's residual is from]."""
+    """Steps with modulated inputs inputs[step][row] (numbers): the step that each row's residual is from."""
     blocks, found = Blocks(), []
     for step, (values, at) in enumerate(zip(inputs, samples, strict=False), 1):
         blocks.step = step
