@@ -107,6 +107,31 @@ def test_the_gradient_is_that_of_the_ordinary_step_at_the_visited_state(fields, 
     assert relative(got, want) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"recompute": "full"}, {"recompute": "attention"}, {"keep": "nothing"}, {"compile": True}],
+    ids=str,
+)
+def test_it_goes_with_recomputation_kept_parts_and_compilation(settings):
+    """Two graded windows of two steps of an fp8 rollout: the same gradients, whatever the blocks keep."""
+    found = []
+    for chosen in ({}, settings):
+        torch.manual_seed(0)
+        model, batch, schedule, rollout = setup(precision="fp8", cache=0.3)
+        reward = tiny_reward(model.config).freeze()
+        if chosen.get("compile"):
+            for one in (model, reward.transformer):
+                one.compile_blocks("aot_eager")
+        model.recompute, model.keep = chosen.get("recompute", "none"), chosen.get("keep", "all")
+        noise, indices = torch.randn_like(batch.latent), torch.tensor([[2, 3], [6, 4]])
+        given = model, reward, schedule, batch, noise, indices, ChainConfig(2)
+        for logit in graded_rewards(*given, rollout.stretches):
+            logit.sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.compiler.reset()
+    assert relative(found[1], found[0]) < 1e-4
+
+
 def test_a_stretch_keeps_nothing_behind_it(monkeypatch):
     """No residual lives while a graded step runs, and the step behind it is computed."""
     made = []
