@@ -58,9 +58,10 @@ class Rollout:
         self.fp8 = Fp8Blocks(model) if config.precision == "fp8" else None
         self.version: Hashable = None  # of the weights, see Fp8Blocks.follow
         self.accelerated = True  # False: plain until a probe passes
-        plain, fast = self._plain, self.fp8 or self._plain
-        if record is not None:
-            plain, fast = self._captured(plain, record), self._captured(fast, record)
+        plain = self._plain if record is None else self._captured(self._plain, record)
+        fast = plain
+        if self.fp8 is not None:
+            fast = self.fp8 if record is None else self._captured(self.fp8, record)
         self.blocks: dict[bool, Blocks] = {False: plain, True: fast}
 
     @property
