@@ -3,11 +3,14 @@
 Shapes: B batch, L video tokens, S context tokens, C width, H heads, F ffn width.
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prfl_kernels.attention import attention
+from prfl_kernels.cross_attention import CrossWeights, ImageWeights, cross_attention
 from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate
 from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
@@ -64,7 +67,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text and, in an I2V model, to the image tokens before it."""
+    """Attention to the text and, in an I2V model, to the image tokens before it.
+
+    With gradient it is one operation, which keeps what it is told to. Without, or where a linear layer is
+    more than its weight and bias (adapters, another class), the layers run one by one.
+    """
 
     def __init__(self, dim: int, num_heads: int, eps: float, image: bool):
         super().__init__()
@@ -75,7 +82,33 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x_BLC: Tensor, context_BSC: Tensor) -> Tensor:
+    def forward(self, x_BLC: Tensor, context_BSC: Tensor, keep: str | Collection[str] = "all") -> Tensor:
+        """The branch's output [B, L, C]; `keep` as in prfl_kernels.cross_attention."""
+        if torch.is_grad_enabled() and self.fused:
+            (q, k, v, o), image = ((m.weight, m.bias) for m in self._linears()[:4]), None
+            if self.image:
+                (k_img, v_img), norm = self._linears()[4:], self.norm_k_img
+                image = ImageWeights(k_img.weight, k_img.bias, v_img.weight, v_img.bias, norm.weight)
+            return cross_attention(
+                x_BLC, context_BSC, CrossWeights(*q, *k, *v, *o, self.norm_q.weight, self.norm_k.weight),
+                self.num_heads, image, IMAGE_TOKENS if self.image else 0, self.norm_q.eps,
+                self.q.compute_dtype or self.q.weight.dtype, keep,
+            )  # fmt: skip
+        return self._by_layers(x_BLC, context_BSC)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the branch with gradient is one operation."""
+        return all(
+            type(m) is Linear and {name for name, _ in m.named_parameters()} == {"weight", "bias"}
+            for m in self._linears()
+        )
+
+    def _linears(self) -> tuple[nn.Module, ...]:
+        more = (self.k_img, self.v_img) if self.image else ()
+        return self.q, self.k, self.v, self.o, *more
+
+    def _by_layers(self, x_BLC: Tensor, context_BSC: Tensor) -> Tensor:
         q, text = self._heads(self.norm_q(self.q(x_BLC))), context_BSC
         if self.image:
             picture, text = context_BSC[:, :IMAGE_TOKENS], context_BSC[:, IMAGE_TOKENS:]
