@@ -3,7 +3,7 @@
 Shapes: B batch, L video tokens, S context tokens, C width, H heads, F ffn width.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from prfl_kernels.attention import attention
 from prfl_kernels.cross_attention import CrossWeights, ImageWeights, cross_attention
 from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate
-from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
+from prfl_kernels.modulated_attention import AttentionWeights, Branch, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 from prfl_kernels.qk_norm_rope import rms_norm
 
@@ -126,8 +126,8 @@ class Block(nn.Module):
     """Self-attention, cross-attention and FFN on the residual stream, modulated by the timestep.
 
     x += gate1 * Attn(LN(x) (1 + scale1) + shift1);  x += Cross(LN_affine(x), context);
-    x += gate2 * FFN(LN(x) (1 + scale2) + shift2). `keep` is what the two modulated branches keep for the
-    backward, `attention` what a call before has made; see prfl_kernels.modulated_attention.
+    x += gate2 * FFN(LN(x) (1 + scale2) + shift2). `keep` is what the three branches keep for the
+    backward (for all of them or each), `attention` what a call before has made; see prfl_kernels.modulated_attention.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool):
@@ -147,21 +147,35 @@ class Block(nn.Module):
         e_B6C: Tensor,
         context_BSC: Tensor,
         grid: tuple[int, int, int],
-        keep: str = "all",
+        keep: str | Sequence[str | Collection[str]] = "all",
         attention: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """(x' [B, L, C], output and log-sum-exp of self-attention where kept or given)."""
-        e = self.modulation.to(e_B6C.dtype) + e_B6C
-        shift1, scale1, gate1, shift2, scale2, gate2 = e.unbind(1)
-        attn, (first, _, second) = self.self_attn, self.ffn
-        how = dict(eps=self.eps, dtype=attn.q.compute_dtype or attn.q.weight.dtype, keep=keep)
-        x, n, attention = modulated_attention(
-            x_BLC, shift1, scale1, gate1, attn.weights(), grid, attn.num_heads,
-            norm=(self.norm3.weight, self.norm3.bias), attention=attention, **how,
+        vectors, keeps = self.vectors(e_B6C), [keep] * 3 if isinstance(keep, str) else keep
+        x, n, attention = self.attend(x_BLC, vectors, grid, keeps[0], attention)
+        return self.feed(x, self.cross_attn(n, context_BSC, keeps[1]), vectors, keeps[2]), attention
+
+    def vectors(self, e_B6C: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate [B, C] of self-attention, then those of the FFN."""
+        return (self.modulation.to(e_B6C.dtype) + e_B6C).unbind(1)
+
+    def attend(self, x_BLC: Tensor, vectors, grid, keep="all", attention=None) -> Branch:
+        """The self-attention branch and the norm that cross-attention reads."""
+        attn = self.self_attn
+        return modulated_attention(
+            x_BLC, *vectors[:3], attn.weights(), grid, attn.num_heads,
+            norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep, **self._how(),
         )  # fmt: skip
-        y = self.cross_attn(n, context_BSC)
+
+    def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, keep="all") -> Tensor:
+        """x + y and the FFN branch on it; y is cross-attention's output."""
+        first, _, second = self.ffn
         weights = FFNWeights(first.weight, first.bias, second.weight, second.bias)
-        return modulated_ffn(x, y, shift2, scale2, gate2, weights, **how), attention
+        return modulated_ffn(x_BLC, y_BLC, *vectors[3:], weights, keep=keep, **self._how())
+
+    def _how(self) -> dict:
+        q = self.self_attn.q
+        return dict(eps=self.eps, dtype=q.compute_dtype or q.weight.dtype)
 
 
 class Head(nn.Module):

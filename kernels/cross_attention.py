@@ -11,13 +11,13 @@ weights, and what `keep` names:
     mode         keeps                                     bytes (16 bits)   made again in backward
     nothing      -                                                           q, attention
     attention    attention: output, log-sum-exp            2 L C + 4 L H     q
-    projections  and projections: q before the norm        4 L C             norm
-    all          and queries: q, 1/rms                     6 L C             -
+    projections  and projections: q, k before norm, v      4 L C + 4 S C     norms
+    all          and queries: q, 1/rms                     6 L C + 4 S C     norm of k
 
-attention is kept once more for an image. k and v of a few hundred tokens are always made again.
+attention is kept once more for an image.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ KEEP = {
     "projections": ("attention", "projections"),
     "all": ("attention", "projections", "queries"),
 }
-KEPT = {"attention": 4, "projections": 1, "queries": 2}  # parts and their tensors
+KEPT = {"attention": 4, "projections": 5, "queries": 2}  # parts and their tensors
 
 
 class CrossWeights(NamedTuple):
@@ -90,16 +90,18 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return n.flatten(2), rstd
 
 
-def _keys(context, w: CrossWeights, image: ImageWeights, s: _Settings) -> list[_Keys]:
+def _keys(context, w: CrossWeights, image: ImageWeights, s: _Settings, held: Sequence[Tensor]) -> list[_Keys]:
+    """The parts of the context, the text first; held: the keys before norm and values of each, or empty."""
     parts, tokens = [("", context[:, s.image_tokens :], w)], context[:, : s.image_tokens]
     if s.image_tokens:
         parts.append(("_img", tokens, image))
     made = []
-    for name, tokens, weights in parts:
-        tokens = tokens.to(s.dtype)
-        before = linear(tokens, weights.k, weights.k_bias)
+    for i, (name, tokens, weights) in enumerate(parts):
+        tokens, (before, v) = tokens.to(s.dtype), held[2 * i : 2 * i + 2]
+        if not before.numel():
+            before = linear(tokens, weights.k, weights.k_bias)
+            v = linear(tokens, weights.v, weights.v_bias)
         k, rstd = _normed(before, weights.norm_k, s.eps)
-        v = linear(tokens, weights.v, weights.v_bias)
         made.append(_Keys(name, tokens, weights, before, rstd, k, v))
     return made
 
@@ -120,10 +122,14 @@ def _forward(x, context, *rest):
     held = {name: [x.new_empty(0) for _ in range(count)] for name, count in KEPT.items()}
     q_in = linear(x.to(s.dtype), w.q, w.q_bias)
     q, rstd = _normed(q_in, w.norm_q, s.eps)
+    keys = _keys(context, w, image, s, held["projections"][1:])
     if keeps["projections"]:
-        held["projections"] = [q_in]
+        projected = [q_in, *(a for part in keys for a in (part.before, part.v))]
+        held["projections"][: len(projected)] = projected
+        del projected
     del q_in
-    made = _attended(q, _keys(context, w, image, s), s)
+    made = _attended(q, keys, s)
+    del keys
     if keeps["queries"]:
         held["queries"] = [q, rstd]
     del q, rstd
@@ -138,13 +144,16 @@ def _fake(x, context, *rest):
     s, keeps = _Settings(*rest[15:19]), dict(zip(KEPT, rest[19], strict=True))
     batch, length, width = x.shape
     rows = (batch, length, width), s.dtype
+    text, picture = (
+        ((batch, n, width), s.dtype) for n in (context.shape[1] - s.image_tokens, s.image_tokens)
+    )
     outs = [
         ((batch, length, s.num_heads, width // s.num_heads), s.dtype),
         ((batch, s.num_heads, length), wide(s.dtype)),
     ]
     wanted = {
         "attention": [*outs, *(outs if s.image_tokens else [None, None])],
-        "projections": [rows],
+        "projections": [rows, text, text, *([picture, picture] if s.image_tokens else [None, None])],
         "queries": [rows, ((1, batch, length), wide(s.dtype))],
     }
     made = sum((v if keeps[k] else [None] * len(v) for k, v in wanted.items()), [])
@@ -170,15 +179,15 @@ class _Wants(NamedTuple):
 
 def _backward(dy, x, context, *rest):
     w, image = CrossWeights(*rest[:10]), ImageWeights(*rest[10:15])
-    out, lse, out_img, lse_img, q_in, q, rstd = rest[15:22]
-    s, wants = _Settings(*rest[22:26]), _Wants(*rest[26])
+    out, lse, out_img, lse_img, q_in, *projected, q, rstd = rest[15:26]
+    s, wants = _Settings(*rest[26:30]), _Wants(*rest[30])
     made: dict[str, Tensor] = {}
     n, d = x.to(s.dtype), dy.to(s.dtype)
     if not q_in.numel():
         q_in = linear(n, w.q, w.q_bias)
     if not rstd.numel():
         q, rstd = _normed(q_in, w.norm_q, s.eps)
-    keys = _keys(context, w, image, s)
+    keys = _keys(context, w, image, s, projected)
     results = [out, lse, out_img, lse_img] if lse.numel() else _attended(q, keys, s)
     if wants.o:
         a = (results[0] + results[2] if len(keys) == 2 else results[0]).flatten(2)
@@ -188,7 +197,7 @@ def _backward(dy, x, context, *rest):
     del d
     backend, factor = implementation("attention", _heads(q, s)), (q.shape[2] // s.num_heads) ** -0.5
     wants_q, dq, dcontext = wants.x or wants.q or wants.norm_q, None, []
-    for part, a, lse in zip(keys, results[::2], results[1::2]):
+    for part, a, lse in zip(keys, results[::2], results[1::2], strict=False):
         wants_kv = wants.context or any(getattr(wants, f"{m}{part.name}") for m in ("k", "v", "norm_k"))
         more, dk, dv = torch.ops.prfl.attention_backward(
             _heads(da, s), None, _heads(q, s), _heads(part.k, s), _heads(part.v, s), a, lse, factor,
@@ -234,7 +243,7 @@ def _keys_backward(dk, dv, part: _Keys, wants: _Wants, made: dict[str, Tensor]) 
 
 
 def _backward_fake(dy, x, context, *rest):
-    w, image, wants = CrossWeights(*rest[:10]), ImageWeights(*rest[10:15]), _Wants(*rest[26])
+    w, image, wants = CrossWeights(*rest[:10]), ImageWeights(*rest[10:15]), _Wants(*rest[30])
     like = {"x": x, "context": context, **w._asdict()}
     like |= {f"{name}_img": a for name, a in image._asdict().items()}
     return tuple(
@@ -262,7 +271,7 @@ _IMAGE = ", ".join(f"Tensor? {name}_img" for name in ImageWeights._fields)
 _SETTINGS = "int image_tokens, int num_heads, float eps, ScalarType dtype"
 register(
     f"cross_attention(Tensor x, Tensor context, {_MATRICES}, {_IMAGE}, {_SETTINGS}, bool[3] keep)"
-    f" -> ({', '.join(['Tensor'] * 8)})",
+    f" -> ({', '.join(['Tensor'] * 12)})",
     _forward,
     _fake,
     _gradient,
@@ -270,8 +279,9 @@ register(
 )
 register(
     f"cross_attention_backward(Tensor dy, Tensor x, Tensor context, {_MATRICES}, {_IMAGE}, Tensor out,"
-    f" Tensor lse, Tensor out_img, Tensor lse_img, Tensor q_in, Tensor q_normed, Tensor rstd, {_SETTINGS},"
-    f" bool[11] wants) -> ({', '.join(['Tensor'] * 17)})",
+    " Tensor lse, Tensor out_img, Tensor lse_img, Tensor q_in, Tensor k_in, Tensor v_in, Tensor k_img_in,"
+    f" Tensor v_img_in, Tensor q_normed, Tensor rstd, {_SETTINGS}, bool[11] wants)"
+    f" -> ({', '.join(['Tensor'] * 17)})",
     _backward,
     _backward_fake,
 )

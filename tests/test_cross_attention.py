@@ -99,6 +99,7 @@ def test_only_the_gradients_asked_for_are_made(image, keep):
         assert error(got, want) < 1e-12
 
 
+KEYS = 2 * 2 * TEXT * WIDTH * 2  # of the text, and values
 ROWS, LSE, RMS = 2 * LENGTH * WIDTH * 2, 2 * HEADS * LENGTH * 4, 2 * LENGTH * 4
 
 
@@ -108,8 +109,9 @@ ROWS, LSE, RMS = 2 * LENGTH * WIDTH * 2, 2 * HEADS * LENGTH * 4, 2 * LENGTH * 4
         ("nothing", True, 0),
         ("attention", False, ROWS + LSE),
         ("attention", True, 2 * (ROWS + LSE)),
-        ("projections", False, 2 * ROWS + LSE),
-        ("all", False, 3 * ROWS + LSE + RMS),
+        ("projections", False, 2 * ROWS + LSE + KEYS),
+        (("projections",), True, ROWS + KEYS * (TEXT + PICTURE) // TEXT),
+        ("all", False, 3 * ROWS + LSE + KEYS + RMS),
         (("queries",), True, ROWS + RMS),
     ],
 )
