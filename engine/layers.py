@@ -127,7 +127,8 @@ class Block(nn.Module):
 
     x += gate1 * Attn(LN(x) (1 + scale1) + shift1);  x += Cross(LN_affine(x), context);
     x += gate2 * FFN(LN(x) (1 + scale2) + shift2). `keep` is what the three branches keep for the
-    backward (for all of them or each), `attention` what a call before has made; see prfl_kernels.modulated_attention.
+    backward (for all of them or each), `attention` what a call before has made; see
+    prfl_kernels.modulated_attention.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool):

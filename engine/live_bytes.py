@@ -49,6 +49,11 @@ class LiveBytes(TorchDispatchMode):
             self._see(a)
         self.peak = max(self.peak, self.now)
 
+    def lap(self) -> int:
+        """`peak` since the last call, or the begin; it starts again from `now`."""
+        peak, self.peak = max(self.peak, self.now), self.now
+        return peak
+
     def _see(self, a: Tensor) -> None:
         storage = a.untyped_storage()
         key = storage._cdata

@@ -18,10 +18,15 @@ The intermediates of a block, in the order in which they are made (L tokens, C w
 
 Each is kept on the device, put away on the host, or computed again in the backward; the input cannot be computed
 again. One autograd graph of three operations is made once. What these save is found by its storage or its
-place, and in the graph stands something that is looked up when the backward asks for it. Branches make their inner
-parts again by themselves; a stream that is neither kept nor put away is made again by running the branch
-before it once more, which is then also where the inner parts of that branch come from. So unlike a
-checkpoint of the whole block the FFN, which comes last, is never run again for a result that nobody reads.
+place, and in the graph stands something that is looked up when the backward asks for it. Branches make
+their inner parts again by themselves; a stream that is neither kept nor put away is made again by running
+the branch before it once more, which is then also where the inner parts of that branch come from. So
+unlike a checkpoint of the whole block the FFN, which comes last, is never run again for a result that
+nobody reads.
+
+A user's own torch.utils.checkpoint around a Block works too, with selective contexts as well: a policy sees
+torch.ops.prfl.modulated_attention, cross_attention and modulated_ffn, and what it saves is not run again
+(attention is inside of these; torch.ops.prfl.attention is seen where it is called alone).
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -51,6 +56,9 @@ INNER = {
 STREAM = ("input", "after_attention", "cross_normed", "after_cross")
 NAMES = (*STREAM, *(name for parts in INNER.values() for name, _, _ in parts))
 MODES = ("none", "full", "attention")
+# Of the planner: called when blocks begin to run; what it returns is called with the stream before every
+# block and behind the last.
+watchers: list[Callable[[], Callable[[Tensor], None]]] = []
 
 
 class Keeps(NamedTuple):
@@ -111,8 +119,7 @@ def named(mode: str, keep: str = "all") -> BlockPolicy:
         parts = zip(INNER.values(), (m[keep] for m in modes), strict=True)
         inner = {name for names, kept in parts for name, own, _ in names if own in kept}
         return BlockPolicy(frozenset({*STREAM, *inner}), again=keep)
-    kept = {"input"} if mode == "full" else {"input", "attention"}
-    return BlockPolicy(frozenset(kept), again=keep if mode == "full" else "attention")
+    return BlockPolicy({"input"} if mode == "full" else {"input", "attention"}, again=keep)
 
 
 def run(
@@ -144,22 +151,28 @@ def run_all(
     grid: tuple[int, int, int],
 ) -> Tensor:
     """The blocks one after another, as in `run`. The last one puts nothing away: its backward comes first."""
+    watch = watchers[-1]() if watchers else None
     before, moved = None, any(policy.offload for policy in policies)
     policies = [*policies[:-1], *(policy.staying() for policy in policies[-1:])]
     for block, policy in zip(blocks, policies, strict=True):
+        if watch is not None:
+            watch(x)
         x, before = run(block, policy, x, e, context, grid, before)
     if moved:
         store_of(x.device).settle()
+    if watch is not None:
+        watch(x)
     return x
 
 
 class _Slot:
     """Stands in the graph for a tensor that an operation saved."""
 
-    __slots__ = ("run", "branch", "index", "name", "value")
+    __slots__ = ("run", "branch", "index", "name", "value", "view")
 
     def __init__(self, run: "Run", branch: str, index: int, value: Tensor):
         self.run, self.branch, self.index, self.name, self.value = run, branch, index, "", value
+        self.view = value.shape, value.stride()
 
 
 def _unpack(slot: "_Slot | Tensor") -> Tensor:
@@ -190,27 +203,24 @@ class Run:
     def forward(self, x: Tensor) -> Tensor:
         """The block's result; what it leaves behind is kept, put away or forgotten branch by branch."""
         keeps = self.policy.keeps
-        made, slots = self._watched("attend", lambda: self._attend(x, keeps.attend))
-        after, n = made.x, made.n
+        (after, n, _), slots = self._watched("attend", self._attend, x, keeps.attend)
         self.streams |= {"after_attention": after.detach(), "cross_normed": n.detach()}
-        del made
-        self._settle("attend", slots)
+        places = {a.untyped_storage()._cdata: name for name, a in self.streams.items()}
+        self._settle("attend", slots, places)
         self.attention = [s.value for s in slots if s.name == "attention" and s.value is not None]
-        del slots
-        y, slots = self._watched("cross", lambda: self.block.cross_attn(n, self.context, keeps.cross))
-        self._settle("cross", slots)
-        del n, slots
+        y, slots = self._watched("cross", self.block.cross_attn, n, self.context, keeps.cross)
+        self._settle("cross", slots, places)
+        del n
         self.streams = {k: a for k, a in self.streams.items() if k in self.policy.held}
-        feed = self.block.feed
-        out, slots = self._watched("feed", lambda: feed(after, y, self.vectors, keeps.feed))
-        self._settle("feed", slots)
+        out, slots = self._watched("feed", self.block.feed, after, y, self.vectors, keeps.feed)
+        self._settle("feed", slots, {})
         return out
 
     def _attend(self, x, keep, attention=None):
         return self.block.attend(x, self.vectors, self.grid, keep, attention)
 
-    def _watched(self, branch: str, call: Callable) -> tuple:
-        """(what call() returns, a slot for everything that its graph saves)."""
+    def _watched(self, branch: str, call: Callable, *arguments) -> tuple:
+        """(what a branch returns, a slot for everything that its graph saves)."""
         slots: list[_Slot] = []
 
         def pack(a: Tensor) -> "_Slot | Tensor":
@@ -220,25 +230,22 @@ class Run:
             return slots[-1]
 
         with saved_tensors_hooks(pack, _unpack):
-            made = call()
+            made = call(*arguments)
         tail = [name for name, _, count in INNER[branch] for _ in range(count)]
+        if branch == "cross" and not self.block.cross_attn.fused:
+            tail = []  # what layers save has no names
         if branch == "feed" and slots:
             slots[0].name = "after_cross"
-        elif branch == "attend" or self.block.cross_attn.fused:
-            pass
-        else:
-            tail = []
         for slot, name in zip(reversed(slots), reversed(tail), strict=False):
             slot.name = name
         return made, slots
 
-    def _settle(self, branch: str, slots: list[_Slot]) -> None:
-        """Keep, put away or forget what a branch has saved."""
+    def _settle(self, branch: str, slots: list[_Slot], places: dict[int, str]) -> None:
+        """Keep, put away or forget what a branch has saved; places: the streams by their storage."""
         held, offload, leaving = self.policy.held, self.policy.offload, []
-        streams = {a.untyped_storage()._cdata: k for k, a in self.streams.items() if isinstance(a, Tensor)}
         for slot in slots:
             if slot.value.numel():
-                slot.name = streams.get(slot.value.untyped_storage()._cdata, slot.name)
+                slot.name = places.get(slot.value.untyped_storage()._cdata, slot.name)
             if slot.name == "after_cross" and slot.name in held:
                 self.streams[slot.name] = slot.value
             forgotten = slot.name not in held or not slot.value.numel()
@@ -271,7 +278,7 @@ class Run:
         if slot.name in STREAM:
             stream = self._stream(slot.name)
             self.made.pop(slot.name, None)  # the last to ask
-            return stream
+            return stream if stream.shape == slot.view[0] else stream.as_strided(*slot.view)
         if slot.value is not None:
             return _here(slot.value)
         key = slot.branch, slot.index
