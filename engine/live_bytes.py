@@ -41,6 +41,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.round_to, self.now, self.peak, self.host_now, self.host_peak = round_to, 0, 0, 0, 0
         self._known: dict[int, int] = {}
+        self._lap = 0
         self._hosted: dict[int, int] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
@@ -50,9 +51,9 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def lap(self) -> int:
-        """`peak` since the last call, or the begin; it starts again from `now`."""
-        peak, self.peak = max(self.peak, self.now), self.now
-        return peak
+        """The most since the last call, or since the begin."""
+        lap, self._lap = max(self._lap, self.now), self.now
+        return lap
 
     def _see(self, a: Tensor) -> None:
         storage = a.untyped_storage()
@@ -88,5 +89,5 @@ class LiveBytes(TorchDispatchMode):
         for a in tree_iter(out):
             if isinstance(a, Tensor):
                 self._see(a)
-        self.peak = max(self.peak, self.now)
+        self.peak, self._lap = max(self.peak, self.now), max(self._lap, self.now)
         return out

@@ -1,0 +1,463 @@
+"""The fastest block policies whose step fits a budget of bytes, predicted without a GPU.
+
+Bytes come from dry runs of the losses under fake tensors at the real size, on the model's first blocks,
+once for every kind of policy. A peak lies in the forward or the backward of some block or between them, and
+
+    peak in block i = before the blocks + what the blocks before i keep + what block i does
+                      + what the block before it brings back from the host
+
+so the peak of any list of kinds follows from the numbers of each kind, and the best list from an exact
+search over (bytes kept, peak, time). Bytes are what lives beside weights, gradients, optimizer state and the
+batch, in the worst of flow matching, graded step and reward model; work space inside of attention
+libraries is not in them. Seconds are predicted by a roofline, or taken from a table measured by `measure`.
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from prfl_engine import recompute
+from prfl_engine.config import UserError
+from prfl_engine.dit import WanConfig, WanTransformer
+from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS, Block
+from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.objectives import Batch, sft_loss
+from prfl_engine.recompute import NAMES, BlockPolicy
+from prfl_engine.reward import QueryPool, RewardModel
+from prfl_kernels import compiled, table
+
+_RESIDUALS = {"input", "after_attention", "after_cross"}
+KINDS = {
+    "none": recompute.named("none"),
+    "projections": recompute.named("none", "projections"),
+    "residuals, attention": BlockPolicy({*_RESIDUALS, "attention", "cross_attention"}),
+    "attention": recompute.named("attention"),
+    "attention, input away": BlockPolicy({"attention"}, {"input"}),
+    "attention and input away": BlockPolicy((), {"attention", "input"}),
+    "residuals and attention away": BlockPolicy((), {*_RESIDUALS, "attention"}),
+    "full": recompute.named("full"),
+    "full, input away": BlockPolicy((), {"input"}),
+}  # fmt: skip
+_BLOCKS = 4  # of a dry run: two alike in the middle, and the last, which puts nothing away
+
+
+class Rates(NamedTuple):
+    """Of an H100 SXM: products and copies as measured there once, attention as published for
+    FlashAttention-3; the link to the host is an assumption, one way."""
+
+    products: float = 798e12
+    attention: float = 648e12
+    attention_backward: float = 561e12
+    memory: float = 3.0e12
+    link: float = 50e9
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a step's memory depends on. latent [B, 16, T, H, W]; reward_blocks 0 for no reward."""
+
+    config: WanConfig
+    latent: tuple[int, int, int, int, int]
+    compute_dtype: torch.dtype = torch.bfloat16
+    residual_dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    reward_blocks: int = 8
+    sft: bool = True
+    window: int = 1
+    blocks: int | None = None  # of the generator; None: all
+
+    @property
+    def count(self) -> int:
+        return self.config.num_layers if self.blocks is None else self.blocks
+
+    @property
+    def tokens(self) -> int:
+        sizes = zip(self.latent[2:], self.config.patch_size, strict=True)
+        return torch.Size(n // p for n, p in sizes).numel() * self.latent[0]
+
+
+class _Numbers(NamedTuple):
+    """Bytes of one kind of block in one phase, each beside what is kept by then."""
+
+    kept: int
+    kept_last: int
+    forward: int  # most in the forward of a block
+    forward_last: int
+    backward: int  # and in its backward, without what the block before brings back
+    backward_last: int
+    head: int  # behind the last block: head, loss, reward model
+    away: int  # on the host
+    start: int  # before the blocks, beside weights and the like
+    rest: int  # most before and after all blocks
+
+
+class _Laps:
+    """The bytes at the borders of blocks, and the peaks between them, of the generator's pass in a phase."""
+
+    def __init__(self, live: LiveBytes):
+        self.live, self.base, self.passes, self.rest = live, live.now, 0, 0
+        self.now, self.host, self.forward, self.backward = [], [], [], []
+
+    @property
+    def peak(self) -> int:
+        """Beside weights, gradients and the batch."""
+        return self.live.peak - self.base
+
+    def __call__(self):
+        self.passes += 1
+        return self.outer if self.passes == 1 else lambda x: None  # the reward model is part of the head
+
+    def outer(self, x):
+        self.forward.append(self.live.lap())
+        self.now.append(self.live.now)
+        self.host.append(self.live.host_now)
+        if x.requires_grad:
+            x.register_hook(lambda _: self.backward.append(self.live.lap()))
+
+
+def _fake_models(setup: Setup, blocks: int, policies, reward_policy):
+    """Generator with gradients and reward model under the current fake mode."""
+    model = WanTransformer(replace(setup.config, num_layers=blocks))
+    reward = None
+    if setup.reward_blocks:
+        trunk = WanTransformer(setup.config, setup.reward_blocks, head=False)
+        reward = RewardModel(trunk, QueryPool(setup.config.dim), setup.reward_blocks).freeze()
+        reward.transformer.recompute = reward_policy
+    for m in (model, *(m.transformer for m in [reward] if m)):
+        m.set_precision(setup.compute_dtype, setup.residual_dtype)
+    model.recompute = policies
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    return model, reward
+
+
+def _graded(model, reward, batch: Batch, t) -> None:
+    """A graded step, its reward and the backward: graded_rewards without the choice of steps."""
+    context = model.embed_context(batch.text, batch.clip)
+    leaf = context.detach().requires_grad_()
+    scored = reward.transformer.embed_context(batch.text, batch.clip)
+    x = batch.latent - 0.1 * model(batch.latent, t, leaf, batch.condition)
+    logit = reward.score(x, t, scored, batch.condition)
+    torch.sigmoid(logit).sum().backward()
+    context.backward(leaf.grad)
+
+
+def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolicy) -> dict[str, _Laps]:
+    """The bytes of each phase of a model of len(policies) blocks, under fake tensors."""
+    before, dtype, found = table.configured(), torch.get_default_dtype(), {}
+    table.configure("")
+    torch.set_default_dtype(setup.weight_dtype)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), compiled.dry_run(), torch.device("cpu"):
+            model, reward = _fake_models(setup, len(policies), policies, reward_policy)
+            size, c = setup.latent, setup.config
+            image = (torch.empty(size[0], IMAGE_TOKENS, IMAGE_DIM), torch.empty(size[0], 20, *size[2:]))
+            batch = Batch(
+                torch.empty(size), torch.empty(size[0], c.text_len, c.text_dim), *(image if c.image else ())
+            )
+            noise, t = torch.empty(size), torch.empty(size[0])
+            for phase in ("flow matching",) * setup.sft + ("graded step",) * (reward is not None):
+                live = LiveBytes(512)
+                live.add(p for m in (model, reward) if m is not None for p in m.parameters())
+                live.add([*(p.grad for p in model.parameters()), noise, t])
+                live.add(a for a in batch if a is not None)
+                found[phase] = laps = _Laps(live)
+                recompute.watchers.append(laps)
+                try:
+                    with live:
+                        if phase == "flow matching":
+                            sft_loss(model, batch, noise, t).mean().backward()
+                        else:
+                            _graded(model, reward, batch, t)
+                finally:
+                    recompute.watchers.pop()
+                laps.rest = live.lap()
+    finally:
+        table.configure(before)
+        torch.set_default_dtype(dtype)
+    return found
+
+
+def _numbers(laps: _Laps, policy: BlockPolicy) -> _Numbers:
+    now, n = laps.now, _BLOCKS - 1
+    kept, away = now[n] - now[n - 1], laps.host[n] - laps.host[n - 1]
+    ahead = 0 if policy.plain else away
+    kept_last = now[n + 1] - now[0] - n * kept
+    return _Numbers(
+        kept, kept_last,
+        laps.forward[n] - now[0] - (n - 1) * kept, laps.forward[n + 1] - now[0] - n * kept,
+        laps.backward[2] - now[0] - (n - 1) * kept - ahead,
+        laps.backward[1] - now[0] - n * kept - (0 if policy.staying().plain else away),
+        laps.backward[0] - now[0] - n * kept - kept_last, away,
+        now[0] - laps.base, max(laps.forward[0], laps.rest) - laps.base,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A policy that blocks can have, its bytes in every phase, and the nanoseconds of a block of the
+    generator in a step and of the reward model."""
+
+    name: str
+    policy: BlockPolicy
+    numbers: dict[str, _Numbers]
+    cost: int
+    reward_cost: int
+
+    def block(self, phase: str, kept: int, before: "Kind | None", last: bool) -> tuple[int, int]:
+        """(bytes kept behind this block, most in its forward and backward), from `kept` before it."""
+        n, policy = self.numbers[phase], self.policy.staying() if last else self.policy
+        ahead = 0 if before is None or policy.plain else before.numbers[phase].away
+        forward, backward = (n.forward_last, n.backward_last) if last else (n.forward, n.backward)
+        peak = max(forward, backward + ahead)
+        return kept + (n.kept_last if last else n.kept), n.start + kept + peak
+
+
+def predicted_peak(kinds: list[Kind], reward: Kind) -> int:
+    """Most bytes of a step whose blocks have `kinds`, beside weights, gradients, optimizer and batch."""
+    peak = 0
+    for phase in reward.numbers:
+        kept, before = 0, None
+        for i, kind in enumerate(kinds):
+            kept, here = kind.block(phase, kept, before, i == len(kinds) - 1)
+            peak, before = max(peak, here), kind
+        n = reward.numbers[phase]
+        peak = max(peak, n.start + kept + n.head, n.rest)
+    return peak
+
+
+class _State(NamedTuple):
+    """A list of kinds so far: what it costs, keeps in each phase and has at most, and how it came about."""
+
+    cost: int
+    kept: tuple[int, ...]
+    peak: int
+    kind: Kind | None
+    before: "_State | None"
+
+
+def _undominated(states: list[_State]) -> list[_State]:
+    """Without those that another one beats or equals in cost, kept bytes and peak."""
+    found: list[_State] = []
+    for s in sorted(states, key=lambda s: s[:3]):
+        if not any(o.peak <= s.peak and all(map(int.__le__, o.kept, s.kept)) for o in found):
+            found.append(s)
+    return found
+
+
+def search(kinds: list[Kind], count: int, reward: Kind, budget: float) -> list[Kind] | None:
+    """The cheapest list of `count` kinds within the budget, of those the one of the lowest peak; exact.
+
+    States with the same last kind are compared: one that costs, keeps and peaks no less than another can
+    be no part of a better list.
+    """
+    phases = list(reward.numbers)
+    states = [_State(0, (0,) * len(phases), 0, None, None)]
+    for i in range(count):
+        following = []
+        for kind in kinds:
+            made = []
+            for s in states:
+                steps = [kind.block(p, kept, s.kind, i == count - 1) for p, kept in zip(phases, s.kept)]
+                peak = max(s.peak, *(here for _, here in steps))
+                if peak <= budget:
+                    made.append(_State(s.cost + kind.cost, tuple(k for k, _ in steps), peak, kind, s))
+            following += _undominated(made)
+        states = following
+    ends = []
+    for s in states:
+        numbers = zip((reward.numbers[p] for p in phases), s.kept, strict=True)
+        peak = max(s.peak, *(max(n.start + kept + n.head, n.rest) for n, kept in numbers))
+        if peak <= budget:
+            ends.append((s.cost, peak, s))
+    if not ends:
+        return None
+    state, found = min(ends, key=lambda e: e[:2])[2], []
+    while state.kind is not None:
+        found.append(state.kind)
+        state = state.before
+    return found[::-1]
+
+
+def recomputed(policy: BlockPolicy, config: WanConfig, tokens: int, rates: Rates) -> float:
+    """Seconds of computing again what a block does not hold, each thing once: products, attention, and one
+    read and write for norms."""
+    width, rows = config.dim, tokens * config.dim
+    product = 2 * rows * width / rates.products
+    norm = 4 * rows / rates.memory  # 16 bits in and out
+    cost = {
+        "normed": 6 * rows / rates.memory, "projections": 3 * product, "rotated": 2 * norm,
+        "attention": 4 * tokens * rows / rates.attention, "after_attention": product + 10 * rows / rates.memory,
+        "cross_normed": 6 * rows / rates.memory, "cross_projections": product, "cross_queries": norm,
+        "cross_attention": 4 * config.text_len * rows / rates.attention, "after_cross": product,
+        "ffn_normed": 6 * rows / rates.memory, "hidden": product * config.ffn_dim / width,
+    }  # fmt: skip
+    return sum(cost[name] for name in NAMES if name not in policy.held)
+
+
+def block_seconds(
+    policy: BlockPolicy, setup: Setup, away: int, rates: Rates, frozen: bool = False
+) -> float:
+    """Predicted seconds of forward and backward of one block; frozen: without weight gradients."""
+    c, tokens = setup.config, setup.tokens
+    linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim) / rates.products
+    pairs = 4 * tokens * c.dim * (tokens / setup.latent[0] + c.text_len)
+    forward = linear + pairs / rates.attention
+    backward = linear * (1 if frozen else 2) + 2.5 * pairs / rates.attention_backward
+    backward += recomputed(policy, c, tokens, rates)
+    # Copies run beside the computation; what takes longer than it is waited for.
+    return max(forward, away / rates.link) + max(backward, away / rates.link)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One kind of policy for all blocks."""
+
+    name: str
+    bytes: int
+    host: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen kind of every block of the generator and of the reward model, with what is predicted."""
+
+    blocks: tuple[Kind, ...]
+    reward: Kind
+    reward_blocks: int
+    bytes: int  # most in a step, beside weights, gradients, optimizer state and the batch
+    host: int
+    seconds: float  # of blocks with gradient in a step; the rollout is the same for all
+    table: tuple[Choice, ...]  # one kind for all blocks, for comparison
+    source: str
+
+    @property
+    def policies(self) -> list[BlockPolicy]:
+        return [kind.policy for kind in self.blocks]
+
+    @property
+    def reward_policies(self) -> list[BlockPolicy]:
+        return [self.reward.policy] * self.reward_blocks
+
+    def __str__(self) -> str:
+        names = [kind.name for kind in self.blocks]
+        runs = ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names))
+        reward = f"; reward model: {self.reward.name}" if self.reward_blocks else ""
+        lines = [f"recompute: {runs}{reward}", f"{self.source}; GB beside weights, gradients and optimizer state"]
+        for c in (Choice("chosen", self.bytes, self.host, self.seconds), *self.table):
+            lines.append(f"{c.name:32}{c.bytes / 1e9:9.3f} GB{c.host / 1e9:9.3f} GB on the host{c.seconds:10.4f} s")
+        return "\n".join(lines)
+
+
+def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: Iterable[str]) -> list[Kind]:
+    """Every kind with its bytes from a dry run and its cost, predicted or measured (seconds of a block)."""
+    made = []
+    for name in names:
+        policy = KINDS[name]
+        laps = dry_run(setup, [policy] * _BLOCKS, policy)
+        numbers = {phase: _numbers(found, policy) for phase, found in laps.items()}
+        away, passes = next(iter(numbers.values())).away, setup.sft + setup.window * (setup.reward_blocks > 0)
+        seconds = [block_seconds(policy, setup, away, rates, frozen) for frozen in (False, True)]
+        if measured:
+            seconds = [measured[name]] * 2
+        cost, reward_cost = round(1e9 * passes * seconds[0]), round(1e9 * setup.reward_blocks * seconds[1])
+        made.append(Kind(name, policy, numbers, cost, reward_cost))
+    return made
+
+
+def plan(
+    setup: Setup,
+    budget: float,
+    rates: Rates = Rates(),  # noqa: B008
+    measured: Path | None = None,
+    names: Iterable[str] = tuple(KINDS),
+) -> Plan:
+    """The fastest policies whose step lives in `budget` bytes (see Plan.bytes).
+
+    measured: a JSON file of `measure`, in place of predicted seconds. Raises UserError, with the smallest
+    budget that something fits, where nothing does.
+    """
+    table_ = json.loads(Path(measured).read_text())["seconds"] if measured else {}
+    kinds = make_kinds(setup, rates, table_, names if not table_ else [n for n in names if n in table_])
+    found = [(k, search(kinds, setup.count, k, budget)) for k in kinds]
+    found = [(k, blocks, sum(b.cost for b in blocks) + k.reward_cost) for k, blocks in found if blocks]
+    if not found:
+        least = min(
+            predicted_peak(blocks, k) for k in kinds for blocks in _leanest(kinds, setup.count, k)
+        )
+        raise UserError(
+            f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{_up(least)}: the leanest policies"
+            " need that much beside weights, gradients and optimizer state"
+        )
+    reward, blocks, cost = min(found, key=lambda f: (f[2], predicted_peak(f[1], f[0])))
+    table_rows = tuple(
+        Choice(k.name, predicted_peak([k] * setup.count, k), _host([k] * setup.count, k, setup),
+               (setup.count * k.cost + k.reward_cost) / 1e9)
+        for k in kinds
+    )  # fmt: skip
+    source = f"seconds measured: {measured}" if measured else "seconds predicted for an H100 SXM, not measured"
+    return Plan(
+        tuple(blocks), reward, setup.reward_blocks, predicted_peak(blocks, reward),
+        _host(blocks, reward, setup), cost / 1e9, table_rows, source,
+    )  # fmt: skip
+
+
+def _leanest(kinds: list[Kind], count: int, reward: Kind) -> list[list[Kind]]:
+    """The list of the lowest peak: every cost is alike in the search."""
+    free = [replace(k, cost=0) for k in kinds]
+    found = search(free, count, reward, float("inf"))
+    return [found] if found else []
+
+
+def _up(size: int) -> str:
+    """GB in three digits behind the point, rounded up."""
+    return f"{-(-size // 10**6) / 1000:g}"
+
+
+def _host(blocks: list[Kind], reward: Kind, setup: Setup) -> int:
+    """Bytes on the host; the last block of each model puts nothing away."""
+    away = [next(iter(k.numbers.values())).away for k in (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))]
+    return sum(away)
+
+
+def measure(setup: Setup, device: torch.device, names: Iterable[str] = tuple(KINDS), repeat: int = 3) -> dict:
+    """{"device", "tokens", "seconds": {kind: seconds}} of forward and backward of one block, the median of
+    differences between three blocks and one (so that what is put away travels), after a warm-up."""
+    c, found = setup.config, {}
+    grid = tuple(n // p for n, p in zip(setup.latent[2:], c.patch_size, strict=True))
+    with torch.device(device):
+        blocks = [Block(c.dim, c.ffn_dim, c.num_heads, c.eps, False) for _ in range(3)]
+        tokens = setup.tokens // setup.latent[0]
+        x = torch.randn(setup.latent[0], tokens, c.dim, dtype=setup.residual_dtype).requires_grad_()
+        e = torch.randn(setup.latent[0], 6, c.dim)
+        context = torch.randn(setup.latent[0], c.text_len, c.dim, dtype=setup.compute_dtype)
+    for block in blocks:
+        for m in block.modules():
+            m.compute_dtype = setup.compute_dtype
+
+    def lap(policy: BlockPolicy, count: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        recompute.run_all(blocks[:count], [policy] * count, x, e, context, grid).sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for name in names:
+        lap(KINDS[name], 3)
+        laps = sorted((lap(KINDS[name], 3) - lap(KINDS[name], 1)) / 2 for _ in range(repeat))
+        found[name] = laps[repeat // 2]
+    return {"device": str(device), "tokens": setup.tokens, "seconds": found}
+
+
+def setup_of(config: WanConfig, batch: Batch, **fields) -> Setup:
+    """The setup of a batch's shape."""
+    return Setup(config, tuple(batch.latent.shape), **fields)
