@@ -201,8 +201,9 @@ class WanTransformer(nn.Module):
             for block in self.blocks[:blocks]:
                 tokens, _ = block(tokens, e_B6C, context, grid)
         else:
-            policies = self.block_policies(blocks)
-            tokens = recompute.run_all(self.blocks[:blocks], policies, tokens, e_B6C, context, grid)
+            first, policies = [tokens], self.block_policies(blocks)
+            del tokens  # this frame must not hold what the first block may put away
+            tokens = recompute.run_all(self.blocks[:blocks], policies, first.pop(), e_B6C, context, grid)
         return tokens, e, grid
 
     def block_policies(self, blocks: int | None = None) -> list[BlockPolicy]:

@@ -44,7 +44,7 @@ KINDS = {
     "full": recompute.named("full"),
     "full, input away": BlockPolicy((), {"input"}),
 }  # fmt: skip
-_BLOCKS = 4  # of a dry run: two alike in the middle, and the last, which puts nothing away
+_BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 
 
 class Rates(NamedTuple):
