@@ -20,17 +20,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prfl_engine import recompute
-from prfl_engine.config import UserError
+from prfl_engine.config import Config, UserError
 from prfl_engine.dit import WanConfig, WanTransformer
-from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS, Block
-from prfl_engine.live_bytes import LiveBytes
-from prfl_engine.objectives import Batch, sft_loss
+from prfl_engine.dry_run import BLOCKS, Numbers, Setup, dry_run, numbers_of
+from prfl_engine.layers import Block
 from prfl_engine.recompute import NAMES, BlockPolicy
-from prfl_engine.reward import QueryPool, RewardModel
-from prfl_kernels import compiled, table
+from prfl_engine.reward import RewardModel
+from prfl_kernels.jit import wide
 
 _RESIDUALS = {"input", "after_attention", "after_cross"}
 KINDS = {
@@ -44,8 +42,6 @@ KINDS = {
     "full": recompute.named("full"),
     "full, input away": BlockPolicy((), {"input"}),
 }  # fmt: skip
-_BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
-
 
 class Rates(NamedTuple):
     """Of an H100 SXM: products and copies as measured there once, attention as published for
@@ -59,154 +55,13 @@ class Rates(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a step's memory depends on. latent [B, 16, T, H, W]; reward_blocks 0 for no reward."""
-
-    config: WanConfig
-    latent: tuple[int, int, int, int, int]
-    compute_dtype: torch.dtype = torch.bfloat16
-    residual_dtype: torch.dtype = torch.float32
-    weight_dtype: torch.dtype = torch.float32
-    reward_blocks: int = 8
-    sft: bool = True
-    window: int = 1
-    blocks: int | None = None  # of the generator; None: all
-
-    @property
-    def count(self) -> int:
-        return self.config.num_layers if self.blocks is None else self.blocks
-
-    @property
-    def tokens(self) -> int:
-        sizes = zip(self.latent[2:], self.config.patch_size, strict=True)
-        return torch.Size(n // p for n, p in sizes).numel() * self.latent[0]
-
-
-class _Numbers(NamedTuple):
-    """Bytes of one kind of block in one phase, each beside what is kept by then."""
-
-    kept: int
-    kept_last: int
-    forward: int  # most in the forward of a block
-    forward_last: int
-    backward: int  # and in its backward, without what the block before brings back
-    backward_last: int
-    head: int  # behind the last block: head, loss, reward model
-    away: int  # on the host
-    start: int  # before the blocks, beside weights and the like
-    rest: int  # most before and after all blocks
-
-
-class _Laps:
-    """The bytes at the borders of blocks, and the peaks between them, of the generator's pass in a phase."""
-
-    def __init__(self, live: LiveBytes):
-        self.live, self.base, self.passes, self.rest = live, live.now, 0, 0
-        self.now, self.host, self.forward, self.backward = [], [], [], []
-
-    @property
-    def peak(self) -> int:
-        """Beside weights, gradients and the batch."""
-        return self.live.peak - self.base
-
-    def __call__(self):
-        self.passes += 1
-        return self.outer if self.passes == 1 else lambda x: None  # the reward model is part of the head
-
-    def outer(self, x):
-        self.forward.append(self.live.lap())
-        self.now.append(self.live.now)
-        self.host.append(self.live.host_now)
-        if x.requires_grad:
-            x.register_hook(lambda _: self.backward.append(self.live.lap()))
-
-
-def _fake_models(setup: Setup, blocks: int, policies, reward_policy):
-    """Generator with gradients and reward model under the current fake mode."""
-    model = WanTransformer(replace(setup.config, num_layers=blocks))
-    reward = None
-    if setup.reward_blocks:
-        trunk = WanTransformer(setup.config, setup.reward_blocks, head=False)
-        reward = RewardModel(trunk, QueryPool(setup.config.dim), setup.reward_blocks).freeze()
-        reward.transformer.recompute = reward_policy
-    for m in (model, *(m.transformer for m in [reward] if m)):
-        m.set_precision(setup.compute_dtype, setup.residual_dtype)
-    model.recompute = policies
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    return model, reward
-
-
-def _graded(model, reward, batch: Batch, t) -> None:
-    """A graded step, its reward and the backward: graded_rewards without the choice of steps."""
-    context = model.embed_context(batch.text, batch.clip)
-    leaf = context.detach().requires_grad_()
-    scored = reward.transformer.embed_context(batch.text, batch.clip)
-    x = batch.latent - 0.1 * model(batch.latent, t, leaf, batch.condition)
-    logit = reward.score(x, t, scored, batch.condition)
-    torch.sigmoid(logit).sum().backward()
-    context.backward(leaf.grad)
-
-
-def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolicy) -> dict[str, _Laps]:
-    """The bytes of each phase of a model of len(policies) blocks, under fake tensors."""
-    before, dtype, found = table.configured(), torch.get_default_dtype(), {}
-    table.configure("")
-    torch.set_default_dtype(setup.weight_dtype)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), compiled.dry_run(), torch.device("cpu"):
-            model, reward = _fake_models(setup, len(policies), policies, reward_policy)
-            size, c = setup.latent, setup.config
-            image = (torch.empty(size[0], IMAGE_TOKENS, IMAGE_DIM), torch.empty(size[0], 20, *size[2:]))
-            batch = Batch(
-                torch.empty(size), torch.empty(size[0], c.text_len, c.text_dim), *(image if c.image else ())
-            )
-            noise, t = torch.empty(size), torch.empty(size[0])
-            for phase in ("flow matching",) * setup.sft + ("graded step",) * (reward is not None):
-                live = LiveBytes(512)
-                live.add(p for m in (model, reward) if m is not None for p in m.parameters())
-                live.add([*(p.grad for p in model.parameters()), noise, t])
-                live.add(a for a in batch if a is not None)
-                found[phase] = laps = _Laps(live)
-                recompute.watchers.append(laps)
-                try:
-                    with live:
-                        if phase == "flow matching":
-                            sft_loss(model, batch, noise, t).mean().backward()
-                        else:
-                            _graded(model, reward, batch, t)
-                finally:
-                    recompute.watchers.pop()
-                laps.rest = live.lap()
-    finally:
-        table.configure(before)
-        torch.set_default_dtype(dtype)
-    return found
-
-
-def _numbers(laps: _Laps, policy: BlockPolicy) -> _Numbers:
-    now, n = laps.now, _BLOCKS - 1
-    kept, away = now[n] - now[n - 1], laps.host[n] - laps.host[n - 1]
-    ahead = 0 if policy.plain else away
-    kept_last = now[n + 1] - now[0] - n * kept
-    return _Numbers(
-        kept, kept_last,
-        laps.forward[n] - now[0] - (n - 1) * kept, laps.forward[n + 1] - now[0] - n * kept,
-        laps.backward[2] - now[0] - (n - 1) * kept - ahead,
-        laps.backward[1] - now[0] - n * kept - (0 if policy.staying().plain else away),
-        laps.backward[0] - now[0] - n * kept - kept_last, away,
-        now[0] - laps.base, max(laps.forward[0], laps.rest) - laps.base,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Kind:
     """A policy that blocks can have, its bytes in every phase, and the nanoseconds of a block of the
     generator in a step and of the reward model."""
 
     name: str
     policy: BlockPolicy
-    numbers: dict[str, _Numbers]
+    numbers: dict[str, Numbers]
     cost: int
     reward_cost: int
 
@@ -264,7 +119,8 @@ def search(kinds: list[Kind], count: int, reward: Kind, budget: float) -> list[K
         for kind in kinds:
             made = []
             for s in states:
-                steps = [kind.block(p, kept, s.kind, i == count - 1) for p, kept in zip(phases, s.kept)]
+                given = zip(phases, s.kept, strict=True)
+                steps = [kind.block(p, kept, s.kind, i == count - 1) for p, kept in given]
                 peak = max(s.peak, *(here for _, here in steps))
                 if peak <= budget:
                     made.append(_State(s.cost + kind.cost, tuple(k for k, _ in steps), peak, kind, s))
@@ -293,7 +149,8 @@ def recomputed(policy: BlockPolicy, config: WanConfig, tokens: int, rates: Rates
     norm = 4 * rows / rates.memory  # 16 bits in and out
     cost = {
         "normed": 6 * rows / rates.memory, "projections": 3 * product, "rotated": 2 * norm,
-        "attention": 4 * tokens * rows / rates.attention, "after_attention": product + 10 * rows / rates.memory,
+        "attention": 4 * tokens * rows / rates.attention,
+        "after_attention": product + 10 * rows / rates.memory,
         "cross_normed": 6 * rows / rates.memory, "cross_projections": product, "cross_queries": norm,
         "cross_attention": 4 * config.text_len * rows / rates.attention, "after_cross": product,
         "ffn_normed": 6 * rows / rates.memory, "hidden": product * config.ffn_dim / width,
@@ -350,9 +207,10 @@ class Plan:
         names = [kind.name for kind in self.blocks]
         runs = ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names))
         reward = f"; reward model: {self.reward.name}" if self.reward_blocks else ""
-        lines = [f"recompute: {runs}{reward}", f"{self.source}; GB beside weights, gradients and optimizer state"]
+        lines = [f"recompute: {runs}{reward}", f"GB beside weights, gradients and optimizer; {self.source}"]
         for c in (Choice("chosen", self.bytes, self.host, self.seconds), *self.table):
-            lines.append(f"{c.name:32}{c.bytes / 1e9:9.3f} GB{c.host / 1e9:9.3f} GB on the host{c.seconds:10.4f} s")
+            sizes = f"{c.bytes / 1e9:9.3f} GB{c.host / 1e9:9.3f} GB on the host"
+            lines.append(f"{c.name:32}{sizes}{c.seconds:10.4f} s")
         return "\n".join(lines)
 
 
@@ -361,8 +219,8 @@ def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: It
     made = []
     for name in names:
         policy = KINDS[name]
-        laps = dry_run(setup, [policy] * _BLOCKS, policy)
-        numbers = {phase: _numbers(found, policy) for phase, found in laps.items()}
+        laps = dry_run(setup, [policy] * BLOCKS, policy)
+        numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
         away, passes = next(iter(numbers.values())).away, setup.sft + setup.window * (setup.reward_blocks > 0)
         seconds = [block_seconds(policy, setup, away, rates, frozen) for frozen in (False, True)]
         if measured:
@@ -384,7 +242,7 @@ def plan(
     measured: a JSON file of `measure`, in place of predicted seconds. Raises UserError, with the smallest
     budget that something fits, where nothing does.
     """
-    table_ = json.loads(Path(measured).read_text())["seconds"] if measured else {}
+    table_ = _read(measured) if measured else {}
     kinds = make_kinds(setup, rates, table_, names if not table_ else [n for n in names if n in table_])
     found = [(k, search(kinds, setup.count, k, budget)) for k in kinds]
     found = [(k, blocks, sum(b.cost for b in blocks) + k.reward_cost) for k, blocks in found if blocks]
@@ -402,11 +260,23 @@ def plan(
                (setup.count * k.cost + k.reward_cost) / 1e9)
         for k in kinds
     )  # fmt: skip
-    source = f"seconds measured: {measured}" if measured else "seconds predicted for an H100 SXM, not measured"
+    source = f"seconds of {measured}" if measured else "seconds predicted for an H100 SXM, not measured"
     return Plan(
         tuple(blocks), reward, setup.reward_blocks, predicted_peak(blocks, reward),
         _host(blocks, reward, setup), cost / 1e9, table_rows, source,
     )  # fmt: skip
+
+
+def _read(path: str | Path) -> dict[str, float]:
+    """Seconds of every kind, as `measure` returns them."""
+    try:
+        seconds = json.loads(Path(path).read_text())["seconds"]
+        found = {name: float(seconds[name]) for name in KINDS if name in seconds}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model.costs: {path} holds no measured seconds: {error!r}") from None
+    if not found:
+        raise UserError(f"model.costs: {path} names no kind, want some of {', '.join(KINDS)}")
+    return found
 
 
 def _leanest(kinds: list[Kind], count: int, reward: Kind) -> list[list[Kind]]:
@@ -423,11 +293,13 @@ def _up(size: int) -> str:
 
 def _host(blocks: list[Kind], reward: Kind, setup: Setup) -> int:
     """Bytes on the host; the last block of each model puts nothing away."""
-    away = [next(iter(k.numbers.values())).away for k in (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))]
-    return sum(away)
+    moving = (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))
+    return sum(next(iter(kind.numbers.values())).away for kind in moving)
 
 
-def measure(setup: Setup, device: torch.device, names: Iterable[str] = tuple(KINDS), repeat: int = 3) -> dict:
+def measure(
+    setup: Setup, device: torch.device, names: Iterable[str] = tuple(KINDS), repeat: int = 3
+) -> dict:
     """{"device", "tokens", "seconds": {kind: seconds}} of forward and backward of one block, the median of
     differences between three blocks and one (so that what is put away travels), after a warm-up."""
     c, found = setup.config, {}
@@ -458,6 +330,20 @@ def measure(setup: Setup, device: torch.device, names: Iterable[str] = tuple(KIN
     return {"device": str(device), "tokens": setup.tokens, "seconds": found}
 
 
-def setup_of(config: WanConfig, batch: Batch, **fields) -> Setup:
-    """The setup of a batch's shape."""
-    return Setup(config, tuple(batch.latent.shape), **fields)
+def fit_memory(
+    config: Config, model: WanTransformer, reward: RewardModel | None, shape: tuple[int, ...]
+) -> Plan:
+    """Give both models the policies of the plan for model.recompute = auto:GB; shape [16, T, H, W] is that
+    of the largest latent."""
+    window = config.rollout.steps if config.chain.window == "all" else config.chain.window
+    weight = next(model.parameters()).dtype
+    setup = Setup(
+        model.config, (config.data.batch_size, *shape), model.blocks[0].self_attn.q.compute_dtype or weight,
+        model.residual_dtype or wide(weight), weight, reward.feature_layer if reward else 0,
+        config.loss.sft_weight > 0, window, len(model.blocks),
+    )  # fmt: skip
+    made = plan(setup, config.model.budget, measured=config.model.costs)
+    model.recompute = made.policies
+    if reward is not None:
+        reward.transformer.recompute = made.reward_policies
+    return made

@@ -16,8 +16,8 @@ The intermediates of a block, in the order in which they are made (L tokens, C w
     ffn_normed         what the FFN reads                                              L C
     hidden             its hidden layer before the GELU                                L F
 
-Each is kept on the device, put away on the host, or computed again in the backward; the input cannot be computed
-again. One autograd graph of three operations is made once. What these save is found by its storage or its
+Each is kept on the device, put away on the host, or computed again in the backward, the input excepted.
+One autograd graph of three operations is made once. What these save is found by its storage or its
 place, and in the graph stands something that is looked up when the backward asks for it. Branches make
 their inner parts again by themselves; a stream that is neither kept nor put away is made again by running
 the branch before it once more, which is then also where the inner parts of that branch come from. So
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from prfl_engine.config import ModelConfig, UserError
 from prfl_engine.layers import Block
 from prfl_engine.offload import Away, store_of
 from prfl_kernels import cross_attention, modulated_attention, modulated_ffn
@@ -120,6 +121,17 @@ def named(mode: str, keep: str = "all") -> BlockPolicy:
         inner = {name for names, kept in parts for name, own, _ in names if own in kept}
         return BlockPolicy(frozenset({*STREAM, *inner}), again=keep)
     return BlockPolicy({"input"} if mode == "full" else {"input", "attention"}, again=keep)
+
+
+def of_config(model: ModelConfig) -> "str | BlockPolicy":
+    """What model.recompute asks for, as WanTransformer.recompute takes it; "none" for auto:GB, which the
+    planner replaces. Raises UserError for names that are none."""
+    if isinstance(model.recompute, str):
+        return "none" if model.budget is not None else model.recompute
+    try:
+        return BlockPolicy(model.recompute.keep, model.recompute.offload, again=model.keep)
+    except ValueError as error:
+        raise UserError(f"model.recompute: {error}") from None
 
 
 def run(
