@@ -55,6 +55,8 @@ class ModelConfig:
     that is run again keeps until its own backward."""
     kernels: str | None = None
     """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
+    host: float | None = None
+    """10^9 bytes of host memory that auto:GB may put tensors into; None: no limit, 0: nothing moves."""
     costs: str | None = None
     """JSON of measured seconds for auto:GB (`prfl_engine.plan.measure`); None: predicted for an H100."""
 
@@ -63,6 +65,7 @@ class ModelConfig:
             modes = ("none", "full", "attention")
             ok = self.recompute in modes or self.budget is not None
             check(ok, "model.recompute", self.recompute, f"{', '.join(modes)} or auto:GB such as auto:40")
+        check(self.host is None or self.host >= 0, "model.host", self.host, "at least 0")
 
     @property
     def budget(self) -> float | None:

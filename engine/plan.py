@@ -65,6 +65,11 @@ class Kind:
     cost: int
     reward_cost: int
 
+    @property
+    def away(self) -> int:
+        """Bytes of a block on the host."""
+        return next(iter(self.numbers.values())).away
+
     def block(self, phase: str, kept: int, before: "Kind | None", last: bool) -> tuple[int, int]:
         """(bytes kept behind this block, most in its forward and backward), from `kept` before it."""
         n, policy = self.numbers[phase], self.policy.staying() if last else self.policy
@@ -93,27 +98,32 @@ class _State(NamedTuple):
     cost: int
     kept: tuple[int, ...]
     peak: int
+    host: int
     kind: Kind | None
     before: "_State | None"
 
 
 def _undominated(states: list[_State]) -> list[_State]:
-    """Without those that another one beats or equals in cost, kept bytes and peak."""
+    """Without those that another one beats or equals in cost, kept bytes, peak and bytes on the host."""
     found: list[_State] = []
-    for s in sorted(states, key=lambda s: s[:3]):
-        if not any(o.peak <= s.peak and all(map(int.__le__, o.kept, s.kept)) for o in found):
+    for s in sorted(states, key=lambda s: s[:4]):
+        sizes = s.peak, s.host, *s.kept
+        if not any(all(map(int.__le__, (o.peak, o.host, *o.kept), sizes)) for o in found):
             found.append(s)
     return found
 
 
-def search(kinds: list[Kind], count: int, reward: Kind, budget: float) -> list[Kind] | None:
-    """The cheapest list of `count` kinds within the budget, of those the one of the lowest peak; exact.
+def search(
+    kinds: list[Kind], count: int, reward: Kind, budget: float, host: float = float("inf")
+) -> list[Kind] | None:
+    """The cheapest list of `count` kinds within the bytes of device and host, of those the one of the lowest
+    peak; exact.
 
     States with the same last kind are compared: one that costs, keeps and peaks no less than another can
     be no part of a better list.
     """
     phases = list(reward.numbers)
-    states = [_State(0, (0,) * len(phases), 0, None, None)]
+    states = [_State(0, (0,) * len(phases), 0, 0, None, None)]
     for i in range(count):
         following = []
         for kind in kinds:
@@ -121,9 +131,9 @@ def search(kinds: list[Kind], count: int, reward: Kind, budget: float) -> list[K
             for s in states:
                 given = zip(phases, s.kept, strict=True)
                 steps = [kind.block(p, kept, s.kind, i == count - 1) for p, kept in given]
-                peak = max(s.peak, *(here for _, here in steps))
-                if peak <= budget:
-                    made.append(_State(s.cost + kind.cost, tuple(k for k, _ in steps), peak, kind, s))
+                peak, away = max(s.peak, *(here for _, here in steps)), s.host + kind.away * (i < count - 1)
+                if peak <= budget and away <= host:
+                    made.append(_State(s.cost + kind.cost, tuple(k for k, _ in steps), peak, away, kind, s))
             following += _undominated(made)
         states = following
     ends = []
@@ -172,8 +182,7 @@ def block_seconds(
     return max(forward, away / rates.link) + max(backward, away / rates.link)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One kind of policy for all blocks."""
 
     name: str
@@ -231,40 +240,47 @@ def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: It
 
 
 def plan(
-    setup: Setup,
-    budget: float,
-    rates: Rates = Rates(),  # noqa: B008
-    measured: Path | None = None,
-    names: Iterable[str] = tuple(KINDS),
+    setup: Setup, budget: float, host: float = float("inf"), measured: str | Path | None = None
 ) -> Plan:
-    """The fastest policies whose step lives in `budget` bytes (see Plan.bytes).
+    """The fastest policies whose step lives in `budget` bytes on the device (see Plan.bytes) and puts at most
+    `host` bytes on the host.
 
     measured: a JSON file of `measure`, in place of predicted seconds. Raises UserError, with the smallest
     budget that something fits, where nothing does.
     """
-    table_ = _read(measured) if measured else {}
-    kinds = make_kinds(setup, rates, table_, names if not table_ else [n for n in names if n in table_])
-    found = [(k, search(kinds, setup.count, k, budget)) for k in kinds]
-    found = [(k, blocks, sum(b.cost for b in blocks) + k.reward_cost) for k, blocks in found if blocks]
-    if not found:
-        least = min(
-            predicted_peak(blocks, k) for k in kinds for blocks in _leanest(kinds, setup.count, k)
-        )
-        raise UserError(
-            f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{_up(least)}: the leanest policies"
-            " need that much beside weights, gradients and optimizer state"
-        )
-    reward, blocks, cost = min(found, key=lambda f: (f[2], predicted_peak(f[1], f[0])))
-    table_rows = tuple(
-        Choice(k.name, predicted_peak([k] * setup.count, k), _host([k] * setup.count, k, setup),
-               (setup.count * k.cost + k.reward_cost) / 1e9)
-        for k in kinds
-    )  # fmt: skip
+    seconds = _read(measured) if measured else {}
+    kinds = make_kinds(setup, Rates(), seconds, seconds or KINDS)
     source = f"seconds of {measured}" if measured else "seconds predicted for an H100 SXM, not measured"
-    return Plan(
-        tuple(blocks), reward, setup.reward_blocks, predicted_peak(blocks, reward),
-        _host(blocks, reward, setup), cost / 1e9, table_rows, source,
-    )  # fmt: skip
+    return choose(kinds, setup, budget, host, source)
+
+
+def choose(
+    kinds: list[Kind], setup: Setup, budget: float, host: float = float("inf"), source: str = ""
+) -> Plan:
+    """`plan` from kinds that are made already."""
+    count, found = setup.count, []
+    for reward in kinds:
+        away = reward.away * max(0, setup.reward_blocks - 1)
+        blocks = search(kinds, count, reward, budget, host - away)
+        if blocks and away <= host:
+            found.append((sum(k.cost for k in blocks) + reward.reward_cost, blocks, reward))
+    if not found:
+        leanest = (search([replace(k, cost=0) for k in kinds], count, r, float("inf"), host) for r in kinds)
+        least = min(predicted_peak(b, r) for b, r in zip(leanest, kinds, strict=True) if b)
+        raise UserError(
+            f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{-(-least // 10**3) / 1e6:g}:"
+            " the leanest policies need that much beside weights, gradients and optimizer state"
+        )
+    cost, blocks, reward = min(found, key=lambda f: (f[0], predicted_peak(f[1], f[2])))
+
+    def choice(name: str, blocks: list[Kind], reward: Kind) -> Choice:
+        moving = (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))  # the last block puts nothing away
+        seconds = sum(k.cost for k in blocks) + reward.reward_cost
+        return Choice(name, predicted_peak(blocks, reward), sum(k.away for k in moving), seconds / 1e9)
+
+    chosen = choice("chosen", blocks, reward)
+    table = tuple(choice(k.name, [k] * count, k) for k in kinds)
+    return Plan(tuple(blocks), reward, setup.reward_blocks, *chosen[1:], table, source)
 
 
 def _read(path: str | Path) -> dict[str, float]:
@@ -277,24 +293,6 @@ def _read(path: str | Path) -> dict[str, float]:
     if not found:
         raise UserError(f"model.costs: {path} names no kind, want some of {', '.join(KINDS)}")
     return found
-
-
-def _leanest(kinds: list[Kind], count: int, reward: Kind) -> list[list[Kind]]:
-    """The list of the lowest peak: every cost is alike in the search."""
-    free = [replace(k, cost=0) for k in kinds]
-    found = search(free, count, reward, float("inf"))
-    return [found] if found else []
-
-
-def _up(size: int) -> str:
-    """GB in three digits behind the point, rounded up."""
-    return f"{-(-size // 10**6) / 1000:g}"
-
-
-def _host(blocks: list[Kind], reward: Kind, setup: Setup) -> int:
-    """Bytes on the host; the last block of each model puts nothing away."""
-    moving = (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))
-    return sum(next(iter(kind.numbers.values())).away for kind in moving)
 
 
 def measure(
@@ -342,7 +340,8 @@ def fit_memory(
         model.residual_dtype or wide(weight), weight, reward.feature_layer if reward else 0,
         config.loss.sft_weight > 0, window, len(model.blocks),
     )  # fmt: skip
-    made = plan(setup, config.model.budget, measured=config.model.costs)
+    host = float("inf") if config.model.host is None else 1e9 * config.model.host
+    made = plan(setup, config.model.budget, host, config.model.costs)
     model.recompute = made.policies
     if reward is not None:
         reward.transformer.recompute = made.reward_policies

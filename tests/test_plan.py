@@ -20,7 +20,7 @@ from prfl_kernels import compiled
 LATENT = (1, 16, 3, 8, 8)
 SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward_blocks=2)
 NAMES = ("none", "attention", "attention and input away", "full, input away")
-built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="needs the compiled CPU kernels")
+built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="the kernels are not built")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def kinds():
 def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
     """Mixed lists of other lengths, against dry runs of all of their blocks."""
     picks = random.Random(0)
-    for count in (3, 7, 7, 8):
+    for count in (3, 7, 8):
         blocks, reward = picks.choices(kinds, k=count), picks.choice(kinds)
         full = dry_run(replace(SETUP, blocks=count), [k.policy for k in blocks], reward.policy)
         assert plan.predicted_peak(blocks, reward) == max(laps.peak for laps in full.values())
@@ -51,11 +51,15 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step(name):
     schedule = flow.make_schedule("euler", 4, 5.0)
 
     def graded():
-        for logit in graded_rewards(model, reward, schedule, batch, noise, torch.tensor([[0]]), ChainConfig()):
+        given = schedule, batch, noise, torch.tensor([[0]]), ChainConfig()
+        for logit in graded_rewards(model, reward, *given):
             torch.sigmoid(logit).sum().backward()
             del logit
 
-    phases = {"flow matching": lambda: sft_loss(model, batch, noise, t).mean().backward(), "graded step": graded}
+    def sft():
+        sft_loss(model, batch, noise, t).mean().backward()
+
+    phases = {"flow matching": sft, "graded step": graded}
     want = dry_run(SETUP, [policy] * 5, policy)
     for phase, run in phases.items():
         run()  # tables of angles are made once
@@ -70,49 +74,53 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step(name):
 
 
 def test_the_search_is_that_of_brute_force(kinds):
-    """Every list of four kinds, for every reward kind and a range of budgets."""
-    count, reward = 4, kinds[1]
-    every = {}
+    """Every list of four kinds, over a range of budgets, with and without a limit on the host."""
+    count, reward, every = 4, kinds[1], []
     for blocks in itertools.product(kinds, repeat=count):
-        every[blocks] = (sum(b.cost for b in blocks), plan.predicted_peak(list(blocks), reward))
-    peaks = sorted(p for _, p in every.values())
+        away = sum(b.away for b in blocks[:-1])
+        every.append((sum(b.cost for b in blocks), plan.predicted_peak(list(blocks), reward), away))
+    peaks = sorted(peak for _, peak, _ in every)
+    hosts = sorted(away for *_, away in every)
     for budget in (peaks[0] - 1, peaks[0], *peaks[5::37], peaks[-1]):
-        fitting = [v for v in every.values() if v[1] <= budget]
-        found = plan.search(kinds, count, reward, budget)
-        if not fitting:
-            assert found is None
-        else:
-            assert every[tuple(found)] == min(fitting)
+        for host in (0, hosts[len(hosts) // 2], float("inf")):
+            fitting = [v[:2] for v in every if v[1] <= budget and v[2] <= host]
+            found = plan.search(kinds, count, reward, budget, host)
+            if not fitting:
+                assert found is None
+            else:
+                assert (sum(k.cost for k in found), plan.predicted_peak(found, reward)) == min(fitting)
+                assert sum(k.away for k in found[:-1]) <= host
 
 
-def test_a_plan_fits_its_budget_and_a_larger_one_is_no_slower():
+def test_a_plan_fits_its_budget_and_a_larger_one_is_no_slower(kinds):
     last = float("inf")
-    for budget in (250e3, 400e3, 2e6):
-        made = plan.plan(SETUP, budget, names=NAMES)
+    for budget in (250e3, 300e3, 400e3, 2e6):
+        made = plan.choose(kinds, SETUP, budget)
         assert made.bytes <= budget and made.seconds <= last
         last = made.seconds
-        full = dry_run(SETUP, made.policies, made.reward.policy)
-        assert max(laps.peak for laps in full.values()) == made.bytes
-        assert "predicted" in str(made) and all(f"{c.name} " in str(made) for c in made.table)
+        assert all(f"{c.name} " in str(made) for c in made.table)
     assert made.policies == [plan.KINDS["none"]] * 5
+    assert plan.choose(kinds, SETUP, 400e3, host=0).host == 0
 
 
-def test_a_budget_that_nothing_fits_is_refused_with_the_smallest_that_fits():
-    with pytest.raises(UserError, match=r"model.recompute: got auto:1e-05, want at least auto:([\d.e-]+): ") as e:
-        plan.plan(SETUP, 1e4, names=NAMES)
+def test_a_budget_that_nothing_fits_is_refused_with_the_smallest_that_fits(kinds):
+    with pytest.raises(UserError, match=r"model.recompute: got auto:1e-05, want at least auto:") as e:
+        plan.choose(kinds, SETUP, 1e4)
     least = float(str(e.value).split("at least auto:")[1].split(":")[0])
-    assert plan.plan(SETUP, least * 1e9, names=NAMES).bytes <= least * 1e9
+    assert plan.choose(kinds, SETUP, least * 1e9).bytes <= least * 1e9
+    with pytest.raises(UserError):
+        plan.choose(kinds, SETUP, least * 1e9 - 1001)
 
 
 def test_measured_seconds_take_the_place_of_predicted_ones(tmp_path):
-    small = replace(SETUP, config=tiny_config(num_layers=2), latent=(1, 16, 1, 4, 4))
+    small = replace(SETUP, config=tiny_config(num_layers=2), latent=(1, 16, 1, 4, 4), reward_blocks=1)
     found = plan.measure(small, torch.device("cpu"), ("none", "full, input away"), 1)
     assert set(found["seconds"]) == {"none", "full, input away"} and found["tokens"] == 4
     file = tmp_path / "costs.json"
     file.write_text(json.dumps({"seconds": {"none": 3.0, "full, input away": 2.0}}))
     made = plan.plan(small, 1e9, measured=file)
     assert [k.name for k in made.blocks] == ["full, input away"] * 2
-    assert made.seconds == 2 * 2 * 2.0 + 2 * 2.0  # two passes of two blocks, two of the reward model
+    assert made.seconds == 2 * 2 * 2.0 + 2.0  # two passes of two blocks, one block of the reward model
     file.write_text("{}")
     with pytest.raises(UserError, match="model.costs: .* holds no measured seconds"):
         plan.plan(small, 1e9, measured=file)
@@ -129,7 +137,6 @@ def test_more_computing_is_more_time_and_the_host_is_slow():
 
 def test_a_run_with_a_budget_prints_its_plan(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "KINDS", {k: plan.KINDS[k] for k in ("none", "full")})
-    monkeypatch.setattr(plan.plan, "__defaults__", (plan.Rates(), None, ("none", "full")))
     path = write_run(tmp_path, model={"recompute": "auto:0.0009"}, train={"steps": 1})
     assert cli.main(["train", str(path)]) == 0
     out = capsys.readouterr().out
@@ -155,3 +162,5 @@ def test_the_configuration_names_modes_budgets_or_intermediates():
     with pytest.raises(UserError, match="model.recompute: keep: got no input"):
         of_config(model({"keep": ["attention"]}))
     assert ModelConfig().budget is None
+    with pytest.raises(UserError, match="model.host: got -1.0, want at least 0"):
+        model("full", host=-1.0)
