@@ -165,16 +165,17 @@ class Block(nn.Module):
         attn = self.self_attn
         return modulated_attention(
             x_BLC, *vectors[:3], attn.weights(), grid, attn.num_heads,
-            norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep, **self._how(),
+            norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep, **self.numerics(),
         )  # fmt: skip
 
     def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, keep="all") -> Tensor:
         """x + y and the FFN branch on it; y is cross-attention's output."""
         first, _, second = self.ffn
         weights = FFNWeights(first.weight, first.bias, second.weight, second.bias)
-        return modulated_ffn(x_BLC, y_BLC, *vectors[3:], weights, keep=keep, **self._how())
+        return modulated_ffn(x_BLC, y_BLC, *vectors[3:], weights, keep=keep, **self.numerics())
 
-    def _how(self) -> dict:
+    def numerics(self) -> dict:
+        """What the fused branches take besides tensors: eps, and the dtype of products and attention."""
         q = self.self_attn.q
         return dict(eps=self.eps, dtype=q.compute_dtype or q.weight.dtype)
 

@@ -303,7 +303,7 @@ class Run:
             return _here(self.streams[name])
         if name == "cross_normed" and "after_attention" in self.streams:
             norm, x = self.block.norm3, self._stream("after_attention")
-            dtype = self.block._how()["dtype"]
+            dtype = self.block.numerics()["dtype"]
             return layer_norm(x, norm.weight, norm.bias, self.block.eps, dtype).detach()
         if name == "after_cross":
             if "cross" not in self.made:
