@@ -8,17 +8,18 @@ modulation, norms, rotation and head run in float32 (float64 when the weights ar
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from prfl_engine import recompute
 from prfl_engine.config import UserError
 from prfl_engine.layers import Block, Head, ImageEmbedding, Linear, WideLinear
+from prfl_engine.recompute import BlockPolicy
 from prfl_kernels.jit import wide
 
 
@@ -96,21 +97,6 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _made_again(block: Block, recompute: str, keep: str) -> Callable[..., Tensor]:
-    """The block for a checkpoint, which calls it twice: the attention of the first call serves the second
-    one too if recompute is "attention". Not compiled: two compiled calls need not save the same tensors."""
-    first: list[tuple[Tensor, Tensor]] = []
-
-    def run(tokens, e_B6C, context, grid):
-        if recompute == "full":
-            return block.forward(tokens, e_B6C, context, grid, keep)[0]
-        tokens, attention = block.forward(tokens, e_B6C, context, grid, "attention", *first)
-        first[:] = [attention]
-        return tokens
-
-    return run
-
-
 class WanTransformer(nn.Module):
     """The transformer, or its first `num_blocks` blocks without head (the trunk of a reward model)."""
 
@@ -118,8 +104,10 @@ class WanTransformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.residual_dtype: torch.dtype | None = None  # None: float32, float64 for float64 weights
-        self.recompute = "none"  # of a block, in backward: see ModelConfig
-        self.keep = "all"  # what the modulated branches of a block keep: a mode of modulated_attention
+        # What blocks keep, put away and compute again: a mode of prfl_engine.recompute, or a policy for all
+        # blocks, or one for each.
+        self.recompute: str | BlockPolicy | Sequence[BlockPolicy] = "none"
+        self.keep = "all"  # with a mode: what the branches of a block keep, a mode of modulated_attention
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
         self.text_embedding = nn.Sequential(
             Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), Linear(c.dim, c.dim)
@@ -200,15 +188,22 @@ class WanTransformer(nn.Module):
 
     def _run(self, x, t, context, condition, blocks):
         tokens, e, e_B6C, grid = self.begin(x, t, condition)
-        for block in self.blocks[:blocks]:
-            if self.recompute == "none" or not torch.is_grad_enabled():
-                tokens, _ = block(tokens, e_B6C, context, grid, self.keep)
-            else:
-                tokens = checkpoint(
-                    _made_again(block, self.recompute, self.keep), tokens, e_B6C, context, grid,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
+        if not torch.is_grad_enabled():
+            for block in self.blocks[:blocks]:
+                tokens, _ = block(tokens, e_B6C, context, grid)
+        else:
+            first, policies = [tokens], self.block_policies(blocks)
+            del tokens  # this frame must not hold what the first block may put away
+            tokens = recompute.run_all(self.blocks[:blocks], policies, first.pop(), e_B6C, context, grid)
         return tokens, e, grid
+
+    def block_policies(self, blocks: int | None = None) -> list[BlockPolicy]:
+        """The policy of each of the first `blocks` blocks (all if None)."""
+        count = len(self.blocks[:blocks])
+        if not isinstance(self.recompute, str | BlockPolicy):
+            return list(self.recompute)[:count]
+        one = self.recompute
+        return [recompute.named(one, self.keep) if isinstance(one, str) else one] * count
 
     def begin(
         self, x: Tensor, t: Tensor, condition: Tensor | None = None

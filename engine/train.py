@@ -1,10 +1,11 @@
 """PRFL training: flow matching beside the reward of a graded denoising step."""
 
+import math
 from pathlib import Path
 
 import torch
 
-from prfl_engine import chain, flow
+from prfl_engine import chain, flow, recompute
 from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
 from prfl_engine.config import Config, UserError
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
@@ -19,6 +20,7 @@ from prfl_engine.objectives import (
     sft_loss,
     stratified_indices,
 )
+from prfl_engine.plan import fit_memory
 from prfl_engine.reward import RewardModel
 from prfl_engine.rollout import DriftMeter, make_rollout
 from prfl_engine.sample import write_samples
@@ -38,7 +40,7 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
         with torch.device(device):
             policy = WanTransformer(PRESETS[m.preset])
         policy.init_weights(torch.Generator(device).manual_seed(config.train.seed))
-    policy.recompute, policy.keep = m.recompute, m.keep
+    policy.recompute, policy.keep = recompute.of_config(m), m.keep
     if m.compile:
         policy.compile_blocks()
     return policy.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
@@ -62,7 +64,7 @@ def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.dev
         got, want = getattr(theirs, name), getattr(ours, name)
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
-    reward.transformer.recompute, reward.transformer.keep = m.recompute, m.keep
+    reward.transformer.recompute, reward.transformer.keep = recompute.of_config(m), m.keep
     if m.compile:
         reward.transformer.compile_blocks()
     reward.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
@@ -90,6 +92,9 @@ def train(config: Config) -> None:
         long_caption=c.data.long_caption,
     )
     stream = Stream(reader, paths, c.data.batch_size, c.train.seed)
+    if c.model.budget is not None:
+        shape = max((reader.shape(p) for p in paths), key=lambda s: math.prod(s))
+        print(fit_memory(c, policy, reward if use_reward else None, shape[1:]), flush=True)
     rollout = make_rollout(policy, c.rollout, schedule, device) if use_reward else None
     meter = None
     if rollout is not None and rollout.approximate:

@@ -69,6 +69,11 @@ def configure(choice: str) -> None:
     _overrides.update(found)
 
 
+def configured() -> str:
+    """What was chosen, as `configure` takes it."""
+    return ",".join(f"{op}={choice}" for op, choice in _overrides.items())
+
+
 def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
     """The implementation of `op`, or of its form that makes e4m3, that runs on a tensor like x."""
     if x.dtype == torch.float64:
