@@ -136,11 +136,12 @@ class DriftMeter:
         self.step: int | None = None
 
     def begin(self, step: int) -> None:
-        """To be called before every rollout of optimizer step `step`, counted from 0."""
-        if step == self.step:
-            return
-        self.step = self.rollout.version = step
-        if self.drift is not None and all(step % period for period in self.periods):
+        """To be called before every rollout of optimizer step `step`, counted from 0.
+
+        Where a period ends in a step without a rollout, the next one with a rollout probes.
+        """
+        before, self.step, self.rollout.version = self.step, step, step
+        if before is not None and all(before // period == step // period for period in self.periods):
             return
         device = next(self.rollout.model.parameters()).device
         sample = to_device(self.sample, device)

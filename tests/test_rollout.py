@@ -189,6 +189,15 @@ def test_a_resumed_meter_probes_where_it_starts():
     assert not rollout.accelerated and rollout.asked == [9]
 
 
+def test_no_probe_is_left_out_where_not_every_step_has_a_rollout():
+    """As where flow matching and reward take turns: probes behind steps 4 and 6, 8, 12."""
+    rollout = Scripted({step: 0.01 for step in range(20)}, probe_every=4)
+    meter = DriftMeter(rollout, random_batch(rollout.model.config, 1), 2, seed=0, save_every=6)
+    for step in range(1, 15, 2):
+        meter.begin(step)
+    assert rollout.asked == [1, 5, 7, 9, 13]
+
+
 def test_rollouts_are_plain_while_acceleration_is_off():
     model, batch, schedule, rollout = setup(precision="fp8", cache=0.3)
     noise, index = torch.randn_like(batch.latent), torch.tensor([6, 3])
