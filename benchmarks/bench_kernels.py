@@ -23,14 +23,17 @@ from functools import partial
 from pathlib import Path
 
 import gates
+import kernel_cases
+import kernel_cases_fp8
 import shapes
 import torch
-from kernel_cases import ENTRIES, Entry
+from kernel_cases import Entry
 from shapes import Shape
 from timing import Times, compile_absence, limits, machine, measure
 
 from prfl_kernels import compiled, jit, ledger, table
 
+ENTRIES = kernel_cases.ENTRIES + kernel_cases_fp8.ENTRIES
 PASSES = ("forward", "backward")
 PEERS = ("eager", "compile", "sdpa")
 DTYPES = ("bfloat16", "float16", "float32")

@@ -16,15 +16,13 @@ from torch.func import functional_call
 
 from prfl_engine.reward import QueryPool
 from prfl_kernels.attention import attention
-from prfl_kernels.attention_fp8 import _natural, attention_fp8, attention_fp8_reference, quantize_values
 from prfl_kernels.bias_gelu import bias_gelu
-from prfl_kernels.fp8_linear import fp8_linear, quantize_weight
 from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.jit import wide
-from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8
+from prfl_kernels.modulate import layer_norm, modulate
 from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
-from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm
+from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
 from prfl_kernels.reward_pool import reward_pool
 from prfl_kernels.rope import rope_angles
 from prfl_kernels.solver_step import solver_step
@@ -59,21 +57,15 @@ class Entry(NamedTuple):
     decode: Callable = lambda *outputs: outputs
 
 
-def _normed(x: Tensor, scale: Tensor, shift: Tensor, base: float, dtype: torch.dtype) -> Tensor:
+def normed(x: Tensor, scale: Tensor, shift: Tensor, base: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm and its affine part in float32, rounded once."""
     if scale.dim() == 2:
         scale, shift = scale[:, None], shift[:, None]
     return (F.layer_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=EPS) * (base + scale) + shift).to(dtype)
 
 
-def _added(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def added(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return (x.to(wide(x.dtype)) + y * gate[:, None]).to(x.dtype)
-
-
-def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values, and scales [...], of x [..., C]."""
-    scale = x.float().abs().amax(-1) / 448
-    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
 def _norm(name: str, call: Callable, vector: Callable, base: float) -> Entry:
@@ -81,15 +73,15 @@ def _norm(name: str, call: Callable, vector: Callable, base: float) -> Entry:
         name, name,
         lambda s: [s.residual_rows(), vector(s), vector(s)],
         lambda s, *inputs: call(*inputs, EPS, s.dtype),
-        lambda s, *inputs: _normed(*inputs, base, s.dtype),
+        lambda s, *inputs: normed(*inputs, base, s.dtype),
         wanted=(0, 1, 2),
     )  # fmt: skip
 
 
 def _gated_norm(name: str, call: Callable, vector: Callable, base: float) -> Entry:
     def plain(s, x, y, gate, scale, shift):
-        x = _added(x, y, gate)
-        return x, _normed(x, scale, shift, base, s.dtype)
+        x = added(x, y, gate)
+        return x, normed(x, scale, shift, base, s.dtype)
 
     return Entry(
         name, name,
@@ -105,20 +97,9 @@ def _gated_add() -> Entry:
         "gated_add", "gated_add",
         lambda s: [s.residual_rows(), s.rows(), s.modulation()],
         lambda s, *inputs: gated_add(*inputs),
-        lambda s, *inputs: _added(*inputs),
+        lambda s, *inputs: added(*inputs),
         wanted=(0, 1, 2),
         reads=lambda inputs, outputs: inputs[1:],
-    )  # fmt: skip
-
-
-def _modulate_fp8() -> Entry:
-    return Entry(
-        "modulate_fp8", "modulate",
-        lambda s: [s.residual_rows(), s.modulation(), s.modulation()],
-        lambda s, *inputs: modulate_fp8(*inputs, EPS),
-        lambda s, *inputs: _quantized(_normed(*inputs, 1.0, torch.float32)),
-        exact=lambda s, *inputs: _normed(*inputs, 1.0, s.dtype),
-        decode=lambda n, scale: [n.double() * scale[..., None]],
     )  # fmt: skip
 
 
@@ -137,18 +118,18 @@ def _rms_norm() -> Entry:
     )  # fmt: skip
 
 
-def _qk_inputs(s: Shape) -> list[Tensor]:
+def qk_inputs(s: Shape) -> list[Tensor]:
     q, k, _ = s.normal(s.batch, s.length, 3 * s.model.width, dtype=s.dtype).chunk(3, dim=-1)
     return [q, k, s.vector(), s.vector()]
 
 
-def _with_angles(s: Shape, *inputs: Tensor) -> Sequence[Tensor]:
+def with_angles(s: Shape, *inputs: Tensor) -> Sequence[Tensor]:
     """... and the cosines and sines [L, 1, D/2], which eager code keeps from call to call."""
     angles = rope_angles(s.head_dim, s.grid)[s.offset :, None]
     return *inputs, *(a.to(s.device, wide(s.dtype)) for a in (angles.cos(), angles.sin()))
 
 
-def _qk_plain(s, q, k, weight_q, weight_k, cos, sin):
+def qk_plain(s, q, k, weight_q, weight_k, cos, sin):
     made = []
     for x, weight in ((q, weight_q), (k, weight_k)):
         even, odd = _rms(x, weight).unflatten(-1, (s.model.heads, -1, 2)).unbind(-1)
@@ -159,49 +140,32 @@ def _qk_plain(s, q, k, weight_q, weight_k, cos, sin):
 
 def _qk_norm_rope() -> Entry:
     return Entry(
-        "qk_norm_rope", "qk_norm_rope", _qk_inputs,
+        "qk_norm_rope", "qk_norm_rope", qk_inputs,
         lambda s, *inputs: qk_norm_rope(*inputs, s.grid, s.model.heads, EPS, s.offset),
-        _qk_plain,
+        qk_plain,
         wanted=(0, 1, 2, 3),
-        prepare=_with_angles,
+        prepare=with_angles,
     )  # fmt: skip
 
 
-def _qk_norm_rope_fp8() -> Entry:
-    def plain(s, q, k, *rest):
-        (q, scale_q), (k, scale_k) = map(_quantized, _qk_plain(s, q.float(), k.float(), *rest))
-        return q, k, scale_q, scale_k
-
-    return Entry(
-        "qk_norm_rope_fp8", "qk_norm_rope", _qk_inputs,
-        lambda s, *inputs: qk_norm_rope_fp8(*inputs, s.grid, s.model.heads, EPS, s.offset),
-        plain,
-        prepare=_with_angles,
-        exact=_qk_plain,
-        decode=lambda q, k, *scales: [
-            a.double() * scale[..., None] for a, scale in zip((q, k), scales, strict=True)
-        ],
-    )  # fmt: skip
-
-
-def _qkv(s: Shape, cross: bool) -> list[Tensor]:
+def qkv(s: Shape, cross: bool) -> list[Tensor]:
     keys = s.text if cross else s.tokens
     return [s.normal(s.batch, n, s.heads, s.head_dim, dtype=s.dtype) for n in (s.tokens, keys, keys)]
 
 
-def _attention_plain(s, q, k, v):
+def attention_plain(s, q, k, v):
     """Two batched products and a softmax in float32 between them."""
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
     p = ((q @ k.mT).to(wide(q.dtype)) * s.head_dim**-0.5).softmax(-1)
     return (p.to(v.dtype) @ v).transpose(1, 2)
 
 
-def _sdpa(s, q, k, v):
+def sdpa(s, q, k, v):
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _attention_flops(cross: bool, s: Shape) -> tuple[int, int]:
+def attention_flops(cross: bool, s: Shape) -> tuple[int, int]:
     product = 2 * s.batch * s.tokens * (s.text if cross else s.tokens) * s.heads * s.head_dim
     return 2 * product, 5 * product
 
@@ -210,62 +174,14 @@ def _attention(kind: str) -> Entry:
     cross = kind == "cross"
     return Entry(
         f"attention, {kind}", "attention",
-        lambda s: _qkv(s, cross),
+        lambda s: qkv(s, cross),
         lambda s, *inputs: attention(*inputs),
-        _attention_plain,
+        attention_plain,
         wanted=(0, 1, 2),
-        flops=partial(_attention_flops, cross),
+        flops=partial(attention_flops, cross),
         divided="heads",
         reads=lambda inputs, outputs: [*inputs, *outputs],
-        peers={"sdpa": _sdpa},
-    )  # fmt: skip
-
-
-def _attention_fp8(kind: str) -> Entry:
-    """Beside attention in dtype on the same values."""
-    cross = kind == "cross"
-
-    def inputs(s):
-        q, k, v = _qkv(s, cross)
-        return [*_quantized(q), *_quantized(k), *quantize_values(v)]
-
-    def values(s, q, q_scale, k, k_scale, v, v_scale):
-        v = _natural(v.to(s.dtype))[..., : k.shape[1]] * v_scale[..., None]
-        return [(a.to(s.dtype) * b[..., None]).to(s.dtype) for a, b in ((q, q_scale), (k, k_scale))] + [
-            v.permute(0, 3, 1, 2).to(s.dtype).contiguous()
-        ]
-
-    return Entry(
-        f"attention_fp8, {kind}", "attention_fp8", inputs,
-        lambda s, *inputs: attention_fp8(*inputs)[0],
-        _attention_plain,
-        flops=partial(_attention_flops, cross),
-        rate="fp8",
-        divided="heads",
-        prepare=values,
-        peers={"sdpa": _sdpa},
-        yardstick=lambda s, *inputs: attention_fp8_reference(*inputs, s.head_dim**-0.5)[0].bfloat16(),
-    )  # fmt: skip
-
-
-def _fp8_linear() -> Entry:
-    """The FFN's first projection, beside the linear layer in dtype on the same values."""
-
-    def inputs(s):
-        weight = s.normal(s.model.ffn, s.model.width) * s.model.width**-0.5
-        return [*_quantized(s.rows()), *quantize_weight(weight), s.normal(s.model.ffn)]
-
-    def values(s, x, x_scale, w, w_scale, bias):
-        pairs = (x, x_scale), (w, w_scale)
-        return [*((a.to(s.dtype) * b[..., None]).to(s.dtype) for a, b in pairs), bias.to(s.dtype)]
-
-    return Entry(
-        "fp8_linear", "fp8_linear", inputs,
-        lambda s, *inputs: fp8_linear(*inputs, s.dtype),
-        lambda s, *inputs: F.linear(*inputs),
-        flops=lambda s: (2 * s.batch * s.length * s.model.width * s.model.ffn, 0),
-        rate="fp8",
-        prepare=values,
+        peers={"sdpa": sdpa},
     )  # fmt: skip
 
 
@@ -377,19 +293,19 @@ def _modulated_attention() -> Entry:
 
     def plain(s, x, shift, scale, gate, *rest):
         w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, norm_q, norm_k, *angles = rest
-        n = _normed(x, scale, shift, 1.0, s.dtype)
-        q, k = _qk_plain(s, _linear(n, w_q, b_q), _linear(n, w_k, b_k), norm_q, norm_k, *angles)
-        out = _sdpa(s, q, k, _linear(n, w_v, b_v).unflatten(-1, (s.model.heads, -1)))
-        return _added(x, _linear(out.flatten(2), w_o, b_o), gate)
+        n = normed(x, scale, shift, 1.0, s.dtype)
+        q, k = qk_plain(s, _linear(n, w_q, b_q), _linear(n, w_k, b_k), norm_q, norm_k, *angles)
+        out = sdpa(s, q, k, _linear(n, w_v, b_v).unflatten(-1, (s.model.heads, -1)))
+        return added(x, _linear(out.flatten(2), w_o, b_o), gate)
 
     def flops(s):
         work = 8 * s.length * s.model.width**2 * s.batch
-        forward, backward = _attention_flops(False, s)
+        forward, backward = attention_flops(False, s)
         return work + forward, 2 * work + backward
 
     return Entry(
         "modulated_attention", "attention", inputs, call, plain, tuple(range(14)), flops,
-        divided=None, prepare=_with_angles,
+        divided=None, prepare=with_angles,
     )  # fmt: skip
 
 
@@ -403,8 +319,8 @@ def _modulated_ffn() -> Entry:
 
     def plain(s, x, y, shift, scale, gate, w1, b1, w2, b2):
         x = (x.to(wide(x.dtype)) + y).to(x.dtype)
-        h = _linear(_normed(x, scale, shift, 1.0, s.dtype), w1, b1)
-        return _added(x, _linear(F.gelu(h, approximate="tanh"), w2, b2), gate)
+        h = _linear(normed(x, scale, shift, 1.0, s.dtype), w1, b1)
+        return added(x, _linear(F.gelu(h, approximate="tanh"), w2, b2), gate)
 
     def flops(s):
         work = 4 * s.batch * s.length * s.model.width * s.model.ffn
@@ -429,11 +345,6 @@ ENTRIES = (
     _attention("cross"),
     _reward_pool(),
     _query_pool(),
-    _modulate_fp8(),
-    _qk_norm_rope_fp8(),
-    _fp8_linear(),
-    _attention_fp8("self"),
-    _attention_fp8("cross"),
     _bias_gelu(),
     _solver_step(),
     _modulated_attention(),

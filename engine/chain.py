@@ -34,9 +34,19 @@ class Chain:
     Samples may stand at different steps; those that move next move together in one call.
     """
 
-    def __init__(self, velocity: Velocity, schedule: flow.Schedule, noise: Tensor):
-        """noise [B, C, T, H, W]; it is not changed."""
-        self.velocity, self.schedule = velocity, schedule
+    def __init__(
+        self,
+        velocity: Velocity,
+        schedule: flow.Schedule,
+        noise: Tensor,
+        stretch: Callable[[], Velocity] | None = None,
+    ):
+        """noise [B, C, T, H, W]; it is not changed.
+
+        velocity makes the steps of windows. Every stretch of steps before a window, from where the samples
+        stand, asks stretch() for its velocity (None: the same).
+        """
+        self.velocity, self.schedule, self.stretch = velocity, schedule, stretch
         start = flow.init_state(noise.detach())
         # states[b][i]: the state [1, ...] of sample b before step i, None where it was forgotten.
         self.states = [[start.select(slice(b, b + 1))] for b in range(len(noise))]
@@ -47,12 +57,15 @@ class Chain:
         return rows[0] if len(rows) == 1 else flow.SolverState(*map(torch.cat, zip(*rows, strict=True)))
 
     @torch.no_grad()
-    def advance_to(self, index: Tensor, first: Tensor) -> None:
+    def advance_to(self, index: Tensor, first: Tensor, velocity: Velocity | None = None) -> None:
         """Go on without gradient until every sample's state before step index[b] is known, and forget
         those before step first[b] on the way.
 
         Both [B] long, on the CPU. A batch costs as many forwards of one sample as states are missing.
+        Without a velocity it is that of a stretch.
         """
+        if velocity is None:
+            velocity = self.velocity if self.stretch is None else self.stretch()
         while True:
             for states, n in zip(self.states, first.tolist(), strict=True):
                 known = min(n, len(states) - 1)
@@ -62,7 +75,7 @@ class Chain:
             if not len(active):
                 return
             at = at[active]
-            state = advance(self.velocity, self.schedule, self.at(at, active), at, active)
+            state = advance(velocity, self.schedule, self.at(at, active), at, active)
             self._append(state, active)
 
     def _append(self, state: flow.SolverState, active: Tensor) -> None:
@@ -76,7 +89,10 @@ class Chain:
         states before it are constants. detach_input gives the model a detached input at every step, so that
         the gradient goes from step to step through the sampler alone (DRTune, Wu et al. 2024).
         """
-        self.advance_to(index, (index - (window - 1)).clamp(min=0))
+        first = (index - (window - 1)).clamp(min=0)
+        if self.stretch is not None:
+            self.advance_to(first, first)
+        self.advance_to(index, first, self.velocity)
         return Window(self, index, window, detach_input)
 
 
@@ -143,14 +159,16 @@ def graded_windows(
     indices: Tensor,
     window: int = 1,
     detach_input: bool = False,
+    stretch: Callable[[], Velocity] | None = None,
 ) -> Iterator[Window]:
     """Several graded windows of one rollout, one after another.
 
-    indices [K, B] long on the CPU, not decreasing along K; repeats share their states. Every forward serves
+    indices [K, B] long on the CPU, not decreasing along K; repeats share their states; stretch as in
+    Chain. Every forward serves
     once: a step with gradient is the next step of the rollout as well. Backpropagate each window, and call
     its `backward`, before taking the next.
     """
-    chain = Chain(velocity, schedule, noise)
+    chain = Chain(velocity, schedule, noise, stretch)
     for index in indices:
         yield chain.graded(index, window, detach_input)
 

@@ -28,6 +28,14 @@ def check(ok: bool, name: str, got: Any, want: str) -> None:
 
 
 @dataclass(frozen=True)
+class KeptConfig:
+    keep: tuple[str, ...] = ()
+    """Intermediates of a block that stay on the device; engine/recompute.py names them."""
+    offload: tuple[str, ...] = ()
+    """Those that wait for the backward in host memory. All others are computed again."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     path: str | None = None
     """Folder with config.json and native safetensors; None: random weights of `preset`."""
@@ -39,14 +47,40 @@ class ModelConfig:
     """Linear layers and attention."""
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Residual stream; the official code keeps it in float32."""
-    recompute: Literal["none", "full", "attention"] = "none"
-    """full: keep only every block's input and compute the block again in backward; attention: keep the output
-    of its self-attention too, which is most of a block's work and is not computed again."""
+    recompute: KeptConfig | str = "none"
+    """What blocks keep for their backward. none: all that `keep` says; full: their inputs; attention: the
+    output of their self-attention too, which is most of a block's work; auto:GB: the fastest policies whose
+    step is predicted to fit in so many 10^9 bytes beside weights, gradients and optimizer state; or
+    {keep: [...], offload: [...]} with names of engine/recompute.py."""
     keep: Literal["nothing", "attention", "projections", "all"] = "all"
-    """What the attention and FFN branches keep for the backward (docs/kernels.md); with recompute: while the
-    backward of their block runs ("attention" where recompute is attention)."""
+    """What the branches of a block keep for the backward (docs/kernels.md); with recompute: what a branch
+    that is run again keeps until its own backward."""
+    compile: bool = False
+    """torch.compile for every block: one compilation serves all, and every shape takes one; blocks with
+    gradient are compiled only where recompute is none."""
     kernels: str | None = None
     """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
+    host: float | None = None
+    """10^9 bytes of host memory that auto:GB may put tensors into; None: no limit, 0: nothing moves."""
+    costs: str | None = None
+    """JSON of measured seconds for auto:GB (`prfl_engine.plan.measure`); None: predicted for an H100."""
+
+    def __post_init__(self):
+        if isinstance(self.recompute, str):
+            modes = ("none", "full", "attention")
+            ok = self.recompute in modes or self.budget is not None
+            check(ok, "model.recompute", self.recompute, f"{', '.join(modes)} or auto:GB such as auto:40")
+        check(self.host is None or self.host >= 0, "model.host", self.host, "at least 0")
+
+    @property
+    def budget(self) -> float | None:
+        """Bytes of auto:GB; None in the other modes."""
+        mode, _, size = self.recompute.partition(":") if isinstance(self.recompute, str) else ("", "", "")
+        try:
+            size = float(size) * 1e9
+        except ValueError:
+            return None
+        return size if mode == "auto" and 0 < size < float("inf") else None
 
 
 @dataclass(frozen=True)
@@ -119,8 +153,25 @@ class RolloutConfig:
     samples: int = 1
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm."""
+    precision: Literal["same", "fp8"] = "same"
+    """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
+    cache: float = 0.0
+    """Steps without gradient reuse what the blocks added before, while the accumulated relative change of
+    their modulated input stays below this (TeaCache); 0 computes every step. With 40 steps 0.05 skipped
+    0.4 of the demo's, 0.1 0.6 of them."""
+    probe_every: int = 50
+    """Optimizer steps between measurements of how far an fp8 or cached rollout ends from a plain one."""
+    max_drift: float = 0.05
+    """Relative distance of the latents above which rollouts are plain until a measurement is below it. On
+    the demo fp8 has 0.025, and the last step of 40 by itself moves a latent by 0.09."""
+    cuda_graph: bool = False
+    """Replay the blocks of steps without gradient as a CUDA graph: worth it where launches cost more than
+    the work (few tokens); its working memory stays reserved."""
 
     def __post_init__(self):
+        check(self.cache >= 0, "rollout.cache", self.cache, "at least 0")
+        check(self.probe_every >= 1, "rollout.probe_every", self.probe_every, "at least 1")
+        check(self.max_drift > 0, "rollout.max_drift", self.max_drift, "a positive number")
         check(self.steps >= 2, "rollout.steps", self.steps, "at least 2")
         check(self.shift > 0, "rollout.shift", self.shift, "a positive number")
         check(self.samples >= 1, "rollout.samples", self.samples, "at least 1")

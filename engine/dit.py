@@ -8,17 +8,18 @@ modulation, norms, rotation and head run in float32 (float64 when the weights ar
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from prfl_engine import recompute
 from prfl_engine.config import UserError
 from prfl_engine.layers import Block, Head, ImageEmbedding, Linear, WideLinear
+from prfl_engine.recompute import BlockPolicy
 from prfl_kernels.jit import wide
 
 
@@ -96,21 +97,6 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _made_again(block: Block, recompute: str, keep: str) -> Callable[..., Tensor]:
-    """The block for a checkpoint, which calls it twice: the attention of the first call serves the second
-    one too if recompute is "attention"."""
-    first: list[tuple[Tensor, Tensor]] = []
-
-    def run(tokens, e_B6C, context, grid):
-        if recompute == "full":
-            return block(tokens, e_B6C, context, grid, keep)[0]
-        tokens, attention = block(tokens, e_B6C, context, grid, "attention", *first)
-        first[:] = [attention]
-        return tokens
-
-    return run
-
-
 class WanTransformer(nn.Module):
     """The transformer, or its first `num_blocks` blocks without head (the trunk of a reward model)."""
 
@@ -118,8 +104,10 @@ class WanTransformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.residual_dtype: torch.dtype | None = None  # None: float32, float64 for float64 weights
-        self.recompute = "none"  # of a block, in backward: see ModelConfig
-        self.keep = "all"  # what the modulated branches of a block keep: a mode of modulated_attention
+        # What blocks keep, put away and compute again: a mode of prfl_engine.recompute, or a policy for all
+        # blocks, or one for each.
+        self.recompute: str | BlockPolicy | Sequence[BlockPolicy] = "none"
+        self.keep = "all"  # with a mode: what the branches of a block keep, a mode of modulated_attention
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
         self.text_embedding = nn.Sequential(
             Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), Linear(c.dim, c.dim)
@@ -196,9 +184,32 @@ class WanTransformer(nn.Module):
         condition [B, 20, T, H, W] is the mask and the encoded first frame of an I2V model.
         """
         tokens, e, grid = self._run(x, t, context, condition, None)
-        return self._unpatchify(self.head(tokens, e), grid)
+        return self.finish(tokens, e, grid)
 
     def _run(self, x, t, context, condition, blocks):
+        tokens, e, e_B6C, grid = self.begin(x, t, condition)
+        if not torch.is_grad_enabled():
+            for block in self.blocks[:blocks]:
+                tokens, _ = block(tokens, e_B6C, context, grid)
+        else:
+            first, policies = [tokens], self.block_policies(blocks)
+            del tokens  # this frame must not hold what the first block may put away
+            tokens = recompute.run_all(self.blocks[:blocks], policies, first.pop(), e_B6C, context, grid)
+        return tokens, e, grid
+
+    def block_policies(self, blocks: int | None = None) -> list[BlockPolicy]:
+        """The policy of each of the first `blocks` blocks (all if None)."""
+        count = len(self.blocks[:blocks])
+        if not isinstance(self.recompute, str | BlockPolicy):
+            return list(self.recompute)[:count]
+        one = self.recompute
+        return [recompute.named(one, self.keep) if isinstance(one, str) else one] * count
+
+    def begin(
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
+        """What the blocks take: tokens [B, L, C], the embedding [B, C] of t and its six vectors a block
+        adds to its own [B, 6, C], and the grid (frames, rows, columns). Arguments as in forward."""
         c = self.config
         if condition is not None:
             x = torch.cat([x, condition.to(x.dtype)], dim=1)
@@ -208,16 +219,21 @@ class WanTransformer(nn.Module):
             )
         tokens, grid = self._patchify(x)
         e = self.time_embedding(sinusoid(t, c.freq_dim))
-        e_B6C = self.time_projection(e).unflatten(1, (6, c.dim))
-        for block in self.blocks[:blocks]:
-            if self.recompute == "none" or not torch.is_grad_enabled():
-                tokens, _ = block(tokens, e_B6C, context, grid, self.keep)
-            else:
-                tokens = checkpoint(
-                    _made_again(block, self.recompute, self.keep), tokens, e_B6C, context, grid,
-                    use_reentrant=False, preserve_rng_state=False,
-                )  # fmt: skip
-        return tokens, e, grid
+        return tokens, e, self.time_projection(e).unflatten(1, (6, c.dim)), grid
+
+    def finish(self, tokens: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """The velocity [B, out_dim, T, H, W] from the tokens behind the last block, and what begin gave."""
+        return self._unpatchify(self.head(tokens, e), grid)
+
+    def compile_blocks(self, backend: str = "inductor") -> "WanTransformer":
+        """Let torch.compile make the code of every block, without graph breaks and for fixed shapes: all
+        blocks share it, and another shape, precision or use (with gradient or without, frozen) has its own.
+        Blocks with gradient that are computed again in backward stay as they are. Returns self."""
+        # Beyond this many torch.compile would raise: shapes of a data set times a handful of uses.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
+        return self
 
     def _patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """The strided convolution as one matrix product over the values of every patch."""

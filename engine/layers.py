@@ -3,14 +3,17 @@
 Shapes: B batch, L video tokens, S context tokens, C width, H heads, F ffn width.
 """
 
+from collections.abc import Collection, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prfl_kernels.attention import attention
+from prfl_kernels.cross_attention import CrossWeights, ImageWeights, cross_attention
 from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate
-from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
+from prfl_kernels.modulated_attention import AttentionWeights, Branch, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 from prfl_kernels.qk_norm_rope import rms_norm
 
@@ -64,7 +67,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the text and, in an I2V model, to the image tokens before it."""
+    """Attention to the text and, in an I2V model, to the image tokens before it.
+
+    With gradient it is one operation, which keeps what it is told to. Without, or where a linear layer is
+    more than its weight and bias (adapters, another class), the layers run one by one.
+    """
 
     def __init__(self, dim: int, num_heads: int, eps: float, image: bool):
         super().__init__()
@@ -75,26 +82,59 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x_BLC: Tensor, context_BSC: Tensor) -> Tensor:
-        q, text = self._heads(self.norm_q(self.q(x_BLC))), context_BSC
+    def forward(self, x_BLC: Tensor, context_BSC: Tensor, keep: str | Collection[str] = "all") -> Tensor:
+        """The branch's output [B, L, C]; `keep` as in prfl_kernels.cross_attention."""
+        if torch.is_grad_enabled() and self.fused:
+            (q, k, v, o), image = ((m.weight, m.bias) for m in self._linears()[:4]), None
+            if self.image:
+                (k_img, v_img), norm = self._linears()[4:], self.norm_k_img
+                image = ImageWeights(k_img.weight, k_img.bias, v_img.weight, v_img.bias, norm.weight)
+            return cross_attention(
+                x_BLC, context_BSC, CrossWeights(*q, *k, *v, *o, self.norm_q.weight, self.norm_k.weight),
+                self.num_heads, image, IMAGE_TOKENS if self.image else 0, self.norm_q.eps,
+                self.q.compute_dtype or self.q.weight.dtype, keep,
+            )  # fmt: skip
+        return self._by_layers(x_BLC, context_BSC)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the branch with gradient is one operation."""
+        return all(
+            type(m) is Linear and {name for name, _ in m.named_parameters()} == {"weight", "bias"}
+            for m in self._linears()
+        )
+
+    def _linears(self) -> tuple[nn.Module, ...]:
+        more = (self.k_img, self.v_img) if self.image else ()
+        return self.q, self.k, self.v, self.o, *more
+
+    def _by_layers(self, x_BLC: Tensor, context_BSC: Tensor) -> Tensor:
+        return self.o(self.attend(self.q(x_BLC), context_BSC))
+
+    def attend(self, q_BLC: Tensor, context_BSC: Tensor) -> Tensor:
+        """What goes into the last projection, from queries before their norm; [B, L, C] in their dtype."""
+        dtype = q_BLC.dtype
+
+        def heads(x: Tensor) -> Tensor:
+            return x.to(dtype).unflatten(2, (self.num_heads, -1))
+
+        q, text = heads(self.norm_q(q_BLC)), context_BSC
         if self.image:
             picture, text = context_BSC[:, :IMAGE_TOKENS], context_BSC[:, IMAGE_TOKENS:]
-        out = attention(q, self._heads(self.norm_k(self.k(text))), self._heads(self.v(text)))
+        out = attention(q, heads(self.norm_k(self.k(text))), heads(self.v(text)))
         if self.image:
-            k = self._heads(self.norm_k_img(self.k_img(picture)))
-            out = out + attention(q, k, self._heads(self.v_img(picture)))
-        return self.o(out.flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1))
+            k = heads(self.norm_k_img(self.k_img(picture)))
+            out = out + attention(q, k, heads(self.v_img(picture)))
+        return out.flatten(2)
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention and FFN on the residual stream, modulated by the timestep.
 
     x += gate1 * Attn(LN(x) (1 + scale1) + shift1);  x += Cross(LN_affine(x), context);
-    x += gate2 * FFN(LN(x) (1 + scale2) + shift2). `keep` is what the two modulated branches keep for the
-    backward, `attention` what a call before has made; see prfl_kernels.modulated_attention.
+    x += gate2 * FFN(LN(x) (1 + scale2) + shift2). `keep` is what the three branches keep for the
+    backward (for all of them or each), `attention` what a call before has made; see
+    prfl_kernels.modulated_attention.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool):
@@ -114,21 +154,36 @@ class Block(nn.Module):
         e_B6C: Tensor,
         context_BSC: Tensor,
         grid: tuple[int, int, int],
-        keep: str = "all",
+        keep: str | Sequence[str | Collection[str]] = "all",
         attention: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """(x' [B, L, C], output and log-sum-exp of self-attention where kept or given)."""
-        e = self.modulation.to(e_B6C.dtype) + e_B6C
-        shift1, scale1, gate1, shift2, scale2, gate2 = e.unbind(1)
-        attn, (first, _, second) = self.self_attn, self.ffn
-        how = dict(eps=self.eps, dtype=attn.q.compute_dtype or attn.q.weight.dtype, keep=keep)
-        x, n, attention = modulated_attention(
-            x_BLC, shift1, scale1, gate1, attn.weights(), grid, attn.num_heads,
-            norm=(self.norm3.weight, self.norm3.bias), attention=attention, **how,
+        vectors, keeps = self.vectors(e_B6C), [keep] * 3 if isinstance(keep, str) else keep
+        x, n, attention = self.attend(x_BLC, vectors, grid, keeps[0], attention)
+        return self.feed(x, self.cross_attn(n, context_BSC, keeps[1]), vectors, keeps[2]), attention
+
+    def vectors(self, e_B6C: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate [B, C] of self-attention, then those of the FFN."""
+        return (self.modulation.to(e_B6C.dtype) + e_B6C).unbind(1)
+
+    def attend(self, x_BLC: Tensor, vectors, grid, keep="all", attention=None) -> Branch:
+        """The self-attention branch and the norm that cross-attention reads."""
+        attn = self.self_attn
+        return modulated_attention(
+            x_BLC, *vectors[:3], attn.weights(), grid, attn.num_heads,
+            norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep, **self.numerics(),
         )  # fmt: skip
-        y = self.cross_attn(n, context_BSC)
+
+    def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, keep="all") -> Tensor:
+        """x + y and the FFN branch on it; y is cross-attention's output."""
+        first, _, second = self.ffn
         weights = FFNWeights(first.weight, first.bias, second.weight, second.bias)
-        return modulated_ffn(x, y, shift2, scale2, gate2, weights, **how), attention
+        return modulated_ffn(x_BLC, y_BLC, *vectors[3:], weights, keep=keep, **self.numerics())
+
+    def numerics(self) -> dict:
+        """What the fused branches take besides tensors: eps, and the dtype of products and attention."""
+        q = self.self_attn.q
+        return dict(eps=self.eps, dtype=q.compute_dtype or q.weight.dtype)
 
 
 class Head(nn.Module):

@@ -4,11 +4,12 @@ The storage of every tensor that an operation returns counts from then until it 
 there before: a view of it is seen too). The
 fused operations of prfl_kernels are opened up: what they allocate on the way counts too. No tensor
 is held and no hook is set, so the count does not change what lives. (torch's own MemTracker keeps gradients
-alive by its hooks and reports more.)
+alive by its hooks and reports more.) What is allocated in a `host_memory` block counts apart, also on a CPU.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,17 +17,32 @@ from torch.utils._pytree import tree_iter
 
 from prfl_kernels.jit import REGISTERED
 
+_on_host = [False]
+
+
+@contextmanager
+def host_memory() -> Iterator[None]:
+    """Tensors first seen in this block are on the host, whatever their device."""
+    before, _on_host[0] = _on_host[0], True
+    try:
+        yield
+    finally:
+        _on_host[0] = before
+
 
 class LiveBytes(TorchDispatchMode):
-    """A with block in which live bytes are counted: `now`, and the most so far, `peak`.
+    """A with block in which live bytes are counted: `now`, and the most so far, `peak`; on the host
+    `host_now` and `host_peak`.
 
     round_to: bytes that sizes are rounded up to; 512 counts as torch's CUDA allocator does.
     """
 
     def __init__(self, round_to: int = 1):
         super().__init__()
-        self.round_to, self.now, self.peak = round_to, 0, 0
+        self.round_to, self.now, self.peak, self.host_now, self.host_peak = round_to, 0, 0, 0, 0
         self._known: dict[int, int] = {}
+        self._lap = 0
+        self._hosted: dict[int, int] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that exist already, such as parameters."""
@@ -34,10 +50,23 @@ class LiveBytes(TorchDispatchMode):
             self._see(a)
         self.peak = max(self.peak, self.now)
 
+    def lap(self) -> int:
+        """The most since the last call, or since the begin."""
+        lap, self._lap = max(self._lap, self.now), self.now
+        return lap
+
     def _see(self, a: Tensor) -> None:
         storage = a.untyped_storage()
         key = storage._cdata
         size = -(-storage.nbytes() // self.round_to) * self.round_to
+        if key in self._hosted:
+            return
+        if _on_host[0] and key not in self._known:
+            weakref.finalize(storage, self._free_on_host, key).atexit = False
+            self._hosted[key] = storage.nbytes()
+            self.host_now += self._hosted[key]
+            self.host_peak = max(self.host_peak, self.host_now)
+            return
         if key not in self._known:
             weakref.finalize(storage, self._free, key).atexit = False
             self._known[key] = 0
@@ -46,6 +75,9 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.now -= self._known.pop(key)
+
+    def _free_on_host(self, key: int) -> None:
+        self.host_now -= self._hosted.pop(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         inside = REGISTERED.get(func.name()) if func.namespace == "prfl" else None
@@ -57,5 +89,5 @@ class LiveBytes(TorchDispatchMode):
         for a in tree_iter(out):
             if isinstance(a, Tensor):
                 self._see(a)
-        self.peak = max(self.peak, self.now)
+        self.peak, self._lap = max(self.peak, self.now), max(self._lap, self.now)
         return out

@@ -160,6 +160,13 @@ def _start_wandb(project: str, out_dir: Path):
     return wandb.init(project=project, name=out_dir.name, dir=str(out_dir))
 
 
+def note(line: str) -> None:
+    """A line on stderr that leaves progress bars whole."""
+    from tqdm import tqdm
+
+    tqdm.write(f"prfl: {line}", file=sys.stderr)
+
+
 def progress(iterable: Iterable, desc: str, total: int | None = None, initial: int = 0):
     """A progress bar on stderr; where that is no terminal, a line every half minute."""
     from tqdm import tqdm

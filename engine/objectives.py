@@ -1,6 +1,6 @@
 """The losses: flow matching, the reward of a graded denoising step, and those of reward training."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -91,21 +91,24 @@ def graded_rewards(
     noise: Tensor,
     indices: Tensor,
     config: ChainConfig,
+    stretches: Callable[[Batch, Tensor], Callable[[], chain.Velocity]] | None = None,
 ) -> Iterator[Tensor]:
     """Logits [B] of the rewards after the graded steps indices[0], indices[1], ... of one rollout.
 
     Backpropagate a loss of each before taking the next: the gradient through the steps before a
     graded one (config.window) and through the embedding of the context is added to .grad of the model's
     parameters when the iterator goes on, and is whole when it ends. indices [K, B] long, on the CPU, not
-    decreasing along K. Text and image embeddings, the reward model's too, are computed once.
+    decreasing along K. Text and image embeddings, the reward model's too, are computed once. The steps
+    without gradient are made by stretches(batch, context) where it is given (`rollout.Rollout`).
     """
     context = model.embed_context(batch.text, batch.clip)
     leaf = context.detach().requires_grad_(context.requires_grad)
     scored = reward.transformer.embed_context(batch.text, batch.clip)
     window = len(schedule) if config.window == "all" else config.window
     windows = chain.graded_windows(
-        bind(model, batch, leaf), schedule, noise, indices, window, config.detach_input
-    )
+        bind(model, batch, leaf), schedule, noise, indices, window, config.detach_input,
+        None if stretches is None else stretches(batch, leaf),
+    )  # fmt: skip
     for index, graded in zip(indices, windows, strict=True):
         t = schedule.timesteps[index + 1].to(noise.device, non_blocking=True)
         yield reward.score(graded.x, t, scored, batch.condition)

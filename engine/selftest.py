@@ -23,6 +23,7 @@ from prfl_kernels.fp8_linear import fp8_linear
 from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.modulate import layer_norm, modulate
 from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
+from prfl_kernels.quantize_fp8 import quantize_fp8
 from prfl_kernels.reward_pool import reward_pool_with_lse
 from prfl_kernels.solver_step import solver_step
 
@@ -48,6 +49,11 @@ def _linear(x, w, bias):
     return fp8_linear(*quantize_rows(x), *quantize_rows(w), bias)
 
 
+def _quantized(x):
+    values, scale = quantize_fp8(x, gelu=True)
+    return values.float() * scale[..., None]
+
+
 def _attention_fp8(q, k, v):
     return attention_fp8(*quantize_rows(q), *quantize_rows(k), *quantize_values(v))
 
@@ -71,6 +77,7 @@ CASES = {
     "attention": Case(attention_with_lse, (_QKV, _QKV, _QKV)),
     "reward_pool": Case(reward_pool_with_lse, (_X, (3, 96))),
     "fp8_linear": Case(_linear, ((60, 96), (32, 96), (32,)), exact=False),
+    "quantize_fp8": Case(_quantized, (_X,), exact=False),
     "attention_fp8": Case(_attention_fp8, (_QKV, _QKV, _QKV), exact=False),
     "solver_step": Case(_solver, (_BC, _BC, _BC, _BC, (2, 1, 96))),
 }

@@ -1,10 +1,11 @@
 """PRFL training: flow matching beside the reward of a graded denoising step."""
 
+import math
 from pathlib import Path
 
 import torch
 
-from prfl_engine import chain, flow
+from prfl_engine import chain, flow, recompute
 from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
 from prfl_engine.config import Config, UserError, check
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
@@ -19,7 +20,9 @@ from prfl_engine.objectives import (
     sft_loss,
     stratified_indices,
 )
+from prfl_engine.plan import fit_memory
 from prfl_engine.reward import RewardModel
+from prfl_engine.rollout import DriftMeter, make_rollout
 from prfl_engine.sample import write_samples
 
 
@@ -38,7 +41,9 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
             policy = WanTransformer(PRESETS[m.preset])
         policy.init_weights(torch.Generator(device).manual_seed(config.train.seed))
         policy.to(DTYPES[m.weights_dtype])
-    policy.recompute, policy.keep = m.recompute, m.keep
+    policy.recompute, policy.keep = recompute.of_config(m), m.keep
+    if m.compile:
+        policy.compile_blocks()
     return policy.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
 
 
@@ -60,7 +65,9 @@ def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.dev
         got, want = getattr(theirs, name), getattr(ours, name)
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
-    reward.transformer.recompute, reward.transformer.keep = m.recompute, m.keep
+    reward.transformer.recompute, reward.transformer.keep = recompute.of_config(m), m.keep
+    if m.compile:
+        reward.transformer.compile_blocks()
     reward.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
     return reward.freeze()
 
@@ -98,6 +105,14 @@ def train(config: Config) -> None:
         long_caption=c.data.long_caption,
     )
     stream = Stream(reader, paths, c.data.batch_size, c.train.seed)
+    if c.model.budget is not None:
+        shape = max((reader.shape(p) for p in paths), key=lambda s: math.prod(s))
+        print(fit_memory(c, policy, reward if use_reward else None, shape[1:]), flush=True)
+    rollout = make_rollout(policy, c.rollout, schedule, device) if use_reward else None
+    meter = None
+    if rollout is not None and rollout.approximate:
+        sample = Batch(*(None if a is None else a[:1] for a in stream[0]))
+        meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
 
     def losses(batch: Batch, key: int):
         n = len(batch.latent)
@@ -112,10 +127,15 @@ def train(config: Config) -> None:
             yield c.loss.sft_weight * loss, {"sft_loss": loss}
         if use_reward and turn != 0:
             noise = noise_like(batch.latent, c.train.seed, 4, key)
-            share = 1 / c.rollout.samples
-            for logit in graded_rewards(policy, reward, schedule, batch, noise, indices, c.chain):
+            share, extra = 1 / c.rollout.samples, {}
+            if meter is not None:
+                meter.begin(key // c.train.accumulate)
+                extra = meter.values()
+            given = policy, reward, schedule, batch, noise, indices, c.chain
+            for logit in graded_rewards(*given, rollout and rollout.stretches):
                 loss = share * reward_loss(logit, c.loss).mean()
-                yield loss, {"reward_loss": loss, "reward": share * torch.sigmoid(logit).mean()}
+                yield loss, {"reward_loss": loss, "reward": share * torch.sigmoid(logit).mean()} | extra
+                extra = {}  # once for every micro-batch
 
     def validate(step: int) -> dict[str, float]:
         return evaluate_policy(c, policy, reward, schedule, held_out, step)

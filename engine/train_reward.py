@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from prfl_engine import flow
+from prfl_engine import flow, recompute
 from prfl_engine.checkpoint import load_reward, load_transformer, new_reward, save_reward
 from prfl_engine.config import Config, UserError
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
@@ -34,7 +34,11 @@ def make_reward(
         torch.manual_seed(config.train.seed)
         with torch.device(device):
             model = new_reward(trunk, r.blocks, r.num_queries, **shared)
-    model.transformer.recompute, model.transformer.keep = m.recompute, m.keep
+    if m.budget is not None:
+        raise UserError(f"model.recompute: got {m.recompute!r} for a reward model, want a mode or names")
+    model.transformer.recompute, model.transformer.keep = recompute.of_config(m), m.keep
+    if m.compile:
+        model.transformer.compile_blocks()
     model.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
     return model
 

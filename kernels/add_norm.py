@@ -305,9 +305,9 @@ def backward(
     dscale = dshift = dgate = None
     if parameters:
         # A weight [C] is shared by the batch.
-        dscale, dshift = (s if scale.dim() == 2 else s.sum(0) for s in sums[:, :2].unbind(1))
+        dscale, dshift = (s.contiguous() if scale.dim() == 2 else s.sum(0) for s in sums[:, :2].unbind(1))
     if wants_gate:
-        dgate = sums[:, -1]
+        dgate = sums[:, -1].contiguous()
     return dx, dy, dgate, dscale, dshift
 
 

@@ -10,6 +10,8 @@ best one that the processor takes runs.
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -40,8 +42,34 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-def extension() -> ModuleType:
+class _Nothing:
+    """Stands in for the extension in a dry run: every kernel does nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *_: None
+
+
+_dry: list[_Nothing] = []
+
+
+@contextmanager
+def dry_run() -> Iterator[None]:
+    """The CPU kernels, built or not, allocate what they return and compute nothing: for fake tensors."""
+    _dry.append(_Nothing())
+    try:
+        yield
+    finally:
+        _dry.pop()
+
+
+def is_dry() -> bool:
+    return bool(_dry)
+
+
+def extension() -> ModuleType | _Nothing:
     """prfl_kernels._C. Raises ValueError, with the reason, where it is not there."""
+    if _dry:
+        return _dry[-1]
     module, why = _load()
     if module is None:
         raise ValueError(f"kernels: prfl_kernels._C {why}")
@@ -52,6 +80,8 @@ def absence(part: str, device_type: str) -> str | None:
     """Why the compiled part ("cpu" or "cuda") does not run on a device; None if it does."""
     if part not in PARTS:
         raise ValueError(f"kernels: got compiled part {part!r}, want one of {', '.join(PARTS)}")
+    if part == "cpu" and _dry:
+        return None
     module, why = _load()
     if module is None:
         return why
@@ -105,7 +135,7 @@ def view(a: Tensor | None) -> View:
 
     The last dimension must have stride 1. Whoever calls keeps the tensor alive during the call.
     """
-    return None if a is None else (a.data_ptr(), _CODES[a.dtype], *a.stride()[:-1])
+    return None if a is None or _dry else (a.data_ptr(), _CODES[a.dtype], *a.stride()[:-1])
 
 
 def supported(*tensors: Tensor | None) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prfl_kernels.compiled import extension, supported, view
+from prfl_kernels.compiled import extension, is_dry, supported, view
 from prfl_kernels.jit import unit_last
 from prfl_kernels.rope import Grid, cos_sin, pairs_of
 
@@ -30,7 +30,7 @@ def _runs(length: int) -> int:
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     a = torch.empty(shape, dtype=dtype)
-    if a.nbytes >= HUGE_BYTES:
+    if a.nbytes >= HUGE_BYTES and not is_dry():
         extension().advise_huge_pages(a.data_ptr(), a.nbytes)
     return a
 
@@ -104,9 +104,9 @@ def add_norm_backward(
     dscale = dshift = dgate = None
     if parameters:
         # A weight [C] is shared by the batch.
-        dscale, dshift = (s if scale.dim() == 2 else s.sum(0) for s in sums[:, :2].unbind(1))
+        dscale, dshift = (s.contiguous() if scale.dim() == 2 else s.sum(0) for s in sums[:, :2].unbind(1))
     if wants_gate:
-        dgate = sums[:, -1]
+        dgate = sums[:, -1].contiguous()
     return dx, dy, dgate, dscale, dshift
 
 
@@ -122,6 +122,8 @@ def _rope(grid: Grid | None, num_heads: int, head_dim: int, offset: int) -> tupl
     """(cosines, sines, (heads, head_dim, first channels of rows and columns, rows, columns, offset))."""
     if grid is None:
         return None, None, (num_heads, head_dim, 0, 0, 1, 1, offset)
+    if is_dry():  # tables are cached: a fake one must not be
+        return None, None, ()
     frames, rows, _ = pairs_of(head_dim)
     channels = 2 * frames, 2 * (frames + rows)
     tables = map(view, _turns(head_dim, tuple(grid)))

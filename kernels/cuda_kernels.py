@@ -131,9 +131,9 @@ def add_norm_backward(
         sums = part.sum(1)
     dscale = dshift = dgate = None
     if parameters:
-        dscale, dshift = (s.sum(0) if shared else s for s in sums[:, :2].unbind(1))
+        dscale, dshift = (s.sum(0) if shared else s.contiguous() for s in sums[:, :2].unbind(1))
     if wants_gate:
-        dgate = sums[:, -1]
+        dgate = sums[:, -1].contiguous()
     return dx, dy, dgate, dscale, dshift
 
 

@@ -3,6 +3,8 @@
     gated_add(x, y, gate)          = x + gate * y          x, y [B, L, C], gate [B, C] or None (1)
     gated_add_modulate(x, y, ...)  = (x', modulate(x', scale, shift))   with x' = gated_add(x, y, gate)
     gated_add_norm(x, y, ...)      = (x', layer_norm(x', weight, bias))
+    gated_add_modulate_fp8, gated_add_norm_fp8: the same with the norm as e4m3 values and one float32
+                                     scale a token
 
 The residual stream x keeps its own dtype; the sum is formed in float32 and rounded once, and the
 norm reads the rounded sum. Saved for the backward: x', scale, gate, mean and 1/std of every token,
@@ -65,6 +67,17 @@ def _norm(x, y, gate, scale, shift, base, eps, out_dtype):
 def _norm_fake(x, y, gate, scale, shift, base, eps, out_dtype):
     stats = x.new_empty(2, *x.shape[:2], dtype=wide(x.dtype))
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), stats
+
+
+def _quantized(x, y, gate, scale, shift, base, eps):
+    name = "gated_add_modulate" if base else "gated_add_norm"
+    run = add_norm.pair(name, x, fp8=True)[0]
+    return run(x, y, gate, scale, shift, base, eps, torch.float8_e4m3fn)[:3]
+
+
+def _quantized_fake(x, y, gate, scale, shift, base, eps):
+    n = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return x.new_empty(x.shape), n, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
 def _norm_backward(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
@@ -130,6 +143,12 @@ register(
     _norm_backward,
     _norm_backward_fake,
 )
+register(
+    "gated_add_norm_fp8(Tensor x, Tensor y, Tensor? gate, Tensor scale, Tensor shift, float base, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    _quantized,
+    _quantized_fake,
+)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -163,3 +182,17 @@ def gated_add_norm(
     """(x', layer_norm(x', weight, bias)) with x' = x + gate * y. Shapes as in the two parts."""
     out_dtype = out_dtype or x.dtype
     return torch.ops.prfl.gated_add_norm(x, y, gate, weight, bias, 0.0, eps, out_dtype)[:2]
+
+
+def gated_add_modulate_fp8(
+    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x', e4m3 [B, L, C], float32 scales [B, L]) of gated_add_modulate. Without gradient."""
+    return torch.ops.prfl.gated_add_norm_fp8(x, y, gate, scale, shift, 1.0, eps)
+
+
+def gated_add_norm_fp8(
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x', e4m3 [B, L, C], float32 scales [B, L]) of gated_add_norm. Without gradient."""
+    return torch.ops.prfl.gated_add_norm_fp8(x, y, gate, weight, bias, 0.0, eps)

@@ -22,7 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels import add_norm, attention_fp8, attention_triton, bias_gelu, qk_norm_rope, reward_pool, sass
+from prfl_kernels import (
+    add_norm,
+    attention_fp8,
+    attention_triton,
+    bias_gelu,
+    qk_norm_rope,
+    quantize_fp8,
+    reward_pool,
+    sass,
+)
 
 F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 WIDTHS = {"14B": (5120, 40), "1.3B": (1536, 12)}  # width and heads
@@ -132,9 +141,9 @@ def _gated_add_backward(s: Case) -> Iterable:
     return dsum, y, gate, *made
 
 
-def _gated_norm(s: Case, vector: Callable, base: float) -> Iterable:
+def _gated_norm(s: Case, vector: Callable, base: float, out_dtype: torch.dtype = BF16) -> Iterable:
     x, y, gate, scale, shift = s.residual(), s.rows(), s.modulation(), vector(), vector()
-    made = add_norm.forward(x, y, gate, scale, shift, base, 1e-6, BF16)
+    made = add_norm.forward(x, y, gate, scale, shift, base, 1e-6, out_dtype)
     return x, y, gate, scale, shift, *made
 
 
@@ -179,6 +188,16 @@ def _gelu_backward(s: Case) -> Iterable:
     dg, h = (empty(1, s.length, FFN[s.model], dtype=BF16) for _ in range(2))
     bias = empty(FFN[s.model])
     return dg, h, bias, *bias_gelu.launch_backward(dg, h, bias, True)
+
+
+def _gelu_fp8(s: Case) -> Iterable:
+    h = empty(1, s.length, FFN[s.model], dtype=BF16)
+    return h, *quantize_fp8.launch(h, True)
+
+
+def _rows_fp8(s: Case) -> Iterable:
+    x = s.rows()
+    return x, *quantize_fp8.launch(x, False)
 
 
 POOL_QUERIES = 8  # one learned query with the 8 heads of the official reward model
@@ -247,8 +266,10 @@ ENTRIES = (
     Entry("gated_add backward", _gated_add_backward),
     Entry("gated_add_modulate", lambda s: _gated_norm(s, s.modulation, 1.0)),
     Entry("gated_add_modulate backward", lambda s: _gated_norm_backward(s, s.modulation, 1.0)),
+    Entry("gated_add_modulate_fp8", lambda s: _gated_norm(s, s.modulation, 1.0, FP8)),
     Entry("gated_add_norm", lambda s: _gated_norm(s, s.vector, 0.0)),
     Entry("gated_add_norm backward", lambda s: _gated_norm_backward(s, s.vector, 0.0)),
+    Entry("gated_add_norm_fp8", lambda s: _gated_norm(s, s.vector, 0.0, FP8)),
     Entry("qk_norm_rope", _qk, streams=(BF16,)),
     Entry("qk_norm_rope_fp8", lambda s: _qk(s, True), streams=(BF16,)),
     Entry("qk_norm_rope backward", _qk_backward, streams=(BF16,)),
@@ -256,6 +277,8 @@ ENTRIES = (
     Entry("rms_norm backward", _rms_backward, streams=(BF16,)),
     Entry("bias_gelu", _gelu, streams=(BF16,)),
     Entry("bias_gelu backward", _gelu_backward, streams=(BF16,)),
+    Entry("quantize_fp8", _rows_fp8, streams=(BF16,)),
+    Entry("quantize_fp8, gelu", _gelu_fp8, streams=(BF16,)),
     Entry("reward_pool", _pool),
     Entry("reward_pool backward", _pool_backward),
     Entry("quantize_values", _quantize_values, streams=(BF16,)),

@@ -32,7 +32,7 @@ def rope_angles(head_dim: int, grid: Grid, theta: float = 10000.0) -> Tensor:
     return axis_angles(head_dim, max(grid), theta).gather(0, places)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)  # a recorded CUDA graph reads its table without asking for it here
 def cos_sin(
     head_dim: int, grid: Grid, whole: bool, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

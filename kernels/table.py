@@ -29,11 +29,12 @@ OPERATIONS = {
     "attention": tuple(attention_backends.BACKENDS),
     "reward_pool": _ALL,
     "fp8_linear": (REFERENCE, SCALED_MM),
+    "quantize_fp8": (REFERENCE, TRITON),
     "attention_fp8": (REFERENCE, TRITON, CUDA),
     "solver_step": (REFERENCE, CUDA),
 }
 _BEST = {"cuda": (SCALED_MM, TRITON), "cpu": (CPU,)}  # by device; the first that an operation has and runs
-_FP8_MATRICES = ("fp8_linear", "attention_fp8")  # want tensor cores that take e4m3
+_FP8 = ("fp8_linear", "quantize_fp8", "attention_fp8")  # want a GPU that has e4m3
 _REASONS = {
     REFERENCE: "plain torch",
     CPU: "compiled C++ kernel",
@@ -67,6 +68,11 @@ def configure(choice: str) -> None:
                 found[name] = implementation
     _overrides.clear()
     _overrides.update(found)
+
+
+def configured() -> str:
+    """What was chosen, as `configure` takes it."""
+    return ",".join(f"{op}={choice}" for op, choice in _overrides.items())
 
 
 def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
@@ -122,7 +128,7 @@ def absence(
         return f"needs a cuda device{hint}"
     if choice == TRITON and jit.triton is None:
         return "triton is not installed"
-    if (fp8 or op in _FP8_MATRICES) and torch.cuda.get_device_capability() < (8, 9):
+    if (fp8 or op in _FP8) and torch.cuda.get_device_capability() < (8, 9):
         return "needs capability 8.9 or higher"
     return None
 

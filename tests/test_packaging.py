@@ -20,12 +20,14 @@ FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).
 # checkpoint, metrics, ...) may import anything but the programs.
 KERNELS = {"prfl_kernels"}
 LAYERS = KERNELS | {"prfl_engine.config", "prfl_engine.layers"}
+MEMORY = {"prfl_engine.recompute", "prfl_engine.offload", "prfl_engine.live_bytes"}
 DIT = LAYERS | {"prfl_engine.dit"}
 ALLOWED = {
     "config": set(),
     "flow": KERNELS | {"prfl_engine.config"},
     "layers": KERNELS | {"prfl_engine.config"},
-    "dit": LAYERS,
+    "recompute": LAYERS | MEMORY,
+    "dit": LAYERS | MEMORY,
     "reward": DIT,
     "chain": DIT | {"prfl_engine.flow"},
     "objectives": DIT | {"prfl_engine.flow", "prfl_engine.chain", "prfl_engine.reward"},

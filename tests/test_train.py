@@ -228,7 +228,7 @@ def test_levels_and_indices_are_drawn_for_every_sample(tmp_path, monkeypatch):
         levels.extend(sigma.tolist())
         return sft_loss(model, batch, noise, sigma)
 
-    def graded(model, reward, schedule, batch, noise, drawn, config):
+    def graded(model, reward, schedule, batch, noise, drawn, config, stretches):
         indices.extend(drawn.flatten().tolist())
         return graded_rewards(model, reward, schedule, batch, noise, drawn, config)
 

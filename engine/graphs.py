@@ -1,0 +1,80 @@
+"""A function of tensors recorded once for every shape as a CUDA graph, and replayed.
+
+A replay costs one launch in place of one for every kernel. What a graph reads lies at fixed addresses:
+inputs are copied into tensors of its own, and recordings are thrown away when the other memory that the
+function reads, weights say, has moved. Working memory of a graph stays reserved; all graphs of one
+function share it, since they never run at the same time. What a graph returns is overwritten by the next
+replay, of any shape.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WARMUPS = 2  # runs before a recording: autotuning, workspaces and tables must be there
+
+
+class Recording(NamedTuple):
+    """A recorded call: its inputs, what it returns, and how to run it again."""
+
+    inputs: list[Tensor]
+    output: Tensor
+    replay: Callable[[], None]
+
+
+class CudaRecorder:
+    """Records a call on the current CUDA device; all recordings share one pool of memory."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        """(what call() returned, how to run it again into the same memory)."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARMUPS):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = call()
+        return output, graph.replay
+
+
+class Captured:
+    """fn(*inputs, key) as recordings, one for every key and shapes and dtypes of inputs.
+
+    addresses() names the memory that fn reads beside its inputs. record(call) runs call() and returns its
+    result and how to run it again; CudaRecorder on a GPU.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Tensor],
+        addresses: Callable[[], Hashable],
+        record: Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]],
+    ):
+        self.fn, self.addresses, self.record = fn, addresses, record
+        self.recordings: dict[Hashable, Recording] = {}
+        self._at: Hashable = None
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor, key: Hashable) -> Tensor:
+        """fn(*inputs, key), in memory that the next call overwrites."""
+        at = self.addresses()
+        if at != self._at:
+            self.recordings.clear()
+            self._at = at
+        signature = key, *((a.shape, a.dtype) for a in inputs)
+        found = self.recordings.get(signature)
+        if found is None:
+            held = [a.clone(memory_format=torch.contiguous_format) for a in inputs]
+            found = Recording(held, *self.record(lambda: self.fn(*held, key)))
+            self.recordings[signature] = found
+        for static, a in zip(found.inputs, inputs, strict=True):
+            static.copy_(a)
+        found.replay()
+        return found.output

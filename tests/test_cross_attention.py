@@ -1,0 +1,205 @@
+"""The cross-attention branch as one operation: values, gradients, and exactly what it keeps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fused import assert_as_good_as_torch, error, normal, outputs_and_gradients, strided
+from helpers import randomize
+from test_branches import kept_bytes
+from torch.library import opcheck
+
+from prfl_engine.layers import IMAGE_TOKENS, CrossAttention, Linear
+from prfl_kernels import cross_attention as branch
+from prfl_kernels import table
+from prfl_kernels.cross_attention import CrossWeights, ImageWeights, cross_attention
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+LENGTH, TEXT, PICTURE, HEADS, WIDTH = 13, 7, 5, 2, 32
+MODES = pytest.mark.parametrize("keep", list(branch.KEEP))
+IMAGE = pytest.mark.parametrize("image", [False, True])
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    table.configure("reference")
+    yield
+    table.configure("")
+
+
+def inputs_of(image, batch=2, dtype=F64, length=LENGTH):
+    def linear():
+        return [normal(WIDTH, WIDTH) * WIDTH**-0.5, normal(WIDTH)]
+
+    weights = sum((linear() for _ in range(4)), []) + [1 + 0.2 * normal(WIDTH) for _ in range(2)]
+    if image:
+        weights += [*linear(), *linear(), 1 + 0.2 * normal(WIDTH)]
+    context = normal(batch, TEXT + PICTURE * image, WIDTH)
+    return [a.to(dtype) for a in (normal(batch, length, WIDTH), context, *weights)]
+
+
+def rms(x, weight):
+    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def formula(dtype=None):
+    def run(x, context, *rest):
+        low = x.dtype if x.dtype == F64 else dtype or x.dtype
+        x, context, *rest = (a.to(low) for a in (x, context, *rest))
+        w = CrossWeights(*rest[:10])
+        q, first, total = rms(F.linear(x, w.q, w.q_bias), w.norm_q), PICTURE * (len(rest) > 10), 0
+        parts = [(context[:, first:], *w[2:6], w.norm_k)]
+        if first:
+            parts.append((context[:, :first], *rest[10:]))
+        for tokens, wk, bk, wv, bv, norm in parts:
+            k, v = rms(F.linear(tokens, wk, bk), norm), F.linear(tokens, wv, bv)
+            q_, k, v = (a.unflatten(2, (HEADS, -1)) for a in (q, k, v))
+            p = (torch.einsum("blhd,bshd->bhls", q_, k) * q_.shape[-1] ** -0.5).softmax(-1)
+            total = total + torch.einsum("bhls,bshd->blhd", p, v).flatten(2)
+        return F.linear(total, w.o, w.o_bias)
+
+    return run
+
+
+def operation(keep="all", dtype=None):
+    def run(x, context, *rest):
+        image = ImageWeights(*rest[10:]) if len(rest) > 10 else None
+        return cross_attention(
+            x, context, CrossWeights(*rest[:10]), HEADS, image, PICTURE if image else 0,
+            dtype=x.dtype if x.dtype == F64 else dtype, keep=keep,
+        )  # fmt: skip
+
+    return run
+
+
+@IMAGE
+@MODES
+@pytest.mark.parametrize("batch", [1, 3])
+def test_values_and_gradients_are_those_of_the_formula(image, keep, batch):
+    inputs = inputs_of(image, batch)
+    got, want = (outputs_and_gradients(f, inputs) for f in (operation(keep), formula()))
+    for a, b in zip(sum(got, []), sum(want, []), strict=True):
+        assert error(a, b) < 1e-12
+
+
+@IMAGE
+@MODES
+@pytest.mark.parametrize("low", [F32, BF16])
+def test_error_is_at_most_twice_that_of_torch(image, keep, low):
+    # Errors of 13 tokens are too few to compare.
+    assert_as_good_as_torch(operation(keep, low), inputs_of(image, 2, F32, 101), formula(low))
+
+
+@IMAGE
+@MODES
+def test_only_the_gradients_asked_for_are_made(image, keep):
+    inputs = inputs_of(image)
+    _, every = outputs_and_gradients(operation(keep), inputs)
+    for i, want in enumerate(every):
+        _, (got,) = outputs_and_gradients(operation(keep), inputs, wanted=[i])
+        assert error(got, want) < 1e-12
+
+
+KEYS = 2 * 2 * TEXT * WIDTH * 2  # of the text, and values
+ROWS, LSE, RMS = 2 * LENGTH * WIDTH * 2, 2 * HEADS * LENGTH * 4, 2 * LENGTH * 4
+
+
+@pytest.mark.parametrize(
+    "keep, image, extra",
+    [
+        ("nothing", True, 0),
+        ("attention", False, ROWS + LSE),
+        ("attention", True, 2 * (ROWS + LSE)),
+        ("projections", False, 2 * ROWS + LSE + KEYS),
+        (("projections",), True, ROWS + KEYS * (TEXT + PICTURE) // TEXT),
+        ("all", False, 3 * ROWS + LSE + KEYS + RMS),
+        (("queries",), True, ROWS + RMS),
+    ],
+)
+def test_it_keeps_what_it_says(keep, image, extra):
+    assert kept_bytes(operation(keep, BF16), inputs_of(image, dtype=F32)) == extra
+
+
+def test_without_gradient_nothing_is_kept():
+    with torch.no_grad():
+        assert kept_bytes(operation("all"), inputs_of(True, dtype=F32)) == 0
+
+
+@IMAGE
+@pytest.mark.parametrize("keep", ["nothing", "all"])
+def test_strides_do_not_matter_and_runs_are_bit_identical(image, keep):
+    inputs = inputs_of(image, dtype=F32)
+    want = outputs_and_gradients(operation(keep), inputs)
+    torch.testing.assert_close(outputs_and_gradients(operation(keep), inputs), want, rtol=0, atol=0)
+    got = outputs_and_gradients(operation(keep), [strided(a) for a in inputs])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@IMAGE
+@pytest.mark.parametrize("keep", ["nothing", "all"])
+def test_empty_batch(image, keep):
+    inputs = inputs_of(image, 0, F32)
+    outputs, gradients = outputs_and_gradients(operation(keep), inputs)
+    assert all(not o.numel() for o in outputs)
+    assert all(g.shape == a.shape and not g.any() for g, a in zip(gradients, inputs, strict=True))
+
+
+@IMAGE
+@pytest.mark.parametrize("keep", ["nothing", "all"])
+def test_no_graph_break(image, keep):
+    inputs = inputs_of(image, dtype=F32)
+    compiled = torch.compile(operation(keep), fullgraph=True, backend="aot_eager")
+    got, want = (outputs_and_gradients(f, inputs) for f in (compiled, operation(keep)))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@IMAGE
+@pytest.mark.parametrize("keep", [True, False])
+def test_registration(image, keep):
+    inputs = [a.requires_grad_() for a in inputs_of(image, 1, F32)]
+    rest = () if image else (None,) * 5
+    settings = (PICTURE * image, HEADS, 1e-6, BF16, [keep] * 3)
+    opcheck(torch.ops.prfl.cross_attention.default, (*inputs, *rest, *settings))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="got keep 'everything', want one of nothing, attention"):
+        operation("everything")(*inputs_of(False))
+    x, context, *weights = inputs_of(False)
+    with pytest.raises(ValueError, match="got 5 image tokens without their weights, want both"):
+        cross_attention(x, context, CrossWeights(*weights), HEADS, image_tokens=5)
+
+
+@IMAGE
+@pytest.mark.parametrize("low", [None, BF16])
+def test_the_layer_computes_the_same_with_and_without_gradient(image, low):
+    """One operation with gradient, layer by layer without."""
+    layer = randomize(CrossAttention(WIDTH, HEADS, 1e-6, image))
+    for m in layer.modules():
+        if isinstance(m, Linear):
+            m.compute_dtype = low
+    x, context = torch.randn(2, LENGTH, WIDTH).to(low), torch.randn(2, IMAGE_TOKENS * image + TEXT, WIDTH)
+    with torch.no_grad():
+        want = layer(x, context)
+    got = layer(x, context)
+    assert got.grad_fn.name().startswith("GeneratedBackwardFor_prfl_cross_attention")
+    assert torch.equal(got, want)
+
+
+def test_an_adapter_makes_the_layers_run_one_by_one():
+    layer = randomize(CrossAttention(WIDTH, HEADS, 1e-6, False))
+
+    class Adapted(Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    x, context = torch.randn(1, LENGTH, WIDTH), torch.randn(1, TEXT, WIDTH)
+    before = layer(x, context)
+    replaced = Adapted(WIDTH, WIDTH)
+    replaced.load_state_dict(layer.o.state_dict())
+    layer.o = replaced
+    assert not layer.fused
+    torch.testing.assert_close(layer(x, context), before + 1)
+    layer.o = Linear(WIDTH, WIDTH)
+    assert layer.fused
+    layer.o.register_parameter("lora_a", torch.nn.Parameter(torch.zeros(1)))
+    assert not layer.fused

@@ -1,0 +1,166 @@
+"""The planner: bytes against real steps and full dry runs, and the search against brute force."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import one_line, random_batch, tiny_config, tiny_model, tiny_reward, write_run
+
+from prfl_engine import cli, flow, plan
+from prfl_engine.config import ChainConfig, Config, ModelConfig, UserError, from_dict
+from prfl_engine.dry_run import Setup, dry_run
+from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.objectives import graded_rewards, sft_loss
+from prfl_engine.recompute import BlockPolicy, of_config
+from prfl_kernels import compiled
+
+LATENT = (1, 16, 3, 8, 8)
+SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward_blocks=2)
+NAMES = ("none", "attention", "attention and input away", "full, input away")
+built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="the kernels are not built")
+
+
+@pytest.fixture(scope="module")
+def kinds():
+    return plan.make_kinds(SETUP, plan.Rates(), {}, NAMES)
+
+
+def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
+    """Mixed lists of other lengths, against dry runs of all of their blocks."""
+    picks = random.Random(0)
+    for count in (3, 7, 8):
+        blocks, reward = picks.choices(kinds, k=count), picks.choice(kinds)
+        full = dry_run(replace(SETUP, blocks=count), [k.policy for k in blocks], reward.policy)
+        assert plan.predicted_peak(blocks, reward) == max(laps.peak for laps in full.values())
+
+
+@built
+@pytest.mark.parametrize("name", NAMES)
+def test_a_dry_run_counts_the_bytes_of_a_real_step(name):
+    """Real tensors and kernels. The real graded step has the sampler's states, a few latents, besides."""
+    policy = plan.KINDS[name]
+    model, reward = tiny_model(SETUP.config), tiny_reward(SETUP.config, blocks=2, num_heads=8).freeze()
+    model.recompute = reward.transformer.recompute = policy
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    batch = random_batch(SETUP.config, 1, LATENT[1:], SETUP.config.text_len)
+    noise, t = torch.randn(LATENT), torch.tensor([0.5])
+    schedule = flow.make_schedule("euler", 4, 5.0)
+
+    def graded():
+        given = schedule, batch, noise, torch.tensor([[0]]), ChainConfig()
+        for logit in graded_rewards(model, reward, *given):
+            torch.sigmoid(logit).sum().backward()
+            del logit
+
+    def sft():
+        sft_loss(model, batch, noise, t).mean().backward()
+
+    phases = {"flow matching": sft, "graded step": graded}
+    want = dry_run(SETUP, [policy] * 5, policy)
+    for phase, run in phases.items():
+        run()  # tables of angles are made once
+        live = LiveBytes(512)
+        live.add([*model.parameters(), *reward.parameters(), *(p.grad for p in model.parameters())])
+        live.add([batch.latent, batch.text, noise, t])
+        base = live.now
+        with live:
+            run()
+        latents = 0 if phase == "flow matching" else 4 * noise.numel() * 4
+        assert want[phase].peak <= live.peak - base + 512 <= want[phase].peak + latents + 4096, phase
+
+
+def test_the_search_is_that_of_brute_force(kinds):
+    """Every list of four kinds, over a range of budgets, with and without a limit on the host."""
+    count, reward, every = 4, kinds[1], []
+    for blocks in itertools.product(kinds, repeat=count):
+        away = sum(b.away for b in blocks[:-1])
+        every.append((sum(b.cost for b in blocks), plan.predicted_peak(list(blocks), reward), away))
+    peaks = sorted(peak for _, peak, _ in every)
+    hosts = sorted(away for *_, away in every)
+    for budget in (peaks[0] - 1, peaks[0], *peaks[5::37], peaks[-1]):
+        for host in (0, hosts[len(hosts) // 2], float("inf")):
+            fitting = [v[:2] for v in every if v[1] <= budget and v[2] <= host]
+            found = plan.search(kinds, count, reward, budget, host)
+            if not fitting:
+                assert found is None
+            else:
+                assert (sum(k.cost for k in found), plan.predicted_peak(found, reward)) == min(fitting)
+                assert sum(k.away for k in found[:-1]) <= host
+
+
+def test_a_plan_fits_its_budget_and_a_larger_one_is_no_slower(kinds):
+    last = float("inf")
+    for budget in (250e3, 300e3, 400e3, 2e6):
+        made = plan.choose(kinds, SETUP, budget)
+        assert made.bytes <= budget and made.seconds <= last
+        last = made.seconds
+        assert all(f"{c.name} " in str(made) for c in made.table)
+    assert made.policies == [plan.KINDS["none"]] * 5
+    assert plan.choose(kinds, SETUP, 400e3, host=0).host == 0
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_the_smallest_that_fits(kinds):
+    with pytest.raises(UserError, match=r"model.recompute: got auto:1e-05, want at least auto:") as e:
+        plan.choose(kinds, SETUP, 1e4)
+    least = float(str(e.value).split("at least auto:")[1].split(":")[0])
+    assert plan.choose(kinds, SETUP, least * 1e9).bytes <= least * 1e9
+    with pytest.raises(UserError):
+        plan.choose(kinds, SETUP, least * 1e9 - 1001)
+
+
+def test_measured_seconds_take_the_place_of_predicted_ones(tmp_path):
+    small = replace(SETUP, config=tiny_config(num_layers=2), latent=(1, 16, 1, 4, 4), reward_blocks=1)
+    found = plan.measure(small, torch.device("cpu"), ("none", "full, input away"), 1)
+    assert set(found["seconds"]) == {"none", "full, input away"} and found["tokens"] == 4
+    file = tmp_path / "costs.json"
+    file.write_text(json.dumps({"seconds": {"none": 3.0, "full, input away": 2.0}}))
+    made = plan.plan(small, 1e9, measured=file)
+    assert [k.name for k in made.blocks] == ["full, input away"] * 2
+    assert made.seconds == 2 * 2 * 2.0 + 2.0  # two passes of two blocks, one block of the reward model
+    file.write_text("{}")
+    with pytest.raises(UserError, match="model.costs: .* holds no measured seconds"):
+        plan.plan(small, 1e9, measured=file)
+
+
+def test_more_computing_is_more_time_and_the_host_is_slow():
+    setup = Setup(replace(SETUP.config, dim=5120, ffn_dim=13824, num_heads=40), (1, 16, 21, 90, 160))
+    costs = {n: plan.block_seconds(p, setup, 0, plan.Rates()) for n, p in plan.KINDS.items()}
+    assert costs["none"] < costs["projections"] < costs["residuals, attention"] < costs["attention"]
+    assert costs["attention"] < costs["full"]
+    slow = plan.block_seconds(plan.KINDS["none"], setup, 10**12, plan.Rates())
+    assert slow == pytest.approx(2 * 1e12 / 50e9)
+
+
+def test_a_run_with_a_budget_prints_its_plan(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "KINDS", {k: plan.KINDS[k] for k in ("none", "full")})
+    path = write_run(tmp_path, model={"recompute": "auto:0.0009"}, train={"steps": 1})
+    assert cli.main(["train", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "recompute: 2 x none; reward model: none" in out
+    path = write_run(tmp_path / "b", model={"recompute": "auto:0.00001"}, train={"steps": 1})
+    assert cli.main(["train", str(path)]) == 2
+    assert "want at least auto:" in one_line(capsys)
+
+
+def test_the_configuration_names_modes_budgets_or_intermediates():
+    def model(value, **rest):
+        return from_dict(Config, {"model": {"recompute": value, **rest}}, "").model
+
+    assert of_config(model("full")) == "full"
+    assert model("auto:40").budget == 40e9 and of_config(model("auto:40")) == "none"
+    made = of_config(model({"keep": ["attention"], "offload": ["input"]}))
+    assert made == BlockPolicy({"attention"}, {"input"})
+    for value in ("auto", "auto:", "auto:0", "auto:-3", "auto:inf", "auto:nan", "half"):
+        with pytest.raises(UserError, match="model.recompute: got"):
+            model(value)
+    with pytest.raises(UserError, match="model.recompute"):
+        model({"kept": ["input"]})
+    with pytest.raises(UserError, match="model.recompute: keep: got no input"):
+        of_config(model({"keep": ["attention"]}))
+    assert ModelConfig().budget is None
+    with pytest.raises(UserError, match="model.host: got -1.0, want at least 0"):
+        model("full", host=-1.0)

@@ -1,0 +1,114 @@
+"""Rows to e4m3, with and without GELU, and the norms behind a residual that make e4m3."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fused import error, needs_triton, normal, strided, triton
+from torch.library import opcheck
+
+from prfl_kernels import table
+from prfl_kernels.gated_add import (
+    gated_add_modulate,
+    gated_add_modulate_fp8,
+    gated_add_norm,
+    gated_add_norm_fp8,
+)
+from prfl_kernels.quantize_fp8 import quantize_fp8
+
+__all__ = ["triton"]
+fused = pytest.mark.usefixtures("triton")
+F32, BF16, E4M3 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+# Without test_schema, which compares with torch.allclose, and that does not know e4m3.
+CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+BOTH = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+
+
+@pytest.fixture
+def backend(request):
+    table.configure(f"quantize_fp8={request.param}")
+    yield request.param
+    table.configure("")
+
+
+def assert_rounded(out, scale, want):
+    """out times scale is `want` within half a step of e4m3: 2^-4 of a value, 2^-10 scales below normal ones.
+
+    The largest value of a row is 448, a row of zeros has scale 1.
+    """
+    assert out.dtype == E4M3 and out.shape == want.shape
+    assert scale.dtype == F32 and scale.shape == want.shape[:-1]
+    values, want = out.double(), want.double()
+    limit = 2**-4 * want.abs() + 2**-10 * scale[..., None]
+    assert ((values * scale[..., None] - want).abs() <= limit * (1 + 2**-12)).all()
+    largest = values.abs().amax(-1)
+    some = want.abs().amax(-1) > 0
+    assert (largest[some] == 448).all() and (scale[~some] == 1).all() and not largest[~some].any()
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(2, 37, 96), (1, 1, 7), (5, 1030), (64,)])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_rows(backend, shape, dtype, gelu):
+    x = normal(*shape, dtype=dtype)
+    if x.dim() > 1:
+        x[..., 0, :], x[..., -1, 3] = 0.0, 300.0
+    want = F.gelu(x.double(), approximate="tanh") if gelu else x
+    assert_rounded(*quantize_fp8(x, gelu), want)
+
+
+@needs_triton
+@fused
+@pytest.mark.parametrize("gelu", [False, True])
+def test_the_kernel_is_the_reference(gelu):
+    """Values on a boundary of e4m3 may fall to either side: by 2^-3 of some in a thousand."""
+    x = normal(3, 50, 200, dtype=BF16)
+    out, scale = quantize_fp8(x, gelu)
+    table.configure("reference")
+    want, want_scale = quantize_fp8(x, gelu)
+    torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
+    assert error(out, want) < 5e-3 and (out.double() != want.double()).double().mean() < 5e-3
+
+
+@BOTH
+def test_strides_empty_input_and_repeats(backend):
+    x = normal(2, 9, 48)
+    want = quantize_fp8(x, True)
+    for other in (strided(x), x.mT.contiguous().mT, x):
+        for got, right in zip(quantize_fp8(other, True), want, strict=True):
+            assert torch.equal(got.float(), right.float())
+    out, scale = quantize_fp8(x[:, :0])
+    assert out.shape == (2, 0, 48) and scale.shape == (2, 0)
+
+
+def test_registration_and_no_gradient():
+    x = normal(2, 5, 16)
+    opcheck(torch.ops.prfl.quantize_fp8.default, (x, True), test_utils=CHECKS)
+    compiled = torch.compile(quantize_fp8, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, True)[0].float(), quantize_fp8(x, True)[0].float())
+    with pytest.raises(ValueError, match="quantize_fp8: got an input that requires grad"):
+        quantize_fp8(x.requires_grad_())
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    "op, plain, rows",
+    [(gated_add_modulate_fp8, gated_add_modulate, 2), (gated_add_norm_fp8, gated_add_norm, 1)],
+)
+def test_norms_behind_a_residual(backend, gated, op, plain, rows):
+    x, y = normal(2, 7, 96), normal(2, 7, 96, dtype=BF16)
+    gate = normal(2, 96) if gated else None
+    vectors = [normal(2, 96) if rows == 2 else normal(96) for _ in range(2)]
+    table.configure(backend)
+    try:
+        total, n, scale = op(x, y, gate, *vectors)
+        want_total, want = plain(x, y, gate, *vectors, out_dtype=F32)
+        opcheck(
+            torch.ops.prfl.gated_add_norm_fp8.default, (x, y, gate, *vectors, float(rows - 1), 1e-6),
+            test_utils=CHECKS,
+        )  # fmt: skip
+    finally:
+        table.configure("")
+    torch.testing.assert_close(total, want_total, rtol=1e-6, atol=1e-6)
+    assert_rounded(n, scale, want)

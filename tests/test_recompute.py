@@ -1,0 +1,324 @@
+"""Block policies: the same gradients whatever is kept, put away or made again, and the bytes they say."""
+
+import gc
+
+import pytest
+import torch
+from helpers import random_batch, tiny_config, tiny_model, tiny_reward
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from prfl_engine import flow, offload, recompute
+from prfl_engine.config import ChainConfig
+from prfl_engine.layers import Linear
+from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.objectives import bind, graded_rewards, sft_loss
+from prfl_engine.recompute import NAMES, STREAM, BlockPolicy
+
+LATENT = (16, 3, 8, 8)  # 48 tokens
+INNER = tuple(n for n in NAMES if n not in STREAM)
+POLICIES = {
+    "none": recompute.named("none"),
+    "full": recompute.named("full"),
+    "attention": recompute.named("attention"),
+    "full, little kept again": recompute.named("full", "nothing"),
+    "streams": BlockPolicy(STREAM),
+    "no cross_normed": BlockPolicy(set(NAMES) - {"cross_normed"}),
+    "no after_attention": BlockPolicy(set(NAMES) - {"after_attention"}),
+    "no after_cross": BlockPolicy(set(NAMES) - {"after_cross"}),
+    "hidden and attentions": BlockPolicy({"input", "attention", "cross_attention", "hidden"}),
+    "input away": BlockPolicy((), {"input"}),
+    "input and attention away": BlockPolicy((), {"input", "attention"}),
+    "input kept, attention away": BlockPolicy({"input"}, {"attention"}),
+    "streams away": BlockPolicy(INNER, STREAM),
+    "all away": BlockPolicy((), NAMES),
+    "hidden away": BlockPolicy({*STREAM, "attention"}, {"hidden", "projections"}),
+}
+
+
+def gradients(policy, model_type="t2v", blocks=3, dtype=torch.float64, change=None):
+    config = tiny_config(model_type, num_layers=blocks)
+    model = tiny_model(config).to(dtype)
+    if change is not None:
+        change(model)
+    model.recompute = policy
+    torch.manual_seed(0)
+    batch = random_batch(config, 2, LATENT, dtype=dtype)
+    x = batch.latent.requires_grad_()
+    v = bind(model, batch)(x, torch.tensor([700.0, 30.0]), torch.arange(2))
+    v.square().mean().backward()
+    return {"x": x.grad, **{k: p.grad for k, p in model.named_parameters() if p.requires_grad}}
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name, a in want.items():
+        assert a.any(), name
+        torch.testing.assert_close(got[name], a, rtol=1e-12, atol=1e-14, msg=name)
+
+
+def test_no_policy_changes_a_gradient():
+    want = gradients("none")
+    for policy in POLICIES.values():
+        assert_same(gradients(policy), want)
+
+
+def test_nor_with_an_image():
+    want = gradients("none", "i2v", blocks=2)
+    for name in ("full", "hidden and attentions", "streams", "all away"):
+        assert_same(gradients(POLICIES[name], "i2v", blocks=2), want)
+
+
+def test_blocks_may_have_policies_of_their_own():
+    want = gradients("none")
+    assert_same(gradients([POLICIES[k] for k in ("input away", "none", "attention")]), want)
+    assert_same(gradients([POLICIES[k] for k in ("streams", "all away", "full")]), want)
+
+
+@pytest.mark.parametrize("name", ["full", "attention", "input and attention away", "streams"])
+def test_frozen_weights_and_layers_one_by_one(name):
+    """Adapters: cross-attention runs layer by layer, and all but one linear layer is frozen."""
+
+    class Adapted(Linear):
+        pass
+
+    def change(model):
+        model.requires_grad_(False)
+        for block in model.blocks:
+            block.cross_attn.q.__class__ = Adapted
+            block.cross_attn.q.requires_grad_()
+
+    assert_same(gradients(POLICIES[name], change=change), gradients("none", change=change))
+
+
+@pytest.mark.parametrize("name", ["full", "attention", "input away", "streams away", "all away"])
+def test_windows_a_frozen_reward_and_flow_matching(name):
+    config = tiny_config(num_layers=3)
+    found = []
+    for policy in (POLICIES["none"], POLICIES[name]):
+        torch.manual_seed(0)
+        model, reward = tiny_model(config).double(), tiny_reward(config, blocks=2).double().freeze()
+        model.recompute = reward.transformer.recompute = policy
+        batch = random_batch(config, 2, LATENT, dtype=torch.float64)
+        noise, schedule = torch.randn_like(batch.latent), flow.make_schedule("unipc", 5, 5.0)
+        sft_loss(model, batch, noise, torch.tensor([0.3, 0.8])).mean().backward()
+        indices = torch.tensor([[1, 0], [3, 3]])
+        for logit in graded_rewards(model, reward, schedule, batch, noise, indices, ChainConfig(window=3)):
+            torch.sigmoid(logit).sum().backward()
+        assert all(p.grad is None for p in reward.parameters())
+        found.append({k: p.grad for k, p in model.named_parameters()})
+    assert_same(found[1], found[0])
+
+
+def test_two_backwards_of_one_graph():
+    config = tiny_config(num_layers=2)
+    model = tiny_model(config).double()
+    batch = random_batch(config, 1, LATENT, dtype=torch.float64)
+    for policy in POLICIES.values():
+        model.recompute = policy
+        loss = bind(model, batch)(batch.latent, torch.tensor([500.0]), torch.arange(1)).square().sum()
+        grads = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2)]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def live_bytes(policy, blocks):
+    """(device bytes between forward and backward, host bytes there, peak) of a model of `blocks` blocks."""
+    config = tiny_config(num_layers=blocks)
+    model = tiny_model(config)
+    model.recompute = policy
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    batch, t = random_batch(config, 1, LATENT), torch.tensor([700.0])
+    bind(model, batch)(batch.latent, t, torch.arange(1)).sum().backward()  # tables of angles are made once
+    with LiveBytes() as live:
+        live.add([*model.parameters(), *(p.grad for p in model.parameters()), batch.latent, batch.text, t])
+        before = live.now
+        loss = bind(model, batch)(batch.latent, t, torch.arange(1)).sum()
+        kept = live.now - before
+        host = live.host_now
+        loss.backward()
+        assert live.host_now == 0
+    return kept, host, live.peak - before
+
+
+TOKENS, C, F, H = 48, 32, 48, 2
+ROW = 4 * TOKENS * C  # a float32 [L, C]
+SIZES = dict.fromkeys(NAMES, ROW) | {
+    "projections": 3 * ROW, "rotated": 2 * ROW + 2 * 4 * TOKENS, "attention": ROW + 4 * TOKENS * H,
+    "cross_attention": ROW + 4 * TOKENS * H, "cross_projections": ROW + 2 * 4 * 6 * C,
+    "cross_queries": ROW + 4 * TOKENS, "hidden": 4 * TOKENS * F,
+}  # fmt: skip
+
+
+def a_block(policy):
+    """Bytes that a block more keeps on the device and on the host."""
+    (device, host, _), (device_more, host_more, _) = (live_bytes(policy, n) for n in (3, 4))
+    return device_more - device, host_more - host
+
+
+SMALL = 6 * 4 * C + 3 * 2 * 4 * TOKENS  # the six vectors of a block, and mean and 1/std of its norms
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_name_is_kept_and_put_away_with_the_bytes_that_it_says(name):
+    base = BlockPolicy(STREAM)
+    device, host = a_block(base)
+    assert (device, host) == (sum(SIZES[k] for k in STREAM) + SMALL, 0)
+    keep = {*STREAM, name}
+    assert a_block(BlockPolicy(keep))[0] - device == (0 if name in STREAM else SIZES[name])
+    away = a_block(BlockPolicy(keep - {name}, {name}))
+    # lots of two blocks are on their way
+    assert away[1] == SIZES[name]
+    assert away[0] == device - (SIZES[name] if name in STREAM else 0)
+
+
+@pytest.mark.parametrize("name", ["after_attention", "cross_normed", "after_cross"])
+def test_a_stream_that_is_made_again_is_not_kept(name):
+    assert a_block(BlockPolicy(STREAM))[0] - a_block(BlockPolicy(set(STREAM) - {name}))[0] >= SIZES[name]
+
+
+def test_modes_keep_what_they_say():
+    kept = {name: a_block(POLICIES[name])[0] for name in ("none", "attention", "full", "input away")}
+    assert kept["full"] <= ROW + SMALL
+    assert kept["attention"] - kept["full"] == SIZES["attention"]
+    assert kept["input away"] == kept["full"] - ROW
+    assert kept["none"] == sum(SIZES.values()) + SMALL
+
+
+def test_nothing_is_left_behind_without_the_garbage_collector():
+    gc.collect()
+    gc.disable()
+    try:
+        for policy in POLICIES.values():
+            config = tiny_config(num_layers=2)
+            model, batch = tiny_model(config), random_batch(config, 1, LATENT)
+            model.recompute = policy
+            with LiveBytes() as live:
+                live.add([*model.parameters(), batch.latent, batch.text])
+                before = live.now
+                for backward in (True, False):
+                    out = bind(model, batch)(batch.latent, torch.tensor([700.0]), torch.arange(1)).sum()
+                    if backward:
+                        out.backward()
+                    del out
+                    model.zero_grad(set_to_none=True)
+                    assert live.now - before <= 2 * 4  # a constant or two
+    finally:
+        gc.enable()
+
+
+def test_the_backward_brings_back_one_block_ahead(monkeypatch):
+    """Order of fetches: while a block's backward runs, the block before it is on its way already."""
+    order = []
+    fetch, again = offload.Away.fetch, recompute.Run._again
+
+    def watched(away):
+        if away.back is None:
+            order.append(("fetch", away.host.data_ptr()))
+        fetch(away)
+
+    monkeypatch.setattr(offload.Away, "fetch", watched)
+    monkeypatch.setattr(
+        recompute.Run, "_again", lambda run, branch: (order.append(("again", id(run))), again(run, branch))
+    )
+    gradients(BlockPolicy((), {"input"}), blocks=4)
+    kinds = [kind for kind, _ in order]
+    # the last block keeps its input: its two branches run again behind the first fetch
+    assert kinds == ["fetch", "again", "again"] * 3 + ["again"] * 2
+    assert len({place for kind, place in order if kind == "fetch"}) == 3
+
+
+def test_at_most_two_lots_are_on_their_way(monkeypatch):
+    store, sizes = offload.store_of(torch.device("cpu")), []
+    put = offload.HostStore.put
+
+    def watched(self, tensors):
+        made = put(self, tensors)
+        sizes.append(len(self._leaving))
+        return made
+
+    monkeypatch.setattr(offload.HostStore, "put", watched)
+    gradients(BlockPolicy((), {"input"}), blocks=6)
+    assert sizes == [1, 2, 2, 2, 2] and not store._leaving
+
+
+class Count(TorchDispatchMode):
+    """How often each of our operations runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "prfl":
+            name = func.name().removeprefix("prfl::")
+            self.calls[name] = self.calls.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name, attend, cross, feed",
+    [("none", 3, 3, 3), ("full", 6, 6, 3), ("attention", 6, 6, 3), ("streams", 3, 3, 3)],
+)
+def test_branches_run_again_only_for_streams_and_the_ffn_never(name, attend, cross, feed):
+    with Count() as count:
+        gradients(POLICIES[name])
+    assert count.calls["modulated_attention"] == attend
+    assert count.calls["cross_attention"] == cross
+    assert count.calls["modulated_ffn"] == feed
+
+
+def test_attention_that_is_held_is_not_computed_again(monkeypatch):
+    from prfl_kernels import modulated_attention
+
+    calls, real = [], modulated_attention.attention_with_lse
+    monkeypatch.setattr(modulated_attention, "attention_with_lse", lambda *a: calls.append(1) or real(*a))
+    for name, want in (("full", 6), ("attention", 3), ("input and attention away", 3), ("streams", 6)):
+        calls.clear()
+        gradients(POLICIES[name])
+        assert len(calls) == want, name
+
+
+@pytest.mark.parametrize(
+    "saved, ran_again",
+    [
+        (torch.ops.prfl.modulated_attention.default, "modulated_attention"),
+        (torch.ops.prfl.cross_attention.default, "cross_attention"),
+    ],
+)
+def test_torchs_selective_checkpoint_sees_the_operations(saved, ran_again):
+    """A user's policy that saves one of them: right gradients, and that operation runs once."""
+    config = tiny_config(num_layers=1)
+    block = tiny_model(config).double().blocks[0]
+    x, e = torch.randn(1, 8, 32).double().requires_grad_(), torch.randn(1, 6, 32).double()
+    context = torch.randn(1, 6, 32).double()
+
+    def policy(ctx, func, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if func is saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def run(**how):
+        with Count() as count:
+            given = x, e, context, (2, 2, 2)
+            out = checkpoint(block, *given, use_reentrant=False, **how) if how else block(*given)
+            out = out[0]
+            made = torch.autograd.grad(out.square().sum(), [x, *block.parameters()])
+        return made, count.calls
+
+    want, _ = run()
+    got, calls = run(context_fn=lambda: create_selective_checkpoint_contexts(policy))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    counted = {k: calls[k] for k in ("modulated_attention", "cross_attention", "modulated_ffn")}
+    assert counted.pop(ran_again) == 1
+    assert set(counted.values()) == {2}
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="keep: got 'hiden', want some of input, after_attention"):
+        BlockPolicy({"input", "hiden"})
+    with pytest.raises(ValueError, match="offload: got 'input', which keep names too"):
+        BlockPolicy({"input"}, {"input"})
+    with pytest.raises(ValueError, match="keep: got no input, want it in keep or offload"):
+        BlockPolicy({"attention"})
+    with pytest.raises(ValueError, match="recompute: got 'half', want one of none, full, attention"):
+        recompute.named("half")
