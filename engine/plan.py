@@ -12,9 +12,10 @@ batch, in the worst of flow matching, graded step and reward model; work space i
 libraries is not in them. Seconds are predicted by a roofline, or taken from a table measured by `measure`.
 """
 
+import itertools
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -113,42 +114,90 @@ def _undominated(states: list[_State]) -> list[_State]:
     return found
 
 
+class _Bound:
+    """A cost that no list can be below, from what is kept and away so far and the number of blocks left.
+
+    With prices per byte kept and per byte away (Lagrange multipliers; any are valid), each block left costs
+    at least its cheapest kind, prices included, less the price of the room that is there.
+    """
+
+    def __init__(self, kinds: list[Kind], count: int, reward: Kind, budget: float, host: float):
+        numbers = list(reward.numbers.values())[-1]
+        self.room, self.host = budget - numbers.start - numbers.head, host
+        self.all = [(k.cost, list(k.numbers.values())[-1], k.away) for k in kinds]
+        pairs = list(itertools.permutations(self.all, 2))
+        slopes = ({(b[0] - a[0]) / (x - y) for a, b, x, y in rows if x > y} for rows in (
+            [(a, b, a[1].kept, b[1].kept) for a, b in pairs], [(a, b, a[2], b[2]) for a, b in pairs],
+        ))  # fmt: skip
+        prices = [sorted({0.0, *(p for p in found if p > 0)}) for found in slopes]
+        limited = (self.room < float("inf"), host < float("inf"))
+        prices = [p if there else [0.0] for p, there in zip(prices, limited, strict=True)]
+        start = _State(0, (0,), 0, 0, None, None)
+        self.price, self.away_price = max(
+            itertools.product(*prices), key=lambda p: self._at(*p)(start, count)
+        )
+        self.below = self._at(self.price, self.away_price)
+
+    def _at(self, price: float, away_price: float) -> Callable[[_State, int], float]:
+        each = min(cost + price * n.kept + away_price * away for cost, n, away in self.all)
+        last = min(cost + price * n.kept_last for cost, n, _ in self.all)
+
+        def below(s: _State, left: int) -> float:
+            total = s.cost + (left - 1) * each + last if left else s.cost
+            total += price * (s.kept[-1] - self.room) if price else 0
+            return total + (away_price * (s.host - self.host) if away_price else 0)
+
+        return below
+
+
 def search(
     kinds: list[Kind], count: int, reward: Kind, budget: float, host: float = float("inf")
 ) -> list[Kind] | None:
     """The cheapest list of `count` kinds within the bytes of device and host, of those the one of the lowest
     peak; exact.
 
-    States with the same last kind are compared: one that costs, keeps and peaks no less than another can
-    be no part of a better list.
+    Block by block, all lists at once. Of those with the same last kind one that costs, keeps and peaks no
+    less than another is dropped, and so is what cannot end below the cost of a list that is known already:
+    of a first walk that follows the 100 most promising only.
     """
+    bound = _Bound(kinds, count, reward, budget, host)
+    known = _walk(kinds, count, reward, budget, host, bound, float("inf"), 100)
+    limit = float("inf") if known is None else known.cost
+    best = _walk(kinds, count, reward, budget, host, bound, limit, None) or known
+    found = []
+    while best is not None and best.kind is not None:
+        found.append(best.kind)
+        best = best.before
+    return found[::-1] or None
+
+
+def _walk(
+    kinds: list[Kind], count: int, reward: Kind, budget: float, host: float, bound: _Bound, limit: float,
+    width: int | None,
+) -> _State | None:  # fmt: skip
+    """The best end among lists that may cost `limit`; of the lists so far, `width` are followed."""
     phases = list(reward.numbers)
     states = [_State(0, (0,) * len(phases), 0, 0, None, None)]
     for i in range(count):
-        following = []
+        following, last = [], i == count - 1
         for kind in kinds:
             made = []
             for s in states:
                 given = zip(phases, s.kept, strict=True)
-                steps = [kind.block(p, kept, s.kind, i == count - 1) for p, kept in given]
-                peak, away = max(s.peak, *(here for _, here in steps)), s.host + kind.away * (i < count - 1)
-                if peak <= budget and away <= host:
-                    made.append(_State(s.cost + kind.cost, tuple(k for k, _ in steps), peak, away, kind, s))
+                steps = [kind.block(p, kept, s.kind, last) for p, kept in given]
+                peak, away = max(s.peak, *(here for _, here in steps)), s.host + kind.away * (not last)
+                new = _State(s.cost + kind.cost, tuple(k for k, _ in steps), peak, away, kind, s)
+                if peak <= budget and away <= host and bound.below(new, count - 1 - i) <= limit * (1 + 1e-9):
+                    made.append(new)
             following += _undominated(made)
-        states = following
+        states = sorted(following, key=lambda s: bound.below(s, count - 1 - i))[:width]
     ends = []
     for s in states:
         numbers = zip((reward.numbers[p] for p in phases), s.kept, strict=True)
         peak = max(s.peak, *(max(n.start + kept + n.head, n.rest) for n, kept in numbers))
         if peak <= budget:
             ends.append((s.cost, peak, s))
-    if not ends:
-        return None
-    state, found = min(ends, key=lambda e: e[:2])[2], []
-    while state.kind is not None:
-        found.append(state.kind)
-        state = state.before
-    return found[::-1]
+    return min(ends, key=lambda e: e[:2])[2] if ends else None
 
 
 def recomputed(policy: BlockPolicy, config: WanConfig, tokens: int, rates: Rates) -> float:
