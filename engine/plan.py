@@ -6,9 +6,8 @@ once for every kind of policy. A peak lies in the forward or the backward of som
     peak in block i = before the blocks + what the blocks before i keep + what block i does
                       + what the block before it brings back from the host
 
-so the peak of any list of kinds follows from the numbers of each kind, and the best list from an exact
-search over (bytes kept, time), see `search`. Bytes are what lives beside weights, gradients, optimizer state and the
-batch, in the worst of flow matching, graded step and reward model; work space inside of attention
+so the peak of any list of kinds follows from the numbers of each kind, and the best list from `search`.
+Bytes are what lives beside weights, gradients, optimizer state and the batch, in the worst of flow matching, graded step and reward model; work space inside of attention
 libraries is not in them. Seconds are predicted by a roofline, or taken from a table measured by `measure`.
 """
 
@@ -157,8 +156,8 @@ class _Bound:
 def search(
     kinds: list[Kind], count: int, reward: Kind, budget: float, host: float = float("inf")
 ) -> list[Kind] | None:
-    """The cheapest list of `count` kinds within the bytes of device and host: exact up to EXACT blocks, beyond
-    that the best of a walk that follows the WIDTH most promising lists.
+    """The cheapest list of `count` kinds within the bytes of device and host: exact up to EXACT blocks,
+    beyond that the best of a walk that follows the WIDTH most promising lists.
 
     Block by block, all lists at once. Of those with the same last kind one that costs, keeps and puts away
     no less than another is dropped, and so is what cannot end below the cost of a list that is known already.
@@ -318,8 +317,12 @@ def choose(
         if blocks and away <= host:
             found.append((sum(k.cost for k in blocks) + reward.reward_cost, blocks, reward))
     if not found:
-        leanest = (search([replace(k, cost=0) for k in kinds], count, r, float("inf"), host) for r in kinds)
-        least = min(predicted_peak(b, r) for b, r in zip(leanest, kinds, strict=True) if b)
+        # The list that keeps least, and one kind for all blocks: the peak is not what `search` minimises.
+        lean = [replace(k, cost=max(n.kept for n in k.numbers.values())) for k in kinds]
+        rewards = [r for r in kinds if r.away * max(0, setup.reward_blocks - 1) <= host]
+        lists = [search(lean, count, rewards[0], float("inf"), host)] if rewards else []
+        lists += [[k] * count for k in kinds if k.away * (count - 1) <= host]
+        least = min(predicted_peak(blocks, r) for blocks in lists if blocks for r in rewards)
         raise UserError(
             f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{-(-least // 10**3) / 1e6:g}:"
             " the leanest policies need that much beside weights, gradients and optimizer state"
