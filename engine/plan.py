@@ -7,8 +7,9 @@ once for every kind of policy. A peak lies in the forward or the backward of som
                       + what the block before it brings back from the host
 
 so the peak of any list of kinds follows from the numbers of each kind, and the best list from `search`.
-Bytes are what lives beside weights, gradients, optimizer state and the batch, in the worst of flow matching, graded step and reward model; work space inside of attention
-libraries is not in them. Seconds are predicted by a roofline, or taken from a table measured by `measure`.
+Bytes are what lives beside weights, gradients, optimizer state and the batch, in the worst of flow
+matching, graded step and reward model; work space inside of attention libraries is not in them. Seconds
+are predicted by a roofline, or taken from a table measured by `measure`.
 """
 
 import itertools
