@@ -1,5 +1,5 @@
-"""What the fused branches share: linear layers, the gradient of a gate without the branch's output, and
-the choice of what a branch keeps.
+"""What the fused branches share: linear layers and their gradients, with a low-rank update or without, the
+gradient of a gate without the branch's output, and the choice of what a branch keeps.
 
 A branch ends with x' = x + gate * (a W^T + b), gate [B, N] per sample. From the gradient d of x' and
 the un-gated weight gradient G_b = d_b^T a_b of every sample b, kept in float32,
@@ -9,9 +9,22 @@ the un-gated weight gradient G_b = d_b^T a_b of every sample b, kept in float32,
 
 so that neither a W^T nor gate * d is needed, and d gate costs a pass over W instead of a product over
 all tokens. Exact: d gate_n = sum_l d_ln (sum_k W_nk a_lk + b_n).
+
+A low-rank update (LoRA, Hu et al. 2021) adds s x A^T B^T to x W^T, A [r, K] and B [N, r]. With u = x A^T,
+
+    dB = s d^T u,   dA = s (d B)^T x,   dx += s (d B) A
+
+u costs L r K and is made again in backward, so that a trained update keeps x, as a trained W does, and
+nothing else; W frozen, its own gradient costs nothing. Under a gate B is gate * B, and with P_b = d_b^T u_b
+
+    dB = s sum_b gate_b * P_b,   d gate_b += s rowsum(B * P_b)
+
+The update is never added to W for a forward in 16 bits: most of it would vanish in the rounding of W,
+8 bits from the leading one, where the update of a weight is smaller than that for all of training.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +33,28 @@ from torch import Tensor
 from prfl_kernels.jit import wide
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b in x.dtype; x [..., K], weight [N, K] and bias [N] of any float dtype."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+class LowRank(NamedTuple):
+    """A low-rank update of a weight [N, K], scale * up @ down; of any float dtype."""
+
+    down: Tensor  # A [r, K]
+    up: Tensor  # B [N, r]
+    scale: float
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(A, scale B) in dtype."""
+        up = self.up if self.scale == 1 else self.scale * self.up.to(wide(dtype))
+        return self.down.to(dtype), up.to(dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None = None) -> Tensor:
+    """x W^T + b, and the low-rank update, in x.dtype; x [..., K], weight [N, K] and bias [N] of any dtype."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if low is None:
+        return F.linear(x, weight, bias)
+    down, up = low.factors(x.dtype)
+    rows = x.flatten(0, -2)
+    y = F.linear(rows, weight, bias).addmm_(rows @ down.mT, up.mT)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -36,31 +68,132 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).to(wide(a.dtype))
 
 
-def weight_gradients(d: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(dW, db) in the dtypes of weight and bias, of d [B, L, N] at the output of `linear` of x [B, L, K]."""
-    d, x = d.flatten(0, 1), x.flatten(0, 1)
-    return wide_product(d.mT, x).to(weight.dtype), d.sum(0, dtype=wide(d.dtype)).to(bias.dtype)
+class Sums(dict[str, Tensor]):
+    """Sums over pieces of the tokens by name, in float32 or wider."""
+
+    def add(self, name: str, part: Tensor) -> None:
+        """Add `part`; the first is taken as it is, and written to by the next."""
+        if name in self:
+            self[name] += part
+        else:
+            self[name] = part
+
+    def add_product(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Add wide_product(a, b)."""
+        if name in self and a.dtype == self[name].dtype:
+            (self[name].addmm_ if a.dim() == 2 else self[name].baddbmm_)(a, b)
+        else:
+            self.add(name, wide_product(a, b))
 
 
-def gated_input_gradient(d: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
-    """da [B, L, K] in d.dtype: d [B, L, N] times weight [N, K] with rows scaled by gate [B, N]."""
-    scaled = (gate.to(wide(d.dtype))[..., None] * weight).to(d.dtype)
-    return torch.bmm(d, scaled)
+class Product:
+    """The gradients of `linear`, piece by piece: those asked for of (W and b) and of (A and B)."""
+
+    def __init__(self, low: LowRank | None, wants: bool, wants_low: bool):
+        self.low, self.wants, self.wants_low, self.sums = low, wants, wants_low, Sums()
+
+    def backward(
+        self, d: Tensor, x: Tensor | None, weight: Tensor, dx: Tensor | None = None, bias: bool = True
+    ) -> Tensor:
+        """Adds the gradient of x to dx [M, K], which is made if it is None, and those of the parameters to
+        the sums. d [..., N]; x [..., K], not needed where nothing is trained; bias False leaves out db."""
+        d = d.flatten(0, -2)
+        x = None if x is None else x.flatten(0, -2)
+        if self.wants:
+            self.sums.add_product("weight", d.mT, x)
+            if bias:
+                self.sums.add("bias", d.sum(0, dtype=wide(d.dtype)))
+        weight = weight.to(d.dtype)
+        dx = d @ weight if dx is None else dx.addmm_(d, weight)
+        if self.low is not None:
+            down, up = self.low.factors(d.dtype)
+            du = d @ up
+            if self.wants_low:
+                self.sums.add_product("up", d.mT, x @ down.mT)
+                self.sums.add_product("down", du.mT, x)
+            dx.addmm_(du, down)
+        return dx
+
+    def gradients(self, name: str) -> dict[str, Tensor]:
+        """What was asked for, under NAME, NAME_bias, NAME_down and NAME_up; float32 or wider."""
+        found = {name if k == "weight" else f"{name}_{k}": a for k, a in self.sums.items()}
+        if self.wants_low:
+            found[f"{name}_up"] *= self.low.scale
+        return found
 
 
-def gated_weight_gradients(
-    d: Tensor, gate: Tensor, a: Tensor, weight: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dW, db, d gate), each in the dtype of its tensor; a [B, L, K] is the input of the product."""
-    dtype = wide(d.dtype)
-    product = wide_product(d.mT, a)  # [B, N, K]
-    total = d.sum(1, dtype=dtype)  # [B, N]
-    dgate = (product * weight).sum(2) + bias * total
-    gate_wide = gate.to(dtype)
-    product *= gate_wide[..., None]
-    dweight = product[0] if len(d) == 1 else product.sum(0)
-    dbias = (gate_wide * total).sum(0)
-    return dweight.to(weight.dtype), dbias.to(bias.dtype), dgate.to(gate.dtype)
+class GatedProduct:
+    """The gradients of gate * linear(a, ...), piece by piece: d [B, L, N], gate [B, N] and a [B, L, K]."""
+
+    def __init__(
+        self, gate: Tensor, weight: Tensor, bias: Tensor, low: LowRank | None, dtype: torch.dtype,
+        wants: bool, wants_gate: bool, wants_low: bool,
+    ):  # fmt: skip
+        """wants: dW and db; dtype is that of d. dW comes with d gate, which is made of it."""
+        self.gate, self.weight, self.bias, self.low = gate, weight, bias, low
+        self.wants, self.wants_low = wants or wants_gate, wants_low
+        self.wants_up = low is not None and (wants_low or wants_gate)
+        self.sums, rows = Sums(), gate.to(wide(dtype))[..., None]
+        self._weight = (rows * weight).to(dtype)  # [B, N, K]
+        if low is not None:
+            self._down, self._up = low.down.to(dtype), (rows * (low.scale * low.up)).to(dtype)
+
+    def input_gradient(self, d: Tensor) -> Tensor:
+        """da [B, L, K] in d.dtype."""
+        da = torch.bmm(d, self._weight)
+        if self.low is not None:
+            da.view(-1, da.shape[2]).addmm_(torch.bmm(d, self._up).flatten(0, 1), self._down)
+        return da
+
+    def add(self, d: Tensor, a: Tensor) -> None:
+        """Add what a piece gives to the gradients of gate and parameters."""
+        if self.wants:
+            self.sums.add_product("weight", d.mT, a)
+            self.sums.add("total", d.sum(1, dtype=wide(d.dtype)))
+        if self.wants_up:
+            self.sums.add_product("up", d.mT, a @ self._down.mT)
+        if self.wants_low:
+            self.sums.add_product("down", torch.bmm(d, self._up).flatten(0, 1).mT, a.flatten(0, 1))
+
+    def gradients(self, name: str) -> dict[str, Tensor]:
+        """What was asked for, under NAME, NAME_bias, gate, NAME_down and NAME_up; ends the sums."""
+        found, sums, low = {}, self.sums, self.low
+        if self.wants:
+            product, total = sums.pop("weight"), sums["total"]
+            gate = self.gate.to(total.dtype)
+            dgate = (product * self.weight).sum(2) + self.bias * total
+            if low is not None:
+                dgate += low.scale * (sums["up"] * low.up).sum(2)
+            product *= gate[..., None]
+            found[name] = product[0] if len(product) == 1 else product.sum(0)
+            found[f"{name}_bias"], found["gate"] = (gate * total).sum(0), dgate
+        if self.wants_low:
+            up = sums["up"]
+            found[f"{name}_up"] = low.scale * (self.gate.to(up.dtype)[..., None] * up).sum(0)
+            found[f"{name}_down"] = sums["down"]
+        return found
+
+
+def low_rank(down: Tensor | None, up: Tensor | None, scale: float) -> LowRank | None:
+    """An update as the schema of an operation carries it, None where there is none."""
+    return None if down is None else LowRank(down, up, scale)
+
+
+def flattened(
+    op: str, low: Mapping[str, LowRank] | None, names: Sequence[str]
+) -> tuple[list[Tensor | None], list[float]]:
+    """Updates by the name of their weight as a schema carries them: (A, B of each in turn, their scales).
+    ValueError for a name that is not among `names`."""
+    low = low or {}
+    if not set(low) <= set(names):
+        raise ValueError(f"{op}: got low-rank updates of {sorted(low)}, want some of {', '.join(names)}")
+    parts = sum(([low[k].down, low[k].up] if k in low else [None, None] for k in names), [])
+    return parts, [low[k].scale if k in low else 1.0 for k in names]
+
+
+def ready(weights: tuple[Tensor, ...], dtype: torch.dtype, found: list[slice]) -> tuple[Tensor, ...]:
+    """The weights in dtype where several pieces use them; one piece converts each as it comes."""
+    return weights if len(found) == 1 else tuple(a.to(dtype) for a in weights)
 
 
 def kept(op: str, modes: dict[str, tuple[str, ...]], keep: str | Collection[str]) -> Collection[str]:

@@ -5,7 +5,8 @@
     h  = n W1^T,  g = gelu_tanh(h + b1)              W1 [F, C]
     x' = s + gate (g W2^T + b2)                      W2 [C, F]
 
-Kept for the backward: s, mean and 1/std of every token, the vectors and weights, and what `keep` names:
+W1 and W2 may have a low-rank update each (LoRA, prfl_kernels.branch). Kept for the backward: s, mean and
+1/std of every token, the vectors and weights, and what `keep` names:
 
     mode         keeps           bytes (16 bits)  made again in backward
     nothing      -                                n, h, g
@@ -13,10 +14,12 @@ Kept for the backward: s, mean and 1/std of every token, the vectors and weights
     all          and normed: n   2 L F + 2 L C    g
 
 "attention" keeps the same as "nothing" here: it is a mode of the attention branch. g is never kept: the
-backward makes it in the pass that makes dh. g W2^T is never needed: see prfl_kernels.branch.
+backward makes it in the pass that makes dh. g W2^T is never needed: see prfl_kernels.branch. n is left out
+where W1 and its update are frozen and h is kept. With `chunk` the branch runs on that many tokens at a time,
+forward and backward: h where it is not kept, g, their gradients and n are then never whole.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -24,7 +27,8 @@ from torch import Tensor
 
 from prfl_kernels import add_norm
 from prfl_kernels.bias_gelu import pair as gelu_pair
-from prfl_kernels.branch import gated_input_gradient, gated_weight_gradients, kept, linear, wide_product
+from prfl_kernels.branch import GatedProduct, LowRank, Product, Sums, flattened, kept, linear, low_rank, ready
+from prfl_kernels.chunks import numbers, pieces, together
 from prfl_kernels.jit import register, wide
 
 KEEP = {"nothing": (), "attention": (), "projections": ("hidden",), "all": ("hidden", "normed")}
@@ -46,86 +50,112 @@ def _begin(x, y, scale, shift, eps, dtype):
     return x if y is None else s, n, stats
 
 
-def _forward(x, y, shift, scale, gate, w1, b1, w2, b2, eps, dtype, graded, hidden, normed):
-    s, n, stats = _begin(x, y, scale, shift, eps, dtype)
-    h = linear(n, w1, None)
-    if not normed:
-        n = x.new_empty(0)
-    g = gelu_pair(h)[0](h, b1)
-    if not hidden:
-        h = x.new_empty(0)
-    out = add_norm.pair("gated_add", s)[0](s, linear(g, w2, b2), gate, None, None, 0.0, 0.0, None)[0]
-    return out, s if graded and y is not None else x.new_empty(0), stats, h, n
+def _forward(x, y, shift, scale, gate, w1, b1, w2, b2, *rest):
+    lows, (factors, eps, dtype, chunk, graded, hidden, normed) = rest[:4], rest[4:]
+    low1, low2 = low_rank(*lows[:2], factors[0]), low_rank(*lows[2:], factors[1])
+    found = pieces(x, chunk)
+    w1, w2 = ready((w1, w2), dtype, found)
+
+    def run(at: slice):
+        s, n, stats = _begin(x[:, at], None if y is None else y[:, at], scale, shift, eps, dtype)
+        h = linear(n, w1, None, low1)
+        if not normed:
+            n = None
+        g = gelu_pair(h)[0](h, b1)
+        if not hidden:
+            h = None
+        end = add_norm.pair("gated_add", s)[0]
+        out = end(s, linear(g, w2, b2, low2), gate, None, None, 0.0, 0.0, None)[0]
+        return out, s if graded and y is not None else None, stats, h, n
+
+    out, s, stats, h, n = together(run, found, (1, 1, 2, 1, 1))
+    s, h, n = (x.new_empty(0) if a is None else a for a in (s, h, n))
+    return out, s, stats, h, n
 
 
-def _fake(x, y, shift, scale, gate, w1, b1, w2, b2, eps, dtype, graded, hidden, normed):
+def _fake(x, y, shift, scale, gate, w1, b1, w2, b2, *rest):
+    dtype, _, graded, hidden, normed = rest[6:]
     s = x.new_empty(x.shape if graded and y is not None else 0)
     h = x.new_empty((*x.shape[:2], len(w1)) if hidden else 0, dtype=dtype if hidden else x.dtype)
     n = x.new_empty(x.shape if normed else 0, dtype=dtype if normed else x.dtype)
     return x.new_empty(x.shape), s, x.new_empty(2, *x.shape[:2], dtype=wide(x.dtype)), h, n
 
 
-def _backward(dout, s, shift, scale, gate, w1, b1, w2, b2, stats, h, n, eps, dtype, y_dtype, wants):
-    wants_vectors, wants_gate, wants_first, wants_second = wants
-    made = {}
-    d = dout.to(dtype)
-    if not n.numel() and (wants_first or not h.numel()):
-        n = _begin(s, None, scale, shift, eps, dtype)[1]
-    if not h.numel():
-        h = linear(n, w1, None)
-    dg = gated_input_gradient(d, gate, w2)
-    dh, g, db1 = gelu_pair(h)[1](dg, h, b1, wants_first)
-    del dg, h
-    if wants_second or wants_gate:
-        made["w2"], made["b2"], made["gate"] = gated_weight_gradients(d, gate, g, w2, b2)
-    del d, g
-    if wants_first:
-        made["w1"] = wide_product(dh.flatten(0, 1).mT, n.flatten(0, 1)).to(w1.dtype)
-        made["b1"] = db1.to(b1.dtype)
-    dn = dh @ w1.to(dtype)
-    del dh, n
-    run = add_norm.pair("modulate" if y_dtype is None else "gated_add_modulate", s)[1]
-    dx, dy, _, dscale, dshift = run(
-        dn, dout, s, None, None, scale, stats, 1.0, wants_vectors, y_dtype
-    )
-    if wants_vectors:
-        made["shift"], made["scale"] = dshift.to(shift.dtype), dscale.to(scale.dtype)
-    order = ("shift", "scale", "gate", "w1", "b1", "w2", "b2")
-    rest = (made[k] if k in made else s.new_empty(0) for k in order)
+def _backward(dout, s, shift, scale, gate, w1, b1, w2, b2, *rest):
+    lows, (stats, h, n), (factors, eps, dtype, chunk, y_dtype, wants) = rest[:4], rest[4:7], rest[7:]
+    wants_vectors, wants_gate, wants_first, wants_second, wants_low1, wants_low2 = wants
+    found = pieces(s, chunk)
+    (ready1,) = ready((w1,), dtype, found)
+    low1, low2 = low_rank(*lows[:2], factors[0]), low_rank(*lows[2:], factors[1])
+    first = Product(low1, wants_first, wants_low1)
+    second = GatedProduct(gate, w2, b2, low2, dtype, wants_second, wants_gate, wants_low2)
+    vectors = Sums()
+    needs_n = wants_first or wants_low1 or not h.numel()
+
+    def run(at: slice):
+        d, x = dout[:, at].to(dtype), s[:, at]
+        n_at = n[:, at] if n.numel() else _begin(x, None, scale, shift, eps, dtype)[1] if needs_n else None
+        h_at = h[:, at] if h.numel() else linear(n_at, ready1, None, low1)
+        dg = second.input_gradient(d)
+        dh, g, db1 = gelu_pair(h_at)[1](dg, h_at, b1, wants_first)
+        del dg, h_at
+        second.add(d, g)
+        del d, g
+        if wants_first:
+            first.sums.add("bias", db1)
+        dn = first.backward(dh, n_at, ready1, bias=False)
+        del dh, n_at
+        back = add_norm.pair("modulate" if y_dtype is None else "gated_add_modulate", s)[1]
+        dx, dy, _, dscale, dshift = back(
+            dn.view(x.shape), dout[:, at], x, None, None, scale, numbers(stats, at), 1.0,
+            wants_vectors, y_dtype,
+        )  # fmt: skip
+        if wants_vectors:
+            vectors.add("scale", dscale)
+            vectors.add("shift", dshift)
+        return dx, dy
+
+    dx, dy = together(run, found, (1, 1))
+    made = {**vectors, **first.gradients("w1"), **second.gradients("w2")}
+    like = dict(zip(_NAMES, (shift, scale, gate, w1, b1, w2, b2, *lows), strict=True))
+    rest = (made[k].to(a.dtype) if k in made else s.new_empty(0) for k, a in like.items())
     return dx, s.new_empty(0) if dy is None else dy, *rest
 
 
-def _backward_fake(dout, s, shift, scale, gate, w1, b1, w2, b2, stats, h, n, eps, dtype, y_dtype, wants):
-    wants_vectors, wants_gate, wants_first, wants_second = wants
-    second = wants_second or wants_gate
+def _backward_fake(dout, s, shift, scale, gate, w1, b1, w2, b2, *rest):
+    lows, (_, _, _, _, y_dtype, wants) = rest[:4], rest[7:]
+    vectors, g, first, second, low1, low2 = wants
+    second = second or g
     dy = s.new_empty(0) if y_dtype is None else s.new_empty(s.shape, dtype=y_dtype)
-    wanted = (wants_vectors, wants_vectors, second, wants_first, wants_first, second, second)
-    like = (shift, scale, gate, w1, b1, w2, b2)
+    wanted = (vectors, vectors, second, first, first, second, second, low1, low1, low2, low2)
+    like = (shift, scale, gate, w1, b1, w2, b2, *lows)
     return s.new_empty(s.shape), dy, *(
         a.new_empty(a.shape) if w else s.new_empty(0) for a, w in zip(like, wanted, strict=True)
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, y, *vectors, ctx.eps, ctx.dtype, _, _, _ = inputs
+    x, y, *tensors = inputs[:13]
+    ctx.settings = inputs[13:17]
     _, s, stats, h, n = output
     ctx.y_dtype = None if y is None else y.dtype
     ctx.mark_non_differentiable(s, stats, h, n)
-    ctx.save_for_backward(x if y is None else s, *vectors, stats, h, n)
+    ctx.save_for_backward(x if y is None else s, *tensors, stats, h, n)
 
 
 def _gradient(ctx, dout, *_):
     needs = ctx.needs_input_grad
-    wants = [any(needs[2:4]), needs[4], any(needs[5:7]), any(needs[7:9])]
-    made = torch.ops.prfl.modulated_ffn_backward(
-        dout, *ctx.saved_tensors, ctx.eps, ctx.dtype, ctx.y_dtype, wants
-    )
-    return *(a if need else None for a, need in zip(made, needs[:9], strict=True)), *[None] * 5
+    wants = [any(needs[2:4]), needs[4], *(any(needs[i : i + 2]) for i in (5, 7, 9, 11))]
+    made = torch.ops.prfl.modulated_ffn_backward(dout, *ctx.saved_tensors, *ctx.settings, ctx.y_dtype, wants)
+    return *(a if need else None for a, need in zip(made, needs[:13], strict=True)), *[None] * 7
 
 
-_WEIGHTS = "Tensor shift, Tensor scale, Tensor gate, Tensor w1, Tensor b1, Tensor w2, Tensor b2"
+_NAMES = ("shift", "scale", "gate", "w1", "w1_bias", "w2", "w2_bias", "w1_down", "w1_up", "w2_down", "w2_up")
+_WEIGHTS = ", ".join(f"Tensor {name}" for name in _NAMES[:7])
+_LOWS = ", ".join(f"Tensor? {name}" for name in _NAMES[7:])
+_SETTINGS = "float[2] factors, float eps, ScalarType dtype, int? chunk"
 register(
-    f"modulated_ffn(Tensor x, Tensor? y, {_WEIGHTS}, float eps, ScalarType dtype, bool graded, bool hidden,"
+    f"modulated_ffn(Tensor x, Tensor? y, {_WEIGHTS}, {_LOWS}, {_SETTINGS}, bool graded, bool hidden,"
     " bool normed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
@@ -133,8 +163,8 @@ register(
     _setup_context,
 )
 register(
-    f"modulated_ffn_backward(Tensor dout, Tensor s, {_WEIGHTS}, Tensor stats, Tensor h, Tensor n, float eps,"
-    f" ScalarType dtype, ScalarType? y_dtype, bool[4] wants) -> ({', '.join(['Tensor'] * 9)})",
+    f"modulated_ffn_backward(Tensor dout, Tensor s, {_WEIGHTS}, {_LOWS}, Tensor stats, Tensor h, Tensor n,"
+    f" {_SETTINGS}, ScalarType? y_dtype, bool[6] wants) -> ({', '.join(['Tensor'] * 13)})",
     _backward,
     _backward_fake,
 )
@@ -150,21 +180,26 @@ def modulated_ffn(
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
     keep: str | Collection[str] = "all",
+    low: Mapping[str, LowRank] | None = None,
+    chunk: int | None = None,
 ) -> Tensor:
     """x' = s + gate * FFN(LN(s) (1 + scale) + shift) with s = x + y, [B, L, C] in x.dtype.
 
     x [B, L, C] is the residual stream, y [B, L, C] the output of the branch before or None, shift, scale
     and gate [B, C]; products run in dtype (x.dtype if None). keep is a mode of KEEP or the names that it
-    stands for; without gradient nothing is kept. Raises ValueError for another `keep`.
+    stands for; without gradient nothing is kept. low holds low-rank updates of "w1" and "w2"; chunk is the
+    number of tokens (of all samples) to work on at a time, None for all. Raises ValueError for another
+    `keep`, or names in `low`, or a chunk below 1.
     """
-    names = kept("modulated_ffn", KEEP, keep)
+    names, lows, factors = kept("modulated_ffn", KEEP, keep), *flattened("modulated_ffn", low, ("w1", "w2"))
     graded = torch.is_grad_enabled() and any(
-        a is not None and a.requires_grad for a in (x, y, shift, scale, gate, *weights)
+        a is not None and a.requires_grad for a in (x, y, shift, scale, gate, *weights, *lows)
     )
     hidden = graded and "hidden" in names
-    first = weights.w1.requires_grad or weights.b1.requires_grad
+    first = any(a is not None and a.requires_grad for a in (weights.w1, weights.b1, *lows[:2]))
     normed = graded and "normed" in names and (first or not hidden)
     out = torch.ops.prfl.modulated_ffn(
-        x, y, shift, scale, gate, *weights, eps, dtype or x.dtype, graded, hidden, normed
-    )
+        x, y, shift, scale, gate, *weights, *lows,
+        factors, eps, dtype or x.dtype, chunk, graded, hidden, normed,
+    )  # fmt: skip
     return out[0]

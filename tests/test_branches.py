@@ -288,19 +288,30 @@ def test_no_graph_break(name, keep):
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+def updates(shapes):
+    """A [4, K] and B [N, 4] in float32 that require gradients, for weights of `shapes`."""
+    return [normal(*s).requires_grad_() for n, k in shapes for s in ((4, k), (n, 4))]
+
+
 @pytest.mark.parametrize("next_norm", [True, False])
 @pytest.mark.parametrize("keep", [[True] * 4, [False] * 4])
-def test_registration_of_the_attention_branch(keep, next_norm):
+@pytest.mark.parametrize("chunk, low", [(None, False), (7, True)])
+def test_registration_of_the_attention_branch(keep, next_norm, chunk, low):
     inputs = [a.requires_grad_() for a in attention_inputs(1, F32, next_norm=next_norm)]
-    inputs += [None, None] if next_norm else [None] * 4
-    opcheck(torch.ops.prfl.modulated_attention.default, (*inputs, list(GRID), HEADS, 1e-6, 0, BF16, keep))
+    inputs += [] if next_norm else [None, None]
+    inputs += updates([(WIDTH, WIDTH)] * 4) if low else [None] * 8
+    settings = [None, None, list(GRID), HEADS, 1e-6, 0, BF16, [1.0, 0.5, 2.0, 3.0], chunk, keep]
+    opcheck(torch.ops.prfl.modulated_attention.default, (*inputs, *settings))
 
 
 @pytest.mark.parametrize("second", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
-def test_registration_of_the_ffn_branch(keep, second):
+@pytest.mark.parametrize("chunk, low", [(None, False), (7, True)])
+def test_registration_of_the_ffn_branch(keep, second, chunk, low):
     inputs = [a if a is None else a.requires_grad_() for a in ffn_inputs(1, F32, second)]
-    opcheck(torch.ops.prfl.modulated_ffn.default, (*inputs, 1e-6, BF16, True, keep, keep))
+    inputs += updates([(HIDDEN, WIDTH), (WIDTH, HIDDEN)]) if low else [None] * 4
+    settings = [[0.5, 2.0], 1e-6, BF16, chunk, True, keep, keep]
+    opcheck(torch.ops.prfl.modulated_ffn.default, (*inputs, *settings))
 
 
 def test_a_shard_of_tokens_turns_as_in_the_whole():
