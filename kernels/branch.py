@@ -68,6 +68,12 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b).to(wide(a.dtype))
 
 
+def weight_gradients(d: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """(dW, db) in the dtypes of weight and bias, of d [B, L, N] at the output of `linear` of x [B, L, K]."""
+    d, x = d.flatten(0, 1), x.flatten(0, 1)
+    return wide_product(d.mT, x).to(weight.dtype), d.sum(0, dtype=wide(d.dtype)).to(bias.dtype)
+
+
 class Sums(dict[str, Tensor]):
     """Sums over pieces of the tokens by name, in float32 or wider."""
 
