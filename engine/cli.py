@@ -68,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
     sample = command("sample", _sample, "Sample videos from a generator.")
     sample.add_argument("--out", default="runs/samples", help="new folder (default: %(default)s)")
+    merge = command("merge-lora", _merge_lora, "Add an adapter to a generator's weights.", config=False)
+    merge.add_argument("base", metavar="BASE", help="folder of the generator")
+    merge.add_argument("adapter", metavar="ADAPTER", help="folder or safetensors file of the adapter")
+    merge.add_argument("--out", required=True, metavar="DIR", help="new folder")
     doctor = command("doctor", _doctor, "What is here, and what will run.", config=False)
     doctor.add_argument("--json", action="store_true", help="as JSON")
     doctor.add_argument(
@@ -127,6 +131,12 @@ def _sample(args) -> None:
 
     for path in sample(_load(args), args.out):
         print(path)
+
+
+def _merge_lora(args) -> None:
+    from prfl_engine.lora import merge_folders
+
+    merge_folders(args.base, args.adapter, args.out)
 
 
 def _doctor(args) -> int:

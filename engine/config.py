@@ -58,6 +58,9 @@ class ModelConfig:
     compile: bool = False
     """torch.compile for every block: one compilation serves all, and every shape takes one; blocks with
     gradient are compiled only where recompute is none."""
+    chunk: int | None = None
+    """Tokens that the attention and FFN branches work on at a time, attention itself excepted, so that what
+    they make on the way is never whole; None: all."""
     kernels: str | None = None
     """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
     host: float | None = None
@@ -71,6 +74,7 @@ class ModelConfig:
             ok = self.recompute in modes or self.budget is not None
             check(ok, "model.recompute", self.recompute, f"{', '.join(modes)} or auto:GB such as auto:40")
         check(self.host is None or self.host >= 0, "model.host", self.host, "at least 0")
+        check(self.chunk is None or self.chunk >= 1, "model.chunk", self.chunk, "at least 1")
 
     @property
     def budget(self) -> float | None:
@@ -81,6 +85,23 @@ class ModelConfig:
         except ValueError:
             return None
         return size if mode == "auto" and 0 < size < float("inf") else None
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = 0
+    """Rank of low-rank updates that are trained in place of the weights; 0 trains the weights."""
+    alpha: float | None = None
+    """The updates' scale is alpha / rank; None: rank, so a scale of 1."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "k_img", "v_img", "ffn.0", "ffn.2")
+    """Ends of the names of the linear layers that get one, as in PEFT's target_modules."""
+    path: str | None = None
+    """Adapter to start from, or to sample with: a folder in PEFT's format or its safetensors file."""
+
+    def __post_init__(self):
+        check(self.rank >= 0, "lora.rank", self.rank, "at least 0")
+        check(self.alpha is None or self.alpha > 0, "lora.alpha", self.alpha, "a positive number")
+        check(bool(self.targets), "lora.targets", list(self.targets), "at least one")
 
 
 @dataclass(frozen=True)
@@ -343,6 +364,7 @@ class SampleConfig:
 @dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -136,6 +136,12 @@ class WanTransformer(nn.Module):
                 module.compute_dtype = compute_dtype
         return self
 
+    def set_chunk(self, tokens: int | None) -> "WanTransformer":
+        """Let the attention and FFN branches work on that many tokens at a time (None: all). Returns self."""
+        for block in self.blocks:
+            block.chunk = tokens
+        return self
+
     def init_weights(self, generator: torch.Generator | None = None) -> "WanTransformer":
         """Random weights as the official code draws them (the output projection is zero)."""
         for name, p in self.named_parameters():

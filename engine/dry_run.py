@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from prfl_engine import recompute
+from prfl_engine import lora, recompute
+from prfl_engine.config import LoraConfig
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.live_bytes import LiveBytes
@@ -37,6 +38,8 @@ class Setup:
     sft: bool = True
     window: int = 1
     blocks: int | None = None  # of the generator; None: all
+    chunk: int | None = None
+    lora: LoraConfig | None = None  # None: all weights are trained
 
     @property
     def count(self) -> int:
@@ -96,22 +99,25 @@ def _models(setup: Setup, blocks: int, policies, reward_policy):
         reward = RewardModel(trunk, QueryPool(setup.config.dim), setup.reward_blocks).freeze()
         reward.transformer.recompute = reward_policy
     for m in (model, *(m.transformer for m in [reward] if m)):
-        m.set_precision(setup.compute_dtype, setup.residual_dtype)
+        m.set_precision(setup.compute_dtype, setup.residual_dtype).set_chunk(setup.chunk)
     model.recompute = policies
+    if setup.lora is not None:
+        lora.attach(model, setup.lora)
     for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
     return model, reward
 
 
 def _graded(model, reward, batch: Batch, t) -> None:
     """A graded step, its reward and the backward: graded_rewards without the choice of steps."""
     context = model.embed_context(batch.text, batch.clip)
-    leaf = context.detach().requires_grad_()
+    leaf = context.detach().requires_grad_(context.requires_grad)
     scored = reward.transformer.embed_context(batch.text, batch.clip)
     x = batch.latent - 0.1 * model(batch.latent, t, leaf, batch.condition)
     logit = reward.score(x, t, scored, batch.condition)
     torch.sigmoid(logit).sum().backward()
-    context.backward(leaf.grad)
+    if leaf.grad is not None:
+        context.backward(leaf.grad)
 
 
 def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolicy) -> dict[str, Laps]:
@@ -131,7 +137,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
             for phase in ("flow matching",) * setup.sft + ("graded step",) * (reward is not None):
                 live = LiveBytes(512)
                 live.add(p for m in (model, reward) if m is not None for p in m.parameters())
-                live.add([*(p.grad for p in model.parameters()), noise, t])
+                live.add([*(p.grad for p in model.parameters() if p.grad is not None), noise, t])
                 live.add(a for a in batch if a is not None)
                 found[phase] = laps = Laps(live)
                 recompute.watchers.append(laps)

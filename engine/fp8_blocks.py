@@ -30,8 +30,9 @@ from prfl_kernels.quantize_fp8 import quantize_fp8
 
 
 def weight_of(linear: Linear) -> Tensor:
-    """The weight [N, K] that a linear layer multiplies with, in float32."""
-    return linear.weight.float()
+    """The weight [N, K] that a linear layer multiplies with, its low-rank update included, in float32."""
+    weight, low = linear.weight.float(), linear.low
+    return weight if low is None else weight.addmm(*map(Tensor.float, low[1::-1]), alpha=low.scale)
 
 
 class Product:

@@ -6,10 +6,10 @@ Shapes: B batch, L video tokens, S context tokens, C width, H heads, F ffn width
 from collections.abc import Collection, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prfl_kernels.attention import attention
+from prfl_kernels.branch import LowRank, linear
 from prfl_kernels.cross_attention import CrossWeights, ImageWeights, cross_attention
 from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate
@@ -22,21 +22,34 @@ IMAGE_DIM = 1280
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes and returns in `compute_dtype`, whatever its input and weights have."""
+    """nn.Linear that computes and returns in `compute_dtype`, whatever its input and weights have.
+
+    lora_A [r, in] and lora_B [out, r], where prfl_engine.lora has set them, are a low-rank update of the
+    weight, lora_scale * B A.
+    """
 
     compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
+    lora_scale: float = 1.0
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+
+    @property
+    def low(self) -> LowRank | None:
+        return None if self.lora_A is None else LowRank(self.lora_A, self.lora_B, self.lora_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype or self.weight.dtype
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return linear(x.to(dtype), self.weight, self.bias, self.low)
 
 
 class WideLinear(Linear):
     """A linear layer of the time embedding or the head: float32 at least, in every precision."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = wide(self.weight.dtype)
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return linear(x.to(wide(self.weight.dtype)), self.weight, self.bias, self.low)
 
 
 class RMSNorm(nn.Module):
@@ -140,6 +153,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool):
         super().__init__()
         self.eps = eps
+        self.chunk: int | None = None  # tokens that the fused branches work on at a time
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps, image)
@@ -171,19 +185,28 @@ class Block(nn.Module):
         attn = self.self_attn
         return modulated_attention(
             x_BLC, *vectors[:3], attn.weights(), grid, attn.num_heads,
-            norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep, **self.numerics(),
+            norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep,
+            low=_updates(q=attn.q, k=attn.k, v=attn.v, o=attn.o), chunk=self.chunk, **self.numerics(),
         )  # fmt: skip
 
     def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, keep="all") -> Tensor:
         """x + y and the FFN branch on it; y is cross-attention's output."""
         first, _, second = self.ffn
         weights = FFNWeights(first.weight, first.bias, second.weight, second.bias)
-        return modulated_ffn(x_BLC, y_BLC, *vectors[3:], weights, keep=keep, **self.numerics())
+        return modulated_ffn(
+            x_BLC, y_BLC, *vectors[3:], weights, keep=keep,
+            low=_updates(w1=first, w2=second), chunk=self.chunk, **self.numerics(),
+        )  # fmt: skip
 
     def numerics(self) -> dict:
         """What the fused branches take besides tensors: eps, and the dtype of products and attention."""
         q = self.self_attn.q
         return dict(eps=self.eps, dtype=q.compute_dtype or q.weight.dtype)
+
+
+def _updates(**linears: Linear) -> dict[str, LowRank]:
+    """The low-rank updates that there are, by name."""
+    return {name: m.low for name, m in linears.items() if m.low is not None}
 
 
 class Head(nn.Module):

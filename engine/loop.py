@@ -85,15 +85,15 @@ def fit(
     losses: Callable[..., Iterable[tuple[Tensor, dict[str, Tensor]]]],
     validate: Callable[[int], dict[str, float]] | None,
     save: Callable[[Path, int], None],
-    load: Callable[[Path], nn.Module],
+    load: Callable[[Path], dict[str, Tensor]],
 ) -> None:
     """Train `model` for config.train.steps optimizer steps, from the checkpoint `resume` if given.
 
     losses(item, key) yields (loss, metrics) one after another; each is backpropagated, and its
     graph freed, before the next is computed. `key` is an integer that no other micro-batch has.
     validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
-    save(folder, step) writes the weights, load(folder) reads them back as a module of model's kind,
-    in float32.
+    save(folder, step) writes the trained parameters, load(folder) reads them back in float32, under
+    their names in the model.
     """
     train, out = config.train, Path(config.train.out)
     device = pick_device(config)
@@ -103,7 +103,8 @@ def fit(
     if train.ema > 0:
         ema = EMA(model, train.ema)
         if resume is not None:
-            ema.average = {k: p.detach().float() for k, p in load(resume / "ema").named_parameters()}
+            held = load(resume / "ema")
+            ema.average = {k: held[k].detach().float().to(p.device) for k, p in ema.own.items()}
     if resume is not None:  # last, since building the model of the average draws random numbers
         start, best = _load_state(resume, optimizer, device)
 

@@ -121,15 +121,16 @@ def _apex(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
 
 
 class EMA:
-    """Exponential moving average of a module's parameters, in float32."""
+    """Exponential moving average of a module's trained parameters, in float32."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.module, self.decay = module, decay
-        self.average = {k: p.detach().float().clone() for k, p in module.named_parameters()}
+        self.decay = decay
+        self.own = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        self.average = {k: p.detach().float().clone() for k, p in self.own.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        same = [(a, p) for a, p in zip(self.average.values(), self.module.parameters(), strict=True)]
+        same = [(a, p) for a, p in zip(self.average.values(), self.own.values(), strict=True)]
         for a, p in same:
             if a.dtype != p.dtype:
                 a.lerp_(p.float(), 1 - self.decay)  # one parameter in float32 at a time
@@ -140,13 +141,12 @@ class EMA:
     @contextmanager
     def applied(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """The module with the averaged weights, inside a with block; dtype None: in that of its own."""
-        own: dict[str, Tensor] = {}
+        before = {k: p.data for k, p in self.own.items()}
         with torch.no_grad():
-            for k, p in self.module.named_parameters():
-                own[k] = p.data
+            for k, p in self.own.items():
                 p.data = self.average[k].to(dtype or p.dtype)
         try:
             yield
         finally:
-            for k, p in self.module.named_parameters():
-                p.data = own[k]
+            for k, p in self.own.items():
+                p.data = before[k]

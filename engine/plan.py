@@ -395,7 +395,8 @@ def fit_memory(
     setup = Setup(
         model.config, (config.data.batch_size, *shape), model.blocks[0].self_attn.q.compute_dtype or weight,
         model.residual_dtype or wide(weight), weight, reward.feature_layer if reward else 0,
-        config.loss.sft_weight > 0, window, len(model.blocks),
+        config.loss.sft_weight > 0, window, len(model.blocks), config.model.chunk,
+        config.lora if config.lora.rank else None,
     )  # fmt: skip
     host = float("inf") if config.model.host is None else 1e9 * config.model.host
     made = plan(setup, config.model.budget, host, config.model.costs)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prfl_engine import chain, flow
+from prfl_engine import chain, flow, lora
 from prfl_engine.checkpoint import load_transformer
 from prfl_engine.config import Config, SampleConfig, UserError
 from prfl_engine.data import Reader, fixed_batches, noise_like, read_lists, read_text
@@ -27,7 +27,8 @@ def guided(velocity: chain.Velocity, against: chain.Velocity, scale: float) -> c
 
 
 def sample(config: Config, out: str | Path) -> list[Path]:
-    """Sample the prompts of data.val with the generator of model.path; returns the files written.
+    """Sample the prompts of data.val with the generator of model.path, and the adapter of lora.path if there
+    is one; returns the files written.
 
     `out` must not exist yet. Every sample is written as latents .npy [1, 16, T, h, w] float32, in
     the layout of the training data, and as .mp4 and .webp where sample.codec can decode it.
@@ -43,6 +44,8 @@ def sample(config: Config, out: str | Path) -> list[Path]:
     paths = read_lists(config.data.val, "data.val")
     paths = [paths[i % len(paths)] for i in range(s.count)]
     model = load_transformer(config.model.path, None, device).eval()
+    if config.lora.path is not None:
+        lora.apply(model, config.lora.path)
     model.set_precision(DTYPES[config.model.compute_dtype], DTYPES[config.model.residual_dtype])
     schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
     latents: list[Tensor] = []

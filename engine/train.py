@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from prfl_engine import chain, flow, recompute
+from prfl_engine import chain, flow, lora, recompute
 from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
 from prfl_engine.config import Config, UserError, check
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
@@ -27,9 +28,14 @@ from prfl_engine.sample import write_samples
 
 
 def make_policy(config: Config, resume: Path | None, device: torch.device) -> WanTransformer:
-    """The generator, weights in model.weights_dtype: from `resume`, from model.path, or random."""
+    """The generator, weights in model.weights_dtype: from `resume`, from model.path, or random.
+
+    With LoRA the checkpoint `resume` holds the adapter, which goes onto the generator of the other two.
+    """
     m = config.model
-    source = resume or (Path(m.path) if m.path else None)
+    source = Path(m.path) if m.path else None
+    if resume is not None and not config.lora.rank:
+        source = resume
     if source is not None:
         policy = load_transformer(source, DTYPES[m.weights_dtype], device)
     else:
@@ -41,7 +47,12 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
             policy = WanTransformer(PRESETS[m.preset])
         policy.init_weights(torch.Generator(device).manual_seed(config.train.seed))
         policy.to(DTYPES[m.weights_dtype])
+    if config.lora.rank:
+        lora.attach(policy, config.lora, config.train.seed)
+        if (adapter := resume or config.lora.path) is not None:
+            lora.load(policy, adapter)
     policy.recompute, policy.keep = recompute.of_config(m), m.keep
+    policy.set_chunk(m.chunk)
     if m.compile:
         policy.compile_blocks()
     return policy.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
@@ -66,6 +77,7 @@ def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.dev
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
     reward.transformer.recompute, reward.transformer.keep = recompute.of_config(m), m.keep
+    reward.transformer.set_chunk(m.chunk)
     if m.compile:
         reward.transformer.compile_blocks()
     reward.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
@@ -140,11 +152,17 @@ def train(config: Config) -> None:
     def validate(step: int) -> dict[str, float]:
         return evaluate_policy(c, policy, reward, schedule, held_out, step)
 
+    def save(folder: Path, step: int) -> None:
+        (lora.save if c.lora.rank else save_transformer)(policy, folder)
+
+    def load(folder: Path) -> dict[str, Tensor]:
+        if c.lora.rank:
+            return lora.named(lora.read(folder)[0])
+        return dict(load_transformer(folder, torch.float32, device).named_parameters())
+
     fit(
         c, resume, policy, [(policy, c.optim.lr)], stream, losses,
-        validate if c.eval.every else None,
-        save=lambda folder, step: save_transformer(policy, folder),
-        load=lambda folder: load_transformer(folder, torch.float32, device),
+        validate if c.eval.every else None, save, load,
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def make_reward(
     model.transformer.recompute, model.transformer.keep = recompute.of_config(m), m.keep
     if m.compile:
         model.transformer.compile_blocks()
+    model.transformer.set_chunk(m.chunk)
     model.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
     return model
 
@@ -90,7 +91,7 @@ def train_reward(config: Config) -> None:
         c, resume, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], stream,
         losses, validate if c.eval.every else None,
         save=lambda folder, step: save_reward(model, folder, step),
-        load=lambda folder: make_reward(c, folder, device, torch.float32),
+        load=lambda folder: dict(make_reward(c, folder, device, torch.float32).named_parameters()),
     )  # fmt: skip
 
 

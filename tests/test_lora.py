@@ -1,0 +1,202 @@
+"""LoRA: updates of linear layers in training, and the files of PEFT."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import tiny_config
+from safetensors.torch import load_file, save_file
+
+from prfl_engine import flow, lora
+from prfl_engine.checkpoint import load_transformer, new_reward, save_transformer
+from prfl_engine.config import ChainConfig, LoraConfig, UserError
+from prfl_engine.dit import WanTransformer
+from prfl_engine.fp8_blocks import weight_of
+from prfl_engine.objectives import Batch, graded_rewards, sft_loss
+
+CONFIG = LoraConfig(rank=3, alpha=6.0)
+SIZE = (1, 16, 2, 6, 4)
+
+
+def model(config=None, lora_config=CONFIG, trained=True):
+    """A tiny model with updates that are not zero, head included."""
+    torch.manual_seed(0)
+    made = WanTransformer(config or tiny_config()).init_weights()
+    torch.nn.init.normal_(made.head.head.weight, std=0.1)
+    if lora_config is not None:
+        lora.attach(made, lora_config)
+        for name, p in lora.parameters(made).items():
+            if trained and name.endswith("lora_B"):
+                torch.nn.init.normal_(p, std=0.2)
+    return made
+
+
+def inputs(config):
+    torch.manual_seed(1)
+    image = (torch.randn(1, 257, 1280), torch.randn(1, 20, *SIZE[2:])) if config.image else ()
+    return Batch(torch.randn(SIZE), torch.randn(1, 5, config.text_dim), *image)
+
+
+def velocity(m, batch, t=500.0):
+    context = m.embed_context(batch.text, batch.clip)
+    return m(batch.latent, torch.tensor([t]), context, batch.condition)
+
+
+@pytest.fixture(params=["t2v", "i2v"])
+def config(request):
+    return tiny_config() if request.param == "t2v" else tiny_config("i2v")
+
+
+def test_an_update_begins_as_nothing(config):
+    batch = inputs(config)
+    plain, updated = model(config, None), model(config, trained=False)
+    assert torch.equal(velocity(plain, batch), velocity(updated, batch))
+
+
+def test_updates_are_those_of_merged_weights(config, tmp_path):
+    batch, trained = inputs(config), model(config)
+    lora.save(trained, tmp_path)
+    merged = lora.merge(model(config, None), tmp_path)
+    before = velocity(model(config, None), batch)
+    want, got = velocity(merged, batch), velocity(trained, batch)
+    assert (got - before).norm() > 0.05 * before.norm()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for name, m in lora.linears(trained, CONFIG.targets[:4]).items():
+        torch.testing.assert_close(weight_of(m), merged.get_submodule(name).weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute, chunk", [("none", None), ("full", None), ("attention", 5)])
+def test_gradients_are_the_chain_rule_s_on_merged_weights(config, recompute, chunk):
+    """dA = s B^T dW and dB = s dW A^T of the gradient dW of a merged weight, in float64."""
+    batch = Batch(*(None if a is None else a.double() for a in inputs(config)))
+    trained = model(config).double()
+    merged = model(config, None).double().requires_grad_()
+    layers = {n: m for n, m in trained.named_modules() if getattr(m, "low", None) is not None}
+    with torch.no_grad():
+        for name, m in layers.items():
+            merged.get_submodule(name).weight.addmm_(m.lora_B, m.lora_A, alpha=m.lora_scale)
+    trained.recompute = recompute
+    trained.set_chunk(chunk)
+    for m in (trained, merged):
+        sft_loss(m, batch, torch.ones(SIZE).double(), torch.tensor([0.4]).double()).sum().backward()
+    for name, m in layers.items():
+        dw = merged.get_submodule(name).weight.grad
+        torch.testing.assert_close(m.lora_A.grad, m.lora_scale * m.lora_B.T @ dw, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(m.lora_B.grad, m.lora_scale * dw @ m.lora_A.T, rtol=1e-9, atol=1e-12)
+    assert {n for n, p in trained.named_parameters() if p.grad is not None} == set(lora.parameters(trained))
+
+
+def test_a_graded_step_trains_updates_alone(config):
+    batch, trained = inputs(config), model(config)
+    reward = new_reward(model(config, None), 2, num_heads=2, feature_layer=2).freeze()
+    schedule = flow.make_schedule("unipc", 4, 5.0)
+    given = trained, reward, schedule, batch, torch.randn(SIZE), torch.tensor([[1], [2]]), ChainConfig(2)
+    for logit in graded_rewards(*given):
+        logit.sum().backward()
+    grads = {k: p.grad for k, p in trained.named_parameters()}
+    held = lora.parameters(trained)
+    assert all(grads[k] is not None and grads[k].any() for k in held)
+    assert all(g is None for k, g in grads.items() if k not in held)
+
+
+def test_the_base_is_saved_and_loaded_without_updates(tmp_path):
+    plain = model(lora_config=None)
+    save_transformer(plain, tmp_path / "base")
+    read = lora.attach(load_transformer(tmp_path / "base"), CONFIG)
+    assert set(plain.state_dict()) == {k for k in read.state_dict() if "lora_" not in k}
+
+
+def test_adapters_round_trip_and_have_the_keys_of_peft(config, tmp_path):
+    trained = model(config)
+    lora.save(trained, tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert keys["base_model.model.blocks.0.self_attn.q.lora_A.weight"].shape == (3, config.dim)
+    assert keys["base_model.model.blocks.1.ffn.2.lora_B.weight"].shape == (config.dim, 3)
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (values["peft_type"], values["r"], values["lora_alpha"]) == ("LORA", 3, 6.0)
+    fresh = lora.load(model(config, trained=False), tmp_path)
+    for (name, a), b in zip(lora.parameters(fresh).items(), lora.parameters(trained).values(), strict=True):
+        assert torch.equal(a, b), name
+    other = lora.apply(model(config, None), tmp_path)
+    assert torch.equal(velocity(other, inputs(config)), velocity(trained, inputs(config)))
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "diffusion_model.", ""])
+def test_the_bare_file_of_the_official_script_is_read(tmp_path, prefix):
+    trained = model(lora_config=replace(CONFIG, alpha=None))
+    lora.save(trained, tmp_path)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    file = tmp_path / "bare" / "pytorch_lora_transformers_weights.safetensors"
+    file.parent.mkdir()
+    save_file({k.replace("base_model.model.", prefix): a for k, a in held.items()}, file)
+    for place in (file, file.parent):
+        fresh = lora.load(model(lora_config=replace(CONFIG, alpha=None), trained=False), place)
+        assert torch.equal(velocity(fresh, inputs(fresh.config)), velocity(trained, inputs(fresh.config)))
+
+
+def edited(change):
+    def run(folder):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        values = json.loads((folder / "adapter_config.json").read_text())
+        change(tensors, values)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(values))
+
+    return run
+
+
+KEY = "base_model.model.blocks.0.self_attn.q.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t, v: t.pop(KEY), "blocks.0.self_attn.q has .*lora_B.*, want lora_A"),
+        (lambda t, v: t.update({KEY: torch.ones(3, 7)}), r"has A \(3, 7\) and B"),
+        (lambda t, v: t.update({KEY: torch.ones(2, 32)}), "want lora_A"),
+        (lambda t, v: t.update({"blocks.0.norm": torch.ones(2)}), r"blocks.0.norm \[2\], want MODULE"),
+        (lambda t, v: [t.pop(k) for k in list(t) if "blocks.1.ffn.2" in k], "blocks.1.ffn.2 has no update"),
+        (lambda t, v: v.update(lora_alpha=3), "alpha / r is 1, want 2"),
+        (lambda t, v: v.update(use_dora=True), "got use_dora True"),
+        (lambda t, v: v.pop("lora_alpha"), "not PEFT's configuration"),
+        (lambda t, v: [t.pop(k) for k in list(t)], "want one"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path, change, message):
+    trained = model()
+    lora.save(trained, tmp_path)
+    edited(change)(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        lora.load(trained, tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_files_that_are_not_adapters_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no adapter there"):
+        lora.read(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="not safetensors"):
+        lora.read(tmp_path)
+    with pytest.raises(UserError, match="lora.targets: got 'nowhere'"):
+        lora.attach(model(lora_config=None), replace(CONFIG, targets=("q", "nowhere")))
+
+
+def test_merging_an_adapter_for_another_model_is_refused(tmp_path):
+    lora.save(model(), tmp_path)
+    with pytest.raises(UserError, match=r"updates \[.*\], want \["):
+        lora.merge(model(tiny_config(dim=64), None), tmp_path)
+
+
+def test_folders_are_merged_in_float32(tmp_path):
+    trained = model()
+    plain = model(lora_config=None).to(torch.bfloat16)
+    save_transformer(plain, tmp_path / "base")
+    lora.save(trained, tmp_path / "adapter")
+    lora.merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = load_transformer(tmp_path / "out")
+    want = lora.merge(plain.float(), tmp_path / "adapter")
+    for k, a in want.state_dict().items():
+        assert a.dtype == torch.float32 and torch.equal(merged.state_dict()[k], a)
+    with pytest.raises(UserError, match="--out: .* exists"):
+        lora.merge_folders(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
