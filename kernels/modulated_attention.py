@@ -19,8 +19,10 @@ names:
 a Wo^T is never needed: see prfl_kernels.branch. n is left out where projections and updates are frozen. A
 block that is computed again in backward can be given a and the log-sum-exp of the first time: then neither
 q, k and v nor attention are computed for x', and the backward makes q, k and v alone. With `chunk` all but
-attention itself runs on that many tokens at a time: n, a Wo^T and the gradients of the projections' outputs
-before the norm are then never whole, and q, k and v are whole once, not before and after the norm.
+attention itself runs on that many tokens at a time. Whole are then, beside inputs, results and what is kept,
+only q, k, v and a (8 L C bytes in 16 bits), and in backward those and their gradients (16 L C). What the
+backward needs on both sides of attention is made twice for that: the gradient of x' where there is an n', and
+q and k before the norm where they are not kept (4 L C^2 FLOPs).
 """
 
 from collections.abc import Collection, Mapping
@@ -215,16 +217,17 @@ def _backward(dout, dn, x, total, shift, scale, gate, *rest):
     projections = [Product(low[i], wants[2 + i], wants[8 + i]) for i in range(3)]
     needs_n = any(p.wants or p.wants_low for p in projections)
 
-    missing = [] if v.numel() else ["q_in", "k_in", "v"]
+    single, projected = len(found) == 1, bool(v.numel())
+    missing = [] if projected else ["q_in", "k_in", "v"] if single else ["v"]
     missing += [] if rstd.numel() else ["q", "k", "rstd"]
-    if v.numel() and not rstd.numel():
+    if projected and not rstd.numel():
         q, k, rstd = together(
             lambda at: _rotated(q_in[:, at], k_in[:, at], w, s, at.start), found, (1, 1, 2)
         )
     elif missing:
-        missing += ["n"] if needs_n and not n.numel() and len(found) == 1 else []
+        missing += ["n"] if needs_n and not n.numel() and single else []
         made = dict(zip(missing, _made(x, shift, scale, w, lows, s, missing), strict=True))
-        q_in, k_in, v = (made.pop(name) for name in ("q_in", "k_in", "v"))
+        q_in, k_in, v = (made.pop(k, a) for k, a in (("q_in", q_in), ("k_in", k_in), ("v", v)))
         q, k, rstd = (made.pop(k, a) for k, a in (("q", q), ("k", k), ("rstd", rstd)))
         n = made.pop("n", n)
     if not lse.numel():
@@ -232,37 +235,48 @@ def _backward(dout, dn, x, total, shift, scale, gate, *rest):
 
     last = GatedProduct(gate, w.o, w.o_bias, low[3], s.dtype, wants.o, wants.gate, wants.low_o)
 
+    def summed(at: slice, norm: bool, cast: torch.dtype | None):
+        """The gradient of x', also in `cast`, and those of the next norm if `norm`."""
+        return add_norm.pair("gated_add_norm", x)[1](
+            dn[:, at], dout[:, at], total[:, at], None, None, weight, numbers(next_stats, at), 0.0, norm, cast
+        )
+
     def ended(at: slice):
         if weight is None:
             dsum, d = None, dout[:, at].to(s.dtype)
         else:
-            run, cast = add_norm.pair("gated_add_norm", x)[1], None if x.dtype == s.dtype else s.dtype
-            dsum, d, _, *norm = run(
-                dn[:, at], dout[:, at], total[:, at], None, None, weight, numbers(next_stats, at), 0.0,
-                wants.next_norm, cast,
-            )  # fmt: skip
+            cast = None if x.dtype == s.dtype else s.dtype
+            dsum, d, _, *norm = summed(at, wants.next_norm, cast)
             d = dsum if cast is None else d
             if wants.next_norm:
                 sums.add("weight", norm[0])
                 sums.add("bias", norm[1])
         last.add(d, out[:, at].flatten(2))
-        return dsum, last.input_gradient(d)
+        return dsum if single else None, last.input_gradient(d)
 
     dsum, da = together(ended, found, (1, 1))
-    dsum, da = dout if dsum is None else dsum, da.view(out.shape)
+    dsum, da = dout if weight is None else dsum, da.view(out.shape)
     backend, factor = implementation("attention", q), q.shape[3] ** -0.5
     dq, dk, dv = torch.ops.prfl.attention_backward(
         da, None, q, k, _heads(v, s), out, lse, factor, backend, True, True
     )
     da = q = k = v = out = lse = None
-    matrices = ready((w.q, w.k, w.v), s.dtype, found)
+    matrices, again = ready((w.q, w.k, w.v), s.dtype, found), not (single or projected)
 
     def begun(at: slice):
-        n_at = n[:, at] if n.numel() else _normed(x[:, at], scale, shift, s)[0] if needs_n else None
-        dq_at, dk_at, dnorms = rope_pair(q_in)[1](
-            dq[:, at], dk[:, at], q_in[:, at], k_in[:, at], w.norm_q, w.norm_k, numbers(rstd, at), s.grid,
+        n_at = n[:, at] if n.numel() else None
+        if n_at is None and (needs_n or again):
+            n_at = _normed(x[:, at], scale, shift, s)[0]
+        if again:
+            q_at = linear(n_at, matrices[0], w.q_bias, low[0])
+            k_at = linear(n_at, matrices[1], w.k_bias, low[1])
+        else:
+            q_at, k_at = q_in[:, at], k_in[:, at]
+        dq_at, dk_at, dnorms = rope_pair(q_at)[1](
+            dq[:, at], dk[:, at], q_at, k_at, w.norm_q, w.norm_k, numbers(rstd, at), s.grid,
             s.num_heads, s.offset + at.start, wants.norms,
         )  # fmt: skip
+        del q_at, k_at
         if wants.norms:
             sums.add("norm_q", dnorms[0])
             sums.add("norm_k", dnorms[1])
@@ -272,8 +286,8 @@ def _backward(dout, dn, x, total, shift, scale, gate, *rest):
             acc = product.backward(d, n_at, matrix, acc)
         del dq_at, dk_at, ends, d, n_at
         dx, _, _, dscale, dshift = add_norm.pair("modulate", x)[1](
-            acc.view(x[:, at].shape), dsum[:, at], x[:, at], None, None, scale, numbers(stats, at), 1.0,
-            wants.vectors, None,
+            acc.view(x[:, at].shape), summed(at, False, None)[0] if dsum is None else dsum[:, at], x[:, at],
+            None, None, scale, numbers(stats, at), 1.0, wants.vectors, None,
         )  # fmt: skip
         if wants.vectors:
             sums.add("scale", dscale)
@@ -314,6 +328,7 @@ def _setup_context(ctx, inputs, output):
         inputs[4:14], inputs[14], inputs[16:24], inputs[24:26], inputs[26:33],
     )  # fmt: skip
     total, next_n, next_stats, *held = output
+    ctx.set_materialize_grads(False)  # or every kept tensor gets a gradient of zeros of its size
     if weight is None:
         total = next_stats  # x' is not needed: an empty tensor in its place
         ctx.mark_non_differentiable(next_n)
@@ -325,6 +340,9 @@ def _setup_context(ctx, inputs, output):
 
 def _gradient(ctx, dout, dn, *_):
     saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+    dout = torch.zeros_like(saved[0]) if dout is None else dout
+    if dn is None and saved[23] is not None:
+        dn = torch.zeros_like(saved[0], dtype=ctx.settings[4])
     pairs = [any(needs[i : i + 2]) for i in range(0, 24, 2)]  # the first of x and shift
     wants = [any(needs[1:3]), needs[3], *pairs[2:8], *pairs[8:]]
     made = torch.ops.prfl.modulated_attention_backward(

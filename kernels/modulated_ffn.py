@@ -139,14 +139,16 @@ def _setup_context(ctx, inputs, output):
     ctx.settings = inputs[13:17]
     _, s, stats, h, n = output
     ctx.y_dtype = None if y is None else y.dtype
+    ctx.set_materialize_grads(False)  # or every kept tensor gets a gradient of zeros of its size
     ctx.mark_non_differentiable(s, stats, h, n)
     ctx.save_for_backward(x if y is None else s, *tensors, stats, h, n)
 
 
 def _gradient(ctx, dout, *_):
-    needs = ctx.needs_input_grad
+    saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+    dout = torch.zeros_like(saved[0]) if dout is None else dout
     wants = [any(needs[2:4]), needs[4], *(any(needs[i : i + 2]) for i in (5, 7, 9, 11))]
-    made = torch.ops.prfl.modulated_ffn_backward(dout, *ctx.saved_tensors, *ctx.settings, ctx.y_dtype, wants)
+    made = torch.ops.prfl.modulated_ffn_backward(dout, *saved, *ctx.settings, ctx.y_dtype, wants)
     return *(a if need else None for a, need in zip(made, needs[:13], strict=True)), *[None] * 7
 
 

@@ -19,12 +19,13 @@ from test_branches import (
     ffn_inputs,
     kept_bytes,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from prfl_engine.live_bytes import LiveBytes
+from prfl_kernels import compiled, table
 from prfl_kernels import modulated_attention as attention_branch
-from prfl_kernels import table
 from prfl_kernels.branch import LowRank
 from prfl_kernels.jit import REGISTERED
 from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
@@ -217,6 +218,43 @@ def test_chunks_bound_what_is_made_on_the_way(name, less):
     table.configure("reference,attention=sdpa")
     whole, parts = (peak(name, "nothing", chunk) for chunk in (None, 128))
     assert parts[0] < whole[0] / less[0] and parts[1] < whole[1] / less[1]
+
+
+@pytest.mark.parametrize("keep, before", [("nothing", 0), ("attention", 0), ("projections", 2)])
+def test_with_chunks_attention_decides_the_peak_of_its_branch(keep, before):
+    """The most that lives, in 16-bit rows of a token: x' (2), n' (1) and their gradients (3), and q, k, v, a
+    and their gradients (8); besides them q and k before the norm, if kept, and no zeros for what is kept."""
+    length, width, peaks = 2**15, 256, {}
+    for chunk in (None, 256):
+        with FakeTensorMode(), compiled.dry_run():
+            table.configure("cpu")
+            x = torch.empty(1, length, width, requires_grad=True)
+            vectors = [torch.empty(1, width) for _ in range(3)]
+            w = [torch.empty(s, dtype=BF16) for s in ((width, width), width) * 4 + (width, width)]
+            norm = torch.empty(width), torch.empty(width)
+            with LiveBytes() as live:
+                live.add([x, *w])
+                base = live.now
+                made = modulated_attention(
+                    x, *vectors, AttentionWeights(*w), (32, 32, 32), 2,
+                    norm=norm, keep=keep, chunk=chunk, dtype=BF16,
+                )  # fmt: skip
+                outputs = made[:2]
+                del made
+                torch.autograd.backward(outputs, [torch.ones_like(a) for a in outputs])
+            peaks[chunk] = (live.peak - base) / (length * width * 2)
+    assert 14 + before <= peaks[256] < 14.4 + before
+    assert peaks[None] > peaks[256] + 1.9
+
+
+def test_a_result_that_is_not_used_has_the_gradient_zero():
+    """x' alone, or n' alone."""
+    inputs = own_inputs("attention")
+    for i in (0, 1):
+        got = outputs_and_gradients(lambda *a, i=i: operation("attention", ())(*a)[i], inputs, range(14))
+        want = outputs_and_gradients(lambda *a, i=i: formula("attention", ())(*a)[i], inputs, range(14))
+        for a, b in zip(sum(got, []), sum(want, []), strict=True):
+            assert error(a, b) < 1e-12
 
 
 @BRANCH
