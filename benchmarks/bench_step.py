@@ -1,7 +1,7 @@
 """One PRFL step: seconds of every phase and exact live bytes, by kernels, recomputation, samples and window.
 
-    python benchmarks/bench_step.py [--dtype bfloat16] [--kernels reference cpu] [--recompute none full]
-        [--samples 1 4] [--window 1 all] [--repeat 3] [--peer DIR]
+    python benchmarks/bench_step.py [--dtype bfloat16] [--kernels reference cpu] [--train full lora]
+        [--recompute none full] [--samples 1 4] [--window 1 all] [--repeat 3] [--peer DIR]
 
 The step is that of a training run: flow matching, a rollout without gradient, graded steps, the reward of
 their results, backward, clipping and AdamW. With --peer the step of a checkout of HY-Video-PRFL is taken
@@ -27,9 +27,9 @@ from peer import Peer
 from timing import machine
 from torch import Tensor, nn
 
-from prfl_engine import flow
+from prfl_engine import flow, lora
 from prfl_engine.checkpoint import new_reward
-from prfl_engine.config import ChainConfig, LossConfig, OptimConfig
+from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import Batch, graded_rewards, reward_loss, sft_loss, stratified_indices
@@ -46,13 +46,15 @@ SHIFT, SIGMA = 5.0, 0.637  # of the schedule; noise level of flow matching
 
 class Setting(NamedTuple):
     kernels: str
+    trained: str  # full or lora
     recompute: str
     samples: int
     window: str
 
     def __str__(self) -> str:
         steps = "steps" if self.window != "1" else "step"
-        return f"{self.kernels}, recompute {self.recompute}, {self.samples} x {self.window} {steps}"
+        trained = "" if self.trained == "full" else f"{self.trained}, "
+        return f"{self.kernels}, {trained}recompute {self.recompute}, {self.samples} x {self.window} {steps}"
 
 
 class Step:
@@ -67,9 +69,14 @@ class Step:
         self.policy = WanTransformer(config).init_weights().to(device)
         nn.init.normal_(self.policy.head.head.weight, std=0.02)  # drawn as zero, which hides all gradients
         self.reward = new_reward(copy.deepcopy(self.policy), 2, feature_layer=2).to(device).freeze()
-        for model in (self.policy, self.reward.transformer):
+        adapted = lora.attach(copy.deepcopy(self.policy), LoraConfig(rank=args.rank))
+        for name, p in lora.parameters(adapted).items():
+            if name.endswith("lora_B"):
+                nn.init.normal_(p, std=0.02)  # begins as zero, which hides the gradient of A
+        self.policies = {"full": self.policy, "lora": adapted}
+        for model in (*self.policies.values(), self.reward.transformer):
             model.set_precision(DTYPES[args.dtype])
-        self.start = copy.deepcopy(self.policy.state_dict())
+        self.start = {name: copy.deepcopy(m.state_dict()) for name, m in self.policies.items()}
         self.batch = Batch(
             torch.randn(1, 16, *args.latent, device=device), torch.randn(1, 77, 256, device=device)
         )
@@ -90,7 +97,8 @@ class Step:
         return stratified_indices(0, self.index, torch.full((samples, 1), 0.5, dtype=torch.float64))
 
     def model(self, setting: Setting) -> nn.Module:
-        return self.peers[setting.recompute].policy if setting.kernels == PEER else self.policy
+        peer = setting.kernels == PEER
+        return self.peers[setting.recompute].policy if peer else self.policies[setting.trained]
 
     def _losses(self, setting: Setting) -> Iterator[Tensor]:
         """Flow matching, then the reward of every graded sample; to be backpropagated one by one."""
@@ -100,19 +108,20 @@ class Step:
             yield from peer.losses(self.batch, self.noise, sigma, self.index, self.dtype)
             return
         table.configure(setting.kernels)
-        for model in (self.policy, self.reward.transformer):
+        policy = self.model(setting)
+        for model in (policy, self.reward.transformer):
             model.recompute = setting.recompute
         window = setting.window if setting.window == "all" else int(setting.window)
-        yield sft_loss(self.policy, self.batch, self.noise, sigma).mean()
+        yield sft_loss(policy, self.batch, self.noise, sigma).mean()
         rest = (self.schedule, self.batch, self.noise, self.indices(setting.samples), ChainConfig(window))
-        for logit in graded_rewards(self.policy, self.reward, *rest):
+        for logit in graded_rewards(policy, self.reward, *rest):
             yield reward_loss(logit, LossConfig()).mean() / setting.samples
 
     def run(self, setting: Setting, optimize: bool = True) -> tuple[list[float], list[float]]:
         """(losses, seconds of PHASES) of one step from the same weights, its gradients left in .grad."""
         model = self.model(setting)
-        model.load_state_dict(self.start)
-        for p in model.parameters():
+        model.load_state_dict(self.start[setting.trained])
+        for p in self._trained(model).values():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
         optimizer = make_optimizer([(model, 5e-6)], OptimConfig())
         seconds, losses = dict.fromkeys(PHASES, 0.0), []
@@ -138,18 +147,26 @@ class Step:
             lap("optimizer")
         return losses, list(seconds.values())
 
+    def _trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, under the names of ours."""
+        held = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        return {k.replace("_checkpoint_wrapped_module.", ""): p for k, p in held.items()}
+
     def gradients(self, setting: Setting) -> tuple[list[float], Tensor]:
+        """Losses, and the gradients of what is trained as one vector."""
         losses, _ = self.run(setting, optimize=False)
-        held = dict(self.model(setting).named_parameters())
-        held = {k.replace("_checkpoint_wrapped_module.", ""): p.grad for k, p in held.items()}
-        return losses, torch.cat([held[k].flatten() for k in self.start])
+        held = self._trained(self.model(setting))
+        names = self._trained(self.policies[setting.trained])
+        return losses, torch.cat([held[k].grad.flatten() for k in names])
 
     def peak(self, setting: Setting) -> int:
         """Most live bytes of a step before the optimizer, over those of weights and gradients."""
-        live, parameters = LiveBytes(512), list(self.model(setting).parameters())
-        others = [self.policy, self.reward, *(m for p in self.peers.values() for m in p.modules())]
-        live.add([*parameters, *(p.grad for p in parameters), *(p for m in others for p in m.parameters())])
-        live.add([*self.start.values(), *(a for a in self.batch if a is not None), self.noise])
+        live, trained = LiveBytes(512), self._trained(self.model(setting)).values()
+        peers = (m for p in self.peers.values() for m in p.modules())
+        models = [*self.policies.values(), self.reward, *peers]
+        live.add([*(p for m in models for p in m.parameters()), *(p.grad for p in trained)])
+        live.add([*(a for s in self.start.values() for a in s.values()), self.noise])
+        live.add(a for a in self.batch if a is not None)
         with live:
             before = live.now
             self.run(setting, optimize=False)
@@ -161,9 +178,10 @@ def gate(step: Step, settings: list[Setting], limit: float) -> None:
 
     limit: of the losses, relative; of the gradients, relative L2, ten times that.
     """
-    for samples, window in dict.fromkeys((s.samples, s.window) for s in settings):
-        want_losses, want = step.gradients(Setting(settings[0].kernels, "none", samples, window))
-        for setting in (s for s in settings if (s.samples, s.window) == (samples, window)):
+    for trained, _, *rest in dict.fromkeys(s[1:2] + ("none",) + s[3:] for s in settings):
+        first = Setting(settings[0].kernels, trained, "none", *rest)
+        want_losses, want = step.gradients(first)
+        for setting in (s for s in settings if (s.trained, *s[3:]) == (trained, *rest)):
             losses, got = step.gradients(setting)
             off = max(abs(a / b - 1) for a, b in zip(losses, want_losses, strict=True))
             error = ((got - want).norm() / want.norm()).item()
@@ -176,22 +194,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--kernels", nargs="+", default=["reference", "cpu"], metavar="CHOICE")
+    parser.add_argument("--train", nargs="+", choices=["full", "lora"], default=["full"])
     parser.add_argument("--recompute", nargs="+", default=["none"], metavar="MODE")
     parser.add_argument("--samples", nargs="+", type=int, default=[1], metavar="K")
     parser.add_argument("--window", nargs="+", default=["1"], metavar="N")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of HY-Video-PRFL")
     for name, value in (
-        ("width", 512), ("ffn", 2048), ("heads", 4), ("blocks", 8), ("steps", 10), ("index", 6),
+        ("width", 512), ("ffn", 2048), ("heads", 4), ("blocks", 8), ("steps", 10), ("index", 6), ("rank", 32),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--latent", nargs=3, type=int, default=[9, 20, 24], metavar=("T", "H", "W"))
     args = parser.parse_args(argv)
     compiled.keep_freed_memory()
-    chosen = itertools.product(args.kernels, args.recompute, args.samples, args.window)
+    chosen = itertools.product(args.kernels, args.train, args.recompute, args.samples, args.window)
     settings = [Setting(*s) for s in chosen]
     step = Step(args)
-    settings += [Setting(PEER, recompute, 1, "1") for recompute in step.peers]
+    settings += [Setting(PEER, "full", recompute, 1, "1") for recompute in step.peers]
     # Two kernels round apart at every one of a few hundred bfloat16 products of a rollout.
     gate(step, settings, {"float32": 1e-4, "bfloat16": 1e-2}[args.dtype])
     found: dict[Setting, list[list[float]]] = {s: [] for s in settings}

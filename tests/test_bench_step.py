@@ -38,6 +38,14 @@ def test_every_setting_has_a_row(bench, capsys):
     assert float(again) < float(kept)
 
 
+def test_lora_is_gated_by_itself(bench, capsys):
+    bench.main([*TINY, "--kernels", "reference", "--train", "full", "lora", "--recompute", "none", "full"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.startswith("gate: reference, lora")]) == 2
+    rows = {line[:44].strip(): line[44:].split() for line in lines if line.startswith("reference,")}
+    assert len(rows) == 4 and all(float(row[-1]) > 0 for row in rows.values())
+
+
 def test_what_does_not_agree_gets_no_time(bench, monkeypatch, capsys):
     run = bench.Step.run
 
