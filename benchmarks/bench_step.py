@@ -82,7 +82,7 @@ class Step:
         )
         self.noise = torch.randn_like(self.batch.latent)
         self.schedule = flow.make_schedule("unipc", args.steps, SHIFT)
-        self.index, self.device, self.dtype = args.index, device, DTYPES[args.dtype]
+        self.index, self.device, self.dtype, self.keep = args.index, device, DTYPES[args.dtype], args.keep
         self.peers: dict[str, Peer] = {}  # by recomputation
         for recompute in ("none", "full") if args.peer else ():
             peer = Peer(args.peer, self.policy, self.reward, self.schedule, SHIFT)
@@ -110,7 +110,7 @@ class Step:
         table.configure(setting.kernels)
         policy = self.model(setting)
         for model in (policy, self.reward.transformer):
-            model.recompute = setting.recompute
+            model.recompute, model.keep = setting.recompute, self.keep
         window = setting.window if setting.window == "all" else int(setting.window)
         yield sft_loss(policy, self.batch, self.noise, sigma).mean()
         rest = (self.schedule, self.batch, self.noise, self.indices(setting.samples), ChainConfig(window))
@@ -196,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kernels", nargs="+", default=["reference", "cpu"], metavar="CHOICE")
     parser.add_argument("--train", nargs="+", choices=["full", "lora"], default=["full"])
     parser.add_argument("--recompute", nargs="+", default=["none"], metavar="MODE")
+    parser.add_argument("--keep", default="all", metavar="MODE", help="model.keep of all settings")
     parser.add_argument("--samples", nargs="+", type=int, default=[1], metavar="K")
     parser.add_argument("--window", nargs="+", default=["1"], metavar="N")
     parser.add_argument("--repeat", type=int, default=3)
