@@ -46,6 +46,7 @@ void forward(const AddNormForward& a) {
     const float* gate = float_row(a.gate, b, width, room);
     const float* scale = float_row(a.scale, b, width, room + width);
     const float* shift = float_row(a.shift, b, width, room + 2 * width);
+    const Writer<N> write(a.n, a.shape);
     for (int64_t l = l0; l < l1; l++) {
       const X* x = a.x.at<X>(b, l);
       X* out = a.y ? a.sum.at<X>(b, l) : nullptr;
@@ -62,7 +63,7 @@ void forward(const AddNormForward& a) {
         prefetch(next_x, i);
         prefetch(next_y, i);
         vf x_hat = (load(row + i, m) - mean) * rstd;
-        store(n + i, x_hat * (load(scale + i, m) + a.base) + load(shift + i, m), m);
+        write(n + i, x_hat * (load(scale + i, m) + a.base) + load(shift + i, m), m);
       });
       if (a.mean) {
         a.mean.at<float>(b)[l] = mean;
@@ -99,6 +100,8 @@ void backward_tokens(const AddNormBackward& a, int64_t b, int64_t l, int64_t l1,
   Rows<T, X> x(a.x, b, l, norm), dsum(a.dsum, b, l), dx(a.dx, b, l), next_x(a.x, b, l + T, norm && more);
   Rows<T, N> dn(a.dn, b, l), next_dn(a.dn, b, l + T, more);
   Rows<T, Y> y(a.y, b, l, sums.gate != nullptr), dy(a.dy, b, l);
+  const Writer<X> write_dx(a.dx, a.shape);
+  const Writer<Y> write_dy(a.dy, a.shape);
   float mean[T] = {}, rstd[T] = {}, mean_g[T] = {}, mean_gx[T] = {};
   if (norm) {
     vf total[T] = {}, total_x[T] = {};
@@ -135,9 +138,9 @@ void backward_tokens(const AddNormBackward& a, int64_t b, int64_t l, int64_t l1,
         d = (load(dn[t] + i, m) * factor - mean_g[t] - x_hat * mean_gx[t]) * rstd[t];
       }
       if (dsum) d += load(dsum[t] + i, m);
-      if (dx) store(dx[t] + i, d, m);
+      if (dx) write_dx(dx[t] + i, d, m);
       if (y) dgate += d * load(y[t] + i, m);
-      if (dy) store(dy[t] + i, gate != nullptr ? d * load(gate + i, m) : d, m);
+      if (dy) write_dy(dy[t] + i, gate != nullptr ? d * load(gate + i, m) : d, m);
     }
     if (y) store(sums.gate + i, dgate, m);
   });

@@ -49,6 +49,7 @@ void forward(const QkNormRopeForward& a) {
       for (int t = 0; t < 2 && a.x[t]; t++) {
         const X* x = a.x[t].at<X>(b, l);
         X* out = a.out[t].at<X>(b, l);
+        const Writer<X> write(a.out[t], a.shape);
         const float rstd = 1.0f / sqrtf(squares(x, width) / width + a.eps);
         a.rstd[t].at<float>(b)[l] = rstd;
         const X* next = l + 1 < l1 ? a.x[t].at<X>(b, l + 1) : nullptr;
@@ -57,7 +58,7 @@ void forward(const QkNormRopeForward& a) {
             prefetch(next, h + i);
             vf n = load(x + h + i, m) * rstd * load(weight[t] + h + i, m);
             if (ROPE) n = n * load(angles.cos + i, m) + swapped(n) * load(angles.sin + i, m);
-            store(out + h + i, n, m);
+            write(out + h + i, n, m);
           });
       }
     }
@@ -96,6 +97,7 @@ void backward_tokens(const QkNormRopeBackward& a, int which, int64_t b, int64_t 
     });
   }
   for (int t = 0; t < T; t++) mean[t] = sum(total[t]) / width;
+  const Writer<X> write(a.dx[which], a.shape);
   for (int64_t h = 0; h < width; h += dim) {
     for (int t = 0; t < T; t++) d[t] = a.d[which].at<X>(b, l + t, h / dim);
     each(dim, [&](int64_t i, auto m, int) {
@@ -103,7 +105,7 @@ void backward_tokens(const QkNormRopeBackward& a, int which, int64_t b, int64_t 
 #pragma GCC unroll 8
       for (int t = 0; t < T; t++) {
         vf x_hat = load(x[t] + h + i, m) * rstd[t];
-        store(a.dx[which].at<X>(b, l + t) + h + i, (turned_back(t, i, m) * w - x_hat * mean[t]) * rstd[t], m);
+        write(a.dx[which].at<X>(b, l + t) + h + i, (turned_back(t, i, m) * w - x_hat * mean[t]) * rstd[t], m);
       }
     });
   }
