@@ -7,15 +7,15 @@
 namespace prfl::PRFL_ISA {
 namespace {
 
-// Stores x + gate y and returns its sum over the row. The norm sees it as it is stored.
-template <class X, class Y>
-float add_row(const X* x, const Y* y, const float* gate, X* out, int64_t n) {
+// Writes x + gate y and returns its sum over the row. The norm sees it as it is stored.
+template <class X, class Y, class Write>
+float add_row(const X* x, const Y* y, const float* gate, X* out, int64_t n, Write&& write) {
   vf total[4] = {};
   each<4>(n, [&](int64_t i, auto m, int k) {
     vf branch = load(y + i, m);
     if (gate != nullptr) branch *= load(gate + i, m);
     vf a = rounded(load(x + i, m) + branch, X{});
-    store(out + i, a, m);
+    write(out + i, a, m);
     total[k] += a;
   });
   return sum(total);
@@ -46,11 +46,12 @@ void forward(const AddNormForward& a) {
     const float* gate = float_row(a.gate, b, width, room);
     const float* scale = float_row(a.scale, b, width, room + width);
     const float* shift = float_row(a.shift, b, width, room + 2 * width);
+    const Writer<X> write_sum(a.n ? View{} : a.sum, a.shape);  // the norm reads it again
     const Writer<N> write(a.n, a.shape);
     for (int64_t l = l0; l < l1; l++) {
       const X* x = a.x.at<X>(b, l);
       X* out = a.y ? a.sum.at<X>(b, l) : nullptr;
-      const float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, width) : row_sum(x, width);
+      const float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, width, write_sum) : row_sum(x, width);
       if (!a.n) continue;
       const X* row = a.y ? out : x;
       const float mean = total / width;

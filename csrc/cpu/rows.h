@@ -18,7 +18,8 @@ inline const float* float_row(const View& a, int64_t row, int64_t n, float* room
 
 constexpr int64_t CACHES = 1 << 24;  // bytes of a result that will not be found there by what reads it
 
-// Writes rows of one result: around the caches if it is larger than they are and its rows are aligned.
+// Writes rows of one result: around the caches if it is larger than they are and its rows are aligned; for
+// no View in particular, through them.
 template <class T>
 class Writer {
  public:
@@ -30,7 +31,7 @@ class Writer {
  private:
   static bool aligned(const View& out) {
     const int64_t values = 64 / sizeof(T);
-    return reinterpret_cast<uintptr_t>(out.data) % 64 == 0 && out.stride[0] % values == 0 &&
+    return out && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 && out.stride[0] % values == 0 &&
            out.stride[1] % values == 0;
   }
   bool around_;
