@@ -428,6 +428,7 @@ def test_report_says_what_is_there_and_why_not():
 
 
 def test_report_names_instruction_sets_that_the_compiler_did_not_know(monkeypatch):
+    monkeypatch.setattr(compiled.extension(), "isas_left_out", "")
     assert "too old" not in compiled.report()[0][2]
     monkeypatch.setattr(compiled.extension(), "isas_left_out", "avx512_bf16")
     assert "too old for avx512_bf16" in compiled.report()[0][2]
