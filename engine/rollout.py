@@ -26,7 +26,7 @@ from prfl_engine.metrics import note
 from prfl_engine.objectives import Batch
 from prfl_engine.step_cache import StepCache
 from prfl_kernels.modulate import modulate
-from prfl_kernels.qk_norm_rope import Grid
+from prfl_kernels.rope import Grid
 
 Blocks = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
 

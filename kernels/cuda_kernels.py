@@ -1,7 +1,7 @@
 """The CUDA C++ kernels of csrc/cuda, with the signatures of their Triton twins.
 
 Every launcher here takes and returns what the one of the same name does in reward_pool, add_norm and
-qk_norm_rope, so that the one stands for the other. They work in units of 16 bytes: tensors that
+norm_rope, so that the one stands for the other. They work in units of 16 bytes: tensors that
 allow no such access are copied or refused, and ValueError names what a kernel is not made for.
 """
 
@@ -157,7 +157,7 @@ def qk_norm_rope_forward(
     offset: int,
     fp8: bool = False,
 ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
-    """As qk_norm_rope.launch_forward: ([q, k] out, their scales if fp8, 1/rms [2, B, L] if not).
+    """As norm_rope.launch_forward: ([q, k] out, their scales if fp8, 1/rms [2, B, L] if not).
 
     q, k float32 or bfloat16, C up to 5120, quick for 1536 and 5120 in heads of 128; for fp8 heads of a
     power of two from 8 to 256.
@@ -197,7 +197,7 @@ def qk_norm_rope_backward(
     offset: int,
     parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As qk_norm_rope.launch_backward: (d q, d k [B, L, C], d weights [2, C] in float32 if `parameters`)."""
+    """As norm_rope.launch_backward: (d q, d k [B, L, C], d weights [2, C] in float32 if `parameters`)."""
     _supported("qk_norm_rope", dq, dk, q, k)
     q, k = unit_last(q), unit_last(k)
     dq, dk = (None if a is None else unit_last(a.flatten(2)) for a in (dq, dk))

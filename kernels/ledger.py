@@ -27,7 +27,7 @@ from prfl_kernels import (
     attention_fp8,
     attention_triton,
     bias_gelu,
-    qk_norm_rope,
+    norm_rope,
     quantize_fp8,
     reward_pool,
     sass,
@@ -157,25 +157,25 @@ def _gated_norm_backward(s: Case, vector: Callable, base: float) -> Iterable:
 def _qk(s: Case, fp8: bool = False) -> Iterable:
     q, k, _ = s.projected()
     weights = s.vector(), s.vector()
-    made = qk_norm_rope.launch_forward(q, k, *weights, s.grid, s.heads, 1e-6, 0, fp8)
+    made = norm_rope.launch_forward(q, k, *weights, s.grid, s.heads, 1e-6, 0, fp8)
     return q, k, *weights, *made[0], *made[1], made[2]
 
 
 def _qk_backward(s: Case) -> Iterable:
     q, k, _ = s.projected()
     held = s.per_head(), s.per_head(), q, k, s.vector(), s.vector(), s.stats()
-    return *held, *qk_norm_rope.launch_backward(*held, s.grid, s.heads, 0, True)
+    return *held, *norm_rope.launch_backward(*held, s.grid, s.heads, 0, True)
 
 
 def _rms(s: Case) -> Iterable:
     x, weight = s.rows(), s.vector()
-    made = qk_norm_rope.launch_forward(x, None, weight, None, None, 1, 1e-6, 0)
+    made = norm_rope.launch_forward(x, None, weight, None, None, 1, 1e-6, 0)
     return x, weight, made[0][0], made[2]
 
 
 def _rms_backward(s: Case) -> Iterable:
     dn, x, weight, rstd = s.rows(), s.rows(), s.vector(), s.stats()[:1]
-    made = qk_norm_rope.launch_backward(dn, None, x, None, weight, None, rstd, None, 1, 0, True)
+    made = norm_rope.launch_backward(dn, None, x, None, weight, None, rstd, None, 1, 0, True)
     return dn, x, weight, rstd, made[0], made[2][0]
 
 

@@ -20,13 +20,13 @@ from prfl_kernels import (
     attention_triton,
     bias_gelu,
     ledger,
-    qk_norm_rope,
+    norm_rope,
     reward_pool,
     tuning,
 )
 from prfl_kernels.jit import triton
 
-_FILES = (attention_triton, attention_fp8, add_norm, qk_norm_rope, bias_gelu, reward_pool)
+_FILES = (attention_triton, attention_fp8, add_norm, norm_rope, bias_gelu, reward_pool)
 CANDIDATES = {kernel: found for file in _FILES for kernel, found in file.CANDIDATES.items()}
 WARMUP, REPEATS = 3, 15
 CACHE = 256 << 20  # bytes that are overwritten before a measurement: more than any L2 holds

@@ -17,7 +17,7 @@ from test_add_norm import NAMES, row_inputs
 from test_qk_norm_rope import GRID, rope, rope_inputs
 
 from prfl_engine.flow import make_schedule
-from prfl_kernels import add_norm, cuda_kernels, qk_norm_rope, reward_pool, solver_step
+from prfl_kernels import add_norm, cuda_kernels, norm_rope, qk_norm_rope, reward_pool, solver_step
 from prfl_kernels.modulate import modulate, modulate_fp8
 from prfl_kernels.reward_pool import reward_pool_with_lse
 
@@ -49,7 +49,7 @@ def kernels(monkeypatch):
     cuda = cuda_kernels
     twins = {
         add_norm: (cuda.add_norm_forward, cuda.add_norm_backward),
-        qk_norm_rope: (cuda.qk_norm_rope_forward, cuda.qk_norm_rope_backward),
+        norm_rope: (cuda.qk_norm_rope_forward, cuda.qk_norm_rope_backward),
         reward_pool: (cuda.reward_pool_forward, cuda.reward_pool_backward),
     }
     for module, pair in twins.items():  # in the place of the Triton kernels, which run without a GPU too

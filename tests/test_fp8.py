@@ -14,7 +14,7 @@ import torch
 from fused import DEVICE, error, needs_triton, normal, strided, triton
 from torch.library import opcheck
 
-from prfl_kernels import add_norm, qk_norm_rope, table
+from prfl_kernels import add_norm, norm_rope, table
 from prfl_kernels import attention_fp8 as module
 from prfl_kernels.add_norm import quantize_rows
 from prfl_kernels.attention_fp8 import attention_fp8, attention_fp8_reference, quantize_values
@@ -229,7 +229,7 @@ def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
     with pytest.raises(ValueError, match=f"kernels: modulate_fp8 {want}"):
         add_norm.pair("modulate", x, fp8=True)
     with pytest.raises(ValueError, match=f"kernels: qk_norm_rope_fp8 {want}"):
-        qk_norm_rope.pair(x, fp8=True)
+        norm_rope.pair(x, fp8=True)
 
 
 def test_hopper_product_keeps_fourteen_bits():
