@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prfl_engine.config import UserError
 from prfl_engine.dit import WanConfig, WanTransformer
+from prfl_engine.errors import UserError
 from prfl_engine.reward import QueryPool, RewardModel
 
 WEIGHTS = "diffusion_pytorch_model"

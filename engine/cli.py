@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from prfl_engine import __version__
-from prfl_engine.config import TrainingError, UserError, load_config
+from prfl_engine.config import load_config
+from prfl_engine.errors import TrainingError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

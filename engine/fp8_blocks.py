@@ -18,8 +18,8 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from prfl_engine.config import UserError
 from prfl_engine.dit import WanTransformer
+from prfl_engine.errors import UserError
 from prfl_engine.layers import Block, Linear
 from prfl_kernels.attention_fp8 import HEAD_DIMS, attention_fp8, quantize_values
 from prfl_kernels.fp8_linear import MULTIPLE, fp8_linear

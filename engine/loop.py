@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from prfl_engine.block_adamw import BlockAdamW
 from prfl_engine.checkpoint import atomic_folder, checkpoints, load_pickle
-from prfl_engine.config import Config, TrainingError, UserError
+from prfl_engine.config import Config
 from prfl_engine.data import Stream
 from prfl_engine.doctor import gpu_metrics
+from prfl_engine.errors import TrainingError, UserError
 from prfl_engine.metrics import MetricsWriter, progress
 from prfl_engine.optim import EMA, lr_factor, make_optimizer, set_lr, update
 from prfl_kernels import compiled, table, tuning

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from prfl_engine import chain, flow, lora, recompute
 from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
-from prfl_engine.config import Config, UserError, check
+from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
 from prfl_engine.dit import PRESETS, WanTransformer
+from prfl_engine.errors import UserError, check
 from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out
 from prfl_engine.objectives import (
     Batch,

@@ -6,8 +6,9 @@ import torch
 
 from prfl_engine import flow, recompute
 from prfl_engine.checkpoint import load_reward, load_transformer, new_reward, save_reward
-from prfl_engine.config import Config, UserError
+from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
+from prfl_engine.errors import UserError
 from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out
 from prfl_engine.metrics import progress
 from prfl_engine.objectives import Batch, bradley_terry, cross_entropy

@@ -11,7 +11,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from prfl_engine.config import UserError, check
+from prfl_engine.errors import UserError, check
 
 RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
 GAP = 4  # pixels between the cells of a grid

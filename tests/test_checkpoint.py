@@ -20,7 +20,7 @@ from prfl_engine.checkpoint import (
     save_reward,
     save_transformer,
 )
-from prfl_engine.config import UserError
+from prfl_engine.errors import UserError
 
 NAME = "diffusion_pytorch_model.safetensors"
 BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import tiny_config, write_data
 
-from prfl_engine.config import UserError
 from prfl_engine.data import (
     Reader,
     Stream,
@@ -19,6 +18,7 @@ from prfl_engine.data import (
     read_text,
     seeded,
 )
+from prfl_engine.errors import UserError
 
 CPU = torch.device("cpu")
 SMALL, LARGE = (16, 1, 4, 4), (16, 2, 4, 6)

@@ -7,7 +7,7 @@ from fused import needs_triton, triton
 from helpers import relative, tiny_config, tiny_model
 
 from prfl_engine import fp8_blocks
-from prfl_engine.config import UserError
+from prfl_engine.errors import UserError
 from prfl_engine.fp8_blocks import Fp8Blocks
 from prfl_engine.layers import IMAGE_TOKENS
 from prfl_kernels import table

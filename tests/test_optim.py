@@ -13,15 +13,8 @@ from test_train import NAME, STATE, assert_equal, content, interrupt, reward_run
 from prfl_engine import flow, loop, optim
 from prfl_engine import train as train_module
 from prfl_engine.block_adamw import BlockAdamW
-from prfl_engine.config import (
-    ChainConfig,
-    Config,
-    LossConfig,
-    OptimConfig,
-    TrainConfig,
-    UserError,
-    load_config,
-)
+from prfl_engine.config import ChainConfig, Config, LossConfig, OptimConfig, TrainConfig, load_config
+from prfl_engine.errors import UserError
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import graded_rewards, reward_loss, sft_loss
 from prfl_engine.optim import EMA, make_optimizer, update

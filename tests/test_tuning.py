@@ -11,7 +11,7 @@ import torch
 from fused import DEVICE, needs_triton
 
 from prfl_engine.cli import main
-from prfl_engine.config import UserError
+from prfl_engine.errors import UserError
 from prfl_engine.loop import pick_device
 from prfl_kernels import add_norm, ledger_entries, tune, tuning
 
