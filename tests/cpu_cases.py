@@ -1,4 +1,4 @@
-"""The C++ kernels for the CPU as differentiable functions, in cases (kernel, formula in plain torch, inputs)."""
+"""The C++ kernels for the CPU as differentiable functions, with their formulas in plain torch and inputs."""
 
 import math
 
