@@ -7,8 +7,8 @@ import pytest
 import torch
 from cuda_sim import build, build_faulty, missing
 from fused import assert_as_good_as_torch, error, needs_triton, normal, strided
+from test_attention_fp8 import exact, quantized, values_of
 from test_cuda_kernels import watch
-from test_fp8 import exact, quantized, values_of
 
 from prfl_kernels import attention_hopper, compiled, cuda_kernels, table
 from prfl_kernels.attention import attention_with_lse
