@@ -21,8 +21,9 @@ from prfl_kernels import (
     quantize_fp8,
     reward_pool,
 )
+from prfl_kernels.e4m3 import E4M3
 
-F32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+F32, BF16 = torch.float32, torch.bfloat16
 WIDTHS = {"14B": (5120, 40), "1.3B": (1536, 12)}  # width and heads
 FFN = {"14B": 13824, "1.3B": 8960}
 GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}  # 81 frames at 480 x 832 and at 720 x 1280
@@ -209,10 +210,10 @@ def _attention_backward(s: Case, keys: int | None = None) -> Iterable:
 
 def _attention_fp8(s: Case, keys: int | None = None) -> Iterable:
     keys = keys or s.length
-    q, q_scale = s.per_head(FP8), empty(1, s.length, s.heads)
-    k, k_scale = empty(1, keys, s.heads, HEAD_DIM, dtype=FP8), empty(1, keys, s.heads)
+    q, q_scale = s.per_head(E4M3), empty(1, s.length, s.heads)
+    k, k_scale = empty(1, keys, s.heads, HEAD_DIM, dtype=E4M3), empty(1, keys, s.heads)
     padded = attention_fp8.padded_length(keys)
-    v, v_scale = empty(1, s.heads, HEAD_DIM, padded, dtype=FP8), empty(1, s.heads, HEAD_DIM)
+    v, v_scale = empty(1, s.heads, HEAD_DIM, padded, dtype=E4M3), empty(1, s.heads, HEAD_DIM)
     held = q, q_scale, k, k_scale, v, v_scale
     return *held, *attention_fp8.launch_forward(*held, HEAD_DIM**-0.5)
 
@@ -235,17 +236,17 @@ class Entry(NamedTuple):
 ENTRIES = (
     Entry("modulate", lambda s: _norm(s, s.modulation, BF16)),
     Entry("modulate backward", lambda s: _norm_backward(s, s.modulation)),
-    Entry("modulate_fp8", lambda s: _norm(s, s.modulation, FP8)),
+    Entry("modulate_fp8", lambda s: _norm(s, s.modulation, E4M3)),
     Entry("layer_norm", lambda s: _norm(s, s.vector, BF16, 0.0)),
     Entry("layer_norm backward", lambda s: _norm_backward(s, s.vector, 0.0)),
     Entry("gated_add", _gated_add),
     Entry("gated_add backward", _gated_add_backward),
     Entry("gated_add_modulate", lambda s: _gated_norm(s, s.modulation, 1.0)),
     Entry("gated_add_modulate backward", lambda s: _gated_norm_backward(s, s.modulation, 1.0)),
-    Entry("gated_add_modulate_fp8", lambda s: _gated_norm(s, s.modulation, 1.0, FP8)),
+    Entry("gated_add_modulate_fp8", lambda s: _gated_norm(s, s.modulation, 1.0, E4M3)),
     Entry("gated_add_norm", lambda s: _gated_norm(s, s.vector, 0.0)),
     Entry("gated_add_norm backward", lambda s: _gated_norm_backward(s, s.vector, 0.0)),
-    Entry("gated_add_norm_fp8", lambda s: _gated_norm(s, s.vector, 0.0, FP8)),
+    Entry("gated_add_norm_fp8", lambda s: _gated_norm(s, s.vector, 0.0, E4M3)),
     Entry("qk_norm_rope", _qk, streams=(BF16,)),
     Entry("qk_norm_rope_fp8", lambda s: _qk(s, True), streams=(BF16,)),
     Entry("qk_norm_rope backward", _qk_backward, streams=(BF16,)),

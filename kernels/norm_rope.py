@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cpu_kernels, cuda_kernels
-from prfl_kernels.add_norm import E4M3_MAX, quantize_rows, run_grid
+from prfl_kernels.add_norm import run_grid
+from prfl_kernels.e4m3 import E4M3, quantize_rows, row_scales
 from prfl_kernels.jit import jit, tl, triton, unit_last, wide
 from prfl_kernels.rope import Grid, cos_sin, pairs_of, rotate
 from prfl_kernels.table import CPU, CUDA, REFERENCE, TRITON, implementation
@@ -107,8 +108,7 @@ def _normalized(
     if ROPE:
         n = _turned(n, cos, sin, HP, DP)
     if quant_ptr is not None:  # e4m3 with one scale a token and head
-        amax = tl.max(tl.abs(n), 1)
-        quant = tl.where(amax > 0.0, amax / E4M3_MAX, 1.0)
+        quant = row_scales(n, 1)
         n = n / quant[:, None]
         tl.store(quant_ptr + o_quant, quant, mask=m_h)
     tl.store(out_ptr + o_out, n.to(out_ptr.dtype.element_ty), mask=m_x)
@@ -263,7 +263,7 @@ def launch_forward(
     """
     q, k = unit_last(q), unit_last(k)
     shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
-    dtype = torch.float8_e4m3fn if fp8 else q.dtype
+    dtype = E4M3 if fp8 else q.dtype
     out = [None if a is None else a.new_empty(shape, dtype=dtype) for a in (q, k)]
     quant = [a.new_empty(shape[:3], dtype=torch.float32) if fp8 else None for a in (q, k)]
     rstd = None if fp8 else q.new_empty(1 if k is None else 2, *shape[:2], dtype=torch.float32)

@@ -16,6 +16,7 @@ Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`, `WanRMSNorm`.
 import torch
 from torch import Tensor
 
+from prfl_kernels.e4m3 import E4M3
 from prfl_kernels.jit import register, wide
 from prfl_kernels.norm_rope import pair
 from prfl_kernels.rope import Grid
@@ -98,7 +99,7 @@ def _quantized(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
 
 def _quantized_fake(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
     shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
-    out = [a.new_empty(shape, dtype=torch.float8_e4m3fn) for a in (q, k)]
+    out = [a.new_empty(shape, dtype=E4M3) for a in (q, k)]
     return *out, *(a.new_empty(shape[:3], dtype=torch.float32) for a in (q, k))
 
 

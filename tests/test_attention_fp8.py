@@ -10,8 +10,8 @@ from torch.library import opcheck
 
 from prfl_kernels import attention_fp8 as module
 from prfl_kernels import table
-from prfl_kernels.add_norm import quantize_rows
 from prfl_kernels.attention_fp8 import attention_fp8, attention_fp8_reference, quantize_values
+from prfl_kernels.e4m3 import quantize_rows
 from prfl_kernels.fp8_linear import hopper_product
 
 __all__ = ["triton"]

@@ -7,7 +7,7 @@ from fused import DEVICE, error, normal, strided
 from torch.library import opcheck
 
 from prfl_kernels import table
-from prfl_kernels.add_norm import quantize_rows
+from prfl_kernels.e4m3 import quantize_rows
 from prfl_kernels.fp8_linear import fp8_linear, hopper_product, quantize_weight
 
 F32, BF16 = torch.float32, torch.bfloat16
