@@ -3,13 +3,12 @@
 import pytest
 import torch
 from e4m3 import assert_rounded
-from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided, triton
+from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided
 from torch.library import opcheck
 
 from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8
 
-__all__ = ["triton"]
 pytestmark = [needs_triton, pytest.mark.usefixtures("triton")]
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from e4m3 import CHECKS, E4M3, INSTRUCTION, rounding
-from fused import DEVICE, error, needs_triton, normal, strided, triton
+from fused import DEVICE, error, needs_triton, normal, strided
 from torch.library import opcheck
 
 from prfl_kernels import attention_fp8 as module
@@ -14,7 +14,6 @@ from prfl_kernels.attention_fp8 import attention_fp8, attention_fp8_reference, q
 from prfl_kernels.e4m3 import quantize_rows
 from prfl_kernels.fp8_linear import hopper_product
 
-__all__ = ["triton"]
 F32, BF16 = torch.float32, torch.bfloat16
 SHAPES = pytest.mark.parametrize(
     "batch, queries, keys, heads, dim",

@@ -25,17 +25,14 @@ if why := compiled.absence("cpu", "cpu"):
     pytest.skip(f"prfl_kernels._C {why}", allow_module_level=True)
 
 
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    compiled.use_isa()
+pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 
 @pytest.fixture(params=compiled.isas())
 def isa(request):
     compiled.use_isa(request.param)
+    yield
+    compiled.use_isa()
 
 
 @pytest.mark.usefixtures("isa")

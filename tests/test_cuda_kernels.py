@@ -5,15 +5,7 @@ import torch
 from cuda_sim import Watched, build, missing
 from e4m3 import assert_rounded
 from formulas import reward_pool_reference
-from fused import (
-    assert_as_good_as_torch,
-    error,
-    needs_triton,
-    normal,
-    outputs_and_gradients,
-    strided,
-    triton,
-)
+from fused import assert_as_good_as_torch, error, needs_triton, normal, outputs_and_gradients, strided
 from test_add_norm import NAMES, row_inputs
 from test_qk_norm_rope import GRID, rope, rope_inputs
 
@@ -22,7 +14,6 @@ from prfl_kernels import add_norm, cuda_kernels, norm_rope, qk_norm_rope, reward
 from prfl_kernels.modulate import modulate, modulate_fp8
 from prfl_kernels.reward_pool import reward_pool_with_lse
 
-__all__ = ["triton"]
 pytestmark = [
     needs_triton,  # the operations around the launchers are reached through its choice in the table
     pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}"),

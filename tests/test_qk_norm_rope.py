@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 from e4m3 import assert_rounded
-from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided, triton
+from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided
 from torch.library import opcheck
 
 from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm
 
-__all__ = ["triton"]
 pytestmark = [needs_triton, pytest.mark.usefixtures("triton")]
 F32, BF16 = torch.float32, torch.bfloat16
 GRID = (3, 5, 7)

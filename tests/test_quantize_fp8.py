@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from e4m3 import CHECKS, assert_rounded
-from fused import error, needs_triton, normal, strided, triton
+from fused import error, needs_triton, normal, strided
 from torch.library import opcheck
 
 from prfl_kernels import add_norm, norm_rope, table
@@ -18,7 +18,6 @@ from prfl_kernels.gated_add import (
 )
 from prfl_kernels.quantize_fp8 import quantize_fp8
 
-__all__ = ["triton"]
 fused = pytest.mark.usefixtures("triton")
 F32, BF16 = torch.float32, torch.bfloat16
 BOTH = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
