@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from prfl_engine import flow, recompute
+from prfl_engine import flow
 from prfl_engine.checkpoint import load_reward, load_transformer, new_reward, save_reward
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
 from prfl_engine.errors import UserError
-from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out
+from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
 from prfl_engine.metrics import progress
 from prfl_engine.objectives import Batch, bradley_terry, cross_entropy
 from prfl_engine.reward import RewardModel
@@ -37,11 +37,7 @@ def make_reward(
             model = new_reward(trunk, r.blocks, r.num_queries, **shared)
     if m.budget is not None:
         raise UserError(f"model.recompute: got {m.recompute!r} for a reward model, want a mode or names")
-    model.transformer.recompute, model.transformer.keep = recompute.of_config(m), m.keep
-    if m.compile:
-        model.transformer.compile_blocks()
-    model.transformer.set_chunk(m.chunk)
-    model.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
+    set_up(model.transformer, m)
     return model
 
 
