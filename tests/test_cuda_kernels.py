@@ -8,6 +8,7 @@ from formulas import reward_pool_reference
 from fused import assert_as_good_as_torch, error, needs_triton, normal, outputs_and_gradients, strided
 from test_add_norm import NAMES, row_inputs
 from test_qk_norm_rope import GRID, rope, rope_inputs
+from test_reward_pool import pool_inputs
 
 from prfl_engine.flow import make_schedule
 from prfl_kernels import add_norm, cuda_kernels, norm_rope, qk_norm_rope, reward_pool, solver_step
@@ -47,10 +48,6 @@ def kernels(monkeypatch):
     for module, pair in twins.items():  # in the place of the Triton kernels, which run without a GPU too
         monkeypatch.setitem(module.IMPLEMENTATIONS, "triton", pair)
     return watched
-
-
-def pool_inputs(batch=2, length=77, width=96, queries=3, dtype=F32):
-    return [normal(batch, length, width, dtype=dtype), normal(queries, width) * width**-0.5]
 
 
 POOL_SHAPES = [(2, 77, 96, 3), (1, 5, 8, 1), (1, 200, 136, 8), (1, 70, 1536, 8), (1, 35, 5120, 8)]
