@@ -53,9 +53,7 @@ def _added(x, y, gate):
     total = cpu.add_norm_forward(x, y, gate, None, None, 0.0, 0.0, None)[0]
 
     def gradients(d):
-        _, dy, dgate, _, _ = cpu.add_norm_backward(
-            None, d, None, y, gate, None, None, 0.0, False, y.dtype
-        )
+        _, dy, dgate, _, _ = cpu.add_norm_backward(None, d, None, y, gate, None, None, 0.0, False, y.dtype)
         return d, dy, dgate
 
     return total, gradients
@@ -66,9 +64,7 @@ def _added_and_normed(base, dtype):
         total, n, _, stats = cpu.add_norm_forward(x, y, gate, scale, shift, base, EPS, dtype)
 
         def gradients(dsum, dn):
-            return cpu.add_norm_backward(
-                dn, dsum, total, y, gate, scale, stats, base, True, y.dtype
-            )
+            return cpu.add_norm_backward(dn, dsum, total, y, gate, scale, stats, base, True, y.dtype)
 
         return (total, n), gradients
 
@@ -130,9 +126,7 @@ def _rms_norm(x, weight):
     (out, _), _, rstd = cpu.qk_norm_rope_forward(x, None, weight, None, None, 1, EPS, 0)
 
     def gradients(d):
-        dx, _, dweight = cpu.qk_norm_rope_backward(
-            d, None, x, None, weight, None, rstd, None, 1, 0, True
-        )
+        dx, _, dweight = cpu.qk_norm_rope_backward(d, None, x, None, weight, None, rstd, None, 1, 0, True)
         return dx, dweight[0]
 
     return out.flatten(2), gradients

@@ -102,6 +102,33 @@ def test_results_do_not_depend_on_the_threads(types):
 
 
 @pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("width, dtype", [(2080, F32), (2080, BF16), (2082, F32)])
+def test_rows_are_the_same_where_results_are_written_around_the_caches(width, dtype):
+    """Above 16 MiB a result is; of 2,082 values a row is not aligned and takes the ordinary way."""
+    length = 2**24 // (width * dtype.itemsize) + 8
+    first = slice(0, 36)
+    kernel, _, (x, y, *rest) = row_case("gated_add_modulate", 1, length, width, dtype, dtype)
+    d = normal(1, length, width, dtype=dtype)
+    results = []
+    for part in (slice(None), first):
+        xy = [a[:, part].detach().requires_grad_() for a in (x, y)]
+        outputs = kernel(*xy, *rest)
+        results.append(
+            [*outputs, *torch.autograd.grad(outputs, xy, [torch.ones_like(d[:, part]), d[:, part]])]
+        )
+    torch.testing.assert_close([a[:, first] for a in results[0]], results[1], rtol=0, atol=0)
+
+    weight, grid = normal(width), (1, 1, length)
+    for part in (slice(None), first):
+        out, _, rstd = cpu.qk_norm_rope_forward(y[:, part], None, weight, None, grid, 2, EPS, 0)
+        dy = cpu.qk_norm_rope_backward(
+            d[:, part].unflatten(2, (2, -1)), None, y[:, part], None, weight, None, rstd, grid, 2, 0, False
+        )[0]
+        results.append([out[0].flatten(2), dy])
+    torch.testing.assert_close([a[:, first] for a in results[2]], results[3], rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("isa")
 def test_strides_do_not_matter():
     for kernel, _, inputs in all_cases():
         want = outputs_and_gradients(kernel, inputs)
