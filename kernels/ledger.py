@@ -28,7 +28,6 @@ from prfl_kernels.ledger_rows import ASSUMPTIONS, DOT_RATES, LANES
 def collect(
     quick: bool = False,
     peers: str | None = None,
-    workers: int | None = None,
     only: Callable[[Entry, Case], bool] | None = None,
 ) -> dict:
     """Everything `prfl kernels --json` prints. peers: the tutorial's file for ledger_peers, "" for the
@@ -39,7 +38,7 @@ def collect(
         ledger_peers.check(peers)
     jobs = cases(quick)
     taken = [i for i, job in enumerate(jobs) if only is None or only(*job)]
-    workers = min(workers or min(2, os.cpu_count() or 1), max(1, len(taken)))
+    workers = min(2, os.cpu_count() or 1, max(1, len(taken)))
     shares = [taken[i::workers] for i in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
         tasks = ("compile", "count")
