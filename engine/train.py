@@ -18,6 +18,7 @@ from prfl_engine.objectives import (
     bind,
     graded_rewards,
     index_range,
+    noisy_reward,
     reward_loss,
     sft_loss,
     stratified_indices,
@@ -186,12 +187,10 @@ def evaluate_policy(
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:
             continue
-        noise = noise_like(batch.latent, e.seed, 2, i)
+        sampled, noise = batch._replace(latent=latent), noise_like(batch.latent, e.seed, 2, i)
         for t, found in rewards.items():
             sigma = torch.full((n,), t / flow.TRAIN_STEPS, device=device)
-            x = flow.add_noise(latent, noise, sigma)
-            logit = reward(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition)
-            found.append(torch.sigmoid(logit))
+            found.append(torch.sigmoid(noisy_reward(reward, sampled, noise, sigma)))
     if kept:
         write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
     values = {"sft_loss": torch.cat(sft).mean().item()}

@@ -11,7 +11,7 @@ from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lis
 from prfl_engine.errors import UserError
 from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
 from prfl_engine.metrics import progress
-from prfl_engine.objectives import Batch, bradley_terry, cross_entropy
+from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.reward import RewardModel
 
 
@@ -58,19 +58,15 @@ def train_reward(config: Config) -> None:
     )
     stream = Stream(reader, win, c.data.batch_size, c.train.seed, lose)
 
-    def logits(batch: Batch, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        x = flow.add_noise(batch.latent, noise, sigma)
-        return model(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition)
-
     def losses(item, key: int):
         batch = item[0] if pairs else item
         rng = seeded(c.train.seed, 2, key)
         sigma = sigmas[torch.from_numpy(rng.integers(flow.TRAIN_STEPS, size=len(batch.latent)))]
         sigma = sigma.to(device, non_blocking=True)
         noise = noise_like(batch.latent, c.train.seed, 3, key)
-        logit = logits(batch, noise, sigma)
+        logit = noisy_reward(model, batch, noise, sigma)
         if pairs:  # winner and loser share noise and noise level
-            logit_lose = logits(item[1], noise, sigma)
+            logit_lose = noisy_reward(model, item[1], noise, sigma)
             loss, right = bradley_terry(logit, logit_lose).mean(), logit > logit_lose
         else:
             loss = cross_entropy(logit, batch.label).mean()
@@ -110,8 +106,7 @@ def evaluate_reward(
         noise = noise_like(batch.latent, e.seed, i)
         for t, found in right.items():
             sigma = torch.full((len(noise),), t / flow.TRAIN_STEPS, device=device)
-            x = flow.add_noise(batch.latent, noise, sigma)
-            logit = model(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition)
+            logit = noisy_reward(model, batch, noise, sigma)
             found.append((logit > 0) == (batch.label > 0.5))
     return {t: torch.cat(found).float().mean().item() for t, found in right.items()}
 
