@@ -10,10 +10,10 @@ too, without and with its recomputation of blocks (peer.py). First the gate: los
 setting against the first kernels without recomputation, for the same samples and window. An accelerated
 rollout goes elsewhere: there the latent before the graded step is compared with a plain rollout's. That
 drift depends on the weights, and these are random. Then every setting takes a step in turn, `--repeat`
-times after a warm-up; medians are printed. Bytes are the most that live in a step before the optimizer,
-over weights and gradients, counted in a step of its own (LiveBytes). With several samples the earlier steps
-of a window count with the rollout that follows them. By default the size is small enough for two CPU cores:
-width 512, 8 blocks, 1,080 tokens, the graded step at index 6 of 10.
+times after a warm-up; medians are printed, and graded samples a second. Bytes are the most that live in a
+step before the optimizer, over weights and gradients, counted in a step of its own (LiveBytes). With
+several samples the earlier steps of a window count with the rollout that follows them. By default the size
+is small enough for two CPU cores: width 512, 8 blocks, 1,080 tokens, the graded step at index 6 of 10.
 """
 
 import argparse
@@ -262,13 +262,13 @@ def main(argv: list[str] | None = None) -> None:
                 found[setting].append(seconds)
     where = f"{machine(step.device)}, torch {torch.__version__}, {args.dtype}"
     print(f"\n{where}; seconds, median of {args.repeat}")
-    print(f"{'':50}" + "".join(f"{p:>20}" for p in PHASES) + f"{'step':>8}{'a gradient':>12}{'MiB':>8}")
+    print(f"{'':50}" + "".join(f"{p:>20}" for p in PHASES) + f"{'step':>8}{'gradients/s':>13}{'MiB':>8}")
     for setting, runs in found.items():
         phases = [statistics.median(column) for column in zip(*runs, strict=True)]
         total = statistics.median(sum(run) for run in runs)
         print(
             f"{str(setting):50}" + "".join(f"{s:20.3f}" for s in phases)
-            + f"{total:8.3f}{total / setting.samples:12.3f}{step.peak(setting) / 2**20:8.1f}"
+            + f"{total:8.3f}{setting.samples / total:13.3f}{step.peak(setting) / 2**20:8.1f}"
         )  # fmt: skip
 
 

@@ -44,6 +44,13 @@ def test_report_says_what_is_there_and_why_not():
     assert compiled.absence("cuda", "cpu")
 
 
+def test_report_names_instruction_sets_that_the_compiler_did_not_know(monkeypatch):
+    monkeypatch.setattr(compiled.extension(), "isas_left_out", "")
+    assert "too old" not in compiled.report()[0][2]
+    monkeypatch.setattr(compiled.extension(), "isas_left_out", "avx512_bf16")
+    assert "too old for avx512_bf16" in compiled.report()[0][2]
+
+
 @pytest.mark.usefixtures("loaded_again")
 def test_without_the_extension_the_reason_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "prfl_kernels._C", None)
