@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, write_run
 from no_sync import NoSync
-from runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 from safetensors.torch import load_file
+from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 
 from prfl_engine import flow, loop, optim
 from prfl_engine import train as train_module

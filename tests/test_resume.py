@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 from helpers import one_line, write_run
-from runs import NAME, assert_equal, content, interrupt, reward_run, run, values
 from safetensors.torch import load_file
+from training_runs import NAME, assert_equal, content, interrupt, reward_run, run, values
 
 from prfl_engine import train as train_module
 from prfl_engine import train_reward as train_reward_module

@@ -4,7 +4,7 @@ turns acceleration off and on, and a resumed run does what the whole run did."""
 import pytest
 import torch
 from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, write_run
-from runs import assert_equal, content, interrupt, values
+from training_runs import assert_equal, content, interrupt, values
 
 from prfl_engine import chain, flow
 from prfl_engine import rollout as module

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from helpers import SHAPE, one_line, relative, write_run
-from runs import run
+from training_runs import run
 
 
 def test_sample_writes_latents_in_the_layout_of_the_data(tmp_path, capsys):

@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 from helpers import relative, tiny_config, write_data, write_run
-from runs import NAME, STATE, run, values
 from safetensors.torch import load_file
+from training_runs import NAME, STATE, run, values
 
 from prfl_engine import chain, flow
 from prfl_engine import train as train_module

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from helpers import one_line, write_run
-from runs import assert_equal, content, interrupt, run, values
 from safetensors.torch import load_file
+from training_runs import assert_equal, content, interrupt, run, values
 
 from prfl_engine import train as train_module
 from prfl_engine.metrics import read_metrics

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from runs import NAME, assert_equal, reward_run, run, values
 from safetensors.torch import load_file
+from training_runs import NAME, assert_equal, reward_run, run, values
 
 from prfl_engine.checkpoint import load_reward
 from prfl_engine.data import Reader, fixed_batches, noise_like, read_lists

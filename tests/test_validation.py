@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 from helpers import SHAPE, write_run
-from runs import NAME, STATE, assert_equal, content, run, values
 from safetensors.torch import load_file
+from training_runs import NAME, STATE, assert_equal, content, run, values
 
 
 def test_validation_writes_metrics_samples_and_the_best_checkpoint(tmp_path):
