@@ -63,8 +63,8 @@ class LiveBytes(TorchDispatchMode):
             return
         if _on_host[0] and key not in self._known:
             weakref.finalize(storage, self._free_on_host, key).atexit = False
-            self._hosted[key] = storage.nbytes()
-            self.host_now += self._hosted[key]
+            self._hosted[key] = size
+            self.host_now += size
             self.host_peak = max(self.host_peak, self.host_now)
             return
         if key not in self._known:

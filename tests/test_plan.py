@@ -29,12 +29,20 @@ def kinds():
 
 
 def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
-    """Mixed lists of other lengths, against dry runs of all of their blocks."""
-    picks = random.Random(0)
-    for count in (3, 7, 8):
-        blocks, reward = picks.choices(kinds, k=count), picks.choice(kinds)
+    """Mixed lists of other lengths, against dry runs of all of their blocks: the whole and every block. In
+    the first list what is on its way to the host decides, in the forward of a block that keeps everything."""
+    picks, (none, _, away, _) = random.Random(0), kinds
+    for blocks in ([away, away, none, none], *(picks.choices(kinds, k=count) for count in (3, 7, 8))):
+        count, reward = len(blocks), picks.choice(kinds)
         full = dry_run(replace(SETUP, blocks=count), [k.policy for k in blocks], reward.policy)
         assert plan.predicted_peak(blocks, reward) == max(laps.peak for laps in full.values())
+        for phase, laps in full.items():
+            kept, before = 0, None
+            for i, kind in enumerate(blocks):
+                more, peak = kind.block(phase, before, i == count - 1)
+                found = max(laps.forward[i + 1], laps.backward[count - i]) - laps.base
+                assert kept + peak == (max(found, laps.rest - laps.base) if before is None else found)
+                kept, before = kept + more, kind
 
 
 @built
@@ -73,24 +81,25 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step(name):
         assert want[phase].peak <= live.peak - base + 512 <= want[phase].peak + latents + 4096, phase
 
 
-def test_the_search_is_that_of_brute_force(kinds):
-    """Every list of four kinds, over a range of budgets, with and without a limit on the host."""
-    count, reward, every = 4, kinds[1], []
-    for blocks in itertools.product(kinds, repeat=count):
-        away = sum(b.away for b in blocks[:-1])
-        every.append((sum(b.cost for b in blocks), plan.predicted_peak(list(blocks), reward), away))
-    peaks = sorted(peak for _, peak, _ in every)
-    hosts = sorted(away for *_, away in every)
-    for budget in (peaks[0] - 1, peaks[0], *peaks[5::37], peaks[-1]):
-        for host in (0, hosts[len(hosts) // 2], float("inf")):
-            fitting = [v[:2] for v in every if v[1] <= budget and v[2] <= host]
-            found = plan.search(kinds, count, reward, budget, host)
+def test_a_plan_is_that_of_brute_force(kinds):
+    """Every list of four kinds before every kind of reward model, over a range of budgets, with and without a
+    limit on the host."""
+    setup, every = replace(SETUP, blocks=3), []
+    for *blocks, reward in itertools.product(kinds, repeat=4):
+        away = sum(b.away for b in blocks[:-1]) + reward.away * (setup.reward_blocks - 1)
+        cost = sum(b.cost for b in blocks) + reward.reward_cost
+        every.append((cost, away, plan.predicted_peak(blocks, reward)))
+    peaks, hosts = sorted(peak for *_, peak in every), sorted(away for _, away, _ in every)
+    for budget in (peaks[0], *peaks[1::23], peaks[-1]):
+        for host in (hosts[len(hosts) // 3], float("inf")):
+            fitting = [v for v in every if v[2] <= budget and v[1] <= host]
             if not fitting:
-                assert found is None
-            else:
-                assert sum(k.cost for k in found) == min(fitting)[0]
-                assert plan.predicted_peak(found, reward) <= budget
-                assert sum(k.away for k in found[:-1]) <= host
+                with pytest.raises(UserError, match="want at least auto"):
+                    plan.choose(kinds, setup, budget, host)
+                continue
+            made = plan.choose(kinds, setup, budget, host)
+            assert (round(1e9 * made.seconds), made.host, made.bytes) == min(fitting)
+            assert made.bound == made.seconds and "of all lists the fastest" in str(made)
 
 
 def test_a_plan_fits_its_budget_and_a_larger_one_is_no_slower(kinds):
