@@ -34,7 +34,8 @@ class LiveBytes(TorchDispatchMode):
     """A with block in which live bytes are counted: `now`, and the most so far, `peak`; on the host
     `host_now` and `host_peak`.
 
-    round_to: bytes that sizes are rounded up to; 512 counts as torch's CUDA allocator does.
+    round_to: bytes that sizes are rounded up to, on the host as well (so that what comes back from there is
+    what went); 512 counts as torch's CUDA allocator does.
     """
 
     def __init__(self, round_to: int = 1):
