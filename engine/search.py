@@ -20,7 +20,7 @@ UNLIMITED = 1 << 60
 # Costs closer than this, relatively, are one: kinds are rounded to integers each for itself.
 SAME = 1e-6
 # Ends followed, one after the other until nothing was missed.
-WIDTHS = 100, 1000, 10_000
+WIDTHS = 100, 1000, 50_000
 
 
 class Blocks(NamedTuple):
@@ -177,18 +177,31 @@ def _undominated(values: np.ndarray, group: np.ndarray) -> np.ndarray:
     order = np.lexsort((group, *values.T[::-1]))
     rows = np.column_stack([values, group])[order]
     order = order[np.r_[True, (rows[1:] != rows[:-1]).any(1)][: len(order)]]
-    found = np.empty(0, order.dtype)
-    for start in range(0, len(order), 256):  # a row is at most as large as those behind it alone
+    found = [_front(values, order[group[order] < 0])]
+    for g in np.unique(group[group >= 0]):
+        front = _front(values, order[(group[order] == g) | np.isin(order, found[0])])
+        found.append(front[group[front] == g])
+    return np.concatenate(found)
+
+
+def _front(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The same without groups, of the rows `order`, which rise: what is smaller stands before."""
+    found = against = order[:0]
+    for start in range(0, len(order), 256):
         here = order[start : start + 256]
-        here = here[~_beaten(values, group, found, here).any(0)]
-        within = np.triu(_beaten(values, group, here, here), 1)
-        found = np.concatenate([found, here[~within.any(0)]])
+        here = here[~_beaten(values, against, here).any(0)]
+        here = here[~np.triu(_beaten(values, here, here), 1).any(0)]
+        found, against = np.concatenate([found, here]), np.concatenate([against, here])
+        if values.shape[1] == 3:  # all that is to come is as large in the first column: two are left
+            against = against[np.lexsort(values[against, 2:0:-1].T)]
+            least = np.minimum.accumulate(values[against, 2])
+            against = against[np.r_[True, least[1:] < least[:-1]][: len(against)]]
     return found
 
 
-def _beaten(values: np.ndarray, group: np.ndarray, by: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[len(by), len(rows)] bool."""
-    beaten = (group[by, None] < 0) | (group[by, None] == group[rows])
+def _beaten(values: np.ndarray, by: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[len(by), len(rows)]: is the one at most as large in every column?"""
+    beaten = np.ones((len(by), len(rows)), bool)
     for column in values.T:
         beaten &= column[by, None] <= column[rows]
     return beaten
