@@ -62,7 +62,7 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """A policy that blocks can have, its bytes in every phase, and the nanoseconds that a step spends in a
+    """A policy that blocks can have, its bytes in every phase, and the picoseconds that a step spends in a
     block of the generator and in all blocks of the reward model."""
 
     name: str
@@ -77,9 +77,10 @@ class Kind:
         return max(n.away for n in self.numbers.values())
 
     def block(self, phase: str, before: "Kind | None", last: bool) -> tuple[int, int]:
-        """Bytes of a block of this kind behind one of the kind `before` (None: it is the first): (what it
-        keeps for its backward, the most in a step until it begins and in it, beside what all blocks before
-        it keep). Where both blocks put something away the second is an upper bound of the forward's."""
+        """(what a block of this kind keeps, the most while it runs forward and backward beside what all
+        blocks before it keep), in bytes. before: the kind of the block before it; None where it is the first,
+        and then what lives before and after all blocks counts too. Where both put something away what is
+        said of the forward is an upper bound."""
         n, policy = self.numbers[phase], self.policy.staying() if last else self.policy
         leaving = 0 if before is None else before.numbers[phase].leaving
         back = 0 if before is None or policy.plain else before.numbers[phase].away
@@ -170,8 +171,9 @@ class Plan:
         runs = itertools.groupby(kind.name for kind in self.blocks)
         blocks = ", ".join(f"{len(list(run))} x {name}" for name, run in runs)
         reward = f"; reward model: {self.reward.name}" if self.reward_blocks else ""
-        gap = self.seconds / self.bound - 1
-        proof = "of all lists the fastest" if gap <= SAME else f"at most {gap:.3%} above the fastest list"
+        proof = "of all lists the fastest"
+        if self.seconds > self.bound * (1 + SAME):
+            proof = f"at most {self.seconds - self.bound:.4f} s above the fastest list"
         lines = [f"recompute: {blocks}{reward}; {proof}"]
         lines.append(f"GB beside weights, gradients and optimizer; {self.source}")
         for c in (Choice("chosen", self.bytes, self.host, self.seconds), *self.table):
@@ -191,8 +193,9 @@ def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: It
         seconds = [block_seconds(policy, setup, away, rates, f) for f in (setup.lora is not None, True)]
         if measured:
             seconds = [measured[name]] * 2
-        cost = round(1e9 * (setup.sft + graded * setup.window) * seconds[0])
-        made.append(Kind(name, policy, numbers, cost, round(1e9 * graded * setup.reward_blocks * seconds[1])))
+        passes = setup.sft + graded * setup.window, graded * setup.reward_blocks
+        costs = (round(1e12 * n * second) for n, second in zip(passes, seconds, strict=True))
+        made.append(Kind(name, policy, numbers, *costs))
     return made
 
 
@@ -238,11 +241,11 @@ def choose(
     def choice(name: str, blocks: list[Kind], reward: Kind) -> Choice:
         moving = (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))  # the last block puts nothing away
         seconds = sum(k.cost for k in blocks) + reward.reward_cost
-        return Choice(name, predicted_peak(blocks, reward), sum(k.away for k in moving), seconds / 1e9)
+        return Choice(name, predicted_peak(blocks, reward), sum(k.away for k in moving), seconds / 1e12)
 
     chosen = choice("chosen", found, reward)
     table = tuple(choice(k.name, [k] * count, k) for k in kinds)
-    return Plan(tuple(found), reward, setup.reward_blocks, *chosen[1:], bound / 1e9, table, source)
+    return Plan(tuple(found), reward, setup.reward_blocks, *chosen[1:], bound / 1e12, table, source)
 
 
 def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
@@ -267,15 +270,18 @@ def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
 def _in_runs(kinds: list[Kind], reward: Kind) -> list[Kind]:
     """The list with equal kinds side by side, where its peak is then no higher: sorted by peak less what is
     kept, falling, which is the best order where no block depends on the one before it."""
-    phases = reward.numbers
-    frees = {k.name: max(k.block(p, k, False)[1] - k.block(p, k, False)[0] for p in phases) for k in kinds}
-    ordered = sorted(kinds[:-1], key=lambda k: (-frees[k.name], k.name)) + kinds[-1:]
+
+    def behind(kind: Kind) -> tuple[int, str]:
+        alone = (kind.block(phase, kind, False) for phase in reward.numbers)
+        return min(kept - peak for kept, peak in alone), kind.name
+
+    ordered = sorted(kinds[:-1], key=behind) + kinds[-1:]
     return ordered if predicted_peak(ordered, reward) <= predicted_peak(kinds, reward) else kinds
 
 
 def _above(size: int) -> str:
-    """Bytes in 10^9, rounded up to thousands."""
-    return f"{-(-size // 10**3) / 1e6:g}"
+    """Bytes in 10^9: the next thousand above."""
+    return f"{(size // 10**3 + 1) / 1e6:.6f}".rstrip("0").rstrip(".")
 
 
 def _read(path: str | Path) -> dict[str, float]:
