@@ -85,12 +85,12 @@ def search(
             first = np.lexsort((ends.cost[cheap], -room[cheap], ends.away[cheap]))[0]
             rows.append(_row(ends, steps, cheap[first], budget))
         if rows:
-            least = min(row.cost for row in rows) * (1 + SAME)
-            best = min((row for row in rows if row.cost <= least), key=lambda r: (r.away, r.peak, r.cost))
+            most = min(row.cost for row in rows) * (1 + SAME)
+            best = min((row for row in rows if row.cost <= most), key=lambda r: (r.away, r.peak, r.cost))
         floor = max(floor, lost)
         if lost == np.inf or (best is not None and lost > best.cost * (1 + SAME)):
             break
-    return best, floor if best is None else min(floor, float(best.cost))
+    return best, float(floor if best is None else min(floor, best.cost))
 
 
 def least(blocks: Blocks, tails: Tails, count: int, away: int) -> Row | None:
@@ -129,9 +129,9 @@ def _walk(
     for left in reversed(range(count)):
         peak = blocks.peak if steps else blocks.peak_last
         ends = ends.take(_fitting(ends, away, limit))
-        # Where the block before decides whether the first block of an end fits, its kind matters.
-        bound_by = np.where((budget - peak.max(0)[ends.kind] < ends.room).any(1), ends.kind, -1)
-        ends = ends.take(_undominated(np.column_stack([ends.cost, ends.away, -ends.room]), bound_by))
+        # The kind of an end's first block matters where that block may decide what the one before it can be.
+        group = np.where((budget - peak.max(0)[ends.kind] < ends.room).any(1), ends.kind, -1)
+        ends = ends.take(_undominated(np.column_stack([ends.cost, ends.away, -ends.room]), group))
         if len(ends.cost) > width:
             order = np.argsort(ends.bound, kind="stable")
             lost = min(lost, ends.bound[order[width]])
