@@ -53,7 +53,8 @@ class ModelConfig:
     kernels: str | None = None
     """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
     host: float | None = None
-    """10^9 bytes of host memory that auto:GB may put tensors into; None: no limit, 0: nothing moves."""
+    """10^9 bytes of tensors that auto:GB may put into host memory; None: no limit, 0: nothing moves. torch
+    may round the pinned buffer of each up to a power of two bytes."""
     costs: str | None = None
     """JSON of measured seconds for auto:GB (`prfl_engine.plan.measure`); None: predicted for an H100."""
 

@@ -27,7 +27,7 @@ BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is
 
 @dataclass(frozen=True)
 class Setup:
-    """What a step's memory depends on. latent [B, 16, T, H, W]; reward_blocks 0 for no reward."""
+    """What a step's memory and time depend on. latent [B, 16, T, H, W]; reward_blocks 0 for no reward."""
 
     config: WanConfig
     latent: tuple[int, int, int, int, int]
@@ -40,6 +40,7 @@ class Setup:
     blocks: int | None = None  # of the generator; None: all
     chunk: int | None = None
     lora: LoraConfig | None = None  # None: all weights are trained
+    samples: int = 1  # graded ones, one after another: more time, not more memory
 
     @property
     def count(self) -> int:
@@ -56,12 +57,13 @@ class Numbers(NamedTuple):
 
     kept: int
     kept_last: int
-    forward: int  # most in the forward of a block
-    forward_last: int
+    forward: int  # most in the forward of a block, what a block of its kind before it puts away included
+    forward_last: int  # without that
     backward: int  # and in its backward, without what the block before brings back
     backward_last: int
     head: int  # behind the last block: head, loss, reward model
     away: int  # on the host
+    leaving: int  # still on the device of what a block has put away, until the next block's forward is over
     start: int  # before the blocks, beside weights and the like
     rest: int  # most before and after all blocks
 
@@ -157,15 +159,16 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
 
 
 def numbers_of(laps: Laps, policy: BlockPolicy) -> Numbers:
+    """The numbers of a policy from a dry run of BLOCKS blocks that have it."""
     now, n = laps.now, BLOCKS - 1
     kept, away = now[n] - now[n - 1], laps.host[n] - laps.host[n - 1]
     ahead = 0 if policy.plain else away
-    kept_last = now[n + 1] - now[0] - n * kept
+    kept_last, leaving = now[n + 1] - now[0] - n * kept, now[n] - now[0] - n * kept
     return Numbers(
         kept, kept_last,
-        laps.forward[n] - now[0] - (n - 1) * kept, laps.forward[n + 1] - now[0] - n * kept,
+        laps.forward[n] - now[0] - (n - 1) * kept, laps.forward[n + 1] - now[0] - n * kept - leaving,
         laps.backward[2] - now[0] - (n - 1) * kept - ahead,
         laps.backward[1] - now[0] - n * kept - (0 if policy.staying().plain else away),
-        laps.backward[0] - now[0] - n * kept - kept_last, away,
+        laps.backward[0] - now[0] - n * kept - kept_last, away, leaving,
         now[0] - laps.base, max(laps.forward[0], laps.rest) - laps.base,
     )  # fmt: skip

@@ -34,7 +34,8 @@ class LiveBytes(TorchDispatchMode):
     """A with block in which live bytes are counted: `now`, and the most so far, `peak`; on the host
     `host_now` and `host_peak`.
 
-    round_to: bytes that sizes are rounded up to; 512 counts as torch's CUDA allocator does.
+    round_to: bytes that sizes are rounded up to, on the host as well (so that what comes back from there is
+    what went); 512 counts as torch's CUDA allocator does.
     """
 
     def __init__(self, round_to: int = 1):
@@ -63,8 +64,8 @@ class LiveBytes(TorchDispatchMode):
             return
         if _on_host[0] and key not in self._known:
             weakref.finalize(storage, self._free_on_host, key).atexit = False
-            self._hosted[key] = storage.nbytes()
-            self.host_now += self._hosted[key]
+            self._hosted[key] = size
+            self.host_now += size
             self.host_peak = max(self.host_peak, self.host_now)
             return
         if key not in self._known:

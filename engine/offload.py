@@ -45,6 +45,7 @@ class HostStore:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._leaving: deque[tuple[torch.cuda.Event | None, list[Tensor]]] = deque()
+        self.lots = 0  # put away so far
 
     def copy(self, run) -> "torch.cuda.Event | None":
         """Run copies behind what the current stream has queued so far; the event that they are done."""
@@ -61,6 +62,7 @@ class HostStore:
         made: list[Away] = []
         event = self.copy(lambda: made.extend(Away(self, a) for a in tensors))
         self._leaving.append((event, tensors))
+        self.lots += 1
         self.settle(2)
         return made
 

@@ -1,34 +1,38 @@
 """The fastest block policies whose step fits a budget of bytes, predicted without a GPU.
 
 Bytes come from dry runs of the losses under fake tensors at the real size, on the model's first blocks,
-once for every kind of policy. A peak lies in the forward or the backward of some block or between them, and
+once for every kind of policy. A peak lies in the forward or the backward of some block, behind the last one,
+or before and after all of them, and
 
     peak in block i = before the blocks + what the blocks before i keep + what block i does
-                      + what the block before it brings back from the host
+                      + what of the block before i is on its way to the host, or back from it
 
-so the peak of any list of kinds follows from the numbers of each kind, and the best list from `search`.
-Bytes are what lives beside weights, gradients, optimizer state and the batch, in the worst of flow
+so the peak of any list of kinds follows from the numbers of each kind, and the fastest list that fits from
+`search`. Bytes are what lives beside weights, gradients, optimizer state and the batch, in the worst of flow
 matching, graded step and reward model; work space inside of attention libraries is not in them. Seconds
 are predicted by a roofline, or taken from a table measured by `measure`.
 """
 
 import itertools
 import json
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from prfl_engine import recompute
 from prfl_engine.config import Config, UserError
-from prfl_engine.dit import WanConfig, WanTransformer
+from prfl_engine.dit import WanTransformer
 from prfl_engine.dry_run import BLOCKS, Numbers, Setup, dry_run, numbers_of
-from prfl_engine.layers import Block
+from prfl_engine.layers import IMAGE_TOKENS
 from prfl_engine.recompute import NAMES, BlockPolicy
 from prfl_engine.reward import RewardModel
+from prfl_engine.search import SAME, UNLIMITED, Blocks, Tails, least, search
 from prfl_kernels.jit import wide
 
 _RESIDUALS = {"input", "after_attention", "after_cross"}
@@ -44,9 +48,6 @@ KINDS = {
     "full, input away": BlockPolicy((), {"input"}),
 }  # fmt: skip
 
-# All lists of 40 blocks take minutes; the walk of 100 ends within 0.4 % of the bound at 14B, 75,600 tokens.
-EXACT, WIDTH = 8, 100
-
 
 class Rates(NamedTuple):
     """Of an H100 SXM: products and copies as measured there once, attention as published for
@@ -61,8 +62,8 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """A policy that blocks can have, its bytes in every phase, and the nanoseconds of a block of the
-    generator in a step and of the reward model."""
+    """A policy that blocks can have, its bytes in every phase, and the picoseconds that a step spends in a
+    block of the generator and in all blocks of the reward model."""
 
     name: str
     policy: BlockPolicy
@@ -73,150 +74,50 @@ class Kind:
     @property
     def away(self) -> int:
         """Bytes of a block on the host."""
-        return next(iter(self.numbers.values())).away
+        return max(n.away for n in self.numbers.values())
 
-    def block(self, phase: str, kept: int, before: "Kind | None", last: bool) -> tuple[int, int]:
-        """(bytes kept behind this block, most in its forward and backward), from `kept` before it."""
+    def block(self, phase: str, before: "Kind | None", last: bool) -> tuple[int, int]:
+        """(what a block of this kind keeps, the most while it runs forward and backward beside what all
+        blocks before it keep), in bytes. before: the kind of the block before it; None where it is the first,
+        and then what lives before and after all blocks counts too. Where both put something away what is
+        said of the forward is an upper bound."""
         n, policy = self.numbers[phase], self.policy.staying() if last else self.policy
-        ahead = 0 if before is None or policy.plain else before.numbers[phase].away
-        forward, backward = (n.forward_last, n.backward_last) if last else (n.forward, n.backward)
-        peak = max(forward, backward + ahead)
-        return kept + (n.kept_last if last else n.kept), n.start + kept + peak
+        leaving = 0 if before is None else before.numbers[phase].leaving
+        back = 0 if before is None or policy.plain else before.numbers[phase].away
+        if last:
+            kept, forward, backward = n.kept_last, n.forward_last + leaving, n.backward_last
+        else:
+            kept, forward, backward = n.kept, n.forward + max(0, leaving - n.leaving), n.backward
+        peak = n.start + max(forward, backward + back)
+        return kept, max(peak, n.rest) if before is None else peak
 
 
 def predicted_peak(kinds: list[Kind], reward: Kind) -> int:
     """Most bytes of a step whose blocks have `kinds`, beside weights, gradients, optimizer and batch."""
     peak = 0
-    for phase in reward.numbers:
+    for phase, n in reward.numbers.items():
         kept, before = 0, None
         for i, kind in enumerate(kinds):
-            kept, here = kind.block(phase, kept, before, i == len(kinds) - 1)
-            peak, before = max(peak, here), kind
-        n = reward.numbers[phase]
-        peak = max(peak, n.start + kept + n.head, n.rest)
+            more, here = kind.block(phase, before, i == len(kinds) - 1)
+            peak, kept, before = max(peak, kept + here), kept + more, kind
+        peak = max(peak, kept + n.start + n.head)
     return peak
 
 
-class _State(NamedTuple):
-    """A list of kinds so far: what it costs, keeps in each phase and has at most, and how it came about."""
-
-    cost: int
-    kept: tuple[int, ...]
-    peak: int
-    host: int
-    kind: Kind | None
-    before: "_State | None"
-
-
-def _undominated(states: list[_State]) -> list[_State]:
-    """Without those that another one beats or equals in cost, kept bytes and bytes on the host."""
-    found: list[_State] = []
-    for s in sorted(states, key=lambda s: s[:4]):
-        sizes = s.host, *s.kept
-        if not any(all(map(int.__le__, (o.host, *o.kept), sizes)) for o in found):
-            found.append(s)
-    return found
-
-
-class _Bound:
-    """A cost that no list can be below, from what is kept and away so far and the number of blocks left.
-
-    With prices per byte kept and per byte away (Lagrange multipliers; any are valid), each block left costs
-    at least its cheapest kind, prices included, less the price of the room that is there.
-    """
-
-    def __init__(self, kinds: list[Kind], count: int, reward: Kind, budget: float, host: float):
-        numbers = list(reward.numbers.values())[-1]
-        self.room, self.host = budget - numbers.start - numbers.head, host
-        self.all = [(k.cost, list(k.numbers.values())[-1], k.away) for k in kinds]
-        pairs = list(itertools.permutations(self.all, 2))
-        slopes = ({(b[0] - a[0]) / (x - y) for a, b, x, y in rows if x > y} for rows in (
-            [(a, b, a[1].kept, b[1].kept) for a, b in pairs], [(a, b, a[2], b[2]) for a, b in pairs],
-        ))  # fmt: skip
-        prices = [sorted({0.0, *(p for p in found if p > 0)}) for found in slopes]
-        limited = (self.room < float("inf"), host < float("inf"))
-        prices = [p if there else [0.0] for p, there in zip(prices, limited, strict=True)]
-        start = _State(0, (0,), 0, 0, None, None)
-        self.price, self.away_price = max(
-            itertools.product(*prices), key=lambda p: self._at(*p)(start, count)
-        )
-        self.below = self._at(self.price, self.away_price)
-
-    def _at(self, price: float, away_price: float) -> Callable[[_State, int], float]:
-        each = min(cost + price * n.kept + away_price * away for cost, n, away in self.all)
-        last = min(cost + price * n.kept_last for cost, n, _ in self.all)
-
-        def below(s: _State, left: int) -> float:
-            total = s.cost + (left - 1) * each + last if left else s.cost
-            total += price * (s.kept[-1] - self.room) if price else 0
-            return total + (away_price * (s.host - self.host) if away_price else 0)
-
-        return below
-
-
-def search(
-    kinds: list[Kind], count: int, reward: Kind, budget: float, host: float = float("inf")
-) -> list[Kind] | None:
-    """The cheapest list of `count` kinds within the bytes of device and host: exact up to EXACT blocks,
-    beyond that the best of a walk that follows the WIDTH most promising lists.
-
-    Block by block, all lists at once. Of those with the same last kind one that costs, keeps and puts away
-    no less than another is dropped, and so is what cannot end below the cost of a list that is known already.
-    """
-    bound = _Bound(kinds, count, reward, budget, host)
-    best = _walk(kinds, count, reward, budget, host, bound, float("inf"), WIDTH)
-    if count <= EXACT:
-        limit = float("inf") if best is None else best.cost
-        best = _walk(kinds, count, reward, budget, host, bound, limit, None) or best
-    found = []
-    while best is not None and best.kind is not None:
-        found.append(best.kind)
-        best = best.before
-    return found[::-1] or None
-
-
-def _walk(
-    kinds: list[Kind], count: int, reward: Kind, budget: float, host: float, bound: _Bound, limit: float,
-    width: int | None,
-) -> _State | None:  # fmt: skip
-    """The best end among lists that may cost `limit`; of the lists so far, `width` are followed."""
-    phases = list(reward.numbers)
-    states = [_State(0, (0,) * len(phases), 0, 0, None, None)]
-    for i in range(count):
-        following, last = [], i == count - 1
-        for kind in kinds:
-            made = []
-            for s in states:
-                given = zip(phases, s.kept, strict=True)
-                steps = [kind.block(p, kept, s.kind, last) for p, kept in given]
-                peak, away = max(s.peak, *(here for _, here in steps)), s.host + kind.away * (not last)
-                new = _State(s.cost + kind.cost, tuple(k for k, _ in steps), peak, away, kind, s)
-                if peak <= budget and away <= host and bound.below(new, count - 1 - i) < limit:
-                    made.append(new)
-            following += _undominated(made)
-        states = sorted(following, key=lambda s: bound.below(s, count - 1 - i))[:width]
-    ends = []
-    for s in states:
-        numbers = zip((reward.numbers[p] for p in phases), s.kept, strict=True)
-        peak = max(s.peak, *(max(n.start + kept + n.head, n.rest) for n, kept in numbers))
-        if peak <= budget:
-            ends.append((s.cost, peak, s))
-    return min(ends, key=lambda e: e[:2])[2] if ends else None
-
-
-def recomputed(policy: BlockPolicy, config: WanConfig, tokens: int, rates: Rates) -> float:
-    """Seconds of computing again what a block does not hold, each thing once: products, attention, and one
-    read and write for norms."""
-    width, rows = config.dim, tokens * config.dim
-    product = 2 * rows * width / rates.products
-    norm = 4 * rows / rates.memory  # 16 bits in and out
+def recomputed(policy: BlockPolicy, setup: Setup, rates: Rates) -> float:
+    """Seconds of computing again what a block does not hold, each thing once: products, attention, and the
+    reads and writes of norms."""
+    c, tokens = setup.config, setup.tokens
+    values = tokens * c.dim
+    product, attention = 2 * values * c.dim / rates.products, 4 * values / rates.attention
+    norm, norm_of_stream = 4 * values / rates.memory, 6 * values / rates.memory  # 16 bits; float32 in
     cost = {
-        "normed": 6 * rows / rates.memory, "projections": 3 * product, "rotated": 2 * norm,
-        "attention": 4 * tokens * rows / rates.attention,
-        "after_attention": product + 10 * rows / rates.memory,
-        "cross_normed": 6 * rows / rates.memory, "cross_projections": product, "cross_queries": norm,
-        "cross_attention": 4 * config.text_len * rows / rates.attention, "after_cross": product,
-        "ffn_normed": 6 * rows / rates.memory, "hidden": product * config.ffn_dim / width,
+        "normed": norm_of_stream, "projections": 3 * product, "rotated": 2 * norm,
+        "attention": attention * tokens / setup.latent[0],
+        "after_attention": product + 10 * values / rates.memory,
+        "cross_normed": norm_of_stream, "cross_projections": product, "cross_queries": norm,
+        "cross_attention": attention * c.text_len, "after_cross": product,
+        "ffn_normed": norm_of_stream, "hidden": product * c.ffn_dim / c.dim,
     }  # fmt: skip
     return sum(cost[name] for name in NAMES if name not in policy.held)
 
@@ -230,7 +131,7 @@ def block_seconds(
     pairs = 4 * tokens * c.dim * (tokens / setup.latent[0] + c.text_len)
     forward = linear + pairs / rates.attention
     backward = linear * (1 if frozen else 2) + 2.5 * pairs / rates.attention_backward
-    backward += recomputed(policy, c, tokens, rates)
+    backward += recomputed(policy, setup, rates)
     # Copies run beside the computation; what takes longer than it is waited for.
     return max(forward, away / rates.link) + max(backward, away / rates.link)
 
@@ -254,6 +155,7 @@ class Plan:
     bytes: int  # most in a step, beside weights, gradients, optimizer state and the batch
     host: int
     seconds: float  # of blocks with gradient in a step; the rollout is the same for all
+    bound: float  # seconds that no list of these kinds is below which fits as well
     table: tuple[Choice, ...]  # one kind for all blocks, for comparison
     source: str
 
@@ -266,10 +168,14 @@ class Plan:
         return [self.reward.policy] * self.reward_blocks
 
     def __str__(self) -> str:
-        names = [kind.name for kind in self.blocks]
-        runs = ", ".join(f"{names.count(n)} x {n}" for n in dict.fromkeys(names))
+        runs = itertools.groupby(kind.name for kind in self.blocks)
+        blocks = ", ".join(f"{len(list(run))} x {name}" for name, run in runs)
         reward = f"; reward model: {self.reward.name}" if self.reward_blocks else ""
-        lines = [f"recompute: {runs}{reward}", f"GB beside weights, gradients and optimizer; {self.source}"]
+        proof = "of all lists the fastest"
+        if self.seconds > self.bound * (1 + SAME):
+            proof = f"at most {self.seconds - self.bound:.4f} s above the fastest list"
+        lines = [f"recompute: {blocks}{reward}; {proof}"]
+        lines.append(f"GB beside weights, gradients and optimizer; {self.source}")
         for c in (Choice("chosen", self.bytes, self.host, self.seconds), *self.table):
             sizes = f"{c.bytes / 1e9:9.3f} GB{c.host / 1e9:9.3f} GB on the host"
             lines.append(f"{c.name:32}{sizes}{c.seconds:10.4f} s")
@@ -278,17 +184,18 @@ class Plan:
 
 def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: Iterable[str]) -> list[Kind]:
     """Every kind with its bytes from a dry run and its cost, predicted or measured (seconds of a block)."""
-    made = []
+    made, graded = [], setup.samples * (setup.reward_blocks > 0)
     for name in names:
         policy = KINDS[name]
         laps = dry_run(setup, [policy] * BLOCKS, policy)
         numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
-        away, passes = next(iter(numbers.values())).away, setup.sft + setup.window * (setup.reward_blocks > 0)
-        seconds = [block_seconds(policy, setup, away, rates, frozen) for frozen in (False, True)]
+        away = next(iter(numbers.values())).away
+        seconds = [block_seconds(policy, setup, away, rates, f) for f in (setup.lora is not None, True)]
         if measured:
             seconds = [measured[name]] * 2
-        cost, reward_cost = round(1e9 * passes * seconds[0]), round(1e9 * setup.reward_blocks * seconds[1])
-        made.append(Kind(name, policy, numbers, cost, reward_cost))
+        passes = setup.sft + graded * setup.window, graded * setup.reward_blocks
+        costs = (round(1e12 * n * second) for n, second in zip(passes, seconds, strict=True))
+        made.append(Kind(name, policy, numbers, *costs))
     return made
 
 
@@ -310,34 +217,71 @@ def plan(
 def choose(
     kinds: list[Kind], setup: Setup, budget: float, host: float = float("inf"), source: str = ""
 ) -> Plan:
-    """`plan` from kinds that are made already."""
-    count, found = setup.count, []
-    for reward in kinds:
-        away = reward.away * max(0, setup.reward_blocks - 1)
-        blocks = search(kinds, count, reward, budget, host - away)
-        if blocks and away <= host:
-            found.append((sum(k.cost for k in blocks) + reward.reward_cost, blocks, reward))
-    if not found:
-        # The list that keeps least, and one kind for all blocks: the peak is not what `search` minimises.
-        lean = [replace(k, cost=max(n.kept for n in k.numbers.values())) for k in kinds]
-        rewards = [r for r in kinds if r.away * max(0, setup.reward_blocks - 1) <= host]
-        lists = [search(lean, count, rewards[0], float("inf"), host)] if rewards else []
-        lists += [[k] * count for k in kinds if k.away * (count - 1) <= host]
-        least = min(predicted_peak(blocks, r) for blocks in lists if blocks for r in rewards)
+    """`plan` from kinds that are made already. Of equally fast lists it is one that puts fewest bytes on the
+    host, and of those one of the lowest peak."""
+    count, (blocks, tails) = setup.count, _tables(kinds, setup)
+    fewest = int((count - 1) * blocks.away.min() + tails.away.min())
+    if fewest > host:
         raise UserError(
-            f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{-(-least // 10**3) / 1e6:g}:"
-            " the leanest policies need that much beside weights, gradients and optimizer state"
+            f"model.host: got {host / 1e9:g}, want at least {_above(fewest)}: every policy of"
+            f" {', '.join(k.name for k in kinds)} puts that much on the host"
         )
-    cost, blocks, reward = min(found, key=lambda f: (f[0], predicted_peak(f[1], f[2])))
+    room, away = (UNLIMITED if limit == float("inf") else math.floor(limit) for limit in (budget, host))
+    row, bound = search(blocks, tails, count, room, away)
+    if row is None:
+        # Where the search has no proof that nothing fits, the leanest list may.
+        row = least(blocks, tails, count, away)
+        if row.peak > budget:
+            raise UserError(
+                f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{_above(row.peak)}:"
+                " the leanest policies need that much beside weights, gradients and optimizer state"
+            )
+    found, reward = _in_runs([kinds[i] for i in row.kinds], kinds[row.tail]), kinds[row.tail]
 
     def choice(name: str, blocks: list[Kind], reward: Kind) -> Choice:
         moving = (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))  # the last block puts nothing away
         seconds = sum(k.cost for k in blocks) + reward.reward_cost
-        return Choice(name, predicted_peak(blocks, reward), sum(k.away for k in moving), seconds / 1e9)
+        return Choice(name, predicted_peak(blocks, reward), sum(k.away for k in moving), seconds / 1e12)
 
-    chosen = choice("chosen", blocks, reward)
+    chosen = choice("chosen", found, reward)
     table = tuple(choice(k.name, [k] * count, k) for k in kinds)
-    return Plan(tuple(blocks), reward, setup.reward_blocks, *chosen[1:], table, source)
+    return Plan(tuple(found), reward, setup.reward_blocks, *chosen[1:], bound / 1e12, table, source)
+
+
+def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
+    """The kinds as `search` takes them: the reward model is what follows behind the last block."""
+    phases = list(kinds[0].numbers)
+
+    def kept_and_peaks(last: bool) -> tuple[np.ndarray, np.ndarray]:
+        made = [[[k.block(p, b, last) for p in phases] for k in kinds] for b in (*kinds, None)]
+        table = np.array(made, np.int64)
+        return table[-1, ..., 0], table[..., 1]
+
+    blocks = Blocks(
+        np.array([k.cost for k in kinds]), np.array([k.away for k in kinds]),
+        *kept_and_peaks(False), *kept_and_peaks(True),
+    )  # fmt: skip
+    heads = [[k.numbers[p].start + k.numbers[p].head for p in phases] for k in kinds]
+    moving = max(0, setup.reward_blocks - 1)
+    tails = Tails(np.array([k.reward_cost for k in kinds]), moving * blocks.away, np.array(heads))
+    return blocks, tails
+
+
+def _in_runs(kinds: list[Kind], reward: Kind) -> list[Kind]:
+    """The list with equal kinds side by side, where its peak is then no higher: sorted by peak less what is
+    kept, falling, which is the best order where no block depends on the one before it."""
+
+    def behind(kind: Kind) -> tuple[int, str]:
+        alone = (kind.block(phase, kind, False) for phase in reward.numbers)
+        return min(kept - peak for kept, peak in alone), kind.name
+
+    ordered = sorted(kinds[:-1], key=behind) + kinds[-1:]
+    return ordered if predicted_peak(ordered, reward) <= predicted_peak(kinds, reward) else kinds
+
+
+def _above(size: int) -> str:
+    """Bytes in 10^9: the next thousand above."""
+    return f"{(size // 10**3 + 1) / 1e6:.6f}".rstrip("0").rstrip(".")
 
 
 def _read(path: str | Path) -> dict[str, float]:
@@ -349,6 +293,9 @@ def _read(path: str | Path) -> dict[str, float]:
         raise UserError(f"model.costs: {path} holds no measured seconds: {error!r}") from None
     if not found:
         raise UserError(f"model.costs: {path} names no kind, want some of {', '.join(KINDS)}")
+    for name, value in found.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"model.costs: got {value} seconds of {name!r} in {path}, want more than none")
     return found
 
 
@@ -356,18 +303,18 @@ def measure(
     setup: Setup, device: torch.device, names: Iterable[str] = tuple(KINDS), repeat: int = 3
 ) -> dict:
     """{"device", "tokens", "seconds": {kind: seconds}} of forward and backward of one block, the median of
-    differences between three blocks and one (so that what is put away travels), after a warm-up."""
+    differences between three blocks and one (so that what is put away travels), after a warm-up. Weights
+    have gradients."""
     c, found = setup.config, {}
     grid = tuple(n // p for n, p in zip(setup.latent[2:], c.patch_size, strict=True))
+    samples, tokens = setup.latent[0], setup.tokens // setup.latent[0]
     with torch.device(device):
-        blocks = [Block(c.dim, c.ffn_dim, c.num_heads, c.eps, False) for _ in range(3)]
-        tokens = setup.tokens // setup.latent[0]
-        x = torch.randn(setup.latent[0], tokens, c.dim, dtype=setup.residual_dtype).requires_grad_()
-        e = torch.randn(setup.latent[0], 6, c.dim)
-        context = torch.randn(setup.latent[0], c.text_len, c.dim, dtype=setup.compute_dtype)
-    for block in blocks:
-        for m in block.modules():
-            m.compute_dtype = setup.compute_dtype
+        model = WanTransformer(replace(c, num_layers=3)).to(setup.weight_dtype)
+        x = torch.randn(samples, tokens, c.dim, dtype=setup.residual_dtype).requires_grad_()
+        e = torch.randn(samples, 6, c.dim)
+        texts = c.text_len + (IMAGE_TOKENS if c.image else 0)
+        context = torch.randn(samples, texts, c.dim, dtype=setup.compute_dtype)
+    blocks = model.set_precision(setup.compute_dtype, setup.residual_dtype).set_chunk(setup.chunk).blocks
 
     def lap(policy: BlockPolicy, count: int) -> float:
         if device.type == "cuda":
@@ -396,7 +343,7 @@ def fit_memory(
         model.config, (config.data.batch_size, *shape), model.blocks[0].self_attn.q.compute_dtype or weight,
         model.residual_dtype or wide(weight), weight, reward.feature_layer if reward else 0,
         config.loss.sft_weight > 0, window, len(model.blocks), config.model.chunk,
-        config.lora if config.lora.rank else None,
+        config.lora if config.lora.rank else None, config.rollout.samples,
     )  # fmt: skip
     host = float("inf") if config.model.host is None else 1e9 * config.model.host
     made = plan(setup, config.model.budget, host, config.model.costs)

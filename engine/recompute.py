@@ -163,16 +163,18 @@ def run_all(
     context: Tensor,
     grid: tuple[int, int, int],
 ) -> Tensor:
-    """The blocks one after another, as in `run`. The last one puts nothing away: its backward comes first."""
+    """The blocks one after another, as in `run`. The last one puts nothing away: its backward comes first.
+    What a block puts away has left the device when the next block's forward is over."""
     watch = watchers[-1]() if watchers else None
-    before, moved = None, any(policy.offload for policy in policies)
+    before, store = None, store_of(x.device) if any(policy.offload for policy in policies) else None
     policies = [*policies[:-1], *(policy.staying() for policy in policies[-1:])]
     for block, policy in zip(blocks, policies, strict=True):
         if watch is not None:
             watch(x)
+        lots = store.lots if store is not None else 0
         x, before = run(block, policy, x, e, context, grid, before)
-    if moved:
-        store_of(x.device).settle()
+        if store is not None:
+            store.settle(store.lots - lots)
     if watch is not None:
         watch(x)
     return x

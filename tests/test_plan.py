@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import one_line, random_batch, tiny_config, tiny_model, tiny_reward, write_run
 
-from prfl_engine import cli, flow, plan
+from prfl_engine import cli, flow, plan, search
 from prfl_engine.config import ChainConfig, Config, ModelConfig, UserError, from_dict
-from prfl_engine.dry_run import Setup, dry_run
+from prfl_engine.dry_run import Numbers, Setup, dry_run
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import graded_rewards, sft_loss
 from prfl_engine.recompute import BlockPolicy, of_config
@@ -29,12 +29,20 @@ def kinds():
 
 
 def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
-    """Mixed lists of other lengths, against dry runs of all of their blocks."""
-    picks = random.Random(0)
-    for count in (3, 7, 8):
-        blocks, reward = picks.choices(kinds, k=count), picks.choice(kinds)
+    """Mixed lists of other lengths, against dry runs of all of their blocks: the whole and every block. In
+    the first list what is on its way to the host decides, in the forward of a block that keeps everything."""
+    picks, (none, _, away, _) = random.Random(0), kinds
+    for blocks in ([away, away, none, none], *(picks.choices(kinds, k=count) for count in (3, 7, 8))):
+        count, reward = len(blocks), picks.choice(kinds)
         full = dry_run(replace(SETUP, blocks=count), [k.policy for k in blocks], reward.policy)
         assert plan.predicted_peak(blocks, reward) == max(laps.peak for laps in full.values())
+        for phase, laps in full.items():
+            kept, before = 0, None
+            for i, kind in enumerate(blocks):
+                more, peak = kind.block(phase, before, i == count - 1)
+                found = max(laps.forward[i + 1], laps.backward[count - i]) - laps.base
+                assert kept + peak == (max(found, laps.rest - laps.base) if before is None else found)
+                kept, before = kept + more, kind
 
 
 @built
@@ -73,24 +81,25 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step(name):
         assert want[phase].peak <= live.peak - base + 512 <= want[phase].peak + latents + 4096, phase
 
 
-def test_the_search_is_that_of_brute_force(kinds):
-    """Every list of four kinds, over a range of budgets, with and without a limit on the host."""
-    count, reward, every = 4, kinds[1], []
-    for blocks in itertools.product(kinds, repeat=count):
-        away = sum(b.away for b in blocks[:-1])
-        every.append((sum(b.cost for b in blocks), plan.predicted_peak(list(blocks), reward), away))
-    peaks = sorted(peak for _, peak, _ in every)
-    hosts = sorted(away for *_, away in every)
-    for budget in (peaks[0] - 1, peaks[0], *peaks[5::37], peaks[-1]):
-        for host in (0, hosts[len(hosts) // 2], float("inf")):
-            fitting = [v[:2] for v in every if v[1] <= budget and v[2] <= host]
-            found = plan.search(kinds, count, reward, budget, host)
+def test_a_plan_is_that_of_brute_force(kinds):
+    """Every list of four kinds before every kind of reward model, over a range of budgets, with and without a
+    limit on the host."""
+    setup, every = replace(SETUP, blocks=3), []
+    for *blocks, reward in itertools.product(kinds, repeat=4):
+        away = sum(b.away for b in blocks[:-1]) + reward.away * (setup.reward_blocks - 1)
+        cost = sum(b.cost for b in blocks) + reward.reward_cost
+        every.append((cost, away, plan.predicted_peak(blocks, reward)))
+    peaks, hosts = sorted(peak for *_, peak in every), sorted(away for _, away, _ in every)
+    for budget in (peaks[0], *peaks[1::23], peaks[-1]):
+        for host in (hosts[len(hosts) // 3], float("inf")):
+            fitting = [v for v in every if v[2] <= budget and v[1] <= host]
             if not fitting:
-                assert found is None
-            else:
-                assert sum(k.cost for k in found) == min(fitting)[0]
-                assert plan.predicted_peak(found, reward) <= budget
-                assert sum(k.away for k in found[:-1]) <= host
+                with pytest.raises(UserError, match="want at least auto"):
+                    plan.choose(kinds, setup, budget, host)
+                continue
+            made = plan.choose(kinds, setup, budget, host)
+            assert (round(1e12 * made.seconds), made.host, made.bytes) == min(fitting)
+            assert made.bound == made.seconds and "of all lists the fastest" in str(made)
 
 
 def test_a_plan_fits_its_budget_and_a_larger_one_is_no_slower(kinds):
@@ -104,7 +113,11 @@ def test_a_plan_fits_its_budget_and_a_larger_one_is_no_slower(kinds):
     assert plan.choose(kinds, SETUP, 400e3, host=0).host == 0
 
 
-def test_a_budget_that_nothing_fits_is_refused_with_the_smallest_that_fits(kinds):
+@pytest.mark.parametrize("scale", [1, 1_234_567])
+def test_a_budget_that_nothing_fits_is_refused_with_the_smallest_that_fits(kinds, scale):
+    kinds = [
+        replace(k, numbers={p: Numbers(*(scale * v for v in n)) for p, n in k.numbers.items()}) for k in kinds
+    ]
     with pytest.raises(UserError, match=r"model.recompute: got auto:1e-05, want at least auto:") as e:
         plan.choose(kinds, SETUP, 1e4)
     least = float(str(e.value).split("at least auto:")[1].split(":")[0])
@@ -113,18 +126,53 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_smallest_that_fits(kinds
         plan.choose(kinds, SETUP, least * 1e9 - 1001)
 
 
+def test_kinds_that_all_move_something_want_that_much_of_the_host(kinds):
+    """Five blocks and two of the reward model, of which the last one of each stays."""
+    away = kinds[2:3]
+    with pytest.raises(UserError, match="model.host: got 0, want at least .*: every policy of att") as e:
+        plan.choose(away, SETUP, 1e9, 0)
+    least = float(str(e.value).split("at least ")[1].split(":")[0])
+    assert 5 * away[0].away < least * 1e9 <= 5 * away[0].away + 1000
+    assert plan.choose(away, SETUP, 1e9, least * 1e9).host == 5 * away[0].away
+
+
+def test_a_plan_without_a_proof_says_how_far_off_it_may_be(kinds, monkeypatch):
+    monkeypatch.setattr(search, "WIDTHS", (1,))
+    setup = replace(SETUP, blocks=8)
+    made = [plan.choose(kinds, setup, budget) for budget in range(300_000, 500_000, 20_000)]
+    unproved = [p for p in made if p.bound < p.seconds]
+    assert unproved and all(" s above the fastest list" in str(p) for p in unproved)
+    monkeypatch.undo()
+    for narrow, budget in zip(made, range(300_000, 500_000, 20_000), strict=True):
+        best = plan.choose(kinds, setup, budget)
+        assert narrow.bound <= best.seconds <= narrow.seconds
+
+
+@pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+def test_blocks_are_measured(model_type):
+    config = tiny_config(model_type, num_layers=2)
+    small = replace(SETUP, config=config, latent=(2, 16, 1, 4, 4), reward_blocks=1, chunk=3)
+    found = plan.measure(small, torch.device("cpu"), ("none", "full, input away"), 1)
+    assert set(found["seconds"]) == {"none", "full, input away"} and found["tokens"] == 8
+
+
 def test_measured_seconds_take_the_place_of_predicted_ones(tmp_path):
     small = replace(SETUP, config=tiny_config(num_layers=2), latent=(1, 16, 1, 4, 4), reward_blocks=1)
-    found = plan.measure(small, torch.device("cpu"), ("none", "full, input away"), 1)
-    assert set(found["seconds"]) == {"none", "full, input away"} and found["tokens"] == 4
     file = tmp_path / "costs.json"
     file.write_text(json.dumps({"seconds": {"none": 3.0, "full, input away": 2.0}}))
-    made = plan.plan(small, 1e9, measured=file)
+    made = plan.plan(replace(small, samples=4, window=3), 1e9, measured=file)
     assert [k.name for k in made.blocks] == ["full, input away"] * 2
-    assert made.seconds == 2 * 2 * 2.0 + 2.0  # two passes of two blocks, one block of the reward model
-    file.write_text("{}")
-    with pytest.raises(UserError, match="model.costs: .* holds no measured seconds"):
-        plan.plan(small, 1e9, measured=file)
+    # Of four samples three steps each and flow matching once, through two blocks; one block of the reward.
+    assert made.seconds == 13 * 2 * 2.0 + 4 * 2.0
+    for text, message in [
+        ("{}", "holds no measured seconds"),
+        ('{"seconds": {"some": 1.0}}', "names no kind"),
+        ('{"seconds": {"none": -1.0}}', "got -1.0 seconds of 'none'"),
+        ('{"seconds": {"none": NaN}}', "got nan seconds"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"model.costs: .*{message}"):
+            plan.plan(small, 1e9, measured=file)
 
 
 def test_more_computing_is_more_time_and_the_host_is_slow():
@@ -134,6 +182,10 @@ def test_more_computing_is_more_time_and_the_host_is_slow():
     assert costs["attention"] < costs["full"]
     slow = plan.block_seconds(plan.KINDS["none"], setup, 10**12, plan.Rates())
     assert slow == pytest.approx(2 * 1e12 / 50e9)
+    two = replace(setup, latent=(2, *setup.latent[1:]))  # a token attends to those of its own sample
+    for policy in plan.KINDS.values():
+        both, one = (plan.block_seconds(policy, s, 0, plan.Rates()) for s in (two, setup))
+        assert both == pytest.approx(2 * one)
 
 
 def test_a_run_with_a_budget_prints_its_plan(tmp_path, capsys, monkeypatch):

@@ -242,6 +242,21 @@ def test_at_most_two_lots_are_on_their_way(monkeypatch):
     assert sizes == [1, 2, 2, 2, 2] and not store._leaving
 
 
+def test_what_a_block_puts_away_has_left_when_the_next_one_is_over(monkeypatch):
+    """Also where that one puts nothing away. In the end all of a model's blocks have let go."""
+    store, left = offload.store_of(torch.device("cpu")), []
+    run = recompute.run
+
+    def watched(block, policy, *rest):
+        left.append(len(store._leaving))
+        return run(block, policy, *rest)
+
+    monkeypatch.setattr(recompute, "run", watched)
+    away, stays = BlockPolicy((), {"input"}), recompute.named("none")
+    gradients([away, away, stays, stays, away, stays], blocks=6)
+    assert left == [0, 1, 1, 0, 0, 1] and not store._leaving
+
+
 class Count(TorchDispatchMode):
     """How often each of our operations runs."""
 

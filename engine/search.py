@@ -1,0 +1,242 @@
+"""The cheapest row of blocks under a limit on peak bytes and one on bytes put away, with a proof.
+
+Every block of the row is of one of K kinds, and what it has at most depends on its kind, that of the block
+before it, and on what all blocks before it keep. Rows are built from their last block on, all at once. All
+that the blocks before may need to know of an end is its first kind and its *room*: the most that may be kept
+before it. So of two ends of equal length, one that costs and puts away no less, and leaves no more room,
+is dropped, and so is an end that cannot become as cheap as a row that is known: the blocks before it cost at
+least what the best mix of fractions of kinds would (a linear program in three unknowns, whose dual has few
+corners). Of the ends left, the `width` most promising ones are followed. The least bound of those let go says
+what any row costs at least; where that is more than the row found, nothing was missed.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+UNLIMITED = 1 << 60
+# Costs closer than this, relatively, are one: kinds are rounded to integers each for itself.
+SAME = 1e-6
+# Ends followed, one number after the other until nothing was missed; the most needed at 14B was 22,000.
+WIDTHS = 100, 1000, 30_000
+
+
+class Blocks(NamedTuple):
+    """What K kinds of blocks cost and hold, in P phases; int64."""
+
+    cost: np.ndarray  # [K]
+    away: np.ndarray  # [K] bytes put away, by all blocks but the last
+    kept: np.ndarray  # [K, P] bytes kept behind a block, beside what was kept before it
+    peak: np.ndarray  # [K + 1, K, P] most in it beside that, by the kind before it (K: none) and its own
+    kept_last: np.ndarray  # the same of a last block
+    peak_last: np.ndarray
+
+
+class Tails(NamedTuple):
+    """R things one of which follows behind the last block."""
+
+    cost: np.ndarray  # [R]
+    away: np.ndarray  # [R]
+    peak: np.ndarray  # [R, P] beside what the blocks keep
+
+
+class Row(NamedTuple):
+    kinds: list[int]
+    tail: int
+    cost: int
+    away: int
+    peak: int
+
+
+class _Ends(NamedTuple):
+    """Ends of rows, all of one length."""
+
+    kind: np.ndarray  # of the first block
+    cost: np.ndarray
+    away: np.ndarray
+    room: np.ndarray  # [n, P]
+    before: np.ndarray  # the end that is one block shorter; of a single block: its tail
+    bound: np.ndarray  # no row with this end costs less
+
+    def take(self, index: np.ndarray) -> "_Ends":
+        return _Ends(*(a[index] for a in self))
+
+
+def search(
+    blocks: Blocks, tails: Tails, count: int, budget: int, away: int
+) -> tuple[Row | None, float]:
+    """The cheapest row of `count` blocks and a tail whose peak is at most `budget` and which puts at most
+    `away` bytes away, and a cost that no such row is below (inf: there is none).
+
+    Of rows of one cost (see SAME) it is one that puts least away, and of those one of the least peak. Where
+    the second result is the cost of the first, that is proved.
+    """
+    blocks, tails = _distinct(blocks, tails)
+    best, floor = None, 0.0
+    for width in WIDTHS:
+        limit = np.inf if best is None else best.cost
+        ends, steps, lost = _walk(blocks, tails, count, budget, away, limit, width)
+        rows = [] if best is None else [best]
+        if len(ends.cost):
+            cheap = np.flatnonzero(ends.cost <= ends.cost.min() * (1 + SAME))
+            room = ends.room.min(1)
+            first = np.lexsort((ends.cost[cheap], -room[cheap], ends.away[cheap]))[0]
+            rows.append(_row(ends, steps, cheap[first], budget))
+        if rows:
+            most = min(row.cost for row in rows) * (1 + SAME)
+            best = min((row for row in rows if row.cost <= most), key=lambda r: (r.away, r.peak, r.cost))
+        floor = max(floor, lost)
+        if lost == np.inf or (best is not None and lost > best.cost * (1 + SAME)):
+            break
+    return best, float(floor if best is None else min(floor, best.cost))
+
+
+def least(blocks: Blocks, tails: Tails, count: int, away: int) -> Row | None:
+    """The row of least peak among those that put at most `away` bytes away, whatever it costs."""
+    free, tails = _distinct(blocks._replace(cost=0 * blocks.cost), tails._replace(cost=0 * tails.cost))
+    ends, steps, _ = _walk(free, tails, count, UNLIMITED, away, np.inf, WIDTHS[-1])
+    return _row(ends, steps, ends.room.min(1).argmax(), UNLIMITED) if len(ends.cost) else None
+
+
+def _distinct(blocks: Blocks, tails: Tails) -> tuple[Blocks, Tails]:
+    """Phases in which every kind keeps the same bytes as one, whose peak is the higher one."""
+    kept = np.concatenate([blocks.kept, blocks.kept_last])
+    columns, which = np.unique(kept, axis=1, return_inverse=True)
+    alike = [np.flatnonzero(which.ravel() == p) for p in range(columns.shape[1])]
+
+    def highest(peak: np.ndarray) -> np.ndarray:
+        return np.stack([peak[..., phases].max(-1) for phases in alike], -1)
+
+    kept, kept_last = np.split(columns, 2)
+    blocks = Blocks(
+        blocks.cost, blocks.away, kept, highest(blocks.peak), kept_last, highest(blocks.peak_last)
+    )
+    return blocks, tails._replace(peak=highest(tails.peak))
+
+
+def _walk(
+    blocks: Blocks, tails: Tails, count: int, budget: int, away: int, limit: float, width: int
+) -> tuple[_Ends, list[_Ends], float]:
+    """Whole rows that may cost `limit`, the ends they came from, and the least bound of ends let go."""
+    below, lost, steps = _bound(blocks, away), np.inf, []
+    tail, kind = (a.ravel() for a in np.indices((len(tails.cost), len(blocks.cost))))
+    room = budget - tails.peak[tail] - blocks.kept_last[kind]
+    room = np.minimum(room, budget - blocks.peak_last.min(0)[kind])
+    cost, gone = tails.cost[tail] + blocks.cost[kind], tails.away[tail]
+    ends = _Ends(kind, cost, gone, room, tail, below(cost, gone, room, count - 1))
+    for left in reversed(range(count)):
+        peak = blocks.peak if steps else blocks.peak_last
+        ends = ends.take(_fitting(ends, away, limit))
+        # The kind of an end's first block matters where that block may decide what the one before it can be.
+        group = np.where((budget - peak.max(0)[ends.kind] < ends.room).any(1), ends.kind, -1)
+        ends = ends.take(_undominated(np.column_stack([ends.cost, ends.away, -ends.room]), group))
+        if len(ends.cost) > width:
+            order = np.argsort(ends.bound, kind="stable")
+            lost = min(lost, ends.bound[order[width]])
+            ends = ends.take(order[:width])
+        steps.append(ends)
+        if left:
+            kinds = range(len(blocks.cost))
+            longer = [_before(ends, kind, blocks, peak, budget, below, left - 1) for kind in kinds]
+            ends = _Ends(*map(np.concatenate, zip(*longer, strict=True)))
+    room = np.minimum(ends.room, budget - peak[-1, ends.kind])
+    ends = ends._replace(room=room, before=np.arange(len(room)))
+    return ends.take(_fitting(ends, away, limit)), steps, lost
+
+
+def _before(
+    ends: _Ends, kind: int, blocks: Blocks, peak: np.ndarray, budget: int, below: Callable, left: int
+) -> _Ends:
+    """The ends with a block of `kind` before them; peak: of their first blocks."""
+    room = np.minimum(ends.room, budget - peak[kind, ends.kind]) - blocks.kept[kind]
+    room = np.minimum(room, budget - blocks.peak[:, kind].min(0))
+    cost, away = ends.cost + blocks.cost[kind], ends.away + blocks.away[kind]
+    index = np.arange(len(cost))
+    return _Ends(np.full_like(index, kind), cost, away, room, index, below(cost, away, room, left))
+
+
+def _fitting(ends: _Ends, away: int, limit: float) -> np.ndarray:
+    ok = (ends.room >= 0).all(1) & (ends.away <= away) & (ends.bound <= limit * (1 + SAME))
+    return np.flatnonzero(ok)
+
+
+def _row(ends: _Ends, steps: list[_Ends], index: int, budget: int) -> Row:
+    kinds, at = [], ends.before[index]
+    for step in reversed(steps):
+        kinds.append(int(step.kind[at]))
+        at = step.before[at]
+    peak = budget - ends.room[index].min()
+    return Row(kinds, int(at), int(ends.cost[index]), int(ends.away[index]), int(peak))
+
+
+def _undominated(values: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Indices of the rows of `values` [n, D] that no other one, of the same group or of group -1, is at most
+    as large as in every column; one of equal rows."""
+    order = np.lexsort((group, *values.T[::-1]))
+    rows = np.column_stack([values, group])[order]
+    order = order[np.r_[True, (rows[1:] != rows[:-1]).any(1)][: len(order)]]
+    found = [_front(values, order[group[order] < 0])]
+    for g in np.unique(group[group >= 0]):
+        front = _front(values, order[(group[order] == g) | np.isin(order, found[0])])
+        found.append(front[group[front] == g])
+    return np.concatenate(found)
+
+
+def _front(values: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The same without groups, of the rows `order`, which rise: what is smaller stands before."""
+    found = against = order[:0]
+    for start in range(0, len(order), 256):
+        here = order[start : start + 256]
+        here = here[~_beaten(values, against, here).any(0)]
+        here = here[~np.triu(_beaten(values, here, here), 1).any(0)]
+        found, against = np.concatenate([found, here]), np.concatenate([against, here])
+        if values.shape[1] == 3:  # all that is to come is as large in the first column: two are left
+            against = against[np.lexsort(values[against, 2:0:-1].T)]
+            least = np.minimum.accumulate(values[against, 2])
+            against = against[np.r_[True, least[1:] < least[:-1]][: len(against)]]
+    return found
+
+
+def _beaten(values: np.ndarray, by: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[len(by), len(rows)]: is the one at most as large in every column?"""
+    beaten = np.ones((len(by), len(rows)), bool)
+    for column in values.T:
+        beaten &= column[by, None] <= column[rows]
+    return beaten
+
+
+def _bound(blocks: Blocks, away: int) -> Callable[..., np.ndarray]:
+    """below(cost, away, room, left): what rows cost at least whose ends are such, with `left` blocks to come.
+
+    With any prices per byte kept and per byte away, each block left costs at least its cheapest kind, prices
+    included, less the price of what there is. The best prices are corners of { each <= cost + price * kept +
+    away_price * away for every kind, prices >= 0 }. A phase at a time.
+    """
+    corners = [_corners(blocks.cost, kept, blocks.away) for kept in blocks.kept.T]
+
+    def below(cost: np.ndarray, gone: np.ndarray, room: np.ndarray, left: int) -> np.ndarray:
+        rest = [
+            left * each - price * space - away_price * (away - gone)
+            for prices, space in zip(corners, room.T, strict=True)
+            for price, away_price, each in prices
+        ]
+        return cost + np.max(rest, axis=0)
+
+    return below
+
+
+def _corners(cost: np.ndarray, kept: np.ndarray, away: np.ndarray) -> list[tuple[float, float, float]]:
+    """(price, away price, the cheapest kind at these)."""
+    scale = max(1.0, float(cost.max())), max(1.0, float(kept.max())), max(1.0, float(away.max()))
+    c, x, y = cost / scale[0], kept / scale[1], away / scale[2]
+    planes = np.concatenate([np.column_stack([-x, -y, np.ones_like(x)]), np.eye(3)[:2]])
+    values, found = np.r_[c, 0, 0], {(0.0, 0.0)}
+    for three in map(list, itertools.combinations(range(len(planes)), 3)):
+        if abs(np.linalg.det(planes[three])) > 1e-12:
+            *corner, each = np.linalg.solve(planes[three], values[three])
+            if min(corner) > -1e-12 and each <= (c + corner[0] * x + corner[1] * y).min() + 1e-9:
+                found.add(tuple(max(0.0, round(price, 12)) for price in corner))
+    prices = [(p * scale[0] / scale[1], q * scale[0] / scale[2]) for p, q in sorted(found)]
+    return [(p, q, float((cost + p * kept + q * away).min())) for p, q in prices]
