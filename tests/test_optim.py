@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, write_run
-from no_sync import NoSync
+from no_sync import NoBlockingCopy, NoSync
 from safetensors.torch import load_file
 from test_train import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 
@@ -213,8 +213,13 @@ def test_the_watch_for_syncs_sees_them():
     ):  # fmt: skip
         with NoSync([x]), pytest.raises(AssertionError, match="waits for the device"):
             sync()
-    with NoSync([x]):
+    watch = NoSync([x])
+    for copy in (lambda: host.to(x.device), lambda: torch.tensor(1.0, device=x.device)):
+        with NoBlockingCopy(watch), pytest.raises(AssertionError, match="waits"):
+            copy()
+    with NoSync([x]) as watch, NoBlockingCopy(watch):
         assert (host > 1).any() and host[1].item() == 1
+        assert x.to(x.device) is x and host.to(x.device, non_blocking=True).float().to(x.dtype).any()
         assert x[host[host > 1]].shape == (1,)
 
 
@@ -235,7 +240,7 @@ def test_a_step_takes_no_number_out_of_a_tensor(how, dtype):
     optimizer, ema = make_optimizer([(policy, 1e-3)], config), EMA(policy, 0.9)
     before = [p.detach().clone() for p in policy.parameters()]
     given = [noise, *(a for a in batch if a is not None), *policy.parameters(), *reward.parameters()]
-    with NoSync(given):
+    with NoSync(given) as watch, NoBlockingCopy(watch):
         optim.set_lr(optimizer, 0.5)
         if not config.in_backward:
             sft_loss(policy, batch, noise, torch.tensor([0.3, 0.6])).mean().backward()
