@@ -72,7 +72,7 @@ class NoBlockingCopy(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.tensor and kwargs.get("device") is not None:
             raise AssertionError("torch.tensor copies numbers to the device and waits")
-        if func is Tensor.to and not kwargs.get("non_blocking") and not self.watch._follows(args[:1]):
-            if any(isinstance(a, torch.device) for a in (*args, *kwargs.values())):
-                raise AssertionError("a copy from the host waits for the device")
+        moves = func is Tensor.to and any(isinstance(a, torch.device) for a in (*args, *kwargs.values()))
+        if moves and not kwargs.get("non_blocking") and not self.watch._follows(args[:1]):
+            raise AssertionError("a copy from the host waits for the device")
         return func(*args, **kwargs)
