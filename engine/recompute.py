@@ -325,16 +325,17 @@ class Run:
                 found.append(a.detach())  # a result comes with its graph, which holds this function
             return 0  # nothing asks: this graph is never run
 
+        # Before the watch begins: what cross-attention reads may have to be made, by a norm that saves too.
+        x = self._stream("input" if branch == "attend" else "cross_normed").detach()
+        x.requires_grad_(self.graded[branch])
         with torch.enable_grad(), saved_tensors_hooks(pack, _unpack):
             if branch == "attend":
-                x = self._stream("input").detach().requires_grad_(self.graded[branch])
                 given = [_here(a) for a in self.attention] or None
                 made = self._attend(x, self.policy.again, given)
                 self.made |= {"after_attention": made.x.detach(), "cross_normed": made.n.detach()}
             else:
-                n = self._stream("cross_normed").detach().requires_grad_(self.graded[branch])
-                self.made["cross"] = self.block.cross_attn(n, self.context, self.policy.again).detach()
-        streams = {a.untyped_storage()._cdata for a in (x if branch == "attend" else n, *self.made.values())}
+                self.made["cross"] = self.block.cross_attn(x, self.context, self.policy.again).detach()
+        streams = {a.untyped_storage()._cdata for a in (x, *self.made.values())}
         self.again |= {
             (branch, i): a for i, a in enumerate(found) if a.untyped_storage()._cdata not in streams
         }

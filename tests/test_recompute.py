@@ -26,6 +26,7 @@ POLICIES = {
     "no cross_normed": BlockPolicy(set(NAMES) - {"cross_normed"}),
     "no after_attention": BlockPolicy(set(NAMES) - {"after_attention"}),
     "no after_cross": BlockPolicy(set(NAMES) - {"after_cross"}),
+    "only after_attention": BlockPolicy({"input", "after_attention"}),
     "hidden and attentions": BlockPolicy({"input", "attention", "cross_attention", "hidden"}),
     "input away": BlockPolicy((), {"input"}),
     "input and attention away": BlockPolicy((), {"input", "attention"}),
