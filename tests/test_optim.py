@@ -351,6 +351,17 @@ def test_losses_in_turn(tmp_path):
     assert [("train/sft_loss" in v, "train/reward" in v) for v in values(out).values()] == [(True, True)] * 2
 
 
+def test_what_a_stopped_run_had_not_logged_yet_is_logged(tmp_path):
+    """Steps 4 to 6 have a line together; flow matching was in the fifth."""
+    turns = ["loss.alternate=true", "train.log_every=3"]
+    config = write_run(tmp_path, train={"save_every": 5})
+    run("train", config, *turns, "train.steps=6", f"train.out={tmp_path}/whole")
+    run("train", config, *turns, "train.steps=5")
+    run("train", config, *turns, "train.steps=6", "train.resume=true")
+    assert "train/sft_loss" in values(tmp_path / "whole")[6]
+    assert values(tmp_path / "run") == values(tmp_path / "whole")
+
+
 def test_a_gradient_that_is_not_a_number_in_backward_stops_the_run(tmp_path, capsys, monkeypatch):
     config = write_run(tmp_path)
     way = WAYS["in backward"]
