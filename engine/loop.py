@@ -39,8 +39,14 @@ def pick_device(config: Config) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"train.device: got {name!r}, want auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device: got {name!r}, but torch sees no CUDA GPU here")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"train.device: got {name!r}, but torch sees no CUDA GPU here")
+        if device.index is not None:
+            if device.index >= torch.cuda.device_count():
+                count = torch.cuda.device_count()
+                raise UserError(f"train.device: got {name!r}, want one of the {count} GPUs that torch sees")
+            torch.cuda.set_device(device)  # the one on which Triton launches and graphs are recorded
     if device.type == "cpu":
         compiled.keep_freed_memory()
     try:
