@@ -83,11 +83,12 @@ def test_a_run_from_layers_of_their_own_ranks_goes_on_to_the_bit(tmp_path, monke
         ("lora.alpha=0", "lora.alpha: got 0"),
         ("lora.targets=[nowhere]", "lora.targets: got 'nowhere'"),
         ("lora.path=nowhere", "nowhere: no adapter there"),
+        ("lora.rank=0 lora.path=nowhere", "lora.path: got 'nowhere', want null with lora.rank 0"),
         ("model.chunk=0", "model.chunk: got 0"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, override, message):
-    run("train", config(tmp_path), override, code=2)
+    run("train", config(tmp_path), *override.split(), code=2)
     assert message in one_line(capsys)
 
 
