@@ -1,6 +1,7 @@
 """Block policies: the same gradients whatever is kept, put away or made again, and the bytes they say."""
 
 import gc
+from itertools import combinations
 
 import pytest
 import torch
@@ -62,6 +63,14 @@ def test_no_policy_changes_a_gradient():
     want = gradients("none")
     for policy in POLICIES.values():
         assert_same(gradients(policy), want)
+
+
+@pytest.mark.parametrize("inner", [(), INNER, ("attention", "cross_attention", "hidden")], ids=len)
+def test_any_streams_may_be_held(inner):
+    want = gradients("none", blocks=1)
+    for count in range(len(STREAM)):
+        for streams in combinations(STREAM[1:], count):
+            assert_same(gradients(BlockPolicy({"input", *streams, *inner}), blocks=1), want)
 
 
 def test_nor_with_an_image():
