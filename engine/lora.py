@@ -140,8 +140,8 @@ def read(path: str | Path) -> tuple[dict[str, LowRank], set[str]]:
 
 
 def _scales(path: Path, ranks: dict[str, int]) -> tuple[dict[str, float], set[str]]:
-    """(the scale of every update, those that a pattern names) by PEFT's configuration; without one alpha is
-    the rank."""
+    """(the scale of every update, those that a pattern names unless all are alike) by PEFT's configuration;
+    without one alpha is the rank."""
     if not path.is_file():
         return dict.fromkeys(ranks, 1.0), set()
     try:
@@ -161,7 +161,8 @@ def _scales(path: Path, ranks: dict[str, int]) -> tuple[dict[str, float], set[st
             raise UserError(f"{path}: got {name} {values[name]!r}, want {usual[0]!r}")
     root = bool(values.get("use_rslora"))
     scales = {name: alphas[name] / (math.sqrt(rank) if root else rank) for name, rank in ranks.items()}
-    return scales, {name for name, own in found.items() if own != [None, None]}
+    alike = len({(ranks[name], scale) for name, scale in scales.items()}) == 1
+    return scales, {name for name, own in found.items() if own != [None, None] and not alike}
 
 
 def _matched(pattern: dict[str, float], name: str) -> float | None:

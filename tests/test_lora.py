@@ -122,6 +122,17 @@ def test_adapters_round_trip_and_have_the_keys_of_peft(config, tmp_path):
     assert torch.equal(velocity(other, inputs(config)), velocity(trained, inputs(config)))
 
 
+def edited(change):
+    def run(folder):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        values = json.loads((folder / "adapter_config.json").read_text())
+        change(tensors, values)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(values))
+
+    return run
+
+
 PATTERNS = {"rank_pattern": {"ffn.0": 5, "blocks.1.*attn.q": 2}, "alpha_pattern": {"^blocks.0.*": 4.5}}
 
 
@@ -174,6 +185,17 @@ def test_training_goes_on_from_layers_of_their_own_ranks(config, tmp_path):
         lora.load(other, tmp_path)  # layers that no pattern names are of lora.rank
 
 
+def test_patterns_that_make_all_layers_alike_are_no_exception(tmp_path):
+    """Such an adapter is saved with one rank, which lora.rank has to be when a run is resumed."""
+    lora.save(model(), tmp_path)
+    patterns = {"rank_pattern": {".*": 3}, "alpha_pattern": {".*": 6}}
+    edited(lambda t, v: v.update(r=8, lora_alpha=1, **patterns))(tmp_path)
+    updates, own = lora.read(tmp_path)
+    assert {low.scale for low in updates.values()} == {2.0} and not own
+    with pytest.raises(UserError, match=r"has A \(3, \d+\) and B .* want \(8,"):
+        lora.load(model(lora_config=replace(CONFIG, rank=8)), tmp_path)
+
+
 @pytest.mark.parametrize("prefix", ["base_model.model.", "diffusion_model.", ""])
 def test_the_bare_file_of_the_official_script_is_read(tmp_path, prefix):
     trained = model(lora_config=replace(CONFIG, alpha=None))
@@ -185,17 +207,6 @@ def test_the_bare_file_of_the_official_script_is_read(tmp_path, prefix):
     for place in (file, file.parent):
         fresh = lora.load(model(lora_config=replace(CONFIG, alpha=None), trained=False), place)
         assert torch.equal(velocity(fresh, inputs(fresh.config)), velocity(trained, inputs(fresh.config)))
-
-
-def edited(change):
-    def run(folder):
-        tensors = load_file(folder / "adapter_model.safetensors")
-        values = json.loads((folder / "adapter_config.json").read_text())
-        change(tensors, values)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(values))
-
-    return run
 
 
 KEY = "base_model.model.blocks.0.self_attn.q.lora_A.weight"
