@@ -146,13 +146,16 @@ class Build(build_ext):
         import pybind11
 
         x86 = platform.machine() in ("x86_64", "AMD64")
-        isas = [entry for entry in sources("isa") if not entry[1:] or (x86 and compiles(entry[1:]))]
+        wanted = [entry for entry in sources("isa") if x86 or not entry[1:]]
+        isas = [entry for entry in wanted if compiles(entry[1:])]
+        left_out = " ".join(name for name, *flags in wanted if [name, *flags] not in isas)
         have = [f"-DPRFL_HAVE_{name.upper()}" for name, *_ in isas]
         includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
         built = " ".join(CUDA_ARCHITECTURES) if nvcc is not None else ""
-        cuda = [f'-DPRFL_CUDA_ARCHITECTURES="{built}"', f'-DPRFL_CUDA_REASON="{why}"']
+        facts = [f'-DPRFL_ISAS_LEFT_OUT="{left_out}"']
+        facts += [f'-DPRFL_CUDA_ARCHITECTURES="{built}"', f'-DPRFL_CUDA_REASON="{why}"']
         if nvcc is not None:
-            cuda += ["-DPRFL_CUDA", f"-I{nvcc.parent.parent / 'include'}"]
+            facts += ["-DPRFL_CUDA", f"-I{nvcc.parent.parent / 'include'}"]
         for (source,) in sources("host"):
             yield [*CXX, *CXX_FLAGS, *have, f"-I{CSRC}"], source, self.object(source)
         for name, *flags in isas:
@@ -161,7 +164,7 @@ class Build(build_ext):
                 yield command, source, self.object(source, name)
         for (source,) in sources("python") + (sources("python_cuda") if nvcc is not None else []):
             # Binding code is neither hot nor quick to compile.
-            yield [*CXX, *CXX_FLAGS, "-O1", *includes, *cuda], source, self.object(source)
+            yield [*CXX, *CXX_FLAGS, "-O1", *includes, *facts], source, self.object(source)
 
     def cuda_jobs(self, nvcc: Path | None):
         if nvcc is None:

@@ -31,7 +31,7 @@ from kernel_cases import Entry
 from shapes import Shape
 from timing import Times, compile_absence, limits, machine, measure
 
-from prfl_kernels import compiled, jit, ledger, table
+from prfl_kernels import compiled, jit, ledger, ledger_entries, ledger_rows, table
 
 ENTRIES = kernel_cases.ENTRIES + kernel_cases_fp8.ENTRIES
 PASSES = ("forward", "backward")
@@ -264,7 +264,7 @@ def predicted(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
     names = ledger_names(entries)
     stream = getattr(torch, args.residual)
 
-    def wanted(entry: ledger.Entry, case: ledger.Case) -> bool:
+    def wanted(entry: ledger_entries.Entry, case: ledger_entries.Case) -> bool:
         here = case.model in args.model and case.length in args.tokens
         return here and entry.op in names and (case.stream == stream or len(entry.streams) == 1)
 
@@ -276,10 +276,10 @@ def predicted(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
                 continue
             entry, i = names[made["op"]]
             times = Times(*[made["predicted_seconds"]] * 3)
-            rate = ledger.DOT_RATES["fp8" if entry.rate == "fp8" else "16-bit"]
+            rate = ledger_rows.DOT_RATES["fp8" if entry.rate == "fp8" else "16-bit"]
             shape = list(entry.inputs(s._replace(device="meta"))[0].shape)
             row = {"op": entry.name, "pass": PASSES[i], "backend": table.TRITON, "shape": shape}
-            row |= figures(times, made["minimum_bytes"], entry.flops(s)[i], ledger.BANDWIDTH, rate)
+            row |= figures(times, made["minimum_bytes"], entry.flops(s)[i], ledger_rows.BANDWIDTH, rate)
             rows.append({"model": model, "tokens": s.tokens, "sp": s.sp, "predicted": True} | row)
             print(line(rows[-1]))
     absent = [e.name for e in entries if e.name not in {row["op"] for row in rows}]

@@ -1,14 +1,17 @@
 """One PRFL step: seconds of every phase and exact live bytes, by kernels, recomputation, samples and window.
 
     python benchmarks/bench_step.py [--dtype bfloat16] [--kernels reference cpu] [--train full lora]
-        [--recompute none full] [--samples 1 4] [--window 1 all] [--repeat 3] [--peer DIR]
+        [--recompute none full] [--samples 1 4] [--window 1 all] [--rollout same fp8 cache:0.05]
+        [--repeat 3] [--peer DIR]
 
 The step is that of a training run: flow matching, a rollout without gradient, graded steps, the reward of
 their results, backward, clipping and AdamW. With --peer the step of a checkout of HY-Video-PRFL is taken
 too, without and with its recomputation of blocks (peer.py). First the gate: losses and gradients of every
-setting against the first kernels without recomputation, for the same samples and window. Then every setting
-takes a step in turn, `--repeat` times after a warm-up; medians are printed. Bytes are the most that live in
-a step before the optimizer, over weights and gradients, counted in a step of its own (LiveBytes). With
+setting against the first kernels without recomputation, for the same samples and window. An accelerated
+rollout goes elsewhere: there the latent before the graded step is compared with a plain rollout's. That
+drift depends on the weights, and these are random. Then every setting takes a step in turn, `--repeat`
+times after a warm-up; medians are printed, and graded samples a second. Bytes are the most that live in a
+step before the optimizer, over weights and gradients, counted in a step of its own (LiveBytes). With
 several samples the earlier steps of a window count with the rollout that follows them. By default the size
 is small enough for two CPU cores: width 512, 8 blocks, 1,080 tokens, the graded step at index 6 of 10.
 """
@@ -29,11 +32,12 @@ from torch import Tensor, nn
 
 from prfl_engine import flow, lora
 from prfl_engine.checkpoint import new_reward
-from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig
+from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig, RolloutConfig
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import Batch, graded_rewards, reward_loss, sft_loss, stratified_indices
 from prfl_engine.optim import make_optimizer
+from prfl_engine.rollout import Rollout
 from prfl_kernels import compiled, table
 
 PHASES = ("flow matching", "rollout and reward", "backward", "optimizer")
@@ -50,11 +54,24 @@ class Setting(NamedTuple):
     recompute: str
     samples: int
     window: str
+    rollout: str = "same"  # same, fp8 or cache:THRESHOLD
 
     def __str__(self) -> str:
         steps = "steps" if self.window != "1" else "step"
         trained = "" if self.trained == "full" else f"{self.trained}, "
-        return f"{self.kernels}, {trained}recompute {self.recompute}, {self.samples} x {self.window} {steps}"
+        rollout = "" if self.rollout == "same" else f", {self.rollout}"
+        return (
+            f"{self.kernels}, {trained}recompute {self.recompute}, {self.samples} x {self.window} {steps}"
+            f"{rollout}"
+        )
+
+
+def rollout_config(how: str) -> RolloutConfig:
+    """What --rollout names."""
+    name, _, threshold = how.partition(":")
+    if name == "cache":
+        return RolloutConfig(cache=float(threshold))
+    return RolloutConfig(precision=name)
 
 
 class Step:
@@ -112,10 +129,23 @@ class Step:
         for model in (policy, self.reward.transformer):
             model.recompute, model.keep = setting.recompute, self.keep
         window = setting.window if setting.window == "all" else int(setting.window)
+        rollout = self.rollout(setting)
         yield sft_loss(policy, self.batch, self.noise, sigma).mean()
         rest = (self.schedule, self.batch, self.noise, self.indices(setting.samples), ChainConfig(window))
-        for logit in graded_rewards(policy, self.reward, *rest):
+        for logit in graded_rewards(policy, self.reward, *rest, rollout and rollout.stretches):
             yield reward_loss(logit, LossConfig()).mean() / setting.samples
+
+    def rollout(self, setting: Setting) -> Rollout | None:
+        """The accelerated rollout of a setting; weights change with every step, so fp8 ones are made anew."""
+        if setting.rollout == "same":
+            return None
+        return Rollout(self.model(setting), rollout_config(setting.rollout), self.schedule)
+
+    def drift(self, setting: Setting) -> float:
+        """Relative distance of the latent before the graded step from that of a plain rollout."""
+        table.configure(setting.kernels)
+        made = self.rollout(setting).drift(self.batch, self.noise, torch.tensor([self.index]))
+        return made.item()
 
     def run(self, setting: Setting, optimize: bool = True) -> tuple[list[float], list[float]]:
         """(losses, seconds of PHASES) of one step from the same weights, its gradients left in .grad."""
@@ -174,14 +204,21 @@ class Step:
 
 
 def gate(step: Step, settings: list[Setting], limit: float) -> None:
-    """Stop unless losses and gradients agree with those of the first kernels without recomputation.
+    """Stop unless losses and gradients agree with those of the first kernels without recomputation, and
+    accelerated rollouts stay within the drift that training allows by default.
 
     limit: of the losses, relative; of the gradients, relative L2, ten times that.
     """
-    for trained, _, *rest in dict.fromkeys(s[1:2] + ("none",) + s[3:] for s in settings):
+    for setting in (s for s in settings if s.rollout != "same"):
+        drift, most = step.drift(setting), RolloutConfig().max_drift
+        print(f"gate: {setting}: drift {drift:.1e}", flush=True)
+        if not drift <= most:
+            raise SystemExit(f"gate failed, want a drift of at most {most}: no times are printed")
+    exact = [s for s in settings if s.rollout == "same"]
+    for trained, _, *rest in dict.fromkeys(s[1:2] + ("none",) + s[3:] for s in exact):
         first = Setting(settings[0].kernels, trained, "none", *rest)
         want_losses, want = step.gradients(first)
-        for setting in (s for s in settings if (s.trained, *s[3:]) == (trained, *rest)):
+        for setting in (s for s in exact if (s.trained, *s[3:]) == (trained, *rest)):
             losses, got = step.gradients(setting)
             off = max(abs(a / b - 1) for a, b in zip(losses, want_losses, strict=True))
             error = ((got - want).norm() / want.norm()).item()
@@ -199,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep", default="all", metavar="MODE", help="model.keep of all settings")
     parser.add_argument("--samples", nargs="+", type=int, default=[1], metavar="K")
     parser.add_argument("--window", nargs="+", default=["1"], metavar="N")
+    parser.add_argument("--rollout", nargs="+", default=["same"], metavar="HOW", help="same fp8 cache:X")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of HY-Video-PRFL")
     for name, value in (
@@ -208,7 +246,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--latent", nargs=3, type=int, default=[9, 20, 24], metavar=("T", "H", "W"))
     args = parser.parse_args(argv)
     compiled.keep_freed_memory()
-    chosen = itertools.product(args.kernels, args.train, args.recompute, args.samples, args.window)
+    chosen = itertools.product(
+        args.kernels, args.train, args.recompute, args.samples, args.window, args.rollout
+    )
     settings = [Setting(*s) for s in chosen]
     step = Step(args)
     settings += [Setting(PEER, "full", recompute, 1, "1") for recompute in step.peers]
@@ -222,13 +262,13 @@ def main(argv: list[str] | None = None) -> None:
                 found[setting].append(seconds)
     where = f"{machine(step.device)}, torch {torch.__version__}, {args.dtype}"
     print(f"\n{where}; seconds, median of {args.repeat}")
-    print(f"{'':44}" + "".join(f"{p:>20}" for p in PHASES) + f"{'step':>8}{'a gradient':>12}{'MiB':>8}")
+    print(f"{'':50}" + "".join(f"{p:>20}" for p in PHASES) + f"{'step':>8}{'gradients/s':>13}{'MiB':>8}")
     for setting, runs in found.items():
         phases = [statistics.median(column) for column in zip(*runs, strict=True)]
         total = statistics.median(sum(run) for run in runs)
         print(
-            f"{str(setting):44}" + "".join(f"{s:20.3f}" for s in phases)
-            + f"{total:8.3f}{total / setting.samples:12.3f}{step.peak(setting) / 2**20:8.1f}"
+            f"{str(setting):50}" + "".join(f"{s:20.3f}" for s in phases)
+            + f"{total:8.3f}{setting.samples / total:13.3f}{step.peak(setting) / 2**20:8.1f}"
         )  # fmt: skip
 
 

@@ -14,8 +14,8 @@ import argparse
 import torch
 from torch import Tensor
 
-from prfl_kernels.add_norm import quantize_rows
 from prfl_kernels.attention_fp8 import attention_fp8_reference, quantize_values
+from prfl_kernels.e4m3 import quantize_rows
 from prfl_kernels.fp8_linear import hopper_product, quantize_weight
 
 HEAD_DIM = 128

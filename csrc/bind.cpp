@@ -112,6 +112,7 @@ static void bind_cpu(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = PRFL_CUDA_ARCHITECTURES;  // "" where it is not built
   m.attr("cuda_reason") = PRFL_CUDA_REASON;                // why not
+  m.attr("isas_left_out") = PRFL_ISAS_LEFT_OUT;            // the compiler does not know their flags
   m.def("isas", [] {  // [(instruction set, whether it runs on this processor)], poorest first
     std::vector<std::pair<std::string, bool>> found;
     for (const prfl::Build& build : prfl::builds()) found.emplace_back(build.name, build.runs_here);

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from prfl_engine.config import OptimConfig, UserError
+from prfl_engine.config import OptimConfig
+from prfl_engine.errors import UserError
 from prfl_engine.host_blocks import HostBlocks, new_block
 from prfl_kernels.jit import wide
 

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prfl_engine.config import UserError
 from prfl_engine.dit import WanConfig, WanTransformer
+from prfl_engine.errors import UserError
 from prfl_engine.reward import QueryPool, RewardModel
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -62,19 +62,14 @@ def load_transformer(
     return model
 
 
-def save_transformer(
-    model: WanTransformer, folder: str | Path, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write config.json and native safetensors (in shards of 10 GiB, with an index) to `folder`.
-
-    `state` replaces the model's own state dict (an EMA, for instance).
-    """
+def save_transformer(model: WanTransformer, folder: str | Path) -> None:
+    """Write config.json and native safetensors (in shards of 10 GiB, with an index) to `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.to_json(folder / "config.json")
     shards: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
-    for key, value in (state or model.state_dict()).items():
+    for key, value in model.state_dict().items():
         if shards[-1] and value.nbytes > room:
             shards.append({})
             room = SHARD_BYTES

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Sequence
 
 from prfl_engine import __version__
-from prfl_engine.config import TrainingError, UserError, load_config
+from prfl_engine.config import load_config
+from prfl_engine.errors import TrainingError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -171,12 +172,13 @@ def _kernels(args) -> None:
 
 
 def _tune(args) -> None:
-    from prfl_kernels import ledger, tune
+    from prfl_kernels import tune
+    from prfl_kernels.ledger_entries import GRIDS, WIDTHS
 
-    models, lengths = args.model or list(ledger.WIDTHS), args.tokens or list(ledger.GRIDS)
-    unknown = set(models) - set(ledger.WIDTHS)
+    models, lengths = args.model or list(WIDTHS), args.tokens or list(GRIDS)
+    unknown = set(models) - set(WIDTHS)
     if unknown:
-        raise UserError(f"--model: got {unknown.pop()}, want one of {', '.join(ledger.WIDTHS)}")
+        raise UserError(f"--model: got {unknown.pop()}, want one of {', '.join(WIDTHS)}")
     if min(args.sp, *lengths) < 1 or any(n % args.sp for n in lengths):
         raise UserError(f"--tokens, --sp: got {lengths}, {args.sp}, want multiples of a number from 1 on")
     work = tune.listing if args.list else tune.tune

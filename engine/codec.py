@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prfl_engine.config import UserError, check
+from prfl_engine.errors import UserError, check
 
 STRIDE_T, STRIDE_S, CHANNELS = 4, 8, 16
 MIN_STD = 1e-3  # of a channel that hardly varies; a gray level's DC coefficient is 16 times the gray

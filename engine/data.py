@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prfl_engine.config import UserError
 from prfl_engine.dit import WanConfig
+from prfl_engine.errors import UserError
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.objectives import Batch
 

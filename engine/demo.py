@@ -31,7 +31,7 @@ from prfl_engine.dit import WanConfig
 from prfl_engine.handmade import evaluate_handmade
 from prfl_engine.loop import pick_device
 from prfl_engine.metrics import progress, read_metrics
-from prfl_engine.objectives import bind
+from prfl_engine.objectives import bind, noisy_reward
 from prfl_engine.report import write_report
 from prfl_engine.train import train
 from prfl_engine.train_reward import train_reward
@@ -171,12 +171,9 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
             noise = noise_like(batch.latent, e.seed, 10, i)
             latent = chain.sample(bind(model, batch), schedule, noise)
             noise = noise_like(batch.latent, e.seed, 11, i)
-            by_t = []
-            for t in e.timesteps:
-                level = torch.full((len(latent),), t / flow.TRAIN_STEPS, device=device)
-                x = flow.add_noise(latent, noise, level)
-                by_t.append(torch.sigmoid(score(x, flow.TRAIN_STEPS * level, batch.text)))
-            rewards.append(torch.stack(by_t, 1))
+            levels = (torch.full((len(latent),), t / flow.TRAIN_STEPS, device=device) for t in e.timesteps)
+            scored = [noisy_reward(score, batch._replace(latent=latent), noise, level) for level in levels]
+            rewards.append(torch.sigmoid(torch.stack(scored, 1)))
             latents.append(latent)
             truth.append(batch.latent)
         video = torch.cat([codec.decode(z.cpu()) for z in latents])

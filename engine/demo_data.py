@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prfl_engine.codec import DCTCodec
-from prfl_engine.config import UserError, check
+from prfl_engine.errors import UserError, check
 from prfl_engine.metrics import progress
 from prfl_engine.video import read_video
 

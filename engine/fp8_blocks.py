@@ -18,15 +18,16 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from prfl_engine.config import UserError
 from prfl_engine.dit import WanTransformer
+from prfl_engine.errors import UserError
 from prfl_engine.layers import Block, Linear
 from prfl_kernels.attention_fp8 import HEAD_DIMS, attention_fp8, quantize_values
 from prfl_kernels.fp8_linear import MULTIPLE, fp8_linear
 from prfl_kernels.gated_add import gated_add, gated_add_modulate_fp8, gated_add_norm_fp8
 from prfl_kernels.modulate import modulate_fp8
-from prfl_kernels.qk_norm_rope import Grid, qk_norm_rope_fp8
+from prfl_kernels.qk_norm_rope import qk_norm_rope_fp8
 from prfl_kernels.quantize_fp8 import quantize_fp8
+from prfl_kernels.rope import Grid
 
 
 def weight_of(linear: Linear) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.checkpoint import load_pickle, load_strict
-from prfl_engine.config import LossConfig, UserError
+from prfl_engine.config import LossConfig
 from prfl_engine.dit import WanConfig, WanTransformer
+from prfl_engine.errors import UserError
 from prfl_engine.objectives import Batch, bind, graded_reward, reward_loss, sft_loss
 from prfl_engine.reward import QueryPool, RewardModel
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prfl_engine.config import check
+from prfl_engine.errors import check
 from prfl_engine.metrics import progress
 
 TIMESTEPS = (201, 400, 600, 800, 1000)

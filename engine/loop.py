@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from prfl_engine import recompute
 from prfl_engine.block_adamw import BlockAdamW
 from prfl_engine.checkpoint import atomic_folder, checkpoints, load_pickle
-from prfl_engine.config import Config, TrainingError, UserError
+from prfl_engine.config import Config, ModelConfig
 from prfl_engine.data import Stream
+from prfl_engine.dit import WanTransformer
 from prfl_engine.doctor import gpu_metrics
+from prfl_engine.errors import TrainingError, UserError
 from prfl_engine.metrics import MetricsWriter, progress
 from prfl_engine.optim import EMA, lr_factor, make_optimizer, set_lr, update
 from prfl_kernels import compiled, table, tuning
@@ -61,6 +64,15 @@ def pick_device(config: Config) -> torch.device:
     except ValueError as error:
         raise UserError(str(error)) from None
     return device
+
+
+def set_up(model: WanTransformer, config: ModelConfig) -> WanTransformer:
+    """How the blocks of a model compute in training: what they keep, chunks, compilation, precision."""
+    model.recompute, model.keep = recompute.of_config(config), config.keep
+    model.set_chunk(config.chunk)
+    if config.compile:
+        model.compile_blocks()
+    return model.set_precision(DTYPES[config.compute_dtype], DTYPES[config.residual_dtype])
 
 
 def prepare_out(config: Config) -> Path | None:

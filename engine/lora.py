@@ -25,8 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prfl_engine.checkpoint import atomic_folder, load_transformer, save_transformer
-from prfl_engine.config import LoraConfig, UserError
+from prfl_engine.config import LoraConfig
 from prfl_engine.dit import WanTransformer
+from prfl_engine.errors import UserError
 from prfl_engine.layers import Linear
 from prfl_kernels.branch import LowRank
 

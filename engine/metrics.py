@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from prfl_engine.config import UserError
+from prfl_engine.errors import UserError
 
 FILE = "metrics.jsonl"
 

@@ -48,6 +48,12 @@ def sft_loss(model: WanTransformer, batch: Batch, noise: Tensor, sigma: Tensor) 
     return (velocity - (noise - batch.latent)).square().flatten(1).mean(1)
 
 
+def noisy_reward(reward: RewardModel, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+    """Logits [B] of the batch's latents at noise levels sigma [B]."""
+    x = flow.add_noise(batch.latent, noise, sigma)
+    return reward(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition)
+
+
 def index_range(rollout: RolloutConfig) -> tuple[int, int]:
     """First and last step index that may be graded; the last step of the chain never is, since its
     result has no timestep to be scored at."""

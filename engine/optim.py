@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from prfl_engine.block_adamw import BlockAdamW, norm_of
-from prfl_engine.config import OptimConfig, UserError
+from prfl_engine.config import OptimConfig
+from prfl_engine.errors import UserError
 
 
 def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -> torch.optim.Optimizer:

@@ -38,7 +38,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from prfl_engine.config import ModelConfig, UserError
+from prfl_engine.config import ModelConfig
+from prfl_engine.errors import UserError
 from prfl_engine.layers import Block
 from prfl_engine.offload import Away, store_of
 from prfl_kernels import cross_attention, modulated_attention, modulated_ffn

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prfl_engine.config import UserError
 from prfl_engine.dit import WanTransformer
+from prfl_engine.errors import UserError
 from prfl_kernels.jit import wide
 from prfl_kernels.reward_pool import reward_pool
 

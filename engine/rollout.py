@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
-from prfl_engine.config import RolloutConfig, UserError
+from prfl_engine.config import RolloutConfig
 from prfl_engine.data import noise_like, to_device
 from prfl_engine.dit import WanTransformer
+from prfl_engine.errors import UserError
 from prfl_engine.fp8_blocks import Fp8Blocks
 from prfl_engine.graphs import Captured, CudaRecorder
 from prfl_engine.metrics import note
 from prfl_engine.objectives import Batch
 from prfl_engine.step_cache import StepCache
 from prfl_kernels.modulate import modulate
-from prfl_kernels.qk_norm_rope import Grid
+from prfl_kernels.rope import Grid
 
 Blocks = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
 

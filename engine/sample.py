@@ -9,8 +9,9 @@ from torch import Tensor
 
 from prfl_engine import chain, flow, lora
 from prfl_engine.checkpoint import load_transformer
-from prfl_engine.config import Config, SampleConfig, UserError
+from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import Reader, fixed_batches, noise_like, read_lists, read_text
+from prfl_engine.errors import UserError
 from prfl_engine.loop import DTYPES, pick_device
 from prfl_engine.metrics import progress
 from prfl_engine.objectives import Batch, bind

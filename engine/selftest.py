@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import compiled, jit, table
-from prfl_kernels.add_norm import quantize_rows
 from prfl_kernels.attention import attention_with_lse
 from prfl_kernels.attention_fp8 import attention_fp8, quantize_values
 from prfl_kernels.bias_gelu import bias_gelu
+from prfl_kernels.e4m3 import quantize_rows
 from prfl_kernels.fp8_linear import fp8_linear
 from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.modulate import layer_norm, modulate

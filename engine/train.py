@@ -6,17 +6,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prfl_engine import chain, flow, lora, recompute
+from prfl_engine import chain, flow, lora
 from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
-from prfl_engine.config import Config, UserError, check
+from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
 from prfl_engine.dit import PRESETS, WanTransformer
-from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out
+from prfl_engine.errors import UserError, check
+from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
 from prfl_engine.objectives import (
     Batch,
     bind,
     graded_rewards,
     index_range,
+    noisy_reward,
     reward_loss,
     sft_loss,
     stratified_indices,
@@ -55,11 +57,7 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
         lora.attach(policy, config.lora, config.train.seed)
         if (adapter := resume or config.lora.path) is not None:
             lora.load(policy, adapter)
-    policy.recompute, policy.keep = recompute.of_config(m), m.keep
-    policy.set_chunk(m.chunk)
-    if m.compile:
-        policy.compile_blocks()
-    return policy.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
+    return set_up(policy, m)
 
 
 def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.device) -> RewardModel:
@@ -80,11 +78,7 @@ def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.dev
         got, want = getattr(theirs, name), getattr(ours, name)
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
-    reward.transformer.recompute, reward.transformer.keep = recompute.of_config(m), m.keep
-    reward.transformer.set_chunk(m.chunk)
-    if m.compile:
-        reward.transformer.compile_blocks()
-    reward.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
+    set_up(reward.transformer, m)
     return reward.freeze()
 
 
@@ -197,12 +191,10 @@ def evaluate_policy(
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:
             continue
-        noise = noise_like(batch.latent, e.seed, 2, i)
+        sampled, noise = batch._replace(latent=latent), noise_like(batch.latent, e.seed, 2, i)
         for t, found in rewards.items():
             sigma = torch.full((n,), t / flow.TRAIN_STEPS, device=device)
-            x = flow.add_noise(latent, noise, sigma)
-            logit = reward(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition)
-            found.append(torch.sigmoid(logit))
+            found.append(torch.sigmoid(noisy_reward(reward, sampled, noise, sigma)))
     if kept:
         write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
     values = {"sft_loss": torch.cat(sft).mean().item()}

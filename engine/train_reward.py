@@ -4,13 +4,14 @@ from pathlib import Path
 
 import torch
 
-from prfl_engine import flow, recompute
+from prfl_engine import flow
 from prfl_engine.checkpoint import load_reward, load_transformer, new_reward, save_reward
-from prfl_engine.config import Config, UserError
+from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
-from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out
+from prfl_engine.errors import UserError
+from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
 from prfl_engine.metrics import progress
-from prfl_engine.objectives import Batch, bradley_terry, cross_entropy
+from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.reward import RewardModel
 
 
@@ -36,11 +37,7 @@ def make_reward(
             model = new_reward(trunk, r.blocks, r.num_queries, **shared)
     if m.budget is not None:
         raise UserError(f"model.recompute: got {m.recompute!r} for a reward model, want a mode or names")
-    model.transformer.recompute, model.transformer.keep = recompute.of_config(m), m.keep
-    if m.compile:
-        model.transformer.compile_blocks()
-    model.transformer.set_chunk(m.chunk)
-    model.transformer.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
+    set_up(model.transformer, m)
     return model
 
 
@@ -61,19 +58,15 @@ def train_reward(config: Config) -> None:
     )
     stream = Stream(reader, win, c.data.batch_size, c.train.seed, lose)
 
-    def logits(batch: Batch, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        x = flow.add_noise(batch.latent, noise, sigma)
-        return model(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition)
-
     def losses(item, key: int):
         batch = item[0] if pairs else item
         rng = seeded(c.train.seed, 2, key)
         sigma = sigmas[torch.from_numpy(rng.integers(flow.TRAIN_STEPS, size=len(batch.latent)))]
         sigma = sigma.to(device, non_blocking=True)
         noise = noise_like(batch.latent, c.train.seed, 3, key)
-        logit = logits(batch, noise, sigma)
+        logit = noisy_reward(model, batch, noise, sigma)
         if pairs:  # winner and loser share noise and noise level
-            logit_lose = logits(item[1], noise, sigma)
+            logit_lose = noisy_reward(model, item[1], noise, sigma)
             loss, right = bradley_terry(logit, logit_lose).mean(), logit > logit_lose
         else:
             loss = cross_entropy(logit, batch.label).mean()
@@ -113,8 +106,7 @@ def evaluate_reward(
         noise = noise_like(batch.latent, e.seed, i)
         for t, found in right.items():
             sigma = torch.full((len(noise),), t / flow.TRAIN_STEPS, device=device)
-            x = flow.add_noise(batch.latent, noise, sigma)
-            logit = model(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition)
+            logit = noisy_reward(model, batch, noise, sigma)
             found.append((logit > 0) == (batch.label > 0.5))
     return {t: torch.cat(found).float().mean().item() for t, found in right.items()}
 

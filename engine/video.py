@@ -11,9 +11,8 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from prfl_engine.config import UserError, check
+from prfl_engine.errors import UserError, check
 
-RESAMPLING = {"nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
 GAP = 4  # pixels between the cells of a grid
 
 
@@ -22,17 +21,13 @@ def pixels(video: Tensor) -> Tensor:
     return (video.permute(1, 2, 3, 0).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def read_video(
-    path: str | Path, size: tuple[int, int] | None = None, max_frames: int | None = None
-) -> Tensor:
-    """The first max_frames frames of a file, uint8 [F, H, W, 3].
+def read_video(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """All frames of a file, uint8 [F, H, W, 3].
 
     With size = (H, W), frames are scaled to cover it and cropped around the centre.
     """
     if size is not None:
         check(len(size) == 2 and min(size) > 0, "size", size, "(height, width), both positive")
-    if max_frames is not None:
-        check(max_frames > 0, "max_frames", max_frames, "a positive number")
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file, want a video")
     frames = []
@@ -43,8 +38,6 @@ def read_video(
             container.streams.video[0].thread_type = "AUTO"
             for frame in container.decode(video=0):
                 frames.append(_scaled(frame, size))
-                if len(frames) == max_frames:
-                    break
     except av.error.FFmpegError as error:
         raise UserError(f"{path}: not a readable video: {error.strerror}") from None
     if not frames:
@@ -78,28 +71,22 @@ def write_video(path: str | Path, video: Tensor, fps: int = 16) -> None:
 
 def write_animation(
     path: str | Path,
-    videos: Tensor | Sequence[Tensor],
+    videos: Sequence[Tensor],
     labels: Sequence[str] | None = None,
     columns: int | None = None,
     scale: int = 1,
-    resample: str = "bicubic",
     fps: int = 8,
 ) -> None:
-    """Write one video, or several of one shape as a labelled grid, as an endless .webp or .gif.
+    """Write videos of one shape as a labelled grid, an endless .webp.
 
-    Every browser shows both in an <img>. A grid of eight demo videos took 0.3 MB as .webp, 4.7 as .gif.
+    Every browser shows it in an <img>. A grid of eight demo videos took 0.3 MB, as .gif 4.7.
     """
     path = Path(path)
-    check(path.suffix in (".webp", ".gif"), "path", path.name, "a name ending in .webp or .gif")
-    pages = grid([videos] if isinstance(videos, Tensor) else videos, labels, columns, scale, resample)
-    images = [Image.fromarray(page) for page in pages.numpy()]
-    if path.suffix == ".gif":
-        # One palette for all frames: palettes of their own make still areas flicker.
-        palette = Image.fromarray(np.concatenate(pages.numpy())).quantize(256)
-        images = [image.quantize(palette=palette) for image in images]
-    options = {"quality": 80, "method": 4} if path.suffix == ".webp" else {"optimize": False}
-    duration = round(1000 / fps)
-    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
+    check(path.suffix == ".webp", "path", path.name, "a name ending in .webp")
+    first, *rest = (Image.fromarray(page) for page in grid(videos, labels, columns, scale).numpy())
+    first.save(
+        path, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=80, method=4
+    )
 
 
 def grid(
@@ -107,11 +94,9 @@ def grid(
     labels: Sequence[str] | None = None,
     columns: int | None = None,
     scale: int = 1,
-    resample: str = "bicubic",
 ) -> Tensor:
     """Videos of one shape side by side, `columns` a row, each below its label; uint8 [F, H', W', 3]."""
     check(len(videos) > 0, "videos", "none", "at least one")
-    check(resample in RESAMPLING, "resample", resample, " or ".join(RESAMPLING))
     check(scale >= 1, "scale", scale, "a whole number from 1")
     cells = [_checked(video) for video in videos]
     shapes = sorted({cell.shape for cell in cells})
@@ -131,7 +116,7 @@ def grid(
         draw = ImageDraw.Draw(page)
         for n, cell in enumerate(cells):
             x, y = n % columns * (w + GAP), n // columns * (h + head + GAP)
-            page.paste(Image.fromarray(cell[i]).resize((w, h), RESAMPLING[resample]), (x, y + head))
+            page.paste(Image.fromarray(cell[i]).resize((w, h), Image.Resampling.BICUBIC), (x, y + head))
             if labels:
                 draw.text((x + 2, y), labels[n], fill="black", font=font)
         pages.append(np.asarray(page))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cpu_kernels, cuda_kernels, tuning
+from prfl_kernels.e4m3 import E4M3, quantize_rows, row_scales
 from prfl_kernels.jit import jit, tl, triton, unit_last, wide
 from prfl_kernels.table import CPU, CUDA, REFERENCE, TRITON, implementation
 
@@ -34,14 +35,6 @@ CANDIDATES = {
         (8192,): ((8, 132), (8, 528)),
     },
 }
-E4M3_MAX = tl.constexpr(448.0) if triton else 448.0
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(e4m3 values, scales [...]) of x [..., C]: one scale a row, its largest value becomes 448."""
-    amax = x.float().abs().amax(-1)
-    scale = torch.where(amax > 0, amax / torch.finfo(torch.float8_e4m3fn).max, 1.0)
-    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale
 
 
 def reference_forward(x, y, gate, scale, shift, base, eps, out_dtype):
@@ -56,7 +49,7 @@ def reference_forward(x, y, gate, scale, shift, base, eps, out_dtype):
     scale, shift = (a.to(dtype)[:, None] if a.dim() == 2 else a.to(dtype) for a in (scale, shift))
     n, *stats = torch.native_layer_norm(x.to(dtype), x.shape[-1:], None, None, eps)
     n = torch.addcmul(shift, n, scale + base)
-    if out_dtype == torch.float8_e4m3fn:
+    if out_dtype == E4M3:
         return total, *quantize_rows(n), None
     return total, n.to(out_dtype), None, torch.stack(stats)[..., 0]
 
@@ -132,8 +125,7 @@ def _forward(
             rstd = tl.rsqrt(tl.sum(centered * centered, 0) / C + eps)
             n = tl.where(m_c, centered * rstd * scale + shift, 0.0)
             if quant_ptr is not None:  # e4m3 with one scale a row
-                amax = tl.max(tl.abs(n), 0)
-                quant = tl.where(amax > 0.0, amax / E4M3_MAX, 1.0)
+                quant = row_scales(n, 0)
                 n = n / quant
                 tl.store(quant_ptr + b * L + l, quant)
             tl.store(n_ptr + p_out, n.to(n_ptr.dtype.element_ty), mask=m_c)
@@ -250,7 +242,7 @@ def forward(
     batch, length, width = x.shape
     total = None if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     n = None if scale is None else x.new_empty(x.shape, dtype=out_dtype)
-    fp8 = n is not None and n.dtype == torch.float8_e4m3fn
+    fp8 = n is not None and n.dtype == E4M3
     quant = x.new_empty(batch, length, dtype=torch.float32) if fp8 else None
     stats = x.new_empty(2, batch, length, dtype=torch.float32) if n is not None and not fp8 else None
     if x.numel():

@@ -118,7 +118,8 @@ def report() -> list[tuple[str, str, str]]:
     rows = []
     if (why := absence("cpu", "cpu")) is None:
         built = ", ".join(name if runs else f"{name} (not on this processor)" for name, runs in module.isas())
-        rows.append(("cpu", "yes", f"{module.active_isa()} of {built}"))
+        lacking = f"; the compiler was too old for {module.isas_left_out}" if module.isas_left_out else ""
+        rows.append(("cpu", "yes", f"{module.active_isa()} of {built}{lacking}"))
         runtime = module.openmp_runtime()
         threads = "torch's threads, " + runtime if runtime else "one thread: torch has no OpenMP runtime here"
         rows.append(("cpu threads", "yes" if runtime else "no", threads))

@@ -141,7 +141,7 @@ def qk_norm_rope_forward(
     offset: int,
     fp8: bool = False,
 ) -> tuple[list[Tensor | None], list[None], Tensor]:
-    """`qk_norm_rope.launch_forward`: ([q, k] out, [None, None], 1/rms). ValueError with fp8."""
+    """`norm_rope.launch_forward`: ([q, k] out, [None, None], 1/rms). ValueError with fp8."""
     if fp8:
         raise ValueError("qk_norm_rope: got fp8 for the compiled CPU kernel, want bfloat16 or float32")
     q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
@@ -171,7 +171,7 @@ def qk_norm_rope_backward(
     offset: int,
     parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`qk_norm_rope.launch_backward`: (d q, d k, d weights [2, C] in float32 if `parameters`)."""
+    """`norm_rope.launch_backward`: (d q, d k, d weights [2, C] in float32 if `parameters`)."""
     q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
     head_dim = q.shape[2] // num_heads
     shape = (*q.shape[:2], num_heads, head_dim)

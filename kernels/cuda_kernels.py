@@ -1,7 +1,7 @@
 """The CUDA C++ kernels of csrc/cuda, with the signatures of their Triton twins.
 
 Every launcher here takes and returns what the one of the same name does in reward_pool, add_norm and
-qk_norm_rope, so that the one stands for the other. They work in units of 16 bytes: tensors that
+norm_rope, so that the one stands for the other. They work in units of 16 bytes: tensors that
 allow no such access are copied or refused, and ValueError names what a kernel is not made for.
 """
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import compiled
+from prfl_kernels.e4m3 import E4M3
 from prfl_kernels.jit import unit_last
 from prfl_kernels.rope import Grid, cos_sin, pairs_of
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
+_CODES = {torch.float32: 0, torch.bfloat16: 1, E4M3: 2}
 VECTOR = 16  # bytes
 
 
@@ -77,7 +78,7 @@ def add_norm_forward(
     _narrow("add_norm", width, x.dtype, x.dtype if y is None else y.dtype)
     total = None if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     n = None if scale is None else x.new_empty(x.shape, dtype=out_dtype)
-    fp8 = n is not None and n.dtype == torch.float8_e4m3fn
+    fp8 = n is not None and n.dtype == E4M3
     quant = x.new_empty(batch, length, dtype=torch.float32) if fp8 else None
     stats = x.new_empty(2, batch, length, dtype=torch.float32) if n is not None and not fp8 else None
     if x.numel():
@@ -157,7 +158,7 @@ def qk_norm_rope_forward(
     offset: int,
     fp8: bool = False,
 ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
-    """As qk_norm_rope.launch_forward: ([q, k] out, their scales if fp8, 1/rms [2, B, L] if not).
+    """As norm_rope.launch_forward: ([q, k] out, their scales if fp8, 1/rms [2, B, L] if not).
 
     q, k float32 or bfloat16, C up to 5120, quick for 1536 and 5120 in heads of 128; for fp8 heads of a
     power of two from 8 to 256.
@@ -169,7 +170,7 @@ def qk_norm_rope_forward(
     if fp8 and (head_dim & (head_dim - 1) or not 8 <= head_dim <= 256):
         raise ValueError(f"qk_norm_rope: got heads of {head_dim} for fp8, want a power of two from 8 to 256")
     shape = (batch, length, num_heads, head_dim)
-    dtype = torch.float8_e4m3fn if fp8 else q.dtype
+    dtype = E4M3 if fp8 else q.dtype
     out = [None if a is None else a.new_empty(shape, dtype=dtype) for a in (q, k)]
     quant = [None if a is None or not fp8 else a.new_empty(shape[:3], dtype=torch.float32) for a in (q, k)]
     rstd = None if fp8 else q.new_empty(1 if k is None else 2, batch, length, dtype=torch.float32)
@@ -197,7 +198,7 @@ def qk_norm_rope_backward(
     offset: int,
     parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As qk_norm_rope.launch_backward: (d q, d k [B, L, C], d weights [2, C] in float32 if `parameters`)."""
+    """As norm_rope.launch_backward: (d q, d k [B, L, C], d weights [2, C] in float32 if `parameters`)."""
     _supported("qk_norm_rope", dq, dk, q, k)
     q, k = unit_last(q), unit_last(k)
     dq, dk = (None if a is None else unit_last(a.flatten(2)) for a in (dq, dk))

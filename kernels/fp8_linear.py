@@ -17,16 +17,13 @@ Source: torch's aten/src/ATen/native/cuda/ScaledBlas.cpp and RowwiseScaledMM.cu;
 technical report, section 3.3.2.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from prfl_kernels.add_norm import quantize_rows
+from prfl_kernels.e4m3 import E4M3, forbid_gradient, never, quantize_rows
 from prfl_kernels.jit import register
 from prfl_kernels.table import REFERENCE, implementation
 
-E4M3 = torch.float8_e4m3fn
 MULTIPLE = 16  # of K and N, in _scaled_mm
 # Of one tensor-core instruction (QGMMA) on sm_90: products it adds, significant bits of the sum.
 PRODUCTS, BITS = 32, 14
@@ -64,20 +61,6 @@ def hopper_product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
         total = _truncated(terms, exponent[..., None, :]).sum(-2) + _truncated(acc, exponent)
         acc = _truncated(total, torch.frexp(total).exponent)
     return acc
-
-
-def forbid_gradient(name: str) -> Callable:
-    """A setup_context for `register` that refuses inputs that require grad."""
-
-    def setup_context(ctx, inputs, output):
-        raise ValueError(f"{name}: got an input that requires grad, want torch.no_grad(): no backward")
-
-    return setup_context
-
-
-def never(ctx, *gradients):
-    """The backward of operations whose setup_context refuses before it."""
-    raise AssertionError("unreachable")
 
 
 def _reference(x8, x_scale, w8, w_scale, bias, out_dtype):

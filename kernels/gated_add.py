@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import add_norm
+from prfl_kernels.e4m3 import E4M3
 from prfl_kernels.jit import register, wide
 
 
@@ -72,11 +73,11 @@ def _norm_fake(x, y, gate, scale, shift, base, eps, out_dtype):
 def _quantized(x, y, gate, scale, shift, base, eps):
     name = "gated_add_modulate" if base else "gated_add_norm"
     run = add_norm.pair(name, x, fp8=True)[0]
-    return run(x, y, gate, scale, shift, base, eps, torch.float8_e4m3fn)[:3]
+    return run(x, y, gate, scale, shift, base, eps, E4M3)[:3]
 
 
 def _quantized_fake(x, y, gate, scale, shift, base, eps):
-    n = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    n = x.new_empty(x.shape, dtype=E4M3)
     return x.new_empty(x.shape), n, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 

@@ -20,11 +20,13 @@ from prfl_kernels import (
     attention_hopper,
     attention_triton,
     cuda_kernels,
-    ledger,
-    qk_norm_rope,
+    ledger_rows,
+    norm_rope,
     reward_pool,
     sass,
 )
+from prfl_kernels.ledger_entries import ENTRIES as TRITON_ENTRIES
+from prfl_kernels.ledger_entries import Case, Entry, cases, empty
 from prfl_kernels.ledger_nvcc import (
     NORM_BACKWARD,
     NORM_FORWARD,
@@ -39,7 +41,7 @@ from prfl_kernels.ledger_nvcc import (
 
 __all__ = ["absence", "collect"]
 
-# Operations of ledger.ENTRIES that these kernels do.
+# Operations of the Triton kernels that these kernels do.
 OPERATIONS = (
     "modulate", "layer_norm", "gated_add", "qk_norm_rope", "rms_norm", "reward_pool", "attention",
 )  # fmt: skip
@@ -63,15 +65,11 @@ class Launch(NamedTuple):
     tensor_flops: int = 0
 
 
-def _size(a: Tensor) -> int:
-    return a.numel() * a.element_size()
-
-
 def _arguments(names: str, tensors: Iterable[Tensor | None], written: str, **times: float) -> list[Argument]:
     """Of the tensors that are there: written ones once, the others read as often as `times` says, or once."""
     return [
-        Argument(name, a, 0, _size(a)) if name in written.split()
-        else Argument(name, a, int(times.get(name, 1) * _size(a)))
+        Argument(name, a, 0, a.nbytes) if name in written.split()
+        else Argument(name, a, int(times.get(name, 1) * a.nbytes))
         for name, a in zip(names.split(), tensors, strict=True)
         if a is not None
     ]  # fmt: skip
@@ -148,7 +146,7 @@ class Recorder:
 
     def add_norm_forward(self, *given) -> None:
         *tensors, batch, length, width, _, _, branch, aligned, _ = given
-        tokens = {name: batch * length * width * 4 // _size(a)
+        tokens = {name: batch * length * width * 4 // a.nbytes
                   for name, a in zip(NORM_FORWARD.split()[2:5], tensors[2:5], strict=True) if a is not None}
         arguments = _arguments(NORM_FORWARD, tensors, "sum n quant mean rstd", **tokens)
         types = f"{_TYPES[tensors[0].dtype]}, {_TYPE[branch]}, {_special(width, aligned)}"
@@ -157,7 +155,7 @@ class Recorder:
 
     def add_norm_backward(self, *given) -> None:
         *tensors, batch, length, width, _, stream, branch, grad, aligned, _, _, _ = given
-        tokens = {name: batch * length * width * 4 // _size(a)
+        tokens = {name: batch * length * width * 4 // a.nbytes
                   for name, a in zip(("gate", "scale"), tensors[4:6], strict=True) if a is not None}
         threads = -(-width // 256) * 32
         arguments = _arguments(NORM_BACKWARD, tensors, "dx dy part", mean=threads, rstd=threads, **tokens)
@@ -168,7 +166,7 @@ class Recorder:
     def _turned(self, tensors, batch: int, length: int, width: int) -> dict[str, float]:
         """How often the tables are read: a value for every pair of every token."""
         tables = {} if tensors[-1] is None else {"cos": tensors[-2], "sin": tensors[-1]}
-        return {name: batch * length * width * 2 / _size(a) for name, a in tables.items()}
+        return {name: batch * length * width * 2 / a.nbytes for name, a in tables.items()}
 
     def qk_norm_rope_forward(self, *given) -> None:
         *tensors, batch, length, width, places, _, aligned, _ = given
@@ -244,8 +242,8 @@ def recording() -> Iterator[Recorder]:
         (cuda_kernels, "_view", lambda a: a),
         (add_norm, "forward", cuda_kernels.add_norm_forward),
         (add_norm, "backward", cuda_kernels.add_norm_backward),
-        (qk_norm_rope, "launch_forward", cuda_kernels.qk_norm_rope_forward),
-        (qk_norm_rope, "launch_backward", cuda_kernels.qk_norm_rope_backward),
+        (norm_rope, "launch_forward", cuda_kernels.qk_norm_rope_forward),
+        (norm_rope, "launch_backward", cuda_kernels.qk_norm_rope_backward),
         (reward_pool, "launch_forward", cuda_kernels.reward_pool_forward),
         (reward_pool, "launch_backward", cuda_kernels.reward_pool_backward),
         (attention_triton, "forward", attention_hopper.forward),
@@ -261,18 +259,18 @@ def recording() -> Iterator[Recorder]:
             setattr(owner, name, value)
 
 
-def _solver(s: ledger.Case) -> Iterable:
+def _solver(s: Case) -> Iterable:
     """The latent of 81 frames: 16 channels, 4 values of each a token."""
-    state = [ledger.empty(1, 64, s.length) for _ in range(4)]
-    velocity, columns = ledger.empty(1, 64, s.length, dtype=torch.bfloat16), ledger.empty(1, 9)
+    state = [empty(1, 64, s.length) for _ in range(4)]
+    velocity, columns = empty(1, 64, s.length, dtype=torch.bfloat16), empty(1, 9)
     return *state, velocity, columns, *cuda_kernels.solver_step(*state, velocity, columns)
 
 
 # The backward of attention is Triton's.
 ENTRIES = (
-    *(entry for entry in ledger.ENTRIES
+    *(entry for entry in TRITON_ENTRIES
       if entry.op.startswith(OPERATIONS) and not (entry.kind == "attention" and "backward" in entry.op)),
-    ledger.Entry("solver_step", _solver, streams=(torch.bfloat16,)),
+    Entry("solver_step", _solver, streams=(torch.bfloat16,)),
 )  # fmt: skip
 
 
@@ -281,38 +279,21 @@ COPIED = {"reward_pool": ("x", "dx"), "attention_hopper": ("q", "k", "v", "k_sca
 
 
 def _kernel(launch: Launch) -> dict:
-    """One launch as the ledger's other rows have it: up to an argument's size bytes are memory traffic."""
+    """One launch as the ledger's other rows have it."""
     code = compiled(launch.source)[launch.kernel]
     blocks, limits = sass.occupancy(code["registers"], launch.threads, launch.shared)
-    moved = reread = 0
-    arguments = []
-    for a in launch.arguments:
-        size, total = _size(a.tensor), a.read + a.written
-        memory = min(total, size)
-        moved, reread = moved + memory, reread + total - memory
-        wide = {side: _wide_share(n) for side, n in code["widths"].get(a.name, {}).items()}
-        if a.name in COPIED.get(launch.source, ()):
-            wide = dict.fromkeys(("read", "written"), 1.0)
-        arguments.append(
-            {"name": a.name, "footprint": size, "read": a.read, "written": a.written, "wide": wide}
-        )
-    accessed = [(a[side], a["wide"].get(side, 0.0)) for a in arguments for side in ("read", "written")]
-    name = launch.kernel.split("<")[0].removesuffix("_kernel")
-    fp8 = "QGMMA" in code["instructions"]
-    return {
-        "kernel": name, "grid": list(launch.grid), "tile": {}, "threads": launch.threads, "stages": 1,
-        "cluster": launch.cluster, "shared": launch.shared, "blocks": blocks, "limited_by": limits, **code,
-        "bytes": moved, "reread_bytes": reread, "flops": launch.tensor_flops, "arguments": arguments,
-        "wide_share": sum(b * w for b, w in accessed) / max(1, sum(b for b, _ in accessed)),
-        "seconds": {
-            "memory": moved / ledger.BANDWIDTH,
-            "tensor cores": launch.tensor_flops / ledger.DOT_RATES["fp8" if fp8 else "16-bit"],
-        },
+    arguments = [
+        {"name": a.name, "footprint": a.tensor.nbytes, "read": a.read, "written": a.written}
+        for a in launch.arguments
+    ]
+    rate = ledger_rows.DOT_RATES["fp8" if "QGMMA" in code["instructions"] else "16-bit"]
+    seconds = {"tensor cores": launch.tensor_flops / rate}
+    copied = COPIED.get(launch.source, ())
+    return ledger_rows.kernel(code, arguments, copied, launch.tensor_flops, seconds) | {
+        "kernel": launch.kernel.split("<")[0].removesuffix("_kernel"), "grid": list(launch.grid),
+        "threads": launch.threads, "cluster": launch.cluster, "shared": launch.shared, "blocks": blocks,
+        "limited_by": limits,
     }  # fmt: skip
-
-
-def _wide_share(counts: dict[int, int]) -> float:
-    return sum(w * n for w, n in counts.items() if w >= sass.WIDE) / sum(w * n for w, n in counts.items())
 
 
 def record(call: Callable[[], Iterable[Tensor | None]]) -> tuple[list[Tensor], list[Launch]]:
@@ -322,26 +303,16 @@ def record(call: Callable[[], Iterable[Tensor | None]]) -> tuple[list[Tensor], l
     return list({id(a): a for a in held}.values()), recorder.launches
 
 
-def _row(entry: ledger.Entry, case: ledger.Case) -> dict:
+def _row(entry: Entry, case: Case) -> dict:
     held, launches = record(lambda: entry.call(case))
-    kernels = [_kernel(launch) for launch in launches]
-    minimum = sum(map(_size, held))
     # torch adds the partial sums of the runs.
     parts = [a.tensor for launch in launches for a in launch.arguments if a.name == "part"]
-    sums = sum(_size(a) + _size(a) // a.shape[1] for a in parts)
+    sums = sum(a.nbytes + a.nbytes // a.shape[1] for a in parts)
     # It turns the scales of keys: filled, read and written.
     turned = [a.tensor for launch in launches for a in launch.arguments if a.name == "k_scale"]
-    copies = 3 * sum(map(_size, turned))
-    moved = sums + copies + sum(k["bytes"] for k in kernels)
-    return {
-        "op": entry.op, "kind": entry.kind, "model": case.model, "length": case.length,
-        "stream": str(case.stream).removeprefix("torch.") if len(entry.streams) > 1 else None,
-        "minimum_bytes": minimum, "bytes": moved, "ratio": moved / minimum,
-        "torch_bytes": {"sum": sums, "copy": copies}, "reread_bytes": sum(k["reread_bytes"] for k in kernels),
-        "flops": sum(k["flops"] for k in kernels), "kernels": kernels,
-        "predicted_seconds": (sums + copies) / ledger.BANDWIDTH
-        + sum(max(k["seconds"].values()) for k in kernels),
-    }  # fmt: skip
+    around = {"sum": sums, "copy": 3 * sum(a.nbytes for a in turned)}
+    kernels = [_kernel(launch) for launch in launches]
+    return ledger_rows.operation(entry, case, sum(a.nbytes for a in held), kernels, around)
 
 
 def collect(quick: bool) -> list[dict]:
@@ -349,11 +320,4 @@ def collect(quick: bool) -> list[dict]:
     sources = ("attention_hopper", "add_norm", "qk_norm_rope", "reward_pool", "solver_step")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compiled, sources))
-    return [
-        _row(entry, ledger.Case(model, length, stream))
-        for length in ledger.GRIDS
-        if not (quick and length != min(ledger.GRIDS))
-        for model in ledger.WIDTHS
-        for entry in ENTRIES
-        for stream in entry.streams
-    ]
+    return [_row(entry, case) for entry, case in cases(quick, ENTRIES)]

@@ -68,12 +68,11 @@ def _wide(facts: dict) -> float | None:
     is none of them, moves the rest."""
     if facts["descriptors"]:
         return None
-    widths: Counter = Counter()
+    counts: Counter = Counter()
     for sides in facts["widths"].values():
-        for counts in sides.values():
-            widths.update({width: width * number for width, number in counts.items()})
-    total = max(1, sum(widths.values()))
-    return sum(b for width, b in widths.items() if width >= sass.WIDE) / total
+        for found in sides.values():
+            counts.update(found)
+    return sass.wide_share(counts)
 
 
 def _liger(length: int, width: int, dtype: torch.dtype) -> None:

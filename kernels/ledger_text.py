@@ -2,7 +2,7 @@
 
 import textwrap
 
-from prfl_kernels.ledger import WIDTHS
+from prfl_kernels.ledger_entries import WIDTHS
 
 
 def render(found: dict) -> str:

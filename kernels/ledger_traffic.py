@@ -291,9 +291,9 @@ class _TorchTraffic(TorchDispatchMode):
             read = [] if name.startswith("new_") or name.endswith("_like") else inputs
             for a in read:
                 counter = self.cached if self.written.cached(a) else self.memory
-                counter[name] += a.numel() * a.element_size()
+                counter[name] += a.nbytes
             for a in outputs:
-                self.memory[name] += a.numel() * a.element_size()
+                self.memory[name] += a.nbytes
                 self.written.add(a)
         return out
 
@@ -341,7 +341,7 @@ def _launch(executor: Any, one: Callable, arguments: tuple, keywords: dict, writ
         "arguments": [
             {
                 "name": a.name, "shape": list(a.tensor.shape), "dtype": str(a.dtype).removeprefix("torch."),
-                "footprint": a.tensor.numel() * a.tensor.element_size(),
+                "footprint": a.tensor.nbytes,
                 "read": counts["read", a.name], "written": counts["written", a.name],
                 "scalar": not counts["blocks", a.name],
                 "cached": a.name in cached or ("first", "written", a.name) in counts,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import add_norm
+from prfl_kernels.e4m3 import E4M3
 from prfl_kernels.jit import register, wide
 
 
@@ -61,13 +62,13 @@ def _gradient(ctx, dn, _):
 
 def _quantized(x, scale, shift, eps):
     run = add_norm.pair("modulate", x, fp8=True)[0]
-    _, n, quant, _ = run(x, None, None, scale, shift, 1.0, eps, torch.float8_e4m3fn)
+    _, n, quant, _ = run(x, None, None, scale, shift, 1.0, eps, E4M3)
     return n, quant
 
 
 def _quantized_fake(x, scale, shift, eps):
     rows = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), rows
+    return x.new_empty(x.shape, dtype=E4M3), rows
 
 
 register(

@@ -46,8 +46,8 @@ from prfl_kernels.branch import (
 )
 from prfl_kernels.chunks import numbers, pieces, together
 from prfl_kernels.jit import register, wide
-from prfl_kernels.qk_norm_rope import Grid
-from prfl_kernels.qk_norm_rope import pair as rope_pair
+from prfl_kernels.norm_rope import pair as rope_pair
+from prfl_kernels.rope import Grid
 from prfl_kernels.table import implementation
 
 KEEP = {

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prfl_kernels.add_norm import E4M3_MAX, quantize_rows
 from prfl_kernels.bias_gelu import CUBIC, TWO_K, _gelu
-from prfl_kernels.fp8_linear import E4M3, forbid_gradient, never
+from prfl_kernels.e4m3 import E4M3, forbid_gradient, never, quantize_rows, row_scales
 from prfl_kernels.jit import jit, register, tl, triton
 from prfl_kernels.table import REFERENCE, implementation
 
@@ -38,8 +37,7 @@ def _kernel(
     z = tl.load(x_ptr + row * C + o_c, mask=m_c, other=0.0).to(tl.float32)
     if GELU:
         z, _ = _gelu(z, CUBIC, TWO_K)
-    amax = tl.max(tl.abs(z), 0)
-    scale = tl.where(amax > 0.0, amax / E4M3_MAX, 1.0)
+    scale = row_scales(z, 0)
     tl.store(scale_ptr + row, scale)
     tl.store(out_ptr + row * C + o_c, (z / scale).to(out_ptr.dtype.element_ty), mask=m_c)
 

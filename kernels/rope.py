@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Grid = tuple[int, int, int]
+THETA = 10000.0
 
 
 def pairs_of(head_dim: int) -> Grid:
@@ -19,17 +20,17 @@ def pairs_of(head_dim: int) -> Grid:
     return head_dim // 2 - 2 * third, third, third
 
 
-def axis_angles(head_dim: int, size: int, theta: float = 10000.0) -> Tensor:
+def axis_angles(head_dim: int, size: int) -> Tensor:
     """Angles [size, head_dim / 2] in float64: every pair at positions 0 ... size - 1 of its axis."""
-    frequencies = [theta ** (-torch.arange(n, dtype=torch.float64) / n) for n in pairs_of(head_dim)]
+    frequencies = [THETA ** (-torch.arange(n, dtype=torch.float64) / n) for n in pairs_of(head_dim)]
     return torch.arange(size, dtype=torch.float64)[:, None] * torch.cat(frequencies)
 
 
-def rope_angles(head_dim: int, grid: Grid, theta: float = 10000.0) -> Tensor:
+def rope_angles(head_dim: int, grid: Grid) -> Tensor:
     """Angles [F * H * W, head_dim / 2] in float64 of every token of a (F, H, W) grid."""
     places = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # [L, 3]: frame, row, column
     places = places.repeat_interleave(torch.tensor(pairs_of(head_dim)), dim=1)  # [L, D/2]
-    return axis_angles(head_dim, max(grid), theta).gather(0, places)
+    return axis_angles(head_dim, max(grid)).gather(0, places)
 
 
 @lru_cache(maxsize=256)  # a recorded CUDA graph reads its table without asking for it here

@@ -106,6 +106,12 @@ def accesses(ptx: str) -> dict[int, dict[str, Counter]]:
     return found
 
 
+def wide_share(counts: dict) -> float:
+    """Share of the bytes that move with 16 bytes a thread, of {bytes a thread: instructions}; 0 of none."""
+    sizes = {int(width): int(width) * number for width, number in counts.items()}
+    return sum(b for width, b in sizes.items() if width >= WIDE) / max(1, sum(sizes.values()))
+
+
 def _run(name: str, *arguments: str) -> str:
     done = subprocess.run([tool(name), *arguments], capture_output=True, text=True)
     if done.returncode:

@@ -19,14 +19,14 @@ from prfl_kernels import (
     attention_fp8,
     attention_triton,
     bias_gelu,
-    ledger,
-    qk_norm_rope,
+    ledger_entries,
+    norm_rope,
     reward_pool,
     tuning,
 )
 from prfl_kernels.jit import triton
 
-_FILES = (attention_triton, attention_fp8, add_norm, qk_norm_rope, bias_gelu, reward_pool)
+_FILES = (attention_triton, attention_fp8, add_norm, norm_rope, bias_gelu, reward_pool)
 CANDIDATES = {kernel: found for file in _FILES for kernel, found in file.CANDIDATES.items()}
 WARMUP, REPEATS = 3, 15
 CACHE = 256 << 20  # bytes that are overwritten before a measurement: more than any L2 holds
@@ -52,12 +52,12 @@ def operations(models: list[str], lengths: list[int], sp: int) -> Iterator[tuple
     e4m3 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
     for model in models:
         for length in lengths:
-            for entry in ledger.ENTRIES:
+            for entry in ledger_entries.ENTRIES:
                 if "fp8" in entry.op and not e4m3:
                     continue
                 shape = (length, sp) if entry.kind == "attention" else (length // sp, 1)
                 for stream in entry.streams:
-                    case = ledger.Case(model, shape[0], stream, shape[1])
+                    case = ledger_entries.Case(model, shape[0], stream, shape[1])
                     yield f"{entry.op}, {model}, {shape[0]} tokens", partial(entry.call, case)
 
 
@@ -105,7 +105,7 @@ class Inputs:
                 self.made.append(a := self._new(shape, dtype))
             return a
 
-        with ledger.tensors(make):
+        with ledger_entries.tensors(make):
             return [a for a in call() if a is not None]
 
 

@@ -32,3 +32,31 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    """NaN in all memory that is not yet written."""
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def choose(implementation):
+    from prfl_kernels import table
+
+    table.configure(implementation)
+    yield
+    table.configure("")
+
+
+@pytest.fixture
+def triton(fresh_memory_is_nan):
+    """All operations on the Triton kernels."""
+    yield from choose("triton")
+
+
+@pytest.fixture
+def reference():
+    """All operations on plain torch."""
+    yield from choose("reference")

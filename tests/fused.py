@@ -9,16 +9,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(jit.triton is None, reason="Triton is not installed")
 
 
-@pytest.fixture
-def triton():
-    """All operations on the Triton kernels, and NaN in all memory that is not yet written."""
-    table.configure("triton")
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
-    yield
-    torch.use_deterministic_algorithms(False)
-    table.configure("")
-
-
 def normal(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
 

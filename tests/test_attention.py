@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from fused import assert_as_good_as_torch, error, needs_triton, normal, outputs_and_gradients, triton
+from fused import assert_as_good_as_torch, error, needs_triton, normal, outputs_and_gradients
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -17,7 +17,6 @@ from prfl_kernels import attention_backends, jit, table
 from prfl_kernels.attention import attention, attention_with_lse
 from prfl_kernels.attention_backends import BACKENDS, reference_backward, reference_forward
 
-__all__ = ["triton"]
 BF16 = torch.bfloat16
 
 

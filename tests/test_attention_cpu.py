@@ -15,20 +15,18 @@ BLOCKS = (1, 300, 530, 2, 32)  # three blocks of keys and of queries, both with 
 
 
 @pytest.fixture(autouse=True)
-def kernels():
-    """attention on the C++ kernels, and NaN in all memory that is not yet written."""
-    torch.manual_seed(0)
+def kernels(fresh_memory_is_nan):
+    """attention on the C++ kernels."""
     table.configure("attention=cpu")
-    torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
     table.configure("")
-    compiled.use_isa()
 
 
 @pytest.fixture(params=compiled.isas())
 def isa(request):
     compiled.use_isa(request.param)
+    yield
+    compiled.use_isa()
 
 
 def qkv(batch=2, queries=37, keys=61, heads=2, dim=64, dtype=F32):

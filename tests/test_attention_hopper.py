@@ -7,8 +7,8 @@ import pytest
 import torch
 from cuda_sim import build, build_faulty, missing
 from fused import assert_as_good_as_torch, error, needs_triton, normal, strided
+from test_attention_fp8 import exact, quantized, values_of
 from test_cuda_kernels import watch
-from test_fp8 import exact, quantized, values_of
 
 from prfl_kernels import attention_hopper, compiled, cuda_kernels, table
 from prfl_kernels.attention import attention_with_lse
@@ -26,12 +26,10 @@ KEYS, SLOTS = 176, 4  # of a block, and of the ring: as in csrc/cuda/attention_f
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch):
+def kernels(monkeypatch, fresh_memory_is_nan):
     """The launchers on the simulation; memory that they do not write is NaN."""
     watched = watch(monkeypatch, build())
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns
     yield watched
-    torch.use_deterministic_algorithms(False)
     watched.load_early(False)
     table.configure("")
 

@@ -6,14 +6,7 @@ from fused import DEVICE, error, needs_triton, normal
 
 from prfl_kernels import attention_triton
 
-pytestmark = needs_triton
-
-
-@pytest.fixture(autouse=True)
-def fresh_memory_is_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [needs_triton, pytest.mark.usefixtures("fresh_memory_is_nan")]
 
 
 def plain(q, k, v, scale):

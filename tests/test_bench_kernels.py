@@ -10,7 +10,7 @@ import pytest
 import torch
 from fused import DEVICE, needs_triton
 
-from prfl_kernels import ledger, table
+from prfl_kernels import ledger_entries, ledger_rows, table
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAST = ("--small", "--repeat", "2")
@@ -145,7 +145,7 @@ def test_predictions_are_labelled(bench, tmp_path, capsys):
     assert (row["op"], row["backend"], row["shape"]) == ("modulate_fp8", "triton", [1, 32760, 1536])
     # A float32 stream in, e4m3 out with a float32 scale a token, and two vectors.
     assert row["bytes"] == 32760 * (1536 * (4 + 1) + 4) + 2 * 1536 * 4
-    assert found["assumptions"] == ledger.ASSUMPTIONS
+    assert found["assumptions"] == ledger_rows.ASSUMPTIONS
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if line.startswith("modulate_fp8")]
     assert "predicted" in line and "Predicted for an H100 SXM, not measured" in printed
@@ -153,7 +153,7 @@ def test_predictions_are_labelled(bench, tmp_path, capsys):
 
 
 def test_the_ledger_knows_the_operations_by_these_names(bench):
-    ops = {entry.op for entry in ledger.ENTRIES} - {"quantize_values"}  # a part of attention_fp8
+    ops = {entry.op for entry in ledger_entries.ENTRIES} - {"quantize_values"}  # a part of attention_fp8
     assert ops <= set(bench.ledger_names(bench.ENTRIES))
 
 

@@ -29,11 +29,13 @@ def test_every_setting_has_a_row(bench, capsys):
     bench.main([*TINY, "--kernels", "reference", "--recompute", "none", "full", "--samples", "1", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("gate:")]) == 4
-    rows = {line[:44].strip(): line[44:].split() for line in lines if line.startswith("reference,")}
+    rows = {line[:50].strip(): line[50:].split() for line in lines if line.startswith("reference,")}
     assert len(rows) == 4
-    for row in rows.values():
-        *phases, total, gradient, mib = map(float, row)
-        assert total > 0 and gradient <= total and mib > 0 and sum(phases) == pytest.approx(total, abs=0.01)
+    for name, row in rows.items():
+        *phases, total, rate, mib = map(float, row)
+        assert total > 0 and mib > 0 and sum(phases) == pytest.approx(total, abs=0.01)
+        samples = int(name.split(" x ")[0][-1])
+        assert rate * total == pytest.approx(samples, rel=0.05)
     kept, again = (rows[f"reference, recompute {mode}, 1 x 1 step"][-1] for mode in ("none", "full"))
     assert float(again) < float(kept)
 
@@ -42,8 +44,21 @@ def test_lora_is_gated_by_itself(bench, capsys):
     bench.main([*TINY, "--kernels", "reference", "--train", "full", "lora", "--recompute", "none", "full"])
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("gate: reference, lora")]) == 2
-    rows = {line[:44].strip(): line[44:].split() for line in lines if line.startswith("reference,")}
+    rows = {line[:50].strip(): line[50:].split() for line in lines if line.startswith("reference,")}
     assert len(rows) == 4 and all(float(row[-1]) > 0 for row in rows.values())
+
+
+def test_an_accelerated_rollout_is_gated_by_its_drift(bench, monkeypatch, capsys):
+    run = [*TINY, "--kernels", "reference", "--rollout", "same", "cache:0.3"]
+    bench.main(run)
+    lines = capsys.readouterr().out.splitlines()
+    (drift,) = (float(line.split()[-1]) for line in lines if "drift" in line)
+    assert 0 < drift < 0.05
+    assert len([line for line in lines if line.startswith("reference,")]) == 2
+    monkeypatch.setattr(bench.Step, "drift", lambda self, setting: 0.06)
+    with pytest.raises(SystemExit, match="want a drift of at most"):
+        bench.main(run)
+    assert "MiB" not in capsys.readouterr().out
 
 
 def test_what_does_not_agree_gets_no_time(bench, monkeypatch, capsys):
@@ -122,7 +137,7 @@ def test_a_peer_is_gated_and_has_a_row_for_each_recomputation(bench, checkout, c
     bench.main([*TINY, "--kernels", "reference", "--peer", str(checkout)])
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("gate: peer")]) == 2
-    rows = {line[:44].strip(): line[44:].split() for line in lines if line.startswith("peer,")}
+    rows = {line[:50].strip(): line[50:].split() for line in lines if line.startswith("peer,")}
     kept, again = (float(rows[f"peer, recompute {mode}, 1 x 1 step"][-1]) for mode in ("none", "full"))
     assert 0 < again < kept
 

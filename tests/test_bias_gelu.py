@@ -4,21 +4,13 @@ import math
 
 import pytest
 import torch
-from fused import (
-    assert_as_good_as_torch,
-    needs_triton,
-    normal,
-    outputs_and_gradients,
-    strided,
-    triton,
-)
+from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided
 from torch.library import opcheck
 
 from prfl_kernels import bias_gelu as module
 from prfl_kernels import table
 from prfl_kernels.bias_gelu import bias_gelu
 
-__all__ = ["triton"]
 fused = pytest.mark.usefixtures("triton")
 F32, BF16 = torch.float32, torch.bfloat16
 

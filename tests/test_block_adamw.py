@@ -10,7 +10,8 @@ from torch import nn
 
 from prfl_engine import block_adamw
 from prfl_engine.block_adamw import BlockAdamW, EightBits, master, round_stochastically, split_master
-from prfl_engine.config import OptimConfig, UserError
+from prfl_engine.config import OptimConfig
+from prfl_engine.errors import UserError
 from prfl_engine.optim import make_optimizer, update
 
 SIZES = ((70, 96), (96,), (33,), (64, 64))

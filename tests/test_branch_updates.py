@@ -31,19 +31,13 @@ from prfl_kernels.jit import REGISTERED
 from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 
+pytestmark = pytest.mark.usefixtures("reference")
 RANK = 3
 SCALES = {"q": 0.5, "k": 2.0, "v": 1.0, "o": 1.5, "w1": 0.5, "w2": 2.0}
 SHAPES = dict.fromkeys("qkvo", (WIDTH, WIDTH)) | {"w1": (HIDDEN, WIDTH), "w2": (WIDTH, HIDDEN)}
 BRANCHES = {"attention": "qkvo", "ffn": ("w1", "w2")}
 CHUNKS = pytest.mark.parametrize("chunk", [None, 1, 7, 1000])
 BRANCH = pytest.mark.parametrize("name", BRANCHES)
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    table.configure("reference")
-    yield
-    table.configure("")
 
 
 def own_inputs(name, batch=2, dtype=F64):

@@ -5,35 +5,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import (
-    assert_as_good_as_torch,
-    error,
-    needs_triton,
-    normal,
-    outputs_and_gradients,
-    strided,
-    triton,
-)
+from fused import assert_as_good_as_torch, error, needs_triton, normal, outputs_and_gradients, strided
 from torch.library import opcheck
 
 from prfl_kernels import modulated_attention as attention_branch
 from prfl_kernels import modulated_ffn as ffn_branch
-from prfl_kernels import table
 from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 
-__all__ = ["triton"]
+pytestmark = pytest.mark.usefixtures("reference")
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 GRID, HEADS, WIDTH, HIDDEN = (2, 3, 5), 2, 32, 72
 LENGTH = math.prod(GRID)
 MODES = pytest.mark.parametrize("keep", ["nothing", "attention", "projections", "all"])
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    table.configure("reference")
-    yield
-    table.configure("")
 
 
 def norm(x):

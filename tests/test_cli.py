@@ -10,7 +10,8 @@ from helpers import one_line, tiny_config, tiny_model, tiny_reward, write_run
 
 from prfl_engine.checkpoint import save_reward, save_transformer
 from prfl_engine.cli import main
-from prfl_engine.config import Config, UserError, load_config
+from prfl_engine.config import Config, load_config
+from prfl_engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +235,10 @@ loss: {weight: 1}
     assert type(c.loss.weight) is float
 
 
-def test_large_whole_numbers_stay_exact():
+def test_large_whole_numbers_stay_exact_or_are_refused():
     assert load_config(None, [f"train.seed={2**53 + 1}"]).train.seed == 2**53 + 1
+    with pytest.raises(UserError, match="^train.seed: got 10+, want a whole number$"):
+        load_config(None, [f"train.seed={10**309}"])  # more than a float holds
 
 
 def test_lists_and_single_values(tmp_path):

@@ -3,25 +3,18 @@
 import pytest
 import torch
 from cuda_sim import Watched, build, missing
+from e4m3 import assert_rounded
 from formulas import reward_pool_reference
-from fused import (
-    assert_as_good_as_torch,
-    error,
-    needs_triton,
-    normal,
-    outputs_and_gradients,
-    strided,
-    triton,
-)
+from fused import assert_as_good_as_torch, error, needs_triton, normal, outputs_and_gradients, strided
 from test_add_norm import NAMES, row_inputs
 from test_qk_norm_rope import GRID, rope, rope_inputs
+from test_reward_pool import pool_inputs
 
 from prfl_engine.flow import make_schedule
-from prfl_kernels import add_norm, cuda_kernels, qk_norm_rope, reward_pool, solver_step
+from prfl_kernels import add_norm, cuda_kernels, norm_rope, qk_norm_rope, reward_pool, solver_step
 from prfl_kernels.modulate import modulate, modulate_fp8
 from prfl_kernels.reward_pool import reward_pool_with_lse
 
-__all__ = ["triton"]
 pytestmark = [
     needs_triton,  # the operations around the launchers are reached through its choice in the table
     pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}"),
@@ -49,16 +42,12 @@ def kernels(monkeypatch):
     cuda = cuda_kernels
     twins = {
         add_norm: (cuda.add_norm_forward, cuda.add_norm_backward),
-        qk_norm_rope: (cuda.qk_norm_rope_forward, cuda.qk_norm_rope_backward),
+        norm_rope: (cuda.qk_norm_rope_forward, cuda.qk_norm_rope_backward),
         reward_pool: (cuda.reward_pool_forward, cuda.reward_pool_backward),
     }
     for module, pair in twins.items():  # in the place of the Triton kernels, which run without a GPU too
         monkeypatch.setitem(module.IMPLEMENTATIONS, "triton", pair)
     return watched
-
-
-def pool_inputs(batch=2, length=77, width=96, queries=3, dtype=F32):
-    return [normal(batch, length, width, dtype=dtype), normal(queries, width) * width**-0.5]
 
 
 POOL_SHAPES = [(2, 77, 96, 3), (1, 5, 8, 1), (1, 200, 136, 8), (1, 70, 1536, 8), (1, 35, 5120, 8)]
@@ -175,13 +164,9 @@ def test_add_norm_makes_only_the_gradients_asked_for(name):
 def test_fp8_rows_use_the_whole_range(width):
     x, scale, shift = row_inputs("modulate", 2, 5, width)[1]
     x[0, 3], scale[1], shift[1] = 0.0, -1.0, 0.0  # sample 1 is zero everywhere: its scales are 1
-    n, rows = modulate_fp8(x, scale, shift)
-    assert n.dtype == torch.float8_e4m3fn and rows.shape == (2, 5)
-    assert (n[0].float().abs().amax(-1) == 448).all()
-    assert not n[1].float().any() and (rows[1] == 1).all()
     want = modulate(x.double(), scale.double(), shift.double())
-    limit = 2**-4 * want.abs() + 2**-10 * rows[..., None]  # half an ULP of e4m3, 2^-10 below 2^-6
-    assert ((n.double() * rows[..., None] - want).abs() <= limit * 1.001).all()
+    assert not want[1].any()
+    assert_rounded(*modulate_fp8(x, scale, shift), want)
 
 
 def test_add_norm_names_misfits():
@@ -259,10 +244,7 @@ def test_fp8_heads_use_the_whole_range(heads, head_dim, grid):
     q, k, scale_q, scale_k = qk_norm_rope.qk_norm_rope_fp8(*inputs, grid, heads)
     exact = rope(grid, heads)(*(a.double() for a in inputs))
     for got, scale, want in ((q, scale_q, exact[0]), (k, scale_k, exact[1])):
-        assert got.dtype == torch.float8_e4m3fn and scale.shape == want.shape[:3]
-        assert (got.float().abs().amax(-1) == 448).all()
-        limit = 2**-4 * want.abs() + 2**-10 * scale[..., None]
-        assert ((got.double() * scale[..., None] - want).abs() <= limit * 1.001).all()
+        assert_rounded(got, scale, want)
 
 
 @pytest.mark.parametrize("velocity", [F32, BF16])

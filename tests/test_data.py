@@ -1,4 +1,4 @@
-"""The official data format, and a stream that follows from the seed and the position alone."""
+"""Samples in the official data format: what is read, what is drawn, and what is refused by name."""
 
 import json
 from collections import Counter
@@ -8,19 +8,9 @@ import pytest
 import torch
 from helpers import tiny_config, write_data
 
-from prfl_engine.config import UserError
-from prfl_engine.data import (
-    Reader,
-    Stream,
-    fixed_batches,
-    label_of,
-    noise_like,
-    read_lists,
-    read_text,
-    seeded,
-)
+from prfl_engine.data import Reader, Stream, label_of, read_lists, read_text, seeded
+from prfl_engine.errors import UserError
 
-CPU = torch.device("cpu")
 SMALL, LARGE = (16, 1, 4, 4), (16, 2, 4, 6)
 
 
@@ -37,16 +27,9 @@ def change(path, remove=(), **fields):
 
 def put(folder, name, *shape, value=None):
     """A .npy file; its path."""
-    array = (
-        np.random.default_rng(7).standard_normal(shape) if value is None else np.full(shape, value)
-    )
+    array = np.random.default_rng(7).standard_normal(shape) if value is None else np.full(shape, value)
     np.save(folder / name, array.astype(np.float32))
     return str(folder / name)
-
-
-def take(stream, first, count, workers=0):
-    loader = stream.loader(first, workers, CPU)
-    return [next(loader) for _ in range(count)]
 
 
 def same(a, b):
@@ -57,15 +40,9 @@ def same(a, b):
 
 @pytest.fixture
 def t2v(tmp_path):
-    config = tiny_config()
-    return (
-        config,
-        read_lists([str(write_data(tmp_path / "d", config))], "data.train"),
-        tmp_path / "d",
-    )
-
-
-# Single samples.
+    """(configuration, paths of four samples, their folder)"""
+    config, folder = tiny_config(), tmp_path / "d"
+    return config, read_lists([str(write_data(folder, config))], "data.train"), folder
 
 
 def test_a_sample(t2v):
@@ -202,60 +179,59 @@ def test_one_choice_does_not_move_the_other(t2v):
     assert 10 < kept < 40
 
 
-# What is wrong is named.
+# By the file that has to be named.
+META = ["meta", "no meta", "no object", "no latent", "long text", "odd rows"]
+ARRAY = ["lost latent", "corrupt latent", "empty latent", "channels", "dimensions", "text width"]
 
 
 def broken(name, t2v):
-    config, paths, folder = t2v
-    path, dim = paths[0], config.text_dim
-    if name == "meta":
-        path.write_text("{")
-        return path, path
-    if name == "no meta":
+    """(the meta file of a sample that is broken, the file that has to be named)"""
+    config, (path, *_), folder = t2v
+    file, latent, text = folder / "broken.npy", "vae_latent_path", "textshort_path"
+    shapes = {
+        "channels": (latent, 1, 15, 1, 4, 4),
+        "dimensions": (latent, *SMALL),
+        "odd rows": (latent, 1, 16, 1, 3, 4),
+        "text width": (text, 1, 3, config.text_dim + 1),
+        "long text": (text, 1, config.text_len + 1, config.text_dim),
+    }
+    contents = {"corrupt latent": b"no array", "empty latent": b""}
+    if name in shapes:
+        field, *shape = shapes[name]
+        change(path, **{field: put(folder, file.name, *shape)})
+    elif name in ARRAY:
+        change(path, **{latent: str(file)})
+        if name in contents:
+            file.write_bytes(contents[name])
+    elif name == "no latent":
+        change(path, remove=[latent])
+    elif name == "no meta":
         path.unlink()
-        return path, path
-    if name == "no object":
-        path.write_text("[]")
-        return path, path
-    if name == "no latent":
-        change(path, remove=["vae_latent_path"])
-        return path, path
-    file = folder / "broken.npy"
-    if name == "lost latent":
-        change(path, vae_latent_path=str(file))
-    elif name == "corrupt latent":
-        file.write_bytes(b"no array")
-        change(path, vae_latent_path=str(file))
-    elif name == "empty latent":
-        file.write_bytes(b"")
-        change(path, vae_latent_path=str(file))
-    elif name == "channels":
-        change(path, vae_latent_path=put(folder, "broken.npy", 1, 15, 1, 4, 4))
-    elif name == "dimensions":
-        change(path, vae_latent_path=put(folder, "broken.npy", *SMALL))
-    elif name == "text width":
-        change(path, textshort_path=put(folder, "broken.npy", 1, 3, dim + 1))
-    elif name == "long text":
-        change(path, textshort_path=put(folder, "broken.npy", 1, config.text_len + 1, dim))
-        return path, path
-    elif name == "odd rows":
-        change(path, vae_latent_path=put(folder, "broken.npy", 1, 16, 1, 3, 4))
-        return path, path
-    return path, file
+    else:
+        path.write_text({"meta": "{", "no object": "[]"}[name])
+    return path, path if name in META else file
 
 
-PROBLEMS = ["meta", "no meta", "no object", "no latent", "lost latent",
-            "corrupt latent", "empty latent", "channels", "dimensions", "text width", "long text",
-            "odd rows"]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", META + ARRAY)
 def test_a_broken_sample_is_named_in_one_line(name, t2v):
     path, named = broken(name, t2v)
     with pytest.raises(UserError) as caught:
         read(Reader(t2v[0]), path)
     assert str(named) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", ["lost latent", "meta", "long text"])
+def test_an_error_of_a_worker_is_one_line(name, workers, t2v):
+    config, paths, _ = t2v
+    _, named = broken(name, t2v)
+    stream = Stream(Reader(config), paths[:1], 1, 0)
+    with pytest.raises(UserError) as caught:
+        next(stream.loader(0, workers, torch.device("cpu")))
+    message = str(caught.value)
+    assert message.startswith(str(named))
+    assert "\n" not in message and "Traceback" not in message
 
 
 def test_i2v_needs_condition_and_clip(tmp_path):
@@ -292,121 +268,3 @@ def test_arrays_beside_their_meta(t2v):
     assert np.array_equal(
         read(Reader(config), paths[0]).latent, np.load(folder / "latent-0.npy")[0]
     )
-
-
-# The stream.
-
-
-def streams(tmp_path, batch_size=2, count=7, dropout=0.4, **arguments):
-    config = tiny_config()
-    paths = read_lists([str(write_data(tmp_path, config, count, [SMALL, LARGE]))], "data.train")
-    reader = Reader(config, None, str(tmp_path / "null.npy"), dropout, 0.5)
-    return lambda seed=0: Stream(reader, paths, batch_size, seed, **arguments)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_every_sample_once_an_epoch_in_batches_of_one_shape(batch_size, tmp_path):
-    make = streams(tmp_path, batch_size)
-    stream = make()
-    known = {float(np.load(tmp_path / f"latent-{i}.npy").sum()): i for i in range(7)}
-    orders = []
-    for epoch in range(3):
-        n = stream.batches_per_epoch
-        batches = take(stream, epoch * n, n)
-        assert all(len(b.latent) <= batch_size for b in batches)
-        order = [known[float(x.numpy()[None].sum())] for b in batches for x in b.latent]
-        assert sorted(order) == list(range(7))
-        orders.append(order)
-    assert len(set(map(tuple, orders))) > 1
-    # Four samples of one shape and three of the other.
-    assert stream.batches_per_epoch == -(-4 // batch_size) + -(-3 // batch_size)
-
-
-def test_the_stream_follows_from_seed_and_position(tmp_path):
-    make = streams(tmp_path)
-    want = take(make(), 0, 12)
-    assert same(take(make(), 0, 12), want)
-    assert same(take(make(), 5, 7), want[5:])
-    assert not all(same(a, b) for a, b in zip(take(make(seed=1), 0, 12), want, strict=True))
-
-
-def test_the_stream_does_not_depend_on_the_workers(tmp_path):
-    make = streams(tmp_path)
-    assert same(take(make(), 3, 9, workers=2), take(make(), 3, 9))
-
-
-def test_texts_change_from_epoch_to_epoch(tmp_path):
-    stream = streams(tmp_path, 1)()
-    n = stream.batches_per_epoch
-    texts = [{b.latent.sum().item(): b.text for b in take(stream, e * n, n)} for e in range(4)]
-    changed = [not same(texts[0][k], texts[e][k]) for e in range(1, 4) for k in texts[0]]
-    assert any(changed) and not all(changed)
-
-
-def test_pairs_share_a_shape(tmp_path):
-    config = tiny_config()
-    win = read_lists([str(write_data(tmp_path / "win", config, 4))], "data.train")
-    lose = read_lists([str(write_data(tmp_path / "lose", config, 3, seed=5))], "data.lose")
-    stream = Stream(Reader(config, "motion_quality"), win, 2, 0, lose)
-    losers = [np.load(tmp_path / f"lose/latent-{i}.npy")[0] for i in range(3)]
-    seen = set()
-    for winner, loser in take(stream, 0, 12):
-        assert winner.latent.shape == loser.latent.shape == (2, *SMALL)
-        for x in loser.latent.numpy():
-            (i,) = (i for i, want in enumerate(losers) if np.array_equal(x, want))
-            seen.add(i)
-    assert seen == {0, 1, 2}
-
-
-def test_pairs_of_mixed_shapes(tmp_path):
-    """Winners and losers of two sizes each: every pair is of one size."""
-    config = tiny_config()
-    win = read_lists([str(write_data(tmp_path / "win", config, 4, [SMALL, LARGE]))], "data.train")
-    lose = read_lists([str(write_data(tmp_path / "lose", config, 4, [SMALL, LARGE]))], "data.lose")
-    stream = Stream(Reader(config, "motion_quality"), win, 2, 0, lose)
-    for winner, loser in take(stream, 0, 8):
-        assert winner.latent.shape == loser.latent.shape
-
-
-def test_pairs_without_a_loser_of_their_shape_are_refused(tmp_path):
-    config = tiny_config()
-    win = read_lists([str(write_data(tmp_path / "win", config, 2))], "data.train")
-    lose = read_lists([str(write_data(tmp_path / "lose", config, 2, [LARGE]))], "data.lose")
-    with pytest.raises(UserError, match="lose"):
-        take(Stream(Reader(config, "motion_quality"), win, 1, 0, lose), 0, 1)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("name", ["lost latent", "meta", "long text"])
-def test_an_error_of_a_worker_is_one_line(name, workers, t2v):
-    config, paths, _ = t2v
-    _, named = broken(name, t2v)
-    stream = Stream(Reader(config), paths[:1], 1, 0)
-    with pytest.raises(UserError) as caught:
-        take(stream, 0, 1, workers)
-    message = str(caught.value)
-    assert message.startswith(str(named))
-    assert "\n" not in message and "Traceback" not in message
-
-
-def test_held_out_batches_are_in_order_whole_and_without_dropout(tmp_path):
-    config = tiny_config()
-    paths = read_lists([str(write_data(tmp_path, config, 5, [SMALL, SMALL, LARGE]))], "data.val")
-    reader = Reader(config, None, str(tmp_path / "null.npy"), 1.0, 1.0)
-    batches = list(fixed_batches(reader, paths, 2, CPU))
-    assert [len(b.latent) for b in batches] == [2, 1, 2]
-    latents = [x for b in batches for x in b.latent]
-    texts = [x for b in batches for x in b.text]
-    for i in range(5):
-        assert np.array_equal(latents[i], np.load(tmp_path / f"latent-{i}.npy")[0])
-        assert same(texts[i], read_text(tmp_path / f"short-{i}.npy", config))
-
-
-def test_noise_follows_from_its_key():
-    latent = torch.zeros(2, *SMALL)
-    assert torch.equal(noise_like(latent, 1, 2), noise_like(latent, 1, 2))
-    assert not torch.equal(noise_like(latent, 1, 2), noise_like(latent, 2, 1))
-    noise = noise_like(torch.zeros(100_000), 0)
-    # Five deviations: 5 / sqrt(n), and 5 sqrt(2 / n) for the variance.
-    assert abs(noise.mean()) < 0.016
-    assert abs(noise.var() - 1) < 0.023

@@ -3,17 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import needs_triton, triton
+from fused import needs_triton
 from helpers import relative, tiny_config, tiny_model
 
 from prfl_engine import fp8_blocks
-from prfl_engine.config import UserError
+from prfl_engine.errors import UserError
 from prfl_engine.fp8_blocks import Fp8Blocks
 from prfl_engine.layers import IMAGE_TOKENS
 from prfl_kernels import table
 from prfl_kernels.rope import cos_sin, rotate
 
-__all__ = ["triton"]
 F32, BF16, E4M3 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 GRID = (2, 3, 5)
 

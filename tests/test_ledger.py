@@ -9,7 +9,7 @@ import pytest
 import torch
 from fused import needs_triton
 
-from prfl_kernels import add_norm, ledger, ledger_text, loop_cycles, reward_pool, sass
+from prfl_kernels import add_norm, ledger, ledger_entries, ledger_text, loop_cycles, reward_pool, sass
 from prfl_kernels.jit import INTERPRETED, jit, tl
 
 pytestmark = needs_triton
@@ -46,7 +46,7 @@ def launches(rows, *kinds):
 
 def test_every_operation_is_there_at_both_widths(rows):
     assert {(row["op"], row["model"]) for row in rows} == {
-        (entry.op, model) for entry in ledger.ENTRIES for model in ledger.WIDTHS
+        (entry.op, model) for entry in ledger_entries.ENTRIES for model in ledger_entries.WIDTHS
     }
     assert len(ledger_text.render({"operations": rows, "assumptions": ""}).splitlines()) >= len(rows)
 
@@ -85,7 +85,7 @@ def test_attention_tiles(rows):
     for name, k in launches(rows, "attention"):
         for m, n, inner, *_ in k["dots"]:
             tile = sorted((m, n, inner))
-            tile.remove(ledger.HEAD_DIM)
+            tile.remove(ledger_entries.HEAD_DIM)
             assert tile[0] >= 64 and tile[1] >= 128, (name, m, n, inner)
 
 
@@ -207,8 +207,8 @@ def test_masked_lanes_rereads_and_partials_are_counted():
     from prfl_kernels.ledger_traffic import count
 
     def call():
-        x, scale = ledger.empty(23, 10, dtype=torch.bfloat16), ledger.empty(10)
-        out, part = ledger.empty(23, 10), ledger.empty(4, 10)
+        x, scale = ledger_entries.empty(23, 10, dtype=torch.bfloat16), ledger_entries.empty(10)
+        out, part = ledger_entries.empty(23, 10), ledger_entries.empty(4, 10)
         _scaled[(4,)](x, scale, out, part, 23, 6, C=10, BLOCK=16)
         return x, scale, out, part.sum(0)
 
@@ -250,8 +250,8 @@ def test_products_are_counted():
     from prfl_kernels.ledger_traffic import count
 
     def call():
-        a, b = (ledger.empty(n, 80, dtype=torch.bfloat16) for n in (48, 32))
-        _product[(3, 2)](a, b, ledger.empty(48, 32), 80, BLOCK=16)
+        a, b = (ledger_entries.empty(n, 80, dtype=torch.bfloat16) for n in (48, 32))
+        _product[(3, 2)](a, b, ledger_entries.empty(48, 32), 80, BLOCK=16)
 
     _, (launch,), _ = count(call)
     assert [a["read"] for a in launch["arguments"]] == [2 * 48 * 80 * 2, 3 * 32 * 80 * 2, 0]
@@ -298,7 +298,7 @@ def test_a_small_tensor_written_before_is_read_from_the_cache(rows, cached):
     from prfl_kernels.ledger_traffic import count
 
     def call():
-        part, out = ledger.empty(rows, 16), ledger.empty(rows, 16)
+        part, out = ledger_entries.empty(rows, 16), ledger_entries.empty(rows, 16)
         _double[(1,)](out, part, 16)
         _double[(1,)](part, out, 16)
         return out.sum(0)
@@ -316,7 +316,7 @@ def test_an_address_outside_a_tensor_is_named():
     from prfl_kernels.ledger_traffic import count
 
     with pytest.raises(ValueError, match="ledger: _beyond: got an address outside x_ptr"):
-        count(lambda: _beyond[(1,)](ledger.empty(15), BLOCK=16))
+        count(lambda: _beyond[(1,)](ledger_entries.empty(15), BLOCK=16))
 
 
 @interpreted
@@ -327,25 +327,25 @@ def test_tensor_descriptors_are_counted_inside_the_tensor():
     from prfl_kernels.ledger_traffic import count
 
     def call():
-        described = TensorDescriptor.from_tensor(ledger.empty(20, 16), [16, 16])
-        _tiles[(2,)](described, ledger.empty(20, 16), BLOCK=16)
+        described = TensorDescriptor.from_tensor(ledger_entries.empty(20, 16), [16, 16])
+        _tiles[(2,)](described, ledger_entries.empty(20, 16), BLOCK=16)
 
     _, (launch,), _ = count(call)
     assert [(a["read"], a["written"]) for a in launch["arguments"]] == [(1280, 0), (0, 1280)]
 
 
 @interpreted
-@pytest.mark.parametrize("entry", ledger.ENTRIES, ids=lambda entry: entry.op)
+@pytest.mark.parametrize("entry", ledger_entries.ENTRIES, ids=lambda entry: entry.op)
 def test_sampling_agrees_with_every_program_and_iteration(entry, monkeypatch):
     """330 tokens in 9 runs of 37, the last one shorter (of the pooling: 2 runs of up to 3 tiles)."""
     from prfl_kernels import ledger_traffic
 
-    monkeypatch.setattr(ledger, "WIDTHS", {"tiny": (256, 2)})
-    monkeypatch.setattr(ledger, "FFN", {"tiny": 700})
-    monkeypatch.setattr(ledger, "GRIDS", {330: (3, 10, 11)})
+    monkeypatch.setattr(ledger_entries, "WIDTHS", {"tiny": (256, 2)})
+    monkeypatch.setattr(ledger_entries, "FFN", {"tiny": 700})
+    monkeypatch.setattr(ledger_entries, "GRIDS", {330: (3, 10, 11)})
     monkeypatch.setattr(add_norm, "RUNS", 9)
     monkeypatch.setattr(reward_pool, "SMS", 2)
-    case = ledger.Case("tiny", 330, entry.streams[0])
+    case = ledger_entries.Case("tiny", 330, entry.streams[0])
     sampled = ledger._count(lambda: entry.call(case))
     monkeypatch.setattr(ledger_traffic, "sampled", lambda n: [(i, 1) for i in range(n)])
     assert ledger._count(lambda: entry.call(case)) == sampled

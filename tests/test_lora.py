@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from prfl_engine import flow, lora
 from prfl_engine.checkpoint import load_transformer, new_reward, save_transformer
-from prfl_engine.config import ChainConfig, LoraConfig, UserError
+from prfl_engine.config import ChainConfig, LoraConfig
 from prfl_engine.dit import WanTransformer
+from prfl_engine.errors import UserError
 from prfl_engine.fp8_blocks import weight_of
 from prfl_engine.objectives import Batch, graded_rewards, sft_loss
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from prfl_engine.config import UserError
+from prfl_engine.errors import UserError
 from prfl_engine.metrics import MetricsWriter, progress, read_metrics
 
 

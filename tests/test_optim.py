@@ -8,20 +8,13 @@ import torch
 from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, write_run
 from no_sync import NoBlockingCopy, NoSync
 from safetensors.torch import load_file
-from test_train import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
+from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 
 from prfl_engine import flow, loop, optim
 from prfl_engine import train as train_module
 from prfl_engine.block_adamw import BlockAdamW
-from prfl_engine.config import (
-    ChainConfig,
-    Config,
-    LossConfig,
-    OptimConfig,
-    TrainConfig,
-    UserError,
-    load_config,
-)
+from prfl_engine.config import ChainConfig, Config, LossConfig, OptimConfig, TrainConfig, load_config
+from prfl_engine.errors import UserError
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import graded_rewards, reward_loss, sft_loss
 from prfl_engine.optim import EMA, make_optimizer, update

@@ -19,13 +19,16 @@ FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).
 # Of the model's layers, bottom up: what each may import of ours. Modules not named here (data,
 # checkpoint, metrics, ...) may import anything but the programs.
 KERNELS = {"prfl_kernels"}
-LAYERS = KERNELS | {"prfl_engine.config", "prfl_engine.layers"}
+CONFIG = {"prfl_engine.config", "prfl_engine.errors"}
+LAYERS = KERNELS | CONFIG | {"prfl_engine.layers"}
 MEMORY = {"prfl_engine.recompute", "prfl_engine.offload", "prfl_engine.live_bytes"}
 DIT = LAYERS | {"prfl_engine.dit"}
 ALLOWED = {
-    "config": set(),
-    "flow": KERNELS | {"prfl_engine.config"},
-    "layers": KERNELS | {"prfl_engine.config"},
+    "errors": set(),
+    "config_file": {"prfl_engine.errors"},
+    "config": {"prfl_engine.errors", "prfl_engine.config_file"},
+    "flow": KERNELS | CONFIG,
+    "layers": KERNELS | CONFIG,
     "recompute": LAYERS | MEMORY,
     "dit": LAYERS | MEMORY,
     "reward": DIT,

@@ -1,12 +1,15 @@
 """Rows to e4m3, with and without GELU, and the norms behind a residual that make e4m3."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import error, needs_triton, normal, strided, triton
+from e4m3 import CHECKS, assert_rounded
+from fused import error, needs_triton, normal, strided
 from torch.library import opcheck
 
-from prfl_kernels import table
+from prfl_kernels import add_norm, norm_rope, table
 from prfl_kernels.gated_add import (
     gated_add_modulate,
     gated_add_modulate_fp8,
@@ -15,11 +18,8 @@ from prfl_kernels.gated_add import (
 )
 from prfl_kernels.quantize_fp8 import quantize_fp8
 
-__all__ = ["triton"]
 fused = pytest.mark.usefixtures("triton")
-F32, BF16, E4M3 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
-# Without test_schema, which compares with torch.allclose, and that does not know e4m3.
-CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+F32, BF16 = torch.float32, torch.bfloat16
 BOTH = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
 
 
@@ -28,21 +28,6 @@ def backend(request):
     table.configure(f"quantize_fp8={request.param}")
     yield request.param
     table.configure("")
-
-
-def assert_rounded(out, scale, want):
-    """out times scale is `want` within half a step of e4m3: 2^-4 of a value, 2^-10 scales below normal ones.
-
-    The largest value of a row is 448, a row of zeros has scale 1.
-    """
-    assert out.dtype == E4M3 and out.shape == want.shape
-    assert scale.dtype == F32 and scale.shape == want.shape[:-1]
-    values, want = out.double(), want.double()
-    limit = 2**-4 * want.abs() + 2**-10 * scale[..., None]
-    assert ((values * scale[..., None] - want).abs() <= limit * (1 + 2**-12)).all()
-    largest = values.abs().amax(-1)
-    some = want.abs().amax(-1) > 0
-    assert (largest[some] == 448).all() and (scale[~some] == 1).all() and not largest[~some].any()
 
 
 @BOTH
@@ -112,3 +97,21 @@ def test_norms_behind_a_residual(backend, gated, op, plain, rows):
         table.configure("")
     torch.testing.assert_close(total, want_total, rtol=1e-6, atol=1e-6)
     assert_rounded(n, scale, want)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability, runs", [((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
+    x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"), shape=(1, 1, 128))
+    monkeypatch.setattr(table.jit, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    for op in ("modulate", "qk_norm_rope"):
+        assert table.implementation(op, x) == "triton"
+    if runs:
+        assert table.implementation("modulate", x, fp8=True) == "triton"
+        return
+    want = "got triton on cuda: it needs capability 8.9 or higher"
+    with pytest.raises(ValueError, match=f"kernels: modulate_fp8 {want}"):
+        add_norm.pair("modulate", x, fp8=True)
+    with pytest.raises(ValueError, match=f"kernels: qk_norm_rope_fp8 {want}"):
+        norm_rope.pair(x, fp8=True)

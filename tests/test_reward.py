@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward
 
-from prfl_engine.config import UserError
+from prfl_engine.errors import UserError
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.reward import QueryPool, RewardModel
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided, triton
+from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided
 from torch.library import opcheck
 
 from prfl_kernels.reward_pool import merge, reward_pool, reward_pool_with_lse
 
-__all__ = ["triton"]
 pytestmark = [needs_triton, pytest.mark.usefixtures("triton")]
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, write_run
 from no_sync import NoBlockingCopy, NoSync
-from test_train import assert_equal, content, interrupt, values
+from training_runs import assert_equal, content, interrupt, values
 
 from prfl_engine import chain, flow
 from prfl_engine import rollout as module

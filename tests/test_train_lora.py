@@ -5,7 +5,7 @@ import pytest
 from helpers import one_line, tiny_config, write_run
 from safetensors.torch import load_file
 from test_lora import mixed
-from test_train import assert_equal, content, interrupt, run, values
+from training_runs import assert_equal, content, interrupt, run, values
 
 from prfl_engine import train as train_module
 from prfl_engine.metrics import read_metrics

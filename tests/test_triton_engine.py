@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused import needs_triton, triton
+from fused import needs_triton
 from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward
 from safetensors.torch import load_file
 
@@ -14,7 +14,6 @@ from prfl_engine.golden import compute
 from prfl_engine.objectives import graded_reward, reward_loss, sft_loss
 from prfl_kernels import table
 
-__all__ = ["triton"]
 pytestmark = needs_triton
 GOLDEN = Path(__file__).parent / "golden" / "dev_t2v"
 

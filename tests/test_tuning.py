@@ -11,9 +11,9 @@ import torch
 from fused import DEVICE, needs_triton
 
 from prfl_engine.cli import main
-from prfl_engine.config import UserError
+from prfl_engine.errors import UserError
 from prfl_engine.loop import pick_device
-from prfl_kernels import add_norm, ledger, tune, tuning
+from prfl_kernels import add_norm, ledger_entries, tune, tuning
 
 pytestmark = needs_triton
 NAME = "Test GPU 80GB"
@@ -78,7 +78,7 @@ def test_a_candidate_with_another_result_is_refused(monkeypatch):
     made = []
 
     def call():
-        x = ledger.empty(8, 4)
+        x = ledger_entries.empty(8, 4)
         made.append((tuning.choice("some kernel", (16, 5), (1,))[0], x))
         return x, None, x * factors[made[-1][0]]
 
@@ -115,8 +115,8 @@ def test_every_candidate_reaches_its_launcher():
 
 def test_tune_measures_stores_and_is_obeyed(gpu, monkeypatch):
     """Whatever computes in the interpreter: modulate at a tiny shape, the later candidate the faster."""
-    monkeypatch.setattr(ledger, "WIDTHS", {"tiny": (256, 2)})
-    monkeypatch.setattr(ledger, "ENTRIES", ledger.ENTRIES[:1])
+    monkeypatch.setattr(ledger_entries, "WIDTHS", {"tiny": (256, 2)})
+    monkeypatch.setattr(ledger_entries, "ENTRIES", ledger_entries.ENTRIES[:1])
     monkeypatch.setitem(tune.CANDIDATES, "add_norm forward", {(256,): ((1, 9), (1, 3))})
     tuning.write(gpu, {("other kernel", (1,)): (7,)})
     seconds = iter(range(100, 0, -1))
@@ -152,7 +152,7 @@ def test_without_a_gpu_one_line_says_so(capsys):
 
 
 SPILLS = """
-from prfl_kernels import ledger, sass, tune, tuning
+from prfl_kernels import sass, tune, tuning
 
 RICHEST = {"yn", "npyg", "qk", "qkp"}  # the forms of the norms that hold most
 for name, call, one in tune.choices(["14B"], [32760], 1):

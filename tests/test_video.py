@@ -31,11 +31,6 @@ def test_mp4_round_trip(file):
         assert error(frame, moving_square()[t]) < 4  # of 255; yuv420p blurs the square's colors
 
 
-def test_max_frames(file):
-    assert torch.equal(read_video(file, max_frames=2), read_video(file)[:2])
-    assert len(read_video(file, max_frames=99)) == 6
-
-
 @pytest.mark.parametrize("size", [(24, 32), (96, 128), (24, 24), (30, 64), (17, 9)])
 def test_size(file, size):
     video = read_video(file, size)
@@ -50,9 +45,8 @@ def test_the_crop_is_central(tmp_path):
     assert read_video(tmp_path / "a.mp4", (16, 48)).float().mean(dim=(0, 1, 3))[20:28].min() > 235
 
 
-@pytest.mark.parametrize("suffix", [".webp", ".gif"])
-def test_animation(tmp_path, suffix):
-    path = tmp_path / f"a{suffix}"
+def test_animation(tmp_path):
+    path = tmp_path / "a.webp"
     write_animation(path, [moving_square()] * 3, ["a", "b", "c"], columns=2, scale=2)
     with Image.open(path) as image:
         assert image.n_frames == 6 and image.info["loop"] == 0
@@ -66,10 +60,9 @@ def test_animation(tmp_path, suffix):
 
 def test_grid_without_labels_holds_the_pixels():
     a = moving_square()
-    page = grid([a, 255 - a], columns=1, scale=2, resample="nearest")
-    assert page.shape == (6, 2 * 96 + 4, 128, 3)
-    assert torch.equal(page[:, :96:2, ::2], a)
-    assert torch.equal(page[:, 101::2, 1::2], 255 - a)
+    page = grid([a, 255 - a], columns=1)
+    assert page.shape == (6, 2 * 48 + 4, 64, 3)
+    assert torch.equal(page[:, :48], a) and torch.equal(page[:, 52:], 255 - a)
     assert torch.equal(grid([a]), a)
 
 
@@ -84,12 +77,10 @@ def test_refusals(tmp_path):
         write_video(tmp_path / "a.mp4", good[:, :47])
     with pytest.raises(ValueError, match=r"video: got 'torch.float32 \[6, 48, 64, 3\]'"):
         write_video(tmp_path / "a.mp4", good.float())
-    with pytest.raises(ValueError, match="path: got 'a.mp4', want a name ending in .webp or .gif"):
-        write_animation(tmp_path / "a.mp4", good)
+    with pytest.raises(ValueError, match="path: got 'a.mp4', want a name ending in .webp"):
+        write_animation(tmp_path / "a.mp4", [good])
     with pytest.raises(ValueError, match="labels: got 1, want 2"):
         grid([good, good], ["a"])
     with pytest.raises(ValueError, match="videos: got .* want one shape"):
         grid([good, good[:3]])
-    with pytest.raises(ValueError, match="resample: got 'cubic', want nearest or bicubic"):
-        grid([good], resample="cubic")
     assert not list(tmp_path.glob("a.mp4"))

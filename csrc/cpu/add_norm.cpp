@@ -7,15 +7,15 @@
 namespace prfl::PRFL_ISA {
 namespace {
 
-// Stores x + gate y and returns its sum over the row. The norm sees it as it is stored.
-template <class X, class Y>
-float add_row(const X* x, const Y* y, const float* gate, X* out, int64_t n) {
+// Writes x + gate y and returns its sum over the row. The norm sees it as it is stored.
+template <class X, class Y, class Write>
+float add_row(const X* x, const Y* y, const float* gate, X* out, int64_t n, Write&& write) {
   vf total[4] = {};
   each<4>(n, [&](int64_t i, auto m, int k) {
     vf branch = load(y + i, m);
     if (gate != nullptr) branch *= load(gate + i, m);
     vf a = rounded(load(x + i, m) + branch, X{});
-    store(out + i, a, m);
+    write(out + i, a, m);
     total[k] += a;
   });
   return sum(total);
@@ -46,10 +46,12 @@ void forward(const AddNormForward& a) {
     const float* gate = float_row(a.gate, b, width, room);
     const float* scale = float_row(a.scale, b, width, room + width);
     const float* shift = float_row(a.shift, b, width, room + 2 * width);
+    const Writer<X> write_sum(a.n ? View{} : a.sum, a.shape);  // the norm reads it again
+    const Writer<N> write(a.n, a.shape);
     for (int64_t l = l0; l < l1; l++) {
       const X* x = a.x.at<X>(b, l);
       X* out = a.y ? a.sum.at<X>(b, l) : nullptr;
-      const float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, width) : row_sum(x, width);
+      const float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, width, write_sum) : row_sum(x, width);
       if (!a.n) continue;
       const X* row = a.y ? out : x;
       const float mean = total / width;
@@ -62,7 +64,7 @@ void forward(const AddNormForward& a) {
         prefetch(next_x, i);
         prefetch(next_y, i);
         vf x_hat = (load(row + i, m) - mean) * rstd;
-        store(n + i, x_hat * (load(scale + i, m) + a.base) + load(shift + i, m), m);
+        write(n + i, x_hat * (load(scale + i, m) + a.base) + load(shift + i, m), m);
       });
       if (a.mean) {
         a.mean.at<float>(b)[l] = mean;
@@ -77,26 +79,72 @@ struct Sums {
   float *scale = nullptr, *shift = nullptr, *gate = nullptr;
 };
 
-// g = dn (scale + base) and x_hat; returns their means over the row.
-template <class X, class N>
-void norm_row(const N* dn, const X* x, const float* scale, float base, float mean, float rstd,
-              const Sums& sums, float* g, float* x_hat, float* mean_g, float* mean_gx, int64_t n) {
-  vf total[2] = {}, total_x[2] = {};
-  each<2>(n, [&](int64_t i, auto m, int k) {
-    vf d = load(dn + i, m);
-    vf h = first_lanes((load(x + i, m) - mean) * rstd, m);
-    vf a = d * (load(scale + i, m) + base);
-    if (sums.scale != nullptr) {
-      store(sums.scale + i, load(sums.scale + i, m) + d * h, m);
-      store(sums.shift + i, load(sums.shift + i, m) + d, m);
+// The rows of tokens l ... l + T - 1, null where the tensor is absent.
+template <int T, class E>
+struct Rows {
+  E* row[T];
+  Rows(const View& a, int64_t b, int64_t l, bool there = true) {
+    for (int t = 0; t < T; t++) row[t] = a && there ? a.at<E>(b, l + t) : nullptr;
+  }
+  explicit operator bool() const { return row[0] != nullptr; }
+  E* operator[](int t) const { return row[t]; }
+};
+
+// T tokens at once, so that scale, gate and sums come from the second-level cache once for all of them.
+//   g = dn (scale + base);  dx' = rstd (g - mean(g) - x_hat mean(g x_hat)) + d sum
+//   dy = gate dx',  d gate = sum y dx',  d scale = sum dn x_hat,  d shift = sum dn
+template <int T, class X, class Y, class N>
+void backward_tokens(const AddNormBackward& a, int64_t b, int64_t l, int64_t l1, const float* scale,
+                     const float* gate, const Sums& sums) {
+  const int64_t width = a.shape.width;
+  const bool norm = bool(a.dn), more = l + 2 * T <= l1;
+  Rows<T, X> x(a.x, b, l, norm), dsum(a.dsum, b, l), dx(a.dx, b, l), next_x(a.x, b, l + T, norm && more);
+  Rows<T, N> dn(a.dn, b, l), next_dn(a.dn, b, l + T, more);
+  Rows<T, Y> y(a.y, b, l, sums.gate != nullptr), dy(a.dy, b, l);
+  const Writer<X> write_dx(a.dx, a.shape);
+  const Writer<Y> write_dy(a.dy, a.shape);
+  float mean[T] = {}, rstd[T] = {}, mean_g[T] = {}, mean_gx[T] = {};
+  if (norm) {
+    vf total[T] = {}, total_x[T] = {};
+    for (int t = 0; t < T; t++) mean[t] = a.mean.at<float>(b)[l + t], rstd[t] = a.rstd.at<float>(b)[l + t];
+    each(width, [&](int64_t i, auto m, int) {
+      const vf factor = load(scale + i, m) + a.base;
+      vf dscale = {}, dshift = {};
+      if (sums.scale != nullptr) dscale = load(sums.scale + i, m), dshift = load(sums.shift + i, m);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; t++) {
+        vf d = load(dn[t] + i, m);
+        vf x_hat = first_lanes((load(x[t] + i, m) - mean[t]) * rstd[t], m);
+        vf g = d * factor;
+        dscale += d * x_hat;
+        dshift += d;
+        total[t] += g;
+        total_x[t] += g * x_hat;
+      }
+      if (sums.scale != nullptr) store(sums.scale + i, dscale, m), store(sums.shift + i, dshift, m);
+    });
+    for (int t = 0; t < T; t++) mean_g[t] = sum(total[t]) / width, mean_gx[t] = sum(total_x[t]) / width;
+  }
+  each(width, [&](int64_t i, auto m, int) {
+    vf factor = {}, dgate = {};
+    if (dx) factor = load(scale + i, m) + a.base;
+    if (y) dgate = load(sums.gate + i, m);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+      prefetch(next_x[t], i);
+      prefetch(next_dn[t], i);
+      vf d = {};
+      if (dx) {
+        vf x_hat = (load(x[t] + i, m) - mean[t]) * rstd[t];
+        d = (load(dn[t] + i, m) * factor - mean_g[t] - x_hat * mean_gx[t]) * rstd[t];
+      }
+      if (dsum) d += load(dsum[t] + i, m);
+      if (dx) write_dx(dx[t] + i, d, m);
+      if (y) dgate += d * load(y[t] + i, m);
+      if (dy) write_dy(dy[t] + i, gate != nullptr ? d * load(gate + i, m) : d, m);
     }
-    store(g + i, a, m);
-    store(x_hat + i, h, m);
-    total[k] += a;
-    total_x[k] += a * h;
+    if (y) store(sums.gate + i, dgate, m);
   });
-  *mean_g = sum(total) / n;
-  *mean_gx = sum(total_x) / n;
 }
 
 template <class X, class Y, class N>
@@ -104,10 +152,9 @@ void backward(const AddNormBackward& a) {
   const int64_t width = a.shape.width;
   const int64_t slots = 2 * a.parameters + (a.y && a.gate);
   over_runs(a.shape, a.runs, a.threads, [&](int64_t b, int64_t r, int64_t l0, int64_t l1) {
-    Scratch room(4 * width);
-    float *g = room, *x_hat = room + width;
-    const float* gate = float_row(a.gate, b, width, room + 2 * width);
-    const float* scale = float_row(a.scale, b, width, room + 3 * width);
+    Scratch room(2 * width);
+    const float* gate = float_row(a.gate, b, width, room);
+    const float* scale = float_row(a.scale, b, width, room + width);
     Sums sums;
     if (slots > 0) {
       float* part = a.part.at<float>() + (b * a.runs + r) * slots * width;
@@ -115,31 +162,10 @@ void backward(const AddNormBackward& a) {
       if (a.parameters) sums.scale = part, sums.shift = part + width;
       if (a.y && a.gate) sums.gate = part + (slots - 1) * width;
     }
-    for (int64_t l = l0; l < l1; l++) {
-      // dx' = rstd (g - mean(g) - x_hat mean(g x_hat)) + d sum;  dy = gate dx',  d gate = sum y dx'
-      float mean_g = 0, mean_gx = 0, rstd = 0;
-      if (a.dn) {
-        rstd = a.rstd.at<float>(b)[l];
-        norm_row(a.dn.at<N>(b, l), a.x.at<X>(b, l), scale, a.base, a.mean.at<float>(b)[l], rstd, sums, g,
-                 x_hat, &mean_g, &mean_gx, width);
-      }
-      const X* dsum = a.dsum ? a.dsum.at<X>(b, l) : nullptr;
-      X* dx = a.dx ? a.dx.at<X>(b, l) : nullptr;
-      const Y* y = sums.gate != nullptr ? a.y.at<Y>(b, l) : nullptr;
-      Y* dy = a.dy ? a.dy.at<Y>(b, l) : nullptr;
-      const X* next_x = l + 1 < l1 && a.dn ? a.x.at<X>(b, l + 1) : nullptr;
-      const N* next_dn = l + 1 < l1 && a.dn ? a.dn.at<N>(b, l + 1) : nullptr;
-      each(width, [&](int64_t i, auto m, int) {
-        prefetch(next_x, i);
-        prefetch(next_dn, i);
-        vf d = {};
-        if (dx != nullptr) d = (load(g + i, m) - mean_g - load(x_hat + i, m) * mean_gx) * rstd;
-        if (dsum != nullptr) d += load(dsum + i, m);
-        if (dx != nullptr) store(dx + i, d, m);
-        if (y != nullptr) store(sums.gate + i, load(sums.gate + i, m) + d * load(y + i, m), m);
-        if (dy != nullptr) store(dy + i, gate != nullptr ? d * load(gate + i, m) : d, m);
-      });
-    }
+    constexpr int T = 4;
+    int64_t l = l0;
+    for (; l + T <= l1; l += T) backward_tokens<T, X, Y, N>(a, b, l, l1, scale, gate, sums);
+    for (; l < l1; l++) backward_tokens<1, X, Y, N>(a, b, l, l1, scale, gate, sums);
   });
   for (int64_t b = 0; slots > 0 && b < a.shape.batch; b++) {
     const int64_t values = slots * width;

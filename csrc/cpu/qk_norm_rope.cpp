@@ -49,6 +49,7 @@ void forward(const QkNormRopeForward& a) {
       for (int t = 0; t < 2 && a.x[t]; t++) {
         const X* x = a.x[t].at<X>(b, l);
         X* out = a.out[t].at<X>(b, l);
+        const Writer<X> write(a.out[t], a.shape);
         const float rstd = 1.0f / sqrtf(squares(x, width) / width + a.eps);
         a.rstd[t].at<float>(b)[l] = rstd;
         const X* next = l + 1 < l1 ? a.x[t].at<X>(b, l + 1) : nullptr;
@@ -57,53 +58,81 @@ void forward(const QkNormRopeForward& a) {
             prefetch(next, h + i);
             vf n = load(x + h + i, m) * rstd * load(weight[t] + h + i, m);
             if (ROPE) n = n * load(angles.cos + i, m) + swapped(n) * load(angles.sin + i, m);
-            store(out + h + i, n, m);
+            write(out + h + i, n, m);
           });
       }
     }
   });
 }
 
-// dn = d turned back;  g = dn weight;  dx = rstd (g - x_hat mean(g x_hat));  d weight = sum dn x_hat
+// What the tokens l ... l + T - 1 give one tensor; T at once, so that weight and d weight come from the
+// second-level cache once for all of them.
+//   dn = d turned back;  g = dn weight;  dx = rstd (g - x_hat mean(g x_hat));  d weight = sum dn x_hat
+template <int T, class X, bool ROPE>
+void backward_tokens(const QkNormRopeBackward& a, int which, int64_t b, int64_t l, const float* weight,
+                     const float* cos, const float* sin, float* dweight) {
+  const int64_t width = a.shape.width, dim = a.rope.head_dim;
+  const X *x[T], *d[T];
+  float rstd[T], mean[T];
+  for (int t = 0; t < T; t++) x[t] = a.x[which].at<X>(b, l + t), rstd[t] = a.rstd[which].at<float>(b)[l + t];
+  auto turned_back = [&](int t, int64_t i, auto m) {
+    vf dn = load(d[t] + i, m);
+    if (ROPE) dn = dn * load(cos + t * dim + i, m) - swapped(dn) * load(sin + t * dim + i, m);
+    return dn;
+  };
+  vf total[T] = {};
+  for (int64_t h = 0; h < width; h += dim) {
+    for (int t = 0; t < T; t++) d[t] = a.d[which].at<X>(b, l + t, h / dim);
+    each(dim, [&](int64_t i, auto m, int) {
+      const vf w = load(weight + h + i, m);
+      vf dw = {};
+      if (dweight != nullptr) dw = load(dweight + h + i, m);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; t++) {
+        vf dn_x = turned_back(t, i, m) * (load(x[t] + h + i, m) * rstd[t]);
+        dw += dn_x;
+        total[t] += dn_x * w;
+      }
+      if (dweight != nullptr) store(dweight + h + i, dw, m);
+    });
+  }
+  for (int t = 0; t < T; t++) mean[t] = sum(total[t]) / width;
+  const Writer<X> write(a.dx[which], a.shape);
+  for (int64_t h = 0; h < width; h += dim) {
+    for (int t = 0; t < T; t++) d[t] = a.d[which].at<X>(b, l + t, h / dim);
+    each(dim, [&](int64_t i, auto m, int) {
+      const vf w = load(weight + h + i, m);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; t++) {
+        vf x_hat = load(x[t] + h + i, m) * rstd[t];
+        write(a.dx[which].at<X>(b, l + t) + h + i, (turned_back(t, i, m) * w - x_hat * mean[t]) * rstd[t], m);
+      }
+    });
+  }
+}
+
 template <class X, bool ROPE>
 void backward(const QkNormRopeBackward& a) {
+  constexpr int T = 4;
   const int64_t width = a.shape.width, dim = a.rope.head_dim;
   Scratch weights(2 * width);
   const float* weight[2];
   for (int t = 0; t < 2; t++) weight[t] = float_row(a.weight[t], 0, width, weights + t * width);
   over_runs(a.shape, a.runs, a.threads, [&](int64_t b, int64_t r, int64_t l0, int64_t l1) {
-    Scratch room(2 * dim + width);
-    Angles angles{a.rope, room, room + dim};
-    float* g = room + 2 * dim;
+    Scratch room(2 * T * dim);
+    float *cos = room, *sin = room + T * dim;
     float* part = a.part ? a.part.at<float>() + (b * a.runs + r) * 2 * width : nullptr;
     if (part != nullptr) memset(part, 0, 2 * width * sizeof(float));
-    for (int64_t l = l0; l < l1; l++) {
-      if (ROPE) angles.take(l);
+    for (int64_t l = l0; l < l1;) {
+      const bool together = l + T <= l1;
+      for (int t = 0; ROPE && t < (together ? T : 1); t++)
+        Angles{a.rope, cos + t * dim, sin + t * dim}.take(l + t);
       for (int t = 0; t < 2 && a.x[t]; t++) {
-        const X* x = a.x[t].at<X>(b, l);
-        const float rstd = a.rstd[t].at<float>(b)[l];
         float* dweight = part != nullptr ? part + t * width : nullptr;
-        vf total[2] = {};
-        for (int64_t h = 0; h < width; h += dim) {
-          const X* d = a.d[t].at<X>(b, l, h / dim);
-          each<2>(dim, [&](int64_t i, auto m, int k) {
-            vf dn = load(d + i, m);
-            if (ROPE) dn = dn * load(angles.cos + i, m) - swapped(dn) * load(angles.sin + i, m);
-            vf x_hat = load(x + h + i, m) * rstd;
-            vf dn_x = dn * x_hat;
-            if (dweight != nullptr) store(dweight + h + i, load(dweight + h + i, m) + dn_x, m);
-            vf w = load(weight[t] + h + i, m);
-            store(g + h + i, dn * w, m);
-            total[k] += dn_x * w;
-          });
-        }
-        const float mean = sum(total) / width;
-        X* dx = a.dx[t].at<X>(b, l);
-        each(width, [&](int64_t i, auto m, int) {
-          vf x_hat = load(x + i, m) * rstd;
-          store(dx + i, (load(g + i, m) - x_hat * mean) * rstd, m);
-        });
+        auto run = together ? backward_tokens<T, X, ROPE> : backward_tokens<1, X, ROPE>;
+        run(a, t, b, l, weight[t], cos, sin, dweight);
       }
+      l += together ? T : 1;
     }
   });
   if (a.part)

@@ -16,6 +16,27 @@ inline const float* float_row(const View& a, int64_t row, int64_t n, float* room
   return room;
 }
 
+constexpr int64_t CACHES = 1 << 24;  // bytes of a result that will not be found there by what reads it
+
+// Writes rows of one result: around the caches if it is larger than they are and its rows are aligned; for
+// no View in particular, through them.
+template <class T>
+class Writer {
+ public:
+  Writer(const View& out, const Shape& shape)
+      : around_(shape.batch * shape.length * shape.width * int64_t(sizeof(T)) > CACHES && aligned(out)) {}
+  void operator()(T* p, vf a, Full m) const { around_ ? store_around(p, a) : store(p, a, m); }
+  void operator()(T* p, vf a, Tail m) const { store(p, a, m); }
+
+ private:
+  static bool aligned(const View& out) {
+    const int64_t values = 64 / sizeof(T);
+    return out && reinterpret_cast<uintptr_t>(out.data) % 64 == 0 && out.stride[0] % values == 0 &&
+           out.stride[1] % values == 0;
+  }
+  bool around_;
+};
+
 constexpr int64_t PIECE = 1 << 15;  // values that are worth waking a thread for
 
 inline int threads_for(int64_t values, int threads) { return values > PIECE ? threads : 1; }
@@ -29,6 +50,7 @@ inline void over_tokens(const Shape& shape, int threads, F&& fn) {
   parallel_for(0, shape.batch * pieces, 1, threads, [&](int64_t piece, int64_t) {
     const int64_t first = piece % pieces * grain;
     fn(piece / pieces, first, min(first + grain, shape.length));
+    fence();
   });
 }
 
@@ -40,6 +62,7 @@ inline void over_runs(const Shape& shape, int64_t runs, int threads, F&& fn) {
   parallel_for(0, shape.batch * runs, 1, threads, [&](int64_t piece, int64_t) {
     const int64_t r = piece % runs;
     fn(piece / runs, r, min(r * run, shape.length), min((r + 1) * run, shape.length));
+    fence();
   });
 }
 

@@ -109,6 +109,31 @@ inline void store(T* p, vf a, Tail m) {
   memcpy(p, room, m.n * sizeof(T));
 }
 
+// Around the caches, which then need not fetch what is overwritten; p is a multiple of the vector's size.
+inline void store_around(float* p, vf a) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)a);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)a);
+#else
+  store(p, a, Full{});
+#endif
+}
+inline void store_around(bf16* p, vf a) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(a));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)narrow(a));
+#else
+  store(p, a, Full{});
+#endif
+}
+inline void fence() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // What is left of `a` after storing it as T.
 inline vf rounded(vf a, float) { return a; }
 inline vf rounded(vf a, bf16) { return widen(narrow(a)); }

@@ -1,30 +1,20 @@
-"""fp8 for rollouts: the row-scaled linear layer and attention on e4m3, against float64.
-
-Bounds are derived, not tuned. Rounding a value to e4m3 moves it by at most 2^-4 of itself (3 bits
-behind the point) or, below the smallest normal number, by 2^-10; a bfloat16 result by 2^-8 of itself.
-An instruction of Hopper's tensor cores adds 32 products and its accumulator cut to 14 bits, 4 of them
-before float32: 4 * 33 * 2^-13 < 2^-5 of the sum of the magnitudes.
-"""
+"""Attention on e4m3 against float64, by bounds of its roundings."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from fused import DEVICE, error, needs_triton, normal, strided, triton
+from e4m3 import CHECKS, E4M3, INSTRUCTION, rounding
+from fused import DEVICE, error, needs_triton, normal, strided
 from torch.library import opcheck
 
-from prfl_kernels import add_norm, qk_norm_rope, table
 from prfl_kernels import attention_fp8 as module
-from prfl_kernels.add_norm import quantize_rows
+from prfl_kernels import table
 from prfl_kernels.attention_fp8 import attention_fp8, attention_fp8_reference, quantize_values
-from prfl_kernels.fp8_linear import fp8_linear, hopper_product, quantize_weight
+from prfl_kernels.e4m3 import quantize_rows
+from prfl_kernels.fp8_linear import hopper_product
 
-__all__ = ["triton"]
-F32, BF16, E4M3 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
-INSTRUCTION = 2**-5 if DEVICE == "cuda" else 0.0
-# Without test_schema, which compares with torch.allclose, and that does not know e4m3.
-CHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+F32, BF16 = torch.float32, torch.bfloat16
 SHAPES = pytest.mark.parametrize(
     "batch, queries, keys, heads, dim",
     [
@@ -35,16 +25,6 @@ SHAPES = pytest.mark.parametrize(
         (1, 257, 385, 1, 64),
     ],
 )
-
-
-def rounding(values, scales):
-    """How far e4m3 with these scales may be from `values`."""
-    return (2**-4 * values.abs() + 2**-10 * scales) * (1 + 2**-20)
-
-
-def linear_inputs(*rows, width=96, out=48):
-    x, w, bias = normal(*rows, width), normal(out, width), normal(out)
-    return x, w, bias, (*quantize_rows(x), *quantize_weight(w), bias)
 
 
 def attention_inputs(batch, queries, keys, heads, dim, dtype=F32):
@@ -95,161 +75,6 @@ def assert_within_rounding(arguments, scale=None):
     assert ((out.double() - want).abs() <= limit).all()
 
 
-# -- linear layer
-
-
-def test_weight_scales():
-    w = normal(64, 128)
-    w[3], w[5, 7] = 0.0, 1e6
-    w8, scale = quantize_weight(w)
-    assert w8.dtype == E4M3 and scale.shape == (64,) and scale.dtype == F32
-    assert scale[3] == 1 and not w8[3].float().any()
-    assert (w8.float().abs().amax(1)[torch.arange(64) != 3] == 448).all()
-    assert ((w8.double() * scale[:, None].double() - w.double()).abs() <= rounding(w, scale[:, None])).all()
-
-
-@pytest.mark.parametrize("rows", [(1,), (7,), (2, 37), (3, 1, 5), ()])
-@pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("out_dtype", [BF16, F32])
-def test_linear(rows, biased, out_dtype):
-    x, w, bias, (x8, x_scale, w8, w_scale, _) = linear_inputs(*rows)
-    bias = bias if biased else None
-    out = fp8_linear(x8, x_scale, w8, w_scale, bias, out_dtype)
-    assert out.dtype == out_dtype and out.shape == (*rows, 48)
-    x_back, w_back = x8.double() * x_scale[..., None].double(), w8.double() * w_scale[:, None].double()
-    added = 0.0 if bias is None else bias.to(out_dtype).double()
-    want = x_back @ w_back.T + added
-    sizes = x_back.abs() @ w_back.abs().T + abs(added)
-    half_ulp = 2**-8 if out_dtype == BF16 else 2**-24
-    limit = half_ulp * want.abs() + (96 * 2**-24 + INSTRUCTION) * sizes
-    assert ((out.double() - want).abs() <= limit * (1 + 2**-8)).all()
-    # And against the values before quantisation.
-    x_off, w_off = rounding(x.double(), x_scale[..., None]), rounding(w.double(), w_scale[:, None])
-    limit = limit * 2 + x_off @ w.double().abs().T + (x.double().abs() + x_off) @ w_off.T
-    assert ((out.double() - x.double() @ w.double().T - added).abs() <= limit).all()
-
-
-def test_linear_rounds_once():
-    """bfloat16 is the rounded float32 result, where both add in float32."""
-    if DEVICE == "cuda":
-        pytest.skip("the GPU kernel of float32 adds the bias after it")
-    *_, arguments = linear_inputs(19)
-    want = fp8_linear(*arguments[:4], arguments[4].to(BF16), F32)
-    assert torch.equal(fp8_linear(*arguments), want.to(BF16))
-
-
-def test_linear_with_outliers_and_zero_rows():
-    x, w, *_ = linear_inputs(6)
-    x[1], x[2, 5], w[4], w[9, 9] = 0.0, 1e5, 0.0, -1e4
-    out = fp8_linear(*quantize_rows(x), *quantize_weight(w), None, F32)
-    assert out.isfinite().all() and not out[1].any() and not out[:, 4].any()
-    assert error(out[2], x[2].double() @ w.double().T) < 2**-3  # two roundings of the one product
-    assert error(out[3], x[3].double() @ w.double().T) < 2**-3
-
-
-def test_linear_of_no_rows_and_of_strided_rows():
-    *_, (x8, x_scale, w8, w_scale, bias) = linear_inputs(2, 9)
-    assert fp8_linear(x8[:, :0], x_scale[:, :0], w8, w_scale, bias).shape == (2, 0, 48)
-    want = fp8_linear(x8, x_scale, w8, w_scale, bias)
-    got = fp8_linear(*(strided(a) for a in (x8, x_scale, w8)), w_scale, bias)
-    assert torch.equal(got, want)
-    assert torch.equal(fp8_linear(x8.mT.contiguous().mT, x_scale, w8.T.contiguous().T, w_scale, bias), want)
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"x8": torch.zeros(3, 96)}, "torch.float32"),
-        ({"x8": torch.zeros(3, 80).to(E4M3)}, "x8"),
-        ({"x_scale": torch.ones(4)}, "x_scale"),
-        ({"w_scale": torch.ones(1, 48)}, "w_scale"),
-        ({"bias": torch.ones(47)}, "bias"),
-        ({"w8": torch.zeros(40, 96).to(E4M3)}, "multiples of 16"),
-        ({"w8": torch.zeros(48, 100).to(E4M3)}, "multiples of 16"),
-        ({"out_dtype": torch.float16}, "out_dtype"),
-    ],
-)
-def test_linear_names_misfits(change, named):
-    names = ("x8", "x_scale", "w8", "w_scale", "bias")
-    given = dict(zip(names, linear_inputs(3)[3], strict=True)) | change
-    given = {n: a.to(DEVICE) if isinstance(a, torch.Tensor) else a for n, a in given.items()}
-    with pytest.raises(ValueError, match=named):
-        fp8_linear(**given)
-
-
-def test_linear_registration_and_compile():
-    *_, arguments = linear_inputs(2, 9)
-    opcheck(torch.ops.prfl.fp8_linear.default, (*arguments, BF16), test_utils=CHECKS)
-    opcheck(torch.ops.prfl.fp8_linear.default, (*arguments[:4], None, F32), test_utils=CHECKS)
-    compiled = torch.compile(fp8_linear, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), fp8_linear(*arguments))
-
-
-def test_no_gradient():
-    *_, arguments = linear_inputs(5)
-    with pytest.raises(ValueError, match="fp8_linear: got an input that requires grad"):
-        fp8_linear(*arguments[:4], arguments[4].requires_grad_())
-    with torch.no_grad():
-        assert not fp8_linear(*arguments).requires_grad
-    (q, k, v), _ = attention_inputs(1, 3, 4, 1, 64)
-    with pytest.raises(ValueError, match="quantize_values"):
-        quantize_values(v.requires_grad_())
-    arguments = quantized(q, k, v.detach())
-    with pytest.raises(ValueError, match="attention_fp8: got an input that requires grad"):
-        attention_fp8(arguments[0], arguments[1].requires_grad_(), *arguments[2:])
-
-
-def test_choice_is_explicit():
-    if DEVICE == "cuda":
-        pytest.skip("a GPU may run it")
-    *_, arguments = linear_inputs(5)
-    table.configure("fp8_linear=scaled_mm")
-    try:
-        with pytest.raises(ValueError, match="fp8_linear got scaled_mm on cpu: it needs a cuda device"):
-            fp8_linear(*arguments)
-    finally:
-        table.configure("")
-
-
-# -- the emulation of the tensor cores
-
-
-@needs_triton
-@pytest.mark.parametrize("capability, runs", [((8, 6), False), ((8, 9), True), ((9, 0), True)])
-def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
-    x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"), shape=(1, 1, 128))
-    monkeypatch.setattr(table.jit, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    for op in ("modulate", "qk_norm_rope"):
-        assert table.implementation(op, x) == "triton"
-    if runs:
-        assert table.implementation("modulate", x, fp8=True) == "triton"
-        return
-    want = "got triton on cuda: it needs capability 8.9 or higher"
-    with pytest.raises(ValueError, match=f"kernels: modulate_fp8 {want}"):
-        add_norm.pair("modulate", x, fp8=True)
-    with pytest.raises(ValueError, match=f"kernels: qk_norm_rope_fp8 {want}"):
-        qk_norm_rope.pair(x, fp8=True)
-
-
-def test_hopper_product_keeps_fourteen_bits():
-    ones = torch.ones(1, 32)
-    # 2^13 + 1 has 14 bits and is kept; beside 2^14 a step is 2, and every 1 is lost.
-    for big, want in ((2.0**13, 2.0**13 + 32), (2.0**14, 2.0**14)):
-        assert hopper_product(ones, ones.T, torch.tensor([[big]])).item() == want
-    # Aligned to the largest: 448 * 448 = 200704 is 2^17 and more, a step is 16; 3 * 5 = 15 is lost.
-    a, b = torch.tensor([[448.0, 3.0, 4.0]]), torch.tensor([[448.0], [5.0], [4.0]])
-    assert hopper_product(a, b).item() == 200704 + 16
-    # Cut toward zero, on both sides.
-    assert hopper_product(-a, b).item() == -200704 - 16
-
-
-def test_hopper_product_is_exact_where_fourteen_bits_are_enough():
-    a = torch.randint(-3, 4, (2, 5, 96)).float()
-    b = torch.randint(-3, 4, (2, 96, 7)).float()
-    assert torch.equal(hopper_product(a, b), a @ b)
-
-
 def test_two_levels_matter_at_long_length():
     """Values with a mean, 20,000 keys: kept in the tensor core, the sum outgrows its 14 bits."""
     q, k, v = normal(1, 8, 1, 64).cpu(), normal(1, 20000, 1, 64).cpu(), normal(1, 20000, 1, 64).cpu() + 1
@@ -261,9 +86,6 @@ def test_two_levels_matter_at_long_length():
         for how in ((), (hopper_product, True), (hopper_product, False))
     )
     assert two < 1.5 * plain and one > 20 * two
-
-
-# -- attention
 
 
 @needs_triton
@@ -379,6 +201,14 @@ def test_attention_in_plain_torch():
     table.configure("reference")
     assert_within_rounding(attention_inputs(2, 30, 200, 2, 64)[1])
     table.configure("")
+
+
+def test_no_gradient():
+    (q, k, v), arguments = attention_inputs(1, 3, 4, 1, 64)
+    with pytest.raises(ValueError, match="quantize_values: got an input that requires grad"):
+        quantize_values(v.requires_grad_())
+    with pytest.raises(ValueError, match="attention_fp8: got an input that requires grad"):
+        attention_fp8(arguments[0], arguments[1].requires_grad_(), *arguments[2:])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,182 @@
+"""The C++ kernels for the CPU as differentiable functions, with their formulas in plain torch and inputs."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from formulas import (
+    gated_add_reference,
+    norm_reference,
+    reward_pool_reference,
+    rms_norm_reference,
+    rope_reference,
+)
+from fused import normal
+
+from prfl_kernels import cpu_kernels as cpu
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+EPS = 1e-6
+GRID, HEADS = (3, 5, 7), 3
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, *inputs):
+        outputs, ctx.gradients = run(*inputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *directions):
+        return None, *ctx.gradients(*directions)
+
+
+def _op(run):
+    """A differentiable function of run: inputs -> (outputs, directions -> gradients)."""
+    return lambda *inputs: _Function.apply(run, *inputs)
+
+
+def _modulated(base, dtype):
+    def run(x, scale, shift):
+        _, n, _, stats = cpu.add_norm_forward(x, None, None, scale, shift, base, EPS, dtype)
+
+        def gradients(dn):
+            back = cpu.add_norm_backward(dn, None, x, None, None, scale, stats, base, True, None)
+            return back[0], *back[3:]
+
+        return n, gradients
+
+    return _op(run)
+
+
+def _added(x, y, gate):
+    total = cpu.add_norm_forward(x, y, gate, None, None, 0.0, 0.0, None)[0]
+
+    def gradients(d):
+        _, dy, dgate, _, _ = cpu.add_norm_backward(None, d, None, y, gate, None, None, 0.0, False, y.dtype)
+        return d, dy, dgate
+
+    return total, gradients
+
+
+def _added_and_normed(base, dtype):
+    def run(x, y, gate, scale, shift):
+        total, n, _, stats = cpu.add_norm_forward(x, y, gate, scale, shift, base, EPS, dtype)
+
+        def gradients(dsum, dn):
+            return cpu.add_norm_backward(dn, dsum, total, y, gate, scale, stats, base, True, y.dtype)
+
+        return (total, n), gradients
+
+    return _op(run)
+
+
+def row_case(name, batch, length, width, stream=F32, branch=F32, parameters=F32):
+    x, y = normal(batch, length, width, dtype=stream), normal(batch, length, width, dtype=branch)
+    gate, scale, shift = (normal(batch, width, dtype=parameters) for _ in range(3))
+    weight, bias = normal(width, dtype=parameters), normal(width, dtype=parameters)
+
+    def normed(base):
+        # The reference in float64 gives float64.
+        return lambda x, a, b: norm_reference(x, a, b, base, EPS, x.dtype if x.dtype == F64 else branch)
+
+    def both(base):
+        def run(x, y, gate, a, b):
+            total = gated_add_reference(x, y, gate)
+            return total, normed(base)(total, a, b)
+
+        return run
+
+    return {
+        "modulate": (_modulated(1.0, branch), normed(1.0), [x, scale, shift]),
+        "layer_norm": (_modulated(0.0, branch), normed(0.0), [x, weight, bias]),
+        "add": (_op(_added), gated_add_reference, [x, y, None]),
+        "gated_add": (_op(_added), gated_add_reference, [x, y, gate]),
+        "add_norm": (_added_and_normed(0.0, branch), both(0.0), [x, y, None, weight, bias]),
+        "gated_add_modulate": (_added_and_normed(1.0, branch), both(1.0), [x, y, gate, scale, shift]),
+    }[name]
+
+
+NAMES = ("modulate", "layer_norm", "add", "gated_add", "add_norm", "gated_add_modulate")
+
+
+def rope_case(batch=2, grid=GRID, heads=HEADS, head_dim=32, dtype=F32, offset=0, length=None):
+    def run(q, k, weight_q, weight_k):
+        rest = (grid, heads)
+        out, _, rstd = cpu.qk_norm_rope_forward(q, k, weight_q, weight_k, *rest, EPS, offset)
+
+        def gradients(dq, dk):
+            dq, dk, dweight = cpu.qk_norm_rope_backward(
+                dq, dk, q, k, weight_q, weight_k, rstd, *rest, offset, True
+            )
+            return dq, dk, *dweight
+
+        return tuple(out), gradients
+
+    def reference(q, k, weight_q, weight_k):
+        pairs = ((q, weight_q), (k, weight_k))
+        return tuple(rope_reference(a, w, grid, heads, EPS, offset).to(a.dtype) for a, w in pairs)
+
+    shape = (batch, length or math.prod(grid) - offset, heads * head_dim)
+    weights = [normal(heads * head_dim, dtype=dtype) for _ in range(2)]
+    return _op(run), reference, [*(normal(*shape, dtype=dtype) for _ in range(2)), *weights]
+
+
+def _rms_norm(x, weight):
+    (out, _), _, rstd = cpu.qk_norm_rope_forward(x, None, weight, None, None, 1, EPS, 0)
+
+    def gradients(d):
+        dx, _, dweight = cpu.qk_norm_rope_backward(d, None, x, None, weight, None, rstd, None, 1, 0, True)
+        return dx, dweight[0]
+
+    return out.flatten(2), gradients
+
+
+def rms_case(*shape, dtype=F32):
+    inputs = [normal(*shape, dtype=dtype), normal(shape[-1])]
+    return _op(_rms_norm), lambda x, weight: rms_norm_reference(x, weight, EPS), inputs
+
+
+def _pool(x, u):
+    pooled, lse, scores = cpu.reward_pool_forward(x, u)
+
+    def gradients(dpooled, dlse):
+        delta = (pooled * dpooled).sum(-1) - dlse
+        return cpu.reward_pool_backward(dpooled, delta, x, u, scores, lse, True, True)
+
+    return (pooled, lse), gradients
+
+
+def pool_case(batch=2, length=77, width=96, queries=3, dtype=F32):
+    inputs = [normal(batch, length, width, dtype=dtype), normal(queries, width) * width**-0.5]
+    return _op(_pool), reward_pool_reference, inputs
+
+
+def _gelu(h, bias):
+    def gradients(d):
+        dh, g, dbias = cpu.bias_gelu_backward(d, h, bias, bias is not None)
+        torch.testing.assert_close(g, out, rtol=0, atol=0)
+        return dh, dbias
+
+    out = cpu.bias_gelu_forward(h, bias)
+    return out, gradients
+
+
+def _gelu_reference(h, bias):
+    wide = h.to(torch.promote_types(h.dtype, F32))
+    return F.gelu(wide if bias is None else wide + bias, approximate="tanh").to(h.dtype)
+
+
+def gelu_case(*shape, dtype=F32, bias=True):
+    return _op(_gelu), _gelu_reference, [normal(*shape, dtype=dtype), normal(shape[-1]) if bias else None]
+
+
+def all_cases(**dtypes):
+    """One case of every kernel, long enough for several runs of tokens."""
+    for name in NAMES:
+        yield row_case(name, 2, 71, 40, **dtypes)
+    dtype = dtypes.get("branch", F32)
+    yield rope_case(dtype=dtype)
+    yield rms_case(2, 71, 40, dtype=dtype)
+    yield pool_case(2, 1801, 40, 3, dtype)
+    yield gelu_case(2, 71, 40, dtype=dtype)

@@ -1,0 +1,53 @@
+"""Sampling by the command line."""
+
+import numpy as np
+import torch
+from helpers import SHAPE, one_line, relative, write_run
+from training_runs import run
+
+
+def test_sample_writes_latents_in_the_layout_of_the_data(tmp_path, capsys):
+    config, out = write_run(tmp_path), tmp_path / "samples"
+    run("sample", config, "sample.count=4", "--out", str(out))
+    names = [f"sample-{i:02d}.npy" for i in range(4)]
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert capsys.readouterr().out.split() == [str(out / n) for n in names]
+    latents = [np.load(out / n) for n in names]
+    assert all(a.shape == (1, *SHAPE) and a.dtype == np.float32 for a in latents)
+    assert not np.array_equal(latents[0], latents[3])  # prompt 0 again, from other noise
+    again = tmp_path / "again"
+    run("sample", config, "sample.count=4", "--out", str(again))
+    assert all(np.array_equal(np.load(again / n), a) for n, a in zip(names, latents, strict=True))
+
+
+def test_guidance(tmp_path):
+    """Guidance against the prompt itself is none; against another text it moves the sample."""
+    config = write_run(tmp_path)
+    val = tmp_path / "val"
+    same = [f"data.negative_text={val / 'short-0.npy'}", "sample.count=1"]
+    other = [f"data.negative_text={val / 'null.npy'}", "sample.count=1"]
+    runs = {
+        "plain": same,
+        "same": [*same, "sample.guidance=5"],
+        "other": [*other, "sample.guidance=5"],
+    }
+    found = {}
+    for name, overrides in runs.items():
+        run("sample", config, *overrides, "--out", str(tmp_path / name))
+        found[name] = torch.from_numpy(np.load(tmp_path / name / "sample-00.npy"))
+    assert relative(found["same"], found["plain"]) < 1e-5
+    assert relative(found["other"], found["plain"]) > 1e-3
+
+
+def test_overrides_may_stand_behind_options(tmp_path):
+    config, out = write_run(tmp_path), tmp_path / "samples"
+    run("sample", config, "--out", str(out), "sample.count=1")
+    assert [p.name for p in out.iterdir()] == ["sample-00.npy"]
+
+
+def test_sample_refuses_an_existing_folder(tmp_path, capsys):
+    config = write_run(tmp_path)
+    (tmp_path / "samples").mkdir()
+    run("sample", config, "--out", str(tmp_path / "samples"), code=2)
+    assert str(tmp_path / "samples") in one_line(capsys)
+    assert list((tmp_path / "samples").iterdir()) == []

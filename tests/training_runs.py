@@ -1,0 +1,98 @@
+"""What tests of whole runs need: the command line on tiny models, and what a run leaves behind."""
+
+import torch
+from helpers import tiny_config, write_data, write_run
+from safetensors.torch import load_file
+
+from prfl_engine.cli import main
+from prfl_engine.metrics import read_metrics
+
+NAME = "diffusion_pytorch_model.safetensors"
+STATE = "training_state.pt"
+
+
+def run(command, config, *overrides, code=0):
+    assert main([command, str(config), *overrides]) == code
+
+
+def values(out, prefix="train"):
+    """{step: {name: value}} of the metrics of a run; no step comes twice."""
+    found = {}
+    for record in read_metrics(out):
+        part = {k: v for k, v in record["values"].items() if k.startswith(prefix)}
+        if part:
+            assert record["step"] not in found, record
+            found[record["step"]] = part
+    return found
+
+
+def assert_equal(a, b, where=""):
+    """The same tensors and numbers to the bit, through dicts and lists."""
+    assert type(a) is type(b), where
+    if torch.is_tensor(a):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            assert_equal(a[k], b[k], f"{where}.{k}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def content(folder):
+    """Everything of a checkpoint that training goes on from."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            found[name] = load_file(path)
+        elif path.suffix in (".ckpt", ".pt"):
+            found[name] = torch.load(path, weights_only=True)
+    found[STATE].pop("rng")
+    return found
+
+
+def interrupt(monkeypatch, module, name, call):
+    """The function `name` of a module is interrupted at its call-th call, as by Ctrl-C."""
+    original, calls = getattr(module, name), []
+
+    def function(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, function)
+
+
+def reward_run(tmp_path, loss, **sections):
+    """A configuration of reward training; good latents are brighter than poor ones, by as much as the noise
+    varies."""
+
+    def latents(good):
+        return lambda i, a: 0.3 * a + (1.5 if good(i) else -1.5)
+
+    def labels(good):
+        return lambda i: dict.fromkeys(("physics_quality", "human_quality"), int(good(i)))
+
+    kinds = {"mixed": lambda i: i % 2, "win": lambda i: 1, "lose": lambda i: 0}
+    lists = {}
+    for n, (name, good) in enumerate(kinds.items()):
+        made = write_data(
+            tmp_path / name, tiny_config(), 12, seed=n, latents=latents(good), labels=labels(good)
+        )
+        lists[name] = [str(made)]
+    return write_run(
+        tmp_path,
+        reward={"path": None, "loss": loss} | sections.pop("reward", {}),
+        data={
+            "train": lists["mixed" if loss == "ce" else "win"], "lose": lists["lose"], "val": lists["mixed"],
+            "batch_size": 4, "null_text": str(tmp_path / "mixed/null.npy"),
+        },
+        eval={"timesteps": [201, 400, 600, 800, 1000], "batch_size": 5},
+        **sections,
+    )  # fmt: skip
