@@ -36,7 +36,9 @@ def seeded(*key: int) -> np.random.Generator:
 def noise_like(latent: Tensor, *key: int) -> Tensor:
     """Gaussian noise of the latent's shape, the same for a key on every device."""
     generator = torch.Generator().manual_seed(int(seeded(*key).integers(2**62)))
-    return torch.randn(latent.shape, generator=generator).to(latent.device, non_blocking=True)
+    # Pinned: from other memory a copy of this size may wait for what the device has queued before it.
+    noise = torch.randn(latent.shape, generator=generator, pin_memory=latent.is_cuda)
+    return noise.to(latent.device, non_blocking=True)
 
 
 def read_lists(paths: Sequence[str], field: str) -> list[Path]:

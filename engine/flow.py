@@ -91,11 +91,11 @@ def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
 def step(schedule: Schedule, state: SolverState, velocity: Tensor, index: Tensor) -> SolverState:
     """One denoising step from the velocity predicted at state.x.
 
-    velocity [B, C, T, H, W]; index [B] long: the step at which each sample stands. Differentiable
-    with respect to the velocity and every field of the state.
+    velocity [B, C, T, H, W]; index [B] long, on the CPU: the step at which each sample stands.
+    Differentiable with respect to the velocity and every field of the state.
     """
     x = state.x
-    columns = schedule.table[index.to(schedule.table.device)].to(x.device, x.dtype, non_blocking=True)
+    columns = schedule.table[index].to(x.device, x.dtype, non_blocking=True)
     x_next, x_c, m_t = solver_step(*state, velocity, columns)
     return SolverState(x_next, x_c, m_t, state.m0)
 

@@ -9,6 +9,7 @@ replay, of any shape.
 
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class CudaRecorder:
     """Records a call on the current CUDA device; all recordings share one pool of memory."""
 
     def __init__(self):
-        self.pool = torch.cuda.graph_pool_handle()
+        self.alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, call: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """(what call() returned, how to run it again into the same memory)."""
@@ -38,9 +39,13 @@ class CudaRecorder:
             for _ in range(WARMUPS):
                 call()
         torch.cuda.current_stream().wait_stream(side)
+        if not self.alive:  # torch refuses to record into a pool that has lost all of its graphs
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Not "global", in which what the loader's thread pins meanwhile would end the recording and the run.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             output = call()
+        self.alive.add(graph)
         return output, graph.replay
 
 

@@ -36,6 +36,8 @@ class HostBlocks:
         ]
         self.freed: list[torch.cuda.Event | None] = [None, None]
         self.up, self.down = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
+        if self.up is not None:  # where the slots lie, work that is queued may still be reading
+            self.up.wait_stream(torch.cuda.current_stream(device))
         self.device, self.turn = device, 0
         self.last: set[int] = set()  # addresses of the tensors that went up last
 

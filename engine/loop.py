@@ -42,8 +42,14 @@ def pick_device(config: Config) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"train.device: got {name!r}, want auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"train.device: got {name!r}, but torch sees no CUDA GPU here")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"train.device: got {name!r}, but torch sees no CUDA GPU here")
+        if device.index is not None:
+            if device.index >= torch.cuda.device_count():
+                count = torch.cuda.device_count()
+                raise UserError(f"train.device: got {name!r}, want one of the {count} GPUs that torch sees")
+            torch.cuda.set_device(device)  # the one on which Triton launches and graphs are recorded
     if device.type == "cpu":
         compiled.keep_freed_memory()
     try:
@@ -110,7 +116,7 @@ def fit(
     train, out = config.train, Path(config.train.out)
     device = pick_device(config)
     optimizer = make_optimizer(groups, config.optim)
-    start, best = 0, -math.inf
+    start, best, unlogged = 0, -math.inf, {}
     ema = None
     if train.ema > 0:
         ema = EMA(model, train.ema)
@@ -118,7 +124,7 @@ def fit(
             held = load(resume / "ema")
             ema.average = {k: held[k].detach().float().to(p.device) for k, p in ema.own.items()}
     if resume is not None:  # last, since building the model of the average draws random numbers
-        start, best = _load_state(resume, optimizer, device)
+        start, best, unlogged = _load_state(resume, optimizer, device)
 
     def write(folder: Path, step: int) -> None:
         save(folder, step)
@@ -144,7 +150,7 @@ def fit(
     items = stream.loader(start * train.accumulate, config.data.num_workers, device)
     with MetricsWriter(out, train.tensorboard, train.wandb) as metrics:
         metrics.truncate_from(start + 1)
-        measurements = Measurements(metrics, train.log_every)
+        measurements = Measurements(metrics, train.log_every, unlogged)
         if validate is not None and start == 0:
             checked(0)
         for step in progress(range(start, train.steps), f"{out.name}", train.steps, initial=start):
@@ -173,7 +179,7 @@ def fit(
             if save_now:
                 with atomic_folder(out / f"checkpoint-{done}") as folder:
                     write(folder, done)
-                    _save_state(folder, done, best, optimizer, device)
+                    _save_state(folder, done, best, measurements.newest, optimizer, device)
                 for old in checkpoints(out)[: -train.keep]:
                     shutil.rmtree(old)
 
@@ -196,10 +202,10 @@ class Measured:
 class Measurements:
     """What steps measure; a step's values are read, all in one transfer, when the next one has begun."""
 
-    def __init__(self, metrics: MetricsWriter, log_every: int):
+    def __init__(self, metrics: MetricsWriter, log_every: int, newest: dict[str, Tensor]):
         self.metrics, self.log_every = metrics, log_every
         self.last: Measured | None = None
-        self.newest: dict[str, Tensor] = {}  # since the last log: not every step has every loss
+        self.newest = newest  # since the last log: not every step has every loss
 
     def put(self, step: int, lr: float, norm: Tensor, values: dict[str, Tensor]) -> None:
         self.newest |= values
@@ -223,8 +229,10 @@ class Measurements:
             self.metrics.log(step + 1, values | gpu_metrics(), "train")
 
 
-def _save_state(folder: Path, step: int, best: float, optimizer, device: torch.device) -> None:
-    state = {"step": step, "best": best, "optimizer": optimizer.state_dict()}
+def _save_state(
+    folder: Path, step: int, best: float, unlogged: dict[str, Tensor], optimizer, device: torch.device
+) -> None:
+    state = {"step": step, "best": best, "unlogged": unlogged, "optimizer": optimizer.state_dict()}
     state["kind"] = type(optimizer).__name__
     state["rng"] = torch.get_rng_state()
     if device.type == "cuda":
@@ -232,7 +240,7 @@ def _save_state(folder: Path, step: int, best: float, optimizer, device: torch.d
     torch.save(state, folder / STATE)
 
 
-def _load_state(folder: Path, optimizer, device: torch.device) -> tuple[int, float]:
+def _load_state(folder: Path, optimizer, device: torch.device) -> tuple[int, float, dict[str, Tensor]]:
     # One that copies what it loads need not find room for all of it twice.
     state = load_pickle(folder / STATE, mmap=isinstance(optimizer, BlockAdamW))
     kind, own = state.get("kind", "AdamW"), type(optimizer).__name__
@@ -243,6 +251,7 @@ def _load_state(folder: Path, optimizer, device: torch.device) -> tuple[int, flo
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
-        return state["step"], state["best"]
+        unlogged = {k: v.to(device) for k, v in state.get("unlogged", {}).items()}
+        return state["step"], state["best"], unlogged
     except (KeyError, ValueError) as error:
         raise UserError(f"{folder / STATE}: does not fit this run: {error}") from None

@@ -9,11 +9,14 @@ included, are frozen. Source: Hu et al. 2021, arXiv 2106.09685.
 
 Files: adapter_config.json and adapter_model.safetensors of PEFT, or the bare safetensors file that
 HY-Video-PRFL writes (alpha = r); keys base_model.model.MODULE.lora_A.weight, or diffusion_model.MODULE....
+Layers that PEFT's rank_pattern and alpha_pattern name have a rank and an alpha of their own.
 """
 
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -26,15 +29,18 @@ from prfl_engine.config import LoraConfig
 from prfl_engine.dit import WanTransformer
 from prfl_engine.errors import UserError
 from prfl_engine.layers import Linear
+from prfl_kernels.branch import LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BARE = "pytorch_lora_transformers_weights.safetensors"
 _KEY = re.compile(
     r"(?:base_model\.model\.|diffusion_model\.|transformer\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight"
 )
-# What PEFT's configuration may hold that changes the arithmetic.
-_PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none"} | {
-    "rank_pattern": {}, "alpha_pattern": {},
+# What PEFT's configuration may hold that changes the arithmetic or, with some initial values, the weights
+# beside the update; and the values that do not.
+_PLAIN = {
+    "use_dora": (False,), "fan_in_fan_out": (False,), "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
 }  # fmt: skip
 
 
@@ -78,22 +84,24 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {k: p for k, p in model.named_parameters() if k.rpartition(".")[2] in ("lora_A", "lora_B")}
 
 
-def named(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """What `read` gives under the names of `parameters`."""
+def named(updates: dict[str, LowRank]) -> dict[str, Tensor]:
+    """The A and B that `read` gives under the names of `parameters`."""
     parts = "lora_A", "lora_B"
-    return {f"{k}.{part}": a for k, pair in pairs.items() for part, a in zip(parts, pair, strict=True)}
+    return {f"{k}.{part}": a for k, low in updates.items() for part, a in zip(parts, low[:2], strict=True)}
 
 
 def save(model: WanTransformer, folder: Path) -> None:
     """Write the adapter as PEFT does."""
     held = {k: p.detach() for k, p in parameters(model).items()}
     layers = {k.rpartition(".")[0]: model.get_submodule(k.rpartition(".")[0]) for k in held}
-    first = next(iter(layers.values()))
-    rank = len(first.lora_A)
+    terms = {k: (len(m.lora_A), m.lora_scale * len(m.lora_A)) for k, m in layers.items()}
+    rank, alpha = Counter(terms.values()).most_common(1)[0][0]
+    own = terms if len(set(terms.values())) > 1 else {}
     values = {
         "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-        "r": rank, "lora_alpha": first.lora_scale * rank, "lora_dropout": 0.0, "init_lora_weights": True,
-        "target_modules": sorted(layers), "use_rslora": False, **_PLAIN,
+        "r": rank, "lora_alpha": alpha, "rank_pattern": {k: r for k, (r, _) in own.items()},
+        "alpha_pattern": {k: a for k, (_, a) in own.items()}, "lora_dropout": 0.0, "use_rslora": False,
+        "target_modules": sorted(layers), **{name: usual[0] for name, usual in _PLAIN.items()},
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
@@ -101,8 +109,9 @@ def save(model: WanTransformer, folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def read(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """({module: (A, B)}, alpha / r) of an adapter: a folder as PEFT writes it, or a bare safetensors file.
+def read(path: str | Path) -> tuple[dict[str, LowRank], set[str]]:
+    """({module: its update, in float32}, the modules with a rank or an alpha of their own) of an adapter: a
+    folder as PEFT writes it, or a bare safetensors file.
 
     UserError where the file is not an adapter, or one whose arithmetic is not that above.
     """
@@ -121,57 +130,84 @@ def read(path: str | Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
             shape = list(a.shape)
             raise UserError(f"{file}: {key} {shape}, want MODULE.lora_A.weight or .lora_B.weight, 2-d")
         parts.setdefault(match[1], {})[match[2]] = a.float()
+    if not parts:
+        raise UserError(f"{file}: got no updates, want one at least")
     for name, pair in parts.items():
         if len(pair) < 2 or len(pair["lora_A"]) != pair["lora_B"].shape[1]:
             held = {k: list(a.shape) for k, a in sorted(pair.items())}
             raise UserError(f"{file}: {name} has {held}, want lora_A [r, in] and lora_B [out, r]")
-    ranks = {len(pair["lora_A"]) for pair in parts.values()}
-    if len(ranks) != 1:
-        raise UserError(f"{file}: got ranks {sorted(ranks)}, want one")
-    return {k: (p["lora_A"], p["lora_B"]) for k, p in parts.items()}, _scale(file.parent / CONFIG, *ranks)
+    scales, own = _scales(file.parent / CONFIG, {k: len(pair["lora_A"]) for k, pair in parts.items()})
+    return {k: LowRank(p["lora_A"], p["lora_B"], scales[k]) for k, p in parts.items()}, own
 
 
-def _scale(path: Path, rank: int) -> float:
+def _scales(path: Path, ranks: dict[str, int]) -> tuple[dict[str, float], set[str]]:
+    """(the scale of every update, those that a pattern names unless all are alike) by PEFT's configuration;
+    without one alpha is the rank."""
     if not path.is_file():
-        return 1.0
+        return dict.fromkeys(ranks, 1.0), set()
     try:
         values = json.loads(path.read_text())
-        alpha = float(values["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
+        plain = values.get("r"), float(values["lora_alpha"])
+        patterns = [values.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+        found = {name: [_matched(pattern, name) for pattern in patterns] for name in ranks}
+        terms = {k: [b if a is None else a for a, b in zip(v, plain, strict=True)] for k, v in found.items()}
+        alphas = {name: float(alpha) for name, (_, alpha) in terms.items()}
+    except (AttributeError, ValueError, KeyError, TypeError, re.error) as error:
         raise UserError(f"{path}: not PEFT's configuration of an adapter: {error!r}") from None
-    for name, plain in _PLAIN.items():
-        if values.get(name, plain) not in (plain, None):
-            raise UserError(f"{path}: got {name} {values[name]!r}, want {plain!r}")
-    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+    for name, (rank, _) in terms.items():
+        if rank not in (ranks[name], None):
+            raise UserError(f"{path}: {name} has rank {ranks[name]}, want {rank} (r or rank_pattern)")
+    for name, usual in _PLAIN.items():
+        if values.get(name, usual[0]) not in (*usual, None):
+            raise UserError(f"{path}: got {name} {values[name]!r}, want {usual[0]!r}")
+    root = bool(values.get("use_rslora"))
+    scales = {name: alphas[name] / (math.sqrt(rank) if root else rank) for name, rank in ranks.items()}
+    alike = len({(ranks[name], scale) for name, scale in scales.items()}) == 1
+    return scales, {name for name, own in found.items() if own != [None, None] and not alike}
+
+
+def _matched(pattern: dict[str, float], name: str) -> float | None:
+    """What a pattern of PEFT says about a module: keys are regular expressions for the ends of names."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
 
 
 def load(model: WanTransformer, path: str | Path) -> WanTransformer:
     """Set the updates of an attached model to those of an adapter. Returns the model.
 
-    UserError unless both have the same layers, shapes and scale.
+    UserError unless both have the same layers, shapes and scales; but layers that the adapter's patterns name
+    get its ranks and scales.
     """
-    pairs, scale = read(path)
-    own = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
-    if pairs.keys() != own.keys():
-        name = min(pairs.keys() ^ own.keys())
-        side = "has an update that lora.targets does not name" if name in pairs else "has no update"
-        raise UserError(f"{path}: {name} {side}")
-    for name, m in own.items():
-        got, want = [tuple(a.shape) for a in pairs[name]], [tuple(m.lora_A.shape), tuple(m.lora_B.shape)]
-        if got != want:
-            raise UserError(f"{path}: {name} has A {got[0]} and B {got[1]}, want {want[0]} and {want[1]}")
-        if not math.isclose(scale, m.lora_scale, rel_tol=1e-6):
-            raise UserError(f"{path}: alpha / r is {scale:g}, want {m.lora_scale:g} (lora.alpha, lora.rank)")
-        for own_part, part in zip((m.lora_A, m.lora_B), pairs[name], strict=True):
-            own_part.data.copy_(part)
-    return model
+    updates, own = read(path)
+    return _fill(model, path, updates, updates.keys() - own)
 
 
 def apply(model: WanTransformer, path: str | Path) -> WanTransformer:
-    """Freeze the model and give it the updates of an adapter, whatever its layers and rank. Returns it."""
-    pairs, scale = read(path)
-    rank = len(next(iter(pairs.values()))[0])
-    return load(attach(model, LoraConfig(rank, scale * rank, tuple(pairs))), path)
+    """Freeze the model and give it the updates of an adapter, whatever its layers and ranks. Returns it."""
+    updates, _ = read(path)
+    return _fill(attach(model, LoraConfig(1, targets=tuple(updates))), path, updates, ())
+
+
+def _fill(
+    model: WanTransformer, path: str | Path, updates: dict[str, LowRank], fixed: Collection[str]
+) -> WanTransformer:
+    """`load`; the layers `fixed` keep the ranks and scales that they have."""
+    attached = {n: m for n, m in model.named_modules() if isinstance(m, Linear) and m.lora_A is not None}
+    if updates.keys() != attached.keys():
+        name = min(updates.keys() ^ attached.keys())
+        side = "has an update that lora.targets does not name" if name in updates else "has no update"
+        raise UserError(f"{path}: {name} {side}")
+    for name, m in attached.items():
+        down, up, scale = updates[name]
+        rank = len(m.lora_A if name in fixed else down)
+        got, want = [tuple(down.shape), tuple(up.shape)], [(rank, m.in_features), (m.out_features, rank)]
+        if got != want:
+            raise UserError(f"{path}: {name} has A {got[0]} and B {got[1]}, want {want[0]} and {want[1]}")
+        if name not in fixed:
+            m.lora_scale = scale
+        elif not math.isclose(scale, m.lora_scale, rel_tol=1e-6):
+            raise UserError(f"{path}: alpha / r is {scale:g}, want {m.lora_scale:g} (lora.alpha, lora.rank)")
+        _set(m, down.to(m.lora_A), up.to(m.lora_B))
+    return model
 
 
 @torch.no_grad()
@@ -180,9 +216,8 @@ def merge(model: WanTransformer, path: str | Path) -> WanTransformer:
 
     UserError for an update of a layer that the model lacks or of another shape.
     """
-    pairs, scale = read(path)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
-    for name, (down, up) in pairs.items():
+    for name, (down, up, scale) in read(path)[0].items():
         if name not in layers:
             raise UserError(f"{path}: {name} is no linear layer of the model")
         weight = layers[name].weight

@@ -37,6 +37,12 @@ class Away:
             torch.cuda.current_stream(self.device).wait_event(self.event)
         return self.back
 
+    def __del__(self):
+        # What was fetched and never asked for: its memory goes back to the current stream behind the copy,
+        # which would else run into what that puts there next.
+        if self.event is not None:
+            self.get()
+
 
 class HostStore:
     """The way to the host and back for one device."""

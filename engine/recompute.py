@@ -147,9 +147,9 @@ def run(
     """x' [B, L, C] of a block with gradient under a policy; x [B, L, C], e [B, 6, C], context [B, S, C].
 
     The second result is given to the next block as `before`: the backward of that one starts to bring back
-    what this one has put away.
+    what this one has put away. A block without a backward, frozen and behind nothing trained, keeps nothing.
     """
-    if policy.plain:
+    if policy.plain or not any(a.requires_grad for a in (x, e, context, *block.parameters())):
         return block(x, e, context, grid, policy.keeps)[0], None
     this = Run(block, policy, x, context, block.vectors(e), grid, before)
     return this.forward(x), this
@@ -202,7 +202,8 @@ class Run:
         self.context, self.vectors = context, vectors
         # No tensor here has a graph: that of this block would hold itself.
         self.streams: dict[str, Tensor | Away] = {"input": x.detach()}
-        self.graded = x.requires_grad
+        # What takes gradient decides what layers save, so a branch that is run again asks for no more.
+        self.graded = {"attend": x.requires_grad}
         self.attention: list[Tensor | Away] = []  # output and log-sum-exp of self-attention, where held
         self.again: dict[tuple[str, int], Tensor] = {}  # what a branch run again has saved
         self.made: dict[str, Tensor] = {}  # streams made again
@@ -219,6 +220,7 @@ class Run:
         """The block's result; what it leaves behind is kept, put away or forgotten branch by branch."""
         keeps = self.policy.keeps
         (after, n, _), slots = self._watched("attend", self._attend, x, keeps.attend)
+        self.graded["cross"] = n.requires_grad
         self.streams |= {"after_attention": after.detach(), "cross_normed": n.detach()}
         places = {a.untyped_storage()._cdata: name for name, a in self.streams.items()}
         self._settle("attend", slots, places)
@@ -326,16 +328,17 @@ class Run:
                 found.append(a.detach())  # a result comes with its graph, which holds this function
             return 0  # nothing asks: this graph is never run
 
+        # Before the watch begins: what cross-attention reads may have to be made, by a norm that saves too.
+        x = self._stream("input" if branch == "attend" else "cross_normed").detach()
+        x.requires_grad_(self.graded[branch])
         with torch.enable_grad(), saved_tensors_hooks(pack, _unpack):
             if branch == "attend":
-                x = self._stream("input").detach().requires_grad_(self.graded)
                 given = [_here(a) for a in self.attention] or None
                 made = self._attend(x, self.policy.again, given)
                 self.made |= {"after_attention": made.x.detach(), "cross_normed": made.n.detach()}
             else:
-                n = self._stream("cross_normed").detach().requires_grad_()
-                self.made["cross"] = self.block.cross_attn(n, self.context, self.policy.again).detach()
-        streams = {a.untyped_storage()._cdata for a in (x if branch == "attend" else n, *self.made.values())}
+                self.made["cross"] = self.block.cross_attn(x, self.context, self.policy.again).detach()
+        streams = {a.untyped_storage()._cdata for a in (x, *self.made.values())}
         self.again |= {
             (branch, i): a for i, a in enumerate(found) if a.untyped_storage()._cdata not in streams
         }

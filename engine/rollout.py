@@ -155,13 +155,13 @@ class DriftMeter:
 
     def values(self) -> dict[str, Tensor]:
         """For the metrics: the drift measured last, and 1 where rollouts are accelerated, else 0."""
-        on = torch.tensor(float(self.rollout.accelerated), device=self.drift.device)
+        on = torch.full_like(self.drift, self.rollout.accelerated)
         return {"rollout_drift": self.drift, "rollout_accelerated": on}
 
 
 def _rows(a: Tensor, active: Tensor) -> Tensor:
     """The samples `active` (on the CPU) of a batch."""
-    return a if len(active) == len(a) else a[active.to(a.device)]
+    return a if len(active) == len(a) else a[active.to(a.device, non_blocking=True)]
 
 
 def _first_input(model: WanTransformer, tokens: Tensor, e_B6C: Tensor) -> Tensor:

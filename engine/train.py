@@ -35,6 +35,10 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
     With LoRA the checkpoint `resume` holds the adapter, which goes onto the generator of the other two.
     """
     m = config.model
+    check(
+        config.lora.rank > 0 or config.lora.path is None, "lora.path", config.lora.path,
+        "null with lora.rank 0, which trains the weights (prfl merge-lora adds an adapter to them)",
+    )  # fmt: skip
     source = Path(m.path) if m.path else None
     if resume is not None and not config.lora.rank:
         source = resume

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -57,3 +58,21 @@ class NoSync(TorchDispatchMode):
         if follows:
             self.add(a for a in tree_iter(out) if isinstance(a, Tensor))
         return out
+
+
+class NoBlockingCopy(TorchFunctionMode):
+    """Inside, AssertionError where a tensor that is not followed goes to a device by a copy that blocks:
+    without non_blocking, or by a constructor that is given numbers."""
+
+    def __init__(self, watch: NoSync):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.tensor and kwargs.get("device") is not None:
+            raise AssertionError("torch.tensor copies numbers to the device and waits")
+        moves = func is Tensor.to and any(isinstance(a, torch.device) for a in (*args, *kwargs.values()))
+        if moves and not kwargs.get("non_blocking") and not self.watch._follows(args[:1]):
+            raise AssertionError("a copy from the host waits for the device")
+        return func(*args, **kwargs)

@@ -1,12 +1,15 @@
 """Recording and replaying: on a CPU with a recorder that plays a CUDA graph, on a GPU with the real one."""
 
+from contextlib import contextmanager, nullcontext
+from itertools import count
+
 import pytest
 import torch
 from helpers import random_batch, relative, tiny_config, tiny_model
 
 from prfl_engine import chain, flow
 from prfl_engine.config import RolloutConfig
-from prfl_engine.graphs import Captured
+from prfl_engine.graphs import Captured, CudaRecorder
 from prfl_engine.objectives import bind
 from prfl_engine.rollout import Rollout, make_rollout
 
@@ -72,6 +75,61 @@ def test_memory_that_moved_is_recorded_again():
     weight[0] = torch.full((3,), 5.0)
     assert torch.equal(graph(a, key=0), a * 5) and record.recorded == 2
     assert held is not weight[0]
+
+
+class FakeCuda:
+    """What CudaRecorder uses of torch.cuda, with torch's rules for pools and a loader that pins memory."""
+
+    def __init__(self):
+        self.graphs: dict[int, int] = {}  # pool: graphs that live in it
+        self.pools, self.log = count(), []
+
+    def install(self, monkeypatch):
+        cuda = self
+
+        class Graph:
+            def __del__(self):
+                cuda.graphs[self.pool] -= 1
+
+            def replay(self):
+                cuda.log.append("replay")
+
+        class Stream:
+            def wait_stream(self, other):
+                cuda.log.append("wait")
+
+        @contextmanager
+        def graph(made, pool, capture_error_mode="global"):
+            before, made.pool = cuda.graphs.get(pool), pool
+            cuda.graphs[pool] = (before or 0) + 1
+            assert before != 0, "a pool that has lost its graphs"
+            assert capture_error_mode != "global", "the loader's thread cannot pin memory"
+            yield
+            cuda.log.append("recorded")
+
+        fakes = dict(graph_pool_handle=lambda: next(cuda.pools), CUDAGraph=Graph, Stream=Stream, graph=graph)
+        fakes |= dict(current_stream=Stream, stream=lambda stream: nullcontext())
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        return self
+
+
+def test_recordings_share_a_pool_and_never_one_that_is_dead(monkeypatch):
+    cuda, weight, calls = FakeCuda().install(monkeypatch), [torch.ones(3)], []
+
+    def fn(a, key):
+        calls.append(key)
+        return a * weight[0]
+
+    graph = Captured(fn, lambda: weight[0].data_ptr(), CudaRecorder())
+    for key in (1, 2, 2):
+        graph(torch.ones(2, 3), key=key)
+    assert calls == [1, 1, 1, 2, 2, 2]  # two warm-ups and the recording
+    assert cuda.log == ["wait", "wait", "recorded", "replay"] * 2 + ["replay"]
+    assert cuda.graphs == {0: 2}
+    held, weight[0] = weight[0], torch.ones(3)
+    graph(torch.ones(2, 3), key=1)
+    assert cuda.graphs == {0: 0, 1: 1} and held is not weight[0]
 
 
 @pytest.mark.parametrize(

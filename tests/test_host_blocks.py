@@ -1,5 +1,7 @@
 """The order of copies between host and device, on streams that run as late or as early as they may."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prfl_engine import block_adamw
 from prfl_engine.config import OptimConfig
+from prfl_engine.host_blocks import HostBlocks
 from prfl_engine.optim import make_optimizer, update
 
 
@@ -101,3 +104,20 @@ def test_copies_that_do_not_wait_are_noticed(sizes, deaf, monkeypatch):
     want = trained(sizes, "all", None, monkeypatch)
     streams = Stream(False, deaf), Stream(False)
     assert not same(trained(sizes, "all", streams, monkeypatch), want)
+
+
+def test_slots_may_lie_where_queued_work_still_reads(monkeypatch):
+    """The allocator gives out memory whose last reader has only been queued, which is in order for work that
+    is queued behind it, and not for a copy on another stream."""
+    now, memory, read = Stream(eager=False), torch.full((4,), 7.0), []
+    now.put(lambda: read.append(memory.clone()))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(eager=True))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(torch.cuda, "stream", Copies)
+    monkeypatch.setattr(torch, "empty", lambda n, dtype, device: memory)
+    blocks = [{"a": torch.ones(4)}]
+    host = HostBlocks(SimpleNamespace(type="cuda"), blocks)
+    for _, here in host.through([(None, block) for block in blocks], "both"):
+        now.synchronize()
+        assert torch.equal(here["a"], torch.ones(4))
+    assert torch.equal(read[0], torch.full((4,), 7.0))

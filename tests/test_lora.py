@@ -123,6 +123,80 @@ def test_adapters_round_trip_and_have_the_keys_of_peft(config, tmp_path):
     assert torch.equal(velocity(other, inputs(config)), velocity(trained, inputs(config)))
 
 
+def edited(change):
+    def run(folder):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        values = json.loads((folder / "adapter_config.json").read_text())
+        change(tensors, values)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(values))
+
+    return run
+
+
+PATTERNS = {"rank_pattern": {"ffn.0": 5, "blocks.1.*attn.q": 2}, "alpha_pattern": {"^blocks.0.*": 4.5}}
+
+
+def mixed(folder, config, root=False):
+    """An adapter as PEFT writes one whose layers differ in rank and alpha; {module: (rank, scale)}."""
+    plain, tensors, want = model(config, None), {}, {}
+    for i, (name, m) in enumerate(lora.linears(plain, CONFIG.targets[:4] + CONFIG.targets[6:]).items()):
+        rank = 5 if name.endswith("ffn.0") else 2 if "blocks.1" in name and name.endswith("attn.q") else 3
+        alpha = 4.5 if name.startswith("blocks.0.") else 6.0
+        want[name] = rank, alpha / (rank**0.5 if root else rank)
+        g = torch.Generator().manual_seed(i)
+        for part, shape in (("A", (rank, m.in_features)), ("B", (m.out_features, rank))):
+            tensors[f"base_model.model.{name}.lora_{part}.weight"] = 0.2 * torch.randn(shape, generator=g)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"r": 3, "lora_alpha": 6.0, "use_rslora": root, "init_lora_weights": "gaussian", **PATTERNS}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return want
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_layers_may_have_ranks_and_alphas_of_their_own(config, tmp_path, root):
+    want, batch = mixed(tmp_path, config, root), inputs(config)
+    updates, own = lora.read(tmp_path)
+    assert {k: len(low.down) for k, low in updates.items()} == {k: rank for k, (rank, _) in want.items()}
+    assert {k: low.scale for k, low in updates.items()} == pytest.approx({k: s for k, (_, s) in want.items()})
+    assert own == {k for k, (rank, _) in want.items() if rank != 3 or k.startswith("blocks.0.")}
+    merged, applied = (f(model(config, None), tmp_path) for f in (lora.merge, lora.apply))
+    torch.testing.assert_close(velocity(applied, batch), velocity(merged, batch), rtol=1e-4, atol=1e-5)
+    again = tmp_path / "again"
+    lora.save(applied, again)
+    before = velocity(applied, batch)
+    assert torch.equal(velocity(lora.apply(model(config, None), again), batch), before)
+
+
+def test_training_goes_on_from_layers_of_their_own_ranks(config, tmp_path):
+    want, targets = mixed(tmp_path, config), ("q", "k", "v", "o", "ffn.0", "ffn.2")
+    trained = model(config, replace(CONFIG, targets=targets), trained=False)
+    attached = lora.linears(trained, targets)
+    if config.image:
+        assert "blocks.0.cross_attn.k" in attached and not any("img" in k for k in attached)
+    lora.load(trained, tmp_path)
+    sft_loss(trained, inputs(config), torch.ones(SIZE), torch.tensor([0.4])).sum().backward()
+    for name, m in attached.items():
+        rank, scale = want[name]
+        assert m.lora_A.grad.any() and m.lora_B.grad.any() and m.lora_scale == pytest.approx(scale)
+        assert m.lora_A.grad.shape == (rank, m.in_features) and m.lora_B.grad.shape == (m.out_features, rank)
+    other = model(config, replace(CONFIG, targets=targets, rank=4, alpha=8.0))
+    with pytest.raises(UserError, match=r"has A \(3, \d+\) and B .* want \(4,"):
+        lora.load(other, tmp_path)  # layers that no pattern names are of lora.rank
+
+
+def test_patterns_that_make_all_layers_alike_are_no_exception(tmp_path):
+    """Such an adapter is saved with one rank, which lora.rank has to be when a run is resumed."""
+    lora.save(model(), tmp_path)
+    patterns = {"rank_pattern": {".*": 3}, "alpha_pattern": {".*": 6}}
+    edited(lambda t, v: v.update(r=8, lora_alpha=1, **patterns))(tmp_path)
+    updates, own = lora.read(tmp_path)
+    assert {low.scale for low in updates.values()} == {2.0} and not own
+    with pytest.raises(UserError, match=r"has A \(3, \d+\) and B .* want \(8,"):
+        lora.load(model(lora_config=replace(CONFIG, rank=8)), tmp_path)
+
+
 @pytest.mark.parametrize("prefix", ["base_model.model.", "diffusion_model.", ""])
 def test_the_bare_file_of_the_official_script_is_read(tmp_path, prefix):
     trained = model(lora_config=replace(CONFIG, alpha=None))
@@ -134,17 +208,6 @@ def test_the_bare_file_of_the_official_script_is_read(tmp_path, prefix):
     for place in (file, file.parent):
         fresh = lora.load(model(lora_config=replace(CONFIG, alpha=None), trained=False), place)
         assert torch.equal(velocity(fresh, inputs(fresh.config)), velocity(trained, inputs(fresh.config)))
-
-
-def edited(change):
-    def run(folder):
-        tensors = load_file(folder / "adapter_model.safetensors")
-        values = json.loads((folder / "adapter_config.json").read_text())
-        change(tensors, values)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text(json.dumps(values))
-
-    return run
 
 
 KEY = "base_model.model.blocks.0.self_attn.q.lora_A.weight"
@@ -161,7 +224,12 @@ KEY = "base_model.model.blocks.0.self_attn.q.lora_A.weight"
         (lambda t, v: v.update(lora_alpha=3), "alpha / r is 1, want 2"),
         (lambda t, v: v.update(use_dora=True), "got use_dora True"),
         (lambda t, v: v.pop("lora_alpha"), "not PEFT's configuration"),
-        (lambda t, v: [t.pop(k) for k in list(t)], "want one"),
+        (lambda t, v: [t.pop(k) for k in list(t)], "got no updates, want one"),
+        (lambda t, v: v.update(r=4), r"blocks\.\S+ has rank 3, want 4"),
+        (lambda t, v: v.update(rank_pattern={"q": 2}), r"attn.q has rank 3, want 2"),
+        (lambda t, v: v.update(alpha_pattern={"q(": 2}), "not PEFT's configuration"),
+        (lambda t, v: v.update(alpha_pattern={"q": "two"}), "not PEFT's configuration"),
+        (lambda t, v: v.update(init_lora_weights="pissa"), "got init_lora_weights 'pissa', want True"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path, change, message):

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, write_run
-from no_sync import NoSync
+from no_sync import NoBlockingCopy, NoSync
 from safetensors.torch import load_file
 from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 
@@ -206,8 +206,13 @@ def test_the_watch_for_syncs_sees_them():
     ):  # fmt: skip
         with NoSync([x]), pytest.raises(AssertionError, match="waits for the device"):
             sync()
-    with NoSync([x]):
+    watch = NoSync([x])
+    for copy in (lambda: host.to(x.device), lambda: torch.tensor(1.0, device=x.device)):
+        with NoBlockingCopy(watch), pytest.raises(AssertionError, match="waits"):
+            copy()
+    with NoSync([x]) as watch, NoBlockingCopy(watch):
         assert (host > 1).any() and host[1].item() == 1
+        assert x.to(x.device) is x and host.to(x.device, non_blocking=True).float().to(x.dtype).any()
         assert x[host[host > 1]].shape == (1,)
 
 
@@ -228,7 +233,7 @@ def test_a_step_takes_no_number_out_of_a_tensor(how, dtype):
     optimizer, ema = make_optimizer([(policy, 1e-3)], config), EMA(policy, 0.9)
     before = [p.detach().clone() for p in policy.parameters()]
     given = [noise, *(a for a in batch if a is not None), *policy.parameters(), *reward.parameters()]
-    with NoSync(given):
+    with NoSync(given) as watch, NoBlockingCopy(watch):
         optim.set_lr(optimizer, 0.5)
         if not config.in_backward:
             sft_loss(policy, batch, noise, torch.tensor([0.3, 0.6])).mean().backward()
@@ -337,6 +342,17 @@ def test_losses_in_turn(tmp_path):
     out = tmp_path / "other"
     run("train", config, "loss.alternate=true", "train.log_every=2", f"train.out={out}")
     assert [("train/sft_loss" in v, "train/reward" in v) for v in values(out).values()] == [(True, True)] * 2
+
+
+def test_what_a_stopped_run_had_not_logged_yet_is_logged(tmp_path):
+    """Steps 4 to 6 have a line together; flow matching was in the fifth."""
+    turns = ["loss.alternate=true", "train.log_every=3"]
+    config = write_run(tmp_path, train={"save_every": 5})
+    run("train", config, *turns, "train.steps=6", f"train.out={tmp_path}/whole")
+    run("train", config, *turns, "train.steps=5")
+    run("train", config, *turns, "train.steps=6", "train.resume=true")
+    assert "train/sft_loss" in values(tmp_path / "whole")[6]
+    assert values(tmp_path / "run") == values(tmp_path / "whole")
 
 
 def test_a_gradient_that_is_not_a_number_in_backward_stops_the_run(tmp_path, capsys, monkeypatch):

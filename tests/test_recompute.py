@@ -1,6 +1,7 @@
 """Block policies: the same gradients whatever is kept, put away or made again, and the bytes they say."""
 
 import gc
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from helpers import random_batch, tiny_config, tiny_model, tiny_reward
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from prfl_engine import flow, offload, recompute
-from prfl_engine.config import ChainConfig
+from prfl_engine import flow, lora, offload, recompute
+from prfl_engine.config import ChainConfig, LoraConfig
 from prfl_engine.layers import Linear
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import bind, graded_rewards, sft_loss
@@ -26,6 +27,7 @@ POLICIES = {
     "no cross_normed": BlockPolicy(set(NAMES) - {"cross_normed"}),
     "no after_attention": BlockPolicy(set(NAMES) - {"after_attention"}),
     "no after_cross": BlockPolicy(set(NAMES) - {"after_cross"}),
+    "only after_attention": BlockPolicy({"input", "after_attention"}),
     "hidden and attentions": BlockPolicy({"input", "attention", "cross_attention", "hidden"}),
     "input away": BlockPolicy((), {"input"}),
     "input and attention away": BlockPolicy((), {"input", "attention"}),
@@ -63,6 +65,14 @@ def test_no_policy_changes_a_gradient():
         assert_same(gradients(policy), want)
 
 
+@pytest.mark.parametrize("inner", [(), INNER, ("attention", "cross_attention", "hidden")], ids=len)
+def test_any_streams_may_be_held(inner):
+    want = gradients("none", blocks=1)
+    for count in range(len(STREAM)):
+        for streams in combinations(STREAM[1:], count):
+            assert_same(gradients(BlockPolicy({"input", *streams, *inner}), blocks=1), want)
+
+
 def test_nor_with_an_image():
     want = gradients("none", "i2v", blocks=2)
     for name in ("full", "hidden and attentions", "streams", "all away"):
@@ -89,6 +99,37 @@ def test_frozen_weights_and_layers_one_by_one(name):
             block.cross_attn.q.requires_grad_()
 
     assert_same(gradients(POLICIES[name], change=change), gradients("none", change=change))
+
+
+def gradients_of_updates(policy, targets):
+    config = tiny_config(num_layers=2)
+    model = lora.attach(tiny_model(config), LoraConfig(2, targets=targets)).double()
+    torch.manual_seed(0)
+    for p in lora.parameters(model).values():
+        torch.nn.init.normal_(p)
+    model.recompute, batch = policy, random_batch(config, 2, LATENT, dtype=torch.float64)
+    sft_loss(model, batch, torch.ones_like(batch.latent), torch.tensor([0.3, 0.8])).mean().backward()
+    return {k: p.grad for k, p in lora.parameters(model).items()}
+
+
+@pytest.mark.parametrize("targets", [
+    ("cross_attn.k", "cross_attn.v"), ("cross_attn.o",), ("ffn.2",), ("blocks.1.cross_attn.v",),
+], ids=str)  # fmt: skip
+def test_updates_with_nothing_trained_before_them(targets):
+    """Neither the stream nor what cross-attention reads takes gradient in the first block trained."""
+    want = gradients_of_updates("none", targets)
+    for policy in POLICIES.values():
+        assert_same(gradients_of_updates(policy, targets), want)
+
+
+def test_blocks_without_a_backward_move_nothing(monkeypatch):
+    monkeypatch.setattr(offload.HostStore, "put", lambda *_: pytest.fail("put away for nothing"))
+    config = tiny_config(num_layers=2)
+    model, batch = tiny_model(config).requires_grad_(False), random_batch(config, 1, LATENT)
+    made = []
+    for model.recompute in (POLICIES["none"], POLICIES["all away"]):
+        made.append(bind(model, batch)(batch.latent, torch.tensor([500.0]), torch.arange(1)))
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("name", ["full", "attention", "input away", "streams away", "all away"])

@@ -4,6 +4,7 @@ turns acceleration off and on, and a resumed run does what the whole run did."""
 import pytest
 import torch
 from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, write_run
+from no_sync import NoBlockingCopy, NoSync
 from training_runs import assert_equal, content, interrupt, values
 
 from prfl_engine import chain, flow
@@ -196,6 +197,20 @@ def test_no_probe_is_left_out_where_not_every_step_has_a_rollout():
     for step in range(1, 15, 2):
         meter.begin(step)
     assert rollout.asked == [1, 5, 7, 9, 13]
+
+
+@pytest.mark.parametrize("fields", [{"precision": "fp8"}, {"cache": 1e-9}], ids=str)
+@pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+def test_no_copy_from_the_host_waits_for_the_device(model_type, fields):
+    """In a rollout that samples leave on the way, and between probes. (What is read there is the cache's.)"""
+    model, batch, schedule, rollout = setup(model_type, **fields)
+    meter = DriftMeter(rollout, random_batch(model.config, 1), 2, seed=0, save_every=100)
+    noise, index = torch.randn_like(batch.latent), torch.tensor([6, 3])
+    meter.begin(0)  # a probe, and tables of angles are made once
+    with NoBlockingCopy(NoSync([noise, *(a for a in batch if a is not None), *model.parameters()])):
+        meter.begin(1)
+        visited(model, batch, schedule, noise, index, rollout)
+        assert meter.values()["rollout_accelerated"] == 1
 
 
 def test_rollouts_are_plain_while_acceleration_is_off():

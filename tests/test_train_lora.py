@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers import one_line, write_run
+from helpers import one_line, tiny_config, write_run
 from safetensors.torch import load_file
+from test_lora import mixed
 from training_runs import assert_equal, content, interrupt, run, values
 
 from prfl_engine import train as train_module
@@ -58,6 +59,23 @@ def test_an_adapter_is_trained_on_sampled_and_merged(tmp_path):
     assert abs(adapted - plain).max() > 1e-4
 
 
+def test_a_run_from_layers_of_their_own_ranks_goes_on_to_the_bit(tmp_path, monkeypatch):
+    ranks = {k: rank for k, (rank, _) in mixed(tmp_path / "adapter", tiny_config()).items()}
+    lora = {"rank": 3, "alpha": 6.0, "path": str(tmp_path / "adapter")}
+    path = config(tmp_path, lora=lora, train={"steps": 4, "save_every": 2, "ema": 0.9})
+    run("train", path, f"train.out={tmp_path}/whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, train_module, "sft_loss", 5)
+        run("train", path, code=130)
+    run("train", path, "train.resume=true")
+    last = content(tmp_path / "run/checkpoint-4")
+    assert_equal(last, content(tmp_path / "whole/checkpoint-4"))
+    start = load_file(tmp_path / "adapter" / ADAPTER)
+    for key, a in load_file(tmp_path / "run/checkpoint-4" / ADAPTER).items():
+        assert a.shape == start[key].shape and not a.equal(start[key])
+        assert ranks[key.removeprefix("base_model.model.").rpartition(".lora_")[0]] in a.shape
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
@@ -65,11 +83,12 @@ def test_an_adapter_is_trained_on_sampled_and_merged(tmp_path):
         ("lora.alpha=0", "lora.alpha: got 0"),
         ("lora.targets=[nowhere]", "lora.targets: got 'nowhere'"),
         ("lora.path=nowhere", "nowhere: no adapter there"),
+        ("lora.rank=0 lora.path=nowhere", "lora.path: got 'nowhere', want null with lora.rank 0"),
         ("model.chunk=0", "model.chunk: got 0"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, override, message):
-    run("train", config(tmp_path), override, code=2)
+    run("train", config(tmp_path), *override.split(), code=2)
     assert message in one_line(capsys)
 
 
