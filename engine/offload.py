@@ -1,12 +1,13 @@
 """Tensors that wait for the backward in host memory.
 
-On CUDA both ways are asynchronous: copies run on a stream of their own, to and from pinned memory (torch
-rounds a pinned buffer up to a power of two bytes), while the compute stream goes on. At most two lots are on
-their way out: putting away a third waits, on the device, for the first, so device memory stays bounded
-however slow the link is. On the CPU the same code copies into buffers that LiveBytes counts as host memory.
+On CUDA both ways are asynchronous: copies run on a stream of their own, to and from pinned memory, while the
+compute stream goes on. At most two lots are on their way out: putting away a third waits, on the device, for
+the first, so device memory stays bounded however slow the link is. On the CPU the same code copies into
+buffers that LiveBytes counts as host memory.
 """
 
 from collections import deque
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -14,21 +15,50 @@ from torch import Tensor
 
 from prfl_engine.live_bytes import host_memory
 
+SMALL = 1 << 20  # values that are not worth several copies
+
+
+def pieces(n: int) -> list[int]:
+    """n in powers of two, largest first, and a rest of at most a 64th; small n as it is.
+
+    torch rounds a pinned buffer up to a power of two bytes: in one piece a tensor would take up to twice its
+    size.
+    """
+    if n < SMALL:
+        return [n]
+    sizes, rest = [], n
+    while rest > n // 64:
+        sizes.append(1 << (rest.bit_length() - 1))
+        rest -= sizes[-1]
+    return [*sizes, rest] if rest else sizes
+
 
 class Away:
     """A tensor on the host: start to `fetch` it early, `get` it when it is needed."""
 
     def __init__(self, store: "HostStore", a: Tensor):
-        self.store, self.device, self.back, self.event = store, a.device, None, None
+        self.store, self.shape, self.dtype, self.device = store, a.shape, a.dtype, a.device
+        self.back, self.event, pinned = None, None, store.stream is not None
         with host_memory():
-            self.host = torch.empty(a.shape, dtype=a.dtype, device="cpu", pin_memory=store.stream is not None)
-        self.host.copy_(a, non_blocking=True)
+            self.host = [
+                torch.empty(n, dtype=a.dtype, device="cpu", pin_memory=pinned) for n in pieces(a.numel())
+            ]
+        for here, host in self._parts(a):
+            host.copy_(here, non_blocking=True)
 
     def fetch(self) -> None:
         """Start to bring it back, if that has not begun."""
         if self.back is None:
-            self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
-            self.event = self.store.copy(lambda: self.back.copy_(self.host, non_blocking=True))
+            self.back = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            self.event = self.store.copy(self._bring)
+
+    def _bring(self) -> None:
+        for here, host in self._parts(self.back):
+            here.copy_(host, non_blocking=True)
+
+    def _parts(self, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The parts of a tensor and their places on the host."""
+        return zip(a.reshape(-1).split([len(host) for host in self.host]), self.host, strict=True)
 
     def get(self) -> Tensor:
         """The tensor on its device, valid for the current stream."""

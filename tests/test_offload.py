@@ -29,6 +29,22 @@ def streams(monkeypatch):
     return make
 
 
+@pytest.mark.parametrize("n", [1 << 20, 8190 * 5120, 2**40 - 1])
+def test_pinned_memory_is_hardly_larger_than_what_it_holds(n):
+    sizes = offload.pieces(n)
+    pinned = sum(1 << (size - 1).bit_length() for size in sizes)  # as torch rounds
+    assert sum(sizes) == n and len(sizes) <= 7 and pinned <= n + n // 64
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (3, 7, 11), (1, 2**20), (2**10 + 1, 2**10 + 3)])
+def test_a_tensor_comes_back_as_it_was(shape):
+    a = torch.randn(shape).transpose(0, -1)
+    (away,) = offload.HostStore(torch.device("cpu")).put([a])
+    want = a.clone()
+    a.zero_()
+    torch.testing.assert_close(away.get(), want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("name", AWAY)
 def test_backward_waits_for_what_comes_back(name, eager, streams):

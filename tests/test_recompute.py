@@ -255,7 +255,7 @@ def test_the_backward_brings_back_one_block_ahead(monkeypatch):
 
     def watched(away):
         if away.back is None:
-            order.append(("fetch", away.host.data_ptr()))
+            order.append(("fetch", away.host[0].data_ptr()))
         fetch(away)
 
     monkeypatch.setattr(offload.Away, "fetch", watched)
