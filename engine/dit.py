@@ -210,14 +210,15 @@ class WanTransformer(nn.Module):
 
     def _run(self, x, t, context, condition, blocks):
         tokens, e, e_B6C, grid = self.begin(x, t, condition)
-        rest = e_B6C, context, self.repeats(context), grid
+        repeats = self.repeats(context)
         if not torch.is_grad_enabled():
             for block in self.blocks[:blocks]:
-                tokens, _ = block(tokens, *rest)
+                tokens, _ = block(tokens, e_B6C, context, repeats, grid)
         else:
-            first, policies = [tokens], self.block_policies(blocks)
-            del tokens  # this frame must not hold what the first block may put away
-            tokens = recompute.run_all(self.blocks[:blocks], policies, first.pop(), *rest)
+            first, policies, run = [tokens], self.block_policies(blocks), recompute.run_all
+            # This frame must not hold what the first block may put away, nor a tuple of *arguments.
+            del tokens
+            tokens = run(self.blocks[:blocks], policies, first.pop(), e_B6C, context, repeats, grid)
         return tokens, e, grid
 
     def block_policies(self, blocks: int | None = None) -> list[BlockPolicy]:
