@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, repeats: int) -> Tensor:
-    """scale q k^T in float32 at least, of [B, H, L, D]; e to the last key's is `repeats` times as much."""
+    """scale q k^T in float32 at least, of [B, H, L, D], and log(repeats) more for the last key."""
     s = (q @ k.mT).to(wide(q.dtype)) * scale
     if repeats > 1:
         s[..., -1] += math.log(repeats)
