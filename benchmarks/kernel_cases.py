@@ -17,10 +17,11 @@ from torch.func import functional_call
 from prfl_engine.reward import QueryPool
 from prfl_kernels.attention import attention
 from prfl_kernels.bias_gelu import bias_gelu
+from prfl_kernels.branch import AttentionWeights
 from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate
-from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
+from prfl_kernels.modulated_attention import modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
 from prfl_kernels.reward_pool import reward_pool

@@ -98,14 +98,15 @@ static void bind_cpu(py::module_& m) {
     return std::apply([](auto... n) { return prfl::AttentionShape{n...}; }, sizes);
   };
   m.def("attention_forward",
-        [sized](View q, View k, View v, View out, View lse, const Sizes& sizes, float scale, int threads) {
-          run(kernels().attention_forward, {q, k, v, out, lse, sized(sizes), scale, threads});
+        [sized](View q, View k, View v, View out, View lse, const Sizes& sizes, float scale, float last,
+                int threads) {
+          run(kernels().attention_forward, {q, k, v, out, lse, sized(sizes), scale, last, threads});
         });
   m.def("attention_backward",
         [sized](View dout, View dlse, View q, View k, View v, View out, View lse, View dq, View dk, View dv,
-                const Sizes& sizes, float scale, int threads) {
+                const Sizes& sizes, float scale, float last, int threads) {
           run(kernels().attention_backward,
-              {dout, dlse, q, k, v, out, lse, dq, dk, dv, sized(sizes), scale, threads});
+              {dout, dlse, q, k, v, out, lse, dq, dk, dv, sized(sizes), scale, last, threads});
         });
 }
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from prfl_engine.dit import WanConfig
@@ -151,18 +151,17 @@ class Reader:
             keys = ("textlong_path",) if long else ("textshort_path",)
         else:
             keys = ("text_en_path", "textshort_path", "textlong_path")
-        return self._pad(self._array(path, meta, keys, (1, None, self.config.text_dim), "text"), path)
+        return self._checked(self._array(path, meta, keys, (1, None, self.config.text_dim), "text"), path)
 
     def _null(self) -> Tensor:
         return read_text(self.null_text, self.config)
 
-    def _pad(self, array: np.ndarray, path: Path | str) -> Tensor:
+    def _checked(self, array: np.ndarray, path: Path | str) -> Tensor:
         if array.shape[1] > self.config.text_len:
             raise UserError(
                 f"{path}: text has {array.shape[1]} tokens, want at most {self.config.text_len}"
             )
-        text = _tensor(array)
-        return F.pad(text, (0, 0, 0, self.config.text_len - len(text)))
+        return _tensor(array)
 
     def _array(self, path: Path, meta: dict, keys: Sequence[str], shape, what: str) -> np.ndarray:
         for key in keys:
@@ -174,9 +173,9 @@ class Reader:
 
 
 def read_text(path: str | Path, config: WanConfig) -> Tensor:
-    """A text embedding [text_len, text_dim] from a .npy [1, n, text_dim], zero-padded."""
+    """A text embedding [n, text_dim] from a .npy [1, n, text_dim], n at most text_len."""
     array = read_array(Path(path), (1, None, config.text_dim), "text")
-    return Reader(config)._pad(array, path)
+    return Reader(config)._checked(array, path)
 
 
 class Stream(Dataset):
@@ -292,8 +291,14 @@ def fixed_batches(reader: Reader, paths: list[Path], batch_size: int, device) ->
 
 
 def collate(samples: list[Batch]) -> Batch:
-    """Stack samples of one shape."""
-    return Batch(*(None if f[0] is None else torch.stack(f) for f in zip(*samples, strict=True)))
+    """Stack samples of one shape; shorter texts are zero-padded to the longest."""
+
+    def joined(name: str, values: Sequence[Tensor | None]) -> Tensor | None:
+        if values[0] is None:
+            return None
+        return pad_sequence(list(values), batch_first=True) if name == "text" else torch.stack(values)
+
+    return Batch(*map(joined, Batch._fields, zip(*samples, strict=True)))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from prfl_engine import recompute
 from prfl_engine.config import UserError
-from prfl_engine.layers import Block, Head, ImageEmbedding, Linear, WideLinear
+from prfl_engine.layers import IMAGE_TOKENS, Block, Head, ImageEmbedding, Linear, WideLinear
 from prfl_engine.recompute import BlockPolicy
 from prfl_kernels.jit import wide
+
+# Tokens of a text context are a multiple of this: at most eight shapes for 512, whatever the prompts.
+TEXT_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class WanConfig:
     in_dim: int = 16  # latent channels; an I2V model has 4 mask and 16 condition channels more
     out_dim: int = 16
     text_dim: int = 4096
-    text_len: int = 512  # every text is zero-padded to this many tokens, and attended to whole
+    text_len: int = 512  # every text is zero-padded to this many tokens, and all are attended to
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
@@ -163,12 +166,25 @@ class WanTransformer(nn.Module):
     def embed_context(self, text: Tensor, clip: Tensor | None = None) -> Tensor:
         """Context tokens of a sample, the same at every timestep.
 
-        text [B, n <= text_len, text_dim], clip [B, 257, 1280] for an I2V model; returns
-        [B, text_len (+ 257), C], the image tokens first.
+        text [B, n <= text_len, text_dim], clip [B, 257, 1280] for an I2V model; returns [B, S (+ 257), C],
+        the image tokens first. S is text_len, or the multiple of 64 above n if that is less. Then the last
+        token is one of padding and stands for all that are left out, see `repeats`. Raises UserError for a
+        longer text.
         """
-        text = F.pad(text, (0, 0, 0, self.config.text_len - text.shape[1]))
-        context = self.text_embedding(text)
+        n, whole = text.shape[1], self.config.text_len
+        if n > whole:
+            raise UserError(f"text: got {n} tokens, want at most {whole}")
+        length = min(whole, (n // TEXT_MULTIPLE + 1) * TEXT_MULTIPLE)
+        context = self.text_embedding(F.pad(text, (0, 0, 0, length - n)))
         return context if clip is None else torch.cat([self.img_emb(clip), context], dim=1)
+
+    def repeats(self, context: Tensor) -> int:
+        """How many tokens of the text, padded to text_len, the last one of a context stands for.
+
+        All tokens of padding are one vector, so in every block their keys are equal, and their values: in a
+        softmax one key that counts that often is the same, in all gradients too.
+        """
+        return self.config.text_len + 1 - (context.shape[1] - IMAGE_TOKENS * self.config.image)
 
     def features(
         self,
@@ -194,13 +210,15 @@ class WanTransformer(nn.Module):
 
     def _run(self, x, t, context, condition, blocks):
         tokens, e, e_B6C, grid = self.begin(x, t, condition)
+        repeats = self.repeats(context)
         if not torch.is_grad_enabled():
             for block in self.blocks[:blocks]:
-                tokens, _ = block(tokens, e_B6C, context, grid)
+                tokens, _ = block(tokens, e_B6C, context, repeats, grid)
         else:
-            first, policies = [tokens], self.block_policies(blocks)
-            del tokens  # this frame must not hold what the first block may put away
-            tokens = recompute.run_all(self.blocks[:blocks], policies, first.pop(), e_B6C, context, grid)
+            first, policies, run = [tokens], self.block_policies(blocks), recompute.run_all
+            # This frame must not hold what the first block may put away, nor a tuple of *arguments.
+            del tokens
+            tokens = run(self.blocks[:blocks], policies, first.pop(), e_B6C, context, repeats, grid)
         return tokens, e, grid
 
     def block_policies(self, blocks: int | None = None) -> list[BlockPolicy]:
@@ -235,8 +253,9 @@ class WanTransformer(nn.Module):
         """Let torch.compile make the code of every block, without graph breaks and for fixed shapes: all
         blocks share it, and another shape, precision or use (with gradient or without, frozen) has its own.
         Blocks with gradient that are computed again in backward stay as they are. Returns self."""
-        # Beyond this many torch.compile would raise: shapes of a data set times a handful of uses.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Beyond this many torch.compile would raise: shapes of a data set, latents times up to eight of the
+        # text, times a handful of uses.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False, backend=backend)
         return self

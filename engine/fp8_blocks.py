@@ -73,13 +73,15 @@ class Fp8Block:
         self.first, self.second = Product(first), Product(second)
         self.products = self.qkv, self.o, self.cross_q, self.cross_o, self.first, self.second
 
-    def __call__(self, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, grid: Grid) -> Tensor:
+    def __call__(
+        self, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, repeats: int, grid: Grid
+    ) -> Tensor:
         block, attn = self.block, self.block.self_attn
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation.to(e_B6C.dtype) + e_B6C).unbind(1)
         y = self._attend(modulate_fp8(x_BLC, scale1, shift1, block.eps), attn, grid)
         norm = block.norm3.weight, block.norm3.bias
         x, *n = gated_add_norm_fp8(x_BLC, y, gate1, *norm, block.eps)
-        y = block.cross_attn.attend(self.cross_q(*n), context_BSC)
+        y = block.cross_attn.attend(self.cross_q(*n), context_BSC, repeats)
         y = self.cross_o(*quantize_fp8(y))
         x, *n = gated_add_modulate_fp8(x, y, None, scale2, shift2, block.eps)
         hidden = self.first(*n)
@@ -129,8 +131,9 @@ class Fp8Blocks:
             self.version = found
 
     def __call__(self, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, grid: Grid) -> Tensor:
+        repeats = self.model.repeats(context_BSC)
         for block in self.blocks:
-            x_BLC = block(x_BLC, e_B6C, context_BSC, grid)
+            x_BLC = block(x_BLC, e_B6C, context_BSC, repeats, grid)
         return x_BLC
 
     def nbytes(self) -> int:

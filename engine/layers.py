@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from prfl_kernels.attention import attention
-from prfl_kernels.branch import LowRank, linear
-from prfl_kernels.cross_attention import CrossWeights, ImageWeights, cross_attention
+from prfl_kernels.branch import AttentionWeights, LowRank, linear
+from prfl_kernels.cross_attention import ImageWeights, cross_attention
 from prfl_kernels.jit import wide
 from prfl_kernels.modulate import layer_norm, modulate
-from prfl_kernels.modulated_attention import AttentionWeights, Branch, modulated_attention
+from prfl_kernels.modulated_attention import Branch, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 from prfl_kernels.qk_norm_rope import rms_norm
 
@@ -95,19 +95,22 @@ class CrossAttention(nn.Module):
             self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
 
-    def forward(self, x_BLC: Tensor, context_BSC: Tensor, keep: str | Collection[str] = "all") -> Tensor:
-        """The branch's output [B, L, C]; `keep` as in prfl_kernels.cross_attention."""
+    def forward(
+        self, x_BLC: Tensor, context_BSC: Tensor, repeats: int, keep: str | Collection[str] = "all"
+    ) -> Tensor:
+        """The branch's output [B, L, C]; the last token of the context counts `repeats` times, and `keep` is
+        as in prfl_kernels.cross_attention."""
         if torch.is_grad_enabled() and self.fused:
             (q, k, v, o), image = ((m.weight, m.bias) for m in self._linears()[:4]), None
             if self.image:
                 (k_img, v_img), norm = self._linears()[4:], self.norm_k_img
                 image = ImageWeights(k_img.weight, k_img.bias, v_img.weight, v_img.bias, norm.weight)
             return cross_attention(
-                x_BLC, context_BSC, CrossWeights(*q, *k, *v, *o, self.norm_q.weight, self.norm_k.weight),
+                x_BLC, context_BSC, AttentionWeights(*q, *k, *v, *o, self.norm_q.weight, self.norm_k.weight),
                 self.num_heads, image, IMAGE_TOKENS if self.image else 0, self.norm_q.eps,
-                self.q.compute_dtype or self.q.weight.dtype, keep,
+                self.q.compute_dtype or self.q.weight.dtype, keep, repeats,
             )  # fmt: skip
-        return self._by_layers(x_BLC, context_BSC)
+        return self.o(self.attend(self.q(x_BLC), context_BSC, repeats))
 
     @property
     def fused(self) -> bool:
@@ -121,10 +124,7 @@ class CrossAttention(nn.Module):
         more = (self.k_img, self.v_img) if self.image else ()
         return self.q, self.k, self.v, self.o, *more
 
-    def _by_layers(self, x_BLC: Tensor, context_BSC: Tensor) -> Tensor:
-        return self.o(self.attend(self.q(x_BLC), context_BSC))
-
-    def attend(self, q_BLC: Tensor, context_BSC: Tensor) -> Tensor:
+    def attend(self, q_BLC: Tensor, context_BSC: Tensor, repeats: int) -> Tensor:
         """What goes into the last projection, from queries before their norm; [B, L, C] in their dtype."""
         dtype = q_BLC.dtype
 
@@ -134,7 +134,7 @@ class CrossAttention(nn.Module):
         q, text = heads(self.norm_q(q_BLC)), context_BSC
         if self.image:
             picture, text = context_BSC[:, :IMAGE_TOKENS], context_BSC[:, IMAGE_TOKENS:]
-        out = attention(q, heads(self.norm_k(self.k(text))), heads(self.v(text)))
+        out = attention(q, heads(self.norm_k(self.k(text))), heads(self.v(text)), repeats=repeats)
         if self.image:
             k = heads(self.norm_k_img(self.k_img(picture)))
             out = out + attention(q, k, heads(self.v_img(picture)))
@@ -145,7 +145,8 @@ class Block(nn.Module):
     """Self-attention, cross-attention and FFN on the residual stream, modulated by the timestep.
 
     x += gate1 * Attn(LN(x) (1 + scale1) + shift1);  x += Cross(LN_affine(x), context);
-    x += gate2 * FFN(LN(x) (1 + scale2) + shift2). `keep` is what the three branches keep for the
+    x += gate2 * FFN(LN(x) (1 + scale2) + shift2). The last token of the context counts `repeats` times
+    (WanTransformer.repeats). `keep` is what the three branches keep for the
     backward (for all of them or each), `attention` what a call before has made; see
     prfl_kernels.modulated_attention.
     """
@@ -167,6 +168,7 @@ class Block(nn.Module):
         x_BLC: Tensor,
         e_B6C: Tensor,
         context_BSC: Tensor,
+        repeats: int,
         grid: tuple[int, int, int],
         keep: str | Sequence[str | Collection[str]] = "all",
         attention: tuple[Tensor, Tensor] | None = None,
@@ -174,7 +176,8 @@ class Block(nn.Module):
         """(x' [B, L, C], output and log-sum-exp of self-attention where kept or given)."""
         vectors, keeps = self.vectors(e_B6C), [keep] * 3 if isinstance(keep, str) else keep
         x, n, attention = self.attend(x_BLC, vectors, grid, keeps[0], attention)
-        return self.feed(x, self.cross_attn(n, context_BSC, keeps[1]), vectors, keeps[2]), attention
+        y = self.cross_attn(n, context_BSC, repeats, keeps[1])
+        return self.feed(x, y, vectors, keeps[2]), attention
 
     def vectors(self, e_B6C: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate [B, C] of self-attention, then those of the FFN."""

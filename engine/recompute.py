@@ -141,17 +141,19 @@ def run(
     x: Tensor,
     e: Tensor,
     context: Tensor,
+    repeats: int,
     grid: tuple[int, int, int],
     before: "Run | None" = None,
 ) -> tuple[Tensor, "Run | None"]:
-    """x' [B, L, C] of a block with gradient under a policy; x [B, L, C], e [B, 6, C], context [B, S, C].
+    """x' [B, L, C] of a block with gradient under a policy; x [B, L, C], e [B, 6, C], context [B, S, C],
+    whose last token counts `repeats` times.
 
     The second result is given to the next block as `before`: the backward of that one starts to bring back
     what this one has put away. A block without a backward, frozen and behind nothing trained, keeps nothing.
     """
     if policy.plain or not any(a.requires_grad for a in (x, e, context, *block.parameters())):
-        return block(x, e, context, grid, policy.keeps)[0], None
-    this = Run(block, policy, x, context, block.vectors(e), grid, before)
+        return block(x, e, context, repeats, grid, policy.keeps)[0], None
+    this = Run(block, policy, x, context, repeats, block.vectors(e), grid, before)
     return this.forward(x), this
 
 
@@ -161,6 +163,7 @@ def run_all(
     x: Tensor,
     e: Tensor,
     context: Tensor,
+    repeats: int,
     grid: tuple[int, int, int],
 ) -> Tensor:
     """The blocks one after another, as in `run`. The last one puts nothing away: its backward comes first.
@@ -172,7 +175,7 @@ def run_all(
         if watch is not None:
             watch(x)
         lots = store.lots if store is not None else 0
-        x, before = run(block, policy, x, e, context, grid, before)
+        x, before = run(block, policy, x, e, context, repeats, grid, before)
         if store is not None:
             store.settle(store.lots - lots)
     if watch is not None:
@@ -197,9 +200,9 @@ def _unpack(slot: "_Slot | Tensor") -> Tensor:
 class Run:
     """One block in one forward, until its backward is done; it lives in the block's graph."""
 
-    def __init__(self, block, policy, x, context, vectors, grid, before):
+    def __init__(self, block, policy, x, context, repeats, vectors, grid, before):
         self.block, self.policy, self.grid, self.before = block, policy, grid, before
-        self.context, self.vectors = context, vectors
+        self.context, self.repeats, self.vectors = context, repeats, vectors
         # No tensor here has a graph: that of this block would hold itself.
         self.streams: dict[str, Tensor | Away] = {"input": x.detach()}
         # What takes gradient decides what layers save, so a branch that is run again asks for no more.
@@ -225,7 +228,7 @@ class Run:
         places = {a.untyped_storage()._cdata: name for name, a in self.streams.items()}
         self._settle("attend", slots, places)
         self.attention = [s.value for s in slots if s.name == "attention" and s.value is not None]
-        y, slots = self._watched("cross", self.block.cross_attn, n, self.context, keeps.cross)
+        y, slots = self._watched("cross", self._cross, n, keeps.cross)
         self._settle("cross", slots, places)
         del n
         self.streams = {k: a for k, a in self.streams.items() if k in self.policy.held}
@@ -235,6 +238,9 @@ class Run:
 
     def _attend(self, x, keep, attention=None):
         return self.block.attend(x, self.vectors, self.grid, keep, attention)
+
+    def _cross(self, n, keep):
+        return self.block.cross_attn(n, self.context, self.repeats, keep)
 
     def _watched(self, branch: str, call: Callable, *arguments) -> tuple:
         """(what a branch returns, a slot for everything that its graph saves)."""
@@ -337,7 +343,7 @@ class Run:
                 made = self._attend(x, self.policy.again, given)
                 self.made |= {"after_attention": made.x.detach(), "cross_normed": made.n.detach()}
             else:
-                self.made["cross"] = self.block.cross_attn(x, self.context, self.policy.again).detach()
+                self.made["cross"] = self._cross(x, self.policy.again).detach()
         streams = {a.untyped_storage()._cdata for a in (x, *self.made.values())}
         self.again |= {
             (branch, i): a for i, a in enumerate(found) if a.untyped_storage()._cdata not in streams

@@ -103,8 +103,9 @@ class Rollout:
         return velocity
 
     def _plain(self, tokens: Tensor, e_B6C: Tensor, context: Tensor, grid: Grid) -> Tensor:
+        repeats = self.model.repeats(context)
         for block in self.model.blocks:
-            tokens, _ = block(tokens, e_B6C, context, grid)
+            tokens, _ = block(tokens, e_B6C, context, repeats, grid)
         return tokens
 
     def _captured(self, blocks: Blocks, record: Callable) -> Blocks:

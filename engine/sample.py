@@ -58,7 +58,7 @@ def sample(config: Config, out: str | Path) -> list[Path]:
             velocity = bind(model, batch)
             if s.guidance != 1:
                 negative = read_text(config.data.negative_text, model.config).to(device)
-                plain: Batch = batch._replace(text=negative.expand_as(batch.text))
+                plain: Batch = batch._replace(text=negative.expand(len(batch.text), -1, -1))
                 velocity = guided(velocity, bind(model, plain), s.guidance)
             latents.extend(chain.sample(velocity, schedule, noise).cpu())
     return write_samples(out, latents, s)

@@ -1,7 +1,11 @@
 """Softmax attention without mask or dropout, self or cross, by any of several implementations.
 
-    out = softmax(scale q k^T) v          q [B, Lq, H, D], k and v [B, Lk, H, D]
-    lse = log sum_j exp(scale q k_j)      [B, H, Lq], float32
+    out = softmax(s) v,  lse = log sum_j exp(s_j)      q [B, Lq, H, D], k and v [B, Lk, H, D]
+    s_j = scale q k_j, and log(repeats) more for the last key
+
+out is as q, lse [B, H, Lq] float32. The last key counts `repeats` times: n equal keys with equal values are
+one whose score is log n higher, for out, lse and all gradients, of which its own are the sums over the n.
+So padding, which is one vector many times, costs no more than one token.
 
 Layout is (batch, sequence, heads, head dim), as in FlashAttention. Whatever computes it, it is one
 operation, torch.ops.prfl.attention.default, that returns out and lse: selective checkpointing that
@@ -12,12 +16,12 @@ keeps these two never computes attention again, and torch.compile sees every imp
 import torch
 from torch import Tensor
 
-from prfl_kernels.attention_backends import BACKENDS, absence
+from prfl_kernels.attention_backends import absence, run_backward, run_forward
 from prfl_kernels.jit import register, wide
 from prfl_kernels.table import implementation
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> None:
     if q.ndim != 4:
         raise ValueError(f"attention: got q {list(q.shape)}, want [B, Lq, H, D]")
     batch, _, heads, dim = q.shape
@@ -29,42 +33,43 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"attention: got {name} in {a.dtype}, want {q.dtype} as q")
     if k.shape[1] == 0:
         raise ValueError("attention: got no keys, want at least one")
+    if repeats < 1:
+        raise ValueError(f"attention: got {repeats} repeats of the last key, want at least 1")
 
 
-def _forward(q, k, v, scale, backend):
-    _check(q, k, v)
+def _forward(q, k, v, scale, backend, repeats=1):
+    _check(q, k, v, repeats)
     if q.numel() == 0:
         return _forward_fake(q, k, v, scale, backend)
     why = absence(backend, q.device.type, q.dtype, q.shape[3])
     if why:
         raise ValueError(f"kernels: attention got {backend} on {q.device.type}: it {why}")
-    out, lse = BACKENDS[backend].forward(q, k, v, scale)
+    out, lse = run_forward(backend, q, k, v, scale, repeats)
     return out.contiguous(), lse.contiguous()
 
 
-def _forward_fake(q, k, v, scale, backend):
-    _check(q, k, v)
+def _forward_fake(q, k, v, scale, backend, repeats=1):
+    _check(q, k, v, repeats)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide(q.dtype))
     return q.new_empty(q.shape), lse
 
 
-def _backward(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv):
+def _backward(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv, repeats=1):
     if q.numel() == 0:
         made = [q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)]
     else:
-        run = BACKENDS[backend].backward
-        made = run(dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv)
+        made = run_backward(backend, dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv, repeats)
     wanted = (wants_q, wants_kv, wants_kv)
     return tuple(a.contiguous() if w else q.new_empty(0) for a, w in zip(made, wanted, strict=True))
 
 
-def _backward_fake(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv):
+def _backward_fake(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv, repeats=1):
     wanted = ((q, wants_q), (k, wants_kv), (v, wants_kv))
     return tuple(a.new_empty(a.shape if w else 0) for a, w in wanted)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, ctx.scale, ctx.backend = inputs
+    q, k, v, ctx.scale, ctx.backend, ctx.repeats = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output)
 
@@ -75,13 +80,14 @@ def _gradient(ctx, dout, dlse):
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv = torch.ops.prfl.attention_backward(
-        dout, dlse, q, k, v, out, lse, ctx.scale, ctx.backend, wants_q, wants_k or wants_v
+        dout, dlse, q, k, v, out, lse, ctx.scale, ctx.backend, wants_q, wants_k or wants_v, ctx.repeats
     )
-    return dq if wants_q else None, dk if wants_k else None, dv if wants_v else None, None, None
+    made = dq if wants_q else None, dk if wants_k else None, dv if wants_v else None
+    return *made, None, None, None
 
 
 register(
-    "attention(Tensor q, Tensor k, Tensor v, float scale, str backend) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, float scale, str backend, int repeats=1) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     _gradient,
@@ -89,25 +95,27 @@ register(
 )
 register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " float scale, str backend, bool wants_q, bool wants_kv) -> (Tensor, Tensor, Tensor)",
+    " float scale, str backend, bool wants_q, bool wants_kv, int repeats=1) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 
 
 def attention_with_lse(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, repeats: int = 1
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq] float32), both differentiable.
 
     q [B, Lq, H, D], k and v [B, Lk, H, D] of one dtype and any strides; scale > 0, 1 / sqrt(D) if None.
-    lse is float64 for float64 inputs. Raises ValueError for shapes or dtypes that do not fit, for no
-    keys, and for a chosen implementation that cannot run.
+    The last key counts `repeats` times. lse is float64 for float64 inputs. Raises ValueError for shapes or
+    dtypes that do not fit, for no keys, for repeats below 1, and for a chosen implementation that cannot run.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.prfl.attention(q, k, v, scale, implementation("attention", q))
+    return torch.ops.prfl.attention(q, k, v, scale, implementation("attention", q), repeats)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, repeats: int = 1
+) -> Tensor:
     """out of `attention_with_lse`."""
-    return attention_with_lse(q, k, v, scale)[0]
+    return attention_with_lse(q, k, v, scale, repeats)[0]

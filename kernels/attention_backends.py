@@ -1,11 +1,15 @@
 """The implementations of softmax attention behind one contract, and which of them run here.
 
-    forward(q, k, v, scale) -> (out, lse)
-    backward(dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv) -> (dq, dk, dv)
+    forward(q, k, v, scale[, repeats]) -> (out, lse)
+    backward(dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv[, repeats]) -> (dq, dk, dv)
 
 q, out, dout [B, Lq, H, D], k and v [B, Lk, H, D] of one dtype; lse and dlse [B, H, Lq] float32 natural
 logarithms, dlse None for zero. Unwanted gradients may be None. Nothing here is differentiable by
 autograd and nothing masks or drops out: `attention` wraps all of it in one operation.
+
+The last key counts `repeats` times. Our own implementations raise its score by log(repeats); libraries know
+nothing of it: `run_forward` gives them the key and its value that often, and `run_backward` sums up what
+comes back, for the same result at the price of the longer keys.
 
 Optional packages are imported when they are first asked for; a probe keeps the reason of a failure.
 Known forms: FlashAttention-3 returned a tuple before it returned `out` alone; its backward takes the
@@ -29,24 +33,29 @@ HALVES = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale q k^T in float32 at least, of [B, H, L, D]."""
-    return (q @ k.mT).to(wide(q.dtype)) * scale
+def _scores(q: Tensor, k: Tensor, scale: float, repeats: int) -> Tensor:
+    """scale q k^T in float32 at least, of [B, H, L, D], and log(repeats) more for the last key."""
+    s = (q @ k.mT).to(wide(q.dtype)) * scale
+    if repeats > 1:
+        s[..., -1] += math.log(repeats)
+    return s
 
 
-def reference_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def reference_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, repeats: int = 1
+) -> tuple[Tensor, Tensor]:
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-    s = _scores(q, k, scale)
+    s = _scores(q, k, scale, repeats)
     lse = s.logsumexp(-1)
     p = (s - lse[..., None]).exp().to(q.dtype)
     return (p @ v).transpose(1, 2), lse
 
 
-def reference_backward(dout, dlse, q, k, v, out, lse, scale, wants_q=True, wants_kv=True):
+def reference_backward(dout, dlse, q, k, v, out, lse, scale, wants_q=True, wants_kv=True, repeats=1):
     """The formulas of `attention_triton`, all of [B, H, Lq, Lk] at once; delta is summed over keys, which
     needs no `out` and makes the rows of ds sum to zero, rounding of `out` or not."""
     dout, q, k, v = (a.transpose(1, 2) for a in (dout, q, k, v))
-    p = (_scores(q, k, scale) - lse[..., None]).exp()
+    p = (_scores(q, k, scale, repeats) - lse[..., None]).exp()
     dp = (dout @ v.mT).to(p.dtype)
     delta = (p * dp).sum(-1)
     if dlse is not None:
@@ -183,6 +192,7 @@ class Backend(NamedTuple):
     capabilities: tuple[int, int] = (8, math.inf)  # lowest and highest major compute capability
     dtypes: tuple[torch.dtype, ...] = HALVES
     head_dims: Container[int] | None = None  # None: its own checks tell
+    takes_repeats: bool = False  # or gets the last key laid out
 
 
 def _library(reason: str, forward: Callable, backward: Callable, *needs, **facts) -> Backend:
@@ -192,12 +202,12 @@ def _library(reason: str, forward: Callable, backward: Callable, *needs, **facts
 BACKENDS = {
     "reference": Backend(
         "plain torch", reference_forward, reference_backward, device=None,
-        dtypes=(*HALVES, torch.float32, torch.float64),
+        dtypes=(*HALVES, torch.float32, torch.float64), takes_repeats=True,
     ),
     "cpu": Backend(
         f"own C++ kernels, for head dims up to {attention_cpu.LARGEST_HEAD_DIM}",
         attention_cpu.forward, attention_cpu.backward, device="cpu", dtypes=attention_cpu.DTYPES,
-        head_dims=range(1, attention_cpu.LARGEST_HEAD_DIM + 1),
+        head_dims=range(1, attention_cpu.LARGEST_HEAD_DIM + 1), takes_repeats=True,
     ),
     "sdpa": _library("torch's flash attention", _sdpa_forward, _sdpa_backward, device=None),
     "xformers": _library(
@@ -207,7 +217,7 @@ BACKENDS = {
     ),
     "triton": Backend(
         "own Triton kernels", attention_triton.forward, attention_triton.backward,
-        dtypes=attention_triton.DTYPES,
+        dtypes=attention_triton.DTYPES, takes_repeats=True,
     ),
     "cuda": Backend(
         "own CUDA C++ kernel, its backward in Triton", attention_hopper.forward, attention_triton.backward,
@@ -232,6 +242,38 @@ BACKENDS = {
 # On CUDA the first that runs; "cuda" is no default before it has been measured on a GPU.
 ORDER = ("fa3", "fa4", "cudnn", "fa2", "triton", "sdpa")
 CPU_ORDER = ("cpu", "sdpa")
+
+
+def _laid_out(a: Tensor, repeats: int) -> Tensor:
+    """a [B, L, H, D] with its last token `repeats` times."""
+    return a if repeats == 1 else torch.cat([a, a[:, -1:].expand(-1, repeats - 1, -1, -1)], dim=1)
+
+
+def _gathered(d: Tensor, repeats: int) -> Tensor:
+    """The gradient of a from that of _laid_out(a, repeats)."""
+    if repeats == 1:
+        return d
+    single, last = d.split([d.shape[1] - repeats, repeats], dim=1)
+    return torch.cat([single, last.sum(1, keepdim=True, dtype=wide(d.dtype)).to(d.dtype)], dim=1)
+
+
+def run_forward(
+    name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, repeats: int
+) -> tuple[Tensor, Tensor]:
+    """`forward` of back end `name`, whether it takes repeats or not."""
+    backend = BACKENDS[name]
+    if backend.takes_repeats:
+        return backend.forward(q, k, v, scale, repeats)
+    return backend.forward(q, _laid_out(k, repeats), _laid_out(v, repeats), scale)
+
+
+def run_backward(name, dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv, repeats):
+    """`backward` of back end `name`, whether it takes repeats or not."""
+    backend, ends = BACKENDS[name], (out, lse, scale, wants_q, wants_kv)
+    if backend.takes_repeats:
+        return backend.backward(dout, dlse, q, k, v, *ends, repeats)
+    dq, dk, dv = backend.backward(dout, dlse, q, _laid_out(k, repeats), _laid_out(v, repeats), *ends)
+    return (dq, _gathered(dk, repeats), _gathered(dv, repeats)) if wants_kv else (dq, None, None)
 
 
 @cache

@@ -10,6 +10,8 @@ of threads: the same bits every time. Memory beside the results: packed copies o
 in the backward about four of q, three of k and a float32 dq.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,14 +36,18 @@ def _shape(q: Tensor, k: Tensor) -> tuple[int, ...]:
     return q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq] float32) of at least one query and key; scale > 0."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, repeats: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq] float32) of at least one query and key; scale > 0. The
+    last key counts `repeats` times."""
     _check(q)
     q, k, v = (_unit_last(a) for a in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     threads = torch.get_num_threads()
-    extension().attention_forward(*map(view, (q, k, v, out, lse)), _shape(q, k), scale, threads)
+    held = map(view, (q, k, v, out, lse))
+    extension().attention_forward(*held, _shape(q, k), scale, math.log(repeats), threads)
     return out, lse
 
 
@@ -56,6 +62,7 @@ def backward(
     scale: float,
     wants_q: bool = True,
     wants_kv: bool = True,
+    repeats: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv) of `forward`, None where not wanted. dlse [B, H, Lq] or None for zero."""
     _check(q)
@@ -64,6 +71,7 @@ def backward(
     dlse = None if dlse is None else _unit_last(dlse.float())
     dq = q.new_empty(q.shape) if wants_q else None
     dk, dv = (k.new_empty(k.shape) if wants_kv else None for _ in range(2))
-    held = (dout, dlse, q, k, v, out, lse, dq, dk, dv)
-    extension().attention_backward(*map(view, held), _shape(q, k), scale, torch.get_num_threads())
+    held = map(view, (dout, dlse, q, k, v, out, lse, dq, dk, dv))
+    threads = torch.get_num_threads()
+    extension().attention_backward(*held, _shape(q, k), scale, math.log(repeats), threads)
     return dq, dk, dv

@@ -4,6 +4,9 @@
     delta = rowsum(dout * out) - dlse,   ds = p * (dout v^T - delta)
     dv = p^T dout,   dq = scale ds k,    dk = scale ds^T q
 
+The score of a last key that counts n times is raised by log n: `last` is that over scale, to be added to
+q k^T, and None for n = 1, which leaves no trace in the code.
+
 q, out, dout [B, Lq, H, D], k and v [B, Lk, H, D] with D 64 or 128 (or 16 or 32), in bfloat16,
 float16 or float32; lse and dlse [B, H, Lq] float32. Scores, softmax (base 2 inside) and sums are float32;
 p and ds are rounded to the dtype of the inputs before they are multiplied. float32 inputs are multiplied
@@ -11,10 +14,10 @@ in full precision, on the CUDA cores: for checking.
 
 Tensors are read and written through descriptors (TMA), which take any strides of 16 bytes, read zeros
 past the end of a sample and write nothing there: queries need no mask. Keys past the end get weight
-zero in one masked block after the full ones. The backward recomputes p twice, once for dk and dv and
-once for dq, so that every sum stays in the registers of one program, or is one of a few partial sums in
-a fixed order: no atomics, the same bits every time. Source: Dao, "FlashAttention-2" (2023), in two kernels
-as in Triton's tutorial 06.
+zero in one masked block after the full ones; a raised last key is always in it. The backward recomputes
+p twice, once for dk and dv and once for dq, so that every sum stays in the registers of one program, or
+is one of a few partial sums in a fixed order: no atomics, the same bits every time. Source: Dao,
+"FlashAttention-2" (2023), in two kernels as in Triton's tutorial 06.
 """
 
 import math
@@ -65,11 +68,13 @@ def _dot(a, b):
 
 
 @jit
-def _forward_step(q, k_desc, v_desc, b, j, h, top, total, acc, factor, Lk, MASKED: tl.constexpr):
+def _forward_step(q, k_desc, v_desc, b, j, h, top, total, acc, factor, Lk, last, MASKED: tl.constexpr):
     """Add the keys from j on: q [M, D], top and total [M], acc [M, D]."""
     D: tl.constexpr = q.shape[1]
     N: tl.constexpr = k_desc.block_shape[2]
     t = _dot(q, k_desc.load([b, h, j, 0]).reshape(N, D).T)
+    if last is not None:
+        t += tl.where(j + tl.arange(0, N) == Lk - 1, last, 0.0)[None, :]
     if MASKED:
         t = tl.where((j + tl.arange(0, N) < Lk)[None, :], t, float("-inf"))
     new = tl.maximum(top, tl.max(t, 1) * factor)
@@ -84,7 +89,7 @@ def _forward_step(q, k_desc, v_desc, b, j, h, top, total, acc, factor, Lk, MASKE
 
 @jit
 def _forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse_ptr, Lq, Lk, H, factor,
+    q_desc, k_desc, v_desc, out_desc, lse_ptr, Lq, Lk, H, factor, last,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1)
@@ -94,11 +99,15 @@ def _forward_kernel(
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
-    full = Lk // N * N
+    full = (Lk if last is None else Lk - 1) // N * N
     for j in range(0, full, N):
-        top, total, acc = _forward_step(q, k_desc, v_desc, b, j, h, top, total, acc, factor, Lk, False)
+        top, total, acc = _forward_step(
+            q, k_desc, v_desc, b, j, h, top, total, acc, factor, Lk, None, False
+        )
     if full < Lk:
-        top, total, acc = _forward_step(q, k_desc, v_desc, b, full, h, top, total, acc, factor, Lk, True)
+        top, total, acc = _forward_step(
+            q, k_desc, v_desc, b, full, h, top, total, acc, factor, Lk, last, True
+        )
     out = acc * (1.0 / total)[:, None]
     out_desc.store([b, h, first, 0], out.to(q.dtype).reshape(1, 1, M, D))
     o_m = first + tl.arange(0, M)
@@ -132,7 +141,7 @@ def _rows_kernel(
 @jit
 def _keys_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse2_ptr, delta_ptr, Lq, H, padded, run, factor,
-    scale, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    scale, last, last_key, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of N keys over a run of queries, [runs B, H, Lk, D].
 
@@ -146,11 +155,16 @@ def _keys_kernel(
     o_m = bh.to(tl.int64) * padded + tl.arange(0, M)
     dk = tl.zeros([N, D], tl.float32)
     dv = tl.zeros([N, D], tl.float32)
+    if last is not None:
+        raised = tl.where(first + tl.arange(0, N) == last_key, last, 0.0)[:, None]
     begin = tl.program_id(2) * run
     for i in range(begin, tl.minimum(begin + run, Lq), M):
         q = q_desc.load([b, h, i, 0]).reshape(M, D)
         lse2 = tl.load(lse2_ptr + i + o_m)
-        p = tl.exp2(_dot(k, q.T) * factor - lse2[None, :])  # transposed, [N, M]
+        t = _dot(k, q.T)  # transposed, [N, M]
+        if last is not None:
+            t += raised
+        p = tl.exp2(t * factor - lse2[None, :])
         dout = dout_desc.load([b, h, i, 0]).reshape(M, D)
         dv = tl.dot(p.to(q.dtype), dout, dv, input_precision="ieee")
         delta = tl.load(delta_ptr + i + o_m)
@@ -162,11 +176,16 @@ def _keys_kernel(
 
 
 @jit
-def _queries_step(q, dout, k_desc, v_desc, b, j, h, lse2, delta, dq, factor, Lk, MASKED: tl.constexpr):
+def _queries_step(
+    q, dout, k_desc, v_desc, b, j, h, lse2, delta, dq, factor, Lk, last, MASKED: tl.constexpr
+):
     D: tl.constexpr = q.shape[1]
     N: tl.constexpr = k_desc.block_shape[2]
     k = k_desc.load([b, h, j, 0]).reshape(N, D)
-    p = tl.exp2(_dot(q, k.T) * factor - lse2[:, None])
+    t = _dot(q, k.T)
+    if last is not None:
+        t += tl.where(j + tl.arange(0, N) == Lk - 1, last, 0.0)[None, :]
+    p = tl.exp2(t * factor - lse2[:, None])
     if MASKED:
         p = tl.where((j + tl.arange(0, N) < Lk)[None, :], p, 0.0)
     v = v_desc.load([b, h, j, 0]).reshape(N, D)
@@ -176,7 +195,7 @@ def _queries_step(q, dout, k_desc, v_desc, b, j, h, lse2, delta, dq, factor, Lk,
 
 @jit
 def _queries_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dq_desc, lse2_ptr, delta_ptr, Lk, H, padded, factor, scale,
+    q_desc, k_desc, v_desc, dout_desc, dq_desc, lse2_ptr, delta_ptr, Lk, H, padded, factor, scale, last,
     D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """dq of M queries."""
@@ -188,11 +207,11 @@ def _queries_kernel(
     o_m = bh.to(tl.int64) * padded + first + tl.arange(0, M)
     lse2, delta = tl.load(lse2_ptr + o_m), tl.load(delta_ptr + o_m)
     dq = tl.zeros([M, D], tl.float32)
-    full = Lk // N * N
+    full = (Lk if last is None else Lk - 1) // N * N
     for j in range(0, full, N):
-        dq = _queries_step(q, dout, k_desc, v_desc, b, j, h, lse2, delta, dq, factor, Lk, False)
+        dq = _queries_step(q, dout, k_desc, v_desc, b, j, h, lse2, delta, dq, factor, Lk, None, False)
     if full < Lk:
-        dq = _queries_step(q, dout, k_desc, v_desc, b, full, h, lse2, delta, dq, factor, Lk, True)
+        dq = _queries_step(q, dout, k_desc, v_desc, b, full, h, lse2, delta, dq, factor, Lk, last, True)
     dq_desc.store([b, h, first, 0], (dq * scale).to(q.dtype).reshape(1, 1, M, D))
 
 
@@ -233,8 +252,16 @@ def _tile(kernel: str, defaults: dict, q: Tensor, k: Tensor) -> tuple[int, int, 
     return tuning.choice(f"attention {kernel}", key, defaults[kind])
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq]) of at least one query and key; scale > 0."""
+def _last(scale: float, repeats: int) -> float | None:
+    """What is added to q k^T of a last key that counts `repeats` times."""
+    return None if repeats == 1 else math.log(repeats) / scale
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, repeats: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq]) of at least one query and key; scale > 0. The last key
+    counts `repeats` times."""
     _check(q)
     q, k, v = (addressable(a) for a in (q, k, v))
     batch, length, heads, dim = q.shape
@@ -243,7 +270,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     _forward_kernel[(triton.cdiv(length, m), batch * heads)](
         *(_descriptor(a, rows) for a, rows in ((q, m), (k, n), (v, n), (out, m))), lse,
-        length, k.shape[1], heads, scale * LOG2E, dim, m, n,
+        length, k.shape[1], heads, scale * LOG2E, _last(scale, repeats), dim, m, n,
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
     )  # fmt: skip
     return out, lse
@@ -260,6 +287,7 @@ def backward(
     scale: float,
     wants_q: bool = True,
     wants_kv: bool = True,
+    repeats: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv) of `forward`, None where not wanted. dlse [B, H, Lq] or None for zero."""
     _check(q)
@@ -267,6 +295,7 @@ def backward(
     out, lse = out.contiguous(), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     (batch, length, heads, dim), keys = q.shape, k.shape[1]
+    last, last_key = _last(scale, repeats), None if repeats == 1 else keys - 1
     padded = triton.cdiv(length, 128) * 128  # whole blocks of every kernel
     lse2, delta = q.new_empty(2, batch, heads, padded, dtype=torch.float32)
     options = {"enable_fp_fusion": True}
@@ -286,7 +315,7 @@ def backward(
         held = ((q, m), (k, n), (v, n), (dout, m), (dk, n), (dv, n))
         _keys_kernel[(triton.cdiv(keys, n), batch * heads, runs)](
             *(_descriptor(a, rows) for a, rows in held), lse2, delta, length, heads, padded, run,
-            scale * LOG2E, scale, dim, m, n, num_warps=warps, num_stages=stages, **options,
+            scale * LOG2E, scale, last, last_key, dim, m, n, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
         if runs > 1:
             dk, dv = (a.unflatten(0, (runs, batch)).sum(0).to(k.dtype) for a in (dk, dv))
@@ -296,6 +325,6 @@ def backward(
         held = ((q, m), (k, n), (v, n), (dout, m), (dq, m))
         _queries_kernel[(triton.cdiv(length, m), batch * heads)](
             *(_descriptor(a, rows) for a, rows in held), lse2, delta, keys, heads, padded,
-            scale * LOG2E, scale, dim, m, n, num_warps=warps, num_stages=stages, **options,
+            scale * LOG2E, scale, last, dim, m, n, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
     return dq, dk, dv

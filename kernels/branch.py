@@ -33,6 +33,22 @@ from torch import Tensor
 from prfl_kernels.jit import wide
 
 
+class AttentionWeights(NamedTuple):
+    """Weights [C, C] and biases [C] of the projections of an attention, norm weights [C]; of any float
+    dtype."""
+
+    q: Tensor
+    q_bias: Tensor
+    k: Tensor
+    k_bias: Tensor
+    v: Tensor
+    v_bias: Tensor
+    o: Tensor
+    o_bias: Tensor
+    norm_q: Tensor
+    norm_k: Tensor
+
+
 class LowRank(NamedTuple):
     """A low-rank update of a weight [N, K], scale * up @ down; of any float dtype."""
 

@@ -5,8 +5,9 @@
     y       = (softmax(q k^T / sqrt(D)) v + ...) Wo^T + bo
 
 In an image-to-video model the first tokens of the context are an image with projections of its own, and
-"..." is the same queries' attention to it; elsewhere it is nothing. Kept for the backward: x, context, the
-weights, and what `keep` names:
+"..." is the same queries' attention to it; elsewhere it is nothing. The last text token counts `repeats`
+times, as in prfl_kernels.attention, in the gradients of context and weights too. Kept for the backward: x,
+context, the weights, and what `keep` names:
 
     mode         keeps                                     bytes (16 bits)   made again in backward
     nothing      -                                                           q, attention
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels.attention import attention_with_lse
-from prfl_kernels.branch import kept, linear, weight_gradients
+from prfl_kernels.branch import AttentionWeights, kept, linear, weight_gradients
 from prfl_kernels.jit import register, wide
 from prfl_kernels.qk_norm_rope import pair as norm_pair
 from prfl_kernels.table import implementation
@@ -36,21 +37,6 @@ KEEP = {
     "all": ("attention", "projections", "queries"),
 }
 KEPT = {"attention": 4, "projections": 5, "queries": 2}  # parts and their tensors
-
-
-class CrossWeights(NamedTuple):
-    """Weights [C, C] and biases [C] of the projections, norm weights [C]; of any float dtype."""
-
-    q: Tensor
-    q_bias: Tensor
-    k: Tensor
-    k_bias: Tensor
-    v: Tensor
-    v_bias: Tensor
-    o: Tensor
-    o_bias: Tensor
-    norm_q: Tensor
-    norm_k: Tensor
 
 
 class ImageWeights(NamedTuple):
@@ -70,6 +56,7 @@ class _Settings(NamedTuple):
     num_heads: int
     eps: float
     dtype: torch.dtype
+    repeats: int
 
 
 class _Keys(NamedTuple):
@@ -77,6 +64,7 @@ class _Keys(NamedTuple):
 
     name: str  # suffix of the names of its gradients
     tokens: Tensor
+    repeats: int  # of the last token
     weights: NamedTuple
     before: Tensor  # keys before the norm
     rstd: Tensor
@@ -90,19 +78,21 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return n.flatten(2), rstd
 
 
-def _keys(context, w: CrossWeights, image: ImageWeights, s: _Settings, held: Sequence[Tensor]) -> list[_Keys]:
+def _keys(
+    context, w: AttentionWeights, image: ImageWeights, s: _Settings, held: Sequence[Tensor]
+) -> list[_Keys]:
     """The parts of the context, the text first; held: the keys before norm and values of each, or empty."""
-    parts, tokens = [("", context[:, s.image_tokens :], w)], context[:, : s.image_tokens]
+    parts, tokens = [("", context[:, s.image_tokens :], s.repeats, w)], context[:, : s.image_tokens]
     if s.image_tokens:
-        parts.append(("_img", tokens, image))
+        parts.append(("_img", tokens, 1, image))
     made = []
-    for i, (name, tokens, weights) in enumerate(parts):
+    for i, (name, tokens, repeats, weights) in enumerate(parts):
         tokens, (before, v) = tokens.to(s.dtype), held[2 * i : 2 * i + 2]
         if not before.numel():
             before = linear(tokens, weights.k, weights.k_bias)
             v = linear(tokens, weights.v, weights.v_bias)
         k, rstd = _normed(before, weights.norm_k, s.eps)
-        made.append(_Keys(name, tokens, weights, before, rstd, k, v))
+        made.append(_Keys(name, tokens, repeats, weights, before, rstd, k, v))
     return made
 
 
@@ -112,13 +102,15 @@ def _heads(x: Tensor, s: _Settings) -> Tensor:
 
 def _attended(q, keys: list[_Keys], s: _Settings) -> list[Tensor]:
     """Output and log-sum-exp of every part."""
-    made = (attention_with_lse(_heads(q, s), _heads(part.k, s), _heads(part.v, s)) for part in keys)
-    return [a for pair in made for a in pair]
+    q, made = _heads(q, s), []
+    for part in keys:
+        made += attention_with_lse(q, _heads(part.k, s), _heads(part.v, s), repeats=part.repeats)
+    return made
 
 
 def _forward(x, context, *rest):
-    w, image, s = CrossWeights(*rest[:10]), ImageWeights(*rest[10:15]), _Settings(*rest[15:19])
-    keeps = dict(zip(KEPT, rest[19], strict=True))
+    w, image, s = AttentionWeights(*rest[:10]), ImageWeights(*rest[10:15]), _Settings(*rest[15:20])
+    keeps = dict(zip(KEPT, rest[20], strict=True))
     held = {name: [x.new_empty(0) for _ in range(count)] for name, count in KEPT.items()}
     q_in = linear(x.to(s.dtype), w.q, w.q_bias)
     q, rstd = _normed(q_in, w.norm_q, s.eps)
@@ -141,7 +133,7 @@ def _forward(x, context, *rest):
 
 
 def _fake(x, context, *rest):
-    s, keeps = _Settings(*rest[15:19]), dict(zip(KEPT, rest[19], strict=True))
+    s, keeps = _Settings(*rest[15:20]), dict(zip(KEPT, rest[20], strict=True))
     batch, length, width = x.shape
     rows = (batch, length, width), s.dtype
     text, picture = (
@@ -178,9 +170,9 @@ class _Wants(NamedTuple):
 
 
 def _backward(dy, x, context, *rest):
-    w, image = CrossWeights(*rest[:10]), ImageWeights(*rest[10:15])
+    w, image = AttentionWeights(*rest[:10]), ImageWeights(*rest[10:15])
     out, lse, out_img, lse_img, q_in, *projected, q, rstd = rest[15:26]
-    s, wants = _Settings(*rest[26:30]), _Wants(*rest[30])
+    s, wants = _Settings(*rest[26:31]), _Wants(*rest[31])
     made: dict[str, Tensor] = {}
     n, d = x.to(s.dtype), dy.to(s.dtype)
     if not q_in.numel():
@@ -201,7 +193,7 @@ def _backward(dy, x, context, *rest):
         wants_kv = wants.context or any(getattr(wants, f"{m}{part.name}") for m in ("k", "v", "norm_k"))
         more, dk, dv = torch.ops.prfl.attention_backward(
             _heads(da, s), None, _heads(q, s), _heads(part.k, s), _heads(part.v, s), a, lse, factor,
-            backend, wants_q, wants_kv,
+            backend, wants_q, wants_kv, part.repeats,
         )  # fmt: skip
         dq = more if dq is None else dq + more
         if wants_kv:
@@ -243,7 +235,7 @@ def _keys_backward(dk, dv, part: _Keys, wants: _Wants, made: dict[str, Tensor]) 
 
 
 def _backward_fake(dy, x, context, *rest):
-    w, image, wants = CrossWeights(*rest[:10]), ImageWeights(*rest[10:15]), _Wants(*rest[30])
+    w, image, wants = AttentionWeights(*rest[:10]), ImageWeights(*rest[10:15]), _Wants(*rest[31])
     like = {"x": x, "context": context, **w._asdict()}
     like |= {f"{name}_img": a for name, a in image._asdict().items()}
     return tuple(
@@ -253,7 +245,7 @@ def _backward_fake(dy, x, context, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.settings = inputs[17:21]
+    ctx.settings = inputs[17:22]
     ctx.set_materialize_grads(False)  # or every kept tensor gets a gradient of zeros of its size
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:17], *output[1:])
@@ -261,17 +253,17 @@ def _setup_context(ctx, inputs, output):
 
 def _gradient(ctx, dy, *_):
     if dy is None:
-        return (None,) * 22
+        return (None,) * 23
     needs = ctx.needs_input_grad
     pairs = [any(needs[i : i + 2]) for i in (2, 4, 6, 8)]
     wants = [*needs[:2], *pairs, *needs[10:12], any(needs[12:14]), any(needs[14:16]), needs[16]]
     made = torch.ops.prfl.cross_attention_backward(dy, *ctx.saved_tensors, *ctx.settings, wants)
-    return *(a if need else None for a, need in zip(made, needs[:17], strict=True)), *[None] * 5
+    return *(a if need else None for a, need in zip(made, needs[:17], strict=True)), *[None] * 6
 
 
-_MATRICES = ", ".join(f"Tensor {name}" for name in CrossWeights._fields)
+_MATRICES = ", ".join(f"Tensor {name}" for name in AttentionWeights._fields)
 _IMAGE = ", ".join(f"Tensor? {name}_img" for name in ImageWeights._fields)
-_SETTINGS = "int image_tokens, int num_heads, float eps, ScalarType dtype"
+_SETTINGS = "int image_tokens, int num_heads, float eps, ScalarType dtype, int repeats"
 register(
     f"cross_attention(Tensor x, Tensor context, {_MATRICES}, {_IMAGE}, {_SETTINGS}, bool[3] keep)"
     f" -> ({', '.join(['Tensor'] * 12)})",
@@ -293,20 +285,22 @@ register(
 def cross_attention(
     x: Tensor,
     context: Tensor,
-    weights: CrossWeights,
+    weights: AttentionWeights,
     num_heads: int,
     image: ImageWeights | None = None,
     image_tokens: int = 0,
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
     keep: str | Collection[str] = "all",
+    repeats: int = 1,
 ) -> Tensor:
     """The branch's output y [B, L, C] in dtype, to be added to the residual stream.
 
     x [B, L, C] is the normed stream, context [B, S, C]; with `image` its first image_tokens tokens are those
-    of an image. Products and attention run in dtype (x.dtype if None). keep is a mode of KEEP or some of
-    the names behind them; without gradient nothing is kept. Raises ValueError for another `keep`, and for
-    image tokens without their weights or weights without tokens.
+    of an image, and its last text token counts `repeats` times. Products and attention run in dtype (x.dtype
+    if None). keep is a mode of KEEP or some of the names behind them; without gradient nothing is kept.
+    Raises ValueError for another `keep`, for repeats below 1, and for image tokens without their weights or
+    weights without tokens.
     """
     names = kept("cross_attention", KEEP, keep)
     if (image is None) != (image_tokens == 0):
@@ -318,5 +312,5 @@ def cross_attention(
     graded = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
     return torch.ops.prfl.cross_attention(
         x, context, *weights, *(image or [None] * 5), image_tokens, num_heads, eps, dtype or x.dtype,
-        [graded and name in names for name in KEPT],
+        repeats, [graded and name in names for name in KEPT],
     )[0]  # fmt: skip

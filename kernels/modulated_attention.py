@@ -34,6 +34,7 @@ from torch import Tensor
 from prfl_kernels import add_norm
 from prfl_kernels.attention import attention_with_lse
 from prfl_kernels.branch import (
+    AttentionWeights,
     GatedProduct,
     LowRank,
     Product,
@@ -57,21 +58,6 @@ KEEP = {
     "all": ("attention", "projections", "rotated", "normed"),
 }
 KEPT = {"attention": 2, "projections": 3, "rotated": 3, "normed": 1}  # parts and their tensors
-
-
-class AttentionWeights(NamedTuple):
-    """Weights [C, C] and biases [C] of the projections, norm weights [C]; of any float dtype."""
-
-    q: Tensor
-    q_bias: Tensor
-    k: Tensor
-    k_bias: Tensor
-    v: Tensor
-    v_bias: Tensor
-    o: Tensor
-    o_bias: Tensor
-    norm_q: Tensor
-    norm_k: Tensor
 
 
 class _Settings(NamedTuple):

@@ -21,6 +21,11 @@ def strided(a: torch.Tensor) -> torch.Tensor:
     return view
 
 
+def laid_out(a: torch.Tensor, repeats: int) -> torch.Tensor:
+    """a [B, L, ...] with its last token `repeats` times, as a padded text has it."""
+    return torch.cat([a, *[a[:, -1:]] * (repeats - 1)], dim=1)
+
+
 def outputs_and_gradients(op, inputs, wanted=None, seed=0):
     """Outputs of op(*inputs), and the gradients of a fixed random projection of them.
 

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from fused import assert_as_good_as_torch, error, needs_triton, normal, outputs_and_gradients
+from fused import assert_as_good_as_torch, error, laid_out, needs_triton, normal, outputs_and_gradients
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -36,6 +36,11 @@ def formula(q, k, v):
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
     s = (q @ k.mT) * q.shape[-1] ** -0.5
     return (s.softmax(-1) @ v).transpose(1, 2), s.logsumexp(-1)
+
+
+def literal(repeats, run=formula):
+    """`run` with the last key and value laid out that often."""
+    return lambda q, k, v: run(q, laid_out(k, repeats), laid_out(v, repeats))
 
 
 # The reference and torch's own
@@ -99,16 +104,18 @@ CPU = pytest.param(
 
 @needs_triton
 @pytest.mark.parametrize("name", ["triton", "reference", "sdpa", CPU])
-def test_opcheck_and_fullgraph(name):
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_opcheck_and_fullgraph(name, repeats):
     if torch.cuda.is_available() and name == "sdpa":
         pytest.skip("torch's flash attention on a GPU has no float32")
     table.configure(f"attention={name}")
     torch.manual_seed(4)
     inputs = [a.requires_grad_() for a in qkv(1, 9, 7, 2, 16)]
-    torch.library.opcheck(torch.ops.prfl.attention.default, (*inputs, 0.25, name))
-    eager = torch.autograd.grad(attention(*inputs).square().sum(), inputs)
+    torch.library.opcheck(torch.ops.prfl.attention.default, (*inputs, 0.25, name, repeats))
+    run = partial(attention, repeats=repeats)
+    eager = torch.autograd.grad(run(*inputs).square().sum(), inputs)
     torch.compiler.reset()
-    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     made = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
     assert all(error(a, b) < 1e-6 for a, b in zip(made, eager, strict=True))
 
@@ -134,6 +141,76 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             attention(*wrong)
+    with pytest.raises(ValueError, match="^attention: got 0 repeats of the last key, want at least 1$"):
+        attention(q, k, v, repeats=0)
+
+
+# A last key that counts several times, as often as it is laid out for whoever knows no better
+
+REPEATED = ["reference", pytest.param("triton", marks=needs_triton), CPU, "sdpa"]
+
+
+@pytest.mark.parametrize("name", REPEATED)
+@pytest.mark.parametrize("keys", [1, 61, 64])
+@pytest.mark.parametrize("repeats", [2, 435])
+def test_a_repeated_key_is_that_many_keys(name, keys, repeats):
+    """One key, blocks with a rest, whole blocks: values, and gradients of out and lse."""
+    if torch.cuda.is_available() and name == "sdpa":
+        pytest.skip("torch's flash attention on a GPU has no float32")
+    table.configure(f"attention={name}")
+    torch.manual_seed(7)
+    inputs = qkv(2, 37, keys, 2, 16)
+    got = outputs_and_gradients(partial(attention_with_lse, repeats=repeats), inputs)
+    want = outputs_and_gradients(literal(repeats), [a.double() for a in inputs])
+    for a, b in zip(sum(got, []), sum(want, []), strict=True):
+        assert a.shape == b.shape
+        # Laid out, up to 435 equal terms are summed one by one in float32.
+        assert error(a, b) < (1e-5 if name == "sdpa" else 2e-6)
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_once_is_the_ordinary_attention_to_the_bit(name):
+    table.configure(f"attention={name}")
+    inputs = [a.to(BF16) for a in qkv(1, 37, 20, 2, 16)]
+    want = outputs_and_gradients(attention_with_lse, inputs)
+    got = outputs_and_gradients(partial(attention_with_lse, repeats=1), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(sum(got, []), sum(want, []), strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "dtype, sizes",
+    [(BF16, (1, 150, 128, 2, 64)), (BF16, (1, 70, 257, 1, 128)), (torch.float16, (1, 33, 40, 1, 32))],
+)
+def test_triton_with_a_repeated_key_is_as_good_as_torch_with_all_of_them(triton, dtype, sizes):
+    torch.manual_seed(8)
+    run = partial(attention_with_lse, repeats=385)
+    assert_as_good_as_torch(run, qkv(*sizes, dtype=dtype), literal(385, by_torch))
+
+
+def by_torch(q, k, v):
+    """Torch's own kernel, which sums up delta from the rounded output as ours does."""
+    name = "reference" if q.dtype == torch.float64 else "sdpa"
+    return torch.ops.prfl.attention(q, k, v, q.shape[-1] ** -0.5, name)
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_repeated_key_with_large_scores(name):
+    """The repeats join the score before the maximum is taken: nothing overflows where exp would, and a key
+    that has all of the weight has log(repeats) in lse."""
+    if torch.cuda.is_available() and name == "sdpa":
+        pytest.skip("torch's flash attention on a GPU has no float32")
+    table.configure(f"attention={name}")
+    torch.manual_seed(9)
+    q, k, v = qkv(1, 40, 70, 1, 64)
+    k[:, -1] = 3 * q[0, 0, 0]  # the most of the first query, by far
+    inputs = [256 * q, 128 * k, v]
+    run = partial(attention_with_lse, repeats=1000)
+    (out, lse), gradients = outputs_and_gradients(run, inputs)
+    assert all(a.isfinite().all() for a in (out, lse, *gradients))
+    assert error(out[0, 0, 0], v[0, -1, 0]) < 1e-6
+    q, k, v = qkv(1, 40, 1, 1, 64)
+    assert error(run(q, k, v)[1] - attention_with_lse(q, k, v)[1], torch.full((1, 1, 40), 6.907755)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_triton)])
@@ -274,7 +351,8 @@ LIBRARIES = {
 @pytest.mark.parametrize(
     "name, modules", [(name, form) for name, forms in LIBRARIES.items() for form in forms]
 )
-def test_libraries_in_every_form(name, modules, monkeypatch):
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_libraries_in_every_form(name, modules, repeats, monkeypatch):
     """Values, gradients and the gradient of lse, which these libraries do not have themselves."""
     install(monkeypatch, modules)
     backend = BACKENDS[name]._replace(device=None, dtypes=(torch.float32,))
@@ -282,13 +360,14 @@ def test_libraries_in_every_form(name, modules, monkeypatch):
     table.configure(f"attention={name}")
     torch.manual_seed(6)
     inputs = [a.cpu() for a in qkv(2, 37, 21, 2, 16)]
-    want = outputs_and_gradients(formula, [a.double() for a in inputs])
-    got = outputs_and_gradients(attention_with_lse, inputs)
+    run, exact = partial(attention_with_lse, repeats=repeats), literal(repeats)
+    want = outputs_and_gradients(exact, [a.double() for a in inputs])
+    got = outputs_and_gradients(run, inputs)
     for a, b in zip(sum(got, []), sum(want, []), strict=True):
         assert error(a, b) < 1e-6
     (_, dk), (_, want_dk) = (
-        outputs_and_gradients(attention, inputs, [0, 1])[1],
-        outputs_and_gradients(lambda *a: formula(*a)[0], [a.double() for a in inputs], [0, 1])[1],
+        outputs_and_gradients(lambda *a: run(*a)[0], inputs, [0, 1])[1],
+        outputs_and_gradients(lambda *a: exact(*a)[0], [a.double() for a in inputs], [0, 1])[1],
     )
     assert error(dk, want_dk) < 1e-6
 

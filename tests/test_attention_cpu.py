@@ -1,8 +1,10 @@
 """Attention in C++ for the CPU, in every instruction set that runs here, against plain torch."""
 
+from functools import partial
+
 import pytest
 import torch
-from fused import assert_as_good_as_torch, error, normal, outputs_and_gradients, strided
+from fused import assert_as_good_as_torch, error, laid_out, normal, outputs_and_gradients, strided
 
 from prfl_kernels import attention_backends, attention_cpu, compiled, table
 from prfl_kernels.attention import attention, attention_with_lse
@@ -63,6 +65,30 @@ def by_torch(*inputs):
 def test_values_and_gradients_are_as_good_as_torchs(isa, size, dtype):
     """out, lse, dq, dk, dv, with gradients of both results."""
     assert_as_good_as_torch(attention_with_lse, qkv(*SIZES[size], dtype=dtype), by_torch)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("size", ["short", "blocks", "cross", "odd head dim", (1, 40, 480, 1, 32)])
+@pytest.mark.parametrize("repeats, scaled", [(2, 1), (435, 1), (435, 64)])
+def test_a_last_key_that_counts_more_is_as_good_as_torch_with_that_many(isa, size, dtype, repeats, scaled):
+    """480 keys are two whole blocks of AVX2; scaled: scores of hundreds."""
+    q, k, v = qkv(*SIZES.get(size, size), dtype=dtype)
+
+    def literally(q, k, v):
+        return by_torch(q, laid_out(k, repeats), laid_out(v, repeats))
+
+    assert_as_good_as_torch(partial(attention_with_lse, repeats=repeats), [scaled * q, k, v], literally)
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 435])
+def test_a_single_key(isa, repeats):
+    """A text of padding alone. dq and dk are those of lse, and the rounding of two sums that are equal."""
+    inputs = qkv(2, 50, 1, 2, 16)
+    run = partial(attention_with_lse, repeats=repeats)
+    got = outputs_and_gradients(run, inputs)
+    want = outputs_and_gradients(run, [a.double() for a in inputs])
+    assert torch.equal(got[0][0], inputs[2].expand(-1, 50, -1, -1))
+    assert all(error(a, b) < 1e-6 for a, b in zip(sum(got, []), sum(want, []), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

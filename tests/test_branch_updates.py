@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from prfl_engine.live_bytes import LiveBytes
 from prfl_kernels import compiled, table
 from prfl_kernels import modulated_attention as attention_branch
-from prfl_kernels.branch import LowRank
+from prfl_kernels.branch import AttentionWeights, LowRank
 from prfl_kernels.jit import REGISTERED
-from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
+from prfl_kernels.modulated_attention import modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 
 pytestmark = pytest.mark.usefixtures("reference")

@@ -10,7 +10,8 @@ from torch.library import opcheck
 
 from prfl_kernels import modulated_attention as attention_branch
 from prfl_kernels import modulated_ffn as ffn_branch
-from prfl_kernels.modulated_attention import AttentionWeights, modulated_attention
+from prfl_kernels.branch import AttentionWeights
+from prfl_kernels.modulated_attention import modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 
 pytestmark = pytest.mark.usefixtures("reference")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fused import assert_as_good_as_torch, error, normal, outputs_and_gradients, strided
+from fused import assert_as_good_as_torch, error, laid_out, normal, outputs_and_gradients, strided
 from helpers import randomize
 from test_branches import kept_bytes
 from torch.library import opcheck
@@ -11,7 +11,8 @@ from torch.library import opcheck
 from prfl_engine.layers import IMAGE_TOKENS, CrossAttention, Linear
 from prfl_kernels import cross_attention as branch
 from prfl_kernels import table
-from prfl_kernels.cross_attention import CrossWeights, ImageWeights, cross_attention
+from prfl_kernels.branch import AttentionWeights
+from prfl_kernels.cross_attention import ImageWeights, cross_attention
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 LENGTH, TEXT, PICTURE, HEADS, WIDTH = 13, 7, 5, 2, 32
@@ -41,11 +42,14 @@ def rms(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def formula(dtype=None):
+def formula(dtype=None, repeats=1):
+    """By the letter, the last token of the text laid out as often as it counts."""
+
     def run(x, context, *rest):
+        context = laid_out(context, repeats)
         low = x.dtype if x.dtype == F64 else dtype or x.dtype
         x, context, *rest = (a.to(low) for a in (x, context, *rest))
-        w = CrossWeights(*rest[:10])
+        w = AttentionWeights(*rest[:10])
         q, first, total = rms(F.linear(x, w.q, w.q_bias), w.norm_q), PICTURE * (len(rest) > 10), 0
         parts = [(context[:, first:], *w[2:6], w.norm_k)]
         if first:
@@ -60,12 +64,12 @@ def formula(dtype=None):
     return run
 
 
-def operation(keep="all", dtype=None):
+def operation(keep="all", dtype=None, repeats=1):
     def run(x, context, *rest):
         image = ImageWeights(*rest[10:]) if len(rest) > 10 else None
         return cross_attention(
-            x, context, CrossWeights(*rest[:10]), HEADS, image, PICTURE if image else 0,
-            dtype=x.dtype if x.dtype == F64 else dtype, keep=keep,
+            x, context, AttentionWeights(*rest[:10]), HEADS, image, PICTURE if image else 0,
+            dtype=x.dtype if x.dtype == F64 else dtype, keep=keep, repeats=repeats,
         )  # fmt: skip
 
     return run
@@ -73,10 +77,11 @@ def operation(keep="all", dtype=None):
 
 @IMAGE
 @MODES
-@pytest.mark.parametrize("batch", [1, 3])
-def test_values_and_gradients_are_those_of_the_formula(image, keep, batch):
+@pytest.mark.parametrize("batch, repeats", [(1, 1), (3, 1), (2, 2), (1, 435)])
+def test_values_and_gradients_are_those_of_the_formula(image, keep, batch, repeats):
     inputs = inputs_of(image, batch)
-    got, want = (outputs_and_gradients(f, inputs) for f in (operation(keep), formula()))
+    runs = operation(keep, repeats=repeats), formula(repeats=repeats)
+    got, want = (outputs_and_gradients(f, inputs) for f in runs)
     for a, b in zip(sum(got, []), sum(want, []), strict=True):
         assert error(a, b) < 1e-12
 
@@ -84,9 +89,11 @@ def test_values_and_gradients_are_those_of_the_formula(image, keep, batch):
 @IMAGE
 @MODES
 @pytest.mark.parametrize("low", [F32, BF16])
-def test_error_is_at_most_twice_that_of_torch(image, keep, low):
+@pytest.mark.parametrize("repeats", [1, 30])
+def test_error_is_at_most_twice_that_of_torch(image, keep, low, repeats):
     # Errors of 13 tokens are too few to compare.
-    assert_as_good_as_torch(operation(keep, low), inputs_of(image, 2, F32, 101), formula(low))
+    run, plain = operation(keep, low, repeats), formula(low, repeats)
+    assert_as_good_as_torch(run, inputs_of(image, 2, F32, 101), plain)
 
 
 @IMAGE
@@ -146,9 +153,9 @@ def test_empty_batch(image, keep):
 @IMAGE
 @pytest.mark.parametrize("keep", ["nothing", "all"])
 def test_no_graph_break(image, keep):
-    inputs = inputs_of(image, dtype=F32)
-    compiled = torch.compile(operation(keep), fullgraph=True, backend="aot_eager")
-    got, want = (outputs_and_gradients(f, inputs) for f in (compiled, operation(keep)))
+    inputs, run = inputs_of(image, dtype=F32), operation(keep, repeats=4)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    got, want = (outputs_and_gradients(f, inputs) for f in (compiled, run))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -157,7 +164,7 @@ def test_no_graph_break(image, keep):
 def test_registration(image, keep):
     inputs = [a.requires_grad_() for a in inputs_of(image, 1, F32)]
     rest = () if image else (None,) * 5
-    settings = (PICTURE * image, HEADS, 1e-6, BF16, [keep] * 3)
+    settings = (PICTURE * image, HEADS, 1e-6, BF16, 4, [keep] * 3)
     opcheck(torch.ops.prfl.cross_attention.default, (*inputs, *rest, *settings))
 
 
@@ -166,12 +173,15 @@ def test_what_does_not_fit_is_refused():
         operation("everything")(*inputs_of(False))
     x, context, *weights = inputs_of(False)
     with pytest.raises(ValueError, match="got 5 image tokens without their weights, want both"):
-        cross_attention(x, context, CrossWeights(*weights), HEADS, image_tokens=5)
+        cross_attention(x, context, AttentionWeights(*weights), HEADS, image_tokens=5)
+    with pytest.raises(ValueError, match="got 0 repeats of the last key, want at least 1"):
+        operation(repeats=0)(*inputs_of(False))
 
 
 @IMAGE
 @pytest.mark.parametrize("low", [None, BF16])
-def test_the_layer_computes_the_same_with_and_without_gradient(image, low):
+@pytest.mark.parametrize("repeats", [1, 9])
+def test_the_layer_computes_the_same_with_and_without_gradient(image, low, repeats):
     """One operation with gradient, layer by layer without."""
     layer = randomize(CrossAttention(WIDTH, HEADS, 1e-6, image))
     for m in layer.modules():
@@ -179,8 +189,8 @@ def test_the_layer_computes_the_same_with_and_without_gradient(image, low):
             m.compute_dtype = low
     x, context = torch.randn(2, LENGTH, WIDTH).to(low), torch.randn(2, IMAGE_TOKENS * image + TEXT, WIDTH)
     with torch.no_grad():
-        want = layer(x, context)
-    got = layer(x, context)
+        want = layer(x, context, repeats)
+    got = layer(x, context, repeats)
     assert got.grad_fn.name().startswith("GeneratedBackwardFor_prfl_cross_attention")
     assert torch.equal(got, want)
 
@@ -193,12 +203,12 @@ def test_an_adapter_makes_the_layers_run_one_by_one():
             return super().forward(x) + 1
 
     x, context = torch.randn(1, LENGTH, WIDTH), torch.randn(1, TEXT, WIDTH)
-    before = layer(x, context)
+    before = layer(x, context, 3)
     replaced = Adapted(WIDTH, WIDTH)
     replaced.load_state_dict(layer.o.state_dict())
     layer.o = replaced
     assert not layer.fused
-    torch.testing.assert_close(layer(x, context), before + 1)
+    torch.testing.assert_close(layer(x, context, 3), before + 1)
     layer.o = Linear(WIDTH, WIDTH)
     assert layer.fused
     layer.o.register_parameter("lora_a", torch.nn.Parameter(torch.zeros(1)))

@@ -207,5 +207,6 @@ def test_the_data_is_read_by_the_trainer(data):
     paths = read_lists([str(data.reward_val)], "data.val")
     reader = Reader(PRESETS["tiny-t2v"], "motion_quality")
     samples = [reader.read(path, seeded(0)) for path in paths]
-    assert all(s.latent.shape == (16, 5, 4, 6) and s.text.shape == (16, 64) for s in samples)
+    assert all(s.latent.shape == (16, 5, 4, 6) and s.text.shape[1] == 64 for s in samples)
+    assert all(0 < len(s.text) <= PRESETS["tiny-t2v"].text_len for s in samples)
     assert [s.label.item() for s in samples] == [1, 0] * 20

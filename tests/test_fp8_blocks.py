@@ -77,7 +77,7 @@ def emulated(block, x, e, context):
     x = (x.double() + gate1 * linear(attn.o, a)).to(x.dtype)
 
     # Ordinary attention to the text, in bfloat16.
-    a = cross.attend(linear(cross.q, norm(x, block.norm3.weight, block.norm3.bias)), context)
+    a = cross.attend(linear(cross.q, norm(x, block.norm3.weight, block.norm3.bias)), context, 1)
     s = (x.double() + linear(cross.o, a)).to(x.dtype)
 
     h = linear(first, norm(s, 1 + scale2, shift2))
@@ -99,7 +99,7 @@ def test_the_arithmetic(model_type, residual):
     assert got.dtype == residual
     want = emulated(model.blocks[0], tokens, e, context)
     off = relative(got.double() - tokens.double(), want.double() - tokens.double())
-    plain = model.blocks[0](tokens, e, context, GRID)[0]
+    plain = model.blocks[0](tokens, e, context, 1, GRID)[0]
     moved = relative(want.double() - tokens.double(), plain.double() - tokens.double())
     assert off < 0.01 and off < moved / 4, (off, moved)
 
@@ -114,7 +114,7 @@ def test_how_far_it_is_from_the_ordinary_block(model_type):
     blocks.follow()
     want = tokens
     for block in model.blocks:
-        want, _ = block(want, e, context, GRID)
+        want, _ = block(want, e, context, 1, GRID)
     got = blocks(tokens, e, context, GRID)
     assert 0.005 < relative(got - tokens, want - tokens) < 0.08
 

@@ -354,7 +354,7 @@ def test_torchs_selective_checkpoint_sees_the_operations(saved, ran_again):
 
     def run(**how):
         with Count() as count:
-            given = x, e, context, (2, 2, 2)
+            given = x, e, context, 1, (2, 2, 2)
             out = checkpoint(block, *given, use_reentrant=False, **how) if how else block(*given)
             out = out[0]
             made = torch.autograd.grad(out.square().sum(), [x, *block.parameters()])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import tiny_config, write_data
-from test_data import LARGE, SMALL, same
+from test_data import LARGE, SMALL, read, same
 
-from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, read_text
+from prfl_engine.data import Reader, Stream, collate, fixed_batches, noise_like, read_lists, read_text
 from prfl_engine.errors import UserError
 
 CPU = torch.device("cpu")
@@ -53,6 +53,19 @@ def test_the_stream_follows_from_seed_and_position(tmp_path):
 def test_the_stream_does_not_depend_on_the_workers(tmp_path):
     make = streams(tmp_path)
     assert same(take(make(), 3, 9, workers=2), take(make(), 3, 9))
+
+
+def test_texts_of_a_batch_are_padded_to_the_longest_with_zeros(tmp_path):
+    config = tiny_config()
+    paths = read_lists([str(write_data(tmp_path, config, 2))], "data.train")
+    readers = Reader(config, long_caption=1.0), Reader(config, None, str(tmp_path / "null.npy"), 1.0)
+    long, null = (read(r, path) for r, path in zip(readers, paths, strict=True))
+    assert len(long.text) == 5 and len(null.text) == 1
+    batch = collate([null, long])
+    assert batch.text.shape == (2, 5, config.text_dim)
+    assert torch.equal(batch.text[1], long.text) and torch.equal(batch.text[0, :1], null.text)
+    assert not batch.text[0, 1:].any()
+    assert torch.equal(batch.latent, torch.stack([null.latent, long.latent])) and batch.clip is None
 
 
 def test_texts_change_from_epoch_to_epoch(tmp_path):

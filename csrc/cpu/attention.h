@@ -192,6 +192,12 @@ inline vf max(vf a, vf b) {
 #endif
 }
 
+// Add `more` to the scores of the last of n keys.
+inline void lift_last(float* scores, int64_t n, float more) {
+  float* row = scores + (n - 1) * PANEL;
+  for (int v = 0; v < VECTORS; v++) store(row + v * LANES, load(row + v * LANES, Full{}) + more, Full{});
+}
+
 // e^(score - lse) for score - lse < 88; never less than 2^-126, which adds nothing. NaN stays NaN. The
 // difference of large scores is exact, where one in base 2 would be off by the rounding of both. 2^r is
 // the minimax polynomial of degree 6 on [-1/2, 1/2] that is 1 at 0, to 1 ULP.

@@ -119,6 +119,7 @@ struct Backward {
       if (wants_q) prefetch(dq.floats(head, x), dq.size());
       product<W, Into::scaled>(k.words(head, j), s.depth, qt.words(head, x), r.scores, PANEL, rows, s.depth,
                                &a.scale);
+      if (j == s.blocks - 1) lift_last(r.scores, n, a.last);
       product<W, Into::set>(v.words(head, j), s.depth, dout_t.words(head, x), r.dp, PANEL, rows, s.depth);
       r.differentiate(n, x - begin, lse.floats(head, x), delta.floats(head, x));
       if (!wants_q) continue;

@@ -76,6 +76,7 @@ struct Forward {
     float* found = scores.floats(room, 0);
     product<W, Into::scaled>(k.words(head, j), s.depth, q.words(room, x), found, PANEL, whole(n, ROWS),
                              s.depth, &a.scale);
+    if (j == s.blocks - 1) lift_last(found, n, a.last);
     panel.weigh(found, n, p.words(room, 0));
     auto values = j == 0 ? product<W, Into::set> : product<W, Into::rescaled>;
     values(v.words(head, j), KEYS / W::DEPTH, p.words(room, 0), out.floats(room, x), PANEL, s.rows, depth,

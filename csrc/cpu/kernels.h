@@ -96,21 +96,22 @@ struct RewardPoolBackward {
 };
 
 // attention: q, out, dout, dq [batch, queries, heads, dim]; k, v, dk, dv [batch, keys, heads, dim], all
-// of one type, with strides by sample, token and head. lse, dlse: float [batch, heads, queries].
+// of one type, with strides by sample, token and head. lse, dlse: float [batch, heads, queries]. last is
+// added to the scores of the last key: log n for one that stands for n.
 struct AttentionShape {
   int64_t batch, queries, keys, heads, dim;
 };
 struct AttentionForward {
   View q, k, v, out, lse;
   AttentionShape shape;
-  float scale;
+  float scale, last;
   int threads;
 };
 struct AttentionBackward {
   View dout, dlse, q, k, v, out, lse;  // dlse absent: zero
   View dq, dk, dv;                     // dq, or dk and dv, absent: not wanted
   AttentionShape shape;
-  float scale;
+  float scale, last;
   int threads;
 };
 

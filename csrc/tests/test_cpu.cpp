@@ -301,26 +301,29 @@ struct Tensor {
   }
 };
 
-static void test_attention(const prfl::AttentionShape& s, prfl::DType dtype) {
+// The last key counts `repeats` times.
+static void test_attention(const prfl::AttentionShape& s, prfl::DType dtype, int repeats = 1) {
   const int64_t q_size = s.batch * s.queries * s.heads * s.dim, k_size = s.batch * s.keys * s.heads * s.dim;
   const int64_t rows = s.batch * s.heads * s.queries;
   Tensor q(dtype, random(q_size, 1)), k(dtype, random(k_size, 2)), v(dtype, random(k_size, 3));
   Tensor dout(dtype, random(q_size, 4)), out(dtype, Floats(q_size)), dq(dtype, Floats(q_size));
   Tensor dk(dtype, Floats(k_size)), dv(dtype, Floats(k_size));
   Floats lse(rows), dlse = random(rows, 5);
-  const float scale = 1 / std::sqrt(static_cast<float>(s.dim));
+  const float scale = 1 / std::sqrt(static_cast<float>(s.dim)), last = std::log(static_cast<float>(repeats));
   const View q_in = q.view(s, s.queries), k_in = k.view(s, s.keys), v_in = v.view(s, s.keys);
   const View out_view = out.view(s, s.queries), lse_view = view(lse, s.heads * s.queries, s.queries);
-  prfl::kernels().attention_forward({q_in, k_in, v_in, out_view, lse_view, s, scale, 3});
+  prfl::kernels().attention_forward({q_in, k_in, v_in, out_view, lse_view, s, scale, last, 3});
   const View dlse_view = view(dlse, s.heads * s.queries, s.queries);
   prfl::kernels().attention_backward({dout.view(s, s.queries), dlse_view, q_in, k_in, v_in, out_view, lse_view,
-                                      dq.view(s, s.queries), dk.view(s, s.keys), dv.view(s, s.keys), s, scale, 3});
+                                      dq.view(s, s.queries), dk.view(s, s.keys), dv.view(s, s.keys), s, scale,
+                                      last, 3});
 
   std::vector<double> want_lse(rows), want_out(q_size), want_dq(q_size), want_dk(k_size), want_dv(k_size);
   for (int64_t row = 0; row < rows; row++) {
     const int64_t b = row / (s.heads * s.queries), h = row / s.queries % s.heads, l = row % s.queries;
     const int64_t at = ((b * s.queries + l) * s.heads + h) * s.dim;
     auto key = [&](int64_t j) { return ((b * s.keys + j) * s.heads + h) * s.dim; };
+    auto times = [&](int64_t j) { return j == s.keys - 1 ? repeats : 1; };
     std::vector<double> p(s.keys), dp(s.keys);
     double total = 0, delta = -dlse[row];
     for (int64_t j = 0; j < s.keys; j++) {
@@ -328,11 +331,11 @@ static void test_attention(const prfl::AttentionShape& s, prfl::DType dtype) {
         p[j] += scale * double(q.values[at + d]) * k.values[key(j) + d];
         dp[j] += double(dout.values[at + d]) * v.values[key(j) + d];
       }
-      total += std::exp(p[j]);
+      total += times(j) * std::exp(p[j]);
     }
     want_lse[row] = std::log(total);
     for (int64_t j = 0; j < s.keys; j++) {
-      p[j] = std::exp(p[j]) / total;
+      p[j] = times(j) * std::exp(p[j]) / total;
       delta += p[j] * dp[j];
     }
     for (int64_t j = 0; j < s.keys; j++)
@@ -370,6 +373,8 @@ int main() {
     for (prfl::DType dtype : {prfl::DType::f32, prfl::DType::bf16}) {
       test_attention({2, 37, 61, 2, 33}, dtype);
       test_attention({1, 140, 261, 1, 16}, dtype);  // two blocks of queries and of keys
+      test_attention({1, 140, 261, 1, 16}, dtype, 435);
+      test_attention({1, 21, 256, 2, 16}, dtype, 2);  // a whole block, or one and a rest
       test_attention({1, 3, 5, 1, 256}, dtype);     // the largest head dim
     }
   }
