@@ -9,11 +9,12 @@ their results, backward, clipping and AdamW. With --peer the step of a checkout 
 too, without and with its recomputation of blocks (peer.py). First the gate: losses and gradients of every
 setting against the first kernels without recomputation, for the same samples and window. An accelerated
 rollout goes elsewhere: there the latent before the graded step is compared with a plain rollout's. That
-drift depends on the weights, and these are random. Then every setting takes a step in turn, `--repeat`
-times after a warm-up; medians are printed, and graded samples a second. Bytes are the most that live in a
-step before the optimizer, over weights and gradients, counted in a step of its own (LiveBytes). With
-several samples the earlier steps of a window count with the rollout that follows them. By default the size
-is small enough for two CPU cores: width 512, 8 blocks, 1,080 tokens, the graded step at index 6 of 10.
+drift depends on the weights, and these are random. Then every setting takes two steps in turn, `--repeat`
+times, of which the second counts, as in a run that takes one after the other; medians are printed, and
+graded samples a second. Bytes are the most that live in a step before the optimizer, over weights and
+gradients, counted in a step of its own (LiveBytes). With several samples the earlier steps of a window
+count with the rollout that follows them. By default the size is small enough for two CPU cores: width 512,
+8 blocks, 1,080 tokens, the graded step at index 6 of 10.
 """
 
 import argparse
@@ -255,11 +256,10 @@ def main(argv: list[str] | None = None) -> None:
     # Two kernels round apart at every one of a few hundred bfloat16 products of a rollout.
     gate(step, settings, {"float32": 1e-4, "bfloat16": 1e-2}[args.dtype])
     found: dict[Setting, list[list[float]]] = {s: [] for s in settings}
-    for i in range(args.repeat + 1):
+    for _ in range(args.repeat):
         for setting in settings:
-            seconds = step.run(setting)[1]
-            if i > 0:  # the first is the warm-up
-                found[setting].append(seconds)
+            step.run(setting)  # behind another setting's, a step finds neither its memory nor its caches
+            found[setting].append(step.run(setting)[1])
     where = f"{machine(step.device)}, torch {torch.__version__}, {args.dtype}"
     print(f"\n{where}; seconds, median of {args.repeat}")
     print(f"{'':50}" + "".join(f"{p:>20}" for p in PHASES) + f"{'step':>8}{'gradients/s':>13}{'MiB':>8}")
