@@ -73,6 +73,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None =
     return y.unflatten(0, x.shape[:-1])
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, for [M, K] [K, N] or [B, M, K] [B, K, N]; of one sample as a plain product: up to 1.6 times as
+    fast as torch's batched one, in bfloat16 on the CPU."""
+    return (a[0] @ b[0])[None] if a.dim() == 3 and len(a) == 1 else a @ b
+
+
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32 or wider, for [M, K] [K, N] or [B, M, K] [B, K, N].
 
@@ -81,7 +87,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.is_cuda and a.element_size() == 2:
         return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
-    return (a @ b).to(wide(a.dtype))
+    return product(a, b).to(wide(a.dtype))
 
 
 def weight_gradients(d: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,9 +168,9 @@ class GatedProduct:
 
     def input_gradient(self, d: Tensor) -> Tensor:
         """da [B, L, K] in d.dtype."""
-        da = torch.bmm(d, self._weight)
+        da = product(d, self._weight)
         if self.low is not None:
-            da.view(-1, da.shape[2]).addmm_(torch.bmm(d, self._up).flatten(0, 1), self._down)
+            da.view(-1, da.shape[2]).addmm_(product(d, self._up).flatten(0, 1), self._down)
         return da
 
     def add(self, d: Tensor, a: Tensor) -> None:
@@ -175,7 +181,7 @@ class GatedProduct:
         if self.wants_up:
             self.sums.add_product("up", d.mT, a @ self._down.mT)
         if self.wants_low:
-            self.sums.add_product("down", torch.bmm(d, self._up).flatten(0, 1).mT, a.flatten(0, 1))
+            self.sums.add_product("down", product(d, self._up).flatten(0, 1).mT, a.flatten(0, 1))
 
     def gradients(self, name: str) -> dict[str, Tensor]:
         """What was asked for, under NAME, NAME_bias, gate, NAME_down and NAME_up; ends the sums."""
