@@ -4,17 +4,19 @@ A parameter and what belongs to it are handled in blocks of 4 Mi values, so neit
 the copies of what lives on the host need more than a few blocks of room on the device. Nothing waits for
 the device: learning rates are numbers, everything else that decides about an update is a tensor there.
 
-Bytes a parameter beside its weight and gradient: two float32 moments 8, or 2.03 in 8 bits; the rest of a
-float32 master weight 2.
+Bytes a parameter in addition to its weight and gradient: two float32 moments 8, or 2.03 in 8 bits; the rest
+of a float32 master weight 2.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from prfl_engine.config import OptimConfig
-from prfl_engine.errors import UserError
+from prfl_engine.data import seeded
+from prfl_engine.errors import UserError, check
 from prfl_engine.host_blocks import HostBlocks, new_block
 from prfl_kernels.jit import wide
 
@@ -27,7 +29,7 @@ class BlockAdamW(torch.optim.Optimizer):
 
     groups as torch.optim takes them. What is used of config: betas, eps, weight_decay, and
     name "adamw8bit": moments of parameters of 4,096 values and more in blockwise dynamic 8-bit numbers
-      (Dettmers et al. 2022) by torchao's functions;
+      (Dettmers et al. 2022) by torchao's functions, of the second moment its root (see EightBits);
     rounding of bfloat16 weights: "master" keeps the 16 bits that they lack of float32, so that the update is
       that of a float32 weight; "stochastic" keeps nothing and rounds up or down at random, right on average;
     in_backward: a parameter is updated when its gradient arrives, which is freed; step() only ends the step;
@@ -46,7 +48,7 @@ class BlockAdamW(torch.optim.Optimizer):
         self.group_of = {p: group for group in self.param_groups for p in group["params"]}
         self.index_of = {p: i for i, p in enumerate(self.group_of)}
         device = next(iter(self.group_of)).device
-        self.eight_bits = EightBits(device) if config.name == "adamw8bit" else None
+        self.eight_bits = EightBits(device, config.betas) if config.name == "adamw8bit" else None
         self.generator = torch.Generator(device)
         for group in self.param_groups:
             group["updates"] = 0  # steps so far, known to the host; states hold those that changed something
@@ -80,7 +82,7 @@ class BlockAdamW(torch.optim.Optimizer):
         """(size, dtype) of what is kept for a block of n values."""
         layout = {"exp_avg": (n, torch.float32), "exp_avg_sq": (n, torch.float32)}
         if self.eight_bits is not None and p.numel() >= 4096 and n % GROUP == 0:
-            layout = {name: (n, torch.uint8) for name in layout}
+            layout = {name: (n, torch.uint8) for name in ("exp_avg", "exp_avg_rms")}
             layout |= {f"{name}_scale": (n // GROUP, torch.float32) for name in list(layout)}
         if p.dtype == torch.bfloat16 and self.rounding == "master":
             layout["rest"] = (n, torch.int16)
@@ -141,24 +143,25 @@ class BlockAdamW(torch.optim.Optimizer):
         for (p, i, w, g), block in self._on_device(self._work(pairs), "both"):
             group = self.group_of[p]
             g = (block["gradient"] if g is None else g).float()
-            x, m, v = master(w, block), self._read(block, "exp_avg"), self._read(block, "exp_avg_sq")
+            x, (m, v) = master(w, block), self._moments(block)
             torch._fused_adamw_(
                 [x], [g], [m], [v], [], [steps[p]], lr=group["lr"], beta1=group["betas"][0],
                 beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"],
                 amsgrad=False, maximize=False, grad_scale=scale, found_inf=bad,
             )  # fmt: skip
-            self._write(block, "exp_avg", m, ok)
-            self._write(block, "exp_avg_sq", v, ok)
+            if "exp_avg_rms" in block:  # encoding what has not changed does not give the old codes
+                for name, a in self.eight_bits.encode(m, v).items():
+                    _put(block[name], a, ok)
             # A weight that has not changed comes back the same, however it is rounded.
             if "rest" in block:
                 high, rest = split_master(x)
                 w.copy_(high)
                 block["rest"].copy_(rest)
             elif w.dtype == torch.bfloat16:
-                # By position, so that neither the order of updates nor a resumed run changes a bit.
-                position = group["updates"] * len(self.index_of) + self.index_of[p]
-                self.generator.manual_seed((position << 16) + i)
-                w.copy_(round_stochastically(x, self.generator))
+                # By step and place, so that neither the order of updates nor a resumed run changes a bit.
+                # Hashed, since torch's generator on the CPU reads 32 bits of a seed.
+                bits = seeded(group["updates"], self.index_of[p], i).integers(2**62)
+                w.copy_(round_stochastically(x, self.generator.manual_seed(int(bits))))
         for p, t in steps.items():
             _put(self.state[p]["step"], t, ok)
 
@@ -172,17 +175,11 @@ class BlockAdamW(torch.optim.Optimizer):
     def _on_device(self, work: Iterable[tuple], how: str) -> Iterator[tuple]:
         return iter(work) if self.host is None else self.host.through(work, how)
 
-    def _read(self, block: dict[str, Tensor], name: str) -> Tensor:
-        if f"{name}_scale" not in block:
-            return block[name]
-        return self.eight_bits.decode(name, block[name], block[f"{name}_scale"])
-
-    def _write(self, block: dict[str, Tensor], name: str, value: Tensor, ok: Tensor | None) -> None:
-        if f"{name}_scale" in block:
-            codes, scale = self.eight_bits.encode(name, value)
-            # A value that has not changed does not get its old code again.
-            _put(block[name], codes, ok)
-            _put(block[f"{name}_scale"], scale, ok)
+    def _moments(self, block: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The float32 moments of a block: its own, or decoded."""
+        if "exp_avg_rms" in block:
+            return self.eight_bits.decode(block)
+        return block["exp_avg"], block["exp_avg_sq"]
 
     def state_dict(self) -> dict:
         if self.host is not None:
@@ -209,13 +206,23 @@ class BlockAdamW(torch.optim.Optimizer):
 
 
 class EightBits:
-    """Blockwise dynamic 8-bit numbers: a code into a table of 256 values and a scale for 256 codes.
+    """The moments m and v of AdamW in blockwise dynamic 8-bit numbers: a code into a table of 256 values, and
+    a scale for 256 codes.
 
     Table and scales are torchao's, the codes too but for ties: its search makes 35 passes over the values
-    unless it is compiled, bucketize one.
+    unless it is compiled, bucketize one. Two things differ from torchao and bitsandbytes.
+
+    The root of v is stored. The smallest positive number is 3e-7 of the largest in its group, so v itself
+    rounds to 0 where gradients are below 4e-4 of the group's largest; m does not, and m / (sqrt(v) + eps)
+    explodes.
+
+    Decoded moments keep |m| <= K sqrt(v), K^2 = (1 - beta1)^2 / ((1 - beta2) (1 - beta1^2 / beta2)): v is
+    raised where it is below. By Cauchy-Schwarz, moments of any gradients have this, and an update keeps it.
+    So no codes make an update larger than the largest that float32 moments can make: K = 7.3 learning rates
+    with the usual betas. benchmarks/adamw8bit_error.py measures both.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, betas: tuple[float, float]):
         try:
             from torchao.optim import quant_utils
         except ImportError as error:
@@ -223,19 +230,36 @@ class EightBits:
                 f"optim.name: got 'adamw8bit', but torchao cannot be imported ({error}): "
                 "pip install torchao, or prfl with its extra [lowmem]"
             ) from None
-        self.of = quant_utils
-        signed = (("exp_avg", True), ("exp_avg_sq", False))
+        self.of, self.limit = quant_utils, update_limit(betas)
+        signed = (("exp_avg", True), ("exp_avg_rms", False))
         self.tables = {k: torch.tensor(quant_utils.create_dynamic_map(s), device=device) for k, s in signed}
         self.bounds = {k: (a[1:] + a[:-1]) / 2 for k, a in self.tables.items()}
 
-    def decode(self, name: str, codes: Tensor, scale: Tensor) -> Tensor:
-        """float32 values of codes, both [n], and scales [n / 256]."""
-        return self.of.dequant_with_qmap(codes, self.tables[name], scale)
+    def decode(self, block: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """float32 m and v [n] of uint8 codes [n] and float32 scales [n / 256], by their names in a block."""
+        m, root = (
+            self.of.dequant_with_qmap(block[name], table, block[f"{name}_scale"])
+            for name, table in self.tables.items()
+        )
+        return m, torch.maximum(root, m.abs() / self.limit).square_()
 
-    def encode(self, name: str, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(uint8 codes, float32 scales) of float32 values."""
-        scaled, scale = self.of.scale_tensor(value, GROUP)
-        return torch.bucketize(scaled, self.bounds[name], out_int32=True).to(torch.uint8), scale
+    def encode(self, m: Tensor, v: Tensor) -> dict[str, Tensor]:
+        """Codes and scales of float32 m and v [n], as `decode` takes them."""
+        made = {}
+        for (name, bounds), value in zip(self.bounds.items(), (m, v.sqrt()), strict=True):
+            scaled, made[f"{name}_scale"] = self.of.scale_tensor(value, GROUP)
+            made[name] = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
+        return made
+
+
+def update_limit(betas: tuple[float, float]) -> float:
+    """The largest |m| / sqrt(v) of AdamW's moments, whatever the gradients. UserError where there is none."""
+    first, second = betas
+    check(
+        first >= 0 and first * first < second < 1, "optim.betas", list(betas),
+        "beta1^2 < beta2 < 1 with adamw8bit: otherwise an update has no limit",
+    )  # fmt: skip
+    return (1 - first) / math.sqrt((1 - second) * (1 - first * first / second))
 
 
 def norm_of(parameters: Iterable[Tensor]) -> Tensor:
@@ -276,9 +300,9 @@ def _blocks(a: Tensor) -> tuple[Tensor, ...]:
 
 
 def _describe(blocks: list[dict[str, Tensor]]) -> str:
-    whole = {name: [str(a.dtype).removeprefix("torch."), 0] for name, a in blocks[0].items()}
+    whole: dict[str, list] = {}
     for block in blocks:
         for name, a in block.items():
-            whole[name][1] += a.numel()
+            whole.setdefault(name, [str(a.dtype).removeprefix("torch."), 0])[1] += a.numel()
     return ", ".join(f"{name} {dtype} {n}" for name, (dtype, n) in whole.items())
 
