@@ -35,10 +35,7 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
     With LoRA the checkpoint `resume` holds the adapter, which goes onto the generator of the other two.
     """
     m = config.model
-    check(
-        config.lora.rank > 0 or config.lora.path is None, "lora.path", config.lora.path,
-        "null with lora.rank 0, which trains the weights (prfl merge-lora adds an adapter to them)",
-    )  # fmt: skip
+    lora.check_path(config.lora)
     source = Path(m.path) if m.path else None
     if resume is not None and not config.lora.rank:
         source = resume
@@ -54,9 +51,7 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
         policy.init_weights(torch.Generator(device).manual_seed(config.train.seed))
         policy.to(DTYPES[m.weights_dtype])
     if config.lora.rank:
-        lora.attach(policy, config.lora, config.train.seed)
-        if (adapter := resume or config.lora.path) is not None:
-            lora.load(policy, adapter)
+        lora.start(policy, config.lora, config.train.seed, resume)
     return set_up(policy, m)
 
 
