@@ -124,6 +124,18 @@ def load_reward(
     return model
 
 
+def read_heads(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Tensor]]:
+    """The state dicts of the pooling and the MLP in the folder of a reward model: {"pool": .., "mlp": ..}."""
+    names = {"pool": "query_attention", "mlp": "mlp"}
+    return {part: load_pickle(_newest(Path(folder), name), device) for part, name in names.items()}
+
+
+def load_heads(model: RewardModel, folder: str | Path) -> None:
+    """Give a reward model the pooling and the MLP of a folder; UserError unless they fit."""
+    for part, state in read_heads(folder, model.pool.queries.device).items():
+        load_strict(model.get_submodule(part), state, f"{folder}: {part}")
+
+
 def save_reward(model: RewardModel, folder: str | Path, step: int) -> None:
     """Write the official three files: transformer, query_attention_step_N.ckpt, mlp_step_N.ckpt."""
     folder = Path(folder)

@@ -66,6 +66,11 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {k: p for k, p in model.named_parameters() if k.rpartition(".")[2] in ("lora_A", "lora_B")}
 
 
+def updates(model: nn.Module) -> dict[str, LowRank]:
+    """The update of every layer that has one."""
+    return {name: m.low for name, m in _attached(model).items()}
+
+
 def named(updates: dict[str, LowRank]) -> dict[str, Tensor]:
     """The A and B that `read` gives under the names of `parameters`."""
     parts = "lora_A", "lora_B"
@@ -74,9 +79,8 @@ def named(updates: dict[str, LowRank]) -> dict[str, Tensor]:
 
 def save(model: WanTransformer, folder: Path) -> None:
     """Write the adapter as PEFT does, and as ComfyUI and diffusers read it."""
-    updates = {name: m.low for name, m in _attached(model).items()}
-    write_peft(updates, folder)
-    write_shared(updates, folder)
+    write_peft(updates(model), folder)
+    write_shared(updates(model), folder)
 
 
 def start(model: WanTransformer, config: LoraConfig, seed: int, resume: Path | None) -> None:

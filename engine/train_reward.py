@@ -3,16 +3,27 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from prfl_engine import flow
-from prfl_engine.checkpoint import load_reward, load_transformer, new_reward, save_reward
+from prfl_engine import flow, lora
+from prfl_engine.checkpoint import (
+    load_heads,
+    load_reward,
+    load_transformer,
+    new_reward,
+    read_heads,
+    save_reward,
+)
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
 from prfl_engine.errors import UserError
 from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
+from prfl_engine.lora_files import write_peft
 from prfl_engine.metrics import progress
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.reward import RewardModel
+
+ADAPTER = "adapter"  # folder of the adapter in a checkpoint of training with LoRA
 
 
 def make_reward(
@@ -41,9 +52,34 @@ def make_reward(
     return model
 
 
+def add_updates(model: RewardModel, config: Config, resume: Path | None) -> None:
+    """LoRA on the transformer of a reward model, which starts from the checkpoint `resume` if given; pooling
+    and MLP are trained as a whole."""
+    lora.start(model.transformer, config.lora, config.train.seed, resume and resume / ADAPTER)
+    if resume is not None:
+        load_heads(model, resume)
+
+
+def save_adapted(model: RewardModel, folder: Path, step: int) -> None:
+    """Write a reward model with LoRA: the adapter, to go on from, and the three official files with the
+    updates in the weights, in float32, which every reader of a reward model takes."""
+    write_peft(lora.updates(model.transformer), folder / ADAPTER)
+    with lora.merged(model.transformer):
+        save_reward(model, folder, step)
+
+
+def read_adapted(folder: Path) -> dict[str, Tensor]:
+    """What `save_adapted` has written of the trained parameters, by their names in the model."""
+    updates = lora.named(lora.read(folder / ADAPTER)[0])
+    heads = {f"{part}.{k}": a for part, state in read_heads(folder).items() for k, a in state.items()}
+    return {f"transformer.{k}": a for k, a in updates.items()} | heads
+
+
 def train_reward(config: Config) -> None:
     """Train the reward model as the configuration says; results go to config.train.out."""
     c, device = config, pick_device(config)
+    lora.check_path(c.lora)
+    adapted = c.lora.rank > 0
     if c.data.text_dropout > 0 and c.data.null_text is None:
         raise UserError("data.null_text: got null, want the null prompt's .npy (text_dropout > 0)")
     pairs = c.reward.loss == "bt"
@@ -52,7 +88,9 @@ def train_reward(config: Config) -> None:
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
     sigmas = flow.train_sigmas(c.rollout.shift)
     resume = prepare_out(c)
-    model = make_reward(c, resume or c.reward.path, device)
+    model = make_reward(c, c.reward.path if adapted else resume or c.reward.path, device)
+    if adapted:
+        add_updates(model, c, resume)
     reader = Reader(
         model.transformer.config, c.data.label, c.data.null_text, c.data.text_dropout
     )
@@ -78,13 +116,18 @@ def train_reward(config: Config) -> None:
         mean = sum(accuracy.values()) / len(accuracy)
         return {f"accuracy_t{t:g}": a for t, a in accuracy.items()} | {"score": mean}
 
+    def load(folder: Path) -> dict[str, Tensor]:
+        if adapted:
+            return read_adapted(folder)
+        return dict(make_reward(c, folder, device, torch.float32).named_parameters())
+
     heads = torch.nn.ModuleList([model.pool, model.mlp])
     model.train()
     fit(
         c, resume, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], stream,
         losses, validate if c.eval.every else None,
-        save=lambda folder, step: save_reward(model, folder, step),
-        load=lambda folder: dict(make_reward(c, folder, device, torch.float32).named_parameters()),
+        save=lambda folder, step: (save_adapted if adapted else save_reward)(model, folder, step),
+        load=load,
     )  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from helpers import one_line
 from safetensors.torch import load_file
-from training_runs import NAME, assert_equal, reward_run, run, values
+from training_runs import NAME, assert_equal, content, interrupt, reward_run, run, values
 
-from prfl_engine.checkpoint import load_reward
+from prfl_engine import lora, train_reward
+from prfl_engine.checkpoint import load_reward, load_transformer
 from prfl_engine.data import Reader, fixed_batches, noise_like, read_lists
 
 
@@ -69,3 +71,51 @@ def test_eval_reward_prints_every_accuracy_and_their_mean(tmp_path, capsys):
         assert 12 * value == pytest.approx(round(12 * value), abs=1e-3)
     assert lines[-1].startswith("mean")
     assert accuracy[-1] == pytest.approx(np.mean(accuracy[:-1]), abs=1e-4)
+
+
+@pytest.mark.parametrize("start", ["generator", "reward"])
+def test_lora_trains_updates_and_heads(start, tmp_path, capsys):
+    """What is saved is the adapter and, with it in the weights, a reward model for every reader."""
+    given = {"path": str(tmp_path / "reward")} if start == "reward" else {}
+    config = reward_run(tmp_path, "ce", reward=given, train={"steps": 2}, lora={"rank": 2, "alpha": 8.0})
+    run("train-reward", config, "eval.every=2", "optim.lr=1e-2")
+    saved = tmp_path / "run/checkpoint-2"
+    updates, _ = lora.read(saved / "adapter")
+    assert len(updates) == 10 and all(low.scale == 4 and low.up.any() for low in updates.values())
+    folder = tmp_path / ("policy" if start == "generator" else "reward")
+    base = load_transformer(folder, trunk=True, blocks=1)
+    want = lora.merge(base, saved / "adapter").state_dict()
+    found = load_file(saved / NAME)
+    assert found.keys() == want.keys() and all(a.dtype == torch.float32 for a in found.values())
+    assert_equal(found, {k: want[k] for k in found})
+    capsys.readouterr()
+    run("eval-reward", config, f"reward.path={saved}")
+    mean = float(capsys.readouterr().out.splitlines()[-1].split()[-1])
+    assert mean == pytest.approx(values(tmp_path / "run", "eval")[2]["eval/score"], abs=1e-4)
+    if start == "generator":
+        data = f"data.train=[{tmp_path}/data/all.list]"
+        run("train", config, f"reward.path={saved}", f"train.out={tmp_path}/prfl", "lora.rank=0", data)
+
+
+def test_a_stopped_run_with_lora_goes_on_to_the_bit(tmp_path, monkeypatch):
+    config = reward_run(
+        tmp_path, "ce", train={"steps": 4, "save_every": 2, "ema": 0.9}, lora={"rank": 2},
+        model={"weights_dtype": "bfloat16"},
+    )  # fmt: skip
+    run("train-reward", config, f"train.out={tmp_path}/whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, train_reward, "noisy_reward", 4)
+        run("train-reward", config, code=130)
+    run("train-reward", config, "train.resume=true")
+    one, other = (content(tmp_path / name / "checkpoint-4") for name in ("run", "whole"))
+    assert_equal(one, other)
+    assert "ema/adapter/adapter_model.safetensors" in one and one[NAME].keys() == one[f"ema/{NAME}"].keys()
+    assert values(tmp_path / "run") == values(tmp_path / "whole")
+    start = load_reward(tmp_path / "run/checkpoint-2", feature_layer=1, num_heads=8).mlp.fc1.weight
+    assert not torch.equal(start, load_reward(tmp_path / "run/checkpoint-4", feature_layer=1).mlp.fc1.weight)
+
+
+def test_an_adapter_without_lora_is_refused(tmp_path, capsys):
+    run("train-reward", reward_run(tmp_path, "ce"), "lora.path=somewhere", code=2)
+    assert "lora.path: got 'somewhere', want null with lora.rank 0" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
