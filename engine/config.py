@@ -80,13 +80,15 @@ class ModelConfig:
 @dataclass(frozen=True)
 class LoraConfig:
     rank: int = 0
-    """Rank of low-rank updates that are trained in place of the weights; 0 trains the weights."""
+    """Rank of low-rank updates that are trained in place of the weights (in train-reward: those of the
+    transformer); 0 trains the weights."""
     alpha: float | None = None
     """The updates' scale is alpha / rank; None: rank, so a scale of 1."""
     targets: tuple[str, ...] = ("q", "k", "v", "o", "k_img", "v_img", "ffn.0", "ffn.2")
     """Ends of the names of the linear layers that get one, as in PEFT's target_modules."""
     path: str | None = None
-    """Adapter to start from, or to sample with: a folder in PEFT's format or its safetensors file."""
+    """Adapter to start from, or to sample with: a folder in PEFT's format, or a safetensors file in one of
+    the formats of engine/lora_files.py."""
 
     def __post_init__(self):
         check(self.rank >= 0, "lora.rank", self.rank, "at least 0")
@@ -236,7 +238,8 @@ class LossConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw", "adamw8bit", "apex"] = "adamw"
-    """adamw8bit: moments in 8 bits (torchao, the extra [lowmem]); apex: FusedAdam of NVIDIA's apex."""
+    """adamw8bit: moments in 8 bits (torchao, the extra [lowmem]), for betas with beta1^2 < beta2; apex:
+    FusedAdam of NVIDIA's apex."""
     lr: float = 5e-6
     """Learning rate of the transformer."""
     lr_head: float = 1e-5

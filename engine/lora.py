@@ -47,6 +47,9 @@ def attach(model: WanTransformer, config: LoraConfig, seed: int = 0) -> WanTrans
     """Freeze the model and give the layers of lora.targets their updates, which are zero. Returns it."""
     i2v_only = set() if model.config.image else {"k_img", "v_img"}
     layers = linears(model, tuple(t for t in config.targets if t not in i2v_only))
+    for name, m in layers.items():
+        most = max(m.in_features, m.out_features)
+        check(config.rank <= most, "lora.rank", config.rank, f"at most {most}, the width of {name}")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for m in layers.values():
@@ -111,7 +114,8 @@ def load(model: WanTransformer, path: str | Path) -> WanTransformer:
 def apply(model: WanTransformer, path: str | Path) -> WanTransformer:
     """Freeze the model and give it the updates of an adapter, whatever its layers and ranks. Returns it."""
     updates, _ = read(path)
-    return _fill(attach(model, LoraConfig(1, targets=tuple(updates))), path, updates, ())
+    targets = tuple(_updated(model, updates, path))
+    return _fill(attach(model, LoraConfig(1, targets=targets)), path, updates, ())
 
 
 def _fill(
@@ -152,6 +156,13 @@ def merge(model: WanTransformer, path: str | Path) -> WanTransformer:
 
 
 def _merge(model: WanTransformer, updates: dict[str, LowRank], path: str | Path) -> WanTransformer:
+    for name, m in _updated(model, updates, path).items():
+        m.weight.copy_(_sum(m.weight, updates[name]))
+    return model
+
+
+def _updated(model: WanTransformer, updates: dict[str, LowRank], path: str | Path) -> dict[str, Linear]:
+    """The layers that updates are for; UserError where the model lacks one, or has it in another shape."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
     for name, low in updates.items():
         if name not in layers:
@@ -159,9 +170,7 @@ def _merge(model: WanTransformer, updates: dict[str, LowRank], path: str | Path)
         got, want = [len(low.up), low.down.shape[1]], list(layers[name].weight.shape)
         if got != want:
             raise UserError(f"{path}: {name} updates {got}, want {want}")
-    for name, low in updates.items():
-        layers[name].weight.copy_(_sum(layers[name].weight, low))
-    return model
+    return {name: layers[name] for name in updates}
 
 
 def _sum(weight: Tensor, low: LowRank) -> Tensor:

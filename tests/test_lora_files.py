@@ -256,6 +256,13 @@ def test_settings_of_peft_that_cannot_be_right_are_refused(tmp_path, field, valu
     assert "\n" not in str(error.value) and "adapter_config.json" in str(error.value)
 
 
+def test_an_adapter_of_an_image_model_is_refused_for_one_without(tmp_path):
+    lora.save(model(tiny_config("i2v")), tmp_path)
+    for use in (lora.merge, lora.apply):
+        with pytest.raises(UserError, match="blocks.0.cross_attn.k_img is no linear layer of the model"):
+            use(model(lora_config=None), tmp_path)
+
+
 def test_the_slowest_patterns_that_are_taken_are_fast(tmp_path):
     lora.save(model(), tmp_path)
     values = json.loads((tmp_path / "adapter_config.json").read_text())

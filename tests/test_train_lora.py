@@ -31,6 +31,7 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, monkeypatch, weights):
 
 
 def test_checkpoints_hold_the_adapter_alone(tmp_path):
+    """In the names of PEFT, and in those of ComfyUI and diffusers; either file gives the same samples."""
     path = config(tmp_path, train={"ema": 0.5})
     run("train", path)
     for folder in ("checkpoint-2", "checkpoint-2/ema", "best", "best/ema"):
@@ -39,6 +40,12 @@ def test_checkpoints_hold_the_adapter_alone(tmp_path):
         assert not (tmp_path / "run" / folder / "config.json").exists()
     held = load_file(tmp_path / "run/checkpoint-2" / ADAPTER)
     assert all(a.any() for k, a in held.items() if "lora_B" in k)
+    shared = tmp_path / "run/checkpoint-2/lora_comfyui.safetensors"
+    assert len(load_file(shared)) == len(held) // 2 * 3
+    for adapter, out in ((shared.parent, "peft"), (shared, "shared")):
+        run("sample", path, f"lora.path={adapter}", "--out", str(tmp_path / out))
+    one, other = (np.load(tmp_path / out / "sample-00.npy") for out in ("peft", "shared"))
+    np.testing.assert_array_equal(one, other)
 
 
 def test_an_adapter_is_trained_on_sampled_and_merged(tmp_path):
@@ -80,6 +87,7 @@ def test_a_run_from_layers_of_their_own_ranks_goes_on_to_the_bit(tmp_path, monke
     "override, message",
     [
         ("lora.rank=-1", "lora.rank: got -1"),
+        ("lora.rank=1099511627776", "lora.rank: got 1099511627776, want at most"),
         ("lora.alpha=0", "lora.alpha: got 0"),
         ("lora.targets=[nowhere]", "lora.targets: got 'nowhere'"),
         ("lora.path=nowhere", "nowhere: no adapter there"),
