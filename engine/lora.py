@@ -29,6 +29,7 @@ from prfl_engine.config import LoraConfig
 from prfl_engine.dit import WanTransformer
 from prfl_engine.errors import UserError
 from prfl_engine.layers import Linear
+from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels.branch import LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,7 +67,7 @@ def attach(model: WanTransformer, config: LoraConfig, seed: int = 0) -> WanTrans
     i2v_only = set() if model.config.image else {"k_img", "v_img"}
     layers = linears(model, tuple(t for t in config.targets if t not in i2v_only))
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(torch_seed(Purpose.LORA, seed))
     for m in layers.values():
         bound = 1 / math.sqrt(m.in_features)  # PEFT: kaiming_uniform_ with a = sqrt(5)
         down = (2 * torch.rand(config.rank, m.in_features, generator=generator) - 1) * bound

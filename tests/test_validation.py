@@ -19,8 +19,7 @@ def test_validation_writes_metrics_samples_and_the_best_checkpoint(tmp_path):
         assert logged.keys() == {
             "eval/sft_loss", "eval/reward_t201", "eval/reward_t1000", "eval/score",
         }  # fmt: skip
-        mean = (logged["eval/reward_t201"] + logged["eval/reward_t1000"]) / 2
-        assert logged["eval/score"] == pytest.approx(mean)
+        assert logged["eval/score"] == logged["eval/reward_t201"]  # at 1000 there is noise alone
     scores = {step: v["eval/score"] for step, v in found.items()}
     kept = json.loads((out / "best/score.json").read_text())
     assert kept["score"] == max(scores.values())
