@@ -198,8 +198,8 @@ class Stream(Dataset):
     def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch]:
         epoch, place = divmod(position, self.batches_per_epoch)
         picked = [self.paths[i] for i in self._plan(epoch)[place]]
-        where = self.seed, position * self.batch_size, len(picked)  # of the samples in the stream
-        draws = each(Purpose.CAPTION, *where)
+        at = self.seed, position * self.batch_size, len(picked)
+        draws = each(Purpose.CAPTION, *at)
         batch = collate([self.reader.read(p, rng) for p, rng in zip(picked, draws, strict=True)])
         if self.lose is None:
             return batch
@@ -209,7 +209,7 @@ class Stream(Dataset):
             raise UserError(
                 f"{self.lose[0]}: no latent of data.lose has the shape of {picked[0]}, {list(shape)}"
             )
-        draws = each(Purpose.LOSER, *where)
+        draws = each(Purpose.LOSER, *at)
         return batch, collate([self.reader.read(fitting[rng.integers(len(fitting))], rng) for rng in draws])
 
     def loader(self, position: int, num_workers: int, device: torch.device) -> Iterator:

@@ -53,8 +53,8 @@ def settle(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     stored = {name: value for name, value in read_settings(folder).items() if name != "step"}
     for name, value in given.items():
         if name in stored and value != stored[name]:
-            want = f"{stored[name]!r} as {folder / SETTINGS} says"
-            raise UserError(f"reward.{name}: got {value!r}, want {want}")
+            got, want = json.dumps(value), json.dumps(stored[name])
+            raise UserError(f"reward.{name}: got {got}, want {want} as {folder / SETTINGS} says")
     return OFFICIAL | given | stored
 
 

@@ -61,6 +61,11 @@ def noise_like(latent: Tensor, purpose: Purpose, seed: int, first: int) -> Tenso
     return noise.to(latent.device, non_blocking=True)
 
 
+def integers(below: int, purpose: Purpose, seed: int, first: int, count: int) -> Tensor:
+    """Uniform whole numbers in 0..below-1 [count], long, on the CPU, of the samples from `first` on."""
+    return torch.tensor([int(rng.integers(below)) for rng in each(purpose, seed, first, count)])
+
+
 def torch_seed(purpose: Purpose, seed: int) -> int:
     """A seed for a generator of torch."""
     return int(seeded(purpose, seed, 0).integers(2**63))

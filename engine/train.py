@@ -28,7 +28,7 @@ from prfl_engine.plan import fit_memory
 from prfl_engine.reward import RewardModel
 from prfl_engine.rollout import DriftMeter, make_rollout
 from prfl_engine.sample import write_samples
-from prfl_engine.seeds import Purpose, each, noise_like, torch_seed
+from prfl_engine.seeds import Purpose, each, integers, noise_like, torch_seed
 from prfl_engine.validation import finite
 
 
@@ -69,12 +69,7 @@ def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.dev
     r, m = config.reward, config.model
     if r.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
-    reward = load_reward(
-        r.path,
-        **r.pooling,
-        dtype=DTYPES[m.weights_dtype],
-        device=device,
-    )
+    reward = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, **r.pooling)
     ours, theirs = policy.config, reward.transformer.config
     for name in ("model_type", "in_dim", "text_dim", "text_len"):
         got, want = getattr(theirs, name), getattr(ours, name)
@@ -126,19 +121,18 @@ def train(config: Config) -> None:
         meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
 
     def losses(batch: Batch, key: int):
-        where = c.train.seed, key * c.data.batch_size, len(batch.latent)  # of the samples in the stream
-        seed, first, _ = where
+        at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         turn = key // c.train.accumulate % 2 if c.loss.alternate else None  # even steps: flow matching
         if use_sft and turn != 1:
-            picks = [int(rng.integers(flow.TRAIN_STEPS)) for rng in each(Purpose.SFT_LEVEL, *where)]
-            sigma = sigmas[picks].to(device, non_blocking=True)
-            noise = noise_like(batch.latent, Purpose.SFT_NOISE, seed, first)
+            sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
+            sigma = sigma.to(device, non_blocking=True)
+            noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
             loss = sft_loss(policy, batch, noise, sigma).mean()
             yield c.loss.sft_weight * loss, {"sft_loss": loss}
         if use_reward and turn != 0:
-            uniform = [rng.random(c.rollout.samples) for rng in each(Purpose.ROLLOUT_INDEX, *where)]
+            uniform = [rng.random(c.rollout.samples) for rng in each(Purpose.ROLLOUT_INDEX, *at, n)]
             indices = stratified_indices(start, last, torch.from_numpy(np.stack(uniform, 1)))
-            noise = noise_like(batch.latent, Purpose.ROLLOUT_NOISE, seed, first)
+            noise = noise_like(batch.latent, Purpose.ROLLOUT_NOISE, *at)
             share, extra = 1 / c.rollout.samples, {}
             if meter is not None:
                 meter.begin(key // c.train.accumulate)

@@ -13,7 +13,7 @@ from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
 from prfl_engine.metrics import note, progress
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.reward import RewardModel
-from prfl_engine.seeds import Purpose, each, noise_like, torch_seed
+from prfl_engine.seeds import Purpose, integers, noise_like, torch_seed
 from prfl_engine.validation import check_labels, finite, partners, read_labels
 
 EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
@@ -70,10 +70,10 @@ def train_reward(config: Config) -> None:
 
     def losses(item, key: int):
         batch = item[0] if pairs else item
-        where = c.train.seed, key * c.data.batch_size, len(batch.latent)  # of the samples in the stream
-        picks = [int(rng.integers(flow.TRAIN_STEPS)) for rng in each(Purpose.REWARD_LEVEL, *where)]
-        sigma = sigmas[picks].to(device, non_blocking=True)
-        noise = noise_like(batch.latent, Purpose.REWARD_NOISE, *where[:2])
+        at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
+        sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, *at, n)]
+        sigma = sigma.to(device, non_blocking=True)
+        noise = noise_like(batch.latent, Purpose.REWARD_NOISE, *at)
         logit = noisy_reward(model, batch, noise, sigma)
         if pairs:  # winner and loser share noise and noise level
             logit_lose = noisy_reward(model, item[1], noise, sigma)
