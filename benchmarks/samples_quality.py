@@ -23,9 +23,10 @@ from timing import machine
 from prfl_engine import flow
 from prfl_engine.checkpoint import load_reward, load_transformer
 from prfl_engine.config import ChainConfig, Config, load_config
-from prfl_engine.data import Reader, fixed_batches, noise_like, read_lists
+from prfl_engine.data import Reader, fixed_batches, read_lists
 from prfl_engine.metrics import read_metrics
 from prfl_engine.objectives import graded_rewards
+from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 
 
@@ -39,12 +40,10 @@ def gate(folder: Path, limit: float = 1e-4) -> None:
     config = settings(folder)
     policy = load_transformer(config.model.path, torch.float32, "cpu")
     r = config.reward
-    reward = load_reward(
-        r.path, num_heads=r.num_heads, feature_layer=r.feature_layer, dtype=torch.float32, device="cpu"
-    ).freeze()
+    reward = load_reward(r.path, **r.pooling, dtype=torch.float32, device="cpu").freeze()
     paths = read_lists(config.data.val, "data.val")[:1]
     batch = next(fixed_batches(Reader(policy.config), paths, 1, torch.device("cpu")))
-    noise = noise_like(batch.latent, 0)
+    noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, 0, 0)
     schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
 
     def gradient(*indices: int) -> torch.Tensor:

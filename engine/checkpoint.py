@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.errors import UserError
 from prfl_engine.reward import QueryPool, RewardModel
+from prfl_engine.reward_files import check_steps, find_heads, settle, write_settings
 
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10 * 2**30
@@ -94,31 +95,39 @@ def load_reward(
     transformer: str | Path | None = None,
     query_attention: str | Path | None = None,
     mlp: str | Path | None = None,
-    num_heads: int = 8,
+    num_heads: int | None = None,
     dropout: float = 0.0,
-    add_query: bool = True,
-    feature_layer: int = 8,
+    add_query: bool | None = None,
+    feature_layer: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> RewardModel:
     """The reward model from its three official files.
 
     Either `folder`, which holds the transformer, query_attention*.ckpt and mlp*.ckpt, or the three
-    paths. The pooling and the MLP keep float32.
+    paths. num_heads, add_query and feature_layer None: as reward.json beside the transformer says, or
+    without one the official 8, True and 8. The pooling and the MLP keep float32. Raises UserError where
+    reward.json says otherwise, and where the files are not of one step.
     """
     if folder is not None:
         transformer = folder
-        query_attention = _newest(Path(folder), "query_attention")
-        mlp = _newest(Path(folder), "mlp")
+        query_attention, mlp = find_heads(Path(folder))
+    check_steps(Path(transformer), Path(query_attention), Path(mlp))
+    given = {"num_heads": num_heads, "feature_layer": feature_layer}
+    given = {name: value for name, value in given.items() if value is not None}
+    if add_query is not None:
+        given["return_type"] = "query" if add_query else None
+    settings = settle(Path(transformer), given)
     trunk = load_transformer(transformer, dtype, device, trunk=True)
     pool_state = load_pickle(query_attention, device)
     if "queries" not in pool_state or pool_state["queries"].dim() != 2:
         raise UserError(f"{query_attention}: got no key 'queries' [n, C], want the official pooling")
     with torch.device(device):
         pool = QueryPool(
-            trunk.config.dim, len(pool_state["queries"]), num_heads, dropout, add_query
-        )
-        model = RewardModel(trunk, pool, feature_layer)
+            trunk.config.dim, len(pool_state["queries"]), settings["num_heads"], dropout,
+            settings["return_type"] == "query",
+        )  # fmt: skip
+        model = RewardModel(trunk, pool, settings["feature_layer"])
     load_strict(pool, pool_state, query_attention)
     load_strict(model.mlp, load_pickle(mlp, device), mlp)
     return model
@@ -126,8 +135,8 @@ def load_reward(
 
 def read_heads(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Tensor]]:
     """The state dicts of the pooling and the MLP in the folder of a reward model: {"pool": .., "mlp": ..}."""
-    names = {"pool": "query_attention", "mlp": "mlp"}
-    return {part: load_pickle(_newest(Path(folder), name), device) for part, name in names.items()}
+    pool, mlp = find_heads(Path(folder))
+    return {"pool": load_pickle(pool, device), "mlp": load_pickle(mlp, device)}
 
 
 def load_heads(model: RewardModel, folder: str | Path) -> None:
@@ -137,11 +146,13 @@ def load_heads(model: RewardModel, folder: str | Path) -> None:
 
 
 def save_reward(model: RewardModel, folder: str | Path, step: int) -> None:
-    """Write the official three files: transformer, query_attention_step_N.ckpt, mlp_step_N.ckpt."""
+    """Write the official three files (transformer, query_attention_step_N.ckpt, mlp_step_N.ckpt) and
+    reward.json."""
     folder = Path(folder)
     save_transformer(model.transformer, folder)
     torch.save(model.pool.state_dict(), folder / f"query_attention_step_{step}.ckpt")
     torch.save(model.mlp.state_dict(), folder / f"mlp_step_{step}.ckpt")
+    write_settings(model, folder, step)
 
 
 def new_reward(
@@ -151,9 +162,9 @@ def new_reward(
     num_heads: int = 8,
     dropout: float = 0.0,
     add_query: bool = True,
-    feature_layer: int = 8,
+    feature_layer: int | None = None,
 ) -> RewardModel:
-    """An untrained reward model on a copy of the first blocks of a generator.
+    """An untrained reward model on a copy of the first blocks of a generator; feature_layer None: the last.
 
     With `blocks` = all of a trunk read by load_transformer(..., trunk=True) nothing is copied.
     """
@@ -168,7 +179,7 @@ def new_reward(
         state = transformer.state_dict()
         trunk.load_state_dict({k: state[k] for k in trunk.state_dict()})
     pool = QueryPool(trunk.config.dim, num_queries, num_heads, dropout, add_query)
-    return RewardModel(trunk, pool, feature_layer)
+    return RewardModel(trunk, pool, blocks if feature_layer is None else feature_layer)
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
@@ -222,15 +233,6 @@ def checkpoints(out: Path) -> list[Path]:
     """The folders checkpoint-N of a run, oldest first."""
     found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
-
-
-def _newest(folder: Path, name: str) -> Path:
-    """The file NAME.ckpt or NAME_step_N.ckpt with the largest N."""
-    plain = folder / f"{name}.ckpt"
-    found = [p for p in folder.glob(f"{name}_step_*.ckpt") if p.stem.rpartition("_")[2].isdigit()]
-    if not found and not plain.is_file():
-        raise UserError(f"{folder}: got no {name}_step_N.ckpt, want the official reward model files")
-    return max(found, key=lambda p: int(p.stem.rpartition("_")[2]), default=plain)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

@@ -119,12 +119,13 @@ def _train_reward(args) -> None:
 
 
 def _eval_reward(args) -> None:
-    from prfl_engine.train_reward import eval_reward
+    from prfl_engine.train_reward import eval_reward, score
 
-    accuracy = eval_reward(_load(args))
+    config = _load(args)
+    accuracy = eval_reward(config)
     for t, value in accuracy.items():
         print(f"t = {t:4g}   accuracy {value:.4f}")
-    print(f"mean       accuracy {sum(accuracy.values()) / len(accuracy):.4f}")
+    print(f"mean of t < 1000: accuracy {score(config, accuracy):.4f}")
 
 
 def _sample(args) -> None:

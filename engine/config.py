@@ -102,25 +102,44 @@ class RewardConfig:
     """Folder with the three files of a reward model; None: see `init`."""
     blocks: int = 8
     """How many of the generator's first blocks a new reward model is made of."""
-    feature_layer: int = 8
-    """The block whose output is pooled, counted from 1."""
+    feature_layer: int | Literal["auto"] = "auto"
+    """The block whose output is pooled, counted from 1. auto: as stored with the reward model of `path`, 8
+    for an official one, which stores nothing; for a new one its last block. A value that differs from the
+    stored one is refused."""
     num_queries: int = 1
-    num_heads: int = 8
+    num_heads: int | Literal["auto"] = "auto"
+    """Heads of the pooling. auto: as stored, or 8."""
     dropout: float = 0.0
     """Dropout of the pooling's attention weights while the reward model is trained."""
-    return_type: Literal["query"] | None = "query"
-    """query: the mean of the queries is added to the pooled vector."""
+    return_type: Literal["query", "auto"] | None = "auto"
+    """query: the mean of the queries is added to the pooled vector; null: it is not; auto: as stored, or
+    query."""
+    train_embeddings: bool = False
+    """Train the transformer's embeddings (patches, text, time, image) too; the paper's code freezes them."""
     loss: Literal["ce", "bt"] = "ce"
     """ce: binary cross-entropy on the label; bt: Bradley-Terry on (winner, loser) pairs."""
 
     def __post_init__(self):
         check(self.blocks >= 1, "reward.blocks", self.blocks, "at least 1")
+        if self.feature_layer != "auto":
+            check(
+                1 <= self.feature_layer <= self.blocks, "reward.feature_layer", self.feature_layer,
+                f"1 to reward.blocks = {self.blocks}",
+            )  # fmt: skip
         check(
-            1 <= self.feature_layer <= self.blocks, "reward.feature_layer", self.feature_layer,
-            f"1 to reward.blocks = {self.blocks}",
+            self.num_heads == "auto" or self.num_heads >= 1, "reward.num_heads", self.num_heads,
+            "auto or at least 1",
         )  # fmt: skip
         check(self.num_queries >= 1, "reward.num_queries", self.num_queries, "at least 1")
         check(0 <= self.dropout < 1, "reward.dropout", self.dropout, "a number in [0, 1)")
+
+    @property
+    def pooling(self) -> dict[str, int | bool]:
+        """num_heads, add_query and feature_layer as functions of checkpoint.py take them, without those that
+        are auto."""
+        named = {"num_heads": self.num_heads, "feature_layer": self.feature_layer}
+        found = {name: value for name, value in named.items() if value != "auto"}
+        return found if self.return_type == "auto" else found | {"add_query": self.return_type == "query"}
 
 
 @dataclass(frozen=True)
@@ -130,17 +149,21 @@ class DataConfig:
     lose: tuple[str, ...] = ()
     """.list files of the losers when reward.loss is bt."""
     val: tuple[str, ...] = ()
-    """.list files of held-out data."""
+    """.list files of held-out data; the winners when reward.loss is bt."""
+    val_lose: tuple[str, ...] = ()
+    """.list files of held-out losers: with reward.loss bt a validation compares pairs."""
     null_text: str | None = None
     """.npy of the null prompt's embedding [1, n, text_dim]; needed when text_dropout > 0."""
     negative_text: str | None = None
     """.npy of the embedding used against the prompt when sample.guidance is not 1."""
-    text_dropout: float = 0.1
-    """Probability that the null prompt replaces the text of a training sample."""
+    text_dropout: float | None = None
+    """Probability that the null prompt replaces the text of a training sample; null: 0.1 in PRFL, 0 in reward
+    training, as in the paper's code."""
     long_caption: float = 0.7
     """Probability of the long caption where a sample has a short and a long one (PRFL only)."""
     label: str = "motion_quality"
-    """Label of reward training: a field of the meta JSON; motion_quality = physics and human."""
+    """Label of reward training: a field of the meta JSONs; motion_quality = physics_quality and
+    human_quality. A field that no sample has and data of one class are refused."""
     batch_size: int = 1
     """Samples of one micro-batch; all of one shape."""
     num_workers: int = 2
@@ -149,9 +172,16 @@ class DataConfig:
     def __post_init__(self):
         for name in ("text_dropout", "long_caption"):
             value = getattr(self, name)
-            check(0 <= value <= 1, f"data.{name}", value, "a probability in [0, 1]")
+            check(value is None or 0 <= value <= 1, f"data.{name}", value, "a probability in [0, 1]")
         check(self.batch_size >= 1, "data.batch_size", self.batch_size, "at least 1")
         check(self.num_workers >= 0, "data.num_workers", self.num_workers, "at least 0")
+
+    def dropout(self, default: float) -> float:
+        """text_dropout, or `default` where it is null. UserError where it needs a null_text and has none."""
+        value = default if self.text_dropout is None else self.text_dropout
+        if value > 0 and self.null_text is None:
+            raise UserError("data.null_text: got null, want the null prompt's .npy (text_dropout > 0)")
+        return value
 
 
 @dataclass(frozen=True)
@@ -219,8 +249,11 @@ class LossConfig:
     sft_weight: float = 1.0
     """Weight of the flow-matching loss; 0 computes none."""
     alternate: bool = False
-    """Flow matching in one optimizer step, the reward in the next, in turn, as the official script has it;
-    false: both losses in every step."""
+    """true: one optimizer step has the flow-matching loss of all its micro-batches, the next one the reward
+    loss of all of its own, in turn. false: every step has both losses of every micro-batch. The official
+    script computes both losses of every micro-batch and updates twice for a = `train.accumulate` of them: by
+    a gradients of flow matching and a - 1 of the reward, then by the last one of the reward. With a = 1 it
+    alternates too, but both updates are by the same sample."""
 
     def __post_init__(self):
         check(self.weight >= 0, "loss.weight", self.weight, "at least 0")
@@ -317,12 +350,15 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     every: int = 0
-    """Optimizer steps between validations; 0 validates never."""
+    """Optimizer steps between validations; 0 validates never. The weights with the highest score are kept as
+    `best`. The score of PRFL is the mean reward of samples, where loss.weight is 0 minus the flow-matching
+    loss; that of reward training is the mean accuracy, with reward.loss bt that of pairs."""
     samples: int = 8
     """Held-out prompts sampled from fixed seeds, and held-out latents for the flow-matching loss."""
     batch_size: int = 4
     timesteps: tuple[float, ...] = (201, 400, 600, 800, 1000)
-    """Where rewards and accuracies are measured, with fixed noise."""
+    """Where rewards and accuracies are measured, with fixed noise. At 1000 the input is noise alone: it is
+    shown, and is no part of a score."""
     seed: int = 1234
     videos: int = 4
     """How many of the samples are written as latents, and as videos if data are codec latents."""
@@ -336,6 +372,15 @@ class EvalConfig:
             check(value >= 1, f"eval.{name}", value, "at least 1")
         for t in self.timesteps:
             check(0 <= t <= 1000, "eval.timesteps", t, "timesteps in 0..1000")
+        check(
+            bool(self.scored), "eval.timesteps", list(self.timesteps),
+            "one below 1000, where the input is noise alone",
+        )  # fmt: skip
+
+    @property
+    def scored(self) -> tuple[float, ...]:
+        """Those of `timesteps` at which something of the latent is left."""
+        return tuple(t for t in self.timesteps if t < 1000)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Data in the official format: .list files of meta JSON paths, fp32 .npy arrays.
 
 Everything random about a sample (its place in the epoch, the dropped caption, the chosen caption,
-the loser of a pair) follows from the seed and the sample's position in the stream, never from the
-state of a worker. A stream that is started at position p goes on exactly as the one that reached p.
+the loser of a pair) follows from the seed and the sample's position in the stream (seeds.py), never from
+the state of a worker. A stream that is started at position p goes on exactly as the one that reached p.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,25 +20,13 @@ from prfl_engine.dit import WanConfig
 from prfl_engine.errors import UserError
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.objectives import Batch
+from prfl_engine.seeds import Purpose, each, seeded
 
 LATENT_KEYS = ("video_vae_latent_path", "vae_latent_path", "latents_path")
 CONDITION_KEYS = ("f1_black_path", "latents_condition_path")
 CLIP_KEYS = ("image_embeds", "imgclip_path")
 REWARD_TEXT_KEYS = ("save_textshort_path", "textshort_path", "text_en_path")
 MASK_CHANNELS, CONDITION_CHANNELS = 4, 16
-
-
-def seeded(*key: int) -> np.random.Generator:
-    """A random generator of its own for every key (non-negative integers)."""
-    return np.random.default_rng(key)
-
-
-def noise_like(latent: Tensor, *key: int) -> Tensor:
-    """Gaussian noise of the latent's shape, the same for a key on every device."""
-    generator = torch.Generator().manual_seed(int(seeded(*key).integers(2**62)))
-    # Pinned: from other memory a copy of this size may wait for what the device has queued before it.
-    noise = torch.randn(latent.shape, generator=generator, pin_memory=latent.is_cuda)
-    return noise.to(latent.device, non_blocking=True)
 
 
 def read_lists(paths: Sequence[str], field: str) -> list[Path]:
@@ -209,9 +197,10 @@ class Stream(Dataset):
 
     def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch]:
         epoch, place = divmod(position, self.batches_per_epoch)
-        rng = seeded(self.seed, 1, position)
         picked = [self.paths[i] for i in self._plan(epoch)[place]]
-        batch = collate([self.reader.read(p, rng) for p in picked])
+        at = self.seed, position * self.batch_size, len(picked)
+        draws = each(Purpose.CAPTION, *at)
+        batch = collate([self.reader.read(p, rng) for p, rng in zip(picked, draws, strict=True)])
         if self.lose is None:
             return batch
         shape = self._shapes[self._plan(epoch)[place][0]]
@@ -220,9 +209,8 @@ class Stream(Dataset):
             raise UserError(
                 f"{self.lose[0]}: no latent of data.lose has the shape of {picked[0]}, {list(shape)}"
             )
-        chosen = [fitting[i] for i in rng.integers(len(fitting), size=len(picked))]
-        losers = collate([self.reader.read(p, rng) for p in chosen])
-        return batch, losers
+        draws = each(Purpose.LOSER, *at)
+        return batch, collate([self.reader.read(fitting[rng.integers(len(fitting))], rng) for rng in draws])
 
     def loader(self, position: int, num_workers: int, device: torch.device) -> Iterator:
         """Batches from `position` on, on the device; GPU copies are pinned and asynchronous."""
@@ -256,7 +244,7 @@ class Stream(Dataset):
     def _plan(self, epoch: int) -> list[list[int]]:
         """The sample indices of every micro-batch of an epoch."""
         if self._epoch[0] != epoch:
-            rng = seeded(self.seed, 0, epoch)
+            rng = seeded(Purpose.ORDER, self.seed, epoch)
             by_shape: dict[tuple, list[int]] = {}
             for i in rng.permutation(len(self.paths)).tolist():
                 by_shape.setdefault(self._shapes[i], []).append(i)
@@ -281,13 +269,21 @@ def fixed_batches(reader: Reader, paths: list[Path], batch_size: int, device) ->
     plain = Reader(reader.config, reader.label)
     run: list[Batch] = []
     for path in paths:
-        one = plain.read(path, seeded(0))
+        one = plain.read(path, seeded(Purpose.CAPTION, 0, 0))  # nothing depends on it
         if run and (len(run) == batch_size or one.latent.shape != run[0].latent.shape):
             yield to_device(collate(run), device)
             run = []
         run.append(one)
     if run:
         yield to_device(collate(run), device)
+
+
+def counted(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """Every batch with the number of samples before it."""
+    first = 0
+    for batch in batches:
+        yield first, batch
+        first += len(batch.latent)
 
 
 def collate(samples: list[Batch]) -> Batch:

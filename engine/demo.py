@@ -26,13 +26,14 @@ from prfl_engine.config import (
     SampleConfig,
     TrainConfig,
 )
-from prfl_engine.data import Reader, fixed_batches, noise_like, read_lists, read_meta
+from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_meta
 from prfl_engine.dit import WanConfig
 from prfl_engine.handmade import evaluate_handmade
 from prfl_engine.loop import pick_device
 from prfl_engine.metrics import progress, read_metrics
 from prfl_engine.objectives import bind, noisy_reward
 from prfl_engine.report import write_report
+from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 from prfl_engine.train_reward import train_reward
 
@@ -79,7 +80,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
     reward = replace(
         base,
         model=replace(base.model, path=str(generator)),
-        reward=replace(base.reward, path=None),
+        reward=replace(base.reward, path=None, train_embeddings=True),
         data=replace(
             base.data, batch_size=32, train=(str(data.reward_train),), val=(str(data.reward_val),)
         ),
@@ -147,16 +148,14 @@ def _last(config: Config) -> Path:
 def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], seeds: int) -> dict:
     """Sample every model from the same held-out prompts and seeds; score and measure the samples.
 
-    "reward" is the mean over eval.timesteps of the reward of the noised sample; "distance" is
+    "reward" is the mean over eval.scored of the reward of the noised sample; "distance" is
     |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean the median over held-out
     clean windows with the same prompt.
     """
     device, e, r = pick_device(config), config.eval, config.reward
+    scored = [i for i, t in enumerate(e.timesteps) if t in e.scored]
     codec = DCTCodec.load(data.codec)
-    score = load_reward(
-        r.path, num_heads=r.num_heads, feature_layer=r.feature_layer, dtype=torch.float32,
-        device=device,
-    ).freeze()  # fmt: skip
+    score = load_reward(r.path, **r.pooling, dtype=torch.float32, device=device).freeze()
     schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
     paths = spread(read_lists([str(data.clean_val)], "clean_val"), seeds)
     reference = clean_medians(read_lists([str(data.clean_val)], "clean_val"), codec)
@@ -167,13 +166,13 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
         model = load_transformer(path, torch.float32, device).eval()
         truth, latents, rewards = [], [], []
         reader = Reader(model.config)
-        for i, batch in enumerate(fixed_batches(reader, paths, 16, device)):
-            noise = noise_like(batch.latent, e.seed, 10, i)
+        for first, batch in counted(fixed_batches(reader, paths, 16, device)):
+            noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, e.seed, first)
             latent = chain.sample(bind(model, batch), schedule, noise)
-            noise = noise_like(batch.latent, e.seed, 11, i)
+            noise = noise_like(batch.latent, Purpose.DEMO_SCORE, e.seed, first)
             levels = (torch.full((len(latent),), t / flow.TRAIN_STEPS, device=device) for t in e.timesteps)
-            scored = [noisy_reward(score, batch._replace(latent=latent), noise, level) for level in levels]
-            rewards.append(torch.sigmoid(torch.stack(scored, 1)))
+            logits = [noisy_reward(score, batch._replace(latent=latent), noise, level) for level in levels]
+            rewards.append(torch.sigmoid(torch.stack(logits, 1)))
             latents.append(latent)
             truth.append(batch.latent)
         video = torch.cat([codec.decode(z.cpu()) for z in latents])
@@ -181,7 +180,8 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
         rewards = torch.cat(rewards).cpu()
         found[name] = {
             "video": video,
-            "rewards": rewards,
+            "reward": rewards[:, scored].mean(1),
+            "reward_by_timestep": rewards.mean(0),
             "distance": (unsteadiness(video).log() - clean.log()).abs(),
             "unsteadiness": unsteadiness(video),
             "jerk": jerk(video),
@@ -189,15 +189,13 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
 
     def summary(name: str) -> dict:
         f = found[name]
-        by_t = dict(zip(map(str, e.timesteps), f["rewards"].mean(0).tolist(), strict=True))
-        return {
-            "reward": f["rewards"].mean().item(),
-            "reward_by_timestep": by_t,
-        } | {key: f[key].mean().item() for key in ("distance", "unsteadiness", "jerk")}
+        by_t = dict(zip(map(str, e.timesteps), f["reward_by_timestep"].tolist(), strict=True))
+        means = {key: f[key].mean().item() for key in ("reward", "distance", "unsteadiness", "jerk")}
+        return means | {"reward_by_timestep": by_t}
 
     tests = {}
     for other in ("control", "before"):
-        gain = found["PRFL"]["rewards"].mean(1) - found[other]["rewards"].mean(1)
+        gain = found["PRFL"]["reward"] - found[other]["reward"]
         closer = found[other]["distance"] - found["PRFL"]["distance"]
         tests[f"PRFL against {other}"] = {
             "reward_gain": gain.mean().item(),
@@ -211,7 +209,7 @@ def compare(config: Config, data: demo_data.DemoData, models: dict[str, Path], s
         "clean": {"unsteadiness": clean.mean().item(), "jerk": clean_jerk.mean().item()},
         "captions": captions,
         "per_seed": {
-            name: {"reward": f["rewards"].mean(1).tolist(), "distance": f["distance"].tolist()}
+            name: {"reward": f["reward"].tolist(), "distance": f["distance"].tolist()}
             for name, f in found.items()
         },
         "videos": {"real, held out": real} | {name: f["video"] for name, f in found.items()},

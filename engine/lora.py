@@ -23,6 +23,7 @@ from prfl_engine.dit import WanTransformer
 from prfl_engine.errors import UserError, check
 from prfl_engine.layers import Linear
 from prfl_engine.lora_files import read, write_peft, write_shared
+from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels.branch import LowRank
 
 
@@ -51,7 +52,7 @@ def attach(model: WanTransformer, config: LoraConfig, seed: int = 0) -> WanTrans
         most = max(m.in_features, m.out_features)
         check(config.rank <= most, "lora.rank", config.rank, f"at most {most}, the width of {name}")
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(torch_seed(Purpose.LORA, seed))
     for m in layers.values():
         bound = 1 / math.sqrt(m.in_features)  # PEFT: kaiming_uniform_ with a = sqrt(5)
         down = (2 * torch.rand(config.rank, m.in_features, generator=generator) - 1) * bound

@@ -145,8 +145,9 @@ The control had the same data, seeds and number of updates, with the flow-matchi
 {_image(animation)}
 <h2>Generators, on {steps["seeds"]} held-out seeds</h2>
 {_table(["", "reward", "distance", "unsteadiness", "jerk"], rows)}
-<p><em>Reward</em>: mean over five timesteps of the reward of the noised sample. <em>Distance</em>, which
-nothing was trained on: |log(U / U clean)|, U the unsteadiness of the decoded video (its mean absolute
+<p><em>Reward</em>: mean over the timesteps below 1000 of the reward of the noised sample.
+<em>Distance</em>, which nothing was trained on: |log(U / U clean)|, U the unsteadiness of the decoded
+video (its mean absolute
 second difference in time, the jerk, over its mean absolute first difference), U clean the median over
 held-out clean windows of the same prompt; smaller is better. Jerk alone also grows with the amount of
 motion.</p>

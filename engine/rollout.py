@@ -18,13 +18,14 @@ from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.config import RolloutConfig
-from prfl_engine.data import noise_like, to_device
+from prfl_engine.data import to_device
 from prfl_engine.dit import WanTransformer
 from prfl_engine.errors import UserError
 from prfl_engine.fp8_blocks import Fp8Blocks
 from prfl_engine.graphs import Captured, CudaRecorder
 from prfl_engine.metrics import note
 from prfl_engine.objectives import Batch
+from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.step_cache import StepCache
 from prfl_kernels.modulate import modulate
 from prfl_kernels.rope import Grid
@@ -132,7 +133,7 @@ class DriftMeter:
         """sample: a batch of one, on the CPU; index: the step before which latents are compared;
         save_every: optimizer steps between checkpoints."""
         self.rollout, self.sample, self.index = rollout, sample, torch.tensor([index])
-        self.noise = noise_like(sample.latent, seed, 5)
+        self.noise = noise_like(sample.latent, Purpose.DRIFT, seed, 0)
         self.periods = rollout.config.probe_every, save_every
         self.drift: Tensor | None = None  # as measured last
         self.step: int | None = None

@@ -10,11 +10,13 @@ from torch import Tensor
 from prfl_engine import chain, flow, lora
 from prfl_engine.checkpoint import load_transformer
 from prfl_engine.config import Config, SampleConfig
-from prfl_engine.data import Reader, fixed_batches, noise_like, read_lists, read_text
+from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
 from prfl_engine.loop import DTYPES, pick_device
 from prfl_engine.metrics import progress
 from prfl_engine.objectives import Batch, bind
+from prfl_engine.seeds import Purpose, noise_like
+from prfl_engine.validation import finite
 
 
 def guided(velocity: chain.Velocity, against: chain.Velocity, scale: float) -> chain.Velocity:
@@ -31,8 +33,9 @@ def sample(config: Config, out: str | Path) -> list[Path]:
     """Sample the prompts of data.val with the generator of model.path, and the adapter of lora.path if there
     is one; returns the files written.
 
-    `out` must not exist yet. Every sample is written as latents .npy [1, 16, T, h, w] float32, in
-    the layout of the training data, and as .mp4 and .webp where sample.codec can decode it.
+    The noise of sample i follows from sample.seed and i alone. `out` must not exist yet. Every sample is
+    written as latents .npy [1, 16, T, h, w] float32, in the layout of the training data, and as .mp4 and
+    .webp where sample.codec can decode it. TrainingError, and nothing written, for one that is not finite.
     """
     out, s = Path(out), config.sample
     if out.exists():
@@ -53,14 +56,14 @@ def sample(config: Config, out: str | Path) -> list[Path]:
     reader, size = Reader(model.config), config.eval.batch_size
     batches = fixed_batches(reader, paths, size, device)
     with torch.no_grad():
-        for i, batch in enumerate(progress(batches, "sampling", -(-len(paths) // size))):
-            noise = noise_like(batch.latent, s.seed, i)
+        for first, batch in counted(progress(batches, "sampling", -(-len(paths) // size))):
+            noise = noise_like(batch.latent, Purpose.SAMPLE, s.seed, first)
             velocity = bind(model, batch)
             if s.guidance != 1:
                 negative = read_text(config.data.negative_text, model.config).to(device)
                 plain: Batch = batch._replace(text=negative.expand(len(batch.text), -1, -1))
                 velocity = guided(velocity, bind(model, plain), s.guidance)
-            latents.extend(chain.sample(velocity, schedule, noise).cpu())
+            latents.extend(finite("sample", chain.sample(velocity, schedule, noise), paths[first:]).cpu())
     return write_samples(out, latents, s)
 
 

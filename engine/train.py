@@ -3,13 +3,14 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow, lora
 from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
 from prfl_engine.config import Config
-from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
+from prfl_engine.data import Reader, Stream, counted, fixed_batches, read_lists
 from prfl_engine.dit import PRESETS, WanTransformer
 from prfl_engine.errors import UserError, check
 from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
@@ -27,6 +28,8 @@ from prfl_engine.plan import fit_memory
 from prfl_engine.reward import RewardModel
 from prfl_engine.rollout import DriftMeter, make_rollout
 from prfl_engine.sample import write_samples
+from prfl_engine.seeds import Purpose, each, integers, noise_like, torch_seed
+from prfl_engine.validation import finite
 
 
 def make_policy(config: Config, resume: Path | None, device: torch.device) -> WanTransformer:
@@ -48,7 +51,8 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
             )
         with torch.device(device):
             policy = WanTransformer(PRESETS[m.preset])
-        policy.init_weights(torch.Generator(device).manual_seed(config.train.seed))
+        generator = torch.Generator(device).manual_seed(torch_seed(Purpose.WEIGHTS, config.train.seed))
+        policy.init_weights(generator)
         policy.to(DTYPES[m.weights_dtype])
     if config.lora.rank:
         lora.start(policy, config.lora, config.train.seed, resume)
@@ -60,14 +64,7 @@ def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.dev
     r, m = config.reward, config.model
     if r.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
-    reward = load_reward(
-        r.path,
-        num_heads=r.num_heads,
-        add_query=r.return_type == "query",
-        feature_layer=r.feature_layer,
-        dtype=DTYPES[m.weights_dtype],
-        device=device,
-    )
+    reward = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, **r.pooling)
     ours, theirs = policy.config, reward.transformer.config
     for name in ("model_type", "in_dim", "text_dim", "text_len"):
         got, want = getattr(theirs, name), getattr(ours, name)
@@ -91,13 +88,12 @@ def train(config: Config) -> None:
     """Run PRFL as the configuration says; results go to config.train.out."""
     device, c = pick_device(config), config
     use_reward, use_sft = c.loss.weight > 0, c.loss.sft_weight > 0
-    if c.data.text_dropout > 0 and c.data.null_text is None:
-        raise UserError("data.null_text: got null, want the null prompt's .npy (text_dropout > 0)")
+    text_dropout = c.data.dropout(0.1)
     if c.optim.in_backward:
         check_one_backward(c)
     schedule = flow.make_schedule(c.rollout.solver, c.rollout.steps, c.rollout.shift)
     sigmas = flow.train_sigmas(c.rollout.shift)
-    first, last = index_range(c.rollout)
+    start, last = index_range(c.rollout)
     paths = read_lists(c.data.train, "data.train")
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
     resume = prepare_out(c)
@@ -106,7 +102,7 @@ def train(config: Config) -> None:
     reader = Reader(
         policy.config,
         null_text=c.data.null_text,
-        text_dropout=c.data.text_dropout,
+        text_dropout=text_dropout,
         long_caption=c.data.long_caption,
     )
     stream = Stream(reader, paths, c.data.batch_size, c.train.seed)
@@ -120,18 +116,18 @@ def train(config: Config) -> None:
         meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
 
     def losses(batch: Batch, key: int):
-        n = len(batch.latent)
-        rng = seeded(c.train.seed, 2, key)
-        picks = torch.from_numpy(rng.integers(flow.TRAIN_STEPS, size=n))
-        indices = stratified_indices(first, last, torch.from_numpy(rng.random((c.rollout.samples, n))))
+        at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         turn = key // c.train.accumulate % 2 if c.loss.alternate else None  # even steps: flow matching
         if use_sft and turn != 1:
-            noise = noise_like(batch.latent, c.train.seed, 3, key)
-            sigma = sigmas[picks].to(device, non_blocking=True)
+            sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
+            sigma = sigma.to(device, non_blocking=True)
+            noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
             loss = sft_loss(policy, batch, noise, sigma).mean()
             yield c.loss.sft_weight * loss, {"sft_loss": loss}
         if use_reward and turn != 0:
-            noise = noise_like(batch.latent, c.train.seed, 4, key)
+            uniform = [rng.random(c.rollout.samples) for rng in each(Purpose.ROLLOUT_INDEX, *at, n)]
+            indices = stratified_indices(start, last, torch.from_numpy(np.stack(uniform, 1)))
+            noise = noise_like(batch.latent, Purpose.ROLLOUT_NOISE, *at)
             share, extra = 1 / c.rollout.samples, {}
             if meter is not None:
                 meter.begin(key // c.train.accumulate)
@@ -170,30 +166,34 @@ def evaluate_policy(
 ) -> dict[str, float]:
     """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents.
 
-    Noise is fixed by eval.seed. A sample is noised to every one of eval.timesteps and scored there;
-    "score" is the mean reward over all of them, or minus the flow-matching loss without a reward.
+    Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n, shifted.
+    It is noised to every one of eval.timesteps and scored there. "score" is the mean reward over eval.scored,
+    or minus the flow-matching loss where no reward is trained. TrainingError for a number that is not finite.
     """
     e, device = config.eval, next(policy.parameters()).device
     paths = [paths[i % len(paths)] for i in range(e.samples)]
     sft, rewards, kept = [], {t: [] for t in e.timesteps}, []
-    for i, batch in enumerate(fixed_batches(Reader(policy.config), paths, e.batch_size, device)):
+    for first, batch in counted(fixed_batches(Reader(policy.config), paths, e.batch_size, device)):
         n = len(batch.latent)
-        noise = noise_like(batch.latent, e.seed, 0, i)
-        level = (torch.arange(n, device=device) + 0.5) / n
-        sft.append(sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
-        noise = noise_like(batch.latent, e.seed, 1, i)
-        latent = chain.sample(bind(policy, batch), schedule, noise)
+        own = paths[first : first + n]
+        noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, e.seed, first)
+        level = (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
+        loss = sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift))
+        sft.append(finite("sft_loss", loss, own))
+        noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
+        latent = finite("sample", chain.sample(bind(policy, batch), schedule, noise), own)
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:
             continue
-        sampled, noise = batch._replace(latent=latent), noise_like(batch.latent, e.seed, 2, i)
+        noise = noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first)
         for t, found in rewards.items():
             sigma = torch.full((n,), t / flow.TRAIN_STEPS, device=device)
-            found.append(torch.sigmoid(noisy_reward(reward, sampled, noise, sigma)))
+            logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma)
+            found.append(torch.sigmoid(finite(f"reward_t{t:g}", logit, own)))
     if kept:
         write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
     values = {"sft_loss": torch.cat(sft).mean().item()}
-    if reward is None:
-        return values | {"score": -values["sft_loss"]}
-    by_t = {f"reward_t{t:g}": torch.cat(found).mean().item() for t, found in rewards.items()}
-    return values | by_t | {"score": sum(by_t.values()) / len(by_t)}
+    by_t = {t: torch.cat(found).mean().item() for t, found in rewards.items() if found}
+    trained = reward is not None and config.loss.weight > 0
+    score = sum(by_t[t] for t in e.scored) / len(e.scored) if trained else -values["sft_loss"]
+    return values | {f"reward_t{t:g}": value for t, value in by_t.items()} | {"score": score}

@@ -15,13 +15,17 @@ from prfl_engine.checkpoint import (
     save_reward,
 )
 from prfl_engine.config import Config
-from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
+from prfl_engine.data import Reader, Stream, fixed_batches, read_lists
 from prfl_engine.errors import UserError
 from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
 from prfl_engine.lora_files import write_peft
-from prfl_engine.metrics import progress
+from prfl_engine.metrics import note, progress
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.reward import RewardModel
+from prfl_engine.seeds import Purpose, integers, noise_like, torch_seed
+from prfl_engine.validation import check_labels, finite, partners, read_labels
+
+EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
 
 ADAPTER = "adapter"  # folder of the adapter in a checkpoint of training with LoRA
 
@@ -31,23 +35,26 @@ def make_reward(
 ) -> RewardModel:
     """The reward model of the folder `source`, or a new one on the first blocks of model.path.
 
-    The weights of its transformer are in dtype, None: model.weights_dtype; those of the head in float32.
+    The weights of its transformer are in dtype, None: model.weights_dtype; those of the head in float32. The
+    embeddings require no gradient unless reward.train_embeddings.
     """
     r, m = config.reward, config.model
     dtype = dtype or DTYPES[m.weights_dtype]
-    shared = dict(num_heads=r.num_heads, dropout=r.dropout, add_query=r.return_type == "query",
-                  feature_layer=r.feature_layer)  # fmt: skip
     if source is not None:
-        model = load_reward(source, dtype=dtype, device=device, **shared)
+        model = load_reward(source, dropout=r.dropout, dtype=dtype, device=device, **r.pooling)
     else:
         if m.path is None:
             raise UserError("model.path: got null, want the generator that the reward starts from")
         trunk = load_transformer(m.path, dtype, device, trunk=True, blocks=r.blocks)
-        torch.manual_seed(config.train.seed)
+        torch.manual_seed(torch_seed(Purpose.REWARD_HEAD, config.train.seed))
         with torch.device(device):
-            model = new_reward(trunk, r.blocks, r.num_queries, **shared)
+            model = new_reward(trunk, r.blocks, r.num_queries, dropout=r.dropout, **r.pooling)
     if m.budget is not None:
         raise UserError(f"model.recompute: got {m.recompute!r} for a reward model, want a mode or names")
+    if not r.train_embeddings:
+        for name in EMBEDDINGS:
+            if (part := getattr(model.transformer, name)) is not None:
+                part.requires_grad_(False)
     set_up(model.transformer, m)
     return model
 
@@ -80,28 +87,31 @@ def train_reward(config: Config) -> None:
     c, device = config, pick_device(config)
     lora.check_path(c.lora)
     adapted = c.lora.rank > 0
-    if c.data.text_dropout > 0 and c.data.null_text is None:
-        raise UserError("data.null_text: got null, want the null prompt's .npy (text_dropout > 0)")
-    pairs = c.reward.loss == "bt"
+    text_dropout, pairs = c.data.dropout(0.0), c.reward.loss == "bt"
     win = read_lists(c.data.train, "data.train")
     lose = read_lists(c.data.lose, "data.lose") if pairs else None
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
+    val_lose = read_lists(c.data.val_lose, "data.val_lose") if pairs and c.eval.every else None
+    if not pairs:
+        check_labels(win, c.data.label, "data.train")
+        if c.eval.every:
+            check_labels(held_out, c.data.label, "data.val")
     sigmas = flow.train_sigmas(c.rollout.shift)
     resume = prepare_out(c)
     model = make_reward(c, c.reward.path if adapted else resume or c.reward.path, device)
     if adapted:
         add_updates(model, c, resume)
-    reader = Reader(
-        model.transformer.config, c.data.label, c.data.null_text, c.data.text_dropout
-    )
+    reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout)
+    if val_lose is not None:
+        val_lose = partners(reader, held_out, val_lose, "data.val_lose")
     stream = Stream(reader, win, c.data.batch_size, c.train.seed, lose)
 
     def losses(item, key: int):
         batch = item[0] if pairs else item
-        rng = seeded(c.train.seed, 2, key)
-        sigma = sigmas[torch.from_numpy(rng.integers(flow.TRAIN_STEPS, size=len(batch.latent)))]
+        at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
+        sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, *at, n)]
         sigma = sigma.to(device, non_blocking=True)
-        noise = noise_like(batch.latent, c.train.seed, 3, key)
+        noise = noise_like(batch.latent, Purpose.REWARD_NOISE, *at)
         logit = noisy_reward(model, batch, noise, sigma)
         if pairs:  # winner and loser share noise and noise level
             logit_lose = noisy_reward(model, item[1], noise, sigma)
@@ -112,9 +122,8 @@ def train_reward(config: Config) -> None:
         yield loss, {"loss": loss, "accuracy": right.float().mean()}
 
     def validate(step: int) -> dict[str, float]:
-        accuracy = evaluate_reward(c, model, held_out)
-        mean = sum(accuracy.values()) / len(accuracy)
-        return {f"accuracy_t{t:g}": a for t, a in accuracy.items()} | {"score": mean}
+        accuracy = evaluate_reward(c, model, held_out, val_lose)
+        return {f"accuracy_t{t:g}": a for t, a in accuracy.items()} | {"score": score(c, accuracy)}
 
     def load(folder: Path) -> dict[str, Tensor]:
         if adapted:
@@ -133,31 +142,58 @@ def train_reward(config: Config) -> None:
 
 @torch.no_grad()
 def evaluate_reward(
-    config: Config, model: RewardModel, paths: list[Path], show: bool = False
+    config: Config,
+    model: RewardModel,
+    paths: list[Path],
+    lose: list[Path] | None = None,
+    show: bool = False,
 ) -> dict[float, float]:
-    """Accuracy of sign(logit) against the label on held-out latents, at each of eval.timesteps.
+    """Accuracy on held-out latents at each of eval.timesteps: of sign(logit) against the label, or with
+    `lose` how often paths[i] has a higher logit than lose[i], of the same shape, under the same noise.
 
-    The noise of a sample is fixed by eval.seed and the same at every timestep.
+    The noise of a sample is fixed by eval.seed and the same at every timestep. TrainingError for a logit that
+    is not finite.
     """
-    e, device = config.eval, next(model.parameters()).device
+    e, device, first = config.eval, next(model.parameters()).device, 0
     reader = Reader(model.transformer.config, config.data.label)
+    sides = [paths] if lose is None else [paths, lose]
     right = {t: [] for t in e.timesteps}
-    batches = fixed_batches(reader, paths, e.batch_size, device)
+    batches = zip(*(fixed_batches(reader, side, e.batch_size, device) for side in sides), strict=True)
     if show:
         batches = progress(batches, "evaluating", -(-len(paths) // e.batch_size))
-    for i, batch in enumerate(batches):
-        noise = noise_like(batch.latent, e.seed, i)
+    for given in batches:
+        noise = noise_like(given[0].latent, Purpose.ACCURACY, e.seed, first)
         for t, found in right.items():
             sigma = torch.full((len(noise),), t / flow.TRAIN_STEPS, device=device)
-            logit = noisy_reward(model, batch, noise, sigma)
-            found.append((logit > 0) == (batch.label > 0.5))
+            logits = [
+                finite(f"accuracy_t{t:g}", noisy_reward(model, batch, noise, sigma), side[first:])
+                for batch, side in zip(given, sides, strict=True)
+            ]
+            if lose is None:
+                found.append((logits[0] > 0) == (given[0].label > 0.5))
+            else:
+                found.append(logits[0] > logits[1])
+        first += len(noise)
     return {t: torch.cat(found).float().mean().item() for t, found in right.items()}
 
 
+def score(config: Config, accuracy: dict[float, float]) -> float:
+    """The mean accuracy over eval.scored."""
+    return sum(accuracy[t] for t in config.eval.scored) / len(config.eval.scored)
+
+
 def eval_reward(config: Config) -> dict[float, float]:
-    """Accuracies of the reward model of reward.path on data.val."""
-    if config.reward.path is None:
+    """Accuracies of the reward model of reward.path on data.val, with reward.loss bt those of pairs with
+    data.val_lose."""
+    c = config
+    if c.reward.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model")
-    paths = read_lists(config.data.val, "data.val")
-    model = make_reward(config, config.reward.path, pick_device(config)).freeze()
-    return evaluate_reward(config, model, paths, show=True)
+    paths, lose = read_lists(c.data.val, "data.val"), None
+    if c.reward.loss == "bt":
+        lose = read_lists(c.data.val_lose, "data.val_lose")
+    elif len(labels := set(read_labels(paths, c.data.label, "data.val"))) < 2:
+        note(f"{c.data.label} is {labels.pop():g} in all of data.val: a constant reward may be right on all")
+    model = make_reward(c, c.reward.path, pick_device(c)).freeze()
+    if lose is not None:
+        lose = partners(Reader(model.transformer.config), paths, lose, "data.val_lose")
+    return evaluate_reward(c, model, paths, lose, show=True)

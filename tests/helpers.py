@@ -118,8 +118,12 @@ def write_run(tmp: Path, model_type: str = "t2v", samples: int = 4, **sections) 
     config = tiny_config(model_type)
     save_transformer(tiny_model(config), tmp / "policy")
     save_reward(tiny_reward(config), tmp / "reward", 0)
-    data = write_data(tmp / "data", config, samples)
-    held_out = write_data(tmp / "val", config, 3, seed=1)
+
+    def labels(i):
+        return dict.fromkeys(("physics_quality", "human_quality"), i % 2)
+
+    data = write_data(tmp / "data", config, samples, labels=labels)
+    held_out = write_data(tmp / "val", config, 3, labels=labels, seed=1)
     values = {
         "model": {"path": str(tmp / "policy"), "compute_dtype": "float32"},
         "reward": {"path": str(tmp / "reward"), "blocks": 1, "feature_layer": 1},

@@ -136,6 +136,7 @@ def test_official_reward_folder(tmp_path):
 
 def test_reward_of_three_paths_and_of_the_newest_step(tmp_path):
     write_reward(tmp_path, 20)
+    (tmp_path / "reward.json").unlink()  # an official folder has none
     newest = tiny_reward(tiny_config(num_layers=3), seed=5, blocks=2)
     torch.save(newest.mlp.state_dict(), tmp_path / "mlp_step_100.ckpt")
     torch.save(newest.pool.state_dict(), tmp_path / "query_attention_step_100.ckpt")

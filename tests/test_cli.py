@@ -72,6 +72,10 @@ def refused(
     ("loss.form=square", "loss.form"),
     ("loss.weight=-0.1", "loss.weight"),
     ("eval.timesteps=[1001]", "eval.timesteps"),
+    ("eval.timesteps=[1000]", "eval.timesteps"),
+    ("eval.timesteps=[]", "eval.timesteps"),
+    ("reward.num_heads=0", "reward.num_heads"),
+    ("reward.return_type=mean", "reward.return_type"),
     ("train.steps", "override"),
     ("steps=3", "override"),
     ("a.b.c=1", "override"),
@@ -273,7 +277,7 @@ def test_the_published_values_are_the_defaults():
         1.0,
     )
     assert (c.optim.lr, c.optim.betas, c.optim.weight_decay) == (5e-6, (0.9, 0.999), 0.01)
-    assert (c.reward.blocks, c.reward.feature_layer, c.reward.num_heads) == (8, 8, 8)
+    assert (c.reward.blocks, c.reward.pooling) == (8, {})  # 8, 8 and query, unless stored otherwise
     assert c.eval.timesteps == (201, 400, 600, 800, 1000)
 
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 from helpers import tiny_config, write_data
 
-from prfl_engine.data import Reader, Stream, label_of, read_lists, read_text, seeded
+from prfl_engine.data import Reader, Stream, label_of, read_lists, read_text
 from prfl_engine.errors import UserError
+from prfl_engine.seeds import Purpose, seeded
 
 SMALL, LARGE = (16, 1, 4, 4), (16, 2, 4, 6)
 
 
 def read(reader, path, seed=0):
-    return reader.read(path, seeded(seed))
+    return reader.read(path, seeded(Purpose.CAPTION, seed, 0))
 
 
 def change(path, remove=(), **fields):

@@ -9,10 +9,11 @@ import torch
 
 from prfl_engine import demo_data
 from prfl_engine.codec import DCTCodec
-from prfl_engine.data import Reader, read_lists, seeded
+from prfl_engine.data import Reader, read_lists
 from prfl_engine.demo_data import CORRUPTIONS, MARGIN, SHOTS, DemoSpec, build, embed, find_clip, split
 from prfl_engine.dit import PRESETS
 from prfl_engine.handmade import evaluate_handmade
+from prfl_engine.seeds import Purpose, seeded
 from prfl_engine.video import read_video
 
 SMALL = DemoSpec(train_windows=56, val_windows=20, size=(32, 48))
@@ -206,7 +207,7 @@ def test_handmade_features_tell_motion_from_noise_until_all_is_noise():
 def test_the_data_is_read_by_the_trainer(data):
     paths = read_lists([str(data.reward_val)], "data.val")
     reader = Reader(PRESETS["tiny-t2v"], "motion_quality")
-    samples = [reader.read(path, seeded(0)) for path in paths]
+    samples = [reader.read(path, seeded(Purpose.CAPTION, 0, 0)) for path in paths]
     assert all(s.latent.shape == (16, 5, 4, 6) and s.text.shape[1] == 64 for s in samples)
     assert all(0 < len(s.text) <= PRESETS["tiny-t2v"].text_len for s in samples)
     assert [s.label.item() for s in samples] == [1, 0] * 20

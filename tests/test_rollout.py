@@ -270,7 +270,7 @@ def test_a_stopped_accelerated_run_goes_on_to_the_bit(fields, tmp_path, monkeypa
     assert main(["train", str(config), f"train.out={found}", "rollout.max_drift=10", *fields]) == 0
     drifts = sorted({v["train/rollout_drift"] for v in values(found).values()})
     assert len(drifts) >= 3 and drifts[0] > 0
-    options = [*fields, f"rollout.max_drift={(drifts[0] + drifts[1]) / 2}"]
+    options = [*fields, f"rollout.max_drift={(drifts[-1] + drifts[-2]) / 2}"]  # they fall, in either run
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["train", str(config), f"train.out={whole}", *options]) == 0
     with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from helpers import SHAPE, one_line, relative, write_run
+from safetensors.torch import load_file, save_file
 from training_runs import run
 
 
@@ -51,3 +52,24 @@ def test_sample_refuses_an_existing_folder(tmp_path, capsys):
     run("sample", config, "--out", str(tmp_path / "samples"), code=2)
     assert str(tmp_path / "samples") in one_line(capsys)
     assert list((tmp_path / "samples").iterdir()) == []
+
+
+def test_a_sample_does_not_depend_on_its_batch(tmp_path):
+    """Its noise is its own; sums of another batch round differently."""
+    config = write_run(tmp_path)
+    for size in (1, 2, 4):
+        run("sample", config, "sample.count=3", f"eval.batch_size={size}", "--out", str(tmp_path / str(size)))
+    for i in range(3):
+        one, *others = (np.load(tmp_path / f"{size}/sample-{i:02d}.npy") for size in (1, 2, 4))
+        for other in others:
+            np.testing.assert_allclose(other, one, rtol=0, atol=1e-5)
+
+
+def test_a_sample_that_is_not_finite_is_not_written(tmp_path, capsys):
+    config = write_run(tmp_path)
+    weights = tmp_path / "policy/diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    save_file(state | {"head.head.bias": state["head.head.bias"] * float("nan")}, weights)
+    run("sample", config, "--out", str(tmp_path / "samples"), code=1)
+    assert f"sample: got nan on {tmp_path / 'val/0.json'}" in one_line(capsys)
+    assert not (tmp_path / "samples").exists()

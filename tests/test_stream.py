@@ -6,7 +6,7 @@ import torch
 from helpers import tiny_config, write_data
 from test_data import LARGE, SMALL, read, same
 
-from prfl_engine.data import Reader, Stream, collate, fixed_batches, noise_like, read_lists, read_text
+from prfl_engine.data import Reader, Stream, collate, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
 
 CPU = torch.device("cpu")
@@ -120,13 +120,3 @@ def test_held_out_batches_are_in_order_whole_and_without_dropout(tmp_path):
     for i in range(5):
         assert np.array_equal(latents[i], np.load(tmp_path / f"latent-{i}.npy")[0])
         assert same(texts[i], read_text(tmp_path / f"short-{i}.npy", config))
-
-
-def test_noise_follows_from_its_key():
-    latent = torch.zeros(2, *SMALL)
-    assert torch.equal(noise_like(latent, 1, 2), noise_like(latent, 1, 2))
-    assert not torch.equal(noise_like(latent, 1, 2), noise_like(latent, 2, 1))
-    noise = noise_like(torch.zeros(100_000), 0)
-    # Five deviations: 5 / sqrt(n), and 5 sqrt(2 / n) for the variance.
-    assert abs(noise.mean()) < 0.016
-    assert abs(noise.var() - 1) < 0.023

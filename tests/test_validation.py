@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from helpers import SHAPE, write_run
-from safetensors.torch import load_file
+import torch
+from helpers import SHAPE, one_line, write_run
+from safetensors.torch import load_file, save_file
 from training_runs import NAME, STATE, assert_equal, content, run, values
+
+from prfl_engine import train as train_module
 
 
 def test_validation_writes_metrics_samples_and_the_best_checkpoint(tmp_path):
@@ -19,8 +22,7 @@ def test_validation_writes_metrics_samples_and_the_best_checkpoint(tmp_path):
         assert logged.keys() == {
             "eval/sft_loss", "eval/reward_t201", "eval/reward_t1000", "eval/score",
         }  # fmt: skip
-        mean = (logged["eval/reward_t201"] + logged["eval/reward_t1000"]) / 2
-        assert logged["eval/score"] == pytest.approx(mean)
+        assert logged["eval/score"] == logged["eval/reward_t201"]  # at 1000 there is noise alone
     scores = {step: v["eval/score"] for step, v in found.items()}
     kept = json.loads((out / "best/score.json").read_text())
     assert kept["score"] == max(scores.values())
@@ -56,3 +58,59 @@ def test_validation_measures_the_averaged_weights(tmp_path):
         )  # fmt: skip
         again = values(tmp_path / "again" / name, "eval")[0]
         assert (again == want) == (name == "ema")
+
+
+def test_validation_does_not_depend_on_its_batches(tmp_path):
+    """Noise and levels are those of a sample; sums of another batch round differently."""
+    config = write_run(tmp_path, eval={"every": 1, "samples": 5}, train={"steps": 1})
+    found = []
+    for size in (1, 2, 4):
+        run("train", config, f"eval.batch_size={size}", f"train.out={tmp_path / str(size)}")
+        found.append(values(tmp_path / str(size), "eval")[0])
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+
+
+def test_flow_matching_is_validated_at_levels_over_all_samples(tmp_path, monkeypatch):
+    config, levels = write_run(tmp_path, rollout={"shift": 1.0}, train={"steps": 1}), []
+    loss = train_module.sft_loss
+
+    def sft_loss(model, batch, noise, sigma):
+        if not torch.is_grad_enabled():
+            levels.extend(sigma.tolist())
+        return loss(model, batch, noise, sigma)
+
+    monkeypatch.setattr(train_module, "sft_loss", sft_loss)
+    run("train", config, "eval.every=1", "eval.samples=4", "eval.batch_size=1")
+    assert levels == pytest.approx([0.125, 0.375, 0.625, 0.875] * 2)
+
+
+def test_without_a_reward_loss_best_is_picked_by_flow_matching(tmp_path):
+    config = write_run(tmp_path, eval={"every": 1}, loss={"weight": 0})
+    run("train", config)
+    for logged in values(tmp_path / "run", "eval").values():
+        assert logged["eval/score"] == -logged["eval/sft_loss"]
+        assert 0 < logged["eval/reward_t201"] < 1  # shown all the same
+
+
+@pytest.mark.parametrize("broken, metric", [
+    ("val/latent-1.npy", "sft_loss"), ("policy", "sft_loss"), ("reward", "reward_t201"),
+])  # fmt: skip
+def test_a_metric_that_is_not_a_number_ends_the_run(broken, metric, tmp_path, capsys):
+    config = write_run(tmp_path, eval={"every": 1})
+    if broken == "policy":
+        rewrite(tmp_path / "policy" / NAME, "head.head.bias")
+    elif broken == "reward":
+        rewrite(tmp_path / "reward" / NAME, "blocks.0.ffn.2.bias")
+    else:
+        np.save(tmp_path / broken, np.full((1, *SHAPE), np.nan, np.float32))
+    run("train", config, code=1)
+    sample = tmp_path / f"val/{1 if broken.startswith('val') else 0}.json"
+    assert f"{metric}: got nan on {sample}" in one_line(capsys)
+    assert not (tmp_path / "run/best").exists()
+
+
+def rewrite(path, key):
+    state = load_file(path)
+    state[key] = state[key] * float("nan")
+    save_file(state, path)

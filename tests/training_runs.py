@@ -69,7 +69,7 @@ def interrupt(monkeypatch, module, name, call):
     monkeypatch.setattr(module, name, function)
 
 
-def reward_run(tmp_path, loss, **sections):
+def reward_run(tmp_path, loss, model_type="t2v", **sections):
     """A configuration of reward training; good latents are brighter than poor ones, by as much as the noise
     varies."""
 
@@ -83,11 +83,11 @@ def reward_run(tmp_path, loss, **sections):
     lists = {}
     for n, (name, good) in enumerate(kinds.items()):
         made = write_data(
-            tmp_path / name, tiny_config(), 12, seed=n, latents=latents(good), labels=labels(good)
+            tmp_path / name, tiny_config(model_type), 12, seed=n, latents=latents(good), labels=labels(good)
         )
         lists[name] = [str(made)]
     return write_run(
-        tmp_path,
+        tmp_path, model_type,
         reward={"path": None, "loss": loss} | sections.pop("reward", {}),
         data={
             "train": lists["mixed" if loss == "ce" else "win"], "lose": lists["lose"], "val": lists["mixed"],
