@@ -22,7 +22,8 @@ import copy
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +32,12 @@ from peer import Peer
 from timing import machine
 from torch import Tensor, nn
 
-from prfl_engine import flow, lora
+from prfl_engine import flow, lora, recompute
 from prfl_engine.checkpoint import new_reward
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig, RolloutConfig
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.live_bytes import LiveBytes
-from prfl_engine.objectives import Batch, graded_rewards, reward_loss, sft_loss, stratified_indices
+from prfl_engine.objectives import Batch, graded_windows, reward_loss, sft_loss, stratified_indices
 from prfl_engine.optim import make_optimizer
 from prfl_engine.rollout import Rollout
 from prfl_kernels import compiled, table
@@ -102,11 +103,11 @@ class Step:
         self.schedule = flow.make_schedule("unipc", args.steps, SHIFT)
         self.index, self.device, self.dtype, self.keep = args.index, device, DTYPES[args.dtype], args.keep
         self.peers: dict[str, Peer] = {}  # by recomputation
-        for recompute in ("none", "full") if args.peer else ():
+        for mode in ("none", "full") if args.peer else ():
             peer = Peer(args.peer, self.policy, self.reward, self.schedule, SHIFT)
-            if recompute == "full":
+            if mode == "full":
                 peer.checkpoint_blocks()
-            self.peers[recompute] = peer
+            self.peers[mode] = peer
 
     def indices(self, samples: int) -> Tensor:
         """The graded index of one sample; those of several are the middles of equal parts below it."""
@@ -118,23 +119,26 @@ class Step:
         peer = setting.kernels == PEER
         return self.peers[setting.recompute].policy if peer else self.policies[setting.trained]
 
-    def _losses(self, setting: Setting) -> Iterator[Tensor]:
-        """Flow matching, then the reward of every graded sample; to be backpropagated one by one."""
+    def _losses(self, setting: Setting) -> Iterator[tuple[Tensor, Callable[[], None]]]:
+        """(loss, its backward) of flow matching, then of the reward of every graded sample."""
         sigma = torch.tensor([SIGMA], device=self.device)
         if setting.kernels == PEER:
             peer = self.peers[setting.recompute]
-            yield from peer.losses(self.batch, self.noise, sigma, self.index, self.dtype)
+            for loss in peer.losses(self.batch, self.noise, sigma, self.index, self.dtype):
+                yield loss, loss.backward
             return
         table.configure(setting.kernels)
         policy = self.model(setting)
-        for model in (policy, self.reward.transformer):
-            model.recompute, model.keep = setting.recompute, self.keep
+        run = recompute.run_under(recompute.named(setting.recompute, self.keep))
         window = setting.window if setting.window == "all" else int(setting.window)
         rollout = self.rollout(setting)
-        yield sft_loss(policy, self.batch, self.noise, sigma).mean()
+        loss = sft_loss(policy, self.batch, self.noise, sigma, run).mean()
+        yield loss, loss.backward
+        del loss
         rest = (self.schedule, self.batch, self.noise, self.indices(setting.samples), ChainConfig(window))
-        for logit in graded_rewards(policy, self.reward, *rest, rollout and rollout.stretches):
-            yield reward_loss(logit, LossConfig()).mean() / setting.samples
+        for window in graded_windows(policy, self.reward, *rest, rollout and rollout.stretches, run, run):
+            loss = reward_loss(window.logit, LossConfig()).mean() / setting.samples
+            yield loss, partial(window.backward, loss)
 
     def rollout(self, setting: Setting) -> Rollout | None:
         """The accelerated rollout of a setting; weights change with every step, so fp8 ones are made anew."""
@@ -166,12 +170,12 @@ class Step:
             seconds[phase] += now - last
             last = now
 
-        for loss in self._losses(setting):
+        for loss, backward in self._losses(setting):
             losses.append(loss.item())
             lap(PHASES[min(len(losses), 2) - 1])
-            loss.backward()
+            del loss
+            backward()
             lap("backward")
-        lap("backward")  # the earlier steps of a window, and the context
         if optimize:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -25,7 +25,7 @@ from prfl_engine.checkpoint import load_reward, load_transformer
 from prfl_engine.config import ChainConfig, Config, load_config
 from prfl_engine.data import Reader, fixed_batches, read_lists
 from prfl_engine.metrics import read_metrics
-from prfl_engine.objectives import graded_rewards
+from prfl_engine.objectives import graded_windows
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 
@@ -49,8 +49,8 @@ def gate(folder: Path, limit: float = 1e-4) -> None:
     def gradient(*indices: int) -> torch.Tensor:
         policy.zero_grad()
         rows = torch.tensor(indices)[:, None]
-        for logit in graded_rewards(policy, reward, schedule, batch, noise, rows, ChainConfig()):
-            (torch.sigmoid(logit).sum() / len(indices)).backward()
+        for window in graded_windows(policy, reward, schedule, batch, noise, rows, ChainConfig()):
+            window.backward(torch.sigmoid(window.logit).sum() / len(indices))
         return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
     want = (gradient(7) + gradient(12)) / 2

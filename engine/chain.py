@@ -10,7 +10,7 @@ peak of a window is that of a single step. (Nested checkpoints miss it: what an 
 the outer one.)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -97,21 +97,29 @@ class Chain:
 
 
 class Window:
-    """Steps of a chain with gradient. `x` [B, C, T, H, W] is the latent behind the last of them.
+    """Steps of a chain with gradient. `x` [B, C, T, H, W] is the latent after the last of them.
 
-    Backpropagate a loss of x, and call `backward` after that for the steps before the last.
+    A loss of x is backpropagated by `backward` alone, which goes through all steps of the window. Any other
+    backward through x would stop at the last step, so it raises RuntimeError.
     """
 
     def __init__(self, chain: Chain, index: Tensor, window: int, detach_input: bool):
         self.chain, self.index, self.window, self.detach_input = chain, index, window, detach_input
         everyone = torch.arange(len(index))
         self.leaf, out = self._step(index, everyone, window > 1)
-        self.x = out.x
+        self.x: Tensor | None = out.x
+        self.inside = False  # a backward of our own is running
+        if out.x.requires_grad:
+            out.x.register_hook(self._guard)
         # The step with gradient is the rollout's next step too.
         new = torch.tensor([len(states) for states in chain.states]) == index + 1
         rows = everyone[new]  # row numbers: a mask on the device would have to be counted there first
         some = out if new.all() else out.select(rows.to(out.x.device, non_blocking=True))
         chain._append(some, rows)
+
+    def _guard(self, _) -> None:
+        if not self.inside:
+            raise RuntimeError("a loss of a window: got backward(), want window.backward(loss)")
 
     def _step(self, index, active, through):
         """(state before the steps index, state behind them), the first a leaf that takes gradient if
@@ -123,19 +131,29 @@ class Window:
                 return self.chain.velocity(x.detach(), t, active)
         return leaf, advance(velocity, self.chain.schedule, leaf, index, active)
 
-    def backward(self) -> None:
-        """Backpropagate through the steps before the last, after a backward from x; frees the window."""
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate a loss of x through every step of the window, and free it. RuntimeError the second
+        time."""
+        if self.x is None:
+            raise RuntimeError("a window: got a second backward, want one")
+        self.inside = True
+        try:
+            loss.backward()
+        finally:
+            self.inside = False
         leaf, self.leaf, self.x = self.leaf, None, None
         active = torch.arange(len(self.index))
         for distance in range(1, self.window):
             on = self.index[active] >= distance  # the others are at the noise
             if not on.any():
                 return
-            # The gradient of the state before the later step is that of the state behind this one.
+            # The gradient of the state before the later step is that of the state after this one.
             rows = slice(None)
             if not on.all():
                 rows = on.nonzero().squeeze(1).to(leaf.x.device, non_blocking=True)
             gradients, active = [a.grad[rows] for a in leaf], active[on]
+            for a in leaf:  # the caller's loss may keep the leaf of the last step alive
+                a.grad = None
             leaf, out = self._step(self.index[active] - distance, active, True)
             torch.autograd.backward(out, gradients)
             del out, gradients
@@ -150,27 +168,6 @@ def rollout(velocity: Velocity, schedule: flow.Schedule, noise: Tensor, index: T
     chain = Chain(velocity, schedule, noise)
     chain.advance_to(index, index)
     return chain.at(index, torch.arange(len(index)))
-
-
-def graded_windows(
-    velocity: Velocity,
-    schedule: flow.Schedule,
-    noise: Tensor,
-    indices: Tensor,
-    window: int = 1,
-    detach_input: bool = False,
-    stretch: Callable[[], Velocity] | None = None,
-) -> Iterator[Window]:
-    """Several graded windows of one rollout, one after another.
-
-    indices [K, B] long on the CPU, not decreasing along K; repeats share their states; stretch as in
-    Chain. Every forward serves
-    once: a step with gradient is the next step of the rollout as well. Backpropagate each window, and call
-    its `backward`, before taking the next.
-    """
-    chain = Chain(velocity, schedule, noise, stretch)
-    for index in indices:
-        yield chain.graded(index, window, detach_input)
 
 
 def sample(velocity: Velocity, schedule: flow.Schedule, noise: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ modulation, norms, rotation and head run in float32 (float64 when the weights ar
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -16,11 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prfl_engine import recompute
 from prfl_engine.config import UserError
 from prfl_engine.layers import IMAGE_TOKENS, Block, Head, ImageEmbedding, Linear, WideLinear
-from prfl_engine.recompute import BlockPolicy
 from prfl_kernels.jit import wide
+from prfl_kernels.rope import Grid
 
 # Tokens of a text context are a multiple of this: at most eight shapes for 512, whatever the prompts.
 TEXT_MULTIPLE = 64
@@ -100,6 +99,20 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+RunBlocks = Callable[[Sequence[Block], Tensor, Tensor, Tensor, int, Grid], Tensor]
+"""Runs blocks one after another: (blocks, tokens [B, L, C], e [B, 6, C], context [B, S, C], repeats, grid) to
+tokens [B, L, C]. Whoever calls one must not hold the first tokens: a policy may have to free them."""
+
+
+def plain_blocks(
+    blocks: Sequence[Block], tokens: Tensor, e_B6C: Tensor, context: Tensor, repeats: int, grid: Grid
+) -> Tensor:
+    """The blocks as they are: the backward finds everything saved. A `RunBlocks`."""
+    for block in blocks:
+        tokens = block(tokens, e_B6C, context, repeats, grid)
+    return tokens
+
+
 class WanTransformer(nn.Module):
     """The transformer, or its first `num_blocks` blocks without head (the trunk of a reward model)."""
 
@@ -107,10 +120,6 @@ class WanTransformer(nn.Module):
         super().__init__()
         c = self.config = config
         self.residual_dtype: torch.dtype | None = None  # None: float32, float64 for float64 weights
-        # What blocks keep, put away and compute again: a mode of prfl_engine.recompute, or a policy for all
-        # blocks, or one for each.
-        self.recompute: str | BlockPolicy | Sequence[BlockPolicy] = "none"
-        self.keep = "all"  # with a mode: what the branches of a block keep, a mode of modulated_attention
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
         self.text_embedding = nn.Sequential(
             Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), Linear(c.dim, c.dim)
@@ -193,71 +202,51 @@ class WanTransformer(nn.Module):
         context: Tensor,
         condition: Tensor | None = None,
         blocks: int | None = None,
+        run_blocks: RunBlocks = plain_blocks,
     ) -> Tensor:
-        """The residual stream [B, L, C] after the first `blocks` blocks (all if None)."""
-        return self._run(x, t, context, condition, blocks)[0]
+        """The residual stream [B, L, C] after the first `blocks` blocks (all if None); see forward."""
+        return self._run(x, t, context, condition, blocks, run_blocks)[0]
 
     def forward(
-        self, x: Tensor, t: Tensor, context: Tensor, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        condition: Tensor | None = None,
+        run_blocks: RunBlocks = plain_blocks,
     ) -> Tensor:
         """Velocity [B, out_dim, T, H, W] in float32 at noisy latents x [B, 16, T, H, W].
 
         t [B] is the timestep (1000 sigma, any real number), context comes from embed_context,
-        condition [B, 20, T, H, W] is the mask and the encoded first frame of an I2V model.
+        condition [B, 20, T, H, W] is the mask and the encoded first frame of an I2V model. run_blocks decides
+        how the blocks run: plainly, under memory policies, in fp8, from a cache, as a CUDA graph.
         """
-        tokens, e, grid = self._run(x, t, context, condition, None)
-        return self.finish(tokens, e, grid)
+        tokens, e, grid = self._run(x, t, context, condition, None, run_blocks)
+        return self._unpatchify(self.head(tokens, e), grid)
 
-    def _run(self, x, t, context, condition, blocks):
-        tokens, e, e_B6C, grid = self.begin(x, t, condition)
-        repeats = self.repeats(context)
-        if not torch.is_grad_enabled():
-            for block in self.blocks[:blocks]:
-                tokens, _ = block(tokens, e_B6C, context, repeats, grid)
-        else:
-            first, policies, run = [tokens], self.block_policies(blocks), recompute.run_all
-            # This frame must not hold what the first block may put away, nor a tuple of *arguments.
-            del tokens
-            tokens = run(self.blocks[:blocks], policies, first.pop(), e_B6C, context, repeats, grid)
-        return tokens, e, grid
-
-    def block_policies(self, blocks: int | None = None) -> list[BlockPolicy]:
-        """The policy of each of the first `blocks` blocks (all if None)."""
-        count = len(self.blocks[:blocks])
-        if not isinstance(self.recompute, str | BlockPolicy):
-            return list(self.recompute)[:count]
-        one = self.recompute
-        return [recompute.named(one, self.keep) if isinstance(one, str) else one] * count
-
-    def begin(
-        self, x: Tensor, t: Tensor, condition: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
-        """What the blocks take: tokens [B, L, C], the embedding [B, C] of t and its six vectors a block
-        adds to its own [B, 6, C], and the grid (frames, rows, columns). Arguments as in forward."""
+    def _run(self, x, t, context, condition, blocks, run_blocks):
+        """(tokens after the blocks, embedding [B, C] of t, grid of patches)."""
         c = self.config
         if condition is not None:
             x = torch.cat([x, condition.to(x.dtype)], dim=1)
         if x.shape[1] != c.in_dim:
-            raise UserError(
-                f"latent: got {x.shape[1]} channels (condition included), want {c.in_dim}"
-            )
+            raise UserError(f"latent: got {x.shape[1]} channels (condition included), want {c.in_dim}")
         tokens, grid = self._patchify(x)
         e = self.time_embedding(sinusoid(t, c.freq_dim))
-        return tokens, e, self.time_projection(e).unflatten(1, (6, c.dim)), grid
-
-    def finish(self, tokens: Tensor, e: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """The velocity [B, out_dim, T, H, W] from the tokens behind the last block, and what begin gave."""
-        return self._unpatchify(self.head(tokens, e), grid)
+        vectors = self.time_projection(e).unflatten(1, (6, c.dim))
+        first, repeats = [tokens], self.repeats(context)
+        del tokens  # this frame must not hold what the first block may offload, nor a tuple of *arguments
+        return run_blocks(self.blocks[:blocks], first.pop(), vectors, context, repeats, grid), e, grid
 
     def compile_blocks(self, backend: str = "inductor") -> "WanTransformer":
         """Let torch.compile make the code of every block, without graph breaks and for fixed shapes: all
         blocks share it, and another shape, precision or use (with gradient or without, frozen) has its own.
-        Blocks with gradient that are computed again in backward stay as they are. Returns self."""
+        Blocks with gradient that are recomputed in backward stay as they are. Returns self."""
         # Beyond this many torch.compile would raise: shapes of a data set, latents times up to eight of the
         # text, times a handful of uses.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         for block in self.blocks:
-            block.compile(fullgraph=True, dynamic=False, backend=backend)
+            block.compiled = torch.compile(Block.sublayers, fullgraph=True, dynamic=False, backend=backend)
         return self
 
     def _patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

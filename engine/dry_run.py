@@ -10,15 +10,16 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from prfl_engine import lora, recompute
+from prfl_engine import lora
 from prfl_engine.config import LoraConfig
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import Batch, sft_loss
-from prfl_engine.recompute import BlockPolicy
+from prfl_engine.recompute import BlockPolicy, run_under
 from prfl_engine.reward import QueryPool, RewardModel
 from prfl_kernels import compiled, table
 
@@ -69,10 +70,11 @@ class Numbers(NamedTuple):
 
 
 class Laps:
-    """The bytes at the borders of blocks, and the peaks between them, of the generator's pass in a phase."""
+    """The bytes at the borders of blocks, and the peaks between them, of the generator's pass in a phase: it
+    watches `recompute.run_under`."""
 
     def __init__(self, live: LiveBytes):
-        self.live, self.base, self.passes, self.rest = live, live.now, 0, 0
+        self.live, self.base, self.rest = live, live.now, 0
         self.now, self.host, self.forward, self.backward = [], [], [], []
 
     @property
@@ -80,11 +82,7 @@ class Laps:
         """Beside weights, gradients and the batch."""
         return self.live.peak - self.base
 
-    def __call__(self):
-        self.passes += 1
-        return self.outer if self.passes == 1 else lambda x: None  # the reward model is part of the head
-
-    def outer(self, x):
+    def __call__(self, x: Tensor) -> None:
         self.forward.append(self.live.lap())
         self.now.append(self.live.now)
         self.host.append(self.live.host_now)
@@ -92,17 +90,15 @@ class Laps:
             x.register_hook(lambda _: self.backward.append(self.live.lap()))
 
 
-def _models(setup: Setup, blocks: int, policies, reward_policy):
+def _models(setup: Setup, blocks: int):
     """Generator with gradients and reward model under the current fake mode."""
     model = WanTransformer(replace(setup.config, num_layers=blocks))
     reward = None
     if setup.reward_blocks:
         trunk = WanTransformer(setup.config, setup.reward_blocks, head=False)
         reward = RewardModel(trunk, QueryPool(setup.config.dim), setup.reward_blocks).freeze()
-        reward.transformer.recompute = reward_policy
     for m in (model, *(m.transformer for m in [reward] if m)):
         m.set_precision(setup.compute_dtype, setup.residual_dtype).set_chunk(setup.chunk)
-    model.recompute = policies
     if setup.lora is not None:
         lora.attach(model, setup.lora)
     for p in model.parameters():
@@ -110,13 +106,13 @@ def _models(setup: Setup, blocks: int, policies, reward_policy):
     return model, reward
 
 
-def _graded(model, reward, batch: Batch, t) -> None:
-    """A graded step, its reward and the backward: graded_rewards without the choice of steps."""
+def _graded(model, reward, batch: Batch, t, run_blocks, score_blocks) -> None:
+    """A graded step, its reward and the backward: graded_windows without the choice of steps."""
     context = model.embed_context(batch.text, batch.clip)
     leaf = context.detach().requires_grad_(context.requires_grad)
     scored = reward.transformer.embed_context(batch.text, batch.clip)
-    x = batch.latent - 0.1 * model(batch.latent, t, leaf, batch.condition)
-    logit = reward.score(x, t, scored, batch.condition)
+    x = batch.latent - 0.1 * model(batch.latent, t, leaf, batch.condition, run_blocks)
+    logit = reward.score(x, t, scored, batch.condition, score_blocks)
     torch.sigmoid(logit).sum().backward()
     if leaf.grad is not None:
         context.backward(leaf.grad)
@@ -129,7 +125,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
     torch.set_default_dtype(setup.weight_dtype)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), compiled.dry_run(), torch.device("cpu"):
-            model, reward = _models(setup, len(policies), policies, reward_policy)
+            model, reward = _models(setup, len(policies))
             size, c = setup.latent, setup.config
             image = (torch.empty(size[0], IMAGE_TOKENS, IMAGE_DIM), torch.empty(size[0], 20, *size[2:]))
             batch = Batch(
@@ -142,15 +138,12 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
                 live.add([*(p.grad for p in model.parameters() if p.grad is not None), noise, t])
                 live.add(a for a in batch if a is not None)
                 found[phase] = laps = Laps(live)
-                recompute.watchers.append(laps)
-                try:
-                    with live:
-                        if phase == "flow matching":
-                            sft_loss(model, batch, noise, t).mean().backward()
-                        else:
-                            _graded(model, reward, batch, t)
-                finally:
-                    recompute.watchers.pop()
+                run_blocks, score_blocks = run_under(policies, laps), run_under(reward_policy)
+                with live:
+                    if phase == "flow matching":
+                        sft_loss(model, batch, noise, t, run_blocks).mean().backward()
+                    else:
+                        _graded(model, reward, batch, t, run_blocks, score_blocks)
                 laps.rest = live.lap()
     finally:
         table.configure(before)

@@ -13,7 +13,7 @@ Weights are quantised once for every version of them and take a byte a value bes
 Source of the scaling: DeepSeek-V3 technical report, section 3.3; FlashAttention-3 (Shah et al. 2024).
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,22 +63,20 @@ class Product:
 
 
 class Fp8Block:
-    """The forward of a block."""
+    """The forward of a block, a `BlockRun`."""
 
     def __init__(self, block: Block):
         attn, cross, (first, _, second) = block.self_attn, block.cross_attn, block.ffn
-        self.block = block
         self.qkv, self.o = Product(attn.q, attn.k, attn.v), Product(attn.o)
         self.cross_q, self.cross_o = Product(cross.q), Product(cross.o)
         self.first, self.second = Product(first), Product(second)
         self.products = self.qkv, self.o, self.cross_q, self.cross_o, self.first, self.second
 
     def __call__(
-        self, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, repeats: int, grid: Grid
+        self, block: Block, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, repeats: int, grid: Grid
     ) -> Tensor:
-        block, attn = self.block, self.block.self_attn
-        shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation.to(e_B6C.dtype) + e_B6C).unbind(1)
-        y = self._attend(modulate_fp8(x_BLC, scale1, shift1, block.eps), attn, grid)
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.vectors(e_B6C)
+        y = self._attend(modulate_fp8(x_BLC, scale1, shift1, block.eps), block, grid)
         norm = block.norm3.weight, block.norm3.bias
         x, *n = gated_add_norm_fp8(x_BLC, y, gate1, *norm, block.eps)
         y = block.cross_attn.attend(self.cross_q(*n), context_BSC, repeats)
@@ -88,10 +86,10 @@ class Fp8Block:
         del n, y
         return gated_add(x, self.second(*quantize_fp8(hidden, gelu=True)), gate2)
 
-    def _attend(self, n, attn, grid):
-        q, k, v = self.qkv(*n).chunk(3, -1)
+    def _attend(self, n, block, grid):
+        attn, (q, k, v) = block.self_attn, self.qkv(*n).chunk(3, -1)
         norms = attn.norm_q.weight, attn.norm_k.weight
-        q8, k8, q_scale, k_scale = qk_norm_rope_fp8(q, k, *norms, grid, attn.num_heads, self.block.eps)
+        q8, k8, q_scale, k_scale = qk_norm_rope_fp8(q, k, *norms, grid, attn.num_heads, block.eps)
         values = quantize_values(v.unflatten(2, (attn.num_heads, -1)))
         del q, k, v, n
         out, _ = attention_fp8(q8, q_scale, k8, k_scale, *values)
@@ -130,11 +128,19 @@ class Fp8Blocks:
                     product.quantize()
             self.version = found
 
-    def __call__(self, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, grid: Grid) -> Tensor:
-        repeats = self.model.repeats(context_BSC)
-        for block in self.blocks:
-            x_BLC = block(x_BLC, e_B6C, context_BSC, repeats, grid)
-        return x_BLC
+    def __call__(
+        self,
+        blocks: Sequence[Block],
+        tokens: Tensor,
+        e_B6C: Tensor,
+        context: Tensor,
+        repeats: int,
+        grid: Grid,
+    ) -> Tensor:
+        """Run `blocks`, all of the model's, in e4m3: tokens [B, L, C] to tokens. A `RunBlocks`."""
+        for block, fp8 in zip(blocks, self.blocks, strict=True):
+            tokens = block(tokens, e_B6C, context, repeats, grid, fp8)
+        return tokens
 
     def nbytes(self) -> int:
         """Bytes of the quantised weights."""

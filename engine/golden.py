@@ -17,7 +17,7 @@ from prfl_engine.checkpoint import load_pickle, load_strict
 from prfl_engine.config import LossConfig
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.errors import UserError
-from prfl_engine.objectives import Batch, bind, graded_reward, reward_loss, sft_loss
+from prfl_engine.objectives import Batch, bind, graded_windows, reward_loss, sft_loss
 from prfl_engine.reward import QueryPool, RewardModel
 
 FILES = (
@@ -76,11 +76,13 @@ def _compute(folder: Path) -> dict[str, Tensor]:
 
     sigma = torch.tensor([spec["sft"]["sigma"]])
     out["sft_loss"] = sft_loss(policy, batch, noise, sigma).mean()
-    out |= _gradients("sft", out["sft_loss"], policy)
-    logit = graded_reward(policy, reward, schedule, batch, noise, mid)
-    out["reward"] = torch.sigmoid(logit)
-    out["prfl_loss"] = reward_loss(logit, LossConfig()).mean()
-    out |= _gradients("prfl", out["prfl_loss"], policy)
+    out["sft_loss"].backward()
+    out |= _gradients("sft", policy)
+    (window,) = graded_windows(policy, reward, schedule, batch, noise, mid[None])
+    out["reward"] = torch.sigmoid(window.logit)
+    out["prfl_loss"] = reward_loss(window.logit, LossConfig()).mean()
+    window.backward(out["prfl_loss"])
+    out |= _gradients("prfl", policy)
     return {k: v.detach().float().contiguous() for k, v in out.items()}
 
 
@@ -101,11 +103,11 @@ def _models(folder: Path, spec: dict) -> tuple[WanTransformer, RewardModel]:
     return policy.set_precision(torch.float32), reward.freeze()
 
 
-def _gradients(name: str, loss: Tensor, model: WanTransformer) -> dict[str, Tensor]:
-    """Gradients of the loss and their L2 norms, under {name}_grad.* and {name}_grad_norm.*."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
+def _gradients(name: str, model: WanTransformer) -> dict[str, Tensor]:
+    """The model's gradients, which are cleared, and their L2 norms, under {name}_grad.* and
+    {name}_grad_norm.*."""
     out = {}
-    for key, g in zip(names, torch.autograd.grad(loss, parameters), strict=True):
-        out[f"{name}_grad.{key}"] = g
-        out[f"{name}_grad_norm.{key}"] = g.norm()
+    for key, p in model.named_parameters():
+        out[f"{name}_grad.{key}"], p.grad = p.grad, None
+        out[f"{name}_grad_norm.{key}"] = out[f"{name}_grad.{key}"].norm()
     return out

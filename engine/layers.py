@@ -3,7 +3,7 @@
 Shapes: B batch, L video tokens, S context tokens, C width, H heads, F ffn width.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from prfl_kernels.modulate import layer_norm, modulate
 from prfl_kernels.modulated_attention import Branch, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 from prfl_kernels.qk_norm_rope import rms_norm
+from prfl_kernels.rope import Grid
 
 IMAGE_TOKENS = 257  # CLIP tokens of the first frame, in front of the text tokens of an I2V context
 IMAGE_DIM = 1280
@@ -146,15 +147,17 @@ class Block(nn.Module):
 
     x += gate1 * Attn(LN(x) (1 + scale1) + shift1);  x += Cross(LN_affine(x), context);
     x += gate2 * FFN(LN(x) (1 + scale2) + shift2). The last token of the context counts `repeats` times
-    (WanTransformer.repeats). `keep` is what the three branches keep for the
-    backward (for all of them or each), `attention` what a call before has made; see
-    prfl_kernels.modulated_attention.
+    (WanTransformer.repeats).
+
+    Every use of a block is a call of this module, so a wrapper of its forward (FSDP2, a hook) sees all of
+    them. How the block computes in that call is an argument, a `BlockRun` that uses the other methods.
     """
 
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool):
         super().__init__()
         self.eps = eps
         self.chunk: int | None = None  # tokens that the fused branches work on at a time
+        self.compiled: Callable | None = None  # torch.compile of `sublayers`, unbound: copies share it
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
         self.cross_attn = CrossAttention(dim, num_heads, eps, image)
@@ -169,19 +172,44 @@ class Block(nn.Module):
         e_B6C: Tensor,
         context_BSC: Tensor,
         repeats: int,
-        grid: tuple[int, int, int],
+        grid: Grid,
+        run: "BlockRun | None" = None,
+    ) -> Tensor:
+        """x' [B, L, C] of x [B, L, C], e [B, 6, C] and context [B, S, C], by `run` or else by `compute`."""
+        return (run or Block.compute)(self, x_BLC, e_B6C, context_BSC, repeats, grid)
+
+    def compute(
+        self,
+        x_BLC: Tensor,
+        e_B6C: Tensor,
+        context_BSC: Tensor,
+        repeats: int,
+        grid: Grid,
         keep: str | Sequence[str | Collection[str]] = "all",
-        attention: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """(x' [B, L, C], output and log-sum-exp of self-attention where kept or given)."""
+    ) -> Tensor:
+        """x' [B, L, C]; `keep` is what the sublayers save for the backward, one for all of them or one each,
+        see prfl_kernels.modulated_attention."""
+        return (self.compiled or Block.sublayers)(self, x_BLC, e_B6C, context_BSC, repeats, grid, keep)
+
+    def sublayers(self, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, repeats, grid, keep) -> Tensor:
+        """The code of `compute`."""
         vectors, keeps = self.vectors(e_B6C), [keep] * 3 if isinstance(keep, str) else keep
-        x, n, attention = self.attend(x_BLC, vectors, grid, keeps[0], attention)
+        x, n, _ = self.attend(x_BLC, vectors, grid, keeps[0])
         y = self.cross_attn(n, context_BSC, repeats, keeps[1])
-        return self.feed(x, y, vectors, keeps[2]), attention
+        return self.feed(x, y, vectors, keeps[2])
 
     def vectors(self, e_B6C: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate [B, C] of self-attention, then those of the FFN."""
         return (self.modulation.to(e_B6C.dtype) + e_B6C).unbind(1)
+
+    def attention_input(self, x_BLC: Tensor, e_B6C: Tensor) -> Tensor:
+        """What the projections of self-attention read, [B, L, C] in the dtype of products."""
+        shift, scale = self.vectors(e_B6C)[:2]
+        return modulate(x_BLC, scale, shift, self.eps, self.dtype)
+
+    def cross_input(self, x_BLC: Tensor) -> Tensor:
+        """What the queries of cross-attention read, [B, L, C] in the dtype of products."""
+        return layer_norm(x_BLC, self.norm3.weight, self.norm3.bias, self.eps, self.dtype)
 
     def attend(self, x_BLC: Tensor, vectors, grid, keep="all", attention=None) -> Branch:
         """The self-attention branch and the norm that cross-attention reads."""
@@ -189,7 +217,8 @@ class Block(nn.Module):
         return modulated_attention(
             x_BLC, *vectors[:3], attn.weights(), grid, attn.num_heads,
             norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep,
-            low=_updates(q=attn.q, k=attn.k, v=attn.v, o=attn.o), chunk=self.chunk, **self.numerics(),
+            low=_updates(q=attn.q, k=attn.k, v=attn.v, o=attn.o), chunk=self.chunk, eps=self.eps,
+            dtype=self.dtype,
         )  # fmt: skip
 
     def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, keep="all") -> Tensor:
@@ -198,13 +227,17 @@ class Block(nn.Module):
         weights = FFNWeights(first.weight, first.bias, second.weight, second.bias)
         return modulated_ffn(
             x_BLC, y_BLC, *vectors[3:], weights, keep=keep,
-            low=_updates(w1=first, w2=second), chunk=self.chunk, **self.numerics(),
+            low=_updates(w1=first, w2=second), chunk=self.chunk, eps=self.eps, dtype=self.dtype,
         )  # fmt: skip
 
-    def numerics(self) -> dict:
-        """What the fused branches take besides tensors: eps, and the dtype of products and attention."""
-        q = self.self_attn.q
-        return dict(eps=self.eps, dtype=q.compute_dtype or q.weight.dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of products and attention."""
+        return self.self_attn.q.compute_dtype or self.self_attn.q.weight.dtype
+
+
+BlockRun = Callable[[Block, Tensor, Tensor, Tensor, int, Grid], Tensor]
+"""Computes x' of a block: (block, x [B, L, C], e [B, 6, C], context [B, S, C], repeats, grid)."""
 
 
 def _updates(**linears: Linear) -> dict[str, LowRank]:

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prfl_engine import recompute
 from prfl_engine.block_adamw import BlockAdamW
 from prfl_engine.checkpoint import atomic_folder, checkpoints, load_pickle
 from prfl_engine.config import Config, ModelConfig
@@ -67,8 +66,7 @@ def pick_device(config: Config) -> torch.device:
 
 
 def set_up(model: WanTransformer, config: ModelConfig) -> WanTransformer:
-    """How the blocks of a model compute in training: what they keep, chunks, compilation, precision."""
-    model.recompute, model.keep = recompute.of_config(config), config.keep
+    """How the blocks of a model compute in training: chunks, compilation, precision."""
     model.set_chunk(config.chunk)
     if config.compile:
         model.compile_blocks()
@@ -100,15 +98,15 @@ def fit(
     model: nn.Module,
     groups: list[tuple[nn.Module, float]],
     stream: Stream,
-    losses: Callable[..., Iterable[tuple[Tensor, dict[str, Tensor]]]],
+    backpropagate: Callable[..., Iterable[dict[str, Tensor]]],
     validate: Callable[[int], dict[str, float]] | None,
     save: Callable[[Path, int], None],
     load: Callable[[Path], dict[str, Tensor]],
 ) -> None:
     """Train `model` for config.train.steps optimizer steps, from the checkpoint `resume` if given.
 
-    losses(item, key) yields (loss, metrics) one after another; each is backpropagated, and its
-    graph freed, before the next is computed. `key` is an integer that no other micro-batch has.
+    backpropagate(item, key, share) backpropagates the losses of a micro-batch, times share, one after another
+    and yields the metrics of each. `key` is an integer that no other micro-batch has.
     validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
     save(folder, step) writes the trained parameters, load(folder) reads them back in float32, under
     their names in the model.
@@ -159,8 +157,8 @@ def fit(
             seen: dict[str, Tensor] = {}
             for micro in range(train.accumulate):
                 item = next(items)
-                for loss, values in losses(item, step * train.accumulate + micro):
-                    (loss / train.accumulate).backward()
+                key = step * train.accumulate + micro
+                for values in backpropagate(item, key, 1 / train.accumulate):
                     for k, v in values.items():
                         seen[k] = seen.get(k, 0) + v.detach() / train.accumulate
                     measurements.settle()  # the device has a backward of this step to do meanwhile

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
-from prfl_engine.dit import WanTransformer
+from prfl_engine.dit import RunBlocks, WanTransformer, plain_blocks
 from prfl_engine.reward import RewardModel
 
 
@@ -23,7 +23,12 @@ class Batch(NamedTuple):
     label: Tensor | None = None  # [B], 0 or 1
 
 
-def bind(model: WanTransformer, batch: Batch, context: Tensor | None = None) -> chain.Velocity:
+def bind(
+    model: WanTransformer,
+    batch: Batch,
+    context: Tensor | None = None,
+    run_blocks: RunBlocks = plain_blocks,
+) -> chain.Velocity:
     """The model with the batch's context: a velocity for the denoising chain.
 
     The context tokens are computed once here, with gradient if that is enabled, unless they are given.
@@ -33,25 +38,37 @@ def bind(model: WanTransformer, batch: Batch, context: Tensor | None = None) -> 
 
     def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
         if len(active) == len(context):
-            return model(x, t, context, batch.condition)
+            return model(x, t, context, batch.condition, run_blocks)
         rows = active.to(x.device, non_blocking=True)
         condition = None if batch.condition is None else batch.condition[rows]
-        return model(x, t, context[rows], condition)
+        return model(x, t, context[rows], condition, run_blocks)
 
     return velocity
 
 
-def sft_loss(model: WanTransformer, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+def sft_loss(
+    model: WanTransformer,
+    batch: Batch,
+    noise: Tensor,
+    sigma: Tensor,
+    run_blocks: RunBlocks = plain_blocks,
+) -> Tensor:
     """Flow matching at noise levels sigma [B]: mean of (v(x_t) - (eps - x_0))^2 [B], per sample."""
     x = flow.add_noise(batch.latent, noise, sigma)
-    velocity = bind(model, batch)(x, flow.TRAIN_STEPS * sigma, torch.arange(len(x)))
+    velocity = bind(model, batch, run_blocks=run_blocks)(x, flow.TRAIN_STEPS * sigma, torch.arange(len(x)))
     return (velocity - (noise - batch.latent)).square().flatten(1).mean(1)
 
 
-def noisy_reward(reward: RewardModel, batch: Batch, noise: Tensor, sigma: Tensor) -> Tensor:
+def noisy_reward(
+    reward: RewardModel,
+    batch: Batch,
+    noise: Tensor,
+    sigma: Tensor,
+    run_blocks: RunBlocks = plain_blocks,
+) -> Tensor:
     """Logits [B] of the batch's latents at noise levels sigma [B]."""
     x = flow.add_noise(batch.latent, noise, sigma)
-    return reward(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition)
+    return reward(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition, run_blocks)
 
 
 def index_range(rollout: RolloutConfig) -> tuple[int, int]:
@@ -69,58 +86,66 @@ def index_range(rollout: RolloutConfig) -> tuple[int, int]:
     return first, end - 1
 
 
-def graded_reward(
-    model: WanTransformer,
-    reward: RewardModel,
-    schedule: flow.Schedule,
-    batch: Batch,
-    noise: Tensor,
-    index: Tensor,
-) -> Tensor:
-    """Logits [B] of the reward after the graded step index[b] of a rollout from noise.
+class GradedWindow:
+    """A window of denoising steps with gradient, ending with the graded step, and the reward after it.
 
-    Steps 0..index-1 run without gradient, step `index` with gradient to the model; its result is
-    scored at the timestep it has then, timesteps[index + 1]. index [B] long, on the CPU.
+    `logit` [B] is the reward's logit; `backward(loss)` backpropagates a loss of it.
     """
-    way = chain.Chain(bind(model, batch), schedule, noise)
-    way.advance_to(index, index)
-    latent = way.graded(index).x
-    t = schedule.timesteps[index + 1].to(latent.device, non_blocking=True)
-    return reward(latent, t, batch.text, batch.clip, batch.condition)
+
+    def __init__(self, window: chain.Window, logit: Tensor, context: Tensor, leaf: Tensor):
+        """leaf: what the steps take in place of the model's context tokens `context`."""
+        self.logit = logit
+        self._window, self._context, self._leaf = window, context, leaf
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the whole gradient of a loss of `logit` to .grad of the parameters: through the graded step,
+        the steps of the window before it, and the embedding of the context. Frees the window; RuntimeError
+        the second time."""
+        self._window.backward(loss)
+        gradient, self._leaf.grad = self._leaf.grad, None
+        if gradient is not None:  # the graph of the embedding serves every window of the rollout
+            self._context.backward(gradient, retain_graph=True)
 
 
-def graded_rewards(
+def graded_windows(
     model: WanTransformer,
     reward: RewardModel,
     schedule: flow.Schedule,
     batch: Batch,
     noise: Tensor,
     indices: Tensor,
-    config: ChainConfig,
+    config: ChainConfig = ChainConfig(),  # noqa: B008 - frozen
     stretches: Callable[[Batch, Tensor], Callable[[], chain.Velocity]] | None = None,
-) -> Iterator[Tensor]:
-    """Logits [B] of the rewards after the graded steps indices[0], indices[1], ... of one rollout.
+    run_blocks: RunBlocks = plain_blocks,
+    score_blocks: RunBlocks = plain_blocks,
+) -> Iterator[GradedWindow]:
+    """The graded steps indices[0], indices[1], ... of one rollout from noise, one window after another.
 
-    Backpropagate a loss of each before taking the next: the gradient through the steps before a
-    graded one (config.window) and through the embedding of the context is added to .grad of the model's
-    parameters when the iterator goes on, and is whole when it ends. indices [K, B] long, on the CPU, not
-    decreasing along K. Text and image embeddings, the reward model's too, are computed once. The steps
-    without gradient are made by stretches(batch, context) where it is given (`rollout.Rollout`).
+        for window in graded_windows(...):
+            window.backward(loss(window.logit))
+
+    A graded step is the denoising step that carries gradient: the steps before its window run without, and
+    its result is scored at the timestep that it has then, timesteps[index + 1]. indices [K, B] long, on the
+    CPU, not decreasing along K. Every forward serves once: a graded step is the next step of the rollout as
+    well. Backpropagate a window before taking the next one, or drop it; every window's gradient is whole in
+    itself, so the loop may be left at any time. Text and image embeddings, the reward model's too, are
+    computed once. Steps without gradient are made by stretches(batch, context) where it is given
+    (`rollout.Rollout`); run_blocks runs the blocks of the generator in windows, score_blocks those of the
+    reward model.
     """
     context = model.embed_context(batch.text, batch.clip)
     leaf = context.detach().requires_grad_(context.requires_grad)
     scored = reward.transformer.embed_context(batch.text, batch.clip)
-    window = len(schedule) if config.window == "all" else config.window
-    windows = chain.graded_windows(
-        bind(model, batch, leaf), schedule, noise, indices, window, config.detach_input,
+    steps = len(schedule) if config.window == "all" else config.window
+    way = chain.Chain(
+        bind(model, batch, leaf, run_blocks), schedule, noise,
         None if stretches is None else stretches(batch, leaf),
     )  # fmt: skip
-    for index, graded in zip(indices, windows, strict=True):
+    for index in indices:
+        window = way.graded(index, steps, config.detach_input)
         t = schedule.timesteps[index + 1].to(noise.device, non_blocking=True)
-        yield reward.score(graded.x, t, scored, batch.condition)
-        graded.backward()
-    if leaf.grad is not None:
-        context.backward(leaf.grad)
+        logit = reward.score(window.x, t, scored, batch.condition, score_blocks)
+        yield GradedWindow(window, logit, context, leaf)
 
 
 def stratified_indices(first: int, last: int, uniform: Tensor) -> Tensor:

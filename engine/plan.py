@@ -320,7 +320,7 @@ def measure(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        recompute.run_all(blocks[:count], [policy] * count, x, e, context, 1, grid).sum().backward()
+        recompute.run_under(policy)(blocks[:count], x, e, context, 1, grid).sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
@@ -335,8 +335,7 @@ def measure(
 def fit_memory(
     config: Config, model: WanTransformer, reward: RewardModel | None, shape: tuple[int, ...]
 ) -> Plan:
-    """Give both models the policies of the plan for model.recompute = auto:GB; shape [16, T, H, W] is that
-    of the largest latent."""
+    """The plan for model.recompute = auto:GB; shape [16, T, H, W] is that of the largest latent."""
     window = config.rollout.steps if config.chain.window == "all" else config.chain.window
     weight = next(model.parameters()).dtype
     setup = Setup(
@@ -346,8 +345,4 @@ def fit_memory(
         config.lora if config.lora.rank else None, config.rollout.samples,
     )  # fmt: skip
     host = float("inf") if config.model.host is None else 1e9 * config.model.host
-    made = plan(setup, config.model.budget, host, config.model.costs)
-    model.recompute = made.policies
-    if reward is not None:
-        reward.transformer.recompute = made.reward_policies
-    return made
+    return plan(setup, config.model.budget, host, config.model.costs)

@@ -29,7 +29,7 @@ torch.ops.prfl.modulated_attention, cross_attention and modulated_ffn, and what 
 (attention is inside of these; torch.ops.prfl.attention is seen where it is called alone).
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -39,11 +39,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from prfl_engine.config import ModelConfig
+from prfl_engine.dit import RunBlocks, plain_blocks
 from prfl_engine.errors import UserError
 from prfl_engine.layers import Block
 from prfl_engine.offload import Away, store_of
 from prfl_kernels import cross_attention, modulated_attention, modulated_ffn
-from prfl_kernels.modulate import layer_norm
+from prfl_kernels.rope import Grid
 
 # Inner parts of each branch: our name, the branch's own name, and how many tensors it saves for it, as they
 # end the list of what the branch saves.
@@ -58,9 +59,6 @@ INNER = {
 STREAM = ("input", "after_attention", "cross_normed", "after_cross")
 NAMES = (*STREAM, *(name for parts in INNER.values() for name, _, _ in parts))
 MODES = ("none", "full", "attention")
-# Of the planner: called when blocks begin to run; what it returns is called with the stream before every
-# block and behind the last.
-watchers: list[Callable[[], Callable[[Tensor], None]]] = []
 
 
 class Keeps(NamedTuple):
@@ -124,63 +122,49 @@ def named(mode: str, keep: str = "all") -> BlockPolicy:
     return BlockPolicy({"input"} if mode == "full" else {"input", "attention"}, again=keep)
 
 
-def of_config(model: ModelConfig) -> "str | BlockPolicy":
-    """What model.recompute asks for, as WanTransformer.recompute takes it; "none" for auto:GB, which the
-    planner replaces. Raises UserError for names that are none."""
+def of_config(model: ModelConfig) -> BlockPolicy:
+    """The policy that model.recompute and model.keep ask for; that of "none" for auto:GB, which the planner
+    replaces. Raises UserError for names that are none."""
     if isinstance(model.recompute, str):
-        return "none" if model.budget is not None else model.recompute
+        return named("none" if model.budget is not None else model.recompute, model.keep)
     try:
         return BlockPolicy(model.recompute.keep, model.recompute.offload, again=model.keep)
     except ValueError as error:
         raise UserError(f"model.recompute: {error}") from None
 
 
-def run(
-    block: Block,
-    policy: BlockPolicy,
-    x: Tensor,
-    e: Tensor,
-    context: Tensor,
-    repeats: int,
-    grid: tuple[int, int, int],
-    before: "Run | None" = None,
-) -> tuple[Tensor, "Run | None"]:
-    """x' [B, L, C] of a block with gradient under a policy; x [B, L, C], e [B, 6, C], context [B, S, C],
-    whose last token counts `repeats` times.
+def run_under(
+    policies: BlockPolicy | Sequence[BlockPolicy], watch: Callable[[Tensor], None] | None = None
+) -> RunBlocks:
+    """A way to run blocks with gradient: each under a policy of its own, or all under one.
 
-    The second result is given to the next block as `before`: the backward of that one starts to bring back
-    what this one has put away. A block without a backward, frozen and behind nothing trained, keeps nothing.
+    The last block offloads nothing: its backward comes first. What a block offloads has left the device when
+    the forward of the next block is over. The backward of a block starts to bring back what the block before
+    it has offloaded. watch is called with the tokens before every block and after the last. Without gradient
+    the blocks run plainly.
     """
-    if policy.plain or not any(a.requires_grad for a in (x, e, context, *block.parameters())):
-        return block(x, e, context, repeats, grid, policy.keeps)[0], None
-    this = Run(block, policy, x, context, repeats, block.vectors(e), grid, before)
-    return this.forward(x), this
 
-
-def run_all(
-    blocks: Iterable[Block],
-    policies: list[BlockPolicy],
-    x: Tensor,
-    e: Tensor,
-    context: Tensor,
-    repeats: int,
-    grid: tuple[int, int, int],
-) -> Tensor:
-    """The blocks one after another, as in `run`. The last one puts nothing away: its backward comes first.
-    What a block puts away has left the device when the next block's forward is over."""
-    watch = watchers[-1]() if watchers else None
-    before, store = None, store_of(x.device) if any(policy.offload for policy in policies) else None
-    policies = [*policies[:-1], *(policy.staying() for policy in policies[-1:])]
-    for block, policy in zip(blocks, policies, strict=True):
+    def run(
+        blocks: Sequence[Block], tokens: Tensor, e: Tensor, context: Tensor, repeats: int, grid: Grid
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            return plain_blocks(blocks, tokens, e, context, repeats, grid)
+        found = [policies] * len(blocks) if isinstance(policies, BlockPolicy) else policies[: len(blocks)]
+        found = [*found[:-1], *(policy.staying() for policy in found[-1:])]
+        before, store = None, store_of(tokens.device) if any(policy.offload for policy in found) else None
+        for block, policy in zip(blocks, found, strict=True):
+            if watch is not None:
+                watch(tokens)
+            lots, this = store.lots if store is not None else 0, Run(policy, before)
+            tokens = block(tokens, e, context, repeats, grid, this)
+            before = this if this.active else None
+            if store is not None:
+                store.settle(store.lots - lots)
         if watch is not None:
-            watch(x)
-        lots = store.lots if store is not None else 0
-        x, before = run(block, policy, x, e, context, repeats, grid, before)
-        if store is not None:
-            store.settle(store.lots - lots)
-    if watch is not None:
-        watch(x)
-    return x
+            watch(tokens)
+        return tokens
+
+    return run
 
 
 class _Slot:
@@ -198,11 +182,21 @@ def _unpack(slot: "_Slot | Tensor") -> Tensor:
 
 
 class Run:
-    """One block in one forward, until its backward is done; it lives in the block's graph."""
+    """The run of one block under a policy (a `BlockRun`), and its part in the backward; it lives in the
+    block's graph."""
 
-    def __init__(self, block, policy, x, context, repeats, vectors, grid, before):
-        self.block, self.policy, self.grid, self.before = block, policy, grid, before
-        self.context, self.repeats, self.vectors = context, repeats, vectors
+    def __init__(self, policy: BlockPolicy, before: "Run | None" = None):
+        """before: the run of the block before, whose offloaded tensors this one starts to bring back."""
+        self.policy, self.before, self.active = policy, before, False
+
+    def __call__(
+        self, block: Block, x: Tensor, e: Tensor, context: Tensor, repeats: int, grid: Grid
+    ) -> Tensor:
+        """x' [B, L, C]. A block without a backward, frozen and after nothing trained, saves nothing."""
+        if self.policy.plain or not any(a.requires_grad for a in (x, e, context, *block.parameters())):
+            return block.compute(x, e, context, repeats, grid, self.policy.keeps)
+        self.active, self.block, self.grid, self.context, self.repeats = True, block, grid, context, repeats
+        self.vectors = block.vectors(e)
         # No tensor here has a graph: that of this block would hold itself.
         self.streams: dict[str, Tensor | Away] = {"input": x.detach()}
         # What takes gradient decides what layers save, so a branch that is run again asks for no more.
@@ -211,15 +205,16 @@ class Run:
         self.again: dict[tuple[str, int], Tensor] = {}  # what a branch run again has saved
         self.made: dict[str, Tensor] = {}  # streams made again
         self.away: list[Away] = []
-        known = (context, *vectors, *block.parameters())
+        known = (context, *self.vectors, *block.parameters())
         self._known = {a.untyped_storage()._cdata for a in known}
-        held = policy.held
+        held = self.policy.held
         self.reruns = {"attend": "after_attention" not in held, "feed": False}
         # Layers that run one by one keep everything: where nothing is to be kept, they are run again.
         whole = block.cross_attn.fused or any(name in held for name, _, _ in INNER["cross"])
         self.reruns["cross"] = "after_cross" not in held or not whole
+        return self._forward(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _forward(self, x: Tensor) -> Tensor:
         """The block's result; what it leaves behind is kept, put away or forgotten branch by branch."""
         keeps = self.policy.keeps
         (after, n, _), slots = self._watched("attend", self._attend, x, keeps.attend)
@@ -313,9 +308,7 @@ class Run:
         if name in self.streams:
             return _here(self.streams[name])
         if name == "cross_normed" and "after_attention" in self.streams:
-            norm, x = self.block.norm3, self._stream("after_attention")
-            dtype = self.block.numerics()["dtype"]
-            return layer_norm(x, norm.weight, norm.bias, self.block.eps, dtype).detach()
+            return self.block.cross_input(self._stream("after_attention")).detach()
         if name == "after_cross":
             if "cross" not in self.made:
                 self._again("cross")

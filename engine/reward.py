@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prfl_engine.dit import WanTransformer
+from prfl_engine.dit import RunBlocks, WanTransformer, plain_blocks
 from prfl_engine.errors import UserError
 from prfl_kernels.jit import wide
 from prfl_kernels.reward_pool import reward_pool
@@ -101,17 +101,25 @@ class RewardModel(nn.Module):
         text: Tensor,
         clip: Tensor | None = None,
         condition: Tensor | None = None,
+        run_blocks: RunBlocks = plain_blocks,
     ) -> Tensor:
         """Logits [B], float32 or wider; the reward is their sigmoid.
 
         x [B, 16, T, H, W], t [B], text [B, n, text_dim]; for an I2V model clip [B, 257, 1280] and
         condition [B, 20, T, H, W].
         """
-        return self.score(x, t, self.transformer.embed_context(text, clip), condition)
+        return self.score(x, t, self.transformer.embed_context(text, clip), condition, run_blocks)
 
-    def score(self, x: Tensor, t: Tensor, context: Tensor, condition: Tensor | None = None) -> Tensor:
+    def score(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        condition: Tensor | None = None,
+        run_blocks: RunBlocks = plain_blocks,
+    ) -> Tensor:
         """Logits [B] as above, with the context tokens of transformer.embed_context."""
-        x = self.transformer.features(x, t, context, condition, self.feature_layer)
+        x = self.transformer.features(x, t, context, condition, self.feature_layer, run_blocks)
         return self.mlp(self.pool(x)).squeeze(1)
 
     def freeze(self) -> "RewardModel":

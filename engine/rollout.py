@@ -19,18 +19,15 @@ from torch import Tensor
 from prfl_engine import chain, flow
 from prfl_engine.config import RolloutConfig
 from prfl_engine.data import to_device
-from prfl_engine.dit import WanTransformer
+from prfl_engine.dit import RunBlocks, WanTransformer, plain_blocks
 from prfl_engine.errors import UserError
 from prfl_engine.fp8_blocks import Fp8Blocks
 from prfl_engine.graphs import Captured, CudaRecorder
 from prfl_engine.metrics import note
 from prfl_engine.objectives import Batch
 from prfl_engine.seeds import Purpose, noise_like
-from prfl_engine.step_cache import StepCache
-from prfl_kernels.modulate import modulate
+from prfl_engine.step_cache import StepCache, cached
 from prfl_kernels.rope import Grid
-
-Blocks = Callable[[Tensor, Tensor, Tensor, Grid], Tensor]
 
 
 def make_rollout(
@@ -60,11 +57,11 @@ class Rollout:
         self.fp8 = Fp8Blocks(model) if config.precision == "fp8" else None
         self.version: Hashable = None  # of the weights, see Fp8Blocks.follow
         self.accelerated = True  # False: plain until a probe passes
-        plain = self._plain if record is None else self._captured(self._plain, record)
+        plain = plain_blocks if record is None else self._captured(plain_blocks, record)
         fast = plain
         if self.fp8 is not None:
             fast = self.fp8 if record is None else self._captured(self.fp8, record)
-        self.blocks: dict[bool, Blocks] = {False: plain, True: fast}
+        self.blocks: dict[bool, RunBlocks] = {False: plain, True: fast}
 
     @property
     def approximate(self) -> bool:
@@ -80,7 +77,7 @@ class Rollout:
         return lambda: self._velocity(batch, context.detach(), self.accelerated)
 
     def _velocity(self, batch: Batch, context: Tensor, accelerated: bool) -> chain.Velocity:
-        model, blocks, cache = self.model, self.blocks[accelerated], None
+        model, run_blocks, cache = self.model, self.blocks[accelerated], None
         if accelerated and self.config.cache > 0:
             cache = StepCache(self.config.cache, self.schedule.timesteps[-1].item())
         if accelerated and self.fp8 is not None:
@@ -89,30 +86,22 @@ class Rollout:
         @torch.no_grad()
         def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
             condition = None if batch.condition is None else _rows(batch.condition, active)
-            tokens, e, e_B6C, grid = model.begin(x, t, condition)
-            held = _rows(context, active)
-            if cache is None:
-                return model.finish(blocks(tokens, e_B6C, held, grid), e, grid)
-
-            def run(tokens, rows):
-                part = slice(None) if len(rows) == len(held) else rows
-                return blocks(tokens, e_B6C[part], held[part], grid)
-
-            tokens = cache(run, tokens, _first_input(model, tokens, e_B6C), t, active)
-            return model.finish(tokens, e, grid)
+            run = run_blocks if cache is None else cached(run_blocks, cache, t, active)
+            return model(x, t, _rows(context, active), condition, run)
 
         return velocity
 
-    def _plain(self, tokens: Tensor, e_B6C: Tensor, context: Tensor, grid: Grid) -> Tensor:
-        repeats = self.model.repeats(context)
-        for block in self.model.blocks:
-            tokens, _ = block(tokens, e_B6C, context, repeats, grid)
-        return tokens
+    def _captured(self, run_blocks: RunBlocks, record: Callable) -> RunBlocks:
+        """run_blocks on all blocks of the model, recorded and replayed."""
+        blocks, parameters = self.model.blocks, list(self.model.blocks.parameters())
 
-    def _captured(self, blocks: Blocks, record: Callable) -> Blocks:
-        parameters = list(self.model.blocks.parameters())
-        graph = Captured(blocks, lambda: tuple(p.data_ptr() for p in parameters), record)
-        return lambda tokens, e_B6C, context, grid: graph(tokens, e_B6C, context, key=tuple(grid))
+        def call(tokens: Tensor, e_B6C: Tensor, context: Tensor, key: tuple[int, Grid]) -> Tensor:
+            return run_blocks(blocks, tokens, e_B6C, context, *key)
+
+        graph = Captured(call, lambda: tuple(p.data_ptr() for p in parameters), record)
+        return lambda _, tokens, e_B6C, context, repeats, grid: graph(
+            tokens, e_B6C, context, key=(repeats, tuple(grid))
+        )
 
     @torch.no_grad()
     def drift(self, batch: Batch, noise: Tensor, index: Tensor) -> Tensor:
@@ -165,10 +154,3 @@ def _rows(a: Tensor, active: Tensor) -> Tensor:
     """The samples `active` (on the CPU) of a batch."""
     return a if len(active) == len(a) else a[active.to(a.device, non_blocking=True)]
 
-
-def _first_input(model: WanTransformer, tokens: Tensor, e_B6C: Tensor) -> Tensor:
-    """The modulated input of the first block's attention, [B, L, C] in the dtype of its products."""
-    block = model.blocks[0]
-    shift, scale = (block.modulation.to(e_B6C.dtype) + e_B6C)[:, :2].unbind(1)
-    q = block.self_attn.q
-    return modulate(tokens, scale, shift, block.eps, q.compute_dtype or q.weight.dtype)

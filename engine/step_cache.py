@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prfl_engine.dit import RunBlocks
+
 
 @dataclass
 class _Kept:
@@ -84,3 +86,16 @@ class StepCache:
             flags[row] = ~(kept.moved < self.threshold) | (t[row] <= self.last_timestep)
         read = dict(zip(flags, torch.stack(list(flags.values())).tolist(), strict=True)) if flags else {}
         return [read.get(row, True) for row in range(len(samples))]
+
+
+def cached(run_blocks: RunBlocks, cache: StepCache, t: Tensor, active: Tensor) -> RunBlocks:
+    """run_blocks for one step of the samples `active` [N] at timesteps t [N], through the cache."""
+
+    def run(blocks, tokens, e_B6C, context, repeats, grid):
+        def some(tokens: Tensor, rows: list[int]) -> Tensor:
+            part = slice(None) if len(rows) == len(context) else rows
+            return run_blocks(blocks, tokens, e_B6C[part], context[part], repeats, grid)
+
+        return cache(some, tokens, blocks[0].attention_input(tokens, e_B6C), t, active)
+
+    return run

@@ -17,7 +17,7 @@ from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
 from prfl_engine.objectives import (
     Batch,
     bind,
-    graded_rewards,
+    graded_windows,
     index_range,
     noisy_reward,
     reward_loss,
@@ -25,6 +25,7 @@ from prfl_engine.objectives import (
     stratified_indices,
 )
 from prfl_engine.plan import fit_memory
+from prfl_engine.recompute import of_config, run_under
 from prfl_engine.reward import RewardModel
 from prfl_engine.rollout import DriftMeter, make_rollout
 from prfl_engine.sample import write_samples
@@ -108,34 +109,41 @@ def train(config: Config) -> None:
     stream = Stream(reader, paths, c.data.batch_size, c.train.seed)
     if c.model.budget is not None:
         shape = max((reader.shape(p) for p in paths), key=lambda s: math.prod(s))
-        print(fit_memory(c, policy, reward if use_reward else None, shape[1:]), flush=True)
+        made = fit_memory(c, policy, reward if use_reward else None, shape[1:])
+        print(made, flush=True)
+        run_blocks, score_blocks = run_under(made.policies), run_under(made.reward_policies)
+    else:
+        run_blocks = score_blocks = run_under(of_config(c.model))
     rollout = make_rollout(policy, c.rollout, schedule, device) if use_reward else None
     meter = None
     if rollout is not None and rollout.approximate:
         sample = Batch(*(None if a is None else a[:1] for a in stream[0]))
         meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
 
-    def losses(batch: Batch, key: int):
+    def backpropagate(batch: Batch, key: int, share: float):
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         turn = key // c.train.accumulate % 2 if c.loss.alternate else None  # even steps: flow matching
         if use_sft and turn != 1:
             sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
             sigma = sigma.to(device, non_blocking=True)
             noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
-            loss = sft_loss(policy, batch, noise, sigma).mean()
-            yield c.loss.sft_weight * loss, {"sft_loss": loss}
+            loss = sft_loss(policy, batch, noise, sigma, run_blocks).mean()
+            (share * c.loss.sft_weight * loss).backward()
+            yield {"sft_loss": loss}
         if use_reward and turn != 0:
             uniform = [rng.random(c.rollout.samples) for rng in each(Purpose.ROLLOUT_INDEX, *at, n)]
             indices = stratified_indices(start, last, torch.from_numpy(np.stack(uniform, 1)))
             noise = noise_like(batch.latent, Purpose.ROLLOUT_NOISE, *at)
-            share, extra = 1 / c.rollout.samples, {}
+            part, extra = 1 / c.rollout.samples, {}
             if meter is not None:
                 meter.begin(key // c.train.accumulate)
                 extra = meter.values()
             given = policy, reward, schedule, batch, noise, indices, c.chain
-            for logit in graded_rewards(*given, rollout and rollout.stretches):
-                loss = share * reward_loss(logit, c.loss).mean()
-                yield loss, {"reward_loss": loss, "reward": share * torch.sigmoid(logit).mean()} | extra
+            for window in graded_windows(*given, rollout and rollout.stretches, run_blocks, score_blocks):
+                loss = part * reward_loss(window.logit, c.loss).mean()
+                values = {"reward_loss": loss, "reward": part * torch.sigmoid(window.logit).mean()}
+                window.backward(share * loss)
+                yield values | extra
                 extra = {}  # once for every micro-batch
 
     def validate(step: int) -> dict[str, float]:
@@ -150,7 +158,7 @@ def train(config: Config) -> None:
         return dict(load_transformer(folder, torch.float32, device).named_parameters())
 
     fit(
-        c, resume, policy, [(policy, c.optim.lr)], stream, losses,
+        c, resume, policy, [(policy, c.optim.lr)], stream, backpropagate,
         validate if c.eval.every else None, save, load,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
 from prfl_engine.lora_files import write_peft
 from prfl_engine.metrics import note, progress
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
+from prfl_engine.recompute import of_config, run_under
 from prfl_engine.reward import RewardModel
 from prfl_engine.seeds import Purpose, integers, noise_like, torch_seed
 from prfl_engine.validation import check_labels, finite, partners, read_labels
@@ -106,20 +107,23 @@ def train_reward(config: Config) -> None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
     stream = Stream(reader, win, c.data.batch_size, c.train.seed, lose)
 
-    def losses(item, key: int):
+    run_blocks = run_under(of_config(c.model))
+
+    def backpropagate(item, key: int, share: float):
         batch = item[0] if pairs else item
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, *at, n)]
         sigma = sigma.to(device, non_blocking=True)
         noise = noise_like(batch.latent, Purpose.REWARD_NOISE, *at)
-        logit = noisy_reward(model, batch, noise, sigma)
+        logit = noisy_reward(model, batch, noise, sigma, run_blocks)
         if pairs:  # winner and loser share noise and noise level
-            logit_lose = noisy_reward(model, item[1], noise, sigma)
+            logit_lose = noisy_reward(model, item[1], noise, sigma, run_blocks)
             loss, right = bradley_terry(logit, logit_lose).mean(), logit > logit_lose
         else:
             loss = cross_entropy(logit, batch.label).mean()
             right = (logit > 0) == (batch.label > 0.5)
-        yield loss, {"loss": loss, "accuracy": right.float().mean()}
+        (share * loss).backward()
+        yield {"loss": loss, "accuracy": right.float().mean()}
 
     def validate(step: int) -> dict[str, float]:
         accuracy = evaluate_reward(c, model, held_out, val_lose)
@@ -134,7 +138,7 @@ def train_reward(config: Config) -> None:
     model.train()
     fit(
         c, resume, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], stream,
-        losses, validate if c.eval.every else None,
+        backpropagate, validate if c.eval.every else None,
         save=lambda folder, step: (save_adapted if adapted else save_reward)(model, folder, step),
         load=load,
     )  # fmt: skip

@@ -9,9 +9,10 @@ import torch
 import yaml
 
 from prfl_engine.checkpoint import new_reward, save_reward, save_transformer
-from prfl_engine.dit import WanConfig, WanTransformer
+from prfl_engine.dit import RunBlocks, WanConfig, WanTransformer
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.objectives import Batch
+from prfl_engine.recompute import BlockPolicy, named, run_under
 
 # Models this small gain nothing from threads, and lose minutes where another process has the cores
 # (measured: one training test 0.8 s on free cores, 146 s beside a busy process).
@@ -48,6 +49,11 @@ def tiny_reward(config: WanConfig | None = None, seed: int = 1, blocks: int = 1,
     """A reward model on the first blocks of another tiny model than the policy."""
     arguments = {"feature_layer": blocks} | arguments
     return randomize(new_reward(tiny_model(config, seed), blocks, **arguments), seed)
+
+
+def under(policy: str | BlockPolicy = "none", keep: str = "all") -> RunBlocks:
+    """Blocks under a policy or the mode of that name."""
+    return run_under(named(policy, keep) if isinstance(policy, str) else policy)
 
 
 def random_batch(

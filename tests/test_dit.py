@@ -11,10 +11,11 @@ from helpers import (
     rows,
     tiny_config,
     tiny_model,
+    under,
 )
 
 from prfl_engine.config import UserError
-from prfl_engine.dit import PRESETS, WanTransformer, sinusoid
+from prfl_engine.dit import PRESETS, WanTransformer, plain_blocks, sinusoid
 from prfl_engine.live_bytes import LiveBytes
 
 BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])
@@ -57,9 +58,9 @@ REST_IMAGE = REST | {
 }  # fmt: skip
 
 
-def velocity(model, batch, t, noise=None):
+def velocity(model, batch, t, run_blocks=plain_blocks):
     context = model.embed_context(batch.text, batch.clip)
-    return model(batch.latent if noise is None else noise, t, context, batch.condition)
+    return model(batch.latent, t, context, batch.condition, run_blocks)
 
 
 @BOTH
@@ -211,8 +212,7 @@ def test_what_is_kept_changes_no_gradient(model_type):
     gradients = []
     for recompute, keep in MEMORY:
         model = tiny_model(config)
-        model.recompute, model.keep = recompute, keep
-        velocity(model, batch, t).square().mean().backward()
+        velocity(model, batch, t, under(recompute, keep)).square().mean().backward()
         gradients.append({k: p.grad for k, p in model.named_parameters()})
     for other in gradients[1:]:
         assert all(torch.equal(gradients[0][k], g) for k, g in other.items())
@@ -226,11 +226,10 @@ def test_every_mode_keeps_less_than_the_one_before():
     kept = []
     for recompute, keep in MEMORY:
         model = tiny_model(config)
-        model.recompute, model.keep = recompute, keep
         with LiveBytes() as live:
             live.add([*model.parameters(), batch.latent, batch.text, t])
             before = live.now
-            out = velocity(model, batch, t)
+            out = velocity(model, batch, t, under(recompute, keep))
             kept.append(live.now - before)
         del out
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(kept)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from helpers import random_batch as make_batch
-from helpers import tiny_config, tiny_model, tiny_reward
+from helpers import tiny_config, tiny_model, tiny_reward, under
 
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig
 from prfl_engine.live_bytes import LiveBytes
-from prfl_engine.objectives import graded_rewards
+from prfl_engine.objectives import graded_windows
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
 
 
@@ -67,7 +67,6 @@ def test_a_window_of_40_lives_in_the_memory_of_a_window_of_1(recompute):
     """Peak bytes, gradients allocated before; allowed beyond it are the latents and states kept."""
     config = tiny_config(num_layers=3)
     policy, reward = tiny_model(config), tiny_reward(config).freeze()
-    policy.recompute = recompute
     for p in policy.parameters():
         p.grad = torch.zeros_like(p)
     batch = make_batch(config, 1, (16, 5, 12, 12))
@@ -79,9 +78,10 @@ def test_a_window_of_40_lives_in_the_memory_of_a_window_of_1(recompute):
         with live:
             indices = torch.tensor([[39]])
             how = ChainConfig(window=window)
-            for logit in graded_rewards(policy, reward, schedule, batch, noise, indices, how):
-                torch.sigmoid(logit).sum().backward()
-                del logit
+            given = policy, reward, schedule, batch, noise, indices, how
+            for graded in graded_windows(*given, run_blocks=under(recompute)):
+                graded.backward(torch.sigmoid(graded.logit).sum())
+                del graded
         peaks[window] = live.peak
     # A state is four tensors, of which a step makes three.
     kept = 40 * 3 * noise.numel() * 4

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import tiny_config, under
 from safetensors.torch import load_file, save_file
 
 from prfl_engine import flow, lora
@@ -14,7 +14,7 @@ from prfl_engine.config import ChainConfig, LoraConfig
 from prfl_engine.dit import WanTransformer
 from prfl_engine.errors import UserError
 from prfl_engine.fp8_blocks import weight_of
-from prfl_engine.objectives import Batch, graded_rewards, sft_loss
+from prfl_engine.objectives import Batch, graded_windows, sft_loss
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)
 SIZE = (1, 16, 2, 6, 4)
@@ -77,10 +77,10 @@ def test_gradients_are_the_chain_rule_s_on_merged_weights(config, recompute, chu
     with torch.no_grad():
         for name, m in layers.items():
             merged.get_submodule(name).weight.addmm_(m.lora_B, m.lora_A, alpha=m.lora_scale)
-    trained.recompute = recompute
     trained.set_chunk(chunk)
-    for m in (trained, merged):
-        sft_loss(m, batch, torch.ones(SIZE).double(), torch.tensor([0.4]).double()).sum().backward()
+    for m, run in ((trained, under(recompute)), (merged, under())):
+        noise, sigma = torch.ones(SIZE).double(), torch.tensor([0.4]).double()
+        sft_loss(m, batch, noise, sigma, run).sum().backward()
     for name, m in layers.items():
         dw = merged.get_submodule(name).weight.grad
         torch.testing.assert_close(m.lora_A.grad, m.lora_scale * m.lora_B.T @ dw, rtol=1e-9, atol=1e-12)
@@ -93,8 +93,8 @@ def test_a_graded_step_trains_updates_alone(config):
     reward = new_reward(model(config, None), 2, num_heads=2, feature_layer=2).freeze()
     schedule = flow.make_schedule("unipc", 4, 5.0)
     given = trained, reward, schedule, batch, torch.randn(SIZE), torch.tensor([[1], [2]]), ChainConfig(2)
-    for logit in graded_rewards(*given):
-        logit.sum().backward()
+    for window in graded_windows(*given):
+        window.backward(window.logit.sum())
     grads = {k: p.grad for k, p in trained.named_parameters()}
     held = lora.parameters(trained)
     assert all(grads[k] is not None and grads[k].any() for k in held)

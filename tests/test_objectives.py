@@ -6,15 +6,14 @@ import pytest
 import torch
 from helpers import SHAPE, random_batch, tiny_config, tiny_model, tiny_reward
 
-from prfl_engine import flow
+from prfl_engine import chain, flow
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
 from prfl_engine.dit import WanTransformer
 from prfl_engine.objectives import (
     bind,
     bradley_terry,
     cross_entropy,
-    graded_reward,
-    graded_rewards,
+    graded_windows,
     index_range,
     reward_loss,
     sft_loss,
@@ -121,8 +120,8 @@ def setup(model_type="t2v", size=2):
 def test_the_reward_gradient_reaches_the_policy_and_nothing_of_the_reward_model(model_type):
     policy, reward, schedule, batch = setup(model_type)
     noise = torch.randn(2, *SHAPE)
-    logit = graded_reward(policy, reward, schedule, batch, noise, torch.tensor([2, 0]))
-    reward_loss(logit, LossConfig()).mean().backward()
+    (window,) = graded_windows(policy, reward, schedule, batch, noise, torch.tensor([[2, 0]]))
+    window.backward(reward_loss(window.logit, LossConfig()).mean())
     for name, p in policy.named_parameters():
         assert p.grad is not None and p.grad.any(), name
     assert all(p.grad is None for p in reward.parameters())
@@ -134,7 +133,8 @@ def test_the_reward_is_taken_at_the_next_timestep_of_each_sample():
     batch = batch._replace(latent=batch.latent.double(), text=batch.text.double())
     noise, index = torch.randn(2, *SHAPE, dtype=torch.float64), torch.tensor([2, 0])
     with torch.no_grad():
-        got = graded_reward(policy, reward, schedule, batch, noise, index)
+        (window,) = graded_windows(policy, reward, schedule, batch, noise, index[None])
+        got = window.logit
         context = policy.embed_context(batch.text)
         for b in range(2):
             state, one = flow.init_state(noise[b : b + 1]), slice(b, b + 1)
@@ -159,25 +159,26 @@ def test_the_reward_gradient_is_that_of_finite_differences():
         saved = weight.data
         weight.data = saved + offset * direction
         try:
-            logit = graded_reward(policy, reward, schedule, batch, noise, index)
-            return reward_loss(logit, LossConfig()).sum()
+            (window,) = graded_windows(policy, reward, schedule, batch, noise, index[None])
+            return window, reward_loss(window.logit, LossConfig()).sum()
         finally:
             weight.data = saved
 
-    weight_grad = torch.autograd.grad(loss(0.0), weight)[0]
+    window, value = loss(0.0)
+    window.backward(value)
     with torch.no_grad():
-        slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+        slope = (loss(1e-5)[1] - loss(-1e-5)[1]) / 2e-5
     # Central differences: 1e-10 of curvature, and 1e-16 / 1e-5 of rounding, on a slope near 1e-2.
-    torch.testing.assert_close((weight_grad * direction).sum(), slope, rtol=1e-5, atol=1e-10)
+    torch.testing.assert_close((weight.grad * direction).sum(), slope, rtol=1e-5, atol=1e-10)
 
 
 def accumulated(policy, reward, schedule, batch, noise, indices, **config):
     """(logits [K, B], .grad of the policy) of the mean loss over K graded samples of one rollout."""
     policy.zero_grad()
     logits = []
-    for logit in graded_rewards(policy, reward, schedule, batch, noise, indices, ChainConfig(**config)):
-        (torch.sigmoid(logit).mean() / len(indices)).backward()
-        logits.append(logit.detach())
+    for window in graded_windows(policy, reward, schedule, batch, noise, indices, ChainConfig(**config)):
+        logits.append(window.logit.detach())
+        window.backward(torch.sigmoid(window.logit).mean() / len(indices))
     return torch.stack(logits), {k: p.grad.clone() for k, p in policy.named_parameters()}
 
 
@@ -200,10 +201,42 @@ def test_one_sample_with_a_window_of_one_step_is_the_graded_reward(model_type):
     logits, got = accumulated(*setup, index[None])
     policy = setup[0]
     policy.zero_grad()
-    logit = graded_reward(*setup, index)
+    policy, reward, schedule, batch, noise = setup
+    velocity = bind(policy, batch)
+    with torch.no_grad():
+        state = chain.rollout(velocity, schedule, noise, index)
+    x = chain.advance(velocity, schedule, state, index, torch.arange(2)).x
+    logit = reward(x, schedule.timesteps[index + 1], batch.text, batch.clip, batch.condition)
     torch.sigmoid(logit).mean().backward()
     torch.testing.assert_close(logits[0], logit.detach(), rtol=1e-12, atol=1e-12)
     assert_close(got, {k: p.grad for k, p in policy.named_parameters()})
+
+
+@BOTH
+def test_every_window_is_whole_so_the_loop_may_be_left_at_any_time(model_type):
+    """The first of two windows of three steps: its gradient is that of a rollout of its own."""
+    setup = setup_rewards(model_type)
+    indices = torch.tensor([[3, 2], [3, 3]])
+    _, want = accumulated(*setup, indices[:1], window=3)
+    setup[0].zero_grad()
+    for window in graded_windows(*setup, indices, ChainConfig(window=3)):
+        window.backward(torch.sigmoid(window.logit).mean())
+        break
+    assert_close({k: p.grad for k, p in setup[0].named_parameters()}, want)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_window_is_backpropagated_by_its_own_backward_alone_and_once(length):
+    setup = setup_rewards()
+    given = *setup, torch.tensor([[3, 2]]), ChainConfig(window=length)
+    (window,) = graded_windows(*given)
+    with pytest.raises(RuntimeError, match=r"want window.backward\(loss\)"):
+        window.logit.sum().backward()
+    assert all(p.grad is None for p in setup[0].parameters())
+    (window,) = graded_windows(*given)
+    window.backward(window.logit.sum())
+    with pytest.raises(RuntimeError, match="got a second backward"):
+        window.backward(window.logit.sum())
 
 
 @pytest.mark.parametrize("window", [1, 3, "all"])

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, write_run
+from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, under, write_run
 from no_sync import NoBlockingCopy, NoSync
 from safetensors.torch import load_file
 from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
@@ -16,7 +16,7 @@ from prfl_engine.block_adamw import BlockAdamW
 from prfl_engine.config import ChainConfig, Config, LossConfig, OptimConfig, TrainConfig, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.live_bytes import LiveBytes
-from prfl_engine.objectives import graded_rewards, reward_loss, sft_loss
+from prfl_engine.objectives import graded_windows, reward_loss, sft_loss
 from prfl_engine.optim import EMA, make_optimizer, update
 
 BF16 = torch.bfloat16
@@ -168,14 +168,14 @@ def test_a_model_updated_in_backward_is_the_same_in_less_memory(dtype, recompute
     weights, peaks, states = {}, {}, {}
     for in_backward in (False, True):
         model = tiny_model(config).to(dtype)
-        model.recompute = recompute
         how = OptimConfig(in_backward=in_backward, rounding="stochastic", clip=None, offload="states")
         optimizer = make_optimizer([(model, 1e-3)], how)
         live = LiveBytes()
         live.add([*model.parameters(), *tensors(optimizer.state_dict()["state"])])
         before = live.now
         with live:
-            sft_loss(model, batch, torch.ones_like(batch.latent), torch.tensor([0.3])).mean().backward()
+            noise, sigma = torch.ones_like(batch.latent), torch.tensor([0.3])
+            sft_loss(model, batch, noise, sigma, under(recompute)).mean().backward()
             assert all((p.grad is None) == in_backward for p in model.parameters())
             update(optimizer, None)
         peaks[in_backward] = live.peak - before
@@ -237,8 +237,8 @@ def test_a_step_takes_no_number_out_of_a_tensor(how, dtype):
         optim.set_lr(optimizer, 0.5)
         if not config.in_backward:
             sft_loss(policy, batch, noise, torch.tensor([0.3, 0.6])).mean().backward()
-        for logit in graded_rewards(policy, reward, schedule, batch, noise, indices, window):
-            reward_loss(logit, LossConfig()).mean().backward()
+        for graded in graded_windows(policy, reward, schedule, batch, noise, indices, window):
+            graded.backward(reward_loss(graded.logit, LossConfig()).mean())
         norm = update(optimizer, config.clip)
         ema.update()
         measured = loop.Measured(0, 1e-3, {"grad_norm": norm})

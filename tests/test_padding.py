@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from helpers import SHAPE, random_batch, relative, tiny_config, tiny_model, tiny_reward
+from helpers import SHAPE, random_batch, relative, tiny_config, tiny_model, tiny_reward, under
 from test_graphs import FakeRecorder
 
 from prfl_engine import chain, dit, flow, lora
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, RolloutConfig, UserError
 from prfl_engine.fp8_blocks import Fp8Blocks
 from prfl_engine.layers import IMAGE_TOKENS
-from prfl_engine.objectives import bind, graded_rewards, reward_loss, sft_loss
+from prfl_engine.objectives import bind, graded_windows, reward_loss, sft_loss
 from prfl_engine.recompute import BlockPolicy
 from prfl_engine.rollout import Rollout
 from prfl_kernels import table
@@ -85,11 +85,11 @@ def test_all_gradients_in_float64(model_type, policy):
 
     def run():
         model = tiny_model(config).double()
-        model.recompute = POLICIES[policy]
         torch.manual_seed(0)
         batch = random_batch(config, 2, tokens=GIVEN, dtype=torch.float64)
         x, text = batch.latent.requires_grad_(), batch.text.requires_grad_()
-        v = bind(model, batch)(x, torch.tensor([700.0, 30.0]), torch.arange(2))
+        velocity = bind(model, batch, run_blocks=under(POLICIES[policy]))
+        v = velocity(x, torch.tensor([700.0, 30.0]), torch.arange(2))
         v.square().mean().backward()
         return {"v": v.detach(), "x": x.grad, "text": text.grad, **gradients(model)}
 
@@ -141,9 +141,9 @@ def test_rewards_and_their_gradients():
         batch = random_batch(config, 2, tokens=GIVEN, dtype=torch.float64)
         noise, indices = torch.randn_like(batch.latent), torch.tensor([[1, 2], [4, 3]])
         logits = []
-        for logit in graded_rewards(model, reward, schedule, batch, noise, indices, ChainConfig(2)):
-            reward_loss(logit, LossConfig()).mean().backward()
-            logits.append(logit.detach())
+        for window in graded_windows(model, reward, schedule, batch, noise, indices, ChainConfig(2)):
+            logits.append(window.logit.detach())
+            window.backward(reward_loss(window.logit, LossConfig()).mean())
         return {"logits": torch.stack(logits), **gradients(model)}
 
     assert_close(*with_and_without_all_padding(run), 1e-9)
@@ -179,7 +179,12 @@ def test_fp8_blocks():
     blocks, text = Fp8Blocks(model), torch.randn(2, 10, config.text_dim)
     blocks.follow()
     tokens, e = torch.randn(2, 30, config.dim), 0.3 * torch.randn(2, 6, config.dim)
-    with_and_without_all_padding(lambda: blocks(tokens, e, model.embed_context(text), (2, 3, 5)))
+
+    def run():
+        context = model.embed_context(text)
+        return blocks(model.blocks, tokens, e, context, model.repeats(context), (2, 3, 5))
+
+    with_and_without_all_padding(run)
     assert held[0].dtype == torch.bfloat16 and relative(*held) < 2**-8
 
 

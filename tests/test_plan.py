@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import one_line, random_batch, tiny_config, tiny_model, tiny_reward, write_run
+from helpers import one_line, random_batch, tiny_config, tiny_model, tiny_reward, under, write_run
 
 from prfl_engine import cli, flow, plan, search
 from prfl_engine.config import ChainConfig, Config, ModelConfig, UserError, from_dict
 from prfl_engine.dry_run import Numbers, Setup, dry_run
 from prfl_engine.live_bytes import LiveBytes
-from prfl_engine.objectives import graded_rewards, sft_loss
-from prfl_engine.recompute import BlockPolicy, of_config
+from prfl_engine.objectives import graded_windows, sft_loss
+from prfl_engine.recompute import BlockPolicy, named, of_config
 from prfl_kernels import compiled
 
 LATENT = (1, 16, 3, 8, 8)
@@ -51,7 +51,6 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step(name):
     """Real tensors and kernels. The real graded step has the sampler's states, a few latents, besides."""
     policy = plan.KINDS[name]
     model, reward = tiny_model(SETUP.config), tiny_reward(SETUP.config, blocks=2, num_heads=8).freeze()
-    model.recompute = reward.transformer.recompute = policy
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     batch = random_batch(SETUP.config, 1, LATENT[1:], SETUP.config.text_len)
@@ -60,12 +59,13 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step(name):
 
     def graded():
         given = schedule, batch, noise, torch.tensor([[0]]), ChainConfig()
-        for logit in graded_rewards(model, reward, *given):
-            torch.sigmoid(logit).sum().backward()
-            del logit
+        how = dict(run_blocks=under(policy), score_blocks=under(policy))
+        for window in graded_windows(model, reward, *given, **how):
+            window.backward(torch.sigmoid(window.logit).sum())
+            del window
 
     def sft():
-        sft_loss(model, batch, noise, t).mean().backward()
+        sft_loss(model, batch, noise, t, under(policy)).mean().backward()
 
     phases = {"flow matching": sft, "graded step": graded}
     want = dry_run(SETUP, [policy] * 5, policy)
@@ -203,8 +203,8 @@ def test_the_configuration_names_modes_budgets_or_intermediates():
     def model(value, **rest):
         return from_dict(Config, {"model": {"recompute": value, **rest}}, "").model
 
-    assert of_config(model("full")) == "full"
-    assert model("auto:40").budget == 40e9 and of_config(model("auto:40")) == "none"
+    assert of_config(model("full")) == named("full")
+    assert model("auto:40").budget == 40e9 and of_config(model("auto:40")) == named("none")
     made = of_config(model({"keep": ["attention"], "offload": ["input"]}))
     assert made == BlockPolicy({"attention"}, {"input"})
     for value in ("auto", "auto:", "auto:0", "auto:-3", "auto:inf", "auto:nan", "half"):

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import random_batch, tiny_config, tiny_model, tiny_reward
+from helpers import random_batch, tiny_config, tiny_model, tiny_reward, under
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -13,7 +13,7 @@ from prfl_engine import flow, lora, offload, recompute
 from prfl_engine.config import ChainConfig, LoraConfig
 from prfl_engine.layers import Linear
 from prfl_engine.live_bytes import LiveBytes
-from prfl_engine.objectives import bind, graded_rewards, sft_loss
+from prfl_engine.objectives import bind, graded_windows, sft_loss
 from prfl_engine.recompute import NAMES, STREAM, BlockPolicy
 
 LATENT = (16, 3, 8, 8)  # 48 tokens
@@ -43,11 +43,10 @@ def gradients(policy, model_type="t2v", blocks=3, dtype=torch.float64, change=No
     model = tiny_model(config).to(dtype)
     if change is not None:
         change(model)
-    model.recompute = policy
     torch.manual_seed(0)
     batch = random_batch(config, 2, LATENT, dtype=dtype)
     x = batch.latent.requires_grad_()
-    v = bind(model, batch)(x, torch.tensor([700.0, 30.0]), torch.arange(2))
+    v = bind(model, batch, run_blocks=under(policy))(x, torch.tensor([700.0, 30.0]), torch.arange(2))
     v.square().mean().backward()
     return {"x": x.grad, **{k: p.grad for k, p in model.named_parameters() if p.requires_grad}}
 
@@ -107,8 +106,9 @@ def gradients_of_updates(policy, targets):
     torch.manual_seed(0)
     for p in lora.parameters(model).values():
         torch.nn.init.normal_(p)
-    model.recompute, batch = policy, random_batch(config, 2, LATENT, dtype=torch.float64)
-    sft_loss(model, batch, torch.ones_like(batch.latent), torch.tensor([0.3, 0.8])).mean().backward()
+    batch = random_batch(config, 2, LATENT, dtype=torch.float64)
+    noise, sigma = torch.ones_like(batch.latent), torch.tensor([0.3, 0.8])
+    sft_loss(model, batch, noise, sigma, under(policy)).mean().backward()
     return {k: p.grad for k, p in lora.parameters(model).items()}
 
 
@@ -127,8 +127,9 @@ def test_blocks_without_a_backward_move_nothing(monkeypatch):
     config = tiny_config(num_layers=2)
     model, batch = tiny_model(config).requires_grad_(False), random_batch(config, 1, LATENT)
     made = []
-    for model.recompute in (POLICIES["none"], POLICIES["all away"]):
-        made.append(bind(model, batch)(batch.latent, torch.tensor([500.0]), torch.arange(1)))
+    for name in ("none", "all away"):
+        velocity = bind(model, batch, run_blocks=under(POLICIES[name]))
+        made.append(velocity(batch.latent, torch.tensor([500.0]), torch.arange(1)))
     assert torch.equal(*made)
 
 
@@ -139,13 +140,13 @@ def test_windows_a_frozen_reward_and_flow_matching(name):
     for policy in (POLICIES["none"], POLICIES[name]):
         torch.manual_seed(0)
         model, reward = tiny_model(config).double(), tiny_reward(config, blocks=2).double().freeze()
-        model.recompute = reward.transformer.recompute = policy
         batch = random_batch(config, 2, LATENT, dtype=torch.float64)
         noise, schedule = torch.randn_like(batch.latent), flow.make_schedule("unipc", 5, 5.0)
-        sft_loss(model, batch, noise, torch.tensor([0.3, 0.8])).mean().backward()
+        sft_loss(model, batch, noise, torch.tensor([0.3, 0.8]), under(policy)).mean().backward()
         indices = torch.tensor([[1, 0], [3, 3]])
-        for logit in graded_rewards(model, reward, schedule, batch, noise, indices, ChainConfig(window=3)):
-            torch.sigmoid(logit).sum().backward()
+        given = model, reward, schedule, batch, noise, indices, ChainConfig(window=3)
+        for window in graded_windows(*given, run_blocks=under(policy), score_blocks=under(policy)):
+            window.backward(torch.sigmoid(window.logit).sum())
         assert all(p.grad is None for p in reward.parameters())
         found.append({k: p.grad for k, p in model.named_parameters()})
     assert_same(found[1], found[0])
@@ -156,8 +157,8 @@ def test_two_backwards_of_one_graph():
     model = tiny_model(config).double()
     batch = random_batch(config, 1, LATENT, dtype=torch.float64)
     for policy in POLICIES.values():
-        model.recompute = policy
-        loss = bind(model, batch)(batch.latent, torch.tensor([500.0]), torch.arange(1)).square().sum()
+        velocity = bind(model, batch, run_blocks=under(policy))
+        loss = velocity(batch.latent, torch.tensor([500.0]), torch.arange(1)).square().sum()
         grads = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for _ in range(2)]
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
@@ -166,7 +167,6 @@ def live_bytes(policy, blocks):
     """(device bytes between forward and backward, host bytes there, peak) of a model of `blocks` blocks."""
     config = tiny_config(num_layers=blocks)
     model = tiny_model(config)
-    model.recompute = policy
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     batch, t = random_batch(config, 1, LATENT), torch.tensor([700.0])
@@ -174,7 +174,7 @@ def live_bytes(policy, blocks):
     with LiveBytes() as live:
         live.add([*model.parameters(), *(p.grad for p in model.parameters()), batch.latent, batch.text, t])
         before = live.now
-        loss = bind(model, batch)(batch.latent, t, torch.arange(1)).sum()
+        loss = bind(model, batch, run_blocks=under(policy))(batch.latent, t, torch.arange(1)).sum()
         kept = live.now - before
         host = live.host_now
         loss.backward()
@@ -233,12 +233,13 @@ def test_nothing_is_left_behind_without_the_garbage_collector():
         for policy in POLICIES.values():
             config = tiny_config(num_layers=2)
             model, batch = tiny_model(config), random_batch(config, 1, LATENT)
-            model.recompute = policy
             with LiveBytes() as live:
                 live.add([*model.parameters(), batch.latent, batch.text])
                 before = live.now
                 for backward in (True, False):
-                    out = bind(model, batch)(batch.latent, torch.tensor([700.0]), torch.arange(1)).sum()
+                    velocity = bind(model, batch, run_blocks=under(policy))
+                    out = velocity(batch.latent, torch.tensor([700.0]), torch.arange(1)).sum()
+                    del velocity
                     if backward:
                         out.backward()
                     del out
@@ -286,13 +287,13 @@ def test_at_most_two_lots_are_on_their_way(monkeypatch):
 def test_what_a_block_puts_away_has_left_when_the_next_one_is_over(monkeypatch):
     """Also where that one puts nothing away. In the end all of a model's blocks have let go."""
     store, left = offload.store_of(torch.device("cpu")), []
-    run = recompute.run
+    run = recompute.Run.__call__
 
-    def watched(block, policy, *rest):
+    def watched(*arguments):
         left.append(len(store._leaving))
-        return run(block, policy, *rest)
+        return run(*arguments)
 
-    monkeypatch.setattr(recompute, "run", watched)
+    monkeypatch.setattr(recompute.Run, "__call__", watched)
     away, stays = BlockPolicy((), {"input"}), recompute.named("none")
     gradients([away, away, stays, stays, away, stays], blocks=6)
     assert left == [0, 1, 1, 0, 0, 1] and not store._leaving

@@ -3,7 +3,7 @@ turns acceleration off and on, and a resumed run does what the whole run did."""
 
 import pytest
 import torch
-from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, write_run
+from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, under, write_run
 from no_sync import NoBlockingCopy, NoSync
 from training_runs import assert_equal, content, interrupt, values
 
@@ -13,7 +13,7 @@ from prfl_engine import train as train_module
 from prfl_engine.checkpoint import save_transformer
 from prfl_engine.cli import main
 from prfl_engine.config import ChainConfig, RolloutConfig
-from prfl_engine.objectives import bind, graded_rewards
+from prfl_engine.objectives import bind, graded_windows
 from prfl_engine.rollout import DriftMeter, Rollout, make_rollout
 
 WIDE = dict(dim=128, num_heads=2)  # heads of 64, as e4m3 attention needs them
@@ -92,11 +92,11 @@ def test_the_gradient_is_that_of_the_ordinary_step_at_the_visited_state(fields, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chain.Chain, "graded", graded)
         got_logits = []
-        for logit in graded_rewards(
+        for made in graded_windows(
             model, reward, schedule, batch, noise, indices, ChainConfig(window), rollout.stretches
         ):
-            got_logits.append(logit.item())
-            logit.sum().backward()
+            got_logits.append(made.logit.item())
+            made.backward(made.logit.sum())
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
     for index, state, seen in zip(indices.flatten().tolist(), states, got_logits, strict=True):
@@ -123,11 +123,11 @@ def test_it_goes_with_recomputation_kept_parts_and_compilation(settings):
         if chosen.get("compile"):
             for one in (model, reward.transformer):
                 one.compile_blocks("aot_eager")
-        model.recompute, model.keep = chosen.get("recompute", "none"), chosen.get("keep", "all")
+        how = under(chosen.get("recompute", "none"), chosen.get("keep", "all"))
         noise, indices = torch.randn_like(batch.latent), torch.tensor([[2, 3], [6, 4]])
         given = model, reward, schedule, batch, noise, indices, ChainConfig(2)
-        for logit in graded_rewards(*given, rollout.stretches):
-            logit.sum().backward()
+        for window in graded_windows(*given, rollout.stretches, how):
+            window.backward(window.logit.sum())
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.compiler.reset()
     assert relative(found[1], found[0]) < 1e-4
@@ -142,8 +142,8 @@ def test_a_stretch_keeps_nothing_behind_it(monkeypatch):
     reward = tiny_reward(model.config).freeze()
     noise, indices = torch.randn_like(batch.latent), torch.tensor([[2], [6]])
     given = model, reward, schedule, batch, noise, indices, ChainConfig()
-    for logit in graded_rewards(*given, rollout.stretches):
-        logit.sum().backward()
+    for window in graded_windows(*given, rollout.stretches):
+        window.backward(window.logit.sum())
     assert [(c.computed, c.reused) for c in made] == [(1, 1), (1, 2)]  # steps 0 and 1; 3, 4 and 5
 
 
@@ -274,7 +274,7 @@ def test_a_stopped_accelerated_run_goes_on_to_the_bit(fields, tmp_path, monkeypa
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["train", str(config), f"train.out={whole}", *options]) == 0
     with monkeypatch.context() as patch:
-        interrupt(patch, train_module, "graded_rewards", 10)  # in the fifth step
+        interrupt(patch, train_module, "graded_windows", 10)  # in the fifth step
         assert main(["train", str(config), f"train.out={cut}", *options]) == 130
     assert main(["train", str(config), f"train.out={cut}", *options, "train.resume=true"]) == 0
     assert_equal(content(cut / "checkpoint-6"), content(whole / "checkpoint-6"))

@@ -83,18 +83,18 @@ def test_the_first_adamw_step(tmp_path):
 def test_levels_and_indices_are_drawn_for_every_sample(tmp_path, monkeypatch):
     config = write_run(tmp_path, rollout={"steps": 6})
     levels, indices = [], []
-    sft_loss, graded_rewards = train_module.sft_loss, train_module.graded_rewards
+    sft_loss, graded_windows = train_module.sft_loss, train_module.graded_windows
 
-    def sft(model, batch, noise, sigma):
+    def sft(model, batch, noise, sigma, *rest):
         levels.extend(sigma.tolist())
-        return sft_loss(model, batch, noise, sigma)
+        return sft_loss(model, batch, noise, sigma, *rest)
 
-    def graded(model, reward, schedule, batch, noise, drawn, config, stretches):
+    def graded(model, reward, schedule, batch, noise, drawn, *rest):
         indices.extend(drawn.flatten().tolist())
-        return graded_rewards(model, reward, schedule, batch, noise, drawn, config)
+        return graded_windows(model, reward, schedule, batch, noise, drawn, *rest)
 
     monkeypatch.setattr(train_module, "sft_loss", sft)
-    monkeypatch.setattr(train_module, "graded_rewards", graded)
+    monkeypatch.setattr(train_module, "graded_windows", graded)
     run("train", config, "train.steps=10", "train.accumulate=2", "data.batch_size=2")
     assert len(levels) == len(indices) == 40
     # 40 of 1000 levels: 0.8 coincidences on average.
