@@ -75,10 +75,10 @@ def test_flow_matching_is_validated_at_levels_over_all_samples(tmp_path, monkeyp
     config, levels = write_run(tmp_path, rollout={"shift": 1.0}, train={"steps": 1}), []
     loss = train_module.sft_loss
 
-    def sft_loss(model, batch, noise, sigma):
+    def sft_loss(model, batch, noise, sigma, *rest):
         if not torch.is_grad_enabled():
             levels.extend(sigma.tolist())
-        return loss(model, batch, noise, sigma)
+        return loss(model, batch, noise, sigma, *rest)
 
     monkeypatch.setattr(train_module, "sft_loss", sft_loss)
     run("train", config, "eval.every=1", "eval.samples=4", "eval.batch_size=1")
