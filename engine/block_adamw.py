@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from prfl_engine.config import OptimConfig
-from prfl_engine.data import seeded
 from prfl_engine.errors import UserError, check
 from prfl_engine.host_blocks import HostBlocks, new_block
+from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels.jit import wide
 
 BLOCK = 1 << 22  # values; float32 blocks are powers of two, which is what pinned memory is rounded up to
@@ -159,9 +159,8 @@ class BlockAdamW(torch.optim.Optimizer):
                 block["rest"].copy_(rest)
             elif w.dtype == torch.bfloat16:
                 # By step and place, so that neither the order of updates nor a resumed run changes a bit.
-                # Hashed, since torch's generator on the CPU reads 32 bits of a seed.
-                bits = seeded(group["updates"], self.index_of[p], i).integers(2**62)
-                w.copy_(round_stochastically(x, self.generator.manual_seed(int(bits))))
+                seed = torch_seed(Purpose.ROUNDING, group["updates"], self.index_of[p] << 32 | i)
+                w.copy_(round_stochastically(x, self.generator.manual_seed(seed)))
         for p, t in steps.items():
             _put(self.state[p]["step"], t, ok)
 

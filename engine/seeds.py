@@ -36,6 +36,7 @@ class Purpose(Enum):
     VALIDATION_SCORE = auto()  # validation: noise under which samples are scored
     ACCURACY = auto()  # validation of a reward model: noise of the latents
     SAMPLE = auto()  # prfl sample: noise that samples start from
+    ROUNDING = auto()  # stochastic rounding; the seed is the update's number (parameter and block of it)
     DEMO_SAMPLE = auto()  # the demo's comparison: noise that samples start from
     DEMO_SCORE = auto()  # the demo's comparison: noise under which samples are scored
 
@@ -66,6 +67,6 @@ def integers(below: int, purpose: Purpose, seed: int, first: int, count: int) ->
     return torch.tensor([int(rng.integers(below)) for rng in each(purpose, seed, first, count)])
 
 
-def torch_seed(purpose: Purpose, seed: int) -> int:
-    """A seed for a generator of torch."""
-    return int(seeded(purpose, seed, 0).integers(2**63))
+def torch_seed(purpose: Purpose, seed: int, position: int = 0) -> int:
+    """A seed for a generator of torch; that of the CPU reads 32 bits of it."""
+    return int(seeded(purpose, seed, position).integers(2**63))
