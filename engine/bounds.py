@@ -41,13 +41,23 @@ class Within:
 
 
 class NotEmpty:
-    """Text or a list that is not empty."""
+    """A list that is not empty."""
 
-    def holds(self, value: str | tuple) -> bool:
+    def holds(self, value: tuple) -> bool:
         return len(value) > 0
 
     def __str__(self) -> str:
         return ", not empty"
+
+
+class Short:
+    """Printable text of 1 to 1000 characters."""
+
+    def holds(self, value: str) -> bool:
+        return 0 < len(value) <= 1000 and value.isprintable()
+
+    def __str__(self) -> str:
+        return ", printable, of 1 to 1000 characters"
 
 
 class Matches:
@@ -85,7 +95,7 @@ Positive = Annotated[float, Within(0, above=True)]
 Probability = Annotated[float, Within(0, 1)]
 Fraction = Annotated[float, Within(0, 1, below=True)]
 FilePath = Annotated[str, PathText()]
-Name = Annotated[str, NotEmpty()]
+Name = Annotated[str, Short()]
 
 
 class Section:
