@@ -7,26 +7,33 @@ held. Writes go to a temporary name first, so a killed process never leaves half
 
 import json
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prfl_engine.dit import WanConfig, WanTransformer
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check
+from prfl_engine.inputs import check_file, check_finite, check_float, open_tensors, read_json, read_state
+from prfl_engine.inputs import load_pickle as load_pickle  # importable from here too
+from prfl_engine.layers import Linear
+from prfl_engine.layout import name_layout
 from prfl_engine.reward import QueryPool, RewardModel
 from prfl_engine.reward_files import check_steps, find_heads, settle, write_settings
 
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10 * 2**30
+_COMPUTED = {
+    torch.float64: torch.float32, torch.float16: torch.float32,
+    torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16,
+}  # fmt: skip
+"""The dtype in which weights are held whose own the kernels do not compute in."""
 
 
 def load_transformer(
@@ -38,16 +45,24 @@ def load_transformer(
 ) -> WanTransformer:
     """A Wan transformer from a folder with config.json and one or many native safetensors files.
 
-    dtype None keeps that of the files. With `trunk` the model is the trunk of a reward model: no
-    head, and as many blocks as the files hold (config.json of an official one still names all 40),
-    or the first `blocks` of a whole generator, whose other weights are then left unread.
-    Raises UserError where a key is missing, unexpected or of the wrong shape.
+    dtype None keeps float32, bfloat16 and, in the matrices of layers.Linear, which converts them as it
+    computes, float16 and fp8; elsewhere fp8 becomes bfloat16, all others float32. With `trunk` the model is
+    the trunk of a reward model: no head, and as many blocks as the files hold (config.json of an official one
+    still names all 40), or the first `blocks` of a whole generator, whose other weights are then left unread.
+    Raises UserError where a key is missing, unexpected, of the wrong shape or not finite, and for a
+    generator in another layout, which it names.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file, want a folder with config.json and safetensors files")
+    where = tensor_files(folder)
+    shapes = _shapes(where)
+    layout = name_layout(shapes)
+    if layout is not None:
+        raise UserError(f"{folder}: {layout}")
     config = WanConfig.from_json(folder / "config.json")
-    where = _tensor_files(folder)
+    held = _blocks(where)
     if trunk:
-        held = 1 + max((int(m[1]) for k in where if (m := re.match(r"blocks\.(\d+)\.", k))), default=-1)
         if held < (blocks or 1):
             raise UserError(f"{folder}: got {held} blocks, want at least {blocks or 1}")
         if blocks is not None:
@@ -56,10 +71,27 @@ def load_transformer(
                 k: f for k, f in where.items()
                 if not (m := cut.match(k)) or (m[1] is not None and int(m[1]) < blocks)
             }  # fmt: skip
-        blocks = blocks or held
+        held = blocks or held
+    else:
+        check_blocks(where, folder / "config.json", config.num_layers)
+    return build(config, where, folder, dtype, device, held, head=not trunk)
+
+
+def build(
+    config: WanConfig,
+    where: dict[str, Path],
+    source: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    blocks: int | None = None,
+    head: bool = True,
+) -> WanTransformer:
+    """A transformer of `blocks` blocks (None: all) from tensors of {key: its safetensors file}."""
+    shapes = _shapes(where)
     with torch.device("meta"):
-        model = WanTransformer(config, blocks, head=not trunk)
-    _assign(model, where, dtype, device, folder)
+        model = WanTransformer(config, blocks, head)
+    _compare({k: tuple(v.shape) for k, v in model.state_dict().items()}, shapes, source)
+    _assign(model, where, dtype, device)
     return model
 
 
@@ -119,9 +151,7 @@ def load_reward(
         given["return_type"] = "query" if add_query else None
     settings = settle(Path(transformer), given)
     trunk = load_transformer(transformer, dtype, device, trunk=True)
-    pool_state = load_pickle(query_attention, device)
-    if "queries" not in pool_state or pool_state["queries"].dim() != 2:
-        raise UserError(f"{query_attention}: got no key 'queries' [n, C], want the official pooling")
+    pool_state = read_pooling(query_attention, device)
     with torch.device(device):
         pool = QueryPool(
             trunk.config.dim, len(pool_state["queries"]), settings["num_heads"], dropout,
@@ -129,20 +159,28 @@ def load_reward(
         )  # fmt: skip
         model = RewardModel(trunk, pool, settings["feature_layer"])
     load_strict(pool, pool_state, query_attention)
-    load_strict(model.mlp, load_pickle(mlp, device), mlp)
+    load_strict(model.mlp, read_state(mlp, device), mlp)
     return model
 
 
 def read_heads(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Tensor]]:
     """The state dicts of the pooling and the MLP in the folder of a reward model: {"pool": .., "mlp": ..}."""
     pool, mlp = find_heads(Path(folder))
-    return {"pool": load_pickle(pool, device), "mlp": load_pickle(mlp, device)}
+    return {"pool": read_pooling(pool, device), "mlp": read_state(mlp, device)}
 
 
 def load_heads(model: RewardModel, folder: str | Path) -> None:
     """Give a reward model the pooling and the MLP of a folder; UserError unless they fit."""
     for part, state in read_heads(folder, model.pool.queries.device).items():
         load_strict(model.get_submodule(part), state, f"{folder}: {part}")
+
+
+def read_pooling(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The state dict of an official query_attention file."""
+    state = read_state(path, device)
+    if "queries" not in state or state["queries"].dim() != 2:
+        raise UserError(f"{path}: got no key 'queries' [n, C], want the official pooling")
+    return state
 
 
 def save_reward(model: RewardModel, folder: str | Path, step: int) -> None:
@@ -184,32 +222,9 @@ def new_reward(
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """module.load_state_dict with its complaints as one line that names the file."""
-    own = module.state_dict()
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{source}: {key} is a {type(value).__name__}, want a tensor")
-    _compare({k: tuple(v.shape) for k, v in own.items()},
+    _compare({k: tuple(v.shape) for k, v in module.state_dict().items()},
              {k: tuple(v.shape) for k, v in state.items()}, source)  # fmt: skip
     module.load_state_dict(state)
-
-
-def load_pickle(
-    path: str | Path, device: torch.device | str = "cpu", mmap: bool = False
-) -> dict[str, Tensor]:
-    """A state dict saved by torch.save, read without executing code; one nested under 'state_dict'
-    is unpacked. mmap leaves tensors in the file until they are read, for whoever copies them at once."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file, want a saved state dict")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error) or "empty file").splitlines()[0]
-        raise UserError(f"{path}: not a safe state dict: {reason}") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: got a {type(state).__name__}, want a state dict")
-    return state
 
 
 @contextmanager
@@ -231,63 +246,65 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def checkpoints(out: Path) -> list[Path]:
     """The folders checkpoint-N of a run, oldest first."""
-    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """Which file of the folder holds which key; any *.safetensors files, sharded or not."""
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index}: not an index, want JSON with a weight_map") from None
-        paths = [folder / name for name in names]
+    index, single = (folder / f"{WEIGHTS}.safetensors{end}" for end in (".index.json", ""))
+    if os.path.lexists(single):
+        paths = [single]
+    elif os.path.lexists(index):
+        names = read_json(index, "an index of safetensors files").get("weight_map")
+        good = isinstance(names, dict) and all(isinstance(n, str) and "/" not in n for n in names.values())
+        if not good:
+            raise UserError(f"{index}: not an index, want JSON with a weight_map of file names")
+        paths = [folder / name for name in sorted(set(names.values()))]
+        for path in paths:
+            check_file(path, f"a safetensors file, {index.name} names it")
     else:
         paths = sorted(folder.glob("*.safetensors"))
-    if (folder / f"{WEIGHTS}.safetensors").is_file():
-        paths = [folder / f"{WEIGHTS}.safetensors"]
     where: dict[str, Path] = {}
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path}: no such file, though {index.name} names it")
-        with _open(path) as file:
-            for key in file.keys():  # noqa: SIM118
-                if key in where:
-                    raise UserError(f"{path}: holds {key}, which {where[key].name} holds too")
-                where[key] = path
+        for key in open_tensors(path).keys():  # noqa: SIM118
+            if key in where:
+                raise UserError(f"{path}: holds {key}, which {where[key].name} holds too")
+            where[key] = path
     if not where:
         raise UserError(f"{folder}: no safetensors file, want native Wan weights")
     return where
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file: {error}") from None
+def _shapes(where: dict[str, Path]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors, from the headers of their files; UserError for those that are no numbers."""
+    files = {path: open_tensors(path) for path in set(where.values())}
+    return {key: check_float(files[path], path, key) for key, path in where.items()}
 
 
-def _assign(model, where, dtype, device, source) -> None:
+def check_blocks(keys: Iterable[str], source: Path, blocks: int) -> None:
+    """UserError unless tensors of these names are of so many blocks: said before a model is built."""
+    held = _blocks(keys)
+    check(held == blocks, f"{source}: num_layers", blocks, f"the {held} blocks that the tensors are of")
+
+
+def _blocks(keys: Iterable[str]) -> int:
+    """How many blocks there are, by the largest number."""
+    return 1 + max((int(m[1]) for k in keys if (m := re.match(r"blocks\.(\d{1,9})\.", k))), default=-1)
+
+
+def _assign(model: WanTransformer, where: dict[str, Path], dtype: torch.dtype | None, device) -> None:
     """Replace the meta parameters of the model by the tensors of the files, one at a time."""
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    by_file: dict[Path, list[str]] = {}
+    files = {path: open_tensors(path) for path in set(where.values())}
     for key, path in where.items():
-        by_file.setdefault(path, []).append(key)
-    files = {path: _open(path) for path in by_file}
-    try:
-        held = {k: tuple(files[p].get_slice(k).get_shape()) for k, p in where.items()}
-        _compare(own, held, source)
-        for path, keys in by_file.items():
-            for key in keys:
-                tensor = files[path].get_tensor(key)
-                # clone: a mapped tensor of another one's file must not outlive the file.
-                tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
-                name, _, leaf = key.rpartition(".")
-                setattr(model.get_submodule(name), leaf, nn.Parameter(tensor))
-    finally:
-        files.clear()
+        name, _, leaf = key.rpartition(".")
+        module, tensor = model.get_submodule(name), files[path].get_tensor(key)
+        matrix = type(module) is Linear and leaf == "weight" and tensor.dtype != torch.float64
+        to = dtype or (tensor.dtype if matrix else _COMPUTED.get(tensor.dtype, tensor.dtype))
+        # copy: a mapped tensor of another one's file must not outlive the file.
+        tensor = tensor.to(device, to, copy=True)
+        check_finite(tensor, path, key)
+        setattr(module, leaf, nn.Parameter(tensor))
 
 
 def _compare(own: dict[str, tuple], held: dict[str, tuple], source) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from prfl_engine import __version__
 from prfl_engine.config import load_config
 from prfl_engine.errors import TrainingError, UserError
+from prfl_engine.inputs import check_new, make_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +104,7 @@ def _load(args):
 def _demo(args) -> None:
     from prfl_engine.demo import demo
 
-    demo(args.out)
+    demo(make_folder(args.out, "--out"))
 
 
 def _train(args) -> None:
@@ -131,14 +132,14 @@ def _eval_reward(args) -> None:
 def _sample(args) -> None:
     from prfl_engine.sample import sample
 
-    for path in sample(_load(args), args.out):
+    for path in sample(_load(args), check_new(args.out, "--out")):
         print(path)
 
 
 def _merge_lora(args) -> None:
     from prfl_engine.lora import merge_folders
 
-    merge_folders(args.base, args.adapter, args.out)
+    merge_folders(args.base, args.adapter, check_new(args.out, "--out"))
 
 
 def _doctor(args) -> int:
@@ -191,16 +192,19 @@ def _tune(args) -> None:
 
 
 def _golden(args) -> None:
-    from pathlib import Path
-
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from prfl_engine.golden import compute
 
-    out = Path(args.out)
+    out = check_new(args.out, "--out")
     if not out.parent.is_dir():
         raise UserError(f"--out: {out.parent} is no folder")
-    save_file(compute(args.folder), out)
+    try:
+        save_file(compute(args.folder), out)
+    except (SafetensorError, OSError) as error:
+        out.unlink(missing_ok=True)
+        raise TrainingError(f"--out: {out}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prfl_engine.errors import UserError, check
+from prfl_engine.inputs import check_finite, read_json
 
 STRIDE_T, STRIDE_S, CHANNELS = 4, 8, 16
 MIN_STD = 1e-3  # of a channel that hardly varies; a gray level's DC coefficient is 16 times the gray
@@ -112,13 +113,14 @@ class DCTCodec(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "DCTCodec":
+        content = read_json(path, "a codec's JSON")
         try:
-            content = json.loads(Path(path).read_text())
-            return cls(torch.tensor(content["mean"]), torch.tensor(content["std"]))
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file, want a codec's JSON") from None
-        except (ValueError, KeyError, TypeError) as error:
+            mean, std = (torch.tensor(content[name], dtype=torch.float32) for name in ("mean", "std"))
+            codec = cls(mean, std)
+        except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as error:
             raise UserError(f"{path}: not a codec's JSON: {error}") from None
+        check_finite(torch.stack([codec.mean, codec.std]), path, "mean or std")
+        return codec
 
     def _encode(self, part: Tensor, n: int) -> Tensor:
         kernel = (self.a_first, self.a_rest)[n].to(part.dtype)

@@ -5,9 +5,8 @@ the loser of a pair) follows from the seed and the sample's position in the stre
 the state of a worker. A stream that is started at position p goes on exactly as the one that reached p.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from prfl_engine.dit import WanConfig
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check, named
+from prfl_engine.inputs import beside, check_file, check_finite, read_array, read_json, read_lines
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.objectives import Batch
 from prfl_engine.seeds import Purpose, each, seeded
@@ -31,49 +31,27 @@ MASK_CHANNELS, CONDITION_CHANNELS = 4, 16
 
 def read_lists(paths: Sequence[str], field: str) -> list[Path]:
     """The meta JSON paths of some .list files; a relative path counts from the working directory,
-    or else from the .list file's folder."""
+    or else from the .list file's folder. UserError where one of them is not there, or is no file."""
     if not paths:
         raise UserError(f"{field}: got no file, want at least one .list of meta JSON paths")
     found = []
     for name in paths:
-        if not Path(name).is_file():
-            raise UserError(f"{field}: {name}: no such file, want a .list of meta JSON paths")
-        for line in Path(name).read_text().splitlines():
-            if line.strip():
-                path = Path(line.strip())
-                beside = Path(name).parent / path
-                found.append(beside if not path.exists() and beside.exists() else path)
+        with named(field):
+            lines = read_lines(name, "a .list of meta JSON paths")
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if not line:
+                continue
+            with named(f"{field}: {name}, line {number}"):
+                check(not line.startswith(("{", "[")), "JSON", line, "the path of a meta JSON")
+                found.append(check_file(beside(line, Path(name).parent), "a meta JSON"))
     if not found:
         raise UserError(f"{field}: {', '.join(paths)}: empty, want meta JSON paths")
     return found
 
 
 def read_meta(path: Path) -> dict:
-    try:
-        meta = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, want a meta JSON") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(meta, dict):
-        raise UserError(f"{path}: got a {type(meta).__name__}, want a JSON object")
-    return meta
-
-
-def read_array(path: Path, shape: Sequence[int | None], what: str) -> np.ndarray:
-    """A memory-mapped .npy whose shape is `shape`, None standing for any length."""
-    try:
-        array = np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, want the {what}") from None
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a .npy array: {error}") from None
-    if array.ndim != len(shape) or any(
-        w is not None and g != w for g, w in zip(array.shape, shape, strict=True)
-    ):
-        want = ", ".join("*" if n is None else str(n) for n in shape)
-        raise UserError(f"{path}: {what} is {list(array.shape)}, want [{want}]")
-    return array
+    """The JSON object of one sample."""
+    return read_json(path, "a meta JSON")
 
 
 def label_of(meta: dict, name: str) -> float:
@@ -83,8 +61,8 @@ def label_of(meta: dict, name: str) -> float:
         return label_of(meta, "physics_quality") * label_of(meta, "human_quality")
     value = meta.get(name)
     known = {None: 0.0, "poor": 0.0, "good": 1.0, 0: 0.0, 1: 1.0}
-    if isinstance(value, list | dict) or value not in known:
-        raise UserError(f"{name}: got {value!r}, want 0, 1, good, poor or null")
+    ok = not isinstance(value, list | dict) and value in known
+    check(ok, name, value, "0, 1, good, poor or null")
     return known[value]
 
 
@@ -97,11 +75,17 @@ class Reader:
     null_text: str | None = None
     text_dropout: float = 0.0
     long_caption: float = 0.0
+    null: Tensor | None = field(init=False, default=None)
+    """The embedding of null_text, read when the reader is made."""
+
+    def __post_init__(self):
+        if self.null_text is not None and self.text_dropout > 0:
+            object.__setattr__(self, "null", read_text(self.null_text, self.config))
 
     def read(self, path: Path, rng: np.random.Generator) -> Batch:
         c, meta = self.config, read_meta(path)
         patch_h, patch_w = c.patch_size[1:]
-        latent = _tensor(self._array(path, meta, LATENT_KEYS, (1, c.out_dim, None, None, None), "latent"))
+        latent = self._tensor(path, meta, LATENT_KEYS, (1, c.out_dim, None, None, None), "latent")
         if latent.shape[-2] % patch_h or latent.shape[-1] % patch_w:
             raise UserError(
                 f"{path}: latent is {list(latent.shape)}, want multiples of {patch_h} x {patch_w} "
@@ -109,28 +93,28 @@ class Reader:
             )
         # Both numbers are always drawn, so that one option never moves the other's choices.
         drop, long = rng.random() < self.text_dropout, rng.random() < self.long_caption
-        text = self._null() if drop else self._text(path, meta, long)
+        text = self.null if drop else self._text(path, meta, long)
         clip = condition = None
         if c.image:
             shape = (1, IMAGE_TOKENS, IMAGE_DIM)
-            clip = _tensor(self._array(path, meta, CLIP_KEYS, shape, "CLIP features"))
+            clip = self._tensor(path, meta, CLIP_KEYS, shape, "CLIP features")
             shape = (1, CONDITION_CHANNELS, *latent.shape[1:])
-            first = _tensor(self._array(path, meta, CONDITION_KEYS, shape, "condition"))
+            first = self._tensor(path, meta, CONDITION_KEYS, shape, "condition")
             mask = torch.zeros(MASK_CHANNELS, *latent.shape[1:])
             mask[:, 0] = 1
             condition = torch.cat([mask, first])
         label = None
         if self.label is not None:
-            try:
+            with named(str(path)):
                 label = torch.tensor(label_of(meta, self.label))
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
         return Batch(latent, text, clip, condition, label)
 
     def shape(self, path: Path) -> tuple[int, ...]:
         """Shape of a sample's latent, from the header of its file."""
         shape = (1, self.config.out_dim, None, None, None)
-        return self._array(path, read_meta(path), LATENT_KEYS, shape, "latent").shape
+        file, where = self._file(path, read_meta(path), LATENT_KEYS, "latent")
+        with named(where):
+            return read_array(file, shape, "latent").shape
 
     def _text(self, path: Path, meta: dict, long: bool) -> Tensor:
         if self.label is not None:
@@ -139,31 +123,39 @@ class Reader:
             keys = ("textlong_path",) if long else ("textshort_path",)
         else:
             keys = ("text_en_path", "textshort_path", "textlong_path")
-        return self._checked(self._array(path, meta, keys, (1, None, self.config.text_dim), "text"), path)
+        return self._tensor(path, meta, keys, (1, None, self.config.text_dim), "text", self.config.text_len)
 
-    def _null(self) -> Tensor:
-        return read_text(self.null_text, self.config)
+    def _tensor(
+        self, path: Path, meta: dict, keys: Sequence[str], shape, what: str, longest: int | None = None
+    ) -> Tensor:
+        file, where = self._file(path, meta, keys, what)
+        with named(where):
+            return _read_tensor(file, shape, what, longest)
 
-    def _checked(self, array: np.ndarray, path: Path | str) -> Tensor:
-        if array.shape[1] > self.config.text_len:
-            raise UserError(
-                f"{path}: text has {array.shape[1]} tokens, want at most {self.config.text_len}"
-            )
-        return _tensor(array)
-
-    def _array(self, path: Path, meta: dict, keys: Sequence[str], shape, what: str) -> np.ndarray:
-        for key in keys:
-            if meta.get(key) is not None:
-                file = Path(meta[key])
-                beside = path.parent / file
-                return read_array(beside if not file.exists() and beside.exists() else file, shape, what)
-        raise UserError(f"{path}: got no {what}, want a key {' or '.join(keys)}")
+    def _file(self, path: Path, meta: dict, keys: Sequence[str], what: str) -> tuple[Path, str]:
+        """The file of the first key that a sample has, and what names it in an error."""
+        key = next((k for k in keys if meta.get(k) is not None), None)
+        if key is None:
+            raise UserError(f"{path}: got no {what}, want a key {' or '.join(keys)}")
+        where, value = f"{path}: {key}", meta[key]
+        check(isinstance(value, str) and value.strip() != "", where, value, f"the path of the {what}, a .npy")
+        return beside(value, path.parent), where
 
 
 def read_text(path: str | Path, config: WanConfig) -> Tensor:
     """A text embedding [n, text_dim] from a .npy [1, n, text_dim], n at most text_len."""
-    array = read_array(Path(path), (1, None, config.text_dim), "text")
-    return Reader(config)._checked(array, path)
+    return _read_tensor(path, (1, None, config.text_dim), "text", config.text_len)
+
+
+def _read_tensor(path: str | Path, shape, what: str, longest: int | None = None) -> Tensor:
+    """The only entry of the leading dimension of a .npy, copied out of the memory map as float32."""
+    array = read_array(path, shape, what)
+    if longest is not None and array.shape[1] > longest:
+        raise UserError(f"{path}: {what} has {array.shape[1]} tokens, want at most {longest}")
+    with np.errstate(over="ignore"):
+        tensor = torch.from_numpy(np.array(array[0], dtype=np.float32))
+    check_finite(tensor, path, what)
+    return tensor
 
 
 class Stream(Dataset):
@@ -216,7 +208,7 @@ class Stream(Dataset):
         """Batches from `position` on, on the device; GPU copies are pinned and asynchronous."""
         pinned = device.type == "cuda"
         loader = DataLoader(
-            self,
+            _Caught(self),
             batch_size=None,
             sampler=_From(position),
             num_workers=num_workers,
@@ -225,21 +217,13 @@ class Stream(Dataset):
             prefetch_factor=4 if num_workers else None,
         )
         items = iter(loader)
-        while True:
-            try:
-                item = next(items)
-            except UserError as error:  # a worker's arrives with its traceback as the message
-                line = str(error).strip().splitlines()[-1]
-                error.with_traceback(None)
-                break
+        while not isinstance(item := next(items), UserError):
             if self.lose is None:
                 yield to_device(item, device)
             else:
                 yield tuple(to_device(b, device) for b in item)
-        # The error's traceback refers to itself and to the loader, and a loader that dies by garbage
-        # collection waits 5 s for its workers. So that is cut, and no handler holds the error here.
-        del items
-        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: "))
+        del items  # the traceback holds this frame, and a loader that garbage collection ends waits 5 s
+        raise item
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """The sample indices of every micro-batch of an epoch."""
@@ -252,6 +236,22 @@ class Stream(Dataset):
             batches = [b[i : i + n] for b in by_shape.values() for i in range(0, len(b), n)]
             self._epoch = epoch, [batches[i] for i in rng.permutation(len(batches)).tolist()]
         return self._epoch[1]
+
+
+class _Caught(Dataset):
+    """The items of a stream, or the UserError in place of one: raised in a worker, torch would rewrite it."""
+
+    def __init__(self, stream: Stream):
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch] | UserError:
+        try:
+            return self.stream[position]
+        except UserError as error:
+            return error
 
 
 class _From:
@@ -299,8 +299,3 @@ def collate(samples: list[Batch]) -> Batch:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(None if a is None else a.to(device, non_blocking=True) for a in batch))
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    """The first and only entry of the leading dimension, copied out of the memory map as float32."""
-    return torch.from_numpy(np.array(array[0], dtype=np.float32))

@@ -9,47 +9,51 @@ modulation, norms, rotation and head run in float32 (float64 when the weights ar
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prfl_engine.config import UserError
+from prfl_engine.bounds import Section, Within, hints
+from prfl_engine.errors import UserError, check, named
+from prfl_engine.inputs import read_json
 from prfl_engine.layers import IMAGE_TOKENS, Block, Head, ImageEmbedding, Linear, WideLinear
 from prfl_kernels.jit import wide
 from prfl_kernels.rope import Grid
 
 # Tokens of a text context are a multiple of this: at most eight shapes for 512, whatever the prompts.
 TEXT_MULTIPLE = 64
+Width = Annotated[int, Within(1, 2**18)]
+Patch = Annotated[int, Within(1, 64)]
 
 
 @dataclass(frozen=True)
-class WanConfig:
+class WanConfig(Section, name=""):
     """Hyper-parameters of a Wan2.1 transformer, under the names of its config.json."""
 
-    model_type: str = "t2v"  # t2v or i2v
-    dim: int = 1536
-    ffn_dim: int = 8960
-    num_heads: int = 12
-    num_layers: int = 30
-    in_dim: int = 16  # latent channels; an I2V model has 4 mask and 16 condition channels more
-    out_dim: int = 16
-    text_dim: int = 4096
-    text_len: int = 512  # every text is zero-padded to this many tokens, and all are attended to
-    freq_dim: int = 256
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
+    model_type: Literal["t2v", "i2v"] = "t2v"
+    dim: Width = 1536
+    ffn_dim: Width = 8960
+    num_heads: Width = 12
+    num_layers: Annotated[int, Within(0, 10_000)] = 30
+    in_dim: Width = 16  # latent channels; an I2V model has 4 mask and 16 condition channels more
+    out_dim: Width = 16
+    text_dim: Width = 4096
+    text_len: Width = 512  # every text is zero-padded to this many tokens, and all are attended to
+    freq_dim: Width = 256
+    patch_size: tuple[Patch, Patch, Patch] = (1, 2, 2)
+    eps: Annotated[float, Within(0, 1, above=True)] = 1e-6
 
     def __post_init__(self):
-        if self.model_type not in ("t2v", "i2v"):
-            raise UserError(f"model_type: got {self.model_type!r}, want t2v or i2v")
-        if self.dim % self.num_heads or self.dim // self.num_heads % 2:
-            raise UserError(
-                f"dim: got {self.dim} with {self.num_heads} heads, want a multiple of twice the heads"
-            )
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        super().__post_init__()
+        check(
+            self.dim % (2 * self.num_heads) == 0, "dim", self.dim,
+            f"a multiple of twice the {self.num_heads} heads",
+        )  # fmt: skip
+        check(self.freq_dim % 2 == 0, "freq_dim", self.freq_dim, "an even number")
 
     @property
     def image(self) -> bool:
@@ -58,22 +62,15 @@ class WanConfig:
     @classmethod
     def from_json(cls, path: Path) -> "WanConfig":
         """Read config.json of a native checkpoint; keys that mean nothing here are left alone."""
-        if not path.is_file():
-            raise UserError(f"{path}: no such file, want the config.json of a Wan transformer")
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON: {error}") from None
-        return cls.from_values(values, path)
+        return cls.from_values(read_json(path, "the config.json of a Wan transformer"), path)
 
     @classmethod
-    def from_values(cls, values: dict, source: Path) -> "WanConfig":
+    def from_values(cls, values: Any, source: Path) -> "WanConfig":
         """The hyper-parameters among `values`, read from `source`."""
-        try:
-            known = {f.name for f in fields(cls)}
-            return cls(**{k: v for k, v in values.items() if k in known})
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UserError(f"{source}: {error}") from None
+        check(isinstance(values, dict), str(source), values, "a mapping of a Wan transformer's fields")
+        with named(str(source)):
+            known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in hints(cls)}
+            return cls(**known)
 
     def to_json(self, path: Path) -> None:
         path.write_text(json.dumps({"_class_name": "WanModel", **asdict(self)}, indent=2) + "\n")

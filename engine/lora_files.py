@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prfl_engine.errors import UserError, check
+from prfl_engine.inputs import check_finite, open_tensors, parse_json, read_bytes
 from prfl_kernels.branch import LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -95,14 +95,12 @@ def read(path: str | Path) -> tuple[dict[str, LowRank], set[str]]:
     """
     path = Path(path)
     file = next((f for f in (path / name for name in _FILES) if f.is_file()), path)
-    if not file.is_file():
-        raise UserError(f"{path}: no adapter there, want a folder with {WEIGHTS}, or a safetensors file")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not safetensors: {' '.join(str(error).split())}") from None
+    want = f"a folder with {WEIGHTS}, or a safetensors file"
+    if file.is_dir():
+        raise UserError(f"{path}: no adapter there, want {want}")
+    with open_tensors(file, want) as opened:
+        header = opened.metadata() or {}
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     parts: dict[str, dict[str, Tensor]] = {}
     sources: dict[str, str] = {}  # {module: its name in the file}
     for key, a in tensors.items():
@@ -177,8 +175,7 @@ def _parse(file: Path, key: str, a: Tensor) -> tuple[str, str, str]:
         )
     if not a.is_floating_point() and (part != "alpha" or a.is_complex()):
         raise UserError(f"{file}: {key} is {a.dtype}, want a float dtype")
-    if not a.float().isfinite().all():
-        raise UserError(f"{file}: {key} has values that are not finite")
+    check_finite(a.float(), file, key)
     return module, match[1], part
 
 
@@ -207,10 +204,7 @@ def _scales(
     given = [("lora_adapter_metadata", file, header.get("lora_adapter_metadata"))]
     path = file.with_name(CONFIG)
     if os.path.lexists(path) and file.name != SHARED:
-        try:
-            given.append((CONFIG, path, path.read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
+        given.append((CONFIG, path, read_bytes(path, "PEFT's settings of an adapter")))
     for name, source, text in given:
         if text is not None:
             scales, named = _by_peft(f"{source}: {name}" if source == file else str(source), text, modules)
@@ -247,11 +241,7 @@ def _by_peft(
     source: str, text: str, modules: dict[str, tuple[str, int]]
 ) -> tuple[dict[str, float], set[str]]:
     """(the scale of every update, the modules that a pattern names) by PEFT's settings as JSON."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not JSON: {' '.join(str(error).split())}") from None
-    check(isinstance(values, dict), source, type(values).__name__, "PEFT's settings of an adapter")
+    values = parse_json(text, source, "PEFT's settings of an adapter")
     prefix = "transformer."  # of the model in a pipeline of diffusers
     if any(key.startswith(prefix) for key in values):
         values = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}

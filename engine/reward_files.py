@@ -5,11 +5,13 @@ feature_layer, return_type and the step of training. An official folder has none
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from prfl_engine.errors import UserError, check
+from prfl_engine.inputs import read_json
 from prfl_engine.reward import RewardModel
 
 SETTINGS = "reward.json"
@@ -30,13 +32,9 @@ def write_settings(model: RewardModel, folder: Path, step: int) -> None:
 def read_settings(folder: Path) -> dict[str, Any]:
     """The values of a folder's reward.json; {} where there is none. UserError for values that cannot be."""
     path = folder / SETTINGS
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    check(isinstance(values, dict), str(path), type(values).__name__, "a JSON object")
+    values = read_json(path, "the settings of a reward model")
     for name, least in (("num_heads", 1), ("feature_layer", 1), ("step", 0)):
         value = values.get(name, least)
         check(type(value) is int and value >= least, f"{path}: {name}", value, f"a whole number from {least}")
@@ -72,9 +70,10 @@ def find_heads(folder: Path) -> tuple[Path, Path]:
 
 def check_steps(folder: Path, query_attention: Path, mlp: Path) -> None:
     """UserError unless both files, and the transformer of `folder` where reward.json says it, are of one
-    step."""
+    step, as far as their names say it; two files in one folder both say it, or neither does."""
     steps = step_of(query_attention), step_of(mlp)
-    if steps[0] != steps[1]:
+    known = None not in steps or query_attention.parent == mlp.parent
+    if known and steps[0] != steps[1]:
         raise UserError(f"{mlp}: with {query_attention.name}, want two files of one step")
     step = read_settings(folder).get("step")
     if None not in (step, steps[0]) and step != steps[0]:

@@ -51,6 +51,8 @@ def sample(config: Config, out: str | Path) -> list[Path]:
     if config.lora.path is not None:
         lora.apply(model, config.lora.path)
     model.set_precision(DTYPES[config.model.compute_dtype], DTYPES[config.model.residual_dtype])
+    if s.guidance != 1:
+        negative = read_text(config.data.negative_text, model.config).to(device)
     schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
     latents: list[Tensor] = []
     reader, size = Reader(model.config), config.eval.batch_size
@@ -60,7 +62,6 @@ def sample(config: Config, out: str | Path) -> list[Path]:
             noise = noise_like(batch.latent, Purpose.SAMPLE, s.seed, first)
             velocity = bind(model, batch)
             if s.guidance != 1:
-                negative = read_text(config.data.negative_text, model.config).to(device)
                 plain: Batch = batch._replace(text=negative.expand(len(batch.text), -1, -1))
                 velocity = guided(velocity, bind(model, plain), s.guidance)
             latents.extend(finite("sample", chain.sample(velocity, schedule, noise), paths[first:]).cpu())

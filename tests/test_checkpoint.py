@@ -238,6 +238,7 @@ def test_missing_config_or_weights_are_named(tmp_path):
     save_transformer(tiny_model(), tmp_path)
     (tmp_path / NAME).unlink()
     refused(tmp_path, "safetensors", load=load_transformer, folder=tmp_path)
+    save_transformer(tiny_model(), tmp_path)
     (tmp_path / "config.json").unlink()
     refused(tmp_path / "config.json", load=load_transformer, folder=tmp_path)
 

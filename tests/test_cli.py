@@ -241,7 +241,7 @@ loss: {weight: 1}
 
 def test_large_whole_numbers_stay_exact_or_are_refused():
     assert load_config(None, [f"train.seed={2**53 + 1}"]).train.seed == 2**53 + 1
-    with pytest.raises(UserError, match="^train.seed: got 10+, want a whole number$"):
+    with pytest.raises(UserError, match="^train.seed: got 10+, want a whole number in "):
         load_config(None, [f"train.seed={10**309}"])  # more than a float holds
 
 

@@ -122,7 +122,7 @@ def test_integers_and_bad_latents_are_refused():
 def test_a_bad_file_is_named(tmp_path, content):
     path = tmp_path / "codec.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"codec\.json: not a codec's JSON"):
+    with pytest.raises(ValueError, match=r"codec\.json: .* a codec's JSON"):
         DCTCodec.load(path)
     with pytest.raises(ValueError, match=r"none\.json: no such file"):
         DCTCodec.load(tmp_path / "none.json")

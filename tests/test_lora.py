@@ -245,7 +245,7 @@ def test_files_that_are_not_adapters_are_refused(tmp_path):
     with pytest.raises(UserError, match="no adapter there"):
         lora.read(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not safetensors"):
+    with pytest.raises(UserError, match="not a safetensors file"):
         lora.read(tmp_path)
     with pytest.raises(UserError, match="lora.targets: got 'nowhere'"):
         lora.attach(model(lora_config=None), replace(CONFIG, targets=("q", "nowhere")))

@@ -201,9 +201,9 @@ def same(t):
         (lambda t: t.update({"lora_te_x.lora_up.weight": torch.zeros(2, 1)}), {}, "of a text encoder"),
         (lambda t: t.update({A.removeprefix("diffusion_model."): torch.zeros(4, 32)}), {},
          "is one of two tensors for lora_A of blocks.0.self_attn.q"),
-        (lambda t: t.update({A: t[A] * float("nan")}), {}, "lora_A.weight has values that are not finite"),
+        (lambda t: t.update({A: t[A] * float("nan")}), {}, "lora_A.weight holds NaN or infinity"),
         (lambda t: t.update({A: t[A].int()}), {}, "int32, want a float dtype"),
-        (alpha(float("nan")), {}, "q.alpha has values that are not finite"),
+        (alpha(float("nan")), {}, "q.alpha holds NaN or infinity"),
         (alpha(0.0), {}, "alpha of blocks.0.self_attn.q: got 0.0, want a positive number"),
         (other("alpha", 2), {}, r"q.alpha \[2\], want"),
         (alpha(2.0), {"lora_alpha": "4"}, "attn.q is 0.5 by its alpha, but 1 by lora_alpha in"),
@@ -211,7 +211,7 @@ def same(t):
         (same, {"lora_alpha": "nan"}, "lora_alpha: got 'nan', want a positive number"),
         (same, {"alpha": "two"}, "alpha: got 'two', want a positive number"),
         (same, {"lora_adapter_metadata": "{"}, "lora_adapter_metadata: not JSON"),
-        (same, {"lora_adapter_metadata": "[]"}, "lora_adapter_metadata: got 'list', want PEFT"),
+        (same, {"lora_adapter_metadata": "[]"}, "lora_adapter_metadata: got a JSON list, want PEFT"),
     ],
 )  # fmt: skip
 def test_what_is_no_plain_adapter_is_refused_in_one_line(tmp_path, change, header, message):
@@ -287,11 +287,11 @@ def test_merging_refuses_before_it_writes(tmp_path, capsys):
     save_transformer(broken, tmp_path / "broken")
     before = sorted(tmp_path.iterdir())
     for args, message in (
-        ((base, good, "dangling"), "--out: .*dangling exists, want a new folder"),
-        ((base, good, "file/out"), "--out: .*file is no folder"),
+        ((base, good, "dangling"), "--out: .*dangling exists, want a new name"),
+        ((base, good, "file/out"), "--out: .*file is a file, want a folder"),
         ((base, folder, "out"), "adapter_config.json: cannot be read"),
         ((tmp_path / "broken", good, "out"), "broken: blocks.0.norm3.weight has values that are not finite"),
-        ((base, tmp_path / "file", "out"), "file: not safetensors"),
+        ((base, tmp_path / "file", "out"), "file: not a safetensors file"),
     ):
         assert main(["merge-lora", str(args[0]), str(args[1]), "--out", str(tmp_path / args[2])]) == 2
         assert re.search(message, one_line(capsys))

@@ -236,10 +236,11 @@ def test_pairs_are_validated_as_pairs(tmp_path, capsys):
 
 @pytest.mark.parametrize("broken", ["latent", "model"])
 def test_an_accuracy_of_what_is_not_a_number_ends_the_run(broken, tmp_path, capsys):
+    """Finite numbers that overflow; others are refused when they are read."""
     config = reward_run(tmp_path, "ce")
     reward, sample = tmp_path / "reward", tmp_path / "mixed/0.json"
     if broken == "latent":
-        np.save(tmp_path / "mixed/latent-7.npy", np.full((1, *SHAPE), np.inf, np.float32))
+        np.save(tmp_path / "mixed/latent-7.npy", np.full((1, *SHAPE), 3e38, np.float32))
         sample = tmp_path / "mixed/7.json"
         run("train-reward", config, "eval.every=1", f"data.train={tmp_path / 'win/all.list'}", code=2)
         assert "in all of data.train" in one_line(capsys)
@@ -249,6 +250,9 @@ def test_an_accuracy_of_what_is_not_a_number_ends_the_run(broken, tmp_path, caps
         assert not (tmp_path / "run/best").exists()
     else:
         (path,) = reward.glob("mlp*")
-        torch.save({k: v * float("nan") for k, v in torch.load(path, weights_only=True).items()}, path)
+        state = torch.load(path, weights_only=True)
+        for name in ("fc1", "fc2", "fc3"):
+            state[f"{name}.weight"] = torch.randn_like(state[f"{name}.weight"]) * 1e30
+        torch.save(state, path)
     run("eval-reward", config, f"reward.path={reward}", code=1)
     assert f"accuracy_t201: got nan on {sample}" in one_line(capsys)

@@ -1,0 +1,156 @@
+"""What the fields of a configuration may hold: bounds beside the type, checked when a section is built.
+
+    lr: Annotated[float, Within(0)] = 5e-6
+
+Every field of a `Section` is checked, those without a bound too: their type, and that a number is finite.
+"""
+
+import functools
+import os
+import re
+import types
+import typing
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal
+
+from prfl_engine.errors import check
+
+LARGEST = 3.4e38
+"""Numbers of a configuration are finite in float32 too, in which most of them are used."""
+UNIONS = typing.Union, types.UnionType
+
+
+@dataclass(frozen=True)
+class Within:
+    """Numbers from low to high; `above` and `below` leave out that end."""
+
+    low: float = -LARGEST
+    high: float = LARGEST
+    above: bool = False
+    below: bool = False
+
+    def holds(self, value: float) -> bool:
+        low = self.low < value if self.above else self.low <= value
+        return low and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        left = f"({self.low}" if self.above else f"[{self.low}"
+        right = f"{self.high})" if self.below else f"{self.high}]"
+        left = "(-inf" if self.low == -LARGEST else left
+        return f" in {left}, {'inf)' if self.high == LARGEST else right}"
+
+
+class NotEmpty:
+    """A list that is not empty."""
+
+    def holds(self, value: tuple) -> bool:
+        return len(value) > 0
+
+    def __str__(self) -> str:
+        return ", not empty"
+
+
+class Short:
+    """Printable text of 1 to 1000 characters."""
+
+    def holds(self, value: str) -> bool:
+        return 0 < len(value) <= 1000 and value.isprintable()
+
+    def __str__(self) -> str:
+        return ", printable, of 1 to 1000 characters"
+
+
+class Matches:
+    """Text that matches a regular expression in full; `want` says what does."""
+
+    def __init__(self, pattern: str, want: str):
+        self.pattern, self.want = pattern, want
+
+    def holds(self, value: str) -> bool:
+        return re.fullmatch(self.pattern, value) is not None
+
+    def __str__(self) -> str:
+        return f": {self.want}"
+
+
+class PathText:
+    """Text that a file system takes as a path: not empty, no NUL, no name or path that is too long."""
+
+    def holds(self, value: str) -> bool:
+        try:
+            name = os.fsencode(value)
+        except UnicodeEncodeError:
+            return False
+        return 0 < len(name) < 4096 and b"\0" not in name and max(map(len, name.split(b"/"))) < 256
+
+    def __str__(self) -> str:
+        return " that can be a path (not empty, no NUL, not too long)"
+
+
+Count = Annotated[int, Within(1, 2**31 - 1)]
+Natural = Annotated[int, Within(0, 2**31 - 1)]
+Seed = Annotated[int, Within(0, 2**63 - 1)]
+Nonnegative = Annotated[float, Within(0)]
+Positive = Annotated[float, Within(0, above=True)]
+Probability = Annotated[float, Within(0, 1)]
+Fraction = Annotated[float, Within(0, 1, below=True)]
+FilePath = Annotated[str, PathText()]
+Name = Annotated[str, Short()]
+
+
+class Section:
+    """A frozen dataclass whose fields are checked when it is built; `section` stands before their names."""
+
+    section: typing.ClassVar[str]
+
+    def __init_subclass__(cls, name: str):
+        cls.section = name
+
+    def __post_init__(self):
+        for field, kind in hints(type(self)).items():
+            value = getattr(self, field)
+            check(fits(kind, value), f"{self.section}.{field}".lstrip("."), value, describe(kind))
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, bounds included."""
+    found = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: found[f.name] for f in fields(cls)}
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a field's type and within its bounds."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return fits(args[0], value) and all(bound.holds(value) for bound in args[1:])
+    if origin in UNIONS:
+        return any(fits(option, value) for option in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is tuple:
+        each = args[:1] * len(value) if args[-1] is ... and isinstance(value, tuple) else args
+        return (
+            isinstance(value, tuple) and len(value) == len(each)
+            and all(fits(k, v) for k, v in zip(each, value, strict=True))
+        )  # fmt: skip
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
+
+
+def describe(kind: Any) -> str:
+    """What a field wants, in words."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return describe(args[0]) + "".join(map(str, args[1:]))
+    if origin in UNIONS:
+        return " or ".join(map(describe, args))
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return f"a list{'' if args[-1] is ... else f' of {len(args)}'}, each {describe(args[0])}"
+    if is_dataclass(kind):
+        return "a mapping of " + ", ".join(hints(kind))
+    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    return words.get(kind, "null")

@@ -1,0 +1,42 @@
+"""Telling apart generators that are not native Wan2.1 weights, by the names and shapes of their tensors."""
+
+import re
+from collections.abc import Mapping
+
+_NATIVE = "the native files of Wan2.1"
+# (a pattern found in a key, the layout, what to do), the more special first.
+_LAYOUTS = (
+    (r"lora_|\.alpha$", "an adapter (LoRA)", "give it as lora.path, and its generator as model.path"),
+    (r"scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant|\.absmax|quant_state",
+     "scaled fp8 or otherwise quantised weights", "use the bfloat16, float16 or unscaled fp8 file"),
+    (r"^(model\.)?diffusion_model\.", "a checkpoint of ComfyUI, its keys begin with (model.)diffusion_model.",
+     "remove that from all keys, or use the native files of Wan2.1"),
+    (r"condition_embedder\.|\.attn1\.|scale_shift_table|^proj_out\.",
+     "the layout of diffusers (WanTransformer3DModel)",
+     "use the native files, from the Wan2.1 repository whose name does not end in -Diffusers"),
+    (r"^(_orig_mod|module|_fsdp_wrapped_module|model|transformer|dit|generator)\.",
+     "keys with the prefix of a wrapper", "remove it from all keys"),
+    (r"^vace_", "Wan VACE", f"use {_NATIVE}, T2V or I2V"),
+    (r"emb_pos", "Wan FLF2V (first and last frame)", f"use {_NATIVE}, T2V or I2V"),
+    (r"^(control_adapter|ref_conv|face_adapter|motion_encoder|audio_|casual_audio|pose_patch|camera)",
+     "a Wan model with other conditions (Fun, S2V or Animate)", f"use {_NATIVE}, T2V or I2V"),
+    (r"^double_blocks\.|^transformer_blocks\.|^joint_blocks\.", "not a Wan model", f"use {_NATIVE}"),
+)  # fmt: skip
+
+
+def name_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The layout of a generator and what to do about it, in one line; None for a native or an unknown one.
+
+    shapes: {key: shape of the tensor}.
+    """
+    for pattern, layout, advice in _LAYOUTS:
+        key = next((k for k in shapes if re.search(pattern, k)), None)
+        if key is not None:
+            return f"got {layout}, such as {key}; {advice}"
+    patch = shapes.get("patch_embedding.weight", ())
+    channels = patch[1] if len(patch) == 5 else None
+    if channels == 48:
+        return "got Wan2.2 TI2V-5B (48 latent channels), want a model of 16: Wan2.1, or Wan2.2 T2V-A14B"
+    if channels == 36 and "img_emb.proj.1.weight" not in shapes:
+        return "got Wan2.2 I2V-A14B (36 channels, no img_emb), want Wan2.1 I2V, which takes CLIP features"
+    return None
