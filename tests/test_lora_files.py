@@ -289,7 +289,7 @@ def test_merging_refuses_before_it_writes(tmp_path, capsys):
     for args, message in (
         ((base, good, "dangling"), "--out: .*dangling exists, want a new name"),
         ((base, good, "file/out"), "--out: .*file is a file, want a folder"),
-        ((base, folder, "out"), "adapter_config.json: cannot be read"),
+        ((base, folder, "out"), "adapter_config.json: is a folder"),
         ((tmp_path / "broken", good, "out"), "broken: blocks.0.norm3.weight has values that are not finite"),
         ((base, tmp_path / "file", "out"), "file: not a safetensors file"),
     ):
