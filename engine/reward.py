@@ -64,9 +64,10 @@ class QueryPool(nn.Module):
         return x.unflatten(-1, (self.multihead_attn.num_heads, -1)).transpose(-3, -2)
 
     def _dropped(self, x: Tensor, q: Tensor, w_k: Tensor, w_v: Tensor, b_v: Tensor) -> Tensor:
-        """The mean over the queries [B, C] of plain attention to x [B, L, C] with dropout on its weights, from
-        scaled queries q [H, n, D]."""
-        k, v = (self._heads(linear(x, *w)).flatten(0, 1) for w in ((w_k,), (w_v, b_v)))  # [B H, L, D]
+        """The mean over the queries [B, C] of plain attention to x [B, L, C] with dropout on its weights;
+        q [H, n, D] are the scaled queries."""
+        kv = linear(x, w_k), linear(x, w_v, b_v)
+        k, v = (self._heads(a).flatten(0, 1) for a in kv)  # [B H, L, D]
         scores = linear(q.repeat(len(x), 1, 1), k)
         weights = F.dropout(scores.softmax(-1), self.multihead_attn.dropout)  # [B H, n, L]
         out = linear(weights, v.mT).mean(1)
