@@ -87,7 +87,7 @@ def _without_autocast(gradient: Callable) -> Callable:
 
     @wraps(gradient)
     def run(ctx, *gradients):
-        device = next(a.device.type for a in gradients if a is not None)
+        device = next((a.device.type for a in gradients if a is not None), None)
         if device in plain and torch.is_autocast_enabled(device):
             return plain[device](ctx, *gradients)
         return gradient(ctx, *gradients)
