@@ -3,7 +3,8 @@
 Parameters carry the names of the native checkpoints, so their state dicts load as they are.
 Precision is a contract of three dtypes: the weights keep theirs; linear layers and attention
 compute in `compute_dtype`; the residual stream is held in `residual_dtype`. Time embedding,
-modulation, norms, rotation and head run in float32 (float64 when the weights are float64).
+modulation, norms, rotation and head run in float32 (float64 when the weights are float64). Autocast
+changes none of it: all products are operations of prfl_kernels.
 """
 
 import json
@@ -22,6 +23,7 @@ from prfl_engine.errors import UserError, check, named
 from prfl_engine.inputs import read_json
 from prfl_engine.layers import IMAGE_TOKENS, Block, Head, ImageEmbedding, Linear, WideLinear
 from prfl_kernels.jit import wide
+from prfl_kernels.linear import linear
 from prfl_kernels.rope import Grid
 
 # Tokens of a text context are a multiple of this: at most eight shapes for 512, whatever the prompts.
@@ -254,7 +256,7 @@ class WanTransformer(nn.Module):
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
         dtype = self.text_embedding[0].compute_dtype or self.patch_embedding.weight.dtype
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
-        tokens = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+        tokens = linear(x.to(dtype), weight, bias)
         return tokens.to(self.residual_dtype or wide(weight.dtype)), grid
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from prfl_kernels import compiled, table
+from prfl_kernels import compiled, processor, table
 
 GIB = 1 << 30
 CPU_FLAGS = (  # x86, then Arm
@@ -220,9 +220,6 @@ def _render_gpu(gpu: dict) -> str:
 def _cpu() -> dict:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    flags = set()
-    if found := re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.M):
-        flags = set(found[1].split())
     model = re.search(r"^model name\s*: (.*)$", text, re.M)
     # Cores of this process: a container or taskset leaves it fewer than the machine has.
     affinity = getattr(os, "sched_getaffinity", None)
@@ -230,7 +227,7 @@ def _cpu() -> dict:
         "model": model[1].strip() if model else platform.processor() or platform.machine(),
         "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+        "flags": [flag for flag in CPU_FLAGS if flag in processor.flags()],
         "torch": torch.backends.cpu.get_cpu_capability(),
     }
 

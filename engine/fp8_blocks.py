@@ -24,16 +24,17 @@ from prfl_engine.layers import Block, Linear
 from prfl_kernels.attention_fp8 import HEAD_DIMS, attention_fp8, quantize_values
 from prfl_kernels.fp8_linear import MULTIPLE, fp8_linear
 from prfl_kernels.gated_add import gated_add, gated_add_modulate_fp8, gated_add_norm_fp8
+from prfl_kernels.linear import linear
 from prfl_kernels.modulate import modulate_fp8
 from prfl_kernels.qk_norm_rope import qk_norm_rope_fp8
 from prfl_kernels.quantize_fp8 import quantize_fp8
 from prfl_kernels.rope import Grid
 
 
-def weight_of(linear: Linear) -> Tensor:
+def weight_of(layer: Linear) -> Tensor:
     """The weight [N, K] that a linear layer multiplies with, its low-rank update included, in float32."""
-    weight, low = linear.weight.float(), linear.low
-    return weight if low is None else weight.addmm(*map(Tensor.float, low[1::-1]), alpha=low.scale)
+    weight, low = layer.weight.float(), layer.low
+    return weight if low is None else weight.add(linear(low.up.float(), low.down.mT), alpha=low.scale)
 
 
 class Product:
@@ -46,14 +47,14 @@ class Product:
         self.bias: Tensor | None = None
 
     def quantize(self) -> None:
-        for first, linear in zip(self._firsts(), self.linears, strict=True):
-            weight, scale = quantize_fp8(weight_of(linear))
+        for first, layer in zip(self._firsts(), self.linears, strict=True):
+            weight, scale = quantize_fp8(weight_of(layer))
             if self.weight is None:
                 rows = sum(a.out_features for a in self.linears)
-                self.weight = weight.new_empty(rows, linear.in_features)
+                self.weight = weight.new_empty(rows, layer.in_features)
                 self.scale, self.bias = scale.new_empty(rows), scale.new_empty(rows, dtype=torch.bfloat16)
-            rows = slice(first, first + linear.out_features)
-            self.weight[rows], self.scale[rows], self.bias[rows] = weight, scale, linear.bias
+            rows = slice(first, first + layer.out_features)
+            self.weight[rows], self.scale[rows], self.bias[rows] = weight, scale, layer.bias
 
     def _firsts(self) -> list[int]:
         return [sum(a.out_features for a in self.linears[:i]) for i in range(len(self.linears))]

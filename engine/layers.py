@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from prfl_kernels.attention import attention
-from prfl_kernels.branch import AttentionWeights, LowRank, linear
+from prfl_kernels.branch import AttentionWeights, LowRank
 from prfl_kernels.cross_attention import ImageWeights, cross_attention
 from prfl_kernels.jit import wide
+from prfl_kernels.linear import linear
 from prfl_kernels.modulate import layer_norm, modulate
 from prfl_kernels.modulated_attention import Branch, modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
@@ -23,7 +24,8 @@ IMAGE_DIM = 1280
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes and returns in `compute_dtype`, whatever its input and weights have.
+    """nn.Linear that computes and returns in `compute_dtype`, whatever its input and weights have and
+    autocast says.
 
     lora_A [r, in] and lora_B [out, r], where prfl_engine.lora has set them, are a low-rank update of the
     weight, lora_scale * B A.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prfl_engine.dit import RunBlocks, WanTransformer, plain_blocks
 from prfl_engine.errors import UserError
 from prfl_kernels.jit import wide
+from prfl_kernels.linear import linear
 from prfl_kernels.reward_pool import reward_pool
 
 
@@ -35,33 +36,42 @@ class QueryPool(nn.Module):
             raise UserError(f"reward.num_heads: got {num_heads}, want a divisor of the width {dim}")
         self.add_query = add_query
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
-        # Holds the parameters under their official names; its forward runs with dropout only.
+        # Holds the parameters under their official names; its forward never runs.
         self.multihead_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
         nn.init.xavier_uniform_(self.queries)
 
     def forward(self, x: Tensor) -> Tensor:
         """Pooled vector [B, C], float32 or wider, of features x [B, L, C]."""
-        attn = self.multihead_attn
+        attn, dtype = self.multihead_attn, wide(x.dtype)
+        w_q, w_k, w_v = attn.in_proj_weight.chunk(3)
+        b_q, _, b_v = attn.in_proj_bias.chunk(3)  # the key bias drops out of the softmax
+        q = self._heads(linear(self.queries.to(dtype), w_q, b_q))  # [H, n, D]
+        q = q * q.shape[2] ** -0.5
         if self.training and attn.dropout > 0:
-            x = x.to(attn.in_proj_weight.dtype)
-            queries = self.queries.expand(len(x), -1, -1)
-            pooled = attn(queries, x, x, need_weights=False)[0].mean(1)
+            out = self._dropped(x.to(dtype), q, w_k, w_v, b_v)
         else:
-            pooled = self._folded(x)
+            u = linear(q, w_k.unflatten(0, (attn.num_heads, -1)).mT).transpose(0, 1)  # [n, H, C]
+            pooled = reward_pool(x, u.flatten(0, 1)).unflatten(1, u.shape[:2])  # [B, n, H, C]
+            # The projections after the pooling are linear, so the mean over queries goes first.
+            pooled = pooled.mean(1).transpose(0, 1)  # [H, B, C]
+            out = linear(pooled, w_v.unflatten(0, (attn.num_heads, -1))).transpose(0, 1).flatten(1)
+            out = out + b_v.to(dtype)
+        pooled = linear(out, attn.out_proj.weight, attn.out_proj.bias)
         return pooled + self.queries.mean(0) if self.add_query else pooled
 
-    def _folded(self, x: Tensor) -> Tensor:
-        attn, dtype = self.multihead_attn, wide(x.dtype)
-        heads = attn.num_heads
-        w_q, w_k, w_v = attn.in_proj_weight.to(dtype).chunk(3)
-        b_q, _, b_v = attn.in_proj_bias.to(dtype).chunk(3)  # the key bias drops out of the softmax
-        q = F.linear(self.queries.to(dtype), w_q, b_q).unflatten(1, (heads, -1))  # [n, H, D]
-        u = torch.einsum("nhd,hdc->nhc", q, w_k.unflatten(0, (heads, -1))) * q.shape[2] ** -0.5
-        pooled = reward_pool(x, u.flatten(0, 1)).unflatten(1, u.shape[:2])  # [B, n, H, C]
-        # The projections behind the pooling are linear, so the mean over queries goes first.
-        out = torch.einsum("bhc,hdc->bhd", pooled.mean(1), w_v.unflatten(0, (heads, -1)))
-        out = out.flatten(1) + b_v
-        return F.linear(out, attn.out_proj.weight.to(dtype), attn.out_proj.bias.to(dtype))
+    def _heads(self, x: Tensor) -> Tensor:
+        """[..., L, C] as [..., H, L, C / H]."""
+        return x.unflatten(-1, (self.multihead_attn.num_heads, -1)).transpose(-3, -2)
+
+    def _dropped(self, x: Tensor, q: Tensor, w_k: Tensor, w_v: Tensor, b_v: Tensor) -> Tensor:
+        """The mean over the queries [B, C] of plain attention to x [B, L, C] with dropout on its weights;
+        q [H, n, D] are the scaled queries."""
+        kv = linear(x, w_k), linear(x, w_v, b_v)
+        k, v = (self._heads(a).flatten(0, 1) for a in kv)  # [B H, L, D]
+        scores = linear(q.repeat(len(x), 1, 1), k)
+        weights = F.dropout(scores.softmax(-1), self.multihead_attn.dropout)  # [B H, n, L]
+        out = linear(weights, v.mT).mean(1)
+        return out.view(len(x), -1)
 
 
 class MLP(nn.Module):
@@ -76,8 +86,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for fc in (self.fc1, self.fc2):
-            x = F.linear(x, fc.weight.to(x.dtype), fc.bias.to(x.dtype)).relu()
-        return F.linear(x, self.fc3.weight.to(x.dtype), self.fc3.bias.to(x.dtype))
+            x = linear(x, fc.weight, fc.bias).relu()
+        return linear(x, self.fc3.weight, self.fc3.bias)
 
 
 class RewardModel(nn.Module):

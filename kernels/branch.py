@@ -63,7 +63,10 @@ class LowRank(NamedTuple):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None = None) -> Tensor:
-    """x W^T + b, and the low-rank update, in x.dtype; x [..., K], weight [N, K] and bias [N] of any dtype."""
+    """x W^T + b, and the low-rank update, in x.dtype; x [..., K], weight [N, K] and bias [N] of any dtype.
+
+    For use inside an operation; prfl_kernels.linear is this as one.
+    """
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if low is None:
         return F.linear(x, weight, bias)
@@ -121,25 +124,34 @@ class Product:
         self.low, self.wants, self.wants_low, self.sums = low, wants, wants_low, Sums()
 
     def backward(
-        self, d: Tensor, x: Tensor | None, weight: Tensor, dx: Tensor | None = None, bias: bool = True
-    ) -> Tensor:
+        self,
+        d: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        dx: Tensor | None = None,
+        bias: bool = True,
+        wants_x: bool = True,
+    ) -> Tensor | None:
         """Adds the gradient of x to dx [M, K], which is made if it is None, and those of the parameters to
-        the sums. d [..., N]; x [..., K], not needed where nothing is trained; bias False leaves out db."""
-        d = d.flatten(0, -2)
-        x = None if x is None else x.flatten(0, -2)
+        the sums. d [..., N]; x [..., K], not needed where nothing is trained; bias False leaves out db, and
+        wants_x False dx. A weight of every group [G, N, K] takes d [G, M, N] and x [G, M, K]."""
+        if weight.dim() == 2:
+            d, x = d.flatten(0, -2), None if x is None else x.flatten(0, -2)
         if self.wants:
             self.sums.add_product("weight", d.mT, x)
             if bias:
                 self.sums.add("bias", d.sum(0, dtype=wide(d.dtype)))
-        weight = weight.to(d.dtype)
-        dx = d @ weight if dx is None else dx.addmm_(d, weight)
+        if wants_x:
+            matrix = weight.to(d.dtype)
+            dx = d @ matrix if dx is None else dx.addmm_(d, matrix)
         if self.low is not None:
             down, up = self.low.factors(d.dtype)
             du = d @ up
             if self.wants_low:
                 self.sums.add_product("up", d.mT, x @ down.mT)
                 self.sums.add_product("down", du.mT, x)
-            dx.addmm_(du, down)
+            if wants_x:
+                dx.addmm_(du, down)
         return dx
 
     def gradients(self, name: str) -> dict[str, Tensor]:

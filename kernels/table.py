@@ -149,14 +149,16 @@ def _default(
 def _choice(op: str, device: str) -> tuple[str, str]:
     if op in _overrides:
         return _overrides[op], f"{_reason(op, _overrides[op])}; chosen by configuration or PRFL_KERNELS"
+    note = ""
     if op == _ATTENTION:
         choice, passed = attention_backends.default(device)
+        note = attention_backends.note(device)
     else:
         choice = _default(op, device)
         better = (c for c in _BEST[device] if c in OPERATIONS[op] and c != choice)
         passed = {c: absence(op, c, device) for c in better}
     absent = "".join(f"; {name} {why}" for name, why in passed.items())
-    return choice, f"{_reason(op, choice)}; the default on {device}{absent}"
+    return choice, f"{_reason(op, choice)}; the default on {device}{absent}{note and '; '}{note}"
 
 
 def _reason(op: str, choice: str) -> str:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from prfl_kernels import attention_backends, jit, table
+from prfl_kernels import attention_backends, jit, processor, table
 from prfl_kernels.attention import attention, attention_with_lse
 from prfl_kernels.attention_backends import BACKENDS, reference_backward, reference_forward
 
@@ -398,7 +398,8 @@ def test_the_default_on_cuda_is_the_first_that_runs(monkeypatch):
     assert (name, passed) == ("fa4", {"fa3": "needs capability 9.0, got 10.0"})
 
 
-def test_the_default_on_the_cpu():
+def test_the_default_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(processor, "amx_absence", lambda: "the processor has no AMX")
     why = attention_backends.absence("cpu", "cpu")
     assert attention_backends.default("cpu", BF16) == (("sdpa", {"cpu": why}) if why else ("cpu", {}))
     assert attention_backends.default("cpu", torch.float16)[0] == "sdpa"

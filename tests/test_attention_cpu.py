@@ -6,7 +6,7 @@ import pytest
 import torch
 from fused import assert_as_good_as_torch, error, laid_out, normal, outputs_and_gradients, strided
 
-from prfl_kernels import attention_backends, attention_cpu, compiled, table
+from prfl_kernels import attention_backends, attention_cpu, compiled, processor, table
 from prfl_kernels.attention import attention, attention_with_lse
 
 if why := compiled.absence("cpu", "cpu"):
@@ -181,7 +181,8 @@ def test_head_dims_and_dtypes_that_it_refuses():
     assert error(attention(*wide), attention(*(a.double() for a in wide))) < 1e-6
 
 
-def test_it_is_the_default_and_doctor_says_so():
+def test_it_is_the_default_and_doctor_says_so(monkeypatch):
+    monkeypatch.setattr(processor, "amx_absence", lambda: "the processor has no AMX")
     table.configure("")
     for dtype in (F32, BF16):
         assert attention_backends.default("cpu", dtype, 128) == ("cpu", {})
@@ -192,6 +193,7 @@ def test_it_is_the_default_and_doctor_says_so():
 
 
 def test_without_the_extension_torchs_own_runs(monkeypatch):
+    monkeypatch.setattr(processor, "amx_absence", lambda: "the processor has no AMX")
     table.configure("")
     monkeypatch.setattr(compiled, "_load", lambda: (None, "is not built: no compiler"))
     assert attention_backends.default("cpu", BF16) == ("sdpa", {"cpu": "is not built: no compiler"})

@@ -1,0 +1,93 @@
+"""A linear layer as one operation: it computes in the dtype of its input whatever autocast says, in forward
+and backward, and keeps for the backward the weight as it is, not a copy in the dtype of the product.
+
+    y = x W^T + b + scale x A^T B^T        x [..., K]; W [N, K], b [N]; A [r, K], B [N, r] or neither
+
+W may also be [G, N, K] for x [G, M, K], a product for every group, then without b, A and B.
+"""
+
+import torch
+from torch import Tensor
+
+from prfl_kernels import branch
+from prfl_kernels.branch import LowRank, Product, low_rank
+from prfl_kernels.jit import register
+
+_NAMES = ("weight", "weight_bias", "weight_down", "weight_up")
+
+
+def _check(x, weight, bias, down, up):
+    """Raise ValueError, with the shapes it got, for what is no linear layer."""
+    shapes = [list(a.shape) for a in (x, weight)]
+    if weight.dim() not in (2, 3) or x.dim() < 1 or x.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"linear: got x {shapes[0]} and weight {shapes[1]}, want [..., K] and [N, K]")
+    if weight.dim() == 3 and (x.dim() != 3 or len(x) != len(weight)):
+        raise ValueError(f"linear: got x {shapes[0]} and weight {shapes[1]}, want [G, M, K] and [G, N, K]")
+    if weight.dim() == 3 and any(a is not None for a in (bias, down, up)):
+        raise ValueError("linear: got a weight for every group with bias or update, want it alone")
+    n, k = weight.shape[-2:]
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"linear: got bias {list(bias.shape)}, want {[n]}")
+    if down is not None and (down.shape != (len(down), k) or up.shape != (n, len(down))):
+        got = f"A {list(down.shape)} and B {list(up.shape)}"
+        raise ValueError(f"linear: got {got}, want [r, {k}] and [{n}, r]")
+
+
+def _forward(x, weight, bias, down, up, scale):
+    _check(x, weight, bias, down, up)
+    if weight.dim() == 3:
+        return x @ weight.to(x.dtype).mT
+    return branch.linear(x, weight, bias, low_rank(down, up, scale))
+
+
+def _fake(x, weight, bias, down, up, scale):
+    _check(x, weight, bias, down, up)
+    return x.new_empty((*x.shape[:-1], weight.shape[-2]))
+
+
+def _backward(d, x, weight, bias, down, up, scale, wants_x, wants, wants_low):
+    layer = Product(low_rank(down, up, scale), wants, wants_low)
+    dx = layer.backward(d, x, weight, bias=bias is not None, wants_x=wants_x)
+    made, like = layer.gradients("weight"), dict(zip(_NAMES, (weight, bias, down, up), strict=True))
+    rest = (made[k].to(a.dtype) if k in made else d.new_empty(0) for k, a in like.items())
+    return d.new_empty(0) if dx is None else dx.view(*d.shape[:-1], weight.shape[-1]), *rest
+
+
+def _backward_fake(d, x, weight, bias, down, up, scale, wants_x, wants, wants_low):
+    shape = (*d.shape[:-1], weight.shape[-1])
+    wanted = ((weight, wants), (bias, wants), (down, wants_low), (up, wants_low))
+    return d.new_empty(shape if wants_x else 0), *(
+        a.new_empty(a.shape) if w and a is not None else d.new_empty(0) for a, w in wanted
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    x, *weights, ctx.scale = inputs
+    ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *weights)
+
+
+def _gradient(ctx, d):
+    needs = ctx.needs_input_grad
+    wants = needs[0], any(needs[1:3]), any(needs[3:5])
+    made = torch.ops.prfl.linear_backward(d, *ctx.saved_tensors, ctx.scale, *wants)
+    return *(a if need else None for a, need in zip(made, needs[:5], strict=True)), None
+
+
+_WEIGHTS = "Tensor weight, Tensor? bias, Tensor? down, Tensor? up, float scale"
+register(f"linear(Tensor x, {_WEIGHTS}) -> Tensor", _forward, _fake, _gradient, _setup_context)
+register(
+    f"linear_backward(Tensor d, Tensor? x, {_WEIGHTS}, bool wants_x, bool wants, bool wants_low)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+    """y [..., N] in x.dtype, differentiable in all tensors.
+
+    x [..., K], weight [N, K] or [G, N, K] for x [G, M, K], bias [N]; weight, bias and `low` of any float
+    dtype. Raises ValueError for shapes that do not fit.
+    """
+    down, up, scale = (None, None, 1.0) if low is None else low
+    return torch.ops.prfl.linear(x, weight, bias, down, up, scale)

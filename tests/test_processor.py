@@ -1,0 +1,109 @@
+"""The choice of attention on a CPU by what its processor has, with the probe played both ways."""
+
+import pytest
+import torch
+from fused import error, normal, outputs_and_gradients
+
+from prfl_kernels import attention_backends, compiled, processor, table
+from prfl_kernels.attention import attention, attention_with_lse
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+AMX = frozenset({"avx512f", "amx_tile", "amx_bf16"})
+built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="the C++ kernels are not built")
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """A function that sets the processor's flags and the environment's limit."""
+
+    def set_up(flags, **limits):
+        monkeypatch.setattr(processor, "flags", lambda: flags)
+        for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in limits.items():
+            monkeypatch.setenv(name, value)
+
+    table.configure("")
+    yield set_up
+    table.configure("")
+
+
+@pytest.mark.parametrize(
+    "flags, limits, why",
+    [
+        (AMX, {}, None),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, None),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "avx512_core_amx"}, None),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX10_1_512_AMX_FP16"}, None),
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "no such set"}, None),  # oneDNN takes it for no limit
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "ALL", "DNNL_MAX_CPU_ISA": "AVX2"}, None),  # the first counts
+        (AMX, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}, "ONEDNN_MAX_CPU_ISA=AVX512_CORE_FP16 forbids AMX"),
+        (AMX, {"DNNL_MAX_CPU_ISA": "avx2"}, "DNNL_MAX_CPU_ISA=AVX2 forbids AMX"),
+        (AMX - {"amx_bf16"}, {}, "the processor has no AMX"),
+        (frozenset(), {}, "the processor has no AMX"),
+    ],
+)
+def test_whether_torchs_products_use_amx(play, flags, limits, why):
+    play(flags, **limits)
+    assert processor.amx_absence() == why
+
+
+def test_without_onednn_nothing_uses_amx(play, monkeypatch):
+    play(AMX)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert processor.amx_absence() == "torch has no oneDNN"
+
+
+@built
+def test_with_amx_torchs_own_attention_runs_in_bfloat16(play):
+    play(AMX)
+    for head_dim in (33, 128, 512):
+        assert attention_backends.default("cpu", BF16, head_dim) == ("sdpa", {})
+    assert attention_backends.default("cpu", F32, 128) == ("cpu", {})
+    assert attention_backends.default("cpu", F16)[0] == "sdpa"
+    assert attention_backends.default("cpu", torch.float64)[0] == "reference"
+    play(AMX, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
+    assert attention_backends.default("cpu", BF16, 128) == ("cpu", {})
+
+
+@built
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the table names what runs on the GPU")
+def test_doctor_gives_the_choice_and_its_reason(play):
+    rows = {}
+    for flags in (AMX, frozenset()):
+        play(flags)
+        (rows[flags],) = [row[1:] for row in table.choices() if row[0] == "attention"]
+    name, reason = rows[AMX]
+    assert name == "sdpa" and reason.endswith("torch's bfloat16 products use AMX; in float32 cpu")
+    name, reason = rows[frozenset()]
+    assert name == "cpu" and reason.endswith("products do not use AMX: the processor has no AMX")
+
+
+@pytest.mark.parametrize("repeats", [1, 449])
+def test_forward_and_backward_run_what_was_chosen(play, monkeypatch, repeats):
+    """On both sides, and the last key is not laid out."""
+    play(AMX)
+    seen, sdpa = [], attention_backends.BACKENDS["sdpa"]
+
+    def watched(run):
+        return lambda *a: seen.append(a[1].shape[1]) or run(*a)
+
+    watchers = dict(forward=watched(sdpa.forward), backward=watched(sdpa.backward))
+    monkeypatch.setitem(attention_backends.BACKENDS, "sdpa", sdpa._replace(**watchers))
+    q, k, v = (normal(2, n, 2, 32, dtype=BF16).cpu() for n in (80, 70, 70))
+    got = outputs_and_gradients(lambda *a: attention_with_lse(*a, repeats=repeats), [q, k, v])
+    assert len(seen) == 2 and seen[0] == 70
+    table.configure("attention=reference")
+    exact = outputs_and_gradients(
+        lambda *a: attention_with_lse(*a, repeats=repeats), [a.double() for a in (q, k, v)]
+    )
+    for a, b in zip(sum(got, []), sum(exact, []), strict=True):
+        assert error(a, b) < 0.02  # roundings of 8 bits
+
+
+def test_the_choice_is_made_under_compile_too(play):
+    play(AMX)
+    inputs = [normal(1, 9, 2, 16, dtype=BF16).cpu() for _ in range(3)]
+    torch.compiler.reset()
+    run = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(*inputs), attention(*inputs))
