@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from helpers import random_batch, randomize, tiny_config, tiny_model, tiny_reward
+from helpers import random_batch, randomize, tiny_config, tiny_model, tiny_reward, under
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prfl_engine import flow, lora
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, RolloutConfig
+from prfl_engine.dit import plain_blocks
 from prfl_engine.objectives import (
     Batch,
     bradley_terry,
     cross_entropy,
-    graded_rewards,
+    graded_windows,
     noisy_reward,
     reward_loss,
     sft_loss,
@@ -229,7 +230,7 @@ def same_outcome(step, autocast):
         assert_same(tensors(got), tensors(want))
 
 
-def velocity_step(model, batch):
+def velocity_step(model, batch, run_blocks=plain_blocks):
     """A forward and backward of a transformer."""
 
     def step(forward, backward):
@@ -237,7 +238,7 @@ def velocity_step(model, batch):
         model.zero_grad()
         with forward():
             context = model.embed_context(batch.text, batch.clip)
-            v = model(x, torch.tensor([500.0, 20.0]), context, batch.condition)
+            v = model(x, torch.tensor([500.0, 20.0]), context, batch.condition, run_blocks)
         with backward():
             v.square().sum().backward()
         return [v.detach(), *gradients(model, x)]
@@ -271,8 +272,7 @@ def test_recomputed_blocks_give_the_same_bits(reference, policy, trained):
     if trained == "lora":
         lora.attach(model, LoraConfig(rank=2))
         randomize(model)
-    model.recompute = POLICIES[policy]
-    same_outcome(velocity_step(model, batch), BF16)
+    same_outcome(velocity_step(model, batch, under(POLICIES[policy])), BF16)
 
 
 @AUTOCAST
@@ -310,10 +310,10 @@ def test_graded_windows_and_flow_matching_give_the_same_bits(reference, autocast
         with forward():
             losses = [sft_loss(policy, batch, noise, torch.tensor([0.3, 0.8]))]
             given = policy, reward, schedule, batch, noise, indices, ChainConfig(window=2)
-            for logit in graded_rewards(*given):
-                losses.append(reward_loss(logit, LossConfig()))
+            for window in graded_windows(*given):
+                losses.append(reward_loss(window.logit, LossConfig()))
                 with backward():
-                    losses[-1].sum().backward()
+                    window.backward(losses[-1].sum())
         with backward():
             losses[0].sum().backward()
         return [*(a.detach() for a in losses), *gradients(policy)]
