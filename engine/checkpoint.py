@@ -1,17 +1,14 @@
-"""Reading and writing models in the official formats, and everything a stopped run needs to go on.
+"""Reading and writing models in the official formats.
 
 Loads are strict (every key, every shape) and safe: safetensors, or torch.load(weights_only=True).
 Weights go from the file to their parameter one tensor at a time, so no second copy of a model is
-held. Writes go to a temporary name first, so a killed process never leaves half a checkpoint.
+held. Whoever writes a folder does so inside files.atomic_folder.
 """
 
 import json
-import os
 import pickle
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +19,8 @@ from torch import Tensor, nn
 
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.errors import UserError
+from prfl_engine.files import atomic_folder as atomic_folder  # importable from here too
+from prfl_engine.files import checkpoints as checkpoints
 from prfl_engine.reward import QueryPool, RewardModel
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -179,7 +178,10 @@ def load_pickle(
         raise UserError(f"{path}: no such file, want a saved state dict")
     try:
         state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (  # what its unpickler raises at files of which a part is missing or changed
+        pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError,
+        ValueError, TypeError, LookupError, AttributeError,
+    ) as error:  # fmt: skip
         reason = (str(error) or "empty file").splitlines()[0]
         raise UserError(f"{path}: not a safe state dict: {reason}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -187,29 +189,6 @@ def load_pickle(
     if not isinstance(state, dict):
         raise UserError(f"{path}: got a {type(state).__name__}, want a state dict")
     return state
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` (replacing it) when the block ends well."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, folder)
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The folders checkpoint-N of a run, oldest first."""
-    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
 def _newest(folder: Path, name: str) -> Path:

@@ -1,4 +1,8 @@
-"""The command `prfl`. A mistake in what was given is one line on stderr and exit code 2."""
+"""The command `prfl`.
+
+A mistake in what was given is one line on stderr and exit code 2; a run that cannot go on, one line and 1. A
+training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and 130 if a second one comes.
+"""
 
 import argparse
 import sys
@@ -7,6 +11,7 @@ from collections.abc import Sequence
 from prfl_engine import __version__
 from prfl_engine.config import load_config
 from prfl_engine.errors import TrainingError, UserError
+from prfl_engine.interrupt import Stopped, interrupts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,9 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"prfl: {error}", file=sys.stderr)
         return 1
+    except Stopped:
+        print("prfl: stopped by a signal; there was nothing to save", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("prfl: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        from prfl_engine import failures
+
+        if (reason := failures.reason(error)) is None:
+            raise
+        print(f"prfl: {reason}", file=sys.stderr)
+        return 1
 
 
 def _read_environment() -> None:
@@ -107,15 +122,17 @@ def _demo(args) -> None:
 
 
 def _train(args) -> None:
-    from prfl_engine.train import train
+    with interrupts():  # imports and models take a while
+        from prfl_engine.train import train
 
-    train(_load(args))
+        train(_load(args))
 
 
 def _train_reward(args) -> None:
-    from prfl_engine.train_reward import train_reward
+    with interrupts():
+        from prfl_engine.train_reward import train_reward
 
-    train_reward(_load(args))
+        train_reward(_load(args))
 
 
 def _eval_reward(args) -> None:

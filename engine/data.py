@@ -6,7 +6,7 @@ state of a worker. A stream that is started at position p goes on exactly as the
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prfl_engine.dit import WanConfig
 from prfl_engine.errors import UserError
+from prfl_engine.interrupt import shield
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.objectives import Batch
 
@@ -208,12 +209,17 @@ class Stream(Dataset):
         return 2**40
 
     def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch]:
+        batches = tuple(collate([sample for _, sample in part]) for part in self.samples(position))
+        return batches[0] if self.lose is None else batches
+
+    def samples(self, position: int) -> list[list[tuple[Path, Batch]]]:
+        """(meta path, sample) of the samples of item `position`; with `lose`, of winners and of losers."""
         epoch, place = divmod(position, self.batches_per_epoch)
         rng = seeded(self.seed, 1, position)
         picked = [self.paths[i] for i in self._plan(epoch)[place]]
-        batch = collate([self.reader.read(p, rng) for p in picked])
+        samples = [(p, self.reader.read(p, rng)) for p in picked]
         if self.lose is None:
-            return batch
+            return [samples]
         shape = self._shapes[self._plan(epoch)[place][0]]
         fitting = self._lose_by_shape.get(shape)
         if fitting is None:
@@ -221,8 +227,19 @@ class Stream(Dataset):
                 f"{self.lose[0]}: no latent of data.lose has the shape of {picked[0]}, {list(shape)}"
             )
         chosen = [fitting[i] for i in rng.integers(len(fitting), size=len(picked))]
-        losers = collate([self.reader.read(p, rng) for p in chosen])
-        return batch, losers
+        return [samples, [(p, self.reader.read(p, rng)) for p in chosen]]
+
+    def suspects(self, positions: Iterable[int]) -> str:
+        """Which samples of these items hold a value that is not finite, or else what samples they are."""
+        try:
+            samples = [one for p in positions for part in self.samples(p) for one in part]
+        except UserError as error:
+            return str(error)
+        for path, sample in samples:
+            for name, a in zip(Batch._fields, sample, strict=True):
+                if a is not None and not a.isfinite().all():
+                    return f"{path}: its {name} is not finite"
+        return f"samples: {', '.join(dict.fromkeys(str(path) for path, _ in samples))}"
 
     def loader(self, position: int, num_workers: int, device: torch.device) -> Iterator:
         """Batches from `position` on, on the device; GPU copies are pinned and asynchronous."""
@@ -235,6 +252,7 @@ class Stream(Dataset):
             pin_memory=pinned,
             generator=torch.Generator(),  # else it draws from the one that dropout goes on with
             prefetch_factor=4 if num_workers else None,
+            worker_init_fn=shield,
         )
         items = iter(loader)
         while True:

@@ -133,7 +133,7 @@ def base_config(data: demo_data.DemoData) -> Config:
             num_workers=0,
         ),
         rollout=RolloutConfig(steps=20, shift=1.0),
-        train=TrainConfig(resume=True, save_every=10**6, keep=1, log_every=5),
+        train=TrainConfig(resume="auto", save_every=10**6, keep=1, log_every=5),
         eval=EvalConfig(),
         sample=SampleConfig(codec=str(data.codec)),
     )

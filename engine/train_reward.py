@@ -9,9 +9,10 @@ from prfl_engine.checkpoint import load_reward, load_transformer, new_reward, sa
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
 from prfl_engine.errors import UserError
-from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
+from prfl_engine.loop import DTYPES, fit, pick_device, set_up
 from prfl_engine.metrics import progress
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
+from prfl_engine.resume import prepare_out
 from prfl_engine.reward import RewardModel
 
 
@@ -51,7 +52,8 @@ def train_reward(config: Config) -> None:
     lose = read_lists(c.data.lose, "data.lose") if pairs else None
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
     sigmas = flow.train_sigmas(c.rollout.shift)
-    resume = prepare_out(c)
+    begin = prepare_out(c, {"data.train": win} | ({"data.lose": lose} if pairs else {}))
+    resume = begin.checkpoint
     model = make_reward(c, resume or c.reward.path, device)
     reader = Reader(
         model.transformer.config, c.data.label, c.data.null_text, c.data.text_dropout
@@ -81,7 +83,7 @@ def train_reward(config: Config) -> None:
     heads = torch.nn.ModuleList([model.pool, model.mlp])
     model.train()
     fit(
-        c, resume, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], stream,
+        c, begin, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], stream,
         losses, validate if c.eval.every else None,
         save=lambda folder, step: save_reward(model, folder, step),
         load=lambda folder: dict(make_reward(c, folder, device, torch.float32).named_parameters()),
