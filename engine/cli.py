@@ -32,19 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"prfl: {error}", file=sys.stderr)
         return 1
-    except Stopped:
-        print("prfl: stopped by a signal; there was nothing to save", file=sys.stderr)
+    except Stopped as stopped:
+        print(f"prfl: {stopped}", file=sys.stderr)
         return 0
     except KeyboardInterrupt:
         print("prfl: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:
-        from prfl_engine import failures
+    except _failures() as error:
+        from prfl_engine.failures import reason
 
-        if (reason := failures.reason(error)) is None:
+        if (line := reason(error)) is None:
             raise
-        print(f"prfl: {reason}", file=sys.stderr)
+        print(f"prfl: {line}", file=sys.stderr)
         return 1
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    from prfl_engine.failures import KINDS  # imports torch, which most mistakes do without
+
+    return KINDS
 
 
 def _read_environment() -> None:

@@ -6,6 +6,8 @@ import re
 import torch
 from safetensors import SafetensorError
 
+from prfl_engine.errors import TrainingError
+
 KINDS = (RuntimeError, OSError, MemoryError, SafetensorError)
 """Types of the exceptions among which `reason` finds them."""
 
@@ -30,7 +32,7 @@ def reason(error: BaseException) -> str | None:
         return f"cannot write: {where}{error.strerror}"
     if isinstance(error, SafetensorError):
         return f"cannot write: {line}" if "serializing" in line and "I/O error" in line else None
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError) or isinstance(error, TrainingError):
         return None
     if _WRITER.search(line):
         return f"cannot write: {line} (torch.save; is the disk full?)"

@@ -132,7 +132,7 @@ def _lock(out: Path) -> int | None:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before may have deleted the file between our two calls.
-            if path.exists() and os.path.samestat(os.fstat(file), os.stat(path)):
+            if os.fstat(file).st_nlink > 0:
                 return file
             os.close(file)
         except OSError as error:

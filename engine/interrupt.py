@@ -11,7 +11,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(BaseException):
-    """A signal came where there is nothing to finish; no Exception, as KeyboardInterrupt is none."""
+    """A signal has ended the work, with all saved that there was to save; one line says so.
+
+    Like KeyboardInterrupt it is no Exception.
+    """
 
 
 class Interrupts:
@@ -25,12 +28,15 @@ class Interrupts:
     def at_once(self, immediate: bool) -> Iterator[None]:
         """Inside, a signal raises Stopped (so does one that has come before), or only sets `asked`."""
         if immediate and self.asked is not None:
-            raise Stopped
+            raise self.stopped("nothing to save")
         before, self.immediate = self.immediate, immediate
         try:
             yield
         finally:
             self.immediate = before
+
+    def stopped(self, what: str) -> Stopped:
+        return Stopped(f"{self.asked.name}: stopped; {what}")
 
     def __call__(self, number: int, frame) -> None:
         """The handler. Writes to the descriptor: sys.stderr may be in the middle of a line."""
@@ -43,7 +49,7 @@ class Interrupts:
         self.asked = signal.Signals(number)
         if self.immediate:
             self.immediate = False  # so that what is cleaned up now is not interrupted
-            raise Stopped
+            raise self.stopped("nothing to save")
         os.write(2, f"prfl: {name}: stopping after this step; a second one ends at once\n".encode())
 
 

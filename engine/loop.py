@@ -97,44 +97,43 @@ def fit(
     SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises UserError before anything is written,
     TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
     """
-    out, resume = Path(config.train.out), begin.checkpoint
-    device = pick_device(config)
-    with interrupts() as signals:
-        optimizer = make_optimizer(groups, config.optim)
-        ema = EMA(model, config.train.ema) if config.train.ema > 0 else None
-        if resume is not None and ema is not None:
-            want = f"0: {resume} holds no averaged weights"
-            check((resume / "ema").is_dir(), "train.ema", config.train.ema, want)
-            held = load(resume / "ema")
-            ema.average = {k: held[k].detach().float().to(p.device) for k, p in ema.own.items()}
-        # Last, since building the model of the average draws random numbers.
-        progress = Progress() if resume is None else read_state(resume, optimizer, device)
-        if (name := not_finite(model)) is not None:
-            raise UserError(f"{resume or 'model.path'}: {name} is not finite, want finite weights")
-        if begin.new_score:
-            progress.best = -math.inf
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"train.out: {out}: {error.strerror}, want a folder that can be made") from None
-        with files.locked(out) as alone, signals.at_once(False):
-            if not alone:
-                note(f"{out}: its file system has no locks, so nothing stops a second run in this folder")
-            if files.checkpoints(out)[-1:] != ([] if resume is None else [resume]):
-                raise UserError(f"train.out: {out} got a checkpoint from another run meanwhile, start again")
-            files.clear_leftovers(out)
-            for change in begin.changes:
-                print(f"prfl: {change}", flush=True)
-            if begin.new_score and validate is not None:
-                print("prfl: validation has changed: earlier scores no longer count for best", flush=True)
+    device, progress = pick_device(config), Progress()
+    try:
+        with interrupts() as signals:
+            optimizer = make_optimizer(groups, config.optim)
+            ema = EMA(model, config.train.ema) if config.train.ema > 0 else None
+            if begin.checkpoint is not None:
+                progress = _load(config, begin, model, optimizer, ema, load, device)
+            elif (name := not_finite(model)) is not None:
+                raise UserError(f"model to start from: {name} is not finite, want finite weights")
             run = Run(config, begin, model, optimizer, ema, stream, losses, validate, save, progress, signals)
-            try:
-                files.write_whole(out / "config.yaml", config.to_yaml())
-                run.train(device)
-            except failures.KINDS as error:
-                if (reason := failures.reason(error)) is None:
-                    raise
-                raise TrainingError(f"step {progress.step}: {reason}; {run.last()}") from None
+            run.train(device)
+    except failures.KINDS as error:
+        if (reason := failures.reason(error)) is None:
+            raise
+        raise TrainingError(f"{reason}; {_last(Path(config.train.out))}") from None
+
+
+def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load, device) -> Progress:
+    """Load what a checkpoint holds besides the weights, which must be finite."""
+    folder = begin.checkpoint
+    if (name := not_finite(model)) is not None:
+        raise UserError(f"{folder}: {name} is not finite, want a checkpoint with finite weights")
+    if ema is not None:
+        want = f"0: {folder} holds no averaged weights"
+        check((folder / "ema").is_dir(), "train.ema", config.train.ema, want)
+        held = load(folder / "ema")
+        ema.average = {k: held[k].detach().float().to(p.device) for k, p in ema.own.items()}
+    # Last, since building the model of the average draws random numbers.
+    progress = read_state(folder, optimizer, device)
+    if begin.new_score:
+        progress.best = -math.inf
+    return progress
+
+
+def _last(out: Path) -> str:
+    found = files.checkpoints(out)
+    return f"{found[-1]} is the last good checkpoint" if found else "there is no checkpoint yet"
 
 
 @dataclass
@@ -154,7 +153,30 @@ class Run:
     signals: Interrupts
 
     def train(self, device: torch.device) -> None:
-        """All steps that are left, until a signal comes."""
+        """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
+        out, found = self.out, self.begin.checkpoint
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"train.out: {out}: {error.strerror}, want a folder that can be made") from None
+        with files.locked(out) as alone, self.signals.at_once(False):
+            if not alone:
+                note(f"{out}: its file system has no locks, so nothing stops a second run in this folder")
+            if files.checkpoints(out)[-1:] != ([] if found is None else [found]):
+                raise UserError(f"train.out: {out} got a checkpoint from another run meanwhile, start again")
+            files.clear_leftovers(out)
+            files.write_whole(out / "config.yaml", self.config.to_yaml())
+            for change in self.begin.changes:
+                print(f"prfl: {change}", flush=True)
+            if self.begin.new_score and self.validate is not None:
+                print("prfl: validation has changed: earlier scores no longer count for best", flush=True)
+            self.steps(device)
+            if self.signals.asked is not None:
+                saved = f"{_last(out)}, train.resume=true goes on from it"
+                raise self.signals.stopped(saved if files.checkpoints(out) else "nothing to save")
+
+    def steps(self, device: torch.device) -> None:
+        """The steps from progress.step on, with their validations and checkpoints."""
         train, progress, optimizer, out = self.config.train, self.progress, self.optimizer, self.out
         items = self.stream.loader(progress.step * train.accumulate, self.config.data.num_workers, device)
         with closing(items), MetricsWriter(out, train.tensorboard, train.wandb) as metrics:
@@ -162,10 +184,10 @@ class Run:
             measurements = Measurements(metrics, train.log_every, progress.unlogged, self.bad_gradient)
             if self.validate is not None and (self.begin.checkpoint is None or progress.unvalidated):
                 self.check(metrics)
+            if self.signals.asked is not None:
+                return
             steps = range(progress.step, train.steps)
             for step in progress_bar(steps, out.name, train.steps, initial=progress.step):
-                if self.signals.asked:  # before the first one
-                    break
                 factor = lr_factor(step, train.steps, self.config.optim)
                 set_lr(optimizer, factor)
                 seen: dict[str, Tensor] = {}
@@ -183,30 +205,23 @@ class Run:
                 progress.step = done = step + 1
                 last = done == train.steps
                 check_now = self.validate is not None and (done % self.config.eval.every == 0 or last)
-                save_now = done % train.save_every == 0 or last or self.signals.asked is not None
-                if check_now or save_now:
+                if check_now:
                     measurements.settle()
                     self.check_weights()
-                if check_now:
                     self.check(metrics)
-                if save_now or self.signals.asked:
+                stop = self.signals.asked is not None  # asked once: a signal may come at any time
+                if stop or last or done % train.save_every == 0:
+                    measurements.settle()
+                    self.check_weights()
                     progress.unlogged = measurements.newest
                     metrics.sync()
                     self.write_checkpoint(device)
-                if self.signals.asked:
+                if stop:
                     break
-        if self.signals.asked:
-            at, again = f"after step {progress.step}", "train.resume=true goes on from there"
-            saved = f"{self.last()}, {again}" if files.checkpoints(out) else "nothing to save"
-            note(f"{self.signals.asked.name}: stopped {at}; {saved}")
 
     @property
     def out(self) -> Path:
         return Path(self.config.train.out)
-
-    def last(self) -> str:
-        found = files.checkpoints(self.out)
-        return f"{found[-1]} is the last good checkpoint" if found else "there is no checkpoint yet"
 
     def check(self, metrics: MetricsWriter) -> None:
         """Validate, with the averaged weights if there are any, and keep the best. Left for the resumed run
@@ -249,7 +264,7 @@ class Run:
         """TrainingError if a trained weight is not finite."""
         if (name := not_finite(self.model)) is not None:
             step = self.progress.step - 1
-            raise TrainingError(f"step {step}: {name} is not finite after the update; {self.last()}")
+            raise TrainingError(f"step {step}: {name} is not finite after the update; {_last(self.out)}")
 
     def bad_gradient(self, step: int, norm: float) -> TrainingError:
         """The error for a norm that is not finite, with what may be its cause."""
@@ -257,7 +272,7 @@ class Run:
             cause = f"the weights were not finite: {name}"
         else:
             cause = self.stream.suspects(range(step * (n := self.config.train.accumulate), (step + 1) * n))
-        return TrainingError(f"step {step}: the norm of the gradient is {norm}; {cause}; {self.last()}")
+        return TrainingError(f"step {step}: the norm of the gradient is {norm}; {cause}; {_last(self.out)}")
 
 
 class Measured:

@@ -93,13 +93,14 @@ def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
     out, resume = Path(config.train.out), config.train.resume
     found = _look(out)
     check_writers(config.train.tensorboard, config.train.wandb)
-    used = [p.name for p in found] or [n for n in (FILE, "config.yaml") if (out / n).exists()]
-    if not resume and used and used != ["config.yaml"]:
+    if not resume and (found or (out / FILE).exists()):
+        what = found[-1].name if found else FILE
         raise UserError(
-            f"train.out: {out} already holds {used[-1] if found else used[0]}, "
-            "want an empty folder or train.resume=true"
+            f"train.out: {out} already holds {what}, want an empty folder or train.resume=true"
         )
-    if resume is True and not used:
+    # Those of a run that was killed before its first checkpoint are no reason to refuse its resuming.
+    traces = (FILE, "config.yaml", files.LOCK)
+    if resume is True and not found and not any((out / name).exists() for name in traces):
         raise UserError(
             f"train.out: {out} holds no checkpoint to resume, want the folder of a run, train.resume=false, "
             "or train.resume=auto, which starts where there is nothing"
@@ -181,7 +182,10 @@ def _read_run(checkpoint: Path) -> tuple[dict, dict | None]:
     if not path.exists():
         raise UserError(f"{checkpoint}: got no {RUN} and no {path}, want one: what the run was is unknown")
     note(f"{checkpoint} has no {RUN}: compared with {path}; that data and models are the same is not checked")
-    return read_yaml(path), None
+    held = read_yaml(path)
+    if not all(isinstance(section, dict) for section in held.values()):
+        raise UserError(f"{path}: got no configuration of a run, want the file as it was written")
+    return held, None
 
 
 def _value(config: dict, name: str, default: Any = None) -> Any:
