@@ -21,7 +21,7 @@ from prfl_engine.block_adamw import BlockAdamW, check_tensor
 from prfl_engine.checkpoint import load_pickle
 from prfl_engine.config import Config
 from prfl_engine.config_file import plain, read_yaml
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check
 from prfl_engine.metrics import FILE, check_writers, note, read_metrics
 from prfl_engine.optim import load_state
 
@@ -121,6 +121,7 @@ def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
 
 def _look(out: Path) -> list[Path]:
     """The checkpoints in a folder that can be the output of a run."""
+    check("\0" not in str(out), "train.out", str(out), "a name without zero bytes")
     try:
         if os.path.lexists(out) and not out.is_dir():
             raise UserError(f"train.out: {out} is a file or a broken link, want a folder")
@@ -131,10 +132,8 @@ def _look(out: Path) -> list[Path]:
             raise UserError(f"train.out: {out}: {above} is no folder that can be written to, want one")
         files.check_free(out)
         return files.checkpoints(out)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"train.out: {str(out)!r}: {error}, want a folder that can be written to") from None
+    except OSError as error:
+        raise UserError(f"train.out: {out}: {error.strerror}, want a folder that can be written to") from None
 
 
 # Configuration.
