@@ -94,6 +94,8 @@ def clear_leftovers(out: Path) -> None:
         shutil.rmtree(path) if folder.exists() else os.replace(path, folder)
     for path in [p for name in ("best", "checkpoint-*") for p in out.glob(f".{name}.tmp")]:
         shutil.rmtree(path)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (out / f".{name}.tmp").unlink(missing_ok=True)
 
 
 def check_free(out: Path) -> None:

@@ -39,10 +39,10 @@ class Interrupts:
         return Stopped(f"{self.asked.name}: stopped; {what}")
 
     def __call__(self, number: int, frame) -> None:
-        """The handler. Writes to the descriptor: sys.stderr may be in the middle of a line."""
+        """The handler. Writes to the descriptor: sys.stderr may be busy, and a progress bar open."""
         name = signal.Signals(number).name
         if self.asked is not None:
-            os.write(2, f"prfl: {name} again: ended at once\n".encode())
+            os.write(2, f"\nprfl: {name} again: ended at once\n".encode())
             for child in multiprocessing.active_children():
                 child.kill()
             os._exit(128 + number)
@@ -50,7 +50,7 @@ class Interrupts:
         if self.immediate:
             self.immediate = False  # so that what is cleaned up now is not interrupted
             raise self.stopped("nothing to save")
-        os.write(2, f"prfl: {name}: stopping after this step; a second one ends at once\n".encode())
+        os.write(2, f"\nprfl: {name}: stopping after this step; a second one ends at once\n".encode())
 
 
 _active: Interrupts | None = None

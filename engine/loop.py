@@ -170,6 +170,8 @@ class Run:
                 print(f"prfl: {change}", flush=True)
             if self.begin.new_score and self.validate is not None:
                 print("prfl: validation has changed: earlier scores no longer count for best", flush=True)
+            if self.progress.step >= (steps := self.config.train.steps):
+                print(f"prfl: {found} has all of train.steps = {steps}: no step is left", flush=True)
             self.steps(device)
             if self.signals.asked is not None:
                 saved = f"{_last(out)}, train.resume=true goes on from it"

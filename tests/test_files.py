@@ -121,7 +121,7 @@ def test_files_and_folders_are_flushed_before_the_rename_and_the_parent_after_it
             (temporary / name).touch()
     assert done == ["b", "ema", "a", ".x.tmp", "rename", tmp_path.name]
     done.clear()
-    files.write_whole(tmp_path / "c", "text")
+    files.write_whole(tmp_path / "c", "text")  # config.yaml, metrics.jsonl
     assert done == [".c.tmp", "rename", tmp_path.name] and (tmp_path / "c").read_text() == "text"
 
 

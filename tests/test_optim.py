@@ -113,8 +113,11 @@ def test_apex_is_driven_by_flags_on_the_device(monkeypatch, tmp_path):
     update(optimizer, 1.0)
     assert torch.equal(p, before)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert optimizer.param_groups[0]["step"] == 2
+    group = {"params": [p], "lr": 0.125, "base_lr": 0.125}
+    optimizer = optim._apex([group], OptimConfig(weight_decay=0.5))
+    optim.load_state(optimizer, torch.load(tmp_path / "state.pt", weights_only=True))
+    (group,) = optimizer.param_groups
+    assert group["step"] == 2 and group["lr"] == group["base_lr"] == 0.125 and group["weight_decay"] == 0.5
 
 
 def test_apex_that_is_not_there_is_one_line(monkeypatch, tmp_path, capsys):
