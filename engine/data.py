@@ -7,6 +7,7 @@ state of a worker. A stream that is started at position p goes on exactly as the
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from prfl_engine.dit import WanConfig
 from prfl_engine.errors import UserError
-from prfl_engine.interrupt import shield
+from prfl_engine.failures import WorkerLost
+from prfl_engine.interrupt import quiet_children, shield
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.objectives import Batch
 
@@ -255,17 +257,22 @@ class Stream(Dataset):
             worker_init_fn=shield,
         )
         items = iter(loader)
-        while True:
-            try:
-                item = next(items)
-            except UserError as error:  # a worker's arrives with its traceback as the message
-                line = str(error).strip().splitlines()[-1]
-                error.with_traceback(None)
-                break
-            if self.lose is None:
-                yield to_device(item, device)
-            else:
-                yield tuple(to_device(b, device) for b in item)
+        with quiet_children() if num_workers else nullcontext():
+            while True:
+                try:
+                    item = next(items)
+                except UserError as error:  # a worker's arrives with its traceback as the message
+                    line = str(error).strip().splitlines()[-1]
+                    error.with_traceback(None)
+                    break
+                except (ConnectionError, EOFError, FileNotFoundError) as error:
+                    if not num_workers or "in DataLoader worker process" in str(error):  # of reading
+                        raise
+                    raise WorkerLost(f"the connection to it broke ({type(error).__name__})") from None
+                if self.lose is None:
+                    yield to_device(item, device)
+                else:
+                    yield tuple(to_device(b, device) for b in item)
         # The error's traceback refers to itself and to the loader, and a loader that dies by garbage
         # collection waits 5 s for its workers. So that is cut, and no handler holds the error here.
         del items

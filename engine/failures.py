@@ -18,6 +18,10 @@ _MEMORY = re.compile(r"[Cc]an(no|')t allocate memory|not enough memory|out of me
 _WORKER = re.compile(r"DataLoader worker \(pid")
 
 
+class WorkerLost(RuntimeError):
+    """A loader process has died."""
+
+
 def reason(error: BaseException) -> str | None:
     """What failed, in one line; None for every other error."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -38,4 +42,5 @@ def reason(error: BaseException) -> str | None:
         return f"cannot write: {line} (torch.save; is the disk full?)"
     if _MEMORY.search(line):
         return f"out of memory: {line}"
-    return f"lost a loader process: {line}" if _WORKER.search(line) else None
+    lost = isinstance(error, WorkerLost) or _WORKER.search(line)
+    return f"lost a loader process: {line}" if lost else None

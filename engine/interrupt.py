@@ -76,6 +76,21 @@ def interrupts() -> Iterator[Interrupts]:
         _active = None
 
 
+@contextmanager
+def quiet_children() -> Iterator[None]:
+    """Without torch's SIGCHLD handler, which raises in whatever runs when a loader process dies. The loader
+    also finds that out when it waits for a batch, within 5 s."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # a generator may end elsewhere
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
 def shield(worker: int) -> None:
     """For a loader process: Ctrl-C and a batch system's SIGTERM, which reach every process of a run, are the
     training process's to answer; a SIGTERM from that one ends this."""

@@ -151,7 +151,7 @@ def test_processes(tmp_path):
     os.kill(children(second.pid)[-1], signal.SIGKILL)
     code, found = lines(second)
     assert code == 1 and len(found) == 1, found
-    assert "lost a loader process: DataLoader worker" in found[0] and f"{last} is the last good" in found[0]
+    assert "lost a loader process: " in found[0] and f"{last} is the last good" in found[0]
 
     third = started(config, "train.resume=true")
     third.kill()
@@ -230,6 +230,19 @@ def test_a_failure_of_the_machine_is_one_line(module, name, broken, needle, tmp_
     assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
     assert [p.name for p in files.checkpoints(out)] == ["checkpoint-2"]
     assert_equal(content(out / "checkpoint-2"), before)
+
+
+def test_a_broken_connection_to_a_loader_process(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path)
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(iterator, "_try_get_data", torn_connection)
+    run("train", config, "data.num_workers=1", code=1)
+    line = one_line(capsys)
+    assert "lost a loader process: the connection to it broke (ConnectionResetError); there is no" in line
+
+
+def torn_connection(*args, **kwargs):
+    raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
 
 def test_what_is_no_failure_of_the_machine_keeps_its_traceback():
