@@ -186,22 +186,20 @@ class BlockAdamW(torch.optim.Optimizer):
         return super().state_dict()
 
     def load_state_dict(self, saved: dict) -> None:
-        """Copy a state_dict of the same parameters, name and rounding; offload may differ."""
-        mine = self.state_dict()
-        sizes = [[len(g["params"]) for g in d["param_groups"]] for d in (saved, mine)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"got groups of {sizes[0]} parameters, want {sizes[1]}")
-        for i, own in mine["state"].items():
-            got, want = (_describe(s["blocks"]) for s in (saved["state"][i], own))
-            if got != want:
-                raise ValueError(f"parameter {i}: got {got}, want {want}")
-        for i, own in mine["state"].items():
+        """Copy moments and counters of a state_dict of the same parameters, name and rounding; offload may
+        differ. Learning rates and the like stay those of the configuration. ValueError names what differs;
+        then nothing has changed."""
+        check_groups(saved, self.param_groups, {"updates": int})
+        mine = self.state_dict()["state"]
+        for i, own in mine.items():
+            _check_blocks(f"parameter {i}", saved["state"].get(i), own)
+        for i, own in mine.items():
             own["step"].copy_(saved["state"][i]["step"])
             for block, source in zip(own["blocks"], saved["state"][i]["blocks"], strict=True):
                 for name, a in block.items():
                     a.copy_(source[name])
         for group, source in zip(self.param_groups, saved["param_groups"], strict=True):
-            group.update({k: v for k, v in source.items() if k != "params"})
+            group["updates"] = source["updates"]
 
 
 class EightBits:
@@ -298,10 +296,58 @@ def _blocks(a: Tensor) -> tuple[Tensor, ...]:
     return a.reshape(-1).split(BLOCK)
 
 
+def check_groups(saved: object, own: list[dict], counters: dict[str, type]) -> None:
+    """ValueError unless `saved` is a state_dict with groups as large as `own`, and with these counters."""
+    groups = saved.get("param_groups") if isinstance(saved, dict) else None
+    if not isinstance(groups, list) or not isinstance(saved.get("state"), dict):
+        raise ValueError("optimizer: want a dict with a dict 'state' and a list 'param_groups'")
+    listed = [g.get("params") if isinstance(g, dict) else None for g in groups]
+    sizes = [len(p) if isinstance(p, list) else None for p in listed], [len(g["params"]) for g in own]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"optimizer: got groups of {sizes[0]} parameters, want {sizes[1]}")
+    unknown = saved["state"].keys() - set(range(sum(sizes[1])))
+    if unknown:
+        raise ValueError(f"optimizer: got a state of parameter {min(map(str, unknown))}, which there is not")
+    for i, group in enumerate(groups):
+        for name, kind in counters.items():
+            value = group.get(name)
+            if type(value) is not kind or (kind is int and value < 0):
+                raise ValueError(f"group {i}: {name}: got {value!r}, want a number of updates")
+
+
+def check_tensor(name: str, got: object, want: Tensor) -> None:
+    """ValueError unless `got` is a tensor of the shape, dtype and strides of `want`."""
+    if not isinstance(got, Tensor):
+        raise ValueError(f"{name}: got {type(got).__name__}, want a tensor")
+    kinds = [f"{str(a.dtype).removeprefix('torch.')} {list(a.shape)}" for a in (got, want)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{name}: got {kinds[0]}, want {kinds[1]}")
+    if got.layout != torch.strided or got.stride() != want.stride():
+        raise ValueError(f"{name}: got a tensor with another layout in memory, want strides {want.stride()}")
+
+
+def _check_blocks(name: str, got: object, own: dict) -> None:
+    """ValueError unless the state of a parameter has the blocks of its own."""
+    blocks = got.get("blocks") if isinstance(got, dict) else None
+    if not isinstance(blocks, list) or not blocks or not all(isinstance(b, dict) for b in blocks):
+        raise ValueError(f"{name}: got no list of blocks, want {_describe(own['blocks'])}")
+    for block in blocks:
+        if not all(isinstance(a, Tensor) for a in block.values()):
+            raise ValueError(f"{name}: got blocks that hold other things than tensors")
+    described = _describe(blocks), _describe(own["blocks"])
+    if described[0] != described[1] or len(blocks) != len(own["blocks"]):
+        raise ValueError(f"{name}: got {described[0]}, want {described[1]}")
+    check_tensor(f"{name}: step", got.get("step"), own["step"])
+    for i, (block, mine) in enumerate(zip(blocks, own["blocks"], strict=True)):
+        for key, a in mine.items():
+            check_tensor(f"{name}: block {i}: {key}", block.get(key), a)
+
+
 def _describe(blocks: list[dict[str, Tensor]]) -> str:
-    whole: dict[str, list] = {}
+    """What all blocks of a parameter hold together: name, dtype and number of values."""
+    whole: dict[tuple[str, str], int] = {}
     for block in blocks:
         for name, a in block.items():
-            whole.setdefault(name, [str(a.dtype).removeprefix("torch."), 0])[1] += a.numel()
-    return ", ".join(f"{name} {dtype} {n}" for name, (dtype, n) in whole.items())
-
+            key = name, str(a.dtype).removeprefix("torch.")
+            whole[key] = whole.get(key, 0) + a.numel()
+    return ", ".join(f"{name} {dtype} {n}" for (name, dtype), n in whole.items())

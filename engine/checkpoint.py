@@ -1,16 +1,14 @@
-"""Reading and writing models in the official formats, and everything a stopped run needs to go on.
+"""Reading and writing models in the official formats.
 
 Loads are strict (every key, every shape) and safe: safetensors, or torch.load(weights_only=True).
 Weights go from the file to their parameter one tensor at a time, so no second copy of a model is
-held. Writes go to a temporary name first, so a killed process never leaves half a checkpoint.
+held. Whoever writes a folder does so inside files.atomic_folder.
 """
 
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,8 @@ from torch import Tensor, nn
 
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.errors import UserError, check
+from prfl_engine.files import atomic_folder as atomic_folder  # importable from here too
+from prfl_engine.files import checkpoints as checkpoints
 from prfl_engine.inputs import check_file, check_finite, check_float, open_tensors, read_json, read_state
 from prfl_engine.inputs import load_pickle as load_pickle  # importable from here too
 from prfl_engine.layers import Linear
@@ -225,29 +225,6 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
     _compare({k: tuple(v.shape) for k, v in module.state_dict().items()},
              {k: tuple(v.shape) for k, v in state.items()}, source)  # fmt: skip
     module.load_state_dict(state)
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `folder` (replacing it) when the block ends well."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, folder)
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The folders checkpoint-N of a run, oldest first."""
-    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:

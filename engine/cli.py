@@ -1,4 +1,8 @@
-"""The command `prfl`. A mistake in what was given is one line on stderr and exit code 2."""
+"""The command `prfl`.
+
+A mistake in what was given is one line on stderr and exit code 2; a run that cannot go on, one line and 1. A
+training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and 130 if a second one comes.
+"""
 
 import argparse
 import sys
@@ -8,6 +12,7 @@ from prfl_engine import __version__
 from prfl_engine.config import load_config
 from prfl_engine.errors import TrainingError, UserError
 from prfl_engine.inputs import check_new, make_folder
+from prfl_engine.interrupt import Stopped, interrupts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,9 +33,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"prfl: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"prfl: {stopped}", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print("prfl: interrupted", file=sys.stderr)
         return 130
+    except _failures() as error:
+        from prfl_engine.failures import reason
+
+        if (line := reason(error)) is None:
+            raise
+        print(f"prfl: {line}", file=sys.stderr)
+        return 1
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    from prfl_engine.failures import KINDS  # imports torch, which most mistakes do without
+
+    return KINDS
 
 
 def _read_environment() -> None:
@@ -108,15 +129,17 @@ def _demo(args) -> None:
 
 
 def _train(args) -> None:
-    from prfl_engine.train import train
+    with interrupts():  # imports and models take a while
+        from prfl_engine.train import train
 
-    train(_load(args))
+        train(_load(args))
 
 
 def _train_reward(args) -> None:
-    from prfl_engine.train_reward import train_reward
+    with interrupts():
+        from prfl_engine.train_reward import train_reward
 
-    train_reward(_load(args))
+        train_reward(_load(args))
 
 
 def _eval_reward(args) -> None:

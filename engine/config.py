@@ -308,8 +308,9 @@ class OptimConfig(Section, name="optim"):
 class TrainConfig(Section, name="train"):
     out: FilePath = "runs/prfl"
     """Output folder: metrics, checkpoints, samples."""
-    resume: bool = False
-    """Continue from the newest checkpoint in `out`; without it a folder with checkpoints is refused."""
+    resume: bool | Literal["auto"] = False
+    """true: go on from the newest checkpoint in `out`, which must hold a run; auto: start if it holds none;
+    false: a folder that holds a run is refused. README.md says what a resumed run may change."""
     device: Annotated[str, DEVICE] = "auto"
     """auto: the first GPU, or the CPU where there is none."""
     steps: Count = 1000

@@ -6,6 +6,7 @@ the state of a worker. A stream that is started at position p goes on exactly as
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from prfl_engine.dit import WanConfig
 from prfl_engine.errors import UserError, check, named
+from prfl_engine.failures import WorkerLost
 from prfl_engine.inputs import beside, check_file, check_finite, read_array, read_json, read_lines
+from prfl_engine.interrupt import quiet_children, shield
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.objectives import Batch
 from prfl_engine.seeds import Purpose, each, seeded
@@ -188,21 +191,38 @@ class Stream(Dataset):
         return 2**40
 
     def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch]:
+        batches = tuple(collate([sample for _, sample in part]) for part in self.samples(position))
+        return batches[0] if self.lose is None else batches
+
+    def samples(self, position: int) -> list[list[tuple[Path, Batch]]]:
+        """(meta path, sample) of the samples of item `position`; with `lose`, of winners and of losers."""
         epoch, place = divmod(position, self.batches_per_epoch)
         picked = [self.paths[i] for i in self._plan(epoch)[place]]
         at = self.seed, position * self.batch_size, len(picked)
         draws = each(Purpose.CAPTION, *at)
-        batch = collate([self.reader.read(p, rng) for p, rng in zip(picked, draws, strict=True)])
+        samples = [(p, self.reader.read(p, rng)) for p, rng in zip(picked, draws, strict=True)]
         if self.lose is None:
-            return batch
+            return [samples]
         shape = self._shapes[self._plan(epoch)[place][0]]
         fitting = self._lose_by_shape.get(shape)
         if fitting is None:
             raise UserError(
                 f"{self.lose[0]}: no latent of data.lose has the shape of {picked[0]}, {list(shape)}"
             )
-        draws = each(Purpose.LOSER, *at)
-        return batch, collate([self.reader.read(fitting[rng.integers(len(fitting))], rng) for rng in draws])
+        draws = [(fitting[rng.integers(len(fitting))], rng) for rng in each(Purpose.LOSER, *at)]
+        return [samples, [(p, self.reader.read(p, rng)) for p, rng in draws]]
+
+    def suspects(self, positions: Iterable[int]) -> str:
+        """Which samples of these items hold a value that is not finite, or else what samples they are."""
+        try:
+            samples = [one for p in positions for part in self.samples(p) for one in part]
+        except UserError as error:
+            return str(error)
+        for path, sample in samples:
+            for name, a in zip(Batch._fields, sample, strict=True):
+                if a is not None and not a.isfinite().all():
+                    return f"{path}: its {name} is not finite"
+        return f"samples: {', '.join(dict.fromkeys(str(path) for path, _ in samples))}"
 
     def loader(self, position: int, num_workers: int, device: torch.device) -> Iterator:
         """Batches from `position` on, on the device; GPU copies are pinned and asynchronous."""
@@ -215,13 +235,23 @@ class Stream(Dataset):
             pin_memory=pinned,
             generator=torch.Generator(),  # else it draws from the one that dropout goes on with
             prefetch_factor=4 if num_workers else None,
+            worker_init_fn=shield,
         )
         items = iter(loader)
-        while not isinstance(item := next(items), UserError):
-            if self.lose is None:
-                yield to_device(item, device)
-            else:
-                yield tuple(to_device(b, device) for b in item)
+        with quiet_children() if num_workers else nullcontext():
+            while True:
+                try:
+                    item = next(items)
+                except (ConnectionError, EOFError, FileNotFoundError) as error:
+                    if not num_workers or "in DataLoader worker process" in str(error):  # of reading
+                        raise
+                    raise WorkerLost(f"the connection to it broke ({type(error).__name__})") from None
+                if isinstance(item, UserError):
+                    break
+                if self.lose is None:
+                    yield to_device(item, device)
+                else:
+                    yield tuple(to_device(b, device) for b in item)
         del items  # the traceback holds this frame, and a loader that garbage collection ends waits 5 s
         raise item
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, demo_data, flow
-from prfl_engine.checkpoint import checkpoints, load_reward, load_transformer
+from prfl_engine.checkpoint import load_reward, load_transformer
 from prfl_engine.codec import DCTCodec
 from prfl_engine.config import (
     Config,
@@ -28,6 +28,7 @@ from prfl_engine.config import (
 )
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_meta
 from prfl_engine.dit import WanConfig
+from prfl_engine.files import checkpoints
 from prfl_engine.handmade import evaluate_handmade
 from prfl_engine.loop import pick_device
 from prfl_engine.metrics import progress, read_metrics
@@ -134,7 +135,7 @@ def base_config(data: demo_data.DemoData) -> Config:
             num_workers=0,
         ),
         rollout=RolloutConfig(steps=20, shift=1.0),
-        train=TrainConfig(resume=True, save_every=10**6, keep=1, log_every=5),
+        train=TrainConfig(resume="auto", save_every=10**6, keep=1, log_every=5),
         eval=EvalConfig(),
         sample=SampleConfig(codec=str(data.codec)),
     )

@@ -9,26 +9,27 @@ resumed goes on as if it had not been; on the CPU, to the bit.
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from prfl_engine.block_adamw import BlockAdamW
-from prfl_engine.checkpoint import atomic_folder, checkpoints, load_pickle
+from prfl_engine import failures, files
 from prfl_engine.config import Config, ModelConfig
 from prfl_engine.data import Stream
 from prfl_engine.dit import WanTransformer
 from prfl_engine.doctor import gpu_metrics
-from prfl_engine.errors import TrainingError, UserError
-from prfl_engine.metrics import MetricsWriter, progress
-from prfl_engine.optim import EMA, lr_factor, make_optimizer, set_lr, update
+from prfl_engine.errors import TrainingError, UserError, check
+from prfl_engine.interrupt import Interrupts, Stopped, interrupts
+from prfl_engine.metrics import MetricsWriter, note
+from prfl_engine.metrics import progress as progress_bar
+from prfl_engine.optim import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
+from prfl_engine.resume import Progress, Start, read_state, save_state, write_run
 from prfl_kernels import compiled, table, tuning
 
-STATE = "training_state.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -70,28 +71,9 @@ def set_up(model: WanTransformer, config: ModelConfig) -> WanTransformer:
     return model.set_precision(DTYPES[config.compute_dtype], DTYPES[config.residual_dtype])
 
 
-def prepare_out(config: Config) -> Path | None:
-    """Make the output folder; return the checkpoint to resume from, None to start from step 0.
-
-    A folder that holds a run is refused unless train.resume asks to go on with it.
-    """
-    out = Path(config.train.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"train.out: {out} is a file, want a folder")
-    found = checkpoints(out)
-    if not config.train.resume and (found or (out / "metrics.jsonl").exists()):
-        what = found[-1].name if found else "metrics.jsonl"
-        raise UserError(
-            f"train.out: {out} already holds {what}, want an empty folder or train.resume=true"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(config.to_yaml())
-    return found[-1] if found else None
-
-
 def fit(
     config: Config,
-    resume: Path | None,
+    begin: Start,
     model: nn.Module,
     groups: list[tuple[nn.Module, float]],
     stream: Stream,
@@ -100,83 +82,195 @@ def fit(
     save: Callable[[Path, int], None],
     load: Callable[[Path], dict[str, Tensor]],
 ) -> None:
-    """Train `model` for config.train.steps optimizer steps, from the checkpoint `resume` if given.
+    """Train `model` for config.train.steps optimizer steps, from where `begin` says.
 
     backpropagate(item, key, share) backpropagates the losses of a micro-batch, times share, one after another
     and yields the metrics of each. `key` is an integer that no other micro-batch has.
     validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
     save(folder, step) writes the trained parameters, load(folder) reads them back in float32, under
     their names in the model.
+
+    SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises UserError before anything is written,
+    TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
     """
-    train, out = config.train, Path(config.train.out)
-    device = pick_device(config)
-    optimizer = make_optimizer(groups, config.optim)
-    start, best, unlogged = 0, -math.inf, {}
-    ema = None
-    if train.ema > 0:
-        ema = EMA(model, train.ema)
-        if resume is not None:
-            held = load(resume / "ema")
-            ema.average = {k: held[k].detach().float().to(p.device) for k, p in ema.own.items()}
-    if resume is not None:  # last, since building the model of the average draws random numbers
-        start, best, unlogged = _load_state(resume, optimizer, device)
+    device, progress = pick_device(config), Progress()
+    try:
+        with interrupts() as signals:
+            optimizer = make_optimizer(groups, config.optim)
+            ema = EMA(model, config.train.ema) if config.train.ema > 0 else None
+            if begin.checkpoint is not None:
+                progress = _load(config, begin, model, optimizer, ema, load, device)
+            elif (name := not_finite(model)) is not None:
+                raise UserError(f"model to start from: {name} is not finite, want finite weights")
+            trained = config, begin, model, optimizer, ema
+            Run(*trained, stream, backpropagate, validate, save, progress, signals).train(device)
+    except failures.KINDS as error:
+        if (reason := failures.reason(error)) is None:
+            raise
+        raise TrainingError(f"{reason}; {_last(Path(config.train.out))}") from None
 
-    def write(folder: Path, step: int) -> None:
-        save(folder, step)
-        if ema is not None:
-            with ema.applied(torch.float32):
-                save(folder / "ema", step)
 
-    def checked(step: int) -> None:
-        """Validate, with the averaged weights if there are any, and keep the best."""
-        nonlocal best
-        training = model.training
-        model.eval()
-        with ema.applied() if ema is not None else nullcontext(), torch.no_grad():
-            values = validate(step)
-        model.train(training)
-        metrics.log(step, values, "eval")
-        if values["score"] > best:
-            best = values["score"]
-            with atomic_folder(out / "best") as folder:
-                write(folder, step)
-                (folder / "score.json").write_text(json.dumps({"step": step, "score": best}))
+def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load, device) -> Progress:
+    """Load what a checkpoint holds besides the weights, which must be finite."""
+    folder = begin.checkpoint
+    if (name := not_finite(model)) is not None:
+        raise UserError(f"{folder}: {name} is not finite, want a checkpoint with finite weights")
+    if ema is not None:
+        want = f"0: {folder} holds no averaged weights"
+        check((folder / "ema").is_dir(), "train.ema", config.train.ema, want)
+        held = load(folder / "ema")
+        ema.average = {k: held[k].detach().float().to(p.device) for k, p in ema.own.items()}
+    # Last, since building the model of the average draws random numbers.
+    progress = read_state(folder, optimizer, device)
+    if begin.new_score:
+        progress.best = -math.inf
+    return progress
 
-    items = stream.loader(start * train.accumulate, config.data.num_workers, device)
-    with MetricsWriter(out, train.tensorboard, train.wandb) as metrics:
-        metrics.truncate_from(start + 1)
-        measurements = Measurements(metrics, train.log_every, unlogged)
-        if validate is not None and start == 0:
-            checked(0)
-        for step in progress(range(start, train.steps), f"{out.name}", train.steps, initial=start):
-            factor = lr_factor(step, train.steps, config.optim)
-            set_lr(optimizer, factor)
-            seen: dict[str, Tensor] = {}
-            for micro in range(train.accumulate):
-                item = next(items)
-                key = step * train.accumulate + micro
-                for values in backpropagate(item, key, 1 / train.accumulate):
-                    for k, v in values.items():
-                        seen[k] = seen.get(k, 0) + v.detach() / train.accumulate
-                    measurements.settle()  # the device has a backward of this step to do meanwhile
-            norm = update(optimizer, config.optim.clip)
-            if ema is not None:
-                ema.update()
-            measurements.put(step, optimizer.param_groups[0]["base_lr"] * factor, norm, seen)
-            done = step + 1
-            last = done == train.steps
-            check_now = validate is not None and (done % config.eval.every == 0 or last)
-            save_now = done % train.save_every == 0 or last
-            if check_now or save_now:
-                measurements.settle()
-            if check_now:
-                checked(done)
-            if save_now:
-                with atomic_folder(out / f"checkpoint-{done}") as folder:
-                    write(folder, done)
-                    _save_state(folder, done, best, measurements.newest, optimizer, device)
-                for old in checkpoints(out)[: -train.keep]:
-                    shutil.rmtree(old)
+
+def _last(out: Path) -> str:
+    found = files.checkpoints(out)
+    return f"{found[-1]} is the last good checkpoint" if found else "there is no checkpoint yet"
+
+
+@dataclass
+class Run:
+    """A run that has been accepted; the fields are fit's."""
+
+    config: Config
+    begin: Start
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None
+    stream: Stream
+    backpropagate: Callable[..., Iterable[dict[str, Tensor]]]
+    validate: Callable[[int], dict[str, float]] | None
+    save: Callable[[Path, int], None]
+    progress: Progress
+    signals: Interrupts
+
+    def train(self, device: torch.device) -> None:
+        """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
+        out, found = self.out, self.begin.checkpoint
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"train.out: {out}: {error.strerror}, want a folder that can be made") from None
+        with files.locked(out) as alone, self.signals.at_once(False):
+            if not alone:
+                note(f"{out}: its file system has no locks, so nothing stops a second run in this folder")
+            if files.checkpoints(out)[-1:] != ([] if found is None else [found]):
+                raise UserError(f"train.out: {out} got a checkpoint from another run meanwhile, start again")
+            files.clear_leftovers(out)
+            files.write_whole(out / "config.yaml", self.config.to_yaml())
+            for change in self.begin.changes:
+                print(f"prfl: {change}", flush=True)
+            if self.begin.new_score and self.validate is not None:
+                print("prfl: validation has changed: earlier scores no longer count for best", flush=True)
+            if self.progress.step >= (steps := self.config.train.steps):
+                print(f"prfl: {found} has all of train.steps = {steps}: no step is left", flush=True)
+            self.steps(device)
+            if self.signals.asked is not None:
+                saved = f"{_last(out)}, train.resume=true goes on from it"
+                raise self.signals.stopped(saved if files.checkpoints(out) else "nothing to save")
+
+    def steps(self, device: torch.device) -> None:
+        """The steps from progress.step on, with their validations and checkpoints."""
+        train, progress, optimizer, out = self.config.train, self.progress, self.optimizer, self.out
+        items = self.stream.loader(progress.step * train.accumulate, self.config.data.num_workers, device)
+        with closing(items), MetricsWriter(out, train.tensorboard, train.wandb) as metrics:
+            metrics.truncate_from(progress.step + 1 if self.begin.checkpoint else 0)
+            measurements = Measurements(metrics, train.log_every, progress.unlogged, self.bad_gradient)
+            if self.validate is not None and (self.begin.checkpoint is None or progress.unvalidated):
+                self.check(metrics)
+            if self.signals.asked is not None:
+                return
+            steps = range(progress.step, train.steps)
+            for step in progress_bar(steps, out.name, train.steps, initial=progress.step):
+                factor = lr_factor(step, train.steps, self.config.optim)
+                set_lr(optimizer, factor)
+                seen: dict[str, Tensor] = {}
+                for micro in range(train.accumulate):
+                    item = next(items)
+                    key = step * train.accumulate + micro
+                    for values in self.backpropagate(item, key, 1 / train.accumulate):
+                        for k, v in values.items():
+                            seen[k] = seen.get(k, 0) + v.detach() / train.accumulate
+                        measurements.settle()  # the device has a backward of this step to do meanwhile
+                norm = update(optimizer, self.config.optim.clip)
+                if self.ema is not None:
+                    self.ema.update()
+                measurements.put(step, optimizer.param_groups[0]["base_lr"] * factor, norm, seen)
+                progress.step = done = step + 1
+                last = done == train.steps
+                check_now = self.validate is not None and (done % self.config.eval.every == 0 or last)
+                if check_now:
+                    measurements.settle()
+                    self.check_weights()
+                    self.check(metrics)
+                stop = self.signals.asked is not None  # asked once: a signal may come at any time
+                if stop or last or done % train.save_every == 0:
+                    measurements.settle()
+                    self.check_weights()
+                    progress.unlogged = measurements.newest
+                    metrics.sync()
+                    self.write_checkpoint(device)
+                if stop:
+                    break
+
+    @property
+    def out(self) -> Path:
+        return Path(self.config.train.out)
+
+    def check(self, metrics: MetricsWriter) -> None:
+        """Validate, with the averaged weights if there are any, and keep the best. Left for the resumed run
+        where a signal has come or comes now."""
+        progress, training, ema = self.progress, self.model.training, self.ema
+        progress.unvalidated = True
+        self.model.eval()
+        try:
+            with ema.applied() if ema else nullcontext(), torch.no_grad(), self.signals.at_once(True):
+                values = self.validate(progress.step)
+        except Stopped:
+            return
+        finally:
+            self.model.train(training)
+        progress.unvalidated = False
+        metrics.log(progress.step, values, "eval")
+        if values["score"] > progress.best:
+            progress.best = values["score"]
+            with files.atomic_folder(self.out / "best") as folder:
+                self.write_weights(folder)
+                score = {"step": progress.step, "score": progress.best}
+                (folder / "score.json").write_text(json.dumps(score))
+
+    def write_checkpoint(self, device: torch.device) -> None:
+        """Write checkpoint-N, then delete the oldest ones."""
+        with files.atomic_folder(self.out / f"checkpoint-{self.progress.step}") as folder:
+            self.write_weights(folder)
+            save_state(folder, self.progress, self.optimizer, device)
+            write_run(folder, self.config, self.begin.sources)
+        for old in files.checkpoints(self.out)[: -self.config.train.keep]:
+            files.remove_folder(old)
+
+    def write_weights(self, folder: Path) -> None:
+        self.save(folder, self.progress.step)
+        if self.ema is not None:
+            with self.ema.applied(torch.float32):
+                self.save(folder / "ema", self.progress.step)
+
+    def check_weights(self) -> None:
+        """TrainingError if a trained weight is not finite."""
+        if (name := not_finite(self.model)) is not None:
+            step = self.progress.step - 1
+            raise TrainingError(f"step {step}: {name} is not finite after the update; {_last(self.out)}")
+
+    def bad_gradient(self, step: int, norm: float) -> TrainingError:
+        """The error for a norm that is not finite, with what may be its cause."""
+        if (name := not_finite(self.model)) is not None:
+            cause = f"the weights were not finite: {name}"
+        else:
+            cause = self.stream.suspects(range(step * (n := self.config.train.accumulate), (step + 1) * n))
+        return TrainingError(f"step {step}: the norm of the gradient is {norm}; {cause}; {_last(self.out)}")
 
 
 class Measured:
@@ -197,8 +291,14 @@ class Measured:
 class Measurements:
     """What steps measure; a step's values are read, all in one transfer, when the next one has begun."""
 
-    def __init__(self, metrics: MetricsWriter, log_every: int, newest: dict[str, Tensor]):
-        self.metrics, self.log_every = metrics, log_every
+    def __init__(
+        self,
+        metrics: MetricsWriter,
+        log_every: int,
+        newest: dict[str, Tensor],
+        bad_gradient: Callable[[int, float], TrainingError],
+    ):
+        self.metrics, self.log_every, self.bad_gradient = metrics, log_every, bad_gradient
         self.last: Measured | None = None
         self.newest = newest  # since the last log: not every step has every loss
 
@@ -216,37 +316,6 @@ class Measurements:
         step, values = self.last.step, self.last.read()
         self.last = None
         if not math.isfinite(values["grad_norm"]):
-            raise TrainingError(
-                f"step {step}: the norm of the gradient is {values['grad_norm']}; "
-                f"stopped, checkpoints in {self.metrics.out_dir} are whole"
-            )
+            raise self.bad_gradient(step, values["grad_norm"])
         if (step + 1) % self.log_every == 0:
             self.metrics.log(step + 1, values | gpu_metrics(), "train")
-
-
-def _save_state(
-    folder: Path, step: int, best: float, unlogged: dict[str, Tensor], optimizer, device: torch.device
-) -> None:
-    state = {"step": step, "best": best, "unlogged": unlogged, "optimizer": optimizer.state_dict()}
-    state["kind"] = type(optimizer).__name__
-    state["rng"] = torch.get_rng_state()
-    if device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(device)
-    torch.save(state, folder / STATE)
-
-
-def _load_state(folder: Path, optimizer, device: torch.device) -> tuple[int, float, dict[str, Tensor]]:
-    # One that copies what it loads need not find room for all of it twice.
-    state = load_pickle(folder / STATE, mmap=isinstance(optimizer, BlockAdamW))
-    kind, own = state.get("kind", "AdamW"), type(optimizer).__name__
-    if kind != own:
-        raise UserError(f"{folder / STATE}: holds a state of {kind}, want {own}: the optim section differs")
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        unlogged = {k: v.to(device) for k, v in state.get("unlogged", {}).items()}
-        return state["step"], state["best"], unlogged
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{folder / STATE}: does not fit this run: {error}") from None

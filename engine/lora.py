@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prfl_engine.checkpoint import atomic_folder, load_transformer, save_transformer
+from prfl_engine.checkpoint import load_transformer, save_transformer
 from prfl_engine.config import LoraConfig
 from prfl_engine.dit import WanTransformer
 from prfl_engine.errors import UserError, check
+from prfl_engine.files import atomic_folder
 from prfl_engine.layers import Linear
 from prfl_engine.lora_files import read, write_peft, write_shared
 from prfl_engine.seeds import Purpose, torch_seed

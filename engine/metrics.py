@@ -13,9 +13,11 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from prfl_engine.errors import UserError
+from prfl_engine.files import write_whole
 
 FILE = "metrics.jsonl"
 
@@ -23,10 +25,13 @@ FILE = "metrics.jsonl"
 def read_metrics(path: str | Path) -> list[dict]:
     """The records of a metrics.jsonl, or of the one in a folder; null values come back as NaN.
 
-    A last line without its newline is the torn write of a killed run and is left out.
+    A last line without its newline is the torn write of a killed run and is left out. UserError for a line
+    that is no record, and for a file that cannot be read.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is a folder, want a file of metrics records")
     return [record for _, record in _lines(path)]
 
 
@@ -40,7 +45,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict]]:
                 values = record["values"].items()
                 record["values"] = {k: math.nan if v is None else v for k, v in values}
                 record["step"] = int(record["step"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: not a metrics record ({error})") from error
             yield line, record
 
@@ -86,6 +91,10 @@ class MetricsWriter:
         if self._run is not None:
             self._run.log(named, step=step)
 
+    def sync(self) -> None:
+        """Flush the records to the disk."""
+        os.fsync(self._file.fileno())
+
     def truncate_from(self, step: int) -> int:
         """Drop the lines of steps >= step, which an aborted run left; returns how many.
 
@@ -99,9 +108,7 @@ class MetricsWriter:
             else:
                 dropped += 1
         if dropped:
-            part = self.path.with_suffix(".part")
-            part.write_bytes(b"".join(keep))
-            os.replace(part, self.path)
+            write_whole(self.path, b"".join(keep))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         self._close_board()
         self._purge_step = step
@@ -134,6 +141,17 @@ class MetricsWriter:
         self.close()
 
 
+def check_writers(tensorboard: bool, wandb_project: str | None) -> None:
+    """UserError if a run that is to write to TensorBoard or Weights & Biases cannot; writes nothing."""
+    if tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "train.tensorboard: got true, but tensorboard is not installed: pip install tensorboard, "
+            "or set train.tensorboard=false"
+        )
+    if wandb_project:
+        _import_wandb(wandb_project)
+
+
 def _summary_writer():
     """torch's SummaryWriter; a TensorFlow beside it is imported too, so its log is kept quiet."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -150,6 +168,10 @@ def _summary_writer():
 
 
 def _start_wandb(project: str, out_dir: Path):
+    return _import_wandb(project).init(project=project, name=out_dir.name, dir=str(out_dir))
+
+
+def _import_wandb(project: str):
     try:
         import wandb
     except ImportError as error:
@@ -157,7 +179,7 @@ def _start_wandb(project: str, out_dir: Path):
             f"train.wandb: got {project!r}, but wandb cannot be imported ({error}): "
             "pip install wandb, or leave the field empty"
         ) from error
-    return wandb.init(project=project, name=out_dir.name, dir=str(out_dir))
+    return wandb
 
 
 def note(line: str) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from prfl_engine.block_adamw import BlockAdamW, norm_of
+from prfl_engine.block_adamw import BlockAdamW, check_groups, check_tensor, norm_of
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError
 
@@ -40,6 +40,42 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
     return torch.optim.AdamW(
         made, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
+
+
+@torch.no_grad()
+def load_state(optimizer: torch.optim.Optimizer, saved: object) -> None:
+    """Load moments and counters of a state_dict; learning rates, betas, weight decay and eps stay those that
+    the optimizer was made with.
+
+    Every entry is checked first: ValueError names the one that does not fit.
+    """
+    if isinstance(optimizer, BlockAdamW):
+        optimizer.load_state_dict(saved)
+        return
+    adamw = isinstance(optimizer, torch.optim.AdamW)
+    counters = {} if adamw else {"step": Tensor}  # apex counts in the group
+    check_groups(saved, optimizer.param_groups, counters)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, entry in saved["state"].items():  # a parameter that never had a gradient has none
+        like = torch.empty_like(parameters[i], device="meta")
+        want = {"exp_avg": like, "exp_avg_sq": like} | ({"step": torch.zeros(())} if adamw else {})
+        if not isinstance(entry, dict) or entry.keys() != want.keys():
+            got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+            raise ValueError(f"parameter {i}: got {got}, want {sorted(want)}")
+        for name, a in want.items():
+            check_tensor(f"parameter {i}: {name}", entry[name], a)
+    groups = optimizer.state_dict()["param_groups"]
+    for group, source in zip(groups, saved["param_groups"], strict=True):
+        group.update({name: source[name] for name in counters})
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def not_finite(module: nn.Module) -> str | None:
+    """The name of the first trained parameter with a value that is not finite; waits for the device once."""
+    named = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad]
+    norms = torch._foreach_norm([p for _, p in named], math.inf)
+    finite = torch.stack([norm.float() for norm in norms]).isfinite()
+    return next((name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok), None)
 
 
 def update(optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:

@@ -13,7 +13,7 @@ from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, counted, fixed_batches, read_lists
 from prfl_engine.dit import PRESETS, WanTransformer
 from prfl_engine.errors import UserError, check
-from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
+from prfl_engine.loop import DTYPES, fit, pick_device, set_up
 from prfl_engine.objectives import (
     Batch,
     bind,
@@ -26,6 +26,7 @@ from prfl_engine.objectives import (
 )
 from prfl_engine.plan import fit_memory
 from prfl_engine.recompute import of_config, run_under
+from prfl_engine.resume import prepare_out
 from prfl_engine.reward import RewardModel
 from prfl_engine.rollout import DriftMeter, make_rollout
 from prfl_engine.sample import write_samples
@@ -97,7 +98,8 @@ def train(config: Config) -> None:
     start, last = index_range(c.rollout)
     paths = read_lists(c.data.train, "data.train")
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
-    resume = prepare_out(c)
+    begin = prepare_out(c, {"data.train": paths})
+    resume = begin.checkpoint
     policy = make_policy(c, resume, device)
     reward = make_frozen_reward(c, policy, device) if use_reward or c.reward.path else None
     reader = Reader(
@@ -158,7 +160,7 @@ def train(config: Config) -> None:
         return dict(load_transformer(folder, torch.float32, device).named_parameters())
 
     fit(
-        c, resume, policy, [(policy, c.optim.lr)], stream, backpropagate,
+        c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
         validate if c.eval.every else None, save, load,
     )  # fmt: skip
 

@@ -17,11 +17,12 @@ from prfl_engine.checkpoint import (
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, read_lists
 from prfl_engine.errors import UserError
-from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
+from prfl_engine.loop import DTYPES, fit, pick_device, set_up
 from prfl_engine.lora_files import write_peft
 from prfl_engine.metrics import note, progress
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.recompute import of_config, run_under
+from prfl_engine.resume import prepare_out
 from prfl_engine.reward import RewardModel
 from prfl_engine.seeds import Purpose, integers, noise_like, torch_seed
 from prfl_engine.validation import check_labels, finite, partners, read_labels
@@ -98,7 +99,8 @@ def train_reward(config: Config) -> None:
         if c.eval.every:
             check_labels(held_out, c.data.label, "data.val")
     sigmas = flow.train_sigmas(c.rollout.shift)
-    resume = prepare_out(c)
+    begin = prepare_out(c, {"data.train": win} | ({"data.lose": lose} if pairs else {}))
+    resume = begin.checkpoint
     model = make_reward(c, c.reward.path if adapted else resume or c.reward.path, device)
     if adapted:
         add_updates(model, c, resume)
@@ -137,7 +139,7 @@ def train_reward(config: Config) -> None:
     heads = torch.nn.ModuleList([model.pool, model.mlp])
     model.train()
     fit(
-        c, resume, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], stream,
+        c, begin, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], stream,
         backpropagate, validate if c.eval.every else None,
         save=lambda folder, step: (save_adapted if adapted else save_reward)(model, folder, step),
         load=load,

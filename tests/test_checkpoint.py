@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from prfl_engine import checkpoint
 from prfl_engine.checkpoint import (
-    atomic_folder,
-    checkpoints,
     load_pickle,
     load_reward,
     load_transformer,
@@ -317,45 +315,3 @@ def test_code_in_a_pickle_is_not_run(plain, tmp_path):
     assert not trap.exists()
     pickle.loads(path.read_bytes()) if plain else torch.load(path, weights_only=False)
     assert trap.exists()  # the trap works
-
-
-# Folders that appear whole or not at all.
-
-
-def test_a_folder_appears_when_it_is_whole(tmp_path):
-    folder = tmp_path / "run" / "checkpoint-1"
-    with atomic_folder(folder) as temporary:
-        (temporary / "a").write_text("1")
-        assert not folder.exists()
-        assert checkpoints(tmp_path / "run") == []
-    assert os.listdir(tmp_path / "run") == ["checkpoint-1"]
-    assert (folder / "a").read_text() == "1"
-
-
-def test_a_folder_is_replaced_whole(tmp_path):
-    folder = tmp_path / "best"
-    for name in ("a", "b"):
-        with atomic_folder(folder) as temporary:
-            (temporary / name).write_text(name)
-    assert os.listdir(tmp_path) == ["best"]
-    assert os.listdir(folder) == ["b"]
-
-
-def test_a_failed_write_leaves_the_old_folder(tmp_path):
-    folder = tmp_path / "best"
-    with atomic_folder(folder) as temporary:
-        (temporary / "a").write_text("old")
-    with pytest.raises(OSError, match="disk full"), atomic_folder(folder) as temporary:
-        (temporary / "a").write_text("new")
-        raise OSError("disk full")
-    assert (folder / "a").read_text() == "old"
-    with atomic_folder(folder) as temporary:
-        assert os.listdir(temporary) == []
-        (temporary / "a").write_text("newer")
-    assert (folder / "a").read_text() == "newer"
-
-
-def test_checkpoints_are_in_order_of_their_step(tmp_path):
-    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "best", ".checkpoint-11.tmp"):
-        (tmp_path / name).mkdir()
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]

@@ -32,7 +32,7 @@ BF16 = torch.bfloat16
     ("optim.grad_dtype=bfloat16", "optim.grad_dtype: got 'bfloat16', want weights or float32"),
     ("optim.offload=true", "optim.offload: got True, want none or states or all"),
     ("optim.in_backward=1", "optim.in_backward: got 1, want true or false"),
-    ("optim.clip=0", "optim.clip: got 0.0, want a positive number or null"),
+    ("optim.clip=0", "optim.clip: got 0.0, want a finite number in (0, inf) or null"),
     ("optim.in_backward=true", "optim.clip: got 1.0, want null with optim.in_backward"),
     ("loss.alternate=true loss.weight=0", "loss.alternate: got True, want false, or positive"),
     ("optim.in_backward=true optim.clip=null train.accumulate=2", "train.accumulate: got 2, want 1 with"),
@@ -113,8 +113,11 @@ def test_apex_is_driven_by_flags_on_the_device(monkeypatch, tmp_path):
     update(optimizer, 1.0)
     assert torch.equal(p, before)
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
-    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert optimizer.param_groups[0]["step"] == 2
+    group = {"params": [p], "lr": 0.125, "base_lr": 0.125}
+    optimizer = optim._apex([group], OptimConfig(weight_decay=0.5))
+    optim.load_state(optimizer, torch.load(tmp_path / "state.pt", weights_only=True))
+    (group,) = optimizer.param_groups
+    assert group["step"] == 2 and group["lr"] == group["base_lr"] == 0.125 and group["weight_decay"] == 0.5
 
 
 def test_apex_that_is_not_there_is_one_line(monkeypatch, tmp_path, capsys):

@@ -1,0 +1,46 @@
+"""Failures of the machine, not of the program: a full disk, too little memory, a lost loader process."""
+
+import errno
+import re
+
+import torch
+from safetensors import SafetensorError
+
+from prfl_engine.errors import TrainingError
+
+KINDS = (RuntimeError, OSError, MemoryError, SafetensorError)
+"""Types of the exceptions among which `reason` finds them."""
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# By torch's sources: its zip writer, its allocators on CPU, on CUDA and for pinned memory, its loader.
+_WRITER = re.compile(r"inline_container|PytorchStreamWriter|iostream error|unexpected pos \d+ vs")
+_MEMORY = re.compile(r"[Cc]an(no|')t allocate memory|not enough memory|out of memory|std::bad_alloc")
+_WORKER = re.compile(r"DataLoader worker \(pid")
+
+
+class WorkerLost(RuntimeError):
+    """A loader process has died."""
+
+
+def reason(error: BaseException) -> str | None:
+    """What failed, in one line; None for every other error."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return f"out of memory: {line}"
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOMEM:
+            return f"out of memory: {line}"
+        if error.errno not in _DISK:
+            return None
+        where = f"{error.filename}: " if error.filename else ""
+        return f"cannot write: {where}{error.strerror}"
+    if isinstance(error, SafetensorError):
+        return f"cannot write: {line}" if "serializing" in line and "I/O error" in line else None
+    if not isinstance(error, RuntimeError) or isinstance(error, TrainingError):
+        return None
+    if _WRITER.search(line):
+        return f"cannot write: {line} (torch.save; is the disk full?)"
+    if _MEMORY.search(line):
+        return f"out of memory: {line}"
+    lost = isinstance(error, WorkerLost) or _WORKER.search(line)
+    return f"lost a loader process: {line}" if lost else None

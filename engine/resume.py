@@ -1,0 +1,314 @@
+"""What a run goes on from: whether it may, what has changed, and the state beside the weights.
+
+A checkpoint holds two files for this: training_state.pt (step, moments, random numbers) and run.json (the
+configuration, and digests of the data and models that it names).
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prfl_engine import files
+from prfl_engine.block_adamw import BlockAdamW, check_tensor
+from prfl_engine.config import Config
+from prfl_engine.config_file import plain, read_yaml
+from prfl_engine.errors import UserError, check
+from prfl_engine.inputs import load_pickle
+from prfl_engine.metrics import FILE, check_writers, note, read_metrics
+from prfl_engine.optim import load_state
+
+STATE, RUN = "training_state.pt", "run.json"
+
+# What a resumed run may change. free: it may, and the change is printed; score: it may, but validation then
+# measures something else, so the best checkpoint is looked for anew; fixed: it may not; source: it may move,
+# but must hold the same; state: it may as far as the optimizer's state fits; call: no property of the run.
+KINDS = {
+    "model": {
+        "source": "path",
+        "fixed": "preset weights_dtype",
+        "free": "compute_dtype residual_dtype recompute keep compile chunk kernels host costs",
+    },
+    "lora": {"source": "path", "fixed": "rank alpha targets"},
+    "reward": {
+        "source": "path",
+        "fixed": "blocks feature_layer num_queries num_heads return_type train_embeddings loss",
+        "free": "dropout",
+    },
+    "data": {
+        "source": "train lose null_text",
+        "fixed": "label batch_size",
+        "score": "val val_lose",
+        "free": "negative_text text_dropout long_caption num_workers",
+    },
+    "rollout": {
+        "score": "solver steps shift",
+        "free": "range samples precision cache probe_every max_drift cuda_graph",
+    },
+    "chain": {"free": "window detach_input"},
+    "loss": {"free": "form weight target sft_weight alternate"},
+    "optim": {
+        "state": "name rounding grad_dtype in_backward offload",
+        "free": "lr lr_head betas eps weight_decay schedule warmup clip",
+    },
+    "train": {
+        "fixed": "accumulate seed",
+        "free": "device steps save_every keep log_every ema tensorboard wandb",
+        "call": "out resume",
+    },
+    "eval": {"score": "samples timesteps seed", "free": "every batch_size videos"},
+    "sample": {"free": "count seed guidance codec fps"},
+}
+KIND = {
+    f"{section}.{name}": kind
+    for section, kinds in KINDS.items()
+    for kind, names in kinds.items()
+    for name in names.split()
+}
+MODELS = ("model.path", "lora.path", "reward.path", "data.null_text")  # the other sources are lists
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts, which its folder and configuration allow; nothing is written yet."""
+
+    checkpoint: Path | None  # None: from step 0
+    sources: dict[str, dict]  # digests by field
+    changes: list[str] = field(default_factory=list)  # "section.field: old -> new"
+    new_score: bool = False  # validation measures something else than before
+
+
+def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
+    """Look where the run is to start; UserError if its folder or configuration forbids it. Writes nothing.
+
+    lists: the meta paths of data.train and, for pairs, of data.lose.
+    """
+    out, resume = Path(config.train.out), config.train.resume
+    found = _look(out)
+    check_writers(config.train.tensorboard, config.train.wandb)
+    if not resume and (found or (out / FILE).exists()):
+        what = found[-1].name if found else FILE
+        raise UserError(
+            f"train.out: {out} already holds {what}, want an empty folder or train.resume=true"
+        )
+    # Those of a run that was killed before its first checkpoint are no reason to refuse its resuming.
+    traces = (FILE, "config.yaml", files.LOCK)
+    if resume is True and not found and not any((out / name).exists() for name in traces):
+        raise UserError(
+            f"train.out: {out} holds no checkpoint to resume, want the folder of a run, train.resume=false, "
+            "or train.resume=auto, which starts where there is nothing"
+        )
+    sources = {name: _digest(paths) for name, paths in lists.items()}
+    for name in MODELS:
+        if (path := _value(asdict(config), name)) is not None:
+            sources[name] = _digest([Path(path)])
+    if (out / FILE).exists():
+        read_metrics(out)
+    if not found:
+        if resume:
+            note(f"{out} holds no checkpoint: starting at step 0")
+        return Start(None, sources)
+    changes, scores = _compare(found[-1], config, sources)
+    return Start(found[-1], sources, changes, scores)
+
+
+def _look(out: Path) -> list[Path]:
+    """The checkpoints in a folder that can be the output of a run."""
+    check("\0" not in str(out), "train.out", str(out), "a name without zero bytes")
+    try:
+        if os.path.lexists(out) and not out.is_dir():
+            raise UserError(f"train.out: {out} is a file or a broken link, want a folder")
+        above = out.absolute()
+        while not above.exists():
+            above = above.parent
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(f"train.out: {out}: {above} is no folder that can be written to, want one")
+        files.check_free(out)
+        return files.checkpoints(out)
+    except OSError as error:
+        raise UserError(f"train.out: {out}: {error.strerror}, want a folder that can be written to") from None
+
+
+# Configuration.
+
+
+def write_run(folder: Path, config: Config, sources: dict[str, dict]) -> None:
+    """Write run.json into a checkpoint."""
+    text = json.dumps({"config": plain(asdict(config)), "sources": sources}, indent=2)
+    (folder / RUN).write_text(text + "\n")
+
+
+def _compare(checkpoint: Path, config: Config, sources: dict[str, dict]) -> tuple[list[str], bool]:
+    """(changes since the checkpoint, do they change scores?); UserError for one that may not be made."""
+    old, known = _read_run(checkpoint)
+    new, usual = plain(asdict(config)), plain(asdict(Config()))
+    changes, scores = [], False
+    for name, kind in KIND.items():
+        got, want = _value(new, name), _value(old, name, _value(usual, name))
+        same = got == want or kind not in ("fixed", "source")
+        if kind == "source" and known is not None:
+            same = _same(name, sources.get(name), known.get(name))
+            if not same and got == want:
+                raise UserError(f"{name}: got {got!r}, want what it held when {checkpoint} was written")
+        if not same:
+            raise UserError(f"{name}: got {got!r}, want {want!r} as in {checkpoint} (train.resume)")
+        if got != want and kind != "call":
+            changes.append(f"{name}: {want!r} -> {got!r}")
+            scores |= kind == "score"
+    return changes, scores
+
+
+def _read_run(checkpoint: Path) -> tuple[dict, dict | None]:
+    """(configuration, digests of its sources) of a checkpoint; None: not known, of an older version's."""
+    path = checkpoint / RUN
+    if path.exists():
+        try:
+            held = json.loads(path.read_text())
+            config, sources = held["config"], held["sources"]
+            if all(isinstance(section, dict) for section in (sources, *config.values(), *sources.values())):
+                return config, sources
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass
+        raise UserError(f"{path}: got no configuration of a run, want the file as it was written")
+    path = checkpoint.parent / "config.yaml"
+    if not path.exists():
+        raise UserError(f"{checkpoint}: got no {RUN} and no {path}, want one: what the run was is unknown")
+    note(f"{checkpoint} has no {RUN}: compared with {path}; that data and models are the same is not checked")
+    held = read_yaml(path)
+    if not all(isinstance(section, dict) for section in held.values()):
+        raise UserError(f"{path}: got no configuration of a run, want the file as it was written")
+    return held, None
+
+
+def _value(config: dict, name: str, default: Any = None) -> Any:
+    section, _, key = name.partition(".")
+    return config.get(section, {}).get(key, default)
+
+
+# Data and models.
+
+
+def _digest(paths: list[Path]) -> dict:
+    """What tells data and models apart: {"count", "where", "content"}, the latter two digests of the absolute
+    paths, and of the names and of parts of the files.
+
+    Of at most 64 of the paths, spread evenly, those parts are the size and both ends (4 KiB) of the arrays
+    that a meta JSON names, of the weights in a folder, or of the file itself.
+    """
+    where, content = hashlib.sha256(), hashlib.sha256()
+    for path in paths:
+        where.update(os.fsencode(path.absolute()) + b"\0")
+        content.update(os.fsencode(path.name) + b"\0" if len(paths) > 1 else b"")
+    some = paths if len(paths) <= 64 else [paths[i * len(paths) // 64] for i in range(64)]
+    try:
+        for file in (file for path in some for file in _files(path)):
+            size = file.stat().st_size
+            content.update(f"{file.name} {size}\0".encode(errors="surrogateescape"))
+            with open(file, "rb") as opened:
+                content.update(opened.read(4096))
+                opened.seek(max(0, size - 4096))
+                content.update(opened.read(4096))
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}, want a file that can be read") from None
+    return {"count": len(paths), "where": where.hexdigest(), "content": content.hexdigest()}
+
+
+def _files(path: Path) -> Iterable[Path]:
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".ckpt") and p.is_file())
+    if path.suffix != ".json":
+        return [path] if path.is_file() else []
+    try:
+        meta = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, FileNotFoundError):
+        return []  # the reader names it
+    named = [Path(v) for v in meta.values() if isinstance(v, str)] if isinstance(meta, dict) else []
+    named = [p if p.is_absolute() or p.is_file() else path.parent / p for p in named if p.suffix == ".npy"]
+    return [p for p in named if p.is_file()]
+
+
+def _same(name: str, got: dict | None, want: dict | None) -> bool:
+    """Whether a source holds what it did. A list does if its paths are the same; a model if its files are, or
+    if it is gone: then either nothing needs it or loading it fails."""
+    if got is None or want is None or got["count"] != want.get("count"):
+        return got is want
+    if got["content"] == want.get("content"):
+        return True
+    gone = _digest([])["content"] in (got["content"], want.get("content"))
+    return got["where"] == want.get("where") and (name not in MODELS or gone)
+
+
+# The state beside the weights.
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what it carries from step to step apart from weights and moments."""
+
+    step: int = 0
+    best: float = -math.inf
+    unlogged: dict[str, Tensor] = field(default_factory=dict)  # see loop.Measurements
+    unvalidated: bool = False  # stopped by a signal before the validation of this step
+
+
+def save_state(folder: Path, progress: Progress, optimizer, device: torch.device) -> None:
+    """Write training_state.pt."""
+    state = {"step": progress.step, "best": progress.best, "unlogged": progress.unlogged}
+    state |= {"unvalidated": progress.unvalidated, "optimizer": optimizer.state_dict()}
+    state["kind"] = type(optimizer).__name__
+    state["rng"] = torch.get_rng_state()
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(device)
+    torch.save(state, folder / STATE)
+
+
+def read_state(folder: Path, optimizer, device: torch.device) -> Progress:
+    """Load training_state.pt of the checkpoint `folder` into the optimizer and torch's random generators.
+
+    UserError names the first entry that does not fit, before any of them is used.
+    """
+    path = folder / STATE
+    # One that copies what it loads need not find room for all of it twice.
+    state = load_pickle(path, mmap=isinstance(optimizer, BlockAdamW))
+    kind, own = state.get("kind", "AdamW"), type(optimizer).__name__
+    if kind != own:
+        raise UserError(f"{path}: holds a state of {kind}, want {own}: the optim section differs")
+    try:
+        progress = _progress(state, int(folder.name.rpartition("-")[2]))
+        check_tensor("rng", state.get("rng"), torch.get_rng_state())
+        if device.type == "cuda" and "cuda_rng" in state:
+            check_tensor("cuda_rng", state["cuda_rng"], torch.cuda.get_rng_state(device))
+        load_state(optimizer, state.get("optimizer"))
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: random bits that are no state
+        line = str(error).splitlines()[0]
+        raise UserError(f"{path}: does not fit this run: {line}") from None
+    progress.unlogged = {k: v.to(device) for k, v in progress.unlogged.items()}
+    return progress
+
+
+def _progress(state: dict, step: int) -> Progress:
+    found = Progress(
+        state.get("step"), state.get("best"), state.get("unlogged", {}), state.get("unvalidated", False)
+    )
+    if type(found.step) is not int or found.step != step:
+        raise ValueError(f"step: got {found.step!r}, want {step} as its folder's name has it")
+    if type(found.best) not in (int, float) or math.isnan(found.best):
+        raise ValueError(f"best: got {found.best!r}, want a score")
+    if type(found.unvalidated) is not bool:
+        raise ValueError(f"unvalidated: got {found.unvalidated!r}, want true or false")
+    if not isinstance(found.unlogged, dict):
+        raise ValueError(f"unlogged: got {type(found.unlogged).__name__}, want a dict")
+    for name, value in found.unlogged.items():
+        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+            raise ValueError(f"unlogged: {name}: want a 0-dim tensor of floating-point numbers")
+    return found

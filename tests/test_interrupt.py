@@ -1,0 +1,258 @@
+"""Runs that end early: signals, kills, a second run, a full disk, lost loader processes, no memory."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import one_line, write_run
+from safetensors import SafetensorError
+from training_runs import assert_equal, content, run, values
+
+from prfl_engine import checkpoint, failures, files, loop, resume
+from prfl_engine import train as train_module
+from prfl_engine.cli import main
+from prfl_engine.errors import UserError
+from prfl_engine.interrupt import Stopped, interrupts
+
+LONG = ["train.steps=100000", "train.save_every=100000", "loss.weight=0"]
+
+
+def signalled(monkeypatch, module, name, call, number=signal.SIGTERM):
+    """The process gets a signal in the call-th call of a function."""
+    original, calls = getattr(module, name), []
+
+    def function(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, function)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_step_and_the_rest_is_the_same_to_the_bit(
+    number, tmp_path, monkeypatch, capsys
+):
+    config = write_run(tmp_path, train={"steps": 4, "ema": 0.9, "log_every": 2}, eval={"every": 2})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run("train", config, f"train.out={whole}")
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        signalled(patch, train_module, "sft_loss", 5, number)  # two calls are of the first validation
+        capsys.readouterr()
+        run("train", config, f"train.out={cut}")
+    assert f"prfl: {number.name}: stopped; {cut}/checkpoint-3 is the last" in capsys.readouterr().err
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert sorted(os.listdir(cut)) == ["best", "checkpoint-3", "config.yaml", "metrics.jsonl", "samples"]
+    run("train", config, f"train.out={cut}", "train.resume=true")
+    assert_equal(content(cut / "checkpoint-4"), content(whole / "checkpoint-4"))
+    for prefix in ("train", "eval"):
+        assert values(cut, prefix) == values(whole, prefix)
+
+
+@pytest.mark.parametrize("call, step", [(1, 0), (2, 2)])
+def test_a_signal_ends_a_validation_and_the_resumed_run_makes_it(call, step, tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path, train={"steps": 4}, eval={"every": 2})
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run("train", config, f"train.out={whole}")
+    with monkeypatch.context() as patch:
+        signalled(patch, train_module, "write_samples", call)
+        run("train", config, f"train.out={cut}")
+    saved = f"{cut}/checkpoint-2 is the last" if step else "nothing to save"
+    assert f"SIGTERM: stopped; {saved}" in capsys.readouterr().err
+    assert list(values(cut, "eval")) == ([0] if step else [])
+    run("train", config, f"train.out={cut}", "train.resume=true")
+    assert values(cut, "eval") == values(whole, "eval") and values(cut) == values(whole)
+    assert_equal(content(cut / "checkpoint-4"), content(whole / "checkpoint-4"))
+
+
+def test_a_signal_before_the_run_leaves_nothing(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path)
+    signalled(monkeypatch, train_module, "make_policy", 1)
+    assert main(["train", str(config)]) == 0
+    assert one_line(capsys) == "prfl: SIGTERM: stopped; nothing to save"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_signal_is_not_waited_for():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        code = (
+            "import os; from prfl_engine.interrupt import interrupts\n"
+            "with interrupts() as i, i.at_once(False):\n"
+            f"    for _ in range(2): os.kill(os.getpid(), {number:d})"
+        )
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert ended.returncode == 128 + number
+        assert "stopping after this step" in ended.stderr and "again" in ended.stderr
+
+
+def test_blocks_nest_and_elsewhere_nothing_is_handled():
+    with interrupts() as outer, interrupts() as inner:
+        assert inner is outer
+        with outer.at_once(False):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert outer.asked == signal.SIGTERM
+            with pytest.raises(Stopped), outer.at_once(True):
+                raise AssertionError("not reached")
+
+
+def started(config, *overrides):
+    """A run in a process of its own, in its own group, that has made a step."""
+    metrics, end = config.parent / "run/metrics.jsonl", time.monotonic() + 60
+    before = metrics.stat().st_size if metrics.exists() else 0
+    code = "import sys; from prfl_engine.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(config), *LONG, "data.num_workers=2", *overrides],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while process.poll() is None and time.monotonic() < end:
+        if metrics.exists() and metrics.stat().st_size > before:
+            return process
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate()[1])
+
+
+def lines(process):
+    """The exit code, and stderr without progress bars."""
+    err = process.communicate(timeout=60)[1]
+    return process.returncode, [s for s in err.replace("\r", "\n").splitlines() if "prfl" in s or "File" in s]
+
+
+def children(pid):
+    return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_processes(tmp_path):
+    """A second run; a batch system's SIGTERM to every process; a killed loader process; a killed run."""
+    config = write_run(tmp_path)
+    out = tmp_path / "run"
+    first = started(config)
+    with pytest.raises(UserError, match=rf"train\.out: .*in use by process {first.pid} on"):
+        files.check_free(out)
+    before = sorted(os.listdir(out))
+    run("train", config, "train.resume=true", code=2)
+    assert sorted(os.listdir(out)) == before
+    os.killpg(first.pid, signal.SIGTERM)
+    code, found = lines(first)
+    assert code == 0 and len(found) == 2 and "SIGTERM: stopped; " in found[1], found
+    (last,) = files.checkpoints(out)
+
+    second = started(config, "train.resume=true")
+    os.kill(children(second.pid)[-1], signal.SIGKILL)
+    code, found = lines(second)
+    assert code == 1 and len(found) == 1, found
+    assert "lost a loader process: " in found[0] and f"{last} is the last good" in found[0]
+
+    third = started(config, "train.resume=true")
+    third.kill()
+    third.communicate()
+    assert (out / files.LOCK).exists()
+    run("train", config, "train.resume=true", f"train.steps={last.name[11:]}")
+    assert sorted(os.listdir(out)) == [last.name, "config.yaml", "metrics.jsonl"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "graded_rewards", killed)
+        for _ in range(2):
+            with pytest.raises(Killed):
+                main(["train", str(config), "eval.every=1", "train.resume=auto"])
+    assert "holds no checkpoint: starting at step 0" in capsys.readouterr().err
+    run("train", config, "eval.every=1", "train.resume=true")
+    assert list(values(tmp_path / "run", "eval")) == [0, 1, 2]
+
+
+# Failures of the machine.
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
+
+
+def torn(error):
+    """A save that has written half a file."""
+
+    def save(value, path, *args):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    return save
+
+
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+WRITER = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 41792 vs 41680")
+NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("module, name, broken, needle", [
+    (checkpoint, "save_file", torn(FULL), "No space left on device"),
+    (torch, "save", torn(WRITER), "inline_container"),
+    (torch, "save", torn(RuntimeError("basic_ios::clear: iostream error")), "iostream"),
+    (resume, "write_run", no_space, "cannot write: file: No space left"),
+    (os, "fsync", no_space, "No space left"),
+    (loop, "update", torn(NO_MEMORY), "out of memory: "),
+    (loop, "update", torn(torch.OutOfMemoryError("CUDA out of memory. Tried")), "out of memory: CUDA"),
+    (train_module, "graded_rewards", torn(MemoryError("Unable to allocate 8 PiB")), "Unable to allocate"),
+], ids=range(8))  # fmt: skip
+def test_a_failure_of_the_machine_is_one_line(module, name, broken, needle, tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path)
+    run("train", config)
+    before, out = content(tmp_path / "run/checkpoint-2"), tmp_path / "run"
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    if name == "write_run":
+        module = loop
+    if name in ("update", "graded_rewards"):
+        error = broken.__closure__[0].cell_contents
+        broken = lambda *args: (_ for _ in ()).throw(error)  # noqa: E731
+    monkeypatch.setattr(module, name, broken)
+    run("train", config, "train.resume=true", "train.steps=3", "eval.every=3", code=1)
+    line = one_line(capsys)
+    assert needle in line and f"{out}/checkpoint-2 is the last good checkpoint" in line
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
+    assert [p.name for p in files.checkpoints(out)] == ["checkpoint-2"]
+    assert_equal(content(out / "checkpoint-2"), before)
+
+
+def test_a_broken_connection_to_a_loader_process(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path)
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(iterator, "_try_get_data", torn_connection)
+    run("train", config, "data.num_workers=1", code=1)
+    line = one_line(capsys)
+    assert "lost a loader process: the connection to it broke (ConnectionResetError); there is no" in line
+
+
+def torn_connection(*args, **kwargs):
+    raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+
+def test_what_is_no_failure_of_the_machine_keeps_its_traceback():
+    others = RuntimeError("shape"), OSError(errno.ENOENT, "no"), SafetensorError("header"), ValueError("x")
+    for error in others:
+        assert failures.reason(error) is None
+
+
+def test_a_full_disk_of_another_command(tmp_path, monkeypatch, capsys):
+    config = write_run(tmp_path)
+    monkeypatch.setattr("numpy.save", no_space)
+    assert main(["sample", str(config), "--out", str(tmp_path / "s")]) == 1
+    assert one_line(capsys) == "prfl: cannot write: file: No space left on device"
