@@ -17,7 +17,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,13 +29,24 @@ import torch
 from prfl_engine import recompute
 from prfl_engine.config import Config, UserError
 from prfl_engine.dit import WanTransformer
-from prfl_engine.dry_run import BLOCKS, Numbers, Setup, dry_run, numbers_of
+from prfl_engine.dry_run import (
+    BLOCKS,
+    Numbers,
+    RewardSetup,
+    Setup,
+    Validation,
+    dry_run,
+    numbers_of,
+    validation_bytes,
+)
 from prfl_engine.layers import IMAGE_TOKENS
-from prfl_engine.recompute import NAMES, BlockPolicy
+from prfl_engine.recompute import INNER, NAMES, BlockPolicy
 from prfl_engine.reward import RewardModel
 from prfl_engine.search import SAME, UNLIMITED, Blocks, Tails, least, search
+from prfl_kernels import cross_attention, modulated_attention
 from prfl_kernels.jit import wide
 
+KEEP = {"attend": modulated_attention.KEEP, "cross": cross_attention.KEEP}
 _RESIDUALS = {"input", "after_attention", "after_cross"}
 KINDS = {
     "none": recompute.named("none"),
@@ -119,7 +131,13 @@ def recomputed(policy: BlockPolicy, setup: Setup, rates: Rates) -> float:
         "cross_attention": attention * c.text_len, "after_cross": product,
         "ffn_normed": norm_of_stream, "hidden": product * c.ffn_dim / c.dim,
     }  # fmt: skip
-    return sum(cost[name] for name in NAMES if name not in policy.held)
+    twice = {  # by a branch that is run again and by its backward
+        name for branch, stream in (("attend", "after_attention"), ("cross", "after_cross"))
+        if stream not in policy.held
+        for name, own, _ in INNER[branch]
+        if own not in KEEP[branch][policy.again] and not (name == "attention" and name in policy.held)
+    }  # fmt: skip
+    return sum(cost[name] * (1 + (name in twice)) for name in NAMES if name not in policy.held)
 
 
 def block_seconds(
@@ -152,12 +170,13 @@ class Plan:
     blocks: tuple[Kind, ...]
     reward: Kind
     reward_blocks: int
-    bytes: int  # most in a step, beside weights, gradients, optimizer state and the batch
+    bytes: int  # most in a step, in addition to weights, gradients and optimizer states
     host: int
     seconds: float  # of blocks with gradient in a step; the rollout is the same for all
     bound: float  # seconds that no list of these kinds is below which fits as well
     table: tuple[Choice, ...]  # one kind for all blocks, for comparison
     source: str
+    validation: int = 0  # most bytes of a validation, in addition to the same
 
     @property
     def policies(self) -> list[BlockPolicy]:
@@ -182,11 +201,16 @@ class Plan:
         return "\n".join(lines)
 
 
+def kinds_of(setup: Setup) -> dict[str, BlockPolicy]:
+    """KINDS as they are with setup.keep."""
+    return {name: replace(policy, again=setup.keep) for name, policy in KINDS.items()}
+
+
 def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: Iterable[str]) -> list[Kind]:
     """Every kind with its bytes from a dry run and its cost, predicted or measured (seconds of a block)."""
-    made, graded = [], setup.samples * (setup.reward_blocks > 0)
+    made, graded = [], setup.rollout.samples * (setup.reward_blocks > 0)
     for name in names:
-        policy = KINDS[name]
+        policy = kinds_of(setup)[name]
         laps = dry_run(setup, [policy] * BLOCKS, policy)
         numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
         away = next(iter(numbers.values())).away
@@ -209,9 +233,10 @@ def plan(
     budget that something fits, where nothing does.
     """
     seconds = _read(measured) if measured else {}
+    validation = validation_bytes(setup) if setup.validation is not None else 0
     kinds = make_kinds(setup, Rates(), seconds, seconds or KINDS)
     source = f"seconds of {measured}" if measured else "seconds predicted for an H100 SXM, not measured"
-    return choose(kinds, setup, budget, host, source)
+    return replace(choose(kinds, setup, budget, host, source), validation=validation)
 
 
 def choose(
@@ -326,24 +351,39 @@ def measure(
         return time.perf_counter() - start
 
     for name in names:
-        lap(KINDS[name], 3)
-        laps = sorted((lap(KINDS[name], 3) - lap(KINDS[name], 1)) / 2 for _ in range(repeat))
+        policy = kinds_of(setup)[name]
+        lap(policy, 3)
+        laps = sorted((lap(policy, 3) - lap(policy, 1)) / 2 for _ in range(repeat))
         found[name] = laps[repeat // 2]
     return {"device": str(device), "tokens": setup.tokens, "seconds": found}
 
 
 def fit_memory(
-    config: Config, model: WanTransformer, reward: RewardModel | None, shape: tuple[int, ...]
+    config: Config,
+    model: WanTransformer,
+    reward: RewardModel | None,
+    shapes: Sequence[tuple[int, ...]],
+    held_out: Sequence[tuple[int, ...]] = (),
 ) -> Plan:
-    """Give both models the policies of the plan for model.recompute = auto:GB; shape [16, T, H, W] is that
-    of the largest latent."""
-    window = config.rollout.steps if config.chain.window == "all" else config.chain.window
-    weight = next(model.parameters()).dtype
+    """Give both models the policies of the plan for model.recompute = auto:GB. shapes [16, T, H, W] are those
+    of the latents of training, held_out those that a validation samples, in their order (none: no
+    validation). UserError where the validation does not fit."""
+    weight, c = next(model.parameters()).dtype, config
+    counts = Counter(shapes)
+    latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
+    validation = rewarding = None
+    if held_out:
+        validation = _validation(c, held_out, reward is not None, next(model.parameters()).device)
+    if reward is not None:
+        trunk, pool = reward.transformer, reward.pool
+        rewarding = RewardSetup(
+            reward.feature_layer, trunk.config, len(pool.queries), pool.multihead_attn.num_heads, pool.add_query
+        )
     setup = Setup(
-        model.config, (config.data.batch_size, *shape), model.blocks[0].self_attn.q.compute_dtype or weight,
-        model.residual_dtype or wide(weight), weight, reward.feature_layer if reward else 0,
-        config.loss.sft_weight > 0, window, len(model.blocks), config.model.chunk,
-        config.lora if config.lora.rank else None, config.rollout.samples,
+        model.config, latent, model.blocks[0].self_attn.q.compute_dtype or weight,
+        model.residual_dtype or wide(weight), weight, rewarding, c.loss.weight > 0, c.loss.sft_weight > 0,
+        c.rollout, c.chain, len(model.blocks), c.model.chunk, c.model.keep,
+        c.lora if c.lora.rank else None, validation,
     )  # fmt: skip
     host = float("inf") if config.model.host is None else 1e9 * config.model.host
     made = plan(setup, config.model.budget, host, config.model.costs)
@@ -351,3 +391,16 @@ def fit_memory(
     if reward is not None:
         reward.transformer.recompute = made.reward_policies
     return made
+
+
+def _validation(
+    config: Config, shapes: Sequence[tuple[int, ...]], scored: bool, device: torch.device
+) -> Validation:
+    """Of eval.samples of these latents; on a CPU the samples to be written keep their batches there."""
+    e, shapes = config.eval, [shapes[i % len(shapes)] for i in range(config.eval.samples)]
+    runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
+    latent = max(((min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
+    batches = sum(-(-n // e.batch_size) for _, n in runs)
+    kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1) if device.type == "cpu" else 0
+    values = batches * (1 + scored * len(e.timesteps))
+    return Validation(latent, scored, batches, values, kept)

@@ -1,6 +1,5 @@
 """PRFL training: flow matching beside the reward of a graded denoising step."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -116,8 +115,8 @@ def train(config: Config) -> None:
     )
     stream = Stream(reader, paths, c.data.batch_size, c.train.seed)
     if c.model.budget is not None:
-        shape = max((reader.shape(p) for p in paths), key=lambda s: math.prod(s))
-        print(fit_memory(c, policy, reward if use_reward else None, shape[1:]), flush=True)
+        shapes = ([reader.shape(p)[1:] for p in of] for of in (paths, held_out))
+        print(fit_memory(c, policy, reward, *shapes), flush=True)
     rollout = make_rollout(policy, c.rollout, schedule, device) if use_reward else None
     meter = None
     if rollout is not None and rollout.approximate:
