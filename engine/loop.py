@@ -161,6 +161,7 @@ def fit(
                 item = next(items)
                 for loss, values in losses(item, step * train.accumulate + micro):
                     (loss / train.accumulate).backward()
+                    del loss  # its graph would live as long as the next forward
                     for k, v in values.items():
                         seen[k] = seen.get(k, 0) + v.detach() / train.accumulate
                     measurements.settle()  # the device has a backward of this step to do meanwhile

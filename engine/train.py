@@ -133,7 +133,7 @@ def train(config: Config) -> None:
             noise = noise_like(batch.latent, c.train.seed, 3, key)
             sigma = sigmas[picks].to(device, non_blocking=True)
             loss = sft_loss(policy, batch, noise, sigma).mean()
-            yield c.loss.sft_weight * loss, {"sft_loss": loss}
+            yield c.loss.sft_weight * loss, {"sft_loss": loss.detach()}
         if use_reward and turn != 0:
             noise = noise_like(batch.latent, c.train.seed, 4, key)
             share, extra = 1 / c.rollout.samples, {}
@@ -143,8 +143,10 @@ def train(config: Config) -> None:
             given = policy, reward, schedule, batch, noise, indices, c.chain
             for logit in graded_rewards(*given, rollout and rollout.stretches):
                 loss = share * reward_loss(logit, c.loss).mean()
-                yield loss, {"reward_loss": loss, "reward": share * torch.sigmoid(logit).mean()} | extra
+                reward_now = share * torch.sigmoid(logit.detach()).mean()
+                yield loss, {"reward_loss": loss.detach(), "reward": reward_now} | extra
                 extra = {}  # once for every micro-batch
+                del logit, loss  # their graph holds the state before a window and its gradient
 
     def validate(step: int) -> dict[str, float]:
         return evaluate_policy(c, policy, reward, schedule, held_out, step)
