@@ -8,6 +8,7 @@ for partial sums; a weight gradient in 16 bits is rounded on the way there, so o
 of one weight less are used. What attention libraries allocate inside is not counted.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from prfl_kernels import compiled, table
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 ROUND = 512  # torch's CUDA allocator rounds sizes up to this
+SCALARS = 24 * ROUND  # losses, metrics and tables of angles
 FULL_HISTORY = 4  # steps after which every field of a sampler's state is a tensor of its own
 Latent = tuple[int, int, int, int, int]  # [B, 16, T, H, W]
 
@@ -138,7 +140,7 @@ class Laps:
 def _passes(live: LiveBytes, names: list[str | None]) -> Iterator[dict[str, Laps]]:
     """{name: its laps} of the passes with gradient in this block, in their order; those of None, the reward
     model's, belong to the pass before. live counts what comes in addition to now."""
-    found, ahead, base = {}, iter(names), live.now
+    found, ahead, base = {}, iter(names), live.now - SCALARS
 
     def begin():
         name = next(ahead)
@@ -224,8 +226,7 @@ def _reward(setup: Setup, blocks: int) -> RewardModel:
 
 def _inputs(config: WanConfig, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
     """A batch, noise of its shape and noise levels [B]."""
-    noise, sigma = torch.empty(latent), torch.empty(latent[0])
-    return _batch(config, latent), noise, sigma
+    return _batch(config, latent), torch.empty(latent), torch.empty(latent[0])
 
 
 def _batch(config: WanConfig, latent: Latent) -> Batch:
@@ -239,7 +240,7 @@ def _batch(config: WanConfig, latent: Latent) -> Batch:
 
 
 def _counter(*modules: torch.nn.Module | None) -> LiveBytes:
-    """A counter that has seen the parameters of modules and their gradients."""
+    """A counter that has seen the parameters of modules, their gradients and nothing else."""
     live = LiveBytes(ROUND)
     parameters = [p for m in modules if m is not None for p in m.parameters()]
     live.add([*parameters, *(p.grad for p in parameters if p.grad is not None)])
@@ -297,7 +298,7 @@ def _rollout_bytes(setup: Setup) -> int:
     with _dry():
         model, reward = _generator(setup, 2), _reward(setup, 1)
         live = _counter(model, reward)
-        base = live.now
+        base = live.now - SCALARS
         with live:
             batch, noise, _ = _inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
@@ -336,20 +337,31 @@ def _accelerated(setup: Setup) -> int:
 
 
 def _farthest(setup: Setup) -> list[list[list[int]]]:
-    """Graded indices [K, B], as they may be drawn, with which most states are held: all samples at the last
-    step, or as far from each other as their windows are long, since samples that moved together live as
-    long as one of them is held."""
-    (first, last), size, k = index_range(setup.rollout), setup.latent[0], setup.rollout.samples
-    parts = [(first + j * (last + 1 - first) // k, first - (j + 1) * (first - last - 1) // k) for j in range(k)]
-    parts = [(low, max(low, min(end - 1, last))) for low, end in parts]
-    return [
-        [[max(low, high - b * apart) for b in range(size)] for low, high in parts]
-        for apart in (0, setup.window)
-    ]
+    """Graded indices [K, B], as they may be drawn, with which most states are held. Samples that moved together
+    are held as long as one of them is: so they are all at the same step, or as far from each other as their
+    windows are long, in turn from one graded step to the next."""
+    (first, last), size, count = index_range(setup.rollout), setup.latent[0], setup.rollout.samples
+    steps, rows = last + 1 - first, range(count)
+    parts = [(first + j * steps // count, first - (-(j + 1) * steps // count) - 1) for j in rows]
+
+    def drawn(low: int, high: int, apart: int) -> list[int]:
+        """From the last of a part on, or for a negative distance from the first."""
+        if apart < 0:
+            return [min(high, low - b * apart) for b in range(size)]
+        return [max(low, high - b * apart) for b in range(size)]
+
+    def turning(sign: int) -> list[list[int]]:
+        return [drawn(*part, sign * setup.window * (-1) ** j) for j, part in enumerate(parts)]
+
+    spread = [drawn(*parts[-1], setup.window)]
+    last_spread = [drawn(*part, 0) for part in parts[:-1]] + spread
+    return [[drawn(*part, 0) for part in parts], last_spread, *([turning(1), turning(-1)] if count > 1 else [])]
 
 
 def _longest(setup: Setup) -> int:
-    return max(_held(setup, drawn, setup.window) for drawn in _farthest(setup))
+    """The most bytes of the chain. Draws of several samples other than the farthest hold up to a latent more."""
+    margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 else 0
+    return max(_held(setup, drawn, setup.window) for drawn in _farthest(setup)) + margin
 
 
 def _held(setup: Setup, indices: list[list[int]], window: int) -> int:
@@ -387,7 +399,7 @@ def validation_bytes(setup: Setup) -> int:
         if v.scored:
             reward = _reward(setup, 2)
         live = _counter(model, reward)
-        base = live.now
+        base = live.now - SCALARS
         with live:
             besides = [_batch(setup.config, setup.latent), _ballast(ROUND * v.values)]
             besides += [torch.empty(v.latent) for _ in range(v.kept - 1)]

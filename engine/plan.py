@@ -8,8 +8,12 @@ or before and after all of them, and
                       + what of the block before i is on its way to the host, or back from it
 
 so the peak of any list of kinds follows from the numbers of each kind, and the fastest list that fits from
-`search`. Bytes are what lives beside weights, gradients, optimizer state and the batch, in the worst of flow
-matching, graded step and reward model; work space inside of attention libraries is not in them. Seconds
+`search`. Bytes are those in addition to weights, gradients and optimizer states, the batch included, in the
+worst of: flow matching; the steps of a rollout without gradient; the graded step with its reward; the steps
+of its window. Those of a validation (samples, their rewards, flow matching, without gradient) do not depend on
+policies and have to fit as well; that no gradients exist then is not credited, so an average of the weights has
+room to be swapped in. Not in them: work space inside of attention libraries, the e4m3 copy of weights and the
+CUDA graph of an accelerated rollout, the optimizer's blocks in passing, the moving average of the weights. Seconds
 are predicted by a roofline, or taken from a table measured by `measure`.
 """
 
@@ -194,10 +198,12 @@ class Plan:
         if self.seconds > self.bound * (1 + SAME):
             proof = f"at most {self.seconds - self.bound:.4f} s above the fastest list"
         lines = [f"recompute: {blocks}{reward}; {proof}"]
-        lines.append(f"GB beside weights, gradients and optimizer; {self.source}")
+        lines.append(f"GB in addition to weights, gradients and optimizer states; {self.source}")
         for c in (Choice("chosen", self.bytes, self.host, self.seconds), *self.table):
             sizes = f"{c.bytes / 1e9:9.3f} GB{c.host / 1e9:9.3f} GB on the host"
             lines.append(f"{c.name:32}{sizes}{c.seconds:10.4f} s")
+        if self.validation:
+            lines.append(f"{'validation':32}{self.validation / 1e9:9.3f} GB")
         return "\n".join(lines)
 
 
@@ -230,20 +236,51 @@ def plan(
     `host` bytes on the host.
 
     measured: a JSON file of `measure`, in place of predicted seconds. Raises UserError, with the smallest
-    budget that something fits, where nothing does.
+    budget that something fits, where nothing does, and with the largest eval.batch_size that fits where the
+    validation does not.
     """
     seconds = _read(measured) if measured else {}
     validation = validation_bytes(setup) if setup.validation is not None else 0
     kinds = make_kinds(setup, Rates(), seconds, seconds or KINDS)
     source = f"seconds of {measured}" if measured else "seconds predicted for an H100 SXM, not measured"
-    return replace(choose(kinds, setup, budget, host, source), validation=validation)
+    made = choose(kinds, setup, budget, host, source, validation)
+    if validation > budget:
+        _refuse_validation(setup, budget, validation)
+    return made
+
+
+def _refuse_validation(setup: Setup, budget: float, needed: int) -> None:
+    size, shape = setup.validation.latent[0], setup.validation.latent[1:]
+
+    def smaller(n: int) -> Validation:
+        return setup.validation._replace(latent=(n, *shape))
+
+    # Part of the bytes is there for any batch, so no batch larger than in proportion fits.
+    sizes = range(min(size - 1, int(size * budget / needed)), 0, -1)
+    most = next((n for n in sizes if validation_bytes(replace(setup, validation=smaller(n))) <= budget), 0)
+    what = "in addition to weights, gradients and optimizer states"
+    if most:
+        raise UserError(
+            f"eval.batch_size: got batches of {size}, want at most {most}: validation needs {_above(needed)} GB"
+            f" {what}, and model.recompute is auto:{budget / 1e9:g}"
+        )
+    least = validation_bytes(replace(setup, validation=smaller(1)))
+    raise UserError(
+        f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{_above(least)}, or eval.every=0:"
+        f" validation with eval.batch_size=1 needs that much {what}"
+    )
 
 
 def choose(
-    kinds: list[Kind], setup: Setup, budget: float, host: float = float("inf"), source: str = ""
+    kinds: list[Kind],
+    setup: Setup,
+    budget: float,
+    host: float = float("inf"),
+    source: str = "",
+    validation: int = 0,
 ) -> Plan:
-    """`plan` from kinds that are made already. Of equally fast lists it is one that puts fewest bytes on the
-    host, and of those one of the lowest peak."""
+    """`plan` from kinds and the bytes of a validation, which have been found already. Of equally fast lists it
+    is one that puts fewest bytes on the host, and of those one of the lowest peak."""
     count, (blocks, tails) = setup.count, _tables(kinds, setup)
     fewest = int((count - 1) * blocks.away.min() + tails.away.min())
     if fewest > host:
@@ -258,8 +295,10 @@ def choose(
         row = least(blocks, tails, count, away)
         if row.peak > budget:
             raise UserError(
-                f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{_above(row.peak)}:"
-                " the leanest policies need that much beside weights, gradients and optimizer state"
+                f"model.recompute: got auto:{budget / 1e9:g}, want at least"
+                f" auto:{_above(max(row.peak, validation))}: the leanest policies"
+                f"{' and validation' if validation else ''} need that much in addition to weights, gradients"
+                " and optimizer states"
             )
     found, reward = _in_runs([kinds[i] for i in row.kinds], kinds[row.tail]), kinds[row.tail]
 
@@ -270,7 +309,7 @@ def choose(
 
     chosen = choice("chosen", found, reward)
     table = tuple(choice(k.name, [k] * count, k) for k in kinds)
-    return Plan(tuple(found), reward, setup.reward_blocks, *chosen[1:], bound / 1e12, table, source)
+    return Plan(tuple(found), reward, setup.reward_blocks, *chosen[1:], bound / 1e12, table, source, validation)
 
 
 def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
@@ -388,7 +427,7 @@ def fit_memory(
     host = float("inf") if config.model.host is None else 1e9 * config.model.host
     made = plan(setup, config.model.budget, host, config.model.costs)
     model.recompute = made.policies
-    if reward is not None:
+    if setup.reward_blocks:
         reward.transformer.recompute = made.reward_policies
     return made
 
