@@ -165,15 +165,20 @@ class _RealIntegers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [a for a in tree_iter((args, kwargs)) if isinstance(a, Tensor)]
-        dtype = kwargs.get("dtype")
-        if dtype is None and func.overloadpacket is torch.ops.aten.arange and not tensors:
-            dtype = torch.long if all(isinstance(a, int) for a in args) else None
-        whole = dtype is not None and not dtype.is_floating_point
-        if whole if not tensors else not any(isinstance(a, FakeTensor) for a in tensors):
+        if FakeTensor not in types and self._real(func, args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    @staticmethod
+    def _real(func, args, kwargs) -> bool:
+        """Of an operation without fake tensors: whether its result is real."""
+        if any(isinstance(a, Tensor) for a in tree_iter((args, kwargs))):
+            return True
+        dtype = kwargs.get("dtype")
+        if dtype is None and func.overloadpacket is torch.ops.aten.arange:
+            return all(isinstance(a, int) for a in args)
+        return dtype is not None and not dtype.is_floating_point
 
 
 @contextmanager
