@@ -33,7 +33,7 @@ from prfl_kernels import compiled, table
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 ROUND = 512  # torch's CUDA allocator rounds sizes up to this
-SCALARS = 24 * ROUND  # losses, metrics and tables of angles
+SCALARS = 32 * ROUND  # losses, metrics and tables of angles
 FULL_HISTORY = 4  # steps after which every field of a sampler's state is a tensor of its own
 Latent = tuple[int, int, int, int, int]  # [B, 16, T, H, W]
 
