@@ -17,19 +17,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from prfl_engine import chain, flow, lora, recompute
 from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig
 from prfl_engine.dit import WanConfig, WanTransformer
+from prfl_engine.fake import default_dtype, fake_tensors
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import Batch, bind, graded_rewards, index_range, noisy_reward, sft_loss
 from prfl_engine.recompute import BlockPolicy
 from prfl_engine.reward import QueryPool, RewardModel
-from prfl_kernels import compiled, table
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 ROUND = 512  # torch's CUDA allocator rounds sizes up to this
@@ -53,14 +51,15 @@ class RewardSetup:
 @dataclass(frozen=True)
 class Validation:
     """What a validation's memory depends on: its largest batch [B, 16, T, H, W], whether rewards are
-    computed, how many batches there are and how many values [B] it makes of all, and how many batches of
-    samples before the last stay on the device."""
+    computed, how many batches there are and how many values [B] it makes of all. On a CPU batches of samples
+    that are `kept` to be written, and `read` samples of the data, are in the same memory."""
 
     latent: Latent
     scored: bool = True
     batches: int = 1
     values: int = 0
     kept: int = 0
+    read: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,53 +159,8 @@ def _passes(live: LiveBytes, names: list[str | None]) -> Iterator[dict[str, Laps
         laps.rest, laps.peak = rest, live.peak - base
 
 
-class _RealIntegers(TorchDispatchMode):
-    """On top of a fake mode: what is made of integers and of real tensors alone is real."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if FakeTensor not in types and self._real(func, args, kwargs):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def _real(func, args, kwargs) -> bool:
-        """Of an operation without fake tensors: whether its result is real."""
-        if any(isinstance(a, Tensor) for a in tree_iter((args, kwargs))):
-            return True
-        dtype = kwargs.get("dtype")
-        if dtype is None and func.overloadpacket is torch.ops.aten.arange:
-            return all(isinstance(a, int) for a in args)
-        return dtype is not None and not dtype.is_floating_point
-
-
-@contextmanager
-def _dry() -> Iterator[None]:
-    """Tensors are fake, float32 unless they say otherwise, and kernels allocate and compute nothing."""
-    before = table.configured()
-    table.configure("")
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with _dtype(torch.float32), fake, _RealIntegers(), compiled.dry_run(), torch.device("cpu"):
-            yield
-    finally:
-        table.configure(before)
-
-
-@contextmanager
-def _dtype(dtype: torch.dtype) -> Iterator[None]:
-    """The default dtype of a block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _transformer(setup: Setup, config: WanConfig, blocks: int, head: bool = True) -> WanTransformer:
-    with _dtype(setup.weight_dtype):
+    with default_dtype(setup.weight_dtype):
         model = WanTransformer(config, blocks, head)
     return model.set_precision(setup.compute_dtype, setup.residual_dtype).set_chunk(setup.chunk)
 
@@ -257,7 +211,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
     addition to weights and gradients. Of a window two steps are made and of several graded steps two; what
     longer ones hold of the chain is allocated besides."""
     found: dict[str, Laps] = {}
-    with _dry():
+    with fake_tensors():
         model, n = _generator(setup, len(policies)), setup.reward_blocks
         reward = _reward(setup, n) if n else None
         model.recompute = policies
@@ -300,14 +254,17 @@ def _graded(setup: Setup, model: WanTransformer, reward: RewardModel) -> dict[st
 def _rollout_bytes(setup: Setup) -> int:
     """Most bytes of the steps without gradient before a graded one, in addition to weights and gradients."""
     most: dict[int, int] = {}
-    with _dry():
+    with fake_tensors():
         model, reward = _generator(setup, 2), _reward(setup, 1)
         live = _counter(model, reward)
         base = live.now - SCALARS
         with live:
             batch, noise, _ = _inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            besides = [reward.transformer.embed_context(batch.text, batch.clip), _ballast(_accelerated(setup))]
+            besides = [
+                reward.transformer.embed_context(batch.text, batch.clip),
+                _ballast(_accelerated(setup)),
+            ]
             forward = bind(model, batch, context.detach())
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
@@ -342,9 +299,9 @@ def _accelerated(setup: Setup) -> int:
 
 
 def _farthest(setup: Setup) -> list[list[list[int]]]:
-    """Graded indices [K, B], as they may be drawn, with which most states are held. Samples that moved together
-    are held as long as one of them is: so they are all at the same step, or as far from each other as their
-    windows are long, in turn from one graded step to the next."""
+    """Graded indices [K, B], as they may be drawn, with which most states are held. Samples that moved
+    together are held as long as one of them is: so they are all at the same step, or as far from each other
+    as their windows are long, in turn from one graded step to the next."""
     (first, last), size, count = index_range(setup.rollout), setup.latent[0], setup.rollout.samples
     steps, rows = last + 1 - first, range(count)
     parts = [(first + j * steps // count, first - (-(j + 1) * steps // count) - 1) for j in rows]
@@ -360,11 +317,15 @@ def _farthest(setup: Setup) -> list[list[list[int]]]:
 
     spread = [drawn(*parts[-1], setup.window)]
     last_spread = [drawn(*part, 0) for part in parts[:-1]] + spread
-    return [[drawn(*part, 0) for part in parts], last_spread, *([turning(1), turning(-1)] if count > 1 else [])]
+    return [
+        [drawn(*part, 0) for part in parts],
+        last_spread,
+        *([turning(1), turning(-1)] if count > 1 else []),
+    ]
 
 
 def _longest(setup: Setup) -> int:
-    """The most bytes of the chain. Draws of several samples other than the farthest hold up to a latent more."""
+    """The most bytes of the chain. Other draws of several samples hold up to a latent more."""
     margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 else 0
     return max(_held(setup, drawn, setup.window) for drawn in _farthest(setup)) + margin
 
@@ -399,7 +360,7 @@ def _held_by(
 def validation_bytes(setup: Setup) -> int:
     """Most bytes of setup.validation, in addition to the weights; there are no gradients then."""
     v, reward, scored = setup.validation, None, None
-    with _dry(), torch.no_grad():
+    with fake_tensors(), torch.no_grad():
         model = _generator(setup, 2)
         if v.scored:
             reward = _reward(setup, 2)
@@ -408,6 +369,7 @@ def validation_bytes(setup: Setup) -> int:
         with live:
             besides = [_batch(setup.config, setup.latent), _ballast(ROUND * v.values)]
             besides += [torch.empty(v.latent) for _ in range(v.kept - 1)]
+            besides += [_batch(setup.config, (v.read, *v.latent[1:]))] if v.read else []
             for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
                 batch, noise, sigma = _inputs(setup.config, v.latent)
                 sft_loss(model, batch, noise, sigma)

@@ -10,19 +10,19 @@ or before and after all of them, and
 so the peak of any list of kinds follows from the numbers of each kind, and the fastest list that fits from
 `search`. Bytes are those in addition to weights, gradients and optimizer states, the batch included, in the
 worst of: flow matching; the steps of a rollout without gradient; the graded step with its reward; the steps
-of its window. Those of a validation (samples, their rewards, flow matching, without gradient) do not depend on
-policies and have to fit as well; that no gradients exist then is not credited, so an average of the weights has
-room to be swapped in. Not in them: work space inside of attention libraries, the e4m3 copy of weights and the
-CUDA graph of an accelerated rollout, the optimizer's blocks in passing, the moving average of the weights. Seconds
-are predicted by a roofline, or taken from a table measured by `measure`.
+of its window. Those of a validation (samples, their rewards, flow matching, without gradient) do not depend
+on policies and have to fit as well. That no gradients exist then is not credited, so an average of the
+weights has room to be swapped in. Not in them: work space inside of attention libraries, the allocator's own
+memory, the e4m3 copy of the weights and the CUDA graph of an accelerated rollout, the optimizer's blocks in
+passing, the moving average of the weights. Seconds are predicted by a roofline, or taken from a table
+measured by `measure`.
 """
 
 import itertools
 import json
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -31,24 +31,13 @@ import numpy as np
 import torch
 
 from prfl_engine import recompute
-from prfl_engine.config import Config, UserError
+from prfl_engine.config import UserError
 from prfl_engine.dit import WanTransformer
-from prfl_engine.dry_run import (
-    BLOCKS,
-    Numbers,
-    RewardSetup,
-    Setup,
-    Validation,
-    dry_run,
-    numbers_of,
-    validation_bytes,
-)
+from prfl_engine.dry_run import BLOCKS, Numbers, Setup, Validation, dry_run, numbers_of, validation_bytes
 from prfl_engine.layers import IMAGE_TOKENS
 from prfl_engine.recompute import INNER, NAMES, BlockPolicy
-from prfl_engine.reward import RewardModel
 from prfl_engine.search import SAME, UNLIMITED, Blocks, Tails, least, search
 from prfl_kernels import cross_attention, modulated_attention
-from prfl_kernels.jit import wide
 
 KEEP = {"attend": modulated_attention.KEEP, "cross": cross_attention.KEEP}
 _RESIDUALS = {"input", "after_attention", "after_cross"}
@@ -261,8 +250,8 @@ def _refuse_validation(setup: Setup, budget: float, needed: int) -> None:
     what = "in addition to weights, gradients and optimizer states"
     if most:
         raise UserError(
-            f"eval.batch_size: got batches of {size}, want at most {most}: validation needs {_above(needed)} GB"
-            f" {what}, and model.recompute is auto:{budget / 1e9:g}"
+            f"eval.batch_size: got batches of {size}, want at most {most}: validation needs"
+            f" {_above(needed)} GB {what}, and model.recompute is auto:{budget / 1e9:g}"
         )
     least = validation_bytes(replace(setup, validation=smaller(1)))
     raise UserError(
@@ -279,8 +268,8 @@ def choose(
     source: str = "",
     validation: int = 0,
 ) -> Plan:
-    """`plan` from kinds and the bytes of a validation, which have been found already. Of equally fast lists it
-    is one that puts fewest bytes on the host, and of those one of the lowest peak."""
+    """`plan` from kinds and the bytes of a validation, which have been found already. Of equally fast lists
+    it is one that puts fewest bytes on the host, and of those one of the lowest peak."""
     count, (blocks, tails) = setup.count, _tables(kinds, setup)
     fewest = int((count - 1) * blocks.away.min() + tails.away.min())
     if fewest > host:
@@ -309,7 +298,8 @@ def choose(
 
     chosen = choice("chosen", found, reward)
     table = tuple(choice(k.name, [k] * count, k) for k in kinds)
-    return Plan(tuple(found), reward, setup.reward_blocks, *chosen[1:], bound / 1e12, table, source, validation)
+    what = reward, setup.reward_blocks, *chosen[1:]
+    return Plan(tuple(found), *what, bound / 1e12, table, source, validation)
 
 
 def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
@@ -395,51 +385,3 @@ def measure(
         laps = sorted((lap(policy, 3) - lap(policy, 1)) / 2 for _ in range(repeat))
         found[name] = laps[repeat // 2]
     return {"device": str(device), "tokens": setup.tokens, "seconds": found}
-
-
-def fit_memory(
-    config: Config,
-    model: WanTransformer,
-    reward: RewardModel | None,
-    shapes: Sequence[tuple[int, ...]],
-    held_out: Sequence[tuple[int, ...]] = (),
-) -> Plan:
-    """Give both models the policies of the plan for model.recompute = auto:GB. shapes [16, T, H, W] are those
-    of the latents of training, held_out those that a validation samples, in their order (none: no
-    validation). UserError where the validation does not fit."""
-    weight, c = next(model.parameters()).dtype, config
-    counts = Counter(shapes)
-    latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
-    validation = rewarding = None
-    if held_out:
-        validation = _validation(c, held_out, reward is not None, next(model.parameters()).device)
-    if reward is not None:
-        trunk, pool = reward.transformer, reward.pool
-        rewarding = RewardSetup(
-            reward.feature_layer, trunk.config, len(pool.queries), pool.multihead_attn.num_heads, pool.add_query
-        )
-    setup = Setup(
-        model.config, latent, model.blocks[0].self_attn.q.compute_dtype or weight,
-        model.residual_dtype or wide(weight), weight, rewarding, c.loss.weight > 0, c.loss.sft_weight > 0,
-        c.rollout, c.chain, len(model.blocks), c.model.chunk, c.model.keep,
-        c.lora if c.lora.rank else None, validation,
-    )  # fmt: skip
-    host = float("inf") if config.model.host is None else 1e9 * config.model.host
-    made = plan(setup, config.model.budget, host, config.model.costs)
-    model.recompute = made.policies
-    if setup.reward_blocks:
-        reward.transformer.recompute = made.reward_policies
-    return made
-
-
-def _validation(
-    config: Config, shapes: Sequence[tuple[int, ...]], scored: bool, device: torch.device
-) -> Validation:
-    """Of eval.samples of these latents; on a CPU the samples to be written keep their batches there."""
-    e, shapes = config.eval, [shapes[i % len(shapes)] for i in range(config.eval.samples)]
-    runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
-    latent = max(((min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
-    batches = sum(-(-n // e.batch_size) for _, n in runs)
-    kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1) if device.type == "cpu" else 0
-    values = batches * (1 + scored * len(e.timesteps))
-    return Validation(latent, scored, batches, values, kept)

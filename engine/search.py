@@ -96,8 +96,8 @@ def search(
 
 def least(blocks: Blocks, tails: Tails, count: int, away: int) -> Row | None:
     """A row of the least peak among those that put at most `away` bytes away, whatever it costs. Its cost and
-    its bytes away are not filled in. It is the least of all where one phase decides and everything may be away,
-    and of the ends with most room otherwise."""
+    its bytes away are not filled in. Where several phases decide, or not everything may be away, only the
+    ends with most room are followed, and a leaner row may be missed."""
     moves = 0 if away >= UNLIMITED else 1  # where all may move, rows differ by their peaks alone
     free = blocks._replace(cost=0 * blocks.cost, away=moves * blocks.away)
     free, tails = _distinct(free, tails._replace(cost=0 * tails.cost, away=moves * tails.away))

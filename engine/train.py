@@ -11,6 +11,7 @@ from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, noise_like, read_lists, seeded
 from prfl_engine.dit import PRESETS, WanTransformer
 from prfl_engine.errors import UserError, check
+from prfl_engine.fit_memory import fit_memory
 from prfl_engine.loop import DTYPES, fit, pick_device, prepare_out, set_up
 from prfl_engine.objectives import (
     Batch,
@@ -22,7 +23,6 @@ from prfl_engine.objectives import (
     sft_loss,
     stratified_indices,
 )
-from prfl_engine.plan import fit_memory
 from prfl_engine.reward import RewardModel
 from prfl_engine.rollout import DriftMeter, make_rollout
 from prfl_engine.sample import write_samples

@@ -83,7 +83,8 @@ def write_data(
 ) -> Path:
     """`count` samples in the official format, and all.list; returns its path.
 
-    text is the tokens of a long caption; shapes are taken in turn; labels(i) returns label fields; latents(i, array) replaces a latent.
+    shapes are taken in turn; labels(i) returns label fields; latents(i, array) replaces a latent; text is
+    the tokens of a long caption.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ from helpers import one_line, random_batch, tiny_config, tiny_model, tiny_reward
 
 from prfl_engine import cli, flow, plan, search
 from prfl_engine.config import ChainConfig, Config, ModelConfig, RolloutConfig, UserError, from_dict
-from prfl_engine.dry_run import Numbers, RewardSetup, Setup, Validation, dry_run
+from prfl_engine.dry_run import Numbers, RewardSetup, Setup, dry_run
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import graded_rewards, sft_loss
 from prfl_engine.recompute import BlockPolicy, of_config
