@@ -18,10 +18,7 @@ from torch import Tensor, nn
 
 from prfl_engine.dit import WanConfig, WanTransformer
 from prfl_engine.errors import UserError, check
-from prfl_engine.files import atomic_folder as atomic_folder  # importable from here too
-from prfl_engine.files import checkpoints as checkpoints
 from prfl_engine.inputs import check_file, check_finite, check_float, open_tensors, read_json, read_state
-from prfl_engine.inputs import load_pickle as load_pickle  # importable from here too
 from prfl_engine.layers import Linear
 from prfl_engine.layout import name_layout
 from prfl_engine.reward import QueryPool, RewardModel

@@ -27,8 +27,7 @@ from prfl_engine.bounds import (
     Within,
 )
 from prfl_engine.config_file import from_dict, override, plain, read_yaml
-from prfl_engine.errors import UserError as UserError  # importable from here too
-from prfl_engine.errors import check
+from prfl_engine.errors import UserError, check
 
 DEVICE = Matches(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", "auto, cpu, cuda or cuda:N")
 Timestep = Annotated[float, Within(0, 1000)]

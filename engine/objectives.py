@@ -99,9 +99,10 @@ class GradedWindow:
 
     def backward(self, loss: Tensor) -> None:
         """Add the whole gradient of a loss of `logit` to .grad of the parameters: through the graded step,
-        the steps of the window before it, and the embedding of the context. Frees the window; RuntimeError
-        the second time."""
+        the steps of the window before it, and the embedding of the context. Frees the window, of which
+        the value of `logit` stays; RuntimeError the second time."""
         self._window.backward(loss)
+        self.logit = self.logit.detach()
         gradient, self._leaf.grad = self._leaf.grad, None
         if gradient is not None:  # the graph of the embedding serves every window of the rollout
             self._context.backward(gradient, retain_graph=True)
@@ -141,11 +142,14 @@ def graded_windows(
         bind(model, batch, leaf, run_blocks), schedule, noise,
         None if stretches is None else stretches(batch, leaf),
     )  # fmt: skip
-    for index in indices:
+
+    def grade(index: Tensor) -> GradedWindow:
         window = way.graded(index, steps, config.detach_input)
         t = schedule.timesteps[index + 1].to(noise.device, non_blocking=True)
         logit = reward.score(window.x, t, scored, batch.condition, score_blocks)
-        yield GradedWindow(window, logit, context, leaf)
+        return GradedWindow(window, logit, context, leaf)
+
+    yield from map(grade, indices)  # no window lives here while the next is made
 
 
 def stratified_indices(first: int, last: int, uniform: Tensor) -> Tensor:

@@ -8,9 +8,14 @@ or before and after all of them, and
                       + what of the block before i is on its way to the host, or back from it
 
 so the peak of any list of kinds follows from the numbers of each kind, and the fastest list that fits from
-`search`. Bytes are what lives beside weights, gradients, optimizer state and the batch, in the worst of flow
-matching, graded step and reward model; work space inside of attention libraries is not in them. Seconds
-are predicted by a roofline, or taken from a table measured by `measure`.
+`search`. Bytes are those in addition to weights, gradients and optimizer states, the batch included, in the
+worst of: flow matching; the steps of a rollout without gradient; the graded step with its reward; the steps
+of its window. Those of a validation (samples, their rewards, flow matching, without gradient) do not depend
+on policies and have to fit as well. That no gradients exist then is not credited, so an average of the
+weights has room to be swapped in. Not in them: work space inside of attention libraries, the allocator's own
+memory, the e4m3 copy of the weights and the CUDA graph of an accelerated rollout, the optimizer's blocks in
+passing, the moving average of the weights. Seconds are predicted by a roofline, or taken from a table
+measured by `measure`.
 """
 
 import itertools
@@ -26,15 +31,15 @@ import numpy as np
 import torch
 
 from prfl_engine import recompute
-from prfl_engine.config import Config, UserError
+from prfl_engine.config import UserError
 from prfl_engine.dit import WanTransformer
-from prfl_engine.dry_run import BLOCKS, Numbers, Setup, dry_run, numbers_of
+from prfl_engine.dry_run import BLOCKS, Numbers, Setup, Validation, dry_run, numbers_of, validation_bytes
 from prfl_engine.layers import IMAGE_TOKENS
-from prfl_engine.recompute import NAMES, BlockPolicy
-from prfl_engine.reward import RewardModel
+from prfl_engine.recompute import INNER, NAMES, BlockPolicy
 from prfl_engine.search import SAME, UNLIMITED, Blocks, Tails, least, search
-from prfl_kernels.jit import wide
+from prfl_kernels import cross_attention, modulated_attention
 
+KEEP = {"attend": modulated_attention.KEEP, "cross": cross_attention.KEEP}
 _RESIDUALS = {"input", "after_attention", "after_cross"}
 KINDS = {
     "none": recompute.named("none"),
@@ -119,7 +124,13 @@ def recomputed(policy: BlockPolicy, setup: Setup, rates: Rates) -> float:
         "cross_attention": attention * c.text_len, "after_cross": product,
         "ffn_normed": norm_of_stream, "hidden": product * c.ffn_dim / c.dim,
     }  # fmt: skip
-    return sum(cost[name] for name in NAMES if name not in policy.held)
+    twice = {  # by a branch that is run again and by its backward
+        name for branch, stream in (("attend", "after_attention"), ("cross", "after_cross"))
+        if stream not in policy.held
+        for name, own, _ in INNER[branch]
+        if own not in KEEP[branch][policy.again] and not (name == "attention" and name in policy.held)
+    }  # fmt: skip
+    return sum(cost[name] * (1 + (name in twice)) for name in NAMES if name not in policy.held)
 
 
 def block_seconds(
@@ -152,12 +163,13 @@ class Plan:
     blocks: tuple[Kind, ...]
     reward: Kind
     reward_blocks: int
-    bytes: int  # most in a step, beside weights, gradients, optimizer state and the batch
+    bytes: int  # most in a step, in addition to weights, gradients and optimizer states
     host: int
     seconds: float  # of blocks with gradient in a step; the rollout is the same for all
     bound: float  # seconds that no list of these kinds is below which fits as well
     table: tuple[Choice, ...]  # one kind for all blocks, for comparison
     source: str
+    validation: int = 0  # most bytes of a validation, in addition to the same
 
     @property
     def policies(self) -> list[BlockPolicy]:
@@ -175,18 +187,25 @@ class Plan:
         if self.seconds > self.bound * (1 + SAME):
             proof = f"at most {self.seconds - self.bound:.4f} s above the fastest list"
         lines = [f"recompute: {blocks}{reward}; {proof}"]
-        lines.append(f"GB beside weights, gradients and optimizer; {self.source}")
+        lines.append(f"GB in addition to weights, gradients and optimizer states; {self.source}")
         for c in (Choice("chosen", self.bytes, self.host, self.seconds), *self.table):
             sizes = f"{c.bytes / 1e9:9.3f} GB{c.host / 1e9:9.3f} GB on the host"
             lines.append(f"{c.name:32}{sizes}{c.seconds:10.4f} s")
+        if self.validation:
+            lines.append(f"{'validation':32}{self.validation / 1e9:9.3f} GB")
         return "\n".join(lines)
+
+
+def kinds_of(setup: Setup) -> dict[str, BlockPolicy]:
+    """KINDS as they are with setup.keep."""
+    return {name: replace(policy, again=setup.keep) for name, policy in KINDS.items()}
 
 
 def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: Iterable[str]) -> list[Kind]:
     """Every kind with its bytes from a dry run and its cost, predicted or measured (seconds of a block)."""
-    made, graded = [], setup.samples * (setup.reward_blocks > 0)
+    made, graded = [], setup.rollout.samples * (setup.reward_blocks > 0)
     for name in names:
-        policy = KINDS[name]
+        policy = kinds_of(setup)[name]
         laps = dry_run(setup, [policy] * BLOCKS, policy)
         numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
         away = next(iter(numbers.values())).away
@@ -206,19 +225,51 @@ def plan(
     `host` bytes on the host.
 
     measured: a JSON file of `measure`, in place of predicted seconds. Raises UserError, with the smallest
-    budget that something fits, where nothing does.
+    budget that something fits, where nothing does, and with the largest eval.batch_size that fits where the
+    validation does not.
     """
     seconds = _read(measured) if measured else {}
+    validation = validation_bytes(setup) if setup.validation is not None else 0
     kinds = make_kinds(setup, Rates(), seconds, seconds or KINDS)
     source = f"seconds of {measured}" if measured else "seconds predicted for an H100 SXM, not measured"
-    return choose(kinds, setup, budget, host, source)
+    made = choose(kinds, setup, budget, host, source, validation)
+    if validation > budget:
+        _refuse_validation(setup, budget, validation)
+    return made
+
+
+def _refuse_validation(setup: Setup, budget: float, needed: int) -> None:
+    size, shape = setup.validation.latent[0], setup.validation.latent[1:]
+
+    def smaller(n: int) -> Validation:
+        return setup.validation._replace(latent=(n, *shape))
+
+    # Part of the bytes is there for any batch, so no batch larger than in proportion fits.
+    sizes = range(min(size - 1, int(size * budget / needed)), 0, -1)
+    most = next((n for n in sizes if validation_bytes(replace(setup, validation=smaller(n))) <= budget), 0)
+    what = "in addition to weights, gradients and optimizer states"
+    if most:
+        raise UserError(
+            f"eval.batch_size: got batches of {size}, want at most {most}: validation needs"
+            f" {_above(needed)} GB {what}, and model.recompute is auto:{budget / 1e9:g}"
+        )
+    least = validation_bytes(replace(setup, validation=smaller(1)))
+    raise UserError(
+        f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{_above(least)}, or eval.every=0:"
+        f" validation with eval.batch_size=1 needs that much {what}"
+    )
 
 
 def choose(
-    kinds: list[Kind], setup: Setup, budget: float, host: float = float("inf"), source: str = ""
+    kinds: list[Kind],
+    setup: Setup,
+    budget: float,
+    host: float = float("inf"),
+    source: str = "",
+    validation: int = 0,
 ) -> Plan:
-    """`plan` from kinds that are made already. Of equally fast lists it is one that puts fewest bytes on the
-    host, and of those one of the lowest peak."""
+    """`plan` from kinds and the bytes of a validation, which have been found already. Of equally fast lists
+    it is one that puts fewest bytes on the host, and of those one of the lowest peak."""
     count, (blocks, tails) = setup.count, _tables(kinds, setup)
     fewest = int((count - 1) * blocks.away.min() + tails.away.min())
     if fewest > host:
@@ -233,8 +284,10 @@ def choose(
         row = least(blocks, tails, count, away)
         if row.peak > budget:
             raise UserError(
-                f"model.recompute: got auto:{budget / 1e9:g}, want at least auto:{_above(row.peak)}:"
-                " the leanest policies need that much beside weights, gradients and optimizer state"
+                f"model.recompute: got auto:{budget / 1e9:g}, want at least"
+                f" auto:{_above(max(row.peak, validation))}: the leanest policies"
+                f"{' and validation' if validation else ''} need that much in addition to weights, gradients"
+                " and optimizer states"
             )
     found, reward = _in_runs([kinds[i] for i in row.kinds], kinds[row.tail]), kinds[row.tail]
 
@@ -245,7 +298,8 @@ def choose(
 
     chosen = choice("chosen", found, reward)
     table = tuple(choice(k.name, [k] * count, k) for k in kinds)
-    return Plan(tuple(found), reward, setup.reward_blocks, *chosen[1:], bound / 1e12, table, source)
+    what = reward, setup.reward_blocks, *chosen[1:]
+    return Plan(tuple(found), *what, bound / 1e12, table, source, validation)
 
 
 def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
@@ -326,23 +380,8 @@ def measure(
         return time.perf_counter() - start
 
     for name in names:
-        lap(KINDS[name], 3)
-        laps = sorted((lap(KINDS[name], 3) - lap(KINDS[name], 1)) / 2 for _ in range(repeat))
+        policy = kinds_of(setup)[name]
+        lap(policy, 3)
+        laps = sorted((lap(policy, 3) - lap(policy, 1)) / 2 for _ in range(repeat))
         found[name] = laps[repeat // 2]
     return {"device": str(device), "tokens": setup.tokens, "seconds": found}
-
-
-def fit_memory(
-    config: Config, model: WanTransformer, reward: RewardModel | None, shape: tuple[int, ...]
-) -> Plan:
-    """The plan for model.recompute = auto:GB; shape [16, T, H, W] is that of the largest latent."""
-    window = config.rollout.steps if config.chain.window == "all" else config.chain.window
-    weight = next(model.parameters()).dtype
-    setup = Setup(
-        model.config, (config.data.batch_size, *shape), model.blocks[0].self_attn.q.compute_dtype or weight,
-        model.residual_dtype or wide(weight), weight, reward.feature_layer if reward else 0,
-        config.loss.sft_weight > 0, window, len(model.blocks), config.model.chunk,
-        config.lora if config.lora.rank else None, config.rollout.samples,
-    )  # fmt: skip
-    host = float("inf") if config.model.host is None else 1e9 * config.model.host
-    return plan(setup, config.model.budget, host, config.model.costs)

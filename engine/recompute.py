@@ -134,14 +134,14 @@ def of_config(model: ModelConfig) -> BlockPolicy:
 
 
 def run_under(
-    policies: BlockPolicy | Sequence[BlockPolicy], watch: Callable[[Tensor], None] | None = None
+    policies: BlockPolicy | Sequence[BlockPolicy], watch: Callable[[], Callable[[Tensor], None]] | None = None
 ) -> RunBlocks:
     """A way to run blocks with gradient: each under a policy of its own, or all under one.
 
     The last block offloads nothing: its backward comes first. What a block offloads has left the device when
     the forward of the next block is over. The backward of a block starts to bring back what the block before
-    it has offloaded. watch is called with the tokens before every block and after the last. Without gradient
-    the blocks run plainly.
+    it has offloaded. watch is called when blocks begin to run, and what it returns is called with the tokens
+    before every block and after the last. Without gradient the blocks run plainly.
     """
 
     def run(
@@ -151,17 +151,18 @@ def run_under(
             return plain_blocks(blocks, tokens, e, context, repeats, grid)
         found = [policies] * len(blocks) if isinstance(policies, BlockPolicy) else policies[: len(blocks)]
         found = [*found[:-1], *(policy.staying() for policy in found[-1:])]
+        border = None if watch is None else watch()
         before, store = None, store_of(tokens.device) if any(policy.offload for policy in found) else None
         for block, policy in zip(blocks, found, strict=True):
-            if watch is not None:
-                watch(tokens)
+            if border is not None:
+                border(tokens)
             lots, this = store.lots if store is not None else 0, Run(policy, before)
             tokens = block(tokens, e, context, repeats, grid, this)
             before = this if this.active else None
             if store is not None:
                 store.settle(store.lots - lots)
-        if watch is not None:
-            watch(tokens)
+        if border is not None:
+            border(tokens)
         return tokens
 
     return run

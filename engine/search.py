@@ -21,6 +21,7 @@ UNLIMITED = 1 << 60
 SAME = 1e-6
 # Ends followed, one number after the other until nothing was missed; the most needed at 14B was 22,000.
 WIDTHS = 100, 1000, 30_000
+LEAST_WIDTH = 300  # in the walk to the least peak, which has to answer at once
 
 
 class Blocks(NamedTuple):
@@ -94,9 +95,13 @@ def search(
 
 
 def least(blocks: Blocks, tails: Tails, count: int, away: int) -> Row | None:
-    """The row of least peak among those that put at most `away` bytes away, whatever it costs."""
-    free, tails = _distinct(blocks._replace(cost=0 * blocks.cost), tails._replace(cost=0 * tails.cost))
-    ends, steps, _ = _walk(free, tails, count, UNLIMITED, away, np.inf, WIDTHS[-1])
+    """A row of the least peak among those that put at most `away` bytes away, whatever it costs. Its cost and
+    its bytes away are not filled in. Where several phases decide, or not everything may be away, only the
+    ends with most room are followed, and a leaner row may be missed."""
+    moves = 0 if away >= UNLIMITED else 1  # where all may move, rows differ by their peaks alone
+    free = blocks._replace(cost=0 * blocks.cost, away=moves * blocks.away)
+    free, tails = _distinct(free, tails._replace(cost=0 * tails.cost, away=moves * tails.away))
+    ends, steps, _ = _walk(free, tails, count, UNLIMITED, away, np.inf, LEAST_WIDTH)
     return _row(ends, steps, ends.room.min(1).argmax(), UNLIMITED) if len(ends.cost) else None
 
 
@@ -133,7 +138,7 @@ def _walk(
         group = np.where((budget - peak.max(0)[ends.kind] < ends.room).any(1), ends.kind, -1)
         ends = ends.take(_undominated(np.column_stack([ends.cost, ends.away, -ends.room]), group))
         if len(ends.cost) > width:
-            order = np.argsort(ends.bound, kind="stable")
+            order = np.lexsort((-ends.room.min(1), ends.bound))
             lost = min(lost, ends.bound[order[width]])
             ends = ends.take(order[:width])
         steps.append(ends)

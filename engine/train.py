@@ -1,6 +1,5 @@
 """PRFL training: flow matching beside the reward of a graded denoising step."""
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, counted, fixed_batches, read_lists
 from prfl_engine.dit import PRESETS, WanTransformer
 from prfl_engine.errors import UserError, check
+from prfl_engine.fit_memory import fit_memory
 from prfl_engine.loop import DTYPES, fit, pick_device, set_up
 from prfl_engine.objectives import (
     Batch,
@@ -24,7 +24,6 @@ from prfl_engine.objectives import (
     sft_loss,
     stratified_indices,
 )
-from prfl_engine.plan import fit_memory
 from prfl_engine.recompute import of_config, run_under
 from prfl_engine.resume import prepare_out
 from prfl_engine.reward import RewardModel
@@ -110,8 +109,8 @@ def train(config: Config) -> None:
     )
     stream = Stream(reader, paths, c.data.batch_size, c.train.seed)
     if c.model.budget is not None:
-        shape = max((reader.shape(p) for p in paths), key=lambda s: math.prod(s))
-        made = fit_memory(c, policy, reward if use_reward else None, shape[1:])
+        shapes = ([reader.shape(p)[1:] for p in of] for of in (paths, held_out))
+        made = fit_memory(c, policy, reward, *shapes)
         print(made, flush=True)
         run_blocks, score_blocks = run_under(made.policies), run_under(made.reward_policies)
     else:
@@ -131,7 +130,9 @@ def train(config: Config) -> None:
             noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
             loss = sft_loss(policy, batch, noise, sigma, run_blocks).mean()
             (share * c.loss.sft_weight * loss).backward()
-            yield {"sft_loss": loss}
+            values = {"sft_loss": loss.detach()}
+            del loss  # its graph would live as long as the next forward
+            yield values
         if use_reward and turn != 0:
             uniform = [rng.random(c.rollout.samples) for rng in each(Purpose.ROLLOUT_INDEX, *at, n)]
             indices = stratified_indices(start, last, torch.from_numpy(np.stack(uniform, 1)))
@@ -143,9 +144,11 @@ def train(config: Config) -> None:
             given = policy, reward, schedule, batch, noise, indices, c.chain
             for window in graded_windows(*given, rollout and rollout.stretches, run_blocks, score_blocks):
                 loss = part * reward_loss(window.logit, c.loss).mean()
-                values = {"reward_loss": loss, "reward": part * torch.sigmoid(window.logit).mean()}
                 window.backward(share * loss)
-                yield values | extra
+                reward_now = part * torch.sigmoid(window.logit).mean()
+                values = {"reward_loss": loss.detach(), "reward": reward_now} | extra
+                del loss, window  # their graph holds the state before a window
+                yield values
                 extra = {}  # once for every micro-batch
 
     def validate(step: int) -> dict[str, float]:

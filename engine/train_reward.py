@@ -125,7 +125,7 @@ def train_reward(config: Config) -> None:
             loss = cross_entropy(logit, batch.label).mean()
             right = (logit > 0) == (batch.label > 0.5)
         (share * loss).backward()
-        yield {"loss": loss, "accuracy": right.float().mean()}
+        yield {"loss": loss.detach(), "accuracy": right.float().mean()}
 
     def validate(step: int) -> dict[str, float]:
         accuracy = evaluate_reward(c, model, held_out, val_lose)

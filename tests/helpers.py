@@ -85,10 +85,12 @@ def write_data(
     labels=None,
     seed=0,
     latents=None,
+    text=5,
 ) -> Path:
     """`count` samples in the official format, and all.list; returns its path.
 
-    shapes are taken in turn; labels(i) returns label fields; latents(i, array) replaces a latent.
+    shapes are taken in turn; labels(i) returns label fields; latents(i, array) replaces a latent; text is
+    the tokens of a long caption.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -104,7 +106,7 @@ def write_data(
         if latents is not None:
             np.save(meta["vae_latent_path"], latents(i, np.load(meta["vae_latent_path"])))
         meta["textshort_path"] = save(f"short-{i}.npy", 1, 2, config.text_dim)
-        meta["textlong_path"] = save(f"long-{i}.npy", 1, 5, config.text_dim)
+        meta["textlong_path"] = save(f"long-{i}.npy", 1, text, config.text_dim)
         if config.image:
             meta["f1_black_path"] = save(f"first-{i}.npy", 1, *shape)
             meta["imgclip_path"] = save(f"clip-{i}.npy", 1, IMAGE_TOKENS, IMAGE_DIM)

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from prfl_engine import checkpoint
 from prfl_engine.checkpoint import (
-    load_pickle,
     load_reward,
     load_transformer,
     new_reward,
@@ -19,6 +18,7 @@ from prfl_engine.checkpoint import (
     save_transformer,
 )
 from prfl_engine.errors import UserError
+from prfl_engine.inputs import load_pickle
 
 NAME = "diffusion_pytorch_model.safetensors"
 BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])

@@ -10,15 +10,15 @@ import torch
 from helpers import one_line, random_batch, tiny_config, tiny_model, tiny_reward, under, write_run
 
 from prfl_engine import cli, flow, plan, search
-from prfl_engine.config import ChainConfig, Config, ModelConfig, UserError, from_dict
-from prfl_engine.dry_run import Numbers, Setup, dry_run
+from prfl_engine.config import ChainConfig, Config, ModelConfig, RolloutConfig, UserError, from_dict
+from prfl_engine.dry_run import Numbers, RewardSetup, Setup, dry_run
 from prfl_engine.live_bytes import LiveBytes
 from prfl_engine.objectives import graded_windows, sft_loss
 from prfl_engine.recompute import BlockPolicy, named, of_config
 from prfl_kernels import compiled
 
 LATENT = (1, 16, 3, 8, 8)
-SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward_blocks=2)
+SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward=RewardSetup(2))
 NAMES = ("none", "attention", "attention and input away", "full, input away")
 built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="the kernels are not built")
 
@@ -151,16 +151,17 @@ def test_a_plan_without_a_proof_says_how_far_off_it_may_be(kinds, monkeypatch):
 @pytest.mark.parametrize("model_type", ["t2v", "i2v"])
 def test_blocks_are_measured(model_type):
     config = tiny_config(model_type, num_layers=2)
-    small = replace(SETUP, config=config, latent=(2, 16, 1, 4, 4), reward_blocks=1, chunk=3)
+    small = replace(SETUP, config=config, latent=(2, 16, 1, 4, 4), chunk=3)
     found = plan.measure(small, torch.device("cpu"), ("none", "full, input away"), 1)
     assert set(found["seconds"]) == {"none", "full, input away"} and found["tokens"] == 8
 
 
 def test_measured_seconds_take_the_place_of_predicted_ones(tmp_path):
-    small = replace(SETUP, config=tiny_config(num_layers=2), latent=(1, 16, 1, 4, 4), reward_blocks=1)
+    small = replace(SETUP, config=tiny_config(num_layers=2), latent=(1, 16, 1, 4, 4), reward=RewardSetup(1))
     file = tmp_path / "costs.json"
     file.write_text(json.dumps({"seconds": {"none": 3.0, "full, input away": 2.0}}))
-    made = plan.plan(replace(small, samples=4, window=3), 1e9, measured=file)
+    given = replace(small, rollout=RolloutConfig(samples=4), chain=ChainConfig(window=3))
+    made = plan.plan(given, 1e9, measured=file)
     assert [k.name for k in made.blocks] == ["full, input away"] * 2
     # Of four samples three steps each and flow matching once, through two blocks; one block of the reward.
     assert made.seconds == 13 * 2 * 2.0 + 4 * 2.0
