@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prfl_engine.dit import WanConfig
 from prfl_engine.errors import UserError
-from prfl_engine.failures import WorkerLost
+from prfl_engine.failures import lost_worker
 from prfl_engine.interrupt import quiet_children, shield
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.objectives import Batch
@@ -263,20 +263,23 @@ class Stream(Dataset):
                     item = next(items)
                 except UserError as error:  # a worker's arrives with its traceback as the message
                     line = str(error).strip().splitlines()[-1]
+                    failure = UserError(line.removeprefix(f"{UserError.__module__}.UserError: "))
                     error.with_traceback(None)
                     break
-                except (ConnectionError, EOFError, FileNotFoundError) as error:
-                    if not num_workers or "in DataLoader worker process" in str(error):  # of reading
+                except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                    failure = lost_worker(error) if num_workers else None
+                    if failure is None:
                         raise
-                    raise WorkerLost(f"the connection to it broke ({type(error).__name__})") from None
+                    error.with_traceback(None)
+                    break
                 if self.lose is None:
                     yield to_device(item, device)
                 else:
                     yield tuple(to_device(b, device) for b in item)
-        # The error's traceback refers to itself and to the loader, and a loader that dies by garbage
-        # collection waits 5 s for its workers. So that is cut, and no handler holds the error here.
-        del items
-        raise UserError(line.removeprefix(f"{UserError.__module__}.UserError: "))
+            # The error's traceback refers to itself and to the loader, and a loader that dies by garbage
+            # collection waits 5 s for its workers. So that is cut, and no handler holds the error here.
+            del items
+        raise failure
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """The sample indices of every micro-batch of an epoch."""
