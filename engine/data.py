@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prfl_engine.dit import WanConfig
 from prfl_engine.errors import UserError, check, named
-from prfl_engine.failures import WorkerLost
+from prfl_engine.failures import lost_worker
 from prfl_engine.inputs import beside, check_file, check_finite, read_array, read_json, read_lines
 from prfl_engine.interrupt import quiet_children, shield
 from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
@@ -242,18 +242,23 @@ class Stream(Dataset):
             while True:
                 try:
                     item = next(items)
-                except (ConnectionError, EOFError, FileNotFoundError) as error:
-                    if not num_workers or "in DataLoader worker process" in str(error):  # of reading
+                except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                    failure = lost_worker(error) if num_workers else None
+                    if failure is None:
                         raise
-                    raise WorkerLost(f"the connection to it broke ({type(error).__name__})") from None
+                    error.with_traceback(None)
+                    break
                 if isinstance(item, UserError):
+                    failure = item
                     break
                 if self.lose is None:
                     yield to_device(item, device)
                 else:
                     yield tuple(to_device(b, device) for b in item)
-        del items  # the traceback holds this frame, and a loader that garbage collection ends waits 5 s
-        raise item
+            # The error's traceback refers to itself and to the loader, and a loader that dies by garbage
+            # collection waits 5 s for its workers. So that is cut, and no handler holds the error here.
+            del items
+        raise failure
 
     def _plan(self, epoch: int) -> list[list[int]]:
         """The sample indices of every micro-batch of an epoch."""

@@ -22,6 +22,16 @@ class WorkerLost(RuntimeError):
     """A loader process has died."""
 
 
+def lost_worker(error: Exception) -> WorkerLost | None:
+    """What an error of the loader in the training process says about a dead worker; None: nothing."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "in DataLoader worker process" in line:
+        return None
+    if isinstance(error, RuntimeError):
+        return WorkerLost(line) if _WORKER.search(line) else None
+    return WorkerLost(f"the connection to it broke ({type(error).__name__})")
+
+
 def reason(error: BaseException) -> str | None:
     """What failed, in one line; None for every other error."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -42,5 +52,4 @@ def reason(error: BaseException) -> str | None:
         return f"cannot write: {line} (torch.save; is the disk full?)"
     if _MEMORY.search(line):
         return f"out of memory: {line}"
-    lost = isinstance(error, WorkerLost) or _WORKER.search(line)
-    return f"lost a loader process: {line}" if lost else None
+    return f"lost a loader process: {line}" if isinstance(error, WorkerLost) else None

@@ -50,8 +50,8 @@ def fake_tensors() -> Iterator[None]:
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """The default dtype of a block."""
     before = torch.get_default_dtype()
-    torch.set_defaultdefault_dtype(dtype)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_defaultdefault_dtype(before)
+        torch.set_default_dtype(before)
