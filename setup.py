@@ -175,7 +175,8 @@ class Build(build_ext):
 
     def object(self, source: str, isa: str = "host") -> Path:
         # pip gives a new build_temp every time; what is kept here is compiled once.
-        return ROOT / "build" / f"objects-{sys.implementation.cache_tag}" / isa / f"{source}.o"
+        kind = sys.implementation.cache_tag + "-sanitized" * any("-fsanitize" in flag for flag in CXX)
+        return ROOT / "build" / f"objects-{kind}" / isa / f"{source}.o"
 
 
 missing = no_extension()
