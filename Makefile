@@ -22,10 +22,10 @@ test: env
 
 # The operations on random inputs under AddressSanitizer and UndefinedBehaviorSanitizer, FUZZ_SECONDS in all.
 FUZZ_SECONDS ?= 300
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 fuzz: env
-	PRFL_BUILD_CUDA=0 CXX='$(CXX) $(SANITIZERS) -g -fno-omit-frame-pointer' .venv/bin/python setup.py -q \
-		build --build-lib build/sanitized --build-temp build/sanitized-temp
+	PRFL_BUILD_CUDA=0 CXXFLAGS='$(SANITIZERS)' .venv/bin/python setup.py -q build \
+		--build-lib build/sanitized --build-temp build/sanitized-temp
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
 		PRFL_FUZZ_SECONDS=$(FUZZ_SECONDS) .venv/bin/python -m pytest -x tests/test_fuzz_operations.py
 
