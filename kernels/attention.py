@@ -23,12 +23,12 @@ from prfl_kernels.table import implementation
 
 
 def _check(q, k, v, scale, backend, repeats=1, op="attention"):
-    batch, _, heads, dim = expect_rank(op, "q", q, "B, Lq, H, D")
+    batch, length, heads, dim = expect_rank(op, "q", q, "B, Lq, H, D")
     expect_float(op, "q", q.dtype)
     keys = expect_rank(op, "k", k, "B, Lk, H, D")[1]
     for name, a in (("k", k), ("v", v)):
         expect(op, name, a, (batch, keys, heads, dim), q, q.dtype)
-    if keys == 0:
+    if keys == 0 and length > 0:
         raise ValueError(f"{op}: got no keys, want at least one")
     if repeats < 1:
         raise ValueError(f"{op}: got {repeats} repeats of the last key, want at least 1")
@@ -123,8 +123,8 @@ def attention_with_lse(
 
     q [B, Lq, H, D], k and v [B, Lk, H, D] of one float dtype and any strides, D > 0; nothing broadcasts;
     scale > 0, 1 / sqrt(D) if None. The last key counts `repeats` times. lse is float64 for float64 inputs.
-    Raises ValueError for shapes, dtypes or devices that do not fit, for no keys, for repeats below 1, and for
-    a chosen implementation that cannot run.
+    Raises ValueError for shapes, dtypes or devices that do not fit, for queries without keys, for repeats
+    below 1, and for a chosen implementation that cannot run.
     """
     dim = expect_rank("attention", "q", q, "B, Lq, H, D")[3]
     scale = dim**-0.5 if scale is None else scale
