@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 F64, HALVES = torch.float64, (torch.bfloat16, torch.float16)
 SECONDS = float(os.environ.get("PRFL_FUZZ_SECONDS", 0))
-EXAMPLES = 12  # of a test in the suite
+EXAMPLES = 8  # of a test in the suite
 REFUSED = ValueError, RuntimeError, TypeError
 OPERATIONS = DIFFERENTIABLE | FORWARD_ONLY
 
