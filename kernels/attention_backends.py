@@ -9,7 +9,8 @@ autograd and nothing masks or drops out: `attention` wraps all of it in one oper
 
 The last key counts `repeats` times. Our own implementations raise its score by log(repeats); libraries know
 nothing of it: `run_forward` gives them the key and its value that often, and `run_backward` sums up what
-comes back, for the same result at the price of the longer keys.
+comes back, for the same result at the price of the longer keys. Libraries get rows of unit stride: torch's
+flash attention for the CPU reads others as if they were.
 
 Optional packages are imported when they are first asked for; a probe keeps the reason of a failure.
 Known forms: FlashAttention-3 returned a tuple before it returned `out` alone; its backward takes the
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import attention_cpu, attention_hopper, attention_triton, compiled, jit
-from prfl_kernels.jit import wide
+from prfl_kernels.jit import unit_last, wide
 
 HALVES = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
@@ -264,6 +265,7 @@ def run_forward(
     backend = BACKENDS[name]
     if backend.takes_repeats:
         return backend.forward(q, k, v, scale, repeats)
+    q, k, v = (unit_last(a) for a in (q, k, v))
     return backend.forward(q, _laid_out(k, repeats), _laid_out(v, repeats), scale)
 
 
@@ -272,6 +274,7 @@ def run_backward(name, dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv, 
     backend, ends = BACKENDS[name], (out, lse, scale, wants_q, wants_kv)
     if backend.takes_repeats:
         return backend.backward(dout, dlse, q, k, v, *ends, repeats)
+    dout, q, k, v = (unit_last(a) for a in (dout, q, k, v))
     dq, dk, dv = backend.backward(dout, dlse, q, _laid_out(k, repeats), _laid_out(v, repeats), *ends)
     return (dq, _gathered(dk, repeats), _gathered(dv, repeats)) if wants_kv else (dq, None, None)
 
