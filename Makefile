@@ -20,14 +20,16 @@ demo: env
 test: env
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)
 
-# The operations on random inputs under AddressSanitizer and UndefinedBehaviorSanitizer, FUZZ_SECONDS in all.
+# The operations on random inputs under AddressSanitizer and UndefinedBehaviorSanitizer, FUZZ_SECONDS in all. Its
+# interceptor of exceptions wants libstdc++ to be loaded as early as itself; --capture=sys leaves it stderr.
 FUZZ_SECONDS ?= 300
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 fuzz: env
 	PRFL_BUILD_CUDA=0 CXXFLAGS='$(SANITIZERS)' .venv/bin/python setup.py -q build \
 		--build-lib build/sanitized --build-temp build/sanitized-temp
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
-		PRFL_FUZZ_SECONDS=$(FUZZ_SECONDS) .venv/bin/python -m pytest -x tests/test_fuzz_operations.py
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized PRFL_FUZZ_SECONDS=$(FUZZ_SECONDS) \
+		.venv/bin/python -m pytest -x --capture=sys tests/test_fuzz_operations.py
 
 lint: env
 	.venv/bin/ruff check .
