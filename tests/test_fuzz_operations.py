@@ -128,7 +128,7 @@ def _changed(value, rng):
     if isinstance(value, bool):
         return not value, False
     if isinstance(value, int):
-        return rng.choice((0, -1, value + 1, 2 * value + 1, 10**9)), False
+        return rng.choice((0, -1, value + 1, 2 * value + 1, 1000)), False
     if isinstance(value, float):
         return rng.choice((-1.0, 0.0, 0.5, math.nan)), False
     if isinstance(value, torch.dtype):
