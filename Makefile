@@ -1,4 +1,4 @@
-# make demo | test | lint | env | clean. Everything lives in .venv; a second run starts at once.
+# make demo | test | fuzz | lint | env | clean. Everything lives in .venv; a second run starts at once.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,13 +12,24 @@ KEY := $(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d' ' -f
 STAMP := .venv/installed-$(KEY)
 BUILT := .venv/built-$(KEY)
 
-.PHONY: demo test lint env clean
+.PHONY: demo test fuzz lint env clean
 
 demo: env
 	GOMP_SPINCOUNT=20000 .venv/bin/prfl demo
 
 test: env
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)
+
+# The operations on random inputs under AddressSanitizer and UndefinedBehaviorSanitizer, FUZZ_SECONDS in all. Its
+# interceptor of exceptions wants libstdc++ to be loaded as early as itself; --capture=sys leaves it stderr.
+FUZZ_SECONDS ?= 300
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
+fuzz: env
+	PRFL_BUILD_CUDA=0 CXXFLAGS='$(SANITIZERS)' .venv/bin/python setup.py -q build \
+		--build-lib build/sanitized --build-temp build/sanitized-temp
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized PRFL_FUZZ_SECONDS=$(FUZZ_SECONDS) \
+		.venv/bin/python -m pytest -x --capture=sys tests/test_fuzz_operations.py
 
 lint: env
 	.venv/bin/ruff check .

@@ -6,7 +6,8 @@ sys.path gives way to an installed package of the same name.
 
 prfl_kernels._C holds the compiled kernels of csrc/ (listed in csrc/sources.txt): those for the CPU
 wherever there is a C++ compiler, those for CUDA where there is nvcc 12.4 or newer (CUDA_HOME, the pip
-packages of the extra cuda-build, PATH). PRFL_BUILD_CUDA=1 insists on them, =0 leaves them out.
+packages of the extra cuda-build, PATH). PRFL_BUILD_CUDA=1 insists on them, =0 leaves them out. CXX is the
+C++ compiler, CXXFLAGS more flags for it.
 """
 
 import os
@@ -34,6 +35,7 @@ CXX = shlex.split(os.environ.get("CXX", "g++"))
 # gcc 12 warns of its own AVX-512 intrinsics (its bug 105593), and clang of the name of that warning.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-Wall",
              "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]  # fmt: skip
+MORE_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Code for the H100; the PTX is for what comes after it.
 CUDA_ARCHITECTURES = {"sm_90a": "arch=compute_90a,code=sm_90a", "ptx_90": "arch=compute_90,code=compute_90"}
@@ -138,7 +140,7 @@ class Build(build_ext):
         out = Path(self.get_ext_fullpath(extension.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         libraries = ["-ldl", "-lpthread"] if nvcc is None else [cudart, "-lrt", "-ldl", "-lpthread"]
-        line = [*CXX, "-shared", "-o", out, *objects, *libraries, "-Wl,--exclude-libs,ALL"]
+        line = [*CXX, *MORE_FLAGS, "-shared", "-o", out, *objects, *libraries, "-Wl,--exclude-libs,ALL"]
         print(shlex.join(map(str, line)), flush=True)
         subprocess.run(line, check=True)
 
@@ -157,14 +159,14 @@ class Build(build_ext):
         if nvcc is not None:
             facts += ["-DPRFL_CUDA", f"-I{nvcc.parent.parent / 'include'}"]
         for (source,) in sources("host"):
-            yield [*CXX, *CXX_FLAGS, *have, f"-I{CSRC}"], source, self.object(source)
+            yield [*CXX, *CXX_FLAGS, *MORE_FLAGS, *have, f"-I{CSRC}"], source, self.object(source)
         for name, *flags in isas:
             for (source,) in sources("kernel"):
-                command = [*CXX, *CXX_FLAGS, *flags, f"-DPRFL_ISA={name}", f"-I{CSRC}"]
+                command = [*CXX, *CXX_FLAGS, *MORE_FLAGS, *flags, f"-DPRFL_ISA={name}", f"-I{CSRC}"]
                 yield command, source, self.object(source, name)
         for (source,) in sources("python") + (sources("python_cuda") if nvcc is not None else []):
             # Binding code is neither hot nor quick to compile.
-            yield [*CXX, *CXX_FLAGS, "-O1", *includes, *facts], source, self.object(source)
+            yield [*CXX, *CXX_FLAGS, *MORE_FLAGS, "-O1", *includes, *facts], source, self.object(source)
 
     def cuda_jobs(self, nvcc: Path | None):
         if nvcc is None:
@@ -175,7 +177,8 @@ class Build(build_ext):
 
     def object(self, source: str, isa: str = "host") -> Path:
         # pip gives a new build_temp every time; what is kept here is compiled once.
-        return ROOT / "build" / f"objects-{sys.implementation.cache_tag}" / isa / f"{source}.o"
+        kind = sys.implementation.cache_tag + "-sanitized" * any("-fsanitize" in flag for flag in MORE_FLAGS)
+        return ROOT / "build" / f"objects-{kind}" / isa / f"{source}.o"
 
 
 missing = no_extension()

@@ -1,4 +1,4 @@
-// prfl_kernels._C. No torch header: a tensor comes as (address, dtype code, strides of all dimensions
+// prfl_kernels._C. No torch header: a tensor comes as (tensor, address, dtype code, strides of all dimensions
 // but the last, which is 1) or None, so that one build serves every torch. Shapes are checked in Python.
 #include "bind.h"
 

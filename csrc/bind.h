@@ -9,7 +9,8 @@ void bind_cuda(pybind11::module_& m);  // in bind_cuda.cpp; there only where PRF
 
 namespace pybind11::detail {
 
-// None, or (address, dtype code, stride, ...) with up to three strides.
+// None, or (tensor, address, dtype code, stride, ...) with up to three strides. The tensor is there only to
+// keep its memory alive as long as the tuple is.
 template <>
 struct type_caster<prfl::View> {
   PYBIND11_TYPE_CASTER(prfl::View, const_name("tuple | None"));
@@ -19,11 +20,11 @@ struct type_caster<prfl::View> {
     if (source.is_none()) return true;
     if (!PyTuple_Check(source.ptr())) return false;
     const Py_ssize_t size = PyTuple_GET_SIZE(source.ptr());
-    if (size < 2 || size > 5) return false;
-    value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0));
-    value.dtype = static_cast<prfl::DType>(PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 1)));
-    for (Py_ssize_t i = 2; i < size; i++)
-      value.stride[i - 2] = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i));
+    if (size < 3 || size > 6) return false;
+    value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 1));
+    value.dtype = static_cast<prfl::DType>(PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 2)));
+    for (Py_ssize_t i = 3; i < size; i++)
+      value.stride[i - 3] = PyLong_AsLongLong(PyTuple_GET_ITEM(source.ptr(), i));
     if (PyErr_Occurred() == nullptr) return true;
     PyErr_Clear();
     return false;

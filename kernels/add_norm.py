@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cpu_kernels, cuda_kernels, tuning
+from prfl_kernels.checks import expect
 from prfl_kernels.e4m3 import E4M3, quantize_rows, row_scales
 from prfl_kernels.jit import jit, tl, triton, unit_last, wide
 from prfl_kernels.table import CPU, CUDA, REFERENCE, TRITON, implementation
@@ -35,6 +36,20 @@ CANDIDATES = {
         (8192,): ((8, 132), (8, 528)),
     },
 }
+
+
+_VECTORS = {1.0: ("scale", "shift"), 0.0: ("weight", "bias")}  # by base, as their operations call them
+
+
+def check_affine(op: str, x: Tensor, vectors: tuple[Tensor, ...], base: float) -> None:
+    """Raise ValueError unless base is 0 or 1 and the vectors, scale or scale and shift, are [B, C] or [C] for
+    x [B, L, C]."""
+    if base not in _VECTORS:
+        raise ValueError(f"{op}: got base {base}, want 0 or 1")
+    batch, _, width = x.shape
+    shape = (width,) if vectors[0].dim() == 1 else (batch, width)
+    for name, a in zip(_VECTORS[base], vectors, strict=False):
+        expect(op, name, a, shape, x)
 
 
 def reference_forward(x, y, gate, scale, shift, base, eps, out_dtype):

@@ -16,40 +16,54 @@ keeps these two never computes attention again, and torch.compile sees every imp
 import torch
 from torch import Tensor
 
-from prfl_kernels.attention_backends import absence, run_backward, run_forward
+from prfl_kernels.attention_backends import BACKENDS, absence, run_backward, run_forward
+from prfl_kernels.checks import checked, expect, expect_float, expect_rank
 from prfl_kernels.jit import register, wide
 from prfl_kernels.table import implementation
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> None:
-    if q.ndim != 4:
-        raise ValueError(f"attention: got q {list(q.shape)}, want [B, Lq, H, D]")
-    batch, _, heads, dim = q.shape
-    want = [batch, k.shape[1], heads, dim] if k.ndim == 4 else [batch, "Lk", heads, dim]
+def _check(q, k, v, scale, backend, repeats=1, op="attention"):
+    batch, length, heads, dim = expect_rank(op, "q", q, "B, Lq, H, D")
+    expect_float(op, "q", q.dtype)
+    keys = expect_rank(op, "k", k, "B, Lk, H, D")[1]
     for name, a in (("k", k), ("v", v)):
-        if list(a.shape) != want:
-            raise ValueError(f"attention: got {name} {list(a.shape)}, want {want}")
-        if a.dtype != q.dtype:
-            raise ValueError(f"attention: got {name} in {a.dtype}, want {q.dtype} as q")
-    if k.shape[1] == 0:
-        raise ValueError("attention: got no keys, want at least one")
+        expect(op, name, a, (batch, keys, heads, dim), q, q.dtype)
+    if keys == 0 and length > 0:
+        raise ValueError(f"{op}: got no keys, want at least one")
     if repeats < 1:
-        raise ValueError(f"attention: got {repeats} repeats of the last key, want at least 1")
+        raise ValueError(f"{op}: got {repeats} repeats of the last key, want at least 1")
+    if not scale > 0:
+        raise ValueError(f"{op}: got scale {scale}, want a positive number")
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: got backend {backend!r}, want one of {', '.join(BACKENDS)}")
 
 
-def _forward(q, k, v, scale, backend, repeats=1):
-    _check(q, k, v, repeats)
-    if q.numel() == 0:
-        return _forward_fake(q, k, v, scale, backend)
+def _check_backward(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv, repeats=1):
+    op = "attention_backward"
+    _check(q, k, v, scale, backend, repeats, op)
+    expect(op, "dout", dout, q.shape, q, q.dtype)
+    expect(op, "out", out, q.shape, q, q.dtype)
+    numbers, dtype = (q.shape[0], q.shape[2], q.shape[1]), wide(q.dtype)
+    expect(op, "lse", lse, numbers, q, dtype)
+    if dlse is not None:
+        expect(op, "dlse", dlse, numbers, q, dtype)
+
+
+def _check_runs(backend: str, q: Tensor) -> None:
     why = absence(backend, q.device.type, q.dtype, q.shape[3])
     if why:
         raise ValueError(f"kernels: attention got {backend} on {q.device.type}: it {why}")
+
+
+def _forward(q, k, v, scale, backend, repeats=1):
+    if q.numel() == 0:
+        return _forward_fake(q, k, v, scale, backend)
+    _check_runs(backend, q)
     out, lse = run_forward(backend, q, k, v, scale, repeats)
     return out.contiguous(), lse.contiguous()
 
 
 def _forward_fake(q, k, v, scale, backend, repeats=1):
-    _check(q, k, v, repeats)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide(q.dtype))
     return q.new_empty(q.shape), lse
 
@@ -58,7 +72,10 @@ def _backward(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv, 
     if q.numel() == 0:
         made = [q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)]
     else:
-        made = run_backward(backend, dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv, repeats)
+        _check_runs(backend, q)
+        dlse = None if dlse is None else dlse.contiguous()
+        ends = out, lse.contiguous(), scale, wants_q, wants_kv, repeats
+        made = run_backward(backend, dout, dlse, q, k, v, *ends)
     wanted = (wants_q, wants_kv, wants_kv)
     return tuple(a.contiguous() if w else q.new_empty(0) for a, w in zip(made, wanted, strict=True))
 
@@ -88,16 +105,14 @@ def _gradient(ctx, dout, dlse):
 
 register(
     "attention(Tensor q, Tensor k, Tensor v, float scale, str backend, int repeats=1) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
+    *checked(_check, _forward, _forward_fake),
     _gradient,
     _setup_context,
 )
 register(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " float scale, str backend, bool wants_q, bool wants_kv, int repeats=1) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    *checked(_check_backward, _backward, _backward_fake),
 )
 
 
@@ -106,11 +121,13 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq] float32), both differentiable.
 
-    q [B, Lq, H, D], k and v [B, Lk, H, D] of one dtype and any strides; scale > 0, 1 / sqrt(D) if None.
-    The last key counts `repeats` times. lse is float64 for float64 inputs. Raises ValueError for shapes or
-    dtypes that do not fit, for no keys, for repeats below 1, and for a chosen implementation that cannot run.
+    q [B, Lq, H, D], k and v [B, Lk, H, D] of one float dtype and any strides, D > 0; nothing broadcasts;
+    scale > 0, 1 / sqrt(D) if None. The last key counts `repeats` times. lse is float64 for float64 inputs.
+    Raises ValueError for shapes, dtypes or devices that do not fit, for queries without keys, for repeats
+    below 1, and for a chosen implementation that cannot run.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dim = expect_rank("attention", "q", q, "B, Lq, H, D")[3]
+    scale = dim**-0.5 if scale is None else scale
     return torch.ops.prfl.attention(q, k, v, scale, implementation("attention", q), repeats)
 
 

@@ -10,6 +10,7 @@ autograd and nothing masks or drops out: `attention` wraps all of it in one oper
 The last key counts `repeats` times. Our own implementations raise its score by log(repeats), and so does the
 mask of torch's CPU kernel; other libraries know nothing of it: `run_forward` gives them the key and its value
 that often, and `run_backward` sums up what comes back, for the same result at the price of the longer keys.
+All get rows of unit stride: torch's flash attention for the CPU reads others as if they were.
 
 Optional packages are imported when they are first asked for; a probe keeps the reason of a failure.
 Known forms: FlashAttention-3 returned a tuple before it returned `out` alone; its backward takes the
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import attention_cpu, attention_hopper, attention_triton, compiled, jit, processor
-from prfl_kernels.jit import wide
+from prfl_kernels.jit import unit_last, wide
 
 HALVES = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
@@ -278,6 +279,7 @@ def run_forward(
 ) -> tuple[Tensor, Tensor]:
     """`forward` of back end `name`, whether it takes repeats or not."""
     backend = BACKENDS[name]
+    q, k, v = (unit_last(a) for a in (q, k, v))
     if q.device.type in backend.takes_repeats:
         return backend.forward(q, k, v, scale, repeats)
     return backend.forward(q, _laid_out(k, repeats), _laid_out(v, repeats), scale)
@@ -286,6 +288,7 @@ def run_forward(
 def run_backward(name, dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv, repeats):
     """`backward` of back end `name`, whether it takes repeats or not."""
     backend, ends = BACKENDS[name], (out, lse, scale, wants_q, wants_kv)
+    dout, q, k, v = (unit_last(a) for a in (dout, q, k, v))
     if q.device.type in backend.takes_repeats:
         return backend.backward(dout, dlse, q, k, v, *ends, repeats)
     dq, dk, dv = backend.backward(dout, dlse, q, _laid_out(k, repeats), _laid_out(v, repeats), *ends)

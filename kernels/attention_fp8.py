@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import attention_hopper, tuning
+from prfl_kernels.checks import checked, expect, expect_float, expect_rank
 from prfl_kernels.fp8_linear import E4M3, forbid_gradient, never
 from prfl_kernels.jit import jit, register, tl, triton
 from prfl_kernels.table import CUDA, REFERENCE, implementation
@@ -224,31 +225,26 @@ def launch_forward(
     return out, lse
 
 
-def _check(q8, q_scale, k8, k_scale, v8, v_scale):
-    for a in (q8, k8, v8):
-        if a.dtype != E4M3:
-            raise ValueError(f"attention_fp8: got {a.dtype}, want {E4M3}")
-    batch, length, heads, dim = q8.shape
-    keys = k8.shape[1]
+def _check(q8, q_scale, k8, k_scale, v8, v_scale, scale):
+    op = "attention_fp8"
+    batch, length, heads, dim = expect_rank(op, "q8", q8, "B, Lq, H, D")
+    keys = expect_rank(op, "k8", k8, "B, Lk, H, D")[1]
     if dim not in HEAD_DIMS:
         raise ValueError(f"attention_fp8: got head dim {dim}, want 64 or 128")
     if keys == 0:
         raise ValueError("attention_fp8: got no keys, want at least one")
-    wanted = {
-        "q_scale": (q_scale, (batch, length, heads)),
-        "k8": (k8, (batch, keys, heads, dim)),
-        "k_scale": (k_scale, (batch, keys, heads)),
-        "v8": (v8, (batch, heads, dim, padded_length(keys))),
-        "v_scale": (v_scale, (batch, heads, dim)),
-    }
-    for name, (a, shape) in wanted.items():
-        if tuple(a.shape) != tuple(shape):
-            raise ValueError(f"attention_fp8: got {name} {list(a.shape)}, want {list(shape)}")
+    if not scale > 0:
+        raise ValueError(f"attention_fp8: got scale {scale}, want a positive number")
+    expect(op, "q8", q8, q8.shape, q8, E4M3)
+    expect(op, "q_scale", q_scale, (batch, length, heads), q8, torch.float32)
+    expect(op, "k8", k8, (batch, keys, heads, dim), q8, E4M3)
+    expect(op, "k_scale", k_scale, (batch, keys, heads), q8, torch.float32)
+    expect(op, "v8", v8, (batch, heads, dim, padded_length(keys)), q8, E4M3)
+    expect(op, "v_scale", v_scale, (batch, heads, dim), q8, torch.float32)
 
 
 def _forward(q8, q_scale, k8, k_scale, v8, v_scale, scale):
     tensors = (q8, q_scale, k8, k_scale, v8, v_scale)
-    _check(*tensors)
     if q8.numel() == 0:
         return _forward_fake(*tensors, scale)
     choice = implementation("attention_fp8", q8)
@@ -260,18 +256,22 @@ def _forward(q8, q_scale, k8, k_scale, v8, v_scale, scale):
 
 
 def _forward_fake(q8, q_scale, k8, k_scale, v8, v_scale, scale):
-    _check(q8, q_scale, k8, k_scale, v8, v_scale)
     batch, length, heads, _ = q8.shape
     lse = q8.new_empty(batch, heads, length, dtype=torch.float32)
     return q8.new_empty(q8.shape, dtype=torch.bfloat16), lse
 
 
-def _quantize(v):
-    batch, length, heads, dim = v.shape
+def _check_quantize(v):
+    _, length, _, dim = expect_rank("quantize_values", "v", v, "B, Lk, H, D")
+    expect_float("quantize_values", "v", v.dtype)
     if dim not in HEAD_DIMS:
         raise ValueError(f"quantize_values: got head dim {dim}, want 64 or 128")
     if length == 0:
         raise ValueError("quantize_values: got no keys, want at least one")
+
+
+def _quantize(v):
+    batch, length, heads, dim = v.shape
     amax = torch.linalg.vector_norm(v, float("inf"), dim=1, dtype=torch.float32)  # [B, H, D]
     scale = torch.where(amax > 0, amax / torch.finfo(E4M3).max, 1.0)
     padded, inverse = padded_length(length), 1 / scale
@@ -291,15 +291,13 @@ def _quantize_fake(v):
 register(
     "attention_fp8(Tensor q8, Tensor q_scale, Tensor k8, Tensor k_scale, Tensor v8, Tensor v_scale,"
     " float scale) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
+    *checked(_check, _forward, _forward_fake),
     never,
     forbid_gradient("attention_fp8"),
 )
 register(
     "quantize_values(Tensor v) -> (Tensor, Tensor)",
-    _quantize,
-    _quantize_fake,
+    *checked(_check_quantize, _quantize, _quantize_fake),
     never,
     forbid_gradient("quantize_values"),
 )
@@ -329,5 +327,6 @@ def attention_fp8(
     qk_norm_rope_fp8, v8 and its scales from `quantize_values`; D is 64 or 128, `scale` 1 / sqrt(D)
     if None. Without gradient: an input that requires grad raises ValueError.
     """
-    scale = q8.shape[3] ** -0.5 if scale is None else scale
+    dim = expect_rank("attention_fp8", "q8", q8, "B, Lq, H, D")[3]
+    scale = dim**-0.5 if scale is None else scale
     return torch.ops.prfl.attention_fp8(q8, q_scale, k8, k_scale, v8, v_scale, scale)

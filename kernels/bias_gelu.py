@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cpu_kernels, tuning
+from prfl_kernels.checks import checked, expect, expect_rows
 from prfl_kernels.jit import jit, register, tl, triton, wide
 from prfl_kernels.table import CPU, REFERENCE, TRITON, implementation
 
@@ -157,6 +158,19 @@ def pair(h: Tensor):
     return IMPLEMENTATIONS[implementation("bias_gelu", h)]
 
 
+def _check(h, bias, op="bias_gelu"):
+    shape = expect_rows(op, "h", h)
+    if bias is not None:
+        expect(op, "bias", bias, shape[2:], h)
+
+
+def _check_backward(dg, h, bias, wants_bias):
+    _check(h, bias, "bias_gelu_backward")
+    expect("bias_gelu_backward", "dg", dg, h.shape, h)
+    if wants_bias and bias is None:
+        raise ValueError("bias_gelu_backward: got wants_bias without a bias, want a bias")
+
+
 def _run(h, bias):
     return pair(h)[0](h, bias)
 
@@ -186,14 +200,19 @@ def _gradient(ctx, dg):
     return dh, dbias if wants else None
 
 
-register("bias_gelu(Tensor h, Tensor? bias) -> Tensor", _run, _fake, _gradient, _setup_context)
+register(
+    "bias_gelu(Tensor h, Tensor? bias) -> Tensor", *checked(_check, _run, _fake), _gradient, _setup_context
+)
 register(
     "bias_gelu_backward(Tensor dg, Tensor h, Tensor? bias, bool wants_bias) -> (Tensor, Tensor, Tensor)",
-    _run_backward,
-    _backward_fake,
+    *checked(_check_backward, _run_backward, _backward_fake),
 )
 
 
 def bias_gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
-    """gelu_tanh(h + bias) in h.dtype. h [B, L, F] of any float dtype, bias [F] or None."""
+    """gelu_tanh(h + bias) in h.dtype.
+
+    h [B, L, F], F > 0, bias [F] or None, of any float dtypes. ValueError for shapes, dtypes or devices that
+    do not fit.
+    """
     return torch.ops.prfl.bias_gelu(h, bias)

@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 
+def check_chunk(chunk: int | None) -> None:
+    """Raise ValueError unless chunk is None or a number of tokens from 1 on."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk: got {chunk}, want a number of tokens from 1 on, or None")
+
+
 def pieces(x: Tensor, chunk: int | None) -> list[slice]:
     """The tokens of x [B, L, ...] in order, in slices of at most `chunk` tokens of the whole batch (but one
     of every sample at least); one slice of all of them if chunk is None or large enough."""
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: got {chunk}, want a number of tokens from 1 on, or None")
     batch, length = x.shape[:2]
     step = length if chunk is None else max(1, chunk // max(1, batch))
     if step >= length:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 PARTS = ("cpu", "cuda")
-_CODES = {torch.float32: 0, torch.bfloat16: 1}
-DTYPES = tuple(_CODES)
-View = tuple[int, ...] | None
+DTYPES = (torch.float32, torch.bfloat16)  # of the CPU kernels
+CODES = {**{dtype: i for i, dtype in enumerate(DTYPES)}, torch.float8_e4m3fn: 2}
+View = tuple[Tensor | int, ...] | None
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -132,17 +132,18 @@ def report() -> list[tuple[str, str, str]]:
 
 
 def view(a: Tensor | None) -> View:
-    """A tensor as _C takes it: (address, dtype code, strides of all dimensions but the last).
+    """A tensor as _C takes it: (the tensor, address, dtype code, strides of all dimensions but the last).
 
-    The last dimension must have stride 1. Whoever calls keeps the tensor alive during the call.
+    The last dimension must have stride 1. The tensor is part of the view, so its memory lives as long as
+    the view does, and a view of a temporary tensor is safe.
     """
-    return None if a is None or _dry else (a.data_ptr(), _CODES[a.dtype], *a.stride()[:-1])
+    return None if a is None or _dry else (a, a.data_ptr(), CODES[a.dtype], *a.stride()[:-1])
 
 
 def supported(*tensors: Tensor | None) -> None:
     """Raise ValueError unless every tensor is float32 or bfloat16."""
     for a in tensors:
-        if a is not None and a.dtype not in _CODES:
+        if a is not None and a.dtype not in DTYPES:
             raise ValueError(f"kernels: got {a.dtype} for a compiled CPU kernel, want float32 or bfloat16")
 
 

@@ -87,10 +87,10 @@ def add_norm_backward(
         dsum = dsum.to(x.dtype)
     if y is not None and y_dtype is not None:
         y = y.to(y_dtype)
-    supported(dn, dsum, x, y, gate, scale)
     wants_gate = y is not None and gate is not None
     dx = None if dn is None else _empty(*x.shape, dtype=x.dtype)
     dy = None if y_dtype is None else _empty(*shape, dtype=y_dtype)
+    supported(dn, dsum, x, y, gate, scale, dy)
     slots = 2 * parameters + wants_gate
     sums = torch.zeros(shape[0], slots, shape[2])
     if shape.numel():

@@ -24,8 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prfl_kernels import branch_checks
 from prfl_kernels.attention import attention_with_lse
 from prfl_kernels.branch import AttentionWeights, kept, linear, weight_gradients
+from prfl_kernels.checks import checked
 from prfl_kernels.jit import register, wide
 from prfl_kernels.qk_norm_rope import pair as norm_pair
 from prfl_kernels.table import implementation
@@ -267,8 +269,7 @@ _SETTINGS = "int image_tokens, int num_heads, float eps, ScalarType dtype, int r
 register(
     f"cross_attention(Tensor x, Tensor context, {_MATRICES}, {_IMAGE}, {_SETTINGS}, bool[3] keep)"
     f" -> ({', '.join(['Tensor'] * 12)})",
-    _forward,
-    _fake,
+    *checked(branch_checks.cross_attention, _forward, _fake),
     _gradient,
     _setup_context,
 )
@@ -277,8 +278,7 @@ register(
     " Tensor lse, Tensor out_img, Tensor lse_img, Tensor q_in, Tensor k_in, Tensor v_in, Tensor k_img_in,"
     f" Tensor v_img_in, Tensor q_normed, Tensor rstd, {_SETTINGS}, bool[11] wants)"
     f" -> ({', '.join(['Tensor'] * 17)})",
-    _backward,
-    _backward_fake,
+    *checked(branch_checks.cross_attention_backward, _backward, _backward_fake),
 )
 
 
@@ -303,11 +303,6 @@ def cross_attention(
     weights without tokens.
     """
     names = kept("cross_attention", KEEP, keep)
-    if (image is None) != (image_tokens == 0):
-        raise ValueError(
-            f"cross_attention: got {image_tokens} image tokens {'without' if image is None else 'with'} their"
-            " weights, want both or neither"
-        )
     inputs = (x, context, *weights, *(image or ()))
     graded = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
     return torch.ops.prfl.cross_attention(

@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import compiled
+from prfl_kernels.compiled import CODES
+from prfl_kernels.compiled import view as _view
 from prfl_kernels.e4m3 import E4M3
 from prfl_kernels.jit import unit_last
 from prfl_kernels.rope import Grid, cos_sin, pairs_of
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, E4M3: 2}
 VECTOR = 16  # bytes
 
 
 def library() -> ModuleType:
     """The extension that holds the launchers."""
     return compiled.extension()
-
-
-def _view(a: Tensor | None) -> tuple[int, ...] | None:
-    return None if a is None else (a.data_ptr(), _CODES[a.dtype], *a.stride()[:-1])
 
 
 def _stream(x: Tensor) -> int:
@@ -86,7 +83,7 @@ def add_norm_forward(
         held = (x, y, gate, scale, shift, total, n, quant, mean, rstd)
         library().add_norm_forward(
             *map(_view, held), batch, length, width, eps, base,
-            _CODES[x.dtype if y is None else y.dtype], _aligned(width, *held[:7]), _stream(x),
+            CODES[x.dtype if y is None else y.dtype], _aligned(width, *held[:7]), _stream(x),
         )  # fmt: skip
     return total, n, quant, stats
 
@@ -126,7 +123,7 @@ def add_norm_backward(
         held = (dn, dsum, x, y, gate, scale, mean, rstd, dx, dy, part)
         rows = (*held[:6], dx, dy)
         library().add_norm_backward(
-            *map(_view, held), batch, length, width, base, _CODES[stream], _CODES[branch], _CODES[grad],
+            *map(_view, held), batch, length, width, base, CODES[stream], CODES[branch], CODES[grad],
             _aligned(width, *rows), parameters, wants_gate, _stream(like),
         )  # fmt: skip
         sums = part.sum(1)

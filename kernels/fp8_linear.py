@@ -20,6 +20,7 @@ technical report, section 3.3.2.
 import torch
 from torch import Tensor
 
+from prfl_kernels.checks import checked, expect, expect_rank
 from prfl_kernels.e4m3 import E4M3, forbid_gradient, never, quantize_rows
 from prfl_kernels.jit import register
 from prfl_kernels.table import REFERENCE, implementation
@@ -81,37 +82,36 @@ def _scaled_mm(x8, x_scale, w8, w_scale, bias, out_dtype):
 
 
 def _check(x8, x_scale, w8, w_scale, bias, out_dtype):
-    if x8.dtype != E4M3 or w8.dtype != E4M3:
-        raise ValueError(f"fp8_linear: got {x8.dtype} and {w8.dtype}, want {E4M3}")
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"fp8_linear: got out_dtype {out_dtype}, want torch.bfloat16 or torch.float32")
-    n, k = w8.shape
-    if n % MULTIPLE or k % MULTIPLE:
+    n, k = expect_rank("fp8_linear", "w8", w8, "N, K")
+    if n % MULTIPLE or k % MULTIPLE or n < 1:
         raise ValueError(f"fp8_linear: got a weight [{n}, {k}], want multiples of {MULTIPLE}")
-    wanted = {"x8": (*x8.shape[:-1], k), "x_scale": x8.shape[:-1], "w_scale": (n,), "bias": (n,)}
-    given = {"x8": x8, "x_scale": x_scale, "w_scale": w_scale, "bias": bias}
-    for name, a in given.items():
-        if a is not None and tuple(a.shape) != tuple(wanted[name]):
-            raise ValueError(f"fp8_linear: got {name} {list(a.shape)}, want {list(wanted[name])}")
+    if x8.dim() < 1:
+        raise ValueError(f"fp8_linear: got x8 {list(x8.shape)}, want [..., {k}]")
+    rows = x8.shape[:-1]
+    expect("fp8_linear", "x8", x8, (*rows, k), x8, E4M3)
+    expect("fp8_linear", "x_scale", x_scale, rows, x8, torch.float32)
+    expect("fp8_linear", "w8", w8, (n, k), x8, E4M3)
+    expect("fp8_linear", "w_scale", w_scale, (n,), x8, torch.float32)
+    if bias is not None:
+        expect("fp8_linear", "bias", bias, (n,), x8)
 
 
 def _forward(x8, x_scale, w8, w_scale, bias, out_dtype):
-    _check(x8, x_scale, w8, w_scale, bias, out_dtype)
     run = _reference if implementation("fp8_linear", x8) == REFERENCE else _scaled_mm
     rows = x8.reshape(-1, x8.shape[-1]), x_scale.reshape(-1)
     return run(*rows, w8, w_scale, bias, out_dtype).view(*x8.shape[:-1], w8.shape[0])
 
 
 def _fake(x8, x_scale, w8, w_scale, bias, out_dtype):
-    _check(x8, x_scale, w8, w_scale, bias, out_dtype)
     return x8.new_empty(*x8.shape[:-1], w8.shape[0], dtype=out_dtype)
 
 
 register(
     "fp8_linear(Tensor x8, Tensor x_scale, Tensor w8, Tensor w_scale, Tensor? bias,"
     " ScalarType out_dtype) -> Tensor",
-    _forward,
-    _fake,
+    *checked(_check, _forward, _fake),
     never,
     forbid_gradient("fp8_linear"),
 )

@@ -15,25 +15,45 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import add_norm
+from prfl_kernels.checks import checked, expect, expect_float, expect_rows
 from prfl_kernels.e4m3 import E4M3
 from prfl_kernels.jit import register, wide
 
 
-def _pair(x: Tensor, base: float | None):
-    name = {None: "gated_add", 0.0: "gated_add_norm", 1.0: "gated_add_modulate"}[base]
-    return add_norm.pair(name, x)
+def _name(base: float) -> str:
+    return "gated_add_modulate" if base else "gated_add_norm"
+
+
+def _pair(x: Tensor, base: float):
+    return add_norm.pair(_name(base), x)
+
+
+def _check_add(x, y, gate, op="gated_add"):
+    batch, _, width = shape = expect_rows(op, "x", x)
+    expect(op, "y", y, shape, x)
+    if gate is not None:
+        expect(op, "gate", gate, (batch, width), x)
 
 
 def _add(x, y, gate):
-    return _pair(x, None)[0](x, y, gate, None, None, 0.0, 0.0, None)[0]
+    return add_norm.pair("gated_add", x)[0](x, y, gate, None, None, 0.0, 0.0, None)[0]
 
 
 def _add_fake(x, y, gate):
     return x.new_empty(x.shape)
 
 
+def _check_add_backward(dsum, y, gate, y_dtype):
+    op = "gated_add_backward"
+    batch, _, width = shape = expect_rows(op, "dsum", dsum)
+    if y is not None:
+        expect(op, "y", y, shape, dsum)
+    expect(op, "gate", gate, (batch, width), dsum)
+    expect_float(op, "y_dtype", y_dtype)
+
+
 def _add_backward(dsum, y, gate, y_dtype):
-    _, dy, dgate, _, _ = _pair(dsum, None)[1](
+    _, dy, dgate, _, _ = add_norm.pair("gated_add", dsum)[1](
         None, dsum, None, y, gate, None, None, 0.0, False, y_dtype
     )
     return dy, dsum.new_empty(0) if dgate is None else dgate.to(gate.dtype)
@@ -60,6 +80,13 @@ def _add_gradient(ctx, dsum):
     return dsum, dy, None if y is None else dgate
 
 
+def _check_norm(x, y, gate, scale, shift, base, eps, out_dtype):
+    op = _name(base)
+    _check_add(x, y, gate, op)
+    add_norm.check_affine(op, x, (scale, shift), base)
+    expect_float(op, "out_dtype", out_dtype)
+
+
 def _norm(x, y, gate, scale, shift, base, eps, out_dtype):
     total, n, _, stats = _pair(x, base)[0](x, y, gate, scale, shift, base, eps, out_dtype)
     return total, n, stats
@@ -70,9 +97,14 @@ def _norm_fake(x, y, gate, scale, shift, base, eps, out_dtype):
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), stats
 
 
+def _check_quantized(x, y, gate, scale, shift, base, eps):
+    op = f"{_name(base)}_fp8"
+    _check_add(x, y, gate, op)
+    add_norm.check_affine(op, x, (scale, shift), base)
+
+
 def _quantized(x, y, gate, scale, shift, base, eps):
-    name = "gated_add_modulate" if base else "gated_add_norm"
-    run = add_norm.pair(name, x, fp8=True)[0]
+    run = add_norm.pair(_name(base), x, fp8=True)[0]
     return run(x, y, gate, scale, shift, base, eps, E4M3)[:3]
 
 
@@ -81,9 +113,19 @@ def _quantized_fake(x, y, gate, scale, shift, base, eps):
     return x.new_empty(x.shape), n, x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
+def _check_norm_backward(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
+    op = f"{_name(base)}_backward"
+    _check_add(x, x if y is None else y, gate, op)
+    expect(op, "dsum", dsum, x.shape, x)
+    expect(op, "dn", dn, x.shape, x)
+    add_norm.check_affine(op, x, (scale,), base)
+    expect(op, "stats", stats, (2, *x.shape[:2]), x, wide(x.dtype))
+    expect_float(op, "y_dtype", y_dtype)
+
+
 def _norm_backward(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
     dx, dy, dgate, dscale, dshift = _pair(x, base)[1](
-        dn, dsum, x, y, gate, scale, stats, base, parameters, y_dtype
+        dn, dsum, x, y, gate, scale, stats.contiguous(), base, parameters, y_dtype
     )
     none = dn.new_empty(0)
     if parameters:
@@ -119,21 +161,18 @@ def _norm_gradient(ctx, dsum, dn, _):
 
 register(
     "gated_add(Tensor x, Tensor y, Tensor? gate) -> Tensor",
-    _add,
-    _add_fake,
+    *checked(_check_add, _add, _add_fake),
     _add_gradient,
     _add_setup_context,
 )
 register(
     "gated_add_backward(Tensor dsum, Tensor? y, Tensor gate, ScalarType y_dtype) -> (Tensor, Tensor)",
-    _add_backward,
-    _add_backward_fake,
+    *checked(_check_add_backward, _add_backward, _add_backward_fake),
 )
 register(
     "gated_add_norm(Tensor x, Tensor y, Tensor? gate, Tensor scale, Tensor shift, float base, "
     "float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
-    _norm,
-    _norm_fake,
+    *checked(_check_norm, _norm, _norm_fake),
     _norm_gradient,
     _norm_setup_context,
 )
@@ -141,19 +180,21 @@ register(
     "gated_add_norm_backward(Tensor dsum, Tensor dn, Tensor x, Tensor? y, Tensor? gate, "
     "Tensor scale, Tensor stats, float base, ScalarType y_dtype, bool parameters)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _norm_backward,
-    _norm_backward_fake,
+    *checked(_check_norm_backward, _norm_backward, _norm_backward_fake),
 )
 register(
     "gated_add_norm_fp8(Tensor x, Tensor y, Tensor? gate, Tensor scale, Tensor shift, float base, float eps)"
     " -> (Tensor, Tensor, Tensor)",
-    _quantized,
-    _quantized_fake,
+    *checked(_check_quantized, _quantized, _quantized_fake),
 )
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
-    """x + gate * y in x.dtype. x, y [B, L, C] of any float dtypes; gate [B, C] or None for 1."""
+    """x + gate * y in x.dtype.
+
+    x, y [B, L, C], C > 0; gate [B, C] or None for 1; of any float dtypes. ValueError for shapes, dtypes or
+    devices that do not fit.
+    """
     return torch.ops.prfl.gated_add(x, y, gate)
 
 
@@ -166,7 +207,7 @@ def gated_add_modulate(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x', modulate(x', scale, shift)) with x' = x + gate * y. Shapes as in the two parts."""
+    """(x', modulate(x', scale, shift)) with x' = x + gate * y. Shapes and errors as there."""
     out_dtype = out_dtype or x.dtype
     return torch.ops.prfl.gated_add_norm(x, y, gate, scale, shift, 1.0, eps, out_dtype)[:2]
 
@@ -180,7 +221,7 @@ def gated_add_norm(
     eps: float = 1e-6,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(x', layer_norm(x', weight, bias)) with x' = x + gate * y. Shapes as in the two parts."""
+    """(x', layer_norm(x', weight, bias)) with x' = x + gate * y. Shapes and errors as there."""
     out_dtype = out_dtype or x.dtype
     return torch.ops.prfl.gated_add_norm(x, y, gate, weight, bias, 0.0, eps, out_dtype)[:2]
 

@@ -14,12 +14,24 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import add_norm
+from prfl_kernels.checks import checked, expect, expect_float, expect_rows
 from prfl_kernels.e4m3 import E4M3
 from prfl_kernels.jit import register, wide
 
 
+def _name(base: float) -> str:
+    return "modulate" if base else "layer_norm"
+
+
 def _pair(x: Tensor, base: float):
-    return add_norm.pair("modulate" if base else "layer_norm", x)
+    return add_norm.pair(_name(base), x)
+
+
+def _check(x, scale, shift, base, eps, out_dtype):
+    op = _name(base)
+    expect_rows(op, "x", x)
+    add_norm.check_affine(op, x, (scale, shift), base)
+    expect_float(op, "out_dtype", out_dtype)
 
 
 def _forward(x, scale, shift, base, eps, out_dtype):
@@ -32,9 +44,17 @@ def _forward_fake(x, scale, shift, base, eps, out_dtype):
     return x.new_empty(x.shape, dtype=out_dtype), stats
 
 
+def _check_backward(dn, x, scale, stats, base, parameters):
+    op = f"{_name(base)}_backward"
+    shape = expect_rows(op, "x", x)
+    expect(op, "dn", dn, shape, x)
+    add_norm.check_affine(op, x, (scale,), base)
+    expect(op, "stats", stats, (2, *shape[:2]), x, wide(x.dtype))
+
+
 def _backward(dn, x, scale, stats, base, parameters):
     dx, _, _, dscale, dshift = _pair(x, base)[1](
-        dn, None, x, None, None, scale, stats, base, parameters, None
+        dn, None, x, None, None, scale, stats.contiguous(), base, parameters, None
     )
     if not parameters:
         return dx, x.new_empty(0), x.new_empty(0)
@@ -60,6 +80,11 @@ def _gradient(ctx, dn, _):
     return dx, dscale, dshift, None, None, None
 
 
+def _check_quantized(x, scale, shift, eps):
+    expect_rows("modulate_fp8", "x", x)
+    add_norm.check_affine("modulate_fp8", x, (scale, shift), 1.0)
+
+
 def _quantized(x, scale, shift, eps):
     run = add_norm.pair("modulate", x, fp8=True)[0]
     _, n, quant, _ = run(x, None, None, scale, shift, 1.0, eps, E4M3)
@@ -74,21 +99,18 @@ def _quantized_fake(x, scale, shift, eps):
 register(
     "modulate(Tensor x, Tensor scale, Tensor shift, float base, float eps, ScalarType out_dtype)"
     " -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
+    *checked(_check, _forward, _forward_fake),
     _gradient,
     _setup_context,
 )
 register(
     "modulate_backward(Tensor dn, Tensor x, Tensor scale, Tensor stats, float base, bool parameters)"
     " -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    *checked(_check_backward, _backward, _backward_fake),
 )
 register(
     "modulate_fp8(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor)",
-    _quantized,
-    _quantized_fake,
+    *checked(_check_quantized, _quantized, _quantized_fake),
 )
 
 
@@ -97,8 +119,8 @@ def modulate(
 ) -> Tensor:
     """LN(x) * (1 + scale) + shift.
 
-    x [B, L, C] of any float dtype; scale, shift [B, C]; returns [B, L, C] in out_dtype
-    (x.dtype if None).
+    x [B, L, C], C > 0; scale and shift [B, C], or [C] for every sample; all of any float dtype. Returns
+    [B, L, C] in out_dtype (x.dtype if None). ValueError for shapes, dtypes or devices that do not fit.
     """
     return torch.ops.prfl.modulate(x, scale, shift, 1.0, eps, out_dtype or x.dtype)[0]
 
@@ -106,7 +128,12 @@ def modulate(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """LN(x) * weight + bias. x [B, L, C], weight and bias [C]; returns [B, L, C] in out_dtype."""
+    """LN(x) * weight + bias.
+
+    x [B, L, C], C > 0; weight and bias [C], or [B, C] with a row for every sample; all of any float dtype.
+    Returns [B, L, C] in out_dtype (x.dtype if None). ValueError for shapes, dtypes or devices that do not
+    fit.
+    """
     return torch.ops.prfl.modulate(x, weight, bias, 0.0, eps, out_dtype or x.dtype)[0]
 
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels import add_norm
+from prfl_kernels import add_norm, branch_checks
 from prfl_kernels.attention import attention_with_lse
 from prfl_kernels.branch import (
     AttentionWeights,
@@ -45,6 +45,7 @@ from prfl_kernels.branch import (
     low_rank,
     ready,
 )
+from prfl_kernels.checks import checked
 from prfl_kernels.chunks import numbers, pieces, together
 from prfl_kernels.jit import register, wide
 from prfl_kernels.norm_rope import pair as rope_pair
@@ -347,8 +348,7 @@ _SETTINGS = (
 register(
     f"modulated_attention(Tensor x, {_VECTORS}, {_MATRICES}, Tensor? weight, Tensor? bias, {_UPDATES},"
     f" Tensor? given_out, Tensor? given_lse, {_SETTINGS}, bool[4] keep) -> ({', '.join(['Tensor'] * 13)})",
-    _forward,
-    _fake,
+    *checked(branch_checks.modulated_attention, _forward, _fake),
     _gradient,
     _setup_context,
 )
@@ -357,8 +357,7 @@ register(
     f" {_UPDATES}, Tensor? weight, Tensor next_stats, Tensor stats, Tensor out, Tensor lse, Tensor q_in,"
     " Tensor k_in, Tensor v_in, Tensor q_rotated, Tensor k_rotated, Tensor rstd, Tensor n,"
     f" {_SETTINGS}, bool[12] wants) -> ({', '.join(['Tensor'] * 24)})",
-    _backward,
-    _backward_fake,
+    *checked(branch_checks.modulated_attention_backward, _backward, _backward_fake),
 )
 
 

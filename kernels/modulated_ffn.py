@@ -25,9 +25,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels import add_norm
+from prfl_kernels import add_norm, branch_checks
 from prfl_kernels.bias_gelu import pair as gelu_pair
 from prfl_kernels.branch import GatedProduct, LowRank, Product, Sums, flattened, kept, linear, low_rank, ready
+from prfl_kernels.checks import checked
 from prfl_kernels.chunks import numbers, pieces, together
 from prfl_kernels.jit import register, wide
 
@@ -159,16 +160,14 @@ _SETTINGS = "float[2] factors, float eps, ScalarType dtype, int? chunk"
 register(
     f"modulated_ffn(Tensor x, Tensor? y, {_WEIGHTS}, {_LOWS}, {_SETTINGS}, bool graded, bool hidden,"
     " bool normed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _fake,
+    *checked(branch_checks.modulated_ffn, _forward, _fake),
     _gradient,
     _setup_context,
 )
 register(
     f"modulated_ffn_backward(Tensor dout, Tensor s, {_WEIGHTS}, {_LOWS}, Tensor stats, Tensor h, Tensor n,"
     f" {_SETTINGS}, ScalarType? y_dtype, bool[6] wants) -> ({', '.join(['Tensor'] * 13)})",
-    _backward,
-    _backward_fake,
+    *checked(branch_checks.modulated_ffn_backward, _backward, _backward_fake),
 )
 
 

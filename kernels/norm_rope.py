@@ -261,7 +261,7 @@ def launch_forward(
 
     Without grid there is no rotation; without k only q is made, and its 1/rms is [1, B, L].
     """
-    q, k = unit_last(q), unit_last(k)
+    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
     shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
     dtype = E4M3 if fp8 else q.dtype
     out = [None if a is None else a.new_empty(shape, dtype=dtype) for a in (q, k)]
@@ -294,7 +294,7 @@ def launch_backward(
     parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(d q, d k [B, L, C], d weights [2, C] in float32 if `parameters`) of `launch_forward`."""
-    q, k = unit_last(q), unit_last(k)
+    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
     dq, dk = (None if a is None else unit_last(a.flatten(2)) for a in (dq, dk))
     out = [None if a is None else a.new_empty(a.shape) for a in (q, k)]
     dweight = q.new_zeros(2, q.shape[2], dtype=torch.float32) if parameters else None

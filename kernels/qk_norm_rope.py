@@ -16,10 +16,32 @@ Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`, `WanRMSNorm`.
 import torch
 from torch import Tensor
 
+from prfl_kernels.checks import checked, expect, expect_places, expect_rows
 from prfl_kernels.e4m3 import E4M3
 from prfl_kernels.jit import register, wide
 from prfl_kernels.norm_rope import pair
 from prfl_kernels.rope import Grid
+
+
+def _check(q, k, weight_q, weight_k, grid, num_heads, eps, offset, op="qk_norm_rope"):
+    _, length, width = shape = expect_rows(op, "q", q)
+    expect(op, "k", k, shape, q, q.dtype)
+    expect(op, "weight_q", weight_q, (width,), q)
+    expect(op, "weight_k", weight_k, (width,), q)
+    expect_places(op, grid, num_heads, offset, length, width)
+
+
+def _check_fp8(*inputs):
+    _check(*inputs, "qk_norm_rope_fp8")
+
+
+def _check_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
+    op = "qk_norm_rope_backward"
+    _check(q, k, weight_q, weight_k, grid, num_heads, None, offset, op)
+    batch, length, width = q.shape
+    for name, a in (("dq", dq), ("dk", dk)):
+        expect(op, name, a, (batch, length, num_heads, width // num_heads), q)
+    expect(op, "rstd", rstd, (2, batch, length), q, wide(q.dtype))
 
 
 def _qk_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
@@ -35,7 +57,7 @@ def _qk_forward_fake(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
 
 def _qk_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
     dq, dk, dweight = pair(q)[1](
-        dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters
+        dq, dk, q, k, weight_q, weight_k, rstd.contiguous(), grid, num_heads, offset, parameters
     )
     return dq, dk, q.new_empty(0) if dweight is None else dweight
 
@@ -62,6 +84,16 @@ def _qk_gradient(ctx, dq, dk, _):
     return dq, dk, *dweights, None, None, None, None
 
 
+def _check_rms(x, weight, eps, op="rms_norm"):
+    expect(op, "weight", weight, expect_rows(op, "x", x)[2:], x)
+
+
+def _check_rms_backward(dn, x, weight, rstd, parameters):
+    _check_rms(x, weight, None, "rms_norm_backward")
+    expect("rms_norm_backward", "dn", dn, x.shape, x)
+    expect("rms_norm_backward", "rstd", rstd, (1, *x.shape[:2]), x, wide(x.dtype))
+
+
 def _rms_forward(x, weight, eps):
     (out, _), _, rstd = pair(x, "rms_norm")[0](x, None, weight, None, None, 1, eps, 0)
     return out.flatten(2), rstd
@@ -73,7 +105,7 @@ def _rms_forward_fake(x, weight, eps):
 
 def _rms_backward(dn, x, weight, rstd, parameters):
     dx, _, dweight = pair(x, "rms_norm")[1](
-        dn, None, x, None, weight, None, rstd, None, 1, 0, parameters
+        dn, None, x, None, weight, None, rstd.contiguous(), None, 1, 0, parameters
     )
     return dx, x.new_empty(0) if dweight is None else dweight[0].to(weight.dtype, copy=True)
 
@@ -107,40 +139,39 @@ _INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k"
 register(
     f"qk_norm_rope({_INPUTS}, int[3] grid, int num_heads, float eps, int offset)"
     " -> (Tensor, Tensor, Tensor)",
-    _qk_forward,
-    _qk_forward_fake,
+    *checked(_check, _qk_forward, _qk_forward_fake),
     _qk_gradient,
     _qk_setup_context,
 )
 register(
     f"qk_norm_rope_backward(Tensor dq, Tensor dk, {_INPUTS}, Tensor rstd, int[3] grid, int num_heads, "
     "int offset, bool parameters) -> (Tensor, Tensor, Tensor)",
-    _qk_backward,
-    _qk_backward_fake,
+    *checked(_check_backward, _qk_backward, _qk_backward_fake),
 )
 register(
     f"qk_norm_rope_fp8({_INPUTS}, int[3] grid, int num_heads, float eps, int offset)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _quantized,
-    _quantized_fake,
+    *checked(_check_fp8, _quantized, _quantized_fake),
 )
 register(
     "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
-    _rms_forward,
-    _rms_forward_fake,
+    *checked(_check_rms, _rms_forward, _rms_forward_fake),
     _rms_gradient,
     _rms_setup_context,
 )
 register(
     "rms_norm_backward(Tensor dn, Tensor x, Tensor weight, Tensor rstd, bool parameters)"
     " -> (Tensor, Tensor)",
-    _rms_backward,
-    _rms_backward_fake,
+    *checked(_check_rms_backward, _rms_backward, _rms_backward_fake),
 )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [B, L, C]; x.dtype out."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x.dtype.
+
+    x [B, L, C], C > 0, weight [C], of any float dtypes. ValueError for shapes, dtypes or devices that do not
+    fit.
+    """
     return torch.ops.prfl.rms_norm(x, weight, eps)[0]
 
 
@@ -156,9 +187,10 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """Normalise and rotate q and k.
 
-    q, k [B, L, C] (any strides: slices of one projection buffer too), weights [C], grid (frames,
-    rows, columns) of the whole sequence, offset + L <= frames * rows * columns. Returns q, k
-    [B, L, num_heads, C / num_heads] in the dtype of the inputs.
+    q, k [B, L, C] of one float dtype (any strides: slices of one projection buffer too), weights [C] of any
+    float dtype, C / num_heads a positive even number, grid (frames, rows, columns) of the whole sequence,
+    offset + L <= frames * rows * columns. Returns q, k [B, L, num_heads, C / num_heads] in the dtype of the
+    inputs. ValueError for what does not fit.
     """
     grid = list(grid)
     return torch.ops.prfl.qk_norm_rope(q, k, weight_q, weight_k, grid, num_heads, eps, offset)[:2]

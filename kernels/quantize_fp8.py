@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prfl_kernels.bias_gelu import CUBIC, TWO_K, _gelu
+from prfl_kernels.checks import checked, expect_float
 from prfl_kernels.e4m3 import E4M3, forbid_gradient, never, quantize_rows, row_scales
 from prfl_kernels.jit import jit, register, tl, triton
 from prfl_kernels.table import REFERENCE, implementation
@@ -55,6 +56,12 @@ def launch(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
+def _check(x, gelu):
+    expect_float("quantize_fp8", "x", x.dtype)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"quantize_fp8: got x {list(x.shape)}, want [..., C] with C > 0")
+
+
 def _forward(x, gelu):
     run = reference if implementation("quantize_fp8", x) == REFERENCE else launch
     return run(x, gelu)
@@ -66,8 +73,7 @@ def _fake(x, gelu):
 
 register(
     "quantize_fp8(Tensor x, bool gelu) -> (Tensor, Tensor)",
-    _forward,
-    _fake,
+    *checked(_check, _forward, _fake),
     never,
     forbid_gradient("quantize_fp8"),
 )
@@ -76,6 +82,6 @@ register(
 def quantize_fp8(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """(e4m3 [..., C], float32 scales [...]) of x [..., C], or of gelu_tanh(x): value times scale.
 
-    x of any float dtype and strides. Without gradient: an x that requires grad raises ValueError.
+    x of any float dtype and strides, C > 0. Without gradient: an x that requires grad raises ValueError.
     """
     return torch.ops.prfl.quantize_fp8(x, gelu)

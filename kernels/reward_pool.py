@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cpu_kernels, cuda_kernels, tuning
+from prfl_kernels.checks import checked, expect, expect_rank, expect_rows
 from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
 from prfl_kernels.table import CPU, CUDA, REFERENCE, TRITON, implementation
 
@@ -57,8 +58,11 @@ def merge(pooled: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join pooled features [R, B, N, C] and log-sum-exps [R, B, N] of R shards of the tokens.
 
     Returns what reward_pool_with_lse would for all the tokens: [B, N, C] and [B, N].
-    Differentiable in both; a shard without tokens has lse = -inf and takes no part.
+    Differentiable in both; a shard without tokens has lse = -inf and takes no part. ValueError for shapes
+    that do not fit.
     """
+    shape = expect_rank("merge", "pooled", pooled, "R, B, N, C")
+    expect("merge", "lse", lse, shape[:3], pooled)
     total = torch.logsumexp(lse, 0)
     return (torch.exp(lse - total)[..., None] * pooled).sum(0), total
 
@@ -290,6 +294,25 @@ def pair(x: Tensor):
     return IMPLEMENTATIONS[implementation("reward_pool", x)]
 
 
+def _check(x, u, op="reward_pool"):
+    _, length, width = expect_rows(op, "x", x)
+    queries = expect_rank(op, "u", u, "N, C")[0]
+    expect(op, "u", u, (queries, width), x)
+    if length < 1 or queries < 1:
+        raise ValueError(f"{op}: got {length} tokens and {queries} queries, want at least one of each")
+
+
+def _check_backward(dpooled, dlse, x, u, scores, lse, pooled, want_x, want_u):
+    op = "reward_pool_backward"
+    _check(x, u, op)
+    (batch, length, width), queries, dtype = x.shape, u.shape[0], wide(x.dtype)
+    for name, a in (("dpooled", dpooled), ("pooled", pooled)):
+        expect(op, name, a, (batch, queries, width), x, dtype)
+    for name, a in (("dlse", dlse), ("lse", lse)):
+        expect(op, name, a, (batch, queries), x, dtype)
+    expect(op, "scores", scores, (batch, length, queries), x, dtype)
+
+
 def _pool(x, u):
     return pair(x)[0](x, u)
 
@@ -304,7 +327,7 @@ def _pool_fake(x, u):
 
 def _pool_backward(dpooled, dlse, x, u, scores, lse, pooled, want_x, want_u):
     delta = (pooled * dpooled).sum(-1) - dlse
-    dx, du = pair(x)[1](dpooled, delta, x, u, scores, lse, want_x, want_u)
+    dx, du = pair(x)[1](dpooled, delta, x, u, scores.contiguous(), lse.contiguous(), want_x, want_u)
     return x.new_empty(0) if dx is None else dx, x.new_empty(0) if du is None else du.to(u.dtype)
 
 
@@ -328,28 +351,25 @@ def _pool_gradient(ctx, dpooled, dlse, _):
 
 register(
     "reward_pool(Tensor x, Tensor u) -> (Tensor, Tensor, Tensor)",
-    _pool,
-    _pool_fake,
+    *checked(_check, _pool, _pool_fake),
     _pool_gradient,
     _pool_setup_context,
 )
 register(
     "reward_pool_backward(Tensor dpooled, Tensor dlse, Tensor x, Tensor u, Tensor scores, Tensor lse, "
     "Tensor pooled, bool want_x, bool want_u) -> (Tensor, Tensor)",
-    _pool_backward,
-    _pool_backward_fake,
+    *checked(_check_backward, _pool_backward, _pool_backward_fake),
 )
 
 
 def reward_pool_with_lse(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(pooled [B, N, C], log-sum-exp of the scores [B, N]) for `merge`; otherwise as reward_pool."""
-    if x.dim() != 3 or u.dim() != 2 or x.shape[2] != u.shape[1] or x.shape[1] < 1:
-        raise ValueError(
-            f"reward_pool: got x {list(x.shape)} and u {list(u.shape)}, want [B, L > 0, C] and [N, C]"
-        )
     return torch.ops.prfl.reward_pool(x, u)[:2]
 
 
 def reward_pool(x: Tensor, u: Tensor) -> Tensor:
-    """Pooled features [B, N, C], float32 or wider, from x [B, L, C] and folded queries u [N, C]."""
+    """Pooled features [B, N, C], float32 or wider, from x [B, L, C] and folded queries u [N, C].
+
+    x and u of any float dtypes, L, N and C > 0. ValueError for shapes, dtypes or devices that do not fit.
+    """
     return reward_pool_with_lse(x, u)[0]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cuda_kernels
+from prfl_kernels.checks import checked, expect, expect_float
 from prfl_kernels.jit import register
 from prfl_kernels.table import CUDA, REFERENCE, implementation
 
@@ -44,22 +45,21 @@ IMPLEMENTATIONS = {REFERENCE: reference, CUDA: cuda_kernels.solver_step}
 
 
 def _check(x, x_last, m0, m1, velocity, columns):
-    for name, a in (("x_last", x_last), ("m0", m0), ("m1", m1), ("velocity", velocity)):
-        if a.shape != x.shape or (a is not velocity and a.dtype != x.dtype):
-            got, want = (f"{list(b.shape)} in {b.dtype}" for b in (a, x))
-            raise ValueError(f"solver_step: got {name} {got}, want that of x, {want}")
-    if x.dim() < 1 or columns.shape != (len(x), 9):
-        want = [len(x) if x.dim() else "B", 9]
-        raise ValueError(f"solver_step: got columns {list(columns.shape)}, want {want}")
+    op = "solver_step"
+    if x.dim() < 1:
+        raise ValueError(f"{op}: got x {list(x.shape)}, want [B, ...]")
+    expect_float(op, "x", x.dtype)
+    for name, a in (("x_last", x_last), ("m0", m0), ("m1", m1)):
+        expect(op, name, a, x.shape, x, x.dtype)
+    expect(op, "velocity", velocity, x.shape, x)
+    expect(op, "columns", columns, (x.shape[0], 9), x)
 
 
 def _run(*inputs):
-    _check(*inputs)
     return IMPLEMENTATIONS[implementation("solver_step", inputs[0])](*inputs)
 
 
 def _fake(*inputs):
-    _check(*inputs)
     x = inputs[0]
     return tuple(x.new_empty(x.shape) for _ in range(3))
 
@@ -89,8 +89,7 @@ def _gradient(ctx, d_next, d_c, d_t):
 register(
     "solver_step(Tensor x, Tensor x_last, Tensor m0, Tensor m1, Tensor velocity, Tensor columns)"
     " -> (Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
+    *checked(_check, _run, _fake),
     _gradient,
     _setup_context,
 )

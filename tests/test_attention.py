@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_named():
         ((q[0], k, v), r"got q \[3, 2, 16\], want \[B, Lq, H, D\]"),
         ((q, k, v[:, :3]), r"got v \[1, 3, 2, 16\], want \[1, 4, 2, 16\]"),
         ((q, k[..., :8], v), r"got k \[1, 4, 2, 8\], want \[1, 4, 2, 16\]"),
-        ((q, k.half(), v), "got k in torch.float16, want torch.float32 as q"),
+        ((q, k.half(), v), "got k torch.float16, want torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
             attention(*wrong)

@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_named():
 
 def test_a_launch_that_cannot_be_has_its_numbers(kernels):
     q, k, v = (cuda_kernels._view(a) for a in qkv(1, 3, 4, 1))
-    odd = (k[0], k[1], 512, 129, 128)  # rows 258 bytes apart
+    odd = (*k[:3], 512, 129, 128)  # rows 258 bytes apart
     message = "attention_hopper: cuTensorMapEncodeTiled got k of sizes 1 4 1 128, strides 512 129 128"
     with pytest.raises(RuntimeError, match=message):
         kernels.attention_hopper_forward(q, odd, v, q, q, 1, 3, 4, 1, SCALE, 0)

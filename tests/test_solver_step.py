@@ -117,8 +117,8 @@ def test_registration_and_no_graph_break():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda a: a.__setitem__(2, a[2][:, :3]), r"got m0 \[3, 3\] in torch.float32, want that of x, \["),
-        (lambda a: a.__setitem__(1, a[1].double()), r"got x_last \[3, 4\] in torch.float64, want that of x"),
+        (lambda a: a.__setitem__(2, a[2][:, :3]), r"got m0 \[3, 3\], want \[3, 4\]"),
+        (lambda a: a.__setitem__(1, a[1].double()), "got x_last torch.float64, want torch.float32"),
         (lambda a: a.__setitem__(5, a[5][:2]), r"got columns \[2, 9\], want \[3, 9\]"),
         (lambda a: a[5].requires_grad_(), "got columns that require grad"),
     ],
