@@ -16,7 +16,7 @@ if find_spec("triton") and not torch.cuda.is_available():
     interpreter.install()
 
 # One thread, or as many as asked for. Models this small gain nothing from threads, and lose minutes where
-# another process has the cores (measured: one training test 0.8 s on free cores, 146 s beside a busy process).
+# another process has the cores (one training test: 0.8 s on free cores, 146 s beside a busy process).
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
