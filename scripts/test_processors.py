@@ -47,6 +47,8 @@ VARIABLES = {s.variable for s in SETTINGS}
 def environment(*settings: Setting) -> dict[str, str]:
     """This environment with these settings alone, on one thread unless they say otherwise."""
     plain = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    # torch's compiler caches code without regard to ATEN_CPU_CAPABILITY.
+    plain["TORCHINDUCTOR_CACHE_DIR"] = str(LOGS / "-".join(["inductor", *map(str, settings)]))
     return plain | {"OMP_NUM_THREADS": "1"} | {s.variable: s.value for s in settings}
 
 
