@@ -77,10 +77,11 @@ def run(setting: Setting, jobs: int, limit: float, arguments: list[str]) -> tupl
             code = None
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    text = path.read_text()
-    counts = {name: sum(map(int, re.findall(rf"(\d+) {name}\b", text.splitlines()[-1]))) for name in COUNTS}
-    counts["failed"] += sum(map(int, re.findall(r"(\d+) errors?\b", text.splitlines()[-1])))
-    wrong = "\n".join(line for line in text.splitlines() if line.startswith(("FAILED", "ERROR")))
+    lines = path.read_text().splitlines()
+    last = next((line for line in reversed(lines) if re.search(r"\d+ \w+.* in \d+\.\d+s", line)), "")
+    counts = {name: sum(map(int, re.findall(rf"(\d+) {name}\b", last))) for name in COUNTS}
+    counts["failed"] += sum(map(int, re.findall(r"(\d+) errors?\b", last)))
+    wrong = "\n".join(line for line in lines if line.startswith(("FAILED", "ERROR")))
     if code is None:
         wrong = f"took more than {limit:.0f} s"
     elif code:
