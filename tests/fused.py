@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from rounding import assert_as_right, longest_sum, rounding
+from rounding import error as error
 
 from prfl_kernels import jit, table
 
@@ -43,36 +45,34 @@ def outputs_and_gradients(op, inputs, wanted=None, seed=0):
     return [o.detach() for o in outputs], list(gradients)
 
 
-def error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Root mean square of the difference over that of `want`."""
-    norm = want.double().norm().item()
-    return (got.double() - want.double()).norm().item() / (norm or 1.0)
-
-
 def assert_as_good_as_torch(op, inputs, reference=None, wanted=None, factor=2.0):
-    """Every output and gradient of op errs at most `factor` times as much as plain torch.
+    """Every output and gradient of op is as right as that of plain torch (see rounding.py).
 
     Both are compared with plain torch in float64. `reference` is op on the reference by default.
-    A float32 result of one rounding is allowed half an ULP, 2^-24, whatever plain torch does.
     """
     ours = outputs_and_gradients(op, inputs, wanted)
-    reference = reference or _on_reference(op)
+    reference = reference or on_reference(op)
     plain = outputs_and_gradients(reference, inputs, wanted)
     exact = outputs_and_gradients(reference, [a if a is None else a.double() for a in inputs], wanted)
-    for i, (got, low, want) in enumerate(zip(sum(ours, []), sum(plain, []), sum(exact, []), strict=True)):
-        assert got.dtype == low.dtype and got.shape == low.shape
-        assert not got.isnan().any(), f"result {i} holds NaN"
-        limit = factor * error(low, want) + 2**-24
-        assert error(got, want) <= limit, f"result {i}: {error(got, want):.2e}, want {limit:.2e}"
+    assert_all_as_right(ours, exact, plain, rounding(longest_sum(inputs)), factor)
 
 
-def _on_reference(op):
+def assert_all_as_right(ours, exact, plain, floor, factor=2.0):
+    """The same of what outputs_and_gradients returns."""
+    for i, (got, want, low) in enumerate(zip(sum(ours, []), sum(exact, []), sum(plain, []), strict=True)):
+        assert got.dtype == low.dtype
+        assert_as_right(got, want, low, floor, f"result {i}", factor)
+
+
+def on_reference(op, choice="reference"):
+    """op by plain torch, or by another choice of kernels."""
+
     def run(*inputs):
-        before = dict(table._overrides)
-        table.configure("reference")
+        before = table.configured()
+        table.configure(choice)
         try:
             return op(*inputs)
         finally:
-            table._overrides.update(before)
+            table.configure(before)
 
     return run

@@ -14,10 +14,6 @@ from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.objectives import Batch
 from prfl_engine.recompute import BlockPolicy, named, run_under
 
-# Models this small gain nothing from threads, and lose minutes where another process has the cores
-# (measured: one training test 0.8 s on free cores, 146 s beside a busy process).
-torch.set_num_threads(1)
-
 SHAPE = (16, 1, 4, 4)  # channels, frames, rows, columns of a latent: 4 tokens
 
 

@@ -1,10 +1,20 @@
 """Attention in C++ for the CPU, in every instruction set that runs here, against plain torch."""
 
+import os
 from functools import partial
 
 import pytest
 import torch
-from fused import assert_as_good_as_torch, error, laid_out, normal, outputs_and_gradients, strided
+from fused import (
+    assert_as_good_as_torch,
+    error,
+    laid_out,
+    normal,
+    on_reference,
+    outputs_and_gradients,
+    strided,
+)
+from rounding import rounding
 
 from prfl_kernels import attention_backends, attention_cpu, compiled, processor, table
 from prfl_kernels.attention import attention, attention_with_lse
@@ -28,7 +38,7 @@ def kernels(fresh_memory_is_nan):
 def isa(request):
     compiled.use_isa(request.param)
     yield
-    compiled.use_isa()
+    compiled.use_isa(os.environ.get("PRFL_CPU_ISA", ""))
 
 
 def qkv(batch=2, queries=37, keys=61, heads=2, dim=64, dtype=F32):
@@ -48,16 +58,8 @@ SIZES = {
 }
 
 
-def by_torch(*inputs):
-    """attention_with_lse by torch's own kernel, which sums up delta from the rounded output as ours does; in
-    float64 by the formula."""
-    before = dict(table._overrides)
-    table.configure("attention=sdpa")
-    try:
-        return attention_with_lse(*inputs)
-    finally:
-        table._overrides.clear()
-        table._overrides.update(before)
+# Torch's own kernel, which sums up delta from the rounded output as ours does; in float64 the formula.
+by_torch = on_reference(attention_with_lse, "attention=sdpa")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -85,10 +87,8 @@ def test_a_single_key(isa, repeats):
     """A text of padding alone. dq and dk are those of lse, and the rounding of two sums that are equal."""
     inputs = qkv(2, 50, 1, 2, 16)
     run = partial(attention_with_lse, repeats=repeats)
-    got = outputs_and_gradients(run, inputs)
-    want = outputs_and_gradients(run, [a.double() for a in inputs])
-    assert torch.equal(got[0][0], inputs[2].expand(-1, 50, -1, -1))
-    assert all(error(a, b) < 1e-6 for a, b in zip(sum(got, []), sum(want, []), strict=True))
+    assert torch.equal(run(*inputs)[0], inputs[2].expand(-1, 50, -1, -1))
+    assert_as_good_as_torch(run, inputs)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -151,7 +151,7 @@ def test_a_query_on_one_key_returns_its_value(isa):
     q, k, v = qkv(1, 20, 1, 1, 64)
     out, lse = attention_with_lse(q, k, v)
     assert torch.equal(out, v.expand_as(out))
-    assert error(lse[0, 0], (q[0, :, 0] @ k[0, 0, 0]) / 8) < 1e-6
+    assert error(lse[0, 0], (q[0, :, 0].double() @ k[0, 0, 0].double()) / 8) <= rounding(64)
 
 
 def test_nan_stays_nan(isa):
@@ -178,7 +178,7 @@ def test_head_dims_and_dtypes_that_it_refuses():
     table.configure("")
     assert table.implementation("attention", wide[0]) == "sdpa"
     assert attention_backends.default("cpu", F32, 257) == ("sdpa", {"cpu": "has no head dim 257"})
-    assert error(attention(*wide), attention(*(a.double() for a in wide))) < 1e-6
+    assert_as_good_as_torch(attention, wide)
 
 
 def test_it_is_the_default_and_doctor_says_so(monkeypatch):

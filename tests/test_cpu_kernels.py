@@ -1,5 +1,7 @@
 """The C++ kernels for the CPU, in every instruction set that runs here, against plain torch."""
 
+import os
+
 import pytest
 import torch
 from cpu_cases import (
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 def isa(request):
     compiled.use_isa(request.param)
     yield
-    compiled.use_isa()
+    compiled.use_isa(os.environ.get("PRFL_CPU_ISA", ""))
 
 
 @pytest.mark.usefixtures("isa")

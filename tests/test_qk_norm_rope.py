@@ -12,7 +12,7 @@ from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("triton")]
 F32, BF16 = torch.float32, torch.bfloat16
-GRID = (3, 5, 7)
+GRID = (2, 3, 5)
 
 
 def rope_inputs(batch=2, grid=GRID, heads=3, head_dim=32, dtype=F32, length=None):
@@ -46,7 +46,7 @@ def test_rms_norm(shape, dtype):
     assert_as_good_as_torch(rms_norm, [normal(*shape, dtype=dtype), normal(shape[-1])])
 
 
-@pytest.mark.parametrize("offset, length", [(0, 40), (40, 30), (104, 1)])
+@pytest.mark.parametrize("offset, length", [(0, 12), (12, 10), (29, 1)])
 def test_a_shard_is_a_slice_of_the_whole(offset, length):
     inputs = rope_inputs()
     whole = rope()(*inputs)
@@ -57,7 +57,7 @@ def test_a_shard_is_a_slice_of_the_whole(offset, length):
 
 def test_angles_stay_exact_far_into_a_sequence():
     grid = (1000, 1, 1)
-    assert_as_good_as_torch(rope(grid, 1), rope_inputs(1, grid, 1))
+    assert_as_good_as_torch(rope(grid, 1, 980), rope_inputs(1, grid, 1, length=20))
 
 
 def test_slices_of_one_projection():
@@ -80,7 +80,7 @@ def test_strides_do_not_matter():
 def test_a_gradient_with_transposed_heads():
     """Attention may hand back its gradient as [B, H, L, D] seen as [B, L, H, D]."""
     inputs = [a.requires_grad_() for a in rope_inputs()]
-    direction = normal(2, 3, 105, 32).transpose(1, 2)
+    direction = normal(2, 3, math.prod(GRID), 32).transpose(1, 2)
     q, k = rope()(*inputs)
     got = torch.autograd.grad([q, k], inputs, [direction, direction], retain_graph=True)
     want = torch.autograd.grad([q, k], inputs, [direction.contiguous()] * 2)

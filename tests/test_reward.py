@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward
+from rounding import assert_as_right, rounding
 
 from prfl_engine.errors import UserError
 from prfl_engine.live_bytes import LiveBytes
@@ -99,8 +100,8 @@ def test_features_in_bfloat16_are_pooled_in_float32():
     x = torch.randn(2, 9, 24).bfloat16()
     out = pool(x)
     assert out.dtype == torch.float32
-    # Float32 roundings only: 2^-24 = 6e-8 each, over five products.
-    assert relative(out, by_attention(pool.double(), x.double())) < 2e-6
+    plain = by_attention(pool, x.float())
+    assert_as_right(out, by_attention(pool.double(), x.double()), plain, rounding(24))
 
 
 def test_official_names():
