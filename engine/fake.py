@@ -49,9 +49,9 @@ def fake_tensors() -> Iterator[None]:
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """The default dtype of a block."""
-    before = torch.get_defaultdefault_dtype()
-    torch.set_defaultdefault_dtype(dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_defaultdefault_dtype(before)
+        torch.set_default_dtype(before)
