@@ -18,7 +18,7 @@ from prfl_engine.recompute import BlockPolicy, of_config
 from prfl_kernels import compiled
 
 LATENT = (1, 16, 3, 8, 8)
-SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward=RewardSetup(2))
+SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward=RewardSetup(2), rollout=RolloutConfig(steps=8))
 NAMES = ("none", "attention", "attention and input away", "full, input away")
 built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="the kernels are not built")
 
@@ -48,7 +48,7 @@ def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
 @built
 @pytest.mark.parametrize("name, window", [("none", 1), ("attention and input away", 3)])
 def test_a_dry_run_counts_the_bytes_of_a_real_step(name, window):
-    """Real tensors and kernels, the states of sampler and window included, but for the allowance for scalars."""
+    """Real tensors and kernels, the states of sampler and window included; scalars are rounded up."""
     policy, setup = plan.KINDS[name], replace(SETUP, chain=ChainConfig(window=window))
     model, reward = tiny_model(SETUP.config), tiny_reward(SETUP.config, blocks=2, num_heads=8).freeze()
     model.recompute = reward.transformer.recompute = policy
@@ -77,7 +77,8 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step(name, window):
         live.add([batch.latent, batch.text, noise, t])
         with live:
             run()
-        assert want[phase].peak - SCALARS <= live.peak - base <= want[phase].peak, phase
+        real = live.peak - base
+        assert real <= want[phase].peak <= 1.01 * real + SCALARS, phase
 
 
 def test_a_plan_is_that_of_brute_force(kinds):
@@ -102,14 +103,14 @@ def test_a_plan_is_that_of_brute_force(kinds):
 
 
 def test_a_plan_fits_its_budget_and_a_larger_one_is_no_slower(kinds):
-    last = float("inf")
-    for budget in (250e3, 300e3, 400e3, 2e6):
+    last, peaks = float("inf"), {k.name: plan.predicted_peak([k] * 5, k) for k in kinds}
+    for budget in (min(peaks.values()), 1.05 * min(peaks.values()), peaks["attention"], peaks["none"]):
         made = plan.choose(kinds, SETUP, budget)
         assert made.bytes <= budget and made.seconds <= last
         last = made.seconds
         assert all(f"{c.name} " in str(made) for c in made.table)
     assert made.policies == [plan.KINDS["none"]] * 5
-    assert plan.choose(kinds, SETUP, 400e3, host=0).host == 0
+    assert plan.choose(kinds, SETUP, peaks["attention"], host=0).host == 0
 
 
 @pytest.mark.parametrize("scale", [1, 1_234_567])
@@ -169,11 +170,13 @@ def test_kinds_that_all_move_something_want_that_much_of_the_host(kinds):
 def test_a_plan_without_a_proof_says_how_far_off_it_may_be(kinds, monkeypatch):
     monkeypatch.setattr(search, "WIDTHS", (1,))
     setup = replace(SETUP, blocks=8)
-    made = [plan.choose(kinds, setup, budget) for budget in range(300_000, 500_000, 20_000)]
+    least = min(plan.predicted_peak([k] * 8, k) for k in kinds)
+    budgets = range(least, least + 200_000, 20_000)
+    made = [plan.choose(kinds, setup, budget) for budget in budgets]
     unproved = [p for p in made if p.bound < p.seconds]
     assert unproved and all(" s above the fastest list" in str(p) for p in unproved)
     monkeypatch.undo()
-    for narrow, budget in zip(made, range(300_000, 500_000, 20_000), strict=True):
+    for narrow, budget in zip(made, budgets, strict=True):
         best = plan.choose(kinds, setup, budget)
         assert narrow.bound <= best.seconds <= narrow.seconds
 
@@ -190,7 +193,7 @@ def test_measured_seconds_take_the_place_of_predicted_ones(tmp_path):
     small = replace(SETUP, config=tiny_config(num_layers=2), latent=(1, 16, 1, 4, 4), reward=RewardSetup(1))
     file = tmp_path / "costs.json"
     file.write_text(json.dumps({"seconds": {"none": 3.0, "full, input away": 2.0}}))
-    given = replace(small, rollout=RolloutConfig(samples=4), chain=ChainConfig(window=3))
+    given = replace(small, rollout=RolloutConfig(steps=5, samples=4), chain=ChainConfig(window=3))
     made = plan.plan(given, 1e9, measured=file)
     assert [k.name for k in made.blocks] == ["full, input away"] * 2
     # Of four samples three steps each and flow matching once, through two blocks; one block of the reward.
