@@ -18,7 +18,8 @@ from prfl_engine.recompute import BlockPolicy, of_config
 from prfl_kernels import compiled
 
 LATENT = (1, 16, 3, 8, 8)
-SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward=RewardSetup(2), rollout=RolloutConfig(steps=8))
+ROLLOUT = RolloutConfig(steps=8)
+SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward=RewardSetup(2), rollout=ROLLOUT)
 NAMES = ("none", "attention", "attention and input away", "full, input away")
 built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="the kernels are not built")
 
@@ -126,11 +127,11 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_smallest_that_fits(kinds
         plan.choose(kinds, SETUP, least * 1e9 - 1001)
 
 
-def test_a_validation_that_does_not_fit_is_refused_with_the_largest_batch_that_does(monkeypatch):
+def test_a_validation_that_does_not_fit_is_refused_with_the_largest_batch_that_does(kinds, monkeypatch):
     """And where no batch does, with the budget of a single sample. Policies have no part in it."""
-    monkeypatch.setattr(plan, "KINDS", {"full": plan.KINDS["full"]})
-    small = replace(SETUP, reward=None, latent=(1, 16, 1, 4, 4))
-    sizes = {n: replace(small, validation=Validation((n, *LATENT[1:]), scored=False)) for n in (1, 2, 5)}
+    monkeypatch.setattr(plan, "make_kinds", lambda *_: kinds)
+    shape = 16, 3, 16, 24
+    sizes = {n: replace(SETUP, validation=Validation((n, *shape), scored=False)) for n in (1, 2, 5)}
     needed = {n: plan.validation_bytes(s) for n, s in sizes.items()}
     with pytest.raises(UserError, match="eval.batch_size: got batches of 5, want at most 2: validation"):
         plan.plan(sizes[5], needed[2])
