@@ -56,8 +56,9 @@ class ModelConfig(Section, name="model"):
     recompute: KeptConfig | str = "none"
     """What blocks keep for their backward. none: all that `keep` says; full: their inputs; attention: the
     output of their self-attention too, which is most of a block's work; auto:GB: the fastest policies whose
-    step is predicted to fit in so many 10^9 bytes beside weights, gradients and optimizer state; or
-    {keep: [...], offload: [...]} with names of engine/recompute.py."""
+    step is predicted to fit in so many 10^9 bytes in addition to weights, gradients and optimizer states, as
+    validation has to (engine/plan.py says what is counted); or {keep: [...], offload: [...]} with names of
+    engine/recompute.py."""
     keep: Literal["nothing", "attention", "projections", "all"] = "all"
     """What the branches of a block keep for the backward (docs/kernels.md); with recompute: what a branch
     that is run again keeps until its own backward."""

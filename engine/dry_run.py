@@ -242,7 +242,7 @@ def _graded(
             window.backward(torch.sigmoid(window.logit).mean())
             del window
         del besides
-    rollout = _rollout_bytes(setup)
+    rollout = _rollout_bytes(replace(setup, blocks=None, keep="all", sft=True, validation=None))
     for laps in found.values():
         laps.rest, laps.peak = max(laps.rest, rollout), max(laps.peak, rollout)
     return found
@@ -311,13 +311,11 @@ def _farthest(setup: Setup) -> list[list[list[int]]]:
     def turning(sign: int) -> list[list[int]]:
         return [drawn(*part, sign * setup.window * (-1) ** j) for j, part in enumerate(parts)]
 
-    spread = [drawn(*parts[-1], setup.window)]
-    last_spread = [drawn(*part, 0) for part in parts[:-1]] + spread
-    return [
-        [drawn(*part, 0) for part in parts],
-        last_spread,
-        *([turning(1), turning(-1)] if count > 1 else []),
-    ]
+    together = [drawn(*part, 0) for part in parts]
+    if size == 1:
+        return [together]
+    last_spread = [*together[:-1], drawn(*parts[-1], setup.window)]
+    return [together, last_spread, *([turning(1), turning(-1)] if count > 1 else [])]
 
 
 def _longest(setup: Setup) -> int:

@@ -242,7 +242,7 @@ def _refuse_validation(setup: Setup, budget: float, needed: int) -> None:
     size, shape = setup.validation.latent[0], setup.validation.latent[1:]
 
     def smaller(n: int) -> Validation:
-        return setup.validation._replace(latent=(n, *shape))
+        return replace(setup.validation, latent=(n, *shape))
 
     # Part of the bytes is there for any batch, so no batch larger than in proportion fits.
     sizes = range(min(size - 1, int(size * budget / needed)), 0, -1)

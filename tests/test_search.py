@@ -99,6 +99,19 @@ def test_of_equal_and_dominated_rows_none_stays(columns):
     np.testing.assert_array_equal(np.unique(np.column_stack([values, group])[found], axis=0), want)
 
 
+@pytest.mark.parametrize("host", [search.UNLIMITED, 5 * 10**9])
+def test_the_least_peak_is_found_at_once_at_the_length_of_real_models(host, monkeypatch):
+    """Nine kinds and four phases: of the ends few are followed, and the row has the peak that it says."""
+    followed = []
+    front = search._front
+    monkeypatch.setattr(search, "_front", lambda v, order: followed.append(len(order)) or front(v, order))
+    blocks, tails = problem(np.random.default_rng(0), kinds=9, phases=4, tails=9, top=10**9)
+    row = search.least(blocks, tails, 40, host)
+    _, away, peak = totals(blocks, tails, tuple(row.kinds), row.tail)
+    assert peak == row.peak and away <= host
+    assert max(followed) <= 2 * 9 * search.LEAST_WIDTH
+
+
 def test_costs_that_differ_by_rounding_are_one():
     """Of two kinds whose costs differ by less than a millionth it is the one that moves nothing."""
     zeros = np.zeros((2, 1), np.int64)
