@@ -71,9 +71,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None =
     if low is None:
         return F.linear(x, weight, bias)
     down, up = low.factors(x.dtype)
-    rows = x.flatten(0, -2)
+    rows = x.reshape(-1, x.shape[-1])
     y = F.linear(rows, weight, bias).addmm_(rows @ down.mT, up.mT)
-    return y.unflatten(0, x.shape[:-1])
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Product:
         the sums. d [..., N]; x [..., K], not needed where nothing is trained; bias False leaves out db, and
         wants_x False dx. A weight of every group [G, N, K] takes d [G, M, N] and x [G, M, K]."""
         if weight.dim() == 2:
-            d, x = d.flatten(0, -2), None if x is None else x.flatten(0, -2)
+            d, x = d.reshape(-1, d.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
         if self.wants:
             self.sums.add_product("weight", d.mT, x)
             if bias:

@@ -11,37 +11,56 @@ from torch import Tensor
 
 from prfl_kernels import branch
 from prfl_kernels.branch import LowRank, Product, low_rank
+from prfl_kernels.checks import checked, expect, expect_float, expect_rank
 from prfl_kernels.jit import register
 
 _NAMES = ("weight", "weight_bias", "weight_down", "weight_up")
 
 
-def _check(x, weight, bias, down, up):
-    """Raise ValueError, with the shapes it got, for what is no linear layer."""
-    shapes = [list(a.shape) for a in (x, weight)]
-    if weight.dim() not in (2, 3) or x.dim() < 1 or x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"linear: got x {shapes[0]} and weight {shapes[1]}, want [..., K] and [N, K]")
-    if weight.dim() == 3 and (x.dim() != 3 or len(x) != len(weight)):
-        raise ValueError(f"linear: got x {shapes[0]} and weight {shapes[1]}, want [G, M, K] and [G, N, K]")
-    if weight.dim() == 3 and any(a is not None for a in (bias, down, up)):
-        raise ValueError("linear: got a weight for every group with bias or update, want it alone")
+def _check(x, weight, bias, down, up, scale):
+    expect_float("linear", "x", x.dtype)
+    if x.dim() < 1 or weight.dim() not in (2, 3):
+        got = f"x {list(x.shape)} and weight {list(weight.shape)}"
+        raise ValueError(f"linear: got {got}, want [..., K] and [N, K], or [G, M, K] and [G, N, K]")
     n, k = weight.shape[-2:]
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"linear: got bias {list(bias.shape)}, want {[n]}")
-    if down is not None and (down.shape != (len(down), k) or up.shape != (n, len(down))):
-        got = f"A {list(down.shape)} and B {list(up.shape)}"
-        raise ValueError(f"linear: got {got}, want [r, {k}] and [{n}, r]")
+    if weight.dim() == 3:
+        shape = expect_rank("linear", "x", x, "G, M, K")
+        expect("linear", "weight", weight, (shape[0], n, shape[2]), x)
+        if any(a is not None for a in (bias, down, up)):
+            raise ValueError("linear: got a weight for every group with bias or update, want it alone")
+        return
+    expect("linear", "weight", weight, (n, x.shape[-1]), x)
+    if min(n, k) < 1:
+        raise ValueError(f"linear: got weight {list(weight.shape)}, want no size of 0")
+    if bias is not None:
+        expect("linear", "bias", bias, (n,), x)
+    if (down is None) != (up is None):
+        raise ValueError("linear: got one of A and B of an update, want both or neither")
+    if down is not None:
+        rank = expect_rank("linear", "A", down, "r, K")[0]
+        expect("linear", "A", down, (rank, k), x)
+        expect("linear", "B", up, (n, rank), x)
+
+
+def _check_backward(d, x, weight, bias, down, up, scale, wants_x, wants, wants_low):
+    if x is None and (wants or wants_low):
+        raise ValueError("linear_backward: got no x, want it for the gradients of what is trained")
+    if d.dim() < 1 or weight.dim() not in (2, 3):
+        got = f"d {list(d.shape)} and weight {list(weight.shape)}"
+        raise ValueError(f"linear_backward: got {got}, want [..., N] and [N, K], or [G, M, N] and [G, N, K]")
+    if x is None:
+        x = d.new_empty(1).expand(*d.shape[:-1], weight.shape[-1])
+    _check(x, weight, bias, down, up, scale)
+    expect("linear_backward", "d", d, (*x.shape[:-1], weight.shape[-2]), x, x.dtype)
 
 
 def _forward(x, weight, bias, down, up, scale):
-    _check(x, weight, bias, down, up)
     if weight.dim() == 3:
         return x @ weight.to(x.dtype).mT
     return branch.linear(x, weight, bias, low_rank(down, up, scale))
 
 
 def _fake(x, weight, bias, down, up, scale):
-    _check(x, weight, bias, down, up)
     return x.new_empty((*x.shape[:-1], weight.shape[-2]))
 
 
@@ -74,12 +93,13 @@ def _gradient(ctx, d):
 
 
 _WEIGHTS = "Tensor weight, Tensor? bias, Tensor? down, Tensor? up, float scale"
-register(f"linear(Tensor x, {_WEIGHTS}) -> Tensor", _forward, _fake, _gradient, _setup_context)
+register(
+    f"linear(Tensor x, {_WEIGHTS}) -> Tensor", *checked(_check, _forward, _fake), _gradient, _setup_context
+)
 register(
     f"linear_backward(Tensor d, Tensor? x, {_WEIGHTS}, bool wants_x, bool wants, bool wants_low)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    *checked(_check_backward, _backward, _backward_fake),
 )
 
 

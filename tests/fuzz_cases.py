@@ -15,6 +15,7 @@ from prfl_kernels.cross_attention import ImageWeights, cross_attention
 from prfl_kernels.e4m3 import E4M3
 from prfl_kernels.fp8_linear import fp8_linear
 from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
+from prfl_kernels.linear import linear
 from prfl_kernels.modulate import layer_norm, modulate
 from prfl_kernels.modulated_attention import modulated_attention
 from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
@@ -227,12 +228,24 @@ def _solver_step(i: Inputs):
     return Case(lambda *a: solver_step(*a[:-1], columns.to(a[0].dtype)), [*held, i.tensor(*shape)], F32)
 
 
+def _linear(i: Inputs):
+    groups, rows = i.choice(0, 2), i.choice(0, 1, 5)
+    outputs, inputs, rank = i.choice(1, 3, 17), i.choice(1, 8, 17), i.choice(1, 4)
+    if i.choice(True, False):
+        x, weight = i.tensor(groups, rows, inputs, dtype=i.stream), i.tensor(groups, outputs, inputs)
+        return Case(lambda x, w, _: (linear(x, w),), [x, weight], i.stream)
+    shape = i.choice((rows,), (groups, rows), ())
+    tensors = [i.tensor(*shape, inputs, dtype=i.stream), i.matrix(outputs, inputs), i.tensor(outputs)]
+    tensors += [i.matrix(rank, inputs), i.matrix(outputs, rank)]
+    return Case(lambda x, w, b, *low: (linear(x, w, b, LowRank(*low[:2], 0.5)),), tensors, i.stream)
+
+
 DIFFERENTIABLE = {
     f.__name__.strip("_"): f
     for f in (
         _modulate, _layer_norm, _gated_add, _gated_add_modulate, _gated_add_norm, _rms_norm, _qk_norm_rope,
         _bias_gelu, _attention, _reward_pool, _modulated_ffn, _modulated_attention, _cross_attention,
-        _solver_step,
+        _solver_step, _linear,
     )
 }  # fmt: skip
 
