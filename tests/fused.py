@@ -45,16 +45,17 @@ def outputs_and_gradients(op, inputs, wanted=None, seed=0):
     return [o.detach() for o in outputs], list(gradients)
 
 
-def assert_as_good_as_torch(op, inputs, reference=None, wanted=None, factor=2.0):
+def assert_as_good_as_torch(op, inputs, reference=None, wanted=None, factor=2.0, chain=1):
     """Every output and gradient of op is as right as that of plain torch (see rounding.py).
 
-    Both are compared with plain torch in float64. `reference` is op on the reference by default.
+    Both are compared with plain torch in float64. `reference` is op on the reference by default. chain: how
+    many sums feed each other; their errors add up as those of one sum that is as long as all of them.
     """
     ours = outputs_and_gradients(op, inputs, wanted)
     reference = reference or on_reference(op)
     plain = outputs_and_gradients(reference, inputs, wanted)
     exact = outputs_and_gradients(reference, [a if a is None else a.double() for a in inputs], wanted)
-    assert_all_as_right(ours, exact, plain, rounding(longest_sum(inputs)), factor)
+    assert_all_as_right(ours, exact, plain, rounding(chain * longest_sum(inputs)), factor)
 
 
 def assert_all_as_right(ours, exact, plain, floor, factor=2.0):
