@@ -52,7 +52,7 @@ $(STAMP): requirements.txt requirements-data.txt setup.py pyproject.toml
 $(BUILT): $(STAMP) $(shell find csrc -type f)
 	rm -f .venv/built-*
 	$(PIP) --no-deps --no-build-isolation -e .
-	@.venv/bin/python -c 'from prfl_kernels import compiled; [print(*row) for row in compiled.report()]'
+	@.venv/bin/python -c 'from prfl_kernels import extension; [print(*row) for row in extension.report()]'
 	touch $@
 
 clean:

@@ -1,4 +1,4 @@
-"""Packaging. `engine/` installs as prfl_engine and `kernels/` as prfl_kernels.
+"""Packaging. `engine/` installs as prfl_engine, `kernels/` as prfl_kernels, `benchmarks/` as prfl_bench.
 
 `kernels/` has no __init__.py on purpose: with one, anything started in the repository's root would
 import that folder when it asks for Hugging Face's `kernels` package. A plain namespace folder on
@@ -39,6 +39,15 @@ MORE_FLAGS = shlex.split(os.environ.get("CXXFLAGS", ""))
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Code for the H100; the PTX is for what comes after it.
 CUDA_ARCHITECTURES = {"sm_90a": "arch=compute_90a,code=sm_90a", "ptx_90": "arch=compute_90,code=compute_90"}
+
+
+FOLDERS = {"engine": "prfl_engine", "kernels": "prfl_kernels", "benchmarks": "prfl_bench"}
+
+
+def rooms(folder: str, package: str) -> list[str]:
+    """The package of a folder and those of its rooms, which are the subfolders with an __init__.py."""
+    inside = sorted(path.parent.name for path in (ROOT / folder).glob("*/__init__.py"))
+    return [package, *(f"{package}.{name}" for name in inside)]
 
 
 def sources(kind: str) -> list[list[str]]:
@@ -194,8 +203,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["prfl_engine", "prfl_kernels"],
-    package_dir={"prfl_engine": "engine", "prfl_kernels": "kernels"},
+    packages=[name for folder, package in FOLDERS.items() for name in rooms(folder, package)],
+    package_dir={package: folder for folder, package in FOLDERS.items()},
     ext_modules=[] if missing else [Extension("prfl_kernels._C", [])],
     cmdclass={"build_ext": Build},
     install_requires=[

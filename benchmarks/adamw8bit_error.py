@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from prfl_engine.block_adamw import GROUP, EightBits, update_limit
+from prfl_engine.optim.block_adamw import GROUP, EightBits, update_limit
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 FLOAT = "float32"

@@ -11,7 +11,7 @@ inputs and outputs, each once; TFLOP those of the matrix products; the roofline 
 the copy bandwidth and product rate measured in the same run. Beside it the median of each peer
 and how many times as long it takes: eager and compiled plain torch, and for attention torch's
 scaled_dot_product_attention. On a CPU shapes are small by default (--no-small for those of the models).
---predicted measures nothing and prints the predicted H100 times of prfl_kernels.ledger.
+--predicted measures nothing and prints the predicted H100 times of prfl_bench.ledger.collect.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import gates
-import kernel_cases
-import kernel_cases_fp8
-import shapes
 import torch
-from kernel_cases import Entry
-from shapes import Shape
-from timing import Times, compile_absence, limits, machine, measure
 
-from prfl_kernels import compiled, jit, ledger, ledger_entries, ledger_rows, table
+from prfl_bench import gates, kernel_cases, kernel_cases_fp8, shapes
+from prfl_bench import operations as ledger_entries
+from prfl_bench.kernel_cases import Entry
+from prfl_bench.ledger import collect as ledger
+from prfl_bench.ledger import table as ledger_rows
+from prfl_bench.shapes import Shape
+from prfl_bench.timing import Times, compile_absence, limits, machine, measure
+from prfl_kernels import dispatch, extension, jit
 
 ENTRIES = kernel_cases.ENTRIES + kernel_cases_fp8.ENTRIES
 PASSES = ("forward", "backward")
@@ -58,20 +58,20 @@ def exact(entry: Entry, s: Shape, *inputs: torch.Tensor):
 
 def gate(entry: Entry, backend: str, s: Shape) -> tuple[str, str]:
     """("passed" | "absent" | "failed", why) of a back end at the small shape s."""
-    if backend == table.TRITON and jit.INTERPRETED:
+    if backend == dispatch.TRITON and jit.INTERPRETED:
         return "absent", "runs in Triton's interpreter, whose speed says nothing"
-    table.configure("reference")
+    dispatch.configure("reference")
     torch.manual_seed(0)
     inputs = entry.inputs(s)
     try:
-        table.configure(f"{entry.op}={backend}")
-        table.check(s.device)
+        dispatch.configure(f"{entry.op}={backend}")
+        dispatch.check(s.device)
         got = gates.results(partial(entry.call, s), inputs, entry.wanted)
     except ValueError as error:
         return "absent", str(error)
     except ERRORS as error:
         return "failed", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    table.configure("reference")
+    dispatch.configure("reference")
     low = gates.results(partial(entry.yardstick or partial(plain, entry), s), inputs, entry.wanted)
     want = gates.results(partial(exact, entry, s.exact()), [a.double() for a in inputs], entry.wanted)
     if not entry.wanted:
@@ -84,7 +84,7 @@ def run_gates(entries: Sequence[Entry], backends: Sequence[str], s: Shape) -> li
     """One {"op", "backend", "gate", "why"} for every entry and back end, printed on the way."""
     found = []
     for entry in entries:
-        for backend in table.OPERATIONS[entry.op]:
+        for backend in dispatch.OPERATIONS[entry.op]:
             if backends and backend not in backends:
                 continue
             result, why = gate(entry, backend, s)
@@ -109,7 +109,7 @@ def launcher(
     """What `measure` wants: prepares one launch of the function's forward, or backward, and returns it."""
 
     def prepare():
-        table.configure(choice)
+        dispatch.configure(choice)
         with torch.set_grad_enabled(bool(wanted)):
             if not backward:
                 return lambda: function(*inputs)
@@ -134,7 +134,7 @@ def rows_of(
     entry: Entry, s: Shape, backends: Sequence[str], peers: Sequence[str], repeat: int, limit: dict
 ) -> list[dict]:
     """The measured rows of an operation at a shape, of every pass and back end."""
-    table.configure("reference")
+    dispatch.configure("reference")
     work = zip(traffic(entry, s), entry.flops(s), strict=True)
     inputs = entry.inputs(s)
     prepared = [a.detach() for a in entry.prepare(s, *inputs)]
@@ -278,7 +278,7 @@ def predicted(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
             times = Times(*[made["predicted_seconds"]] * 3)
             rate = ledger_rows.DOT_RATES["fp8" if entry.rate == "fp8" else "16-bit"]
             shape = list(entry.inputs(s._replace(device="meta"))[0].shape)
-            row = {"op": entry.name, "pass": PASSES[i], "backend": table.TRITON, "shape": shape}
+            row = {"op": entry.name, "pass": PASSES[i], "backend": dispatch.TRITON, "shape": shape}
             row |= figures(times, made["minimum_bytes"], entry.flops(s)[i], ledger_rows.BANDWIDTH, rate)
             rows.append({"model": model, "tokens": s.tokens, "sp": s.sp, "predicted": True} | row)
             print(line(rows[-1]))
@@ -306,7 +306,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Entry]]:
     parser.add_argument("--small", action=argparse.BooleanOptionalAction, help="the default on a CPU")
     parser.add_argument("--predicted", action="store_true", help="the ledger's H100 times; measures nothing")
     args = parser.parse_args(argv)
-    compiled.keep_freed_memory()
+    extension.keep_freed_memory()
     args.device = device
     if args.small is None:
         args.small = device == "cpu" and not args.predicted
@@ -317,7 +317,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Entry]]:
     args.tokens = args.tokens or (grids[:1] if args.small else list(shapes.DEFAULT))
     args.sp = args.sp or ([1] if args.small or args.predicted else list(SP))
     ops = list(dict.fromkeys(base(entry) for entry in ENTRIES))
-    backends = sorted({name for names in table.OPERATIONS.values() for name in names})
+    backends = sorted({name for names in dispatch.OPERATIONS.values() for name in names})
     known = {
         "ops": ops, "backends": backends, "peers": PEERS, "model": models, "tokens": grids, "sp": SP,
         "dtype": DTYPES, "residual": DTYPES,
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    table.configure("")
+    dispatch.configure("")
     if args.json:
         options = {name: value for name, value in vars(args).items() if name != "json"}
         Path(args.json).write_text(json.dumps({"options": options} | found, indent=2))

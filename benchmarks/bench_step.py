@@ -28,19 +28,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peer import Peer
-from timing import machine
 from torch import Tensor, nn
 
-from prfl_engine import flow, lora, recompute
-from prfl_engine.checkpoint import new_reward
+from prfl_bench.peer import Peer
+from prfl_bench.timing import machine
+from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig, RolloutConfig
-from prfl_engine.dit import WanConfig, WanTransformer
-from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.memory import recompute
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.model import lora
+from prfl_engine.model.checkpoint import new_reward
+from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.objectives import Batch, graded_windows, reward_loss, sft_loss, stratified_indices
-from prfl_engine.optim import make_optimizer
-from prfl_engine.rollout import Rollout
-from prfl_kernels import compiled, table
+from prfl_engine.optim.optimizer import make_optimizer
+from prfl_engine.rollout.accelerated import Rollout
+from prfl_kernels import dispatch, extension
 
 PHASES = ("flow matching", "rollout and reward", "backward", "optimizer")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -127,7 +129,7 @@ class Step:
             for loss in peer.losses(self.batch, self.noise, sigma, self.index, self.dtype):
                 yield loss, loss.backward
             return
-        table.configure(setting.kernels)
+        dispatch.configure(setting.kernels)
         policy = self.model(setting)
         run = recompute.run_under(recompute.named(setting.recompute, self.keep))
         window = setting.window if setting.window == "all" else int(setting.window)
@@ -148,7 +150,7 @@ class Step:
 
     def drift(self, setting: Setting) -> float:
         """Relative distance of the latent before the graded step from that of a plain rollout."""
-        table.configure(setting.kernels)
+        dispatch.configure(setting.kernels)
         made = self.rollout(setting).drift(self.batch, self.noise, torch.tensor([self.index]))
         return made.item()
 
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--latent", nargs=3, type=int, default=[9, 20, 24], metavar=("T", "H", "W"))
     args = parser.parse_args(argv)
-    compiled.keep_freed_memory()
+    extension.keep_freed_memory()
     chosen = itertools.product(
         args.kernels, args.train, args.recompute, args.samples, args.window, args.rollout
     )

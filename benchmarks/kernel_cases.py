@@ -10,23 +10,23 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from shapes import Shape
 from torch import Tensor
 from torch.func import functional_call
 
-from prfl_engine.reward import QueryPool
-from prfl_kernels.attention import attention
+from prfl_bench.shapes import Shape
+from prfl_engine.model.reward import QueryPool
+from prfl_kernels.attention.op import attention
 from prfl_kernels.bias_gelu import bias_gelu
-from prfl_kernels.branch import AttentionWeights
-from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.jit import wide
-from prfl_kernels.modulate import layer_norm, modulate
-from prfl_kernels.modulated_attention import modulated_attention
-from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
-from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
-from prfl_kernels.reward_pool import reward_pool
-from prfl_kernels.rope import rope_angles
+from prfl_kernels.norm.gated_add import gated_add, gated_add_modulate, gated_add_norm
+from prfl_kernels.norm.op import layer_norm, modulate
+from prfl_kernels.qk_norm_rope.op import qk_norm_rope, rms_norm
+from prfl_kernels.qk_norm_rope.rope import rope_angles
+from prfl_kernels.reward_pool.op import reward_pool
 from prfl_kernels.solver_step import solver_step
+from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
+from prfl_kernels.sublayers.products import AttentionWeights
+from prfl_kernels.sublayers.self_attention import modulated_attention
 
 EPS = 1e-6
 POOL_HEADS = 8  # of the official reward model, with one learned query
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
     """An operation. Every function takes the shape first, and then the tensors."""
 
     name: str
-    op: str  # in prfl_kernels.table, which chooses its back end
+    op: str  # in prfl_kernels.dispatch, which chooses its back end
     inputs: Callable[[Shape], list[Tensor]]
     call: Callable  # (shape, *inputs) -> outputs, by the public function
     plain: Callable  # (shape, *prepared inputs) -> outputs in plain torch

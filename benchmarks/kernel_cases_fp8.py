@@ -5,7 +5,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from kernel_cases import (
+from torch import Tensor
+
+from prfl_bench.kernel_cases import (
     EPS,
     Entry,
     added,
@@ -18,16 +20,14 @@ from kernel_cases import (
     sdpa,
     with_angles,
 )
-from shapes import Shape
-from torch import Tensor
-
-from prfl_kernels.attention_fp8 import _natural, attention_fp8, attention_fp8_reference, quantize_values
-from prfl_kernels.fp8_linear import fp8_linear, quantize_weight
-from prfl_kernels.gated_add import gated_add_modulate_fp8, gated_add_norm_fp8
+from prfl_bench.shapes import Shape
+from prfl_kernels.attention.fp8 import _natural, attention_fp8, attention_fp8_reference, quantize_values
+from prfl_kernels.fp8.linear import fp8_linear, quantize_weight
+from prfl_kernels.fp8.quantize import quantize_fp8
 from prfl_kernels.jit import wide
-from prfl_kernels.modulate import modulate_fp8
-from prfl_kernels.qk_norm_rope import qk_norm_rope_fp8
-from prfl_kernels.quantize_fp8 import quantize_fp8
+from prfl_kernels.norm.gated_add import gated_add_modulate_fp8, gated_add_norm_fp8
+from prfl_kernels.norm.op import modulate_fp8
+from prfl_kernels.qk_norm_rope.op import qk_norm_rope_fp8
 
 
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:

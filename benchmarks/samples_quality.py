@@ -18,13 +18,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from timing import machine
 
+from prfl_bench.timing import machine
 from prfl_engine import flow
-from prfl_engine.checkpoint import load_reward, load_transformer
 from prfl_engine.config import ChainConfig, Config, load_config
 from prfl_engine.data import Reader, fixed_batches, read_lists
 from prfl_engine.metrics import read_metrics
+from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.objectives import graded_windows
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train

@@ -56,13 +56,13 @@ def _failures() -> tuple[type[Exception], ...]:
 
 def _read_environment() -> None:
     try:
-        from prfl_kernels import table  # noqa: F401
+        from prfl_kernels import dispatch  # noqa: F401
     except ValueError as error:
         raise UserError(f"PRFL_KERNELS: {error}") from None
-    from prfl_kernels import compiled
+    from prfl_kernels import extension
 
     try:
-        compiled.absence("cpu", "cpu")
+        extension.absence("cpu", "cpu")
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -123,7 +123,7 @@ def _load(args):
 
 
 def _demo(args) -> None:
-    from prfl_engine.demo import demo
+    from prfl_engine.demo.run import demo
 
     demo(make_folder(args.out, "--out"))
 
@@ -160,7 +160,7 @@ def _sample(args) -> None:
 
 
 def _merge_lora(args) -> None:
-    from prfl_engine.lora import merge_folders
+    from prfl_engine.model.lora import merge_folders
 
     merge_folders(args.base, args.adapter, check_new(args.out, "--out"))
 
@@ -168,8 +168,8 @@ def _merge_lora(args) -> None:
 def _doctor(args) -> int:
     import json
 
-    from prfl_engine.doctor import columns, render, report
-    from prfl_engine.selftest import selftest
+    from prfl_bench.selftest import selftest
+    from prfl_engine.tools.doctor import columns, render, report
 
     found = report()
     rows = list(selftest()) if args.selftest else []
@@ -186,8 +186,8 @@ def _doctor(args) -> int:
 def _kernels(args) -> None:
     import json
 
-    from prfl_kernels.ledger import collect
-    from prfl_kernels.ledger_text import render
+    from prfl_bench.ledger.collect import collect
+    from prfl_bench.ledger.text import render
 
     try:
         found = collect(args.quick, args.peers)
@@ -197,8 +197,8 @@ def _kernels(args) -> None:
 
 
 def _tune(args) -> None:
-    from prfl_kernels import tune
-    from prfl_kernels.ledger_entries import GRIDS, WIDTHS
+    from prfl_bench import tune
+    from prfl_bench.operations import GRIDS, WIDTHS
 
     models, lengths = args.model or list(WIDTHS), args.tokens or list(GRIDS)
     unknown = set(models) - set(WIDTHS)
@@ -218,7 +218,7 @@ def _golden(args) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from prfl_engine.golden import compute
+    from prfl_engine.tools.golden import compute
 
     out = check_new(args.out, "--out")
     if not out.parent.is_dir():

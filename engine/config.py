@@ -36,7 +36,7 @@ Timestep = Annotated[float, Within(0, 1000)]
 @dataclass(frozen=True)
 class KeptConfig(Section, name="model.recompute"):
     keep: tuple[str, ...] = ()
-    """Intermediates of a block that stay on the device; engine/recompute.py names them."""
+    """Intermediates of a block that stay on the device; engine/memory/recompute.py names them."""
     offload: tuple[str, ...] = ()
     """Those that wait for the backward in host memory. All others are computed again."""
 
@@ -57,8 +57,8 @@ class ModelConfig(Section, name="model"):
     """What blocks keep for their backward. none: all that `keep` says; full: their inputs; attention: the
     output of their self-attention too, which is most of a block's work; auto:GB: the fastest policies whose
     step is predicted to fit in so many 10^9 bytes in addition to weights, gradients and optimizer states, as
-    validation has to (engine/plan.py says what is counted); or {keep: [...], offload: [...]} with names of
-    engine/recompute.py."""
+    validation has to (engine/planner/plan.py says what is counted); or {keep: [...], offload: [...]} with names of
+    engine/memory/recompute.py."""
     keep: Literal["nothing", "attention", "projections", "all"] = "all"
     """What the branches of a block keep for the backward (docs/kernels.md); with recompute: what a branch
     that is run again keeps until its own backward."""
@@ -74,7 +74,7 @@ class ModelConfig(Section, name="model"):
     """10^9 bytes of tensors that auto:GB may put into host memory; None: no limit, 0: nothing moves. torch
     may round the pinned buffer of each up to a power of two bytes."""
     costs: FilePath | None = None
-    """JSON of measured seconds for auto:GB (`prfl_engine.plan.measure`); None: predicted for an H100."""
+    """JSON of measured seconds for auto:GB (`prfl_engine.planner.plan.measure`); None: predicted for an H100."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -107,7 +107,7 @@ class LoraConfig(Section, name="lora"):
     """Ends of the names of the linear layers that get one, as in PEFT's target_modules."""
     path: FilePath | None = None
     """Adapter to start from, or to sample with: a folder in PEFT's format, or a safetensors file in one of
-    the formats of engine/lora_files.py."""
+    the formats of engine/model/lora_files.py."""
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from prfl_engine.dit import WanConfig
 from prfl_engine.errors import UserError, check, named
 from prfl_engine.failures import lost_worker
 from prfl_engine.inputs import beside, check_file, check_finite, read_array, read_json, read_lines
 from prfl_engine.interrupt import quiet_children, shield
-from prfl_engine.layers import IMAGE_DIM, IMAGE_TOKENS
+from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
+from prfl_engine.model.wan import WanConfig
 from prfl_engine.objectives import Batch
 from prfl_engine.seeds import Purpose, each, seeded
 

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from prfl_engine import failures, files
 from prfl_engine.config import Config, ModelConfig
 from prfl_engine.data import Stream
-from prfl_engine.dit import WanTransformer
-from prfl_engine.doctor import gpu_metrics
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.metrics import MetricsWriter, note
 from prfl_engine.metrics import progress as progress_bar
-from prfl_engine.optim import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
+from prfl_engine.model.wan import WanTransformer
+from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
 from prfl_engine.resume import Progress, Start, read_state, save_state, write_run
-from prfl_kernels import compiled, table, tuning
+from prfl_engine.tools.doctor import gpu_metrics
+from prfl_kernels import dispatch, extension, tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,11 +48,11 @@ def pick_device(config: Config) -> torch.device:
                 raise UserError(f"train.device: got {name!r}, want one of the {count} GPUs that torch sees")
             torch.cuda.set_device(device)  # the one on which Triton launches and graphs are recorded
     if device.type == "cpu":
-        compiled.keep_freed_memory()
+        extension.keep_freed_memory()
     try:
         if config.model.kernels is not None:
-            table.configure(config.model.kernels)
-        table.check(device.type)
+            dispatch.configure(config.model.kernels)
+        dispatch.check(device.type)
     except ValueError as error:
         where = "PRFL_KERNELS" if config.model.kernels is None else "model.kernels"
         raise UserError(f"{where}: {error}") from None

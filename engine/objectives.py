@@ -9,8 +9,8 @@ from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
-from prfl_engine.dit import RunBlocks, WanTransformer, plain_blocks
-from prfl_engine.reward import RewardModel
+from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
 
 
 class Batch(NamedTuple):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from prfl_engine import files
-from prfl_engine.block_adamw import BlockAdamW, check_tensor
 from prfl_engine.config import Config
 from prfl_engine.config_file import plain, read_yaml
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import load_pickle
 from prfl_engine.metrics import FILE, check_writers, note, read_metrics
-from prfl_engine.optim import load_state
+from prfl_engine.optim.block_adamw import BlockAdamW, check_tensor
+from prfl_engine.optim.optimizer import load_state
 
 STATE, RUN = "training_state.pt", "run.json"
 

@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prfl_engine import chain, flow, lora
-from prfl_engine.checkpoint import load_transformer
+from prfl_engine import chain, flow
 from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
 from prfl_engine.loop import DTYPES, pick_device
 from prfl_engine.metrics import progress
+from prfl_engine.model import lora
+from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.objectives import Batch, bind
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
@@ -76,8 +77,8 @@ def write_samples(folder: Path, latents: Sequence[Tensor], config: SampleConfig)
         written.append(folder / f"sample-{i:02d}.npy")
         np.save(written[-1], latent[None].float().numpy())
     if config.codec is not None:
-        from prfl_engine.codec import DCTCodec
-        from prfl_engine.video import pixels, write_animation, write_video
+        from prfl_engine.media.codec import DCTCodec
+        from prfl_engine.media.video import pixels, write_animation, write_video
 
         codec = DCTCodec.load(config.codec)
         videos = [pixels(codec.decode(latent[None].float())[0]) for latent in latents]

@@ -6,14 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prfl_engine import chain, flow, lora
-from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
+from prfl_engine import chain, flow
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, counted, fixed_batches, read_lists
-from prfl_engine.dit import PRESETS, WanTransformer
 from prfl_engine.errors import UserError, check
-from prfl_engine.fit_memory import fit_memory
 from prfl_engine.loop import DTYPES, fit, pick_device, set_up
+from prfl_engine.memory.recompute import of_config, run_under
+from prfl_engine.model import lora
+from prfl_engine.model.checkpoint import load_reward, load_transformer, save_transformer
+from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.wan import PRESETS, WanTransformer
 from prfl_engine.objectives import (
     Batch,
     bind,
@@ -24,10 +26,9 @@ from prfl_engine.objectives import (
     sft_loss,
     stratified_indices,
 )
-from prfl_engine.recompute import of_config, run_under
+from prfl_engine.planner.fit_memory import fit_memory
 from prfl_engine.resume import prepare_out
-from prfl_engine.reward import RewardModel
-from prfl_engine.rollout import DriftMeter, make_rollout
+from prfl_engine.rollout.accelerated import DriftMeter, make_rollout
 from prfl_engine.sample import write_samples
 from prfl_engine.seeds import Purpose, each, integers, noise_like, torch_seed
 from prfl_engine.validation import finite

@@ -5,8 +5,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prfl_engine import flow, lora
-from prfl_engine.checkpoint import (
+from prfl_engine import flow
+from prfl_engine.config import Config
+from prfl_engine.data import Reader, Stream, fixed_batches, read_lists
+from prfl_engine.errors import UserError
+from prfl_engine.loop import DTYPES, fit, pick_device, set_up
+from prfl_engine.memory.recompute import of_config, run_under
+from prfl_engine.metrics import note, progress
+from prfl_engine.model import lora
+from prfl_engine.model.checkpoint import (
     load_heads,
     load_reward,
     load_transformer,
@@ -14,16 +21,10 @@ from prfl_engine.checkpoint import (
     read_heads,
     save_reward,
 )
-from prfl_engine.config import Config
-from prfl_engine.data import Reader, Stream, fixed_batches, read_lists
-from prfl_engine.errors import UserError
-from prfl_engine.loop import DTYPES, fit, pick_device, set_up
-from prfl_engine.lora_files import write_peft
-from prfl_engine.metrics import note, progress
+from prfl_engine.model.lora_files import write_peft
+from prfl_engine.model.reward import RewardModel
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
-from prfl_engine.recompute import of_config, run_under
 from prfl_engine.resume import prepare_out
-from prfl_engine.reward import RewardModel
 from prfl_engine.seeds import Purpose, integers, noise_like, torch_seed
 from prfl_engine.validation import check_labels, finite, partners, read_labels
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from prfl_kernels import cpu_kernels, tuning
 from prfl_kernels.checks import checked, expect, expect_rows
+from prfl_kernels.dispatch import CPU, REFERENCE, TRITON, implementation
 from prfl_kernels.jit import jit, register, tl, triton, wide
-from prfl_kernels.table import CPU, REFERENCE, TRITON, implementation
 
 CUBIC, TWO_K = 0.044715, 2 * math.sqrt(2 / math.pi)
 # Tokens and columns of a tile, warps, and runs of tokens: twice 16 bytes of bfloat16 a thread, many waves on

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prfl_kernels.compiled import extension, is_dry, supported, view
+from prfl_kernels.extension import extension, is_dry, supported, view
 from prfl_kernels.jit import unit_last
-from prfl_kernels.rope import Grid, cos_sin, pairs_of
+from prfl_kernels.qk_norm_rope.rope import Grid, cos_sin, pairs_of
 
 # Runs of tokens of a sample: enough for the threads of a large machine, few enough that their partial
 # sums (at most three rows a run) stay under 5 % of the traffic.

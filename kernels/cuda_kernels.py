@@ -10,12 +10,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from prfl_kernels import compiled
-from prfl_kernels.compiled import CODES
-from prfl_kernels.compiled import view as _view
-from prfl_kernels.e4m3 import E4M3
+from prfl_kernels import extension as compiled
+from prfl_kernels.extension import CODES
+from prfl_kernels.extension import view as _view
+from prfl_kernels.fp8.e4m3 import E4M3
 from prfl_kernels.jit import unit_last
-from prfl_kernels.rope import Grid, cos_sin, pairs_of
+from prfl_kernels.qk_norm_rope.rope import Grid, cos_sin, pairs_of
 
 VECTOR = 16  # bytes
 

@@ -9,10 +9,10 @@ W may also be [G, N, K] for x [G, M, K], a product for every group, then without
 import torch
 from torch import Tensor
 
-from prfl_kernels import branch
-from prfl_kernels.branch import LowRank, Product, low_rank
 from prfl_kernels.checks import checked, expect, expect_float, expect_rank
 from prfl_kernels.jit import register
+from prfl_kernels.sublayers import products
+from prfl_kernels.sublayers.products import LowRank, Product, low_rank
 
 _NAMES = ("weight", "weight_bias", "weight_down", "weight_up")
 
@@ -57,7 +57,7 @@ def _check_backward(d, x, weight, bias, down, up, scale, wants_x, wants, wants_l
 def _forward(x, weight, bias, down, up, scale):
     if weight.dim() == 3:
         return x @ weight.to(x.dtype).mT
-    return branch.linear(x, weight, bias, low_rank(down, up, scale))
+    return products.linear(x, weight, bias, low_rank(down, up, scale))
 
 
 def _fake(x, weight, bias, down, up, scale):

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from prfl_kernels import cuda_kernels
 from prfl_kernels.checks import checked, expect, expect_float
+from prfl_kernels.dispatch import CUDA, REFERENCE, implementation
 from prfl_kernels.jit import register
-from prfl_kernels.table import CUDA, REFERENCE, implementation
 
 
 def reference(

@@ -3,7 +3,7 @@
 A launcher asks `choice` with the name of its kernel, a key of what the best tile depends on, and its
 constant. Without a tuned file the constant comes back, so every fresh process computes the same bits.
 Tuned choices lie in one file for every GPU, in the folder PRFL_TUNING (~/.cache/prfl by default; empty:
-none is read), made by kernels/tune.py. It is read once a process: within it a choice never changes.
+none is read), made by benchmarks/tune.py. It is read once a process: within it a choice never changes.
 """
 
 import json

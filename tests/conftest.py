@@ -53,11 +53,11 @@ def fresh_memory_is_nan():
 
 
 def choose(implementation):
-    from prfl_kernels import table
+    from prfl_kernels import dispatch
 
-    table.configure(implementation)
+    dispatch.configure(implementation)
     yield
-    table.configure("")
+    dispatch.configure("")
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def _objects() -> dict[str, Path]:
 
 
 def build() -> ModuleType:
-    """The module of csrc/bind_cuda.cpp on the simulation."""
+    """The module of csrc/cuda/bind.cpp on the simulation."""
     objects = _objects()
     return _load(list(objects.values()), next(iter(objects.values())).parent)
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from prfl_kernels.jit import wide
-from prfl_kernels.rope import rope_angles, rotate
+from prfl_kernels.qk_norm_rope.rope import rope_angles, rotate
 
 
 def norm_reference(x, scale, shift, base, eps, out_dtype):

@@ -5,7 +5,7 @@ import torch
 from rounding import assert_as_right, longest_sum, rounding
 from rounding import error as error
 
-from prfl_kernels import jit, table
+from prfl_kernels import dispatch, jit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(jit.triton is None, reason="Triton is not installed")
@@ -69,11 +69,11 @@ def on_reference(op, choice="reference"):
     """op by plain torch, or by another choice of kernels."""
 
     def run(*inputs):
-        before = table.configured()
-        table.configure(choice)
+        before = dispatch.configured()
+        dispatch.configure(choice)
         try:
             return op(*inputs)
         finally:
-            table.configure(before)
+            dispatch.configure(before)
 
     return run

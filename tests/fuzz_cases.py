@@ -7,22 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels.attention import attention_with_lse
-from prfl_kernels.attention_fp8 import attention_fp8, quantize_values
+from prfl_kernels.attention.fp8 import attention_fp8, quantize_values
+from prfl_kernels.attention.op import attention_with_lse
 from prfl_kernels.bias_gelu import bias_gelu
-from prfl_kernels.branch import AttentionWeights, LowRank
-from prfl_kernels.cross_attention import ImageWeights, cross_attention
-from prfl_kernels.e4m3 import E4M3
-from prfl_kernels.fp8_linear import fp8_linear
-from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
+from prfl_kernels.fp8.e4m3 import E4M3
+from prfl_kernels.fp8.linear import fp8_linear
+from prfl_kernels.fp8.quantize import quantize_fp8
 from prfl_kernels.linear import linear
-from prfl_kernels.modulate import layer_norm, modulate
-from prfl_kernels.modulated_attention import modulated_attention
-from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
-from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
-from prfl_kernels.quantize_fp8 import quantize_fp8
-from prfl_kernels.reward_pool import reward_pool_with_lse
+from prfl_kernels.norm.gated_add import gated_add, gated_add_modulate, gated_add_norm
+from prfl_kernels.norm.op import layer_norm, modulate
+from prfl_kernels.qk_norm_rope.op import qk_norm_rope, rms_norm
+from prfl_kernels.reward_pool.op import reward_pool_with_lse
 from prfl_kernels.solver_step import solver_step
+from prfl_kernels.sublayers.cross_attention import ImageWeights, cross_attention
+from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
+from prfl_kernels.sublayers.products import AttentionWeights, LowRank
+from prfl_kernels.sublayers.self_attention import modulated_attention
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 KEEP = ("nothing", "attention", "projections", "all")

@@ -6,8 +6,8 @@ from e4m3 import assert_rounded
 from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided
 from torch.library import opcheck
 
-from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
-from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8
+from prfl_kernels.norm.gated_add import gated_add, gated_add_modulate, gated_add_norm
+from prfl_kernels.norm.op import layer_norm, modulate, modulate_fp8
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("triton")]
 F32, BF16 = torch.float32, torch.bfloat16
@@ -51,7 +51,7 @@ def test_widths_of_the_models(name, width):
 
 def test_more_tokens_than_programs(monkeypatch):
     """Runs of several tokens, the last one shorter: L = 23 in 4 runs of 6 for each of two samples."""
-    from prfl_kernels import add_norm
+    from prfl_kernels.norm import triton_kernels as add_norm
 
     monkeypatch.setattr(add_norm, "RUNS", 9)
     for name in NAMES:

@@ -23,9 +23,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from prfl_kernels import attention_backends, jit, processor, table
-from prfl_kernels.attention import attention, attention_with_lse
-from prfl_kernels.attention_backends import BACKENDS, reference_backward, reference_forward
+from prfl_kernels import dispatch, jit, processor
+from prfl_kernels.attention import libraries as attention_backends
+from prfl_kernels.attention.libraries import BACKENDS, reference_backward, reference_forward
+from prfl_kernels.attention.op import attention, attention_with_lse
 
 BF16 = torch.bfloat16
 
@@ -33,7 +34,7 @@ BF16 = torch.bfloat16
 @pytest.fixture(autouse=True)
 def default_table():
     yield
-    table.configure("")
+    dispatch.configure("")
     attention_backends._missing.cache_clear()
 
 
@@ -61,7 +62,7 @@ def literal(repeats, run=formula):
 def test_values_and_gradients_are_those_of_the_formula(name, dim):
     torch.manual_seed(0)
     inputs = [a.cpu() for a in qkv(dim=dim)]
-    table.configure(f"attention={name}")
+    dispatch.configure(f"attention={name}")
     assert_as_good_as_torch(attention_with_lse, inputs, formula)
 
 
@@ -115,7 +116,7 @@ CPU = pytest.param(
 def test_opcheck_and_fullgraph(name, repeats):
     if torch.cuda.is_available() and name == "sdpa":
         pytest.skip("torch's flash attention on a GPU has no float32")
-    table.configure(f"attention={name}")
+    dispatch.configure(f"attention={name}")
     torch.manual_seed(4)
     inputs = [a.requires_grad_() for a in qkv(1, 9, 7, 2, 16)]
     torch.library.opcheck(torch.ops.prfl.attention.default, (*inputs, 0.25, name, repeats))
@@ -132,7 +133,7 @@ def test_opcheck_and_fullgraph(name, repeats):
 
 @pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_triton)])
 def test_empty_and_no_keys(name):
-    table.configure(f"attention={name}")
+    dispatch.configure(f"attention={name}")
     for sizes in ((0, 3, 4), (2, 0, 4)):
         inputs = qkv(*sizes, 2, 16)
         (out,), gradients = outputs_and_gradients(attention, inputs)
@@ -173,7 +174,7 @@ def test_a_repeated_key_is_that_many_keys(name, keys, repeats):
     """One key, blocks with a rest, whole blocks: values, and gradients of out and lse."""
     if torch.cuda.is_available() and name == "sdpa":
         pytest.skip("torch's flash attention on a GPU has no float32")
-    table.configure(f"attention={name}")
+    dispatch.configure(f"attention={name}")
     torch.manual_seed(7)
     inputs = qkv(2, 37, keys, 2, 16)
     got = outputs_and_gradients(partial(attention_with_lse, repeats=repeats), inputs)
@@ -184,7 +185,7 @@ def test_a_repeated_key_is_that_many_keys(name, keys, repeats):
 
 @pytest.mark.parametrize("name", REPEATED)
 def test_once_is_the_ordinary_attention_to_the_bit(name):
-    table.configure(f"attention={name}")
+    dispatch.configure(f"attention={name}")
     inputs = [a.to(BF16) for a in qkv(1, 37, 20, 2, 16)]
     want = outputs_and_gradients(attention_with_lse, inputs)
     got = outputs_and_gradients(partial(attention_with_lse, repeats=1), inputs)
@@ -214,7 +215,7 @@ def test_a_repeated_key_with_large_scores(name):
     that has all of the weight has log(repeats) in lse."""
     if torch.cuda.is_available() and name == "sdpa":
         pytest.skip("torch's flash attention on a GPU has no float32")
-    table.configure(f"attention={name}")
+    dispatch.configure(f"attention={name}")
     torch.manual_seed(9)
     q, k, v = qkv(1, 40, 70, 1, 64)
     k[:, -1] = 3 * q[0, 0, 0]  # the most of the first query, by far
@@ -237,7 +238,7 @@ def test_selective_checkpointing_computes_attention_once(name, monkeypatch):
         calls.append(name)
         return backend.forward(*arguments)
 
-    table.configure(f"attention={name}")
+    dispatch.configure(f"attention={name}")
     monkeypatch.setitem(BACKENDS, name, backend._replace(forward=counted))
 
     def policy(context, op, *args, **kwargs):
@@ -372,7 +373,7 @@ def test_libraries_in_every_form(name, modules, repeats, monkeypatch):
     install(monkeypatch, modules)
     backend = BACKENDS[name]._replace(device=None, dtypes=(torch.float32,))
     monkeypatch.setitem(BACKENDS, name, backend)
-    table.configure(f"attention={name}")
+    dispatch.configure(f"attention={name}")
     torch.manual_seed(6)
     inputs = [a.cpu() for a in qkv(2, 37, 21, 2, 16)]
     run, exact = partial(attention_with_lse, repeats=repeats), literal(repeats)
@@ -420,10 +421,10 @@ def test_a_reason_is_kept_and_named(monkeypatch):
     install(monkeypatch, {"flash_attn_interface": {}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="attention got fa3 on cuda: it flash_attn_interface: .*attn_func"):
-        table.configure("attention=fa3")
-        table.check("cuda")
+        dispatch.configure("attention=fa3")
+        dispatch.check("cuda")
     install(monkeypatch, fa3(True))
-    table.check("cuda")
+    dispatch.check("cuda")
     calls = []
     attention_backends._missing.cache_clear()
     monkeypatch.setattr(
@@ -437,17 +438,17 @@ def test_a_reason_is_kept_and_named(monkeypatch):
 def test_what_was_chosen_and_cannot_run_raises():
     if not torch.cuda.is_available():
         for name in ("fa3", "cudnn", "xformers"):
-            table.configure(f"attention={name}")
+            dispatch.configure(f"attention={name}")
             with pytest.raises(ValueError, match=f"attention got {name} on cpu: it needs a cuda device"):
                 attention(*qkv(1, 3, 3, 1, 16))
-    table.configure("attention=sdpa")
-    (row,) = [row for row in table.choices() if row[0] == "attention"]
+    dispatch.configure("attention=sdpa")
+    (row,) = [row for row in dispatch.choices() if row[0] == "attention"]
     assert row[1] == "sdpa" and row[2].endswith("chosen by configuration or PRFL_KERNELS")
 
 
 def test_doctor_names_every_better_one_and_why_not(monkeypatch):
     on_cuda(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (row,) = [row for row in table.choices() if row[0] == "attention"]
+    (row,) = [row for row in dispatch.choices() if row[0] == "attention"]
     for name in ("fa3", "fa4", "cudnn", "fa2"):
         assert f"; {name} " in row[2]

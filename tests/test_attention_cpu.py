@@ -16,10 +16,12 @@ from fused import (
 )
 from rounding import rounding
 
-from prfl_kernels import attention_backends, attention_cpu, compiled, processor, table
-from prfl_kernels.attention import attention, attention_with_lse
+from prfl_kernels import dispatch, extension, processor
+from prfl_kernels.attention import cpu as attention_cpu
+from prfl_kernels.attention import libraries
+from prfl_kernels.attention.op import attention, attention_with_lse
 
-if why := compiled.absence("cpu", "cpu"):
+if why := extension.absence("cpu", "cpu"):
     pytest.skip(f"prfl_kernels._C {why}", allow_module_level=True)
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -29,16 +31,16 @@ BLOCKS = (1, 300, 530, 2, 32)  # three blocks of keys and of queries, both with 
 @pytest.fixture(autouse=True)
 def kernels(fresh_memory_is_nan):
     """attention on the C++ kernels."""
-    table.configure("attention=cpu")
+    dispatch.configure("attention=cpu")
     yield
-    table.configure("")
+    dispatch.configure("")
 
 
-@pytest.fixture(params=compiled.isas())
+@pytest.fixture(params=extension.isas())
 def isa(request):
-    compiled.use_isa(request.param)
+    extension.use_isa(request.param)
     yield
-    compiled.use_isa(os.environ.get("PRFL_CPU_ISA", ""))
+    extension.use_isa(os.environ.get("PRFL_CPU_ISA", ""))
 
 
 def qkv(batch=2, queries=37, keys=61, heads=2, dim=64, dtype=F32):
@@ -175,28 +177,28 @@ def test_head_dims_and_dtypes_that_it_refuses():
         attention_cpu.forward(*wide, 1.0)
     with pytest.raises(ValueError, match="it has no float16$"):
         attention(*qkv(1, 3, 4, 1, 16, torch.float16))
-    table.configure("")
-    assert table.implementation("attention", wide[0]) == "sdpa"
-    assert attention_backends.default("cpu", F32, 257) == ("sdpa", {"cpu": "has no head dim 257"})
+    dispatch.configure("")
+    assert dispatch.implementation("attention", wide[0]) == "sdpa"
+    assert libraries.default("cpu", F32, 257) == ("sdpa", {"cpu": "has no head dim 257"})
     assert_as_good_as_torch(attention, wide)
 
 
 def test_it_is_the_default_and_doctor_says_so(monkeypatch):
     monkeypatch.setattr(processor, "amx_absence", lambda: "the processor has no AMX")
-    table.configure("")
+    dispatch.configure("")
     for dtype in (F32, BF16):
-        assert attention_backends.default("cpu", dtype, 128) == ("cpu", {})
-    (row,) = [row for row in table.choices() if row[0] == "attention"]
+        assert libraries.default("cpu", dtype, 128) == ("cpu", {})
+    (row,) = [row for row in dispatch.choices() if row[0] == "attention"]
     if not torch.cuda.is_available():
         assert row[1] == "cpu" and "for head dims up to 256" in row[2]
-    assert attention_backends.absence("cpu", "cuda") == "needs a cpu device"
+    assert libraries.absence("cpu", "cuda") == "needs a cpu device"
 
 
 def test_without_the_extension_torchs_own_runs(monkeypatch):
     monkeypatch.setattr(processor, "amx_absence", lambda: "the processor has no AMX")
-    table.configure("")
-    monkeypatch.setattr(compiled, "_load", lambda: (None, "is not built: no compiler"))
-    assert attention_backends.default("cpu", BF16) == ("sdpa", {"cpu": "is not built: no compiler"})
-    table.configure("attention=cpu")
+    dispatch.configure("")
+    monkeypatch.setattr(extension, "_load", lambda: (None, "is not built: no compiler"))
+    assert libraries.default("cpu", BF16) == ("sdpa", {"cpu": "is not built: no compiler"})
+    dispatch.configure("attention=cpu")
     with pytest.raises(ValueError, match="attention got cpu on cpu: it is not built: no compiler"):
-        table.check("cpu")
+        dispatch.check("cpu")

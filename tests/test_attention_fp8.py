@@ -8,11 +8,11 @@ from e4m3 import CHECKS, E4M3, INSTRUCTION, rounding
 from fused import DEVICE, error, needs_triton, normal, strided
 from torch.library import opcheck
 
-from prfl_kernels import attention_fp8 as module
-from prfl_kernels import table
-from prfl_kernels.attention_fp8 import attention_fp8, attention_fp8_reference, quantize_values
-from prfl_kernels.e4m3 import quantize_rows
-from prfl_kernels.fp8_linear import hopper_product
+from prfl_kernels import dispatch
+from prfl_kernels.attention import fp8 as module
+from prfl_kernels.attention.fp8 import attention_fp8, attention_fp8_reference, quantize_values
+from prfl_kernels.fp8.e4m3 import quantize_rows
+from prfl_kernels.fp8.linear import hopper_product
 
 F32, BF16 = torch.float32, torch.bfloat16
 SHAPES = pytest.mark.parametrize(
@@ -102,7 +102,7 @@ class TestTriton:
         assert not module._natural(v8.float())[..., length:].any()
         limit = rounding(v.double(), scale[:, None].double())
         assert ((values_of(v8, scale, length) - v.double()).abs() <= limit).all()
-        table.configure("reference")
+        dispatch.configure("reference")
         want, want_scale = quantize_values(v)
         assert torch.equal(v8.view(torch.uint8), want.view(torch.uint8)) and torch.equal(scale, want_scale)
 
@@ -198,9 +198,9 @@ class TestTriton:
 
 def test_attention_in_plain_torch():
     """What runs where Triton does not."""
-    table.configure("reference")
+    dispatch.configure("reference")
     assert_within_rounding(attention_inputs(2, 30, 200, 2, 64)[1])
-    table.configure("")
+    dispatch.configure("")
 
 
 def test_no_gradient():

@@ -10,11 +10,13 @@ from fused import assert_as_good_as_torch, error, needs_triton, normal, strided
 from test_attention_fp8 import exact, quantized, values_of
 from test_cuda_kernels import watch
 
-from prfl_kernels import attention_hopper, compiled, cuda_kernels, table
-from prfl_kernels.attention import attention_with_lse
-from prfl_kernels.attention_backends import BACKENDS, ORDER, absence, reference_forward
-from prfl_kernels.attention_fp8 import BLOCK_N, attention_fp8, attention_fp8_reference
-from prfl_kernels.fp8_linear import hopper_product
+from prfl_kernels import cuda_kernels, dispatch
+from prfl_kernels import extension as compiled
+from prfl_kernels.attention import cuda as attention_hopper
+from prfl_kernels.attention.fp8 import BLOCK_N, attention_fp8, attention_fp8_reference
+from prfl_kernels.attention.libraries import BACKENDS, ORDER, absence, reference_forward
+from prfl_kernels.attention.op import attention_with_lse
+from prfl_kernels.fp8.linear import hopper_product
 
 pytestmark = [
     needs_triton,
@@ -31,7 +33,7 @@ def kernels(monkeypatch, fresh_memory_is_nan):
     watched = watch(monkeypatch, build())
     yield watched
     watched.load_early(False)
-    table.configure("")
+    dispatch.configure("")
 
 
 def qkv(batch, queries, keys, heads):
@@ -113,7 +115,7 @@ def test_the_backend_is_forward_here_and_backward_in_triton(monkeypatch):
     """Gradients come from (q, k, v, out, lse): on this forward's as good as torch's own."""
     monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["cuda"]._replace(device=None, capabilities=(0, 99)))
     monkeypatch.setattr(compiled, "absence", lambda part, device: None)
-    monkeypatch.setitem(table._overrides, "attention", "cuda")
+    monkeypatch.setitem(dispatch._overrides, "attention", "cuda")
     assert_as_good_as_torch(attention_with_lse, qkv(1, 70, 200, 1))
 
 
@@ -174,13 +176,13 @@ def test_fp8_errs_as_the_reference(kernels, shape, early):
 def test_fp8_is_a_choice_and_no_default(monkeypatch):
     arguments = fp8_inputs(1, 9, 20, 1)
     with pytest.raises(ValueError, match="attention_fp8 got cuda on cpu: it needs a cuda device"):
-        table.configure("attention_fp8=cuda")
+        dispatch.configure("attention_fp8=cuda")
         attention_fp8(*arguments)
-    monkeypatch.setattr(table, "absence", lambda *_: None)
+    monkeypatch.setattr(dispatch, "absence", lambda *_: None)
     want = attention_hopper.launch_forward_fp8(*arguments, SCALE)
     assert all(torch.equal(a, b) for a, b in zip(attention_fp8(*arguments), want, strict=True))
-    table.configure("")
-    assert "cuda" not in table._BEST["cuda"]
+    dispatch.configure("")
+    assert "cuda" not in dispatch._BEST["cuda"]
 
 
 # -- the built extension, not the simulation

@@ -5,7 +5,7 @@ import torch
 from fused import DEVICE, error, needs_triton, normal
 from rounding import rounding
 
-from prfl_kernels import attention_triton
+from prfl_kernels.attention import triton_kernels as attention_triton
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("fresh_memory_is_nan")]
 

@@ -5,9 +5,11 @@ import torch
 from helpers import random_batch, randomize, tiny_config, tiny_model, tiny_reward, under
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prfl_engine import flow, lora
+from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, RolloutConfig
-from prfl_engine.dit import plain_blocks
+from prfl_engine.memory.recompute import BlockPolicy
+from prfl_engine.model import lora
+from prfl_engine.model.wan import plain_blocks
 from prfl_engine.objectives import (
     Batch,
     bradley_terry,
@@ -17,25 +19,29 @@ from prfl_engine.objectives import (
     reward_loss,
     sft_loss,
 )
-from prfl_engine.recompute import BlockPolicy
-from prfl_engine.rollout import Rollout
-from prfl_kernels import table
-from prfl_kernels.attention import attention_with_lse
-from prfl_kernels.attention_fp8 import attention_fp8, quantize_values
+from prfl_engine.rollout.accelerated import Rollout
+from prfl_kernels import dispatch
+from prfl_kernels.attention.fp8 import attention_fp8, quantize_values
+from prfl_kernels.attention.op import attention_with_lse
 from prfl_kernels.bias_gelu import bias_gelu
-from prfl_kernels.branch import AttentionWeights, LowRank
-from prfl_kernels.cross_attention import ImageWeights, cross_attention
-from prfl_kernels.fp8_linear import fp8_linear
-from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_modulate_fp8, gated_add_norm
+from prfl_kernels.fp8.linear import fp8_linear
+from prfl_kernels.fp8.quantize import quantize_fp8
 from prfl_kernels.jit import REGISTERED
 from prfl_kernels.linear import linear
-from prfl_kernels.modulate import layer_norm, modulate, modulate_fp8
-from prfl_kernels.modulated_attention import modulated_attention
-from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
-from prfl_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_fp8, rms_norm
-from prfl_kernels.quantize_fp8 import quantize_fp8
-from prfl_kernels.reward_pool import reward_pool_with_lse
+from prfl_kernels.norm.gated_add import (
+    gated_add,
+    gated_add_modulate,
+    gated_add_modulate_fp8,
+    gated_add_norm,
+)
+from prfl_kernels.norm.op import layer_norm, modulate, modulate_fp8
+from prfl_kernels.qk_norm_rope.op import qk_norm_rope, qk_norm_rope_fp8, rms_norm
+from prfl_kernels.reward_pool.op import reward_pool_with_lse
 from prfl_kernels.solver_step import solver_step
+from prfl_kernels.sublayers.cross_attention import ImageWeights, cross_attention
+from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
+from prfl_kernels.sublayers.products import AttentionWeights, LowRank
+from prfl_kernels.sublayers.self_attention import modulated_attention
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 B, L, C, F, HEADS, GRID, RANK = 2, 6, 32, 48, 2, (1, 2, 3), 2
@@ -45,7 +51,7 @@ AUTOCAST = pytest.mark.parametrize("autocast", [BF16, F16])
 @pytest.fixture(autouse=True)
 def default_table():
     yield
-    table.configure("")
+    dispatch.configure("")
 
 
 def normal(*shape, dtype=F32):
@@ -250,7 +256,7 @@ def velocity_step(model, batch, run_blocks=plain_blocks):
 @pytest.mark.parametrize("kernels", ["reference", ""])
 @pytest.mark.parametrize("model_type, dtype", [("t2v", None), ("i2v", None), ("t2v", BF16)])
 def test_a_transformer_gives_the_same_bits(model_type, dtype, kernels, autocast):
-    table.configure(kernels)
+    dispatch.configure(kernels)
     config = tiny_config(model_type)
     model = tiny_model(config).set_precision(dtype)
     same_outcome(velocity_step(model, random_batch(config)), autocast)

@@ -10,7 +10,9 @@ import pytest
 import torch
 from fused import DEVICE, needs_triton
 
-from prfl_kernels import ledger_entries, ledger_rows, table
+from prfl_bench import operations
+from prfl_bench.ledger import table as ledger_rows
+from prfl_kernels import dispatch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAST = ("--small", "--repeat", "2")
@@ -21,8 +23,7 @@ def bench(monkeypatch):
     """The script as a module, in a hurry: as if caches were small, torch.compile without code. One
     thread, since two wait for each other where the cores are shared."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_kernels
-    import timing
+    from prfl_bench import bench_kernels, timing
 
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 18)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -30,7 +31,7 @@ def bench(monkeypatch):
     torch.set_num_threads(1)
     yield bench_kernels
     torch.set_num_threads(threads)
-    table.configure("")
+    dispatch.configure("")
 
 
 def run(bench, tmp_path, *options):
@@ -46,7 +47,7 @@ def test_every_operation_is_measured_beside_every_peer(bench, tmp_path, capsys):
     entries = {entry.name: entry for entry in bench.ENTRIES}
     passed = {(g["op"], g["backend"]) for g in found["gates"] if g["gate"] == "passed"}
     assert passed >= {(name, "reference") for name in entries}
-    assert {entry.op for entry in entries.values()} == set(table.OPERATIONS)
+    assert {entry.op for entry in entries.values()} == set(dispatch.OPERATIONS)
     assert {(r["op"], r["backend"]) for r in found["rows"]} == passed
     absent = [g for g in found["gates"] if g["gate"] == "absent"]
     assert all(g["why"] for g in absent) and (DEVICE == "cuda" or absent)
@@ -98,7 +99,7 @@ BREAKS = {
 
 @pytest.mark.parametrize("broken", BREAKS)
 def test_what_fails_its_gate_gets_no_time(bench, tmp_path, capsys, monkeypatch, broken):
-    import kernel_cases
+    from prfl_bench import kernel_cases
 
     right = kernel_cases.gated_add
     monkeypatch.setattr(kernel_cases, "gated_add", lambda x, y, gate: right(x, BREAKS[broken](y), gate))
@@ -113,7 +114,7 @@ def test_what_fails_its_gate_gets_no_time(bench, tmp_path, capsys, monkeypatch, 
 
 
 def test_what_raises_fails_its_gate_and_the_rest_goes_on(bench, tmp_path, monkeypatch):
-    import kernel_cases
+    from prfl_bench import kernel_cases
 
     def broken(x, weight, eps):
         raise RuntimeError("CUDA error: in a test\nmore lines")
@@ -126,7 +127,7 @@ def test_what_raises_fails_its_gate_and_the_rest_goes_on(bench, tmp_path, monkey
 
 
 def test_nothing_is_timed_if_every_gate_fails(bench, tmp_path, monkeypatch):
-    import kernel_cases
+    from prfl_bench import kernel_cases
 
     monkeypatch.setattr(kernel_cases, "rms_norm", lambda x, weight, eps: x[:, :-1] * weight)
     monkeypatch.setattr(bench, "measure", None)
@@ -153,7 +154,7 @@ def test_predictions_are_labelled(bench, tmp_path, capsys):
 
 
 def test_the_ledger_knows_the_operations_by_these_names(bench):
-    ops = {entry.op for entry in ledger_entries.ENTRIES} - {"quantize_values"}  # a part of attention_fp8
+    ops = {entry.op for entry in operations.ENTRIES} - {"quantize_values"}  # a part of attention_fp8
     assert ops <= set(bench.ledger_names(bench.ENTRIES))
 
 
@@ -182,7 +183,7 @@ def test_the_script_runs_by_itself():
 
 
 def test_candidates_take_turns_and_may_run_out_of_memory(bench):
-    from timing import WARM_UP, measure
+    from prfl_bench.timing import WARM_UP, measure
 
     order = []
 

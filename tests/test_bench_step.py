@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prfl_kernels import table
+from prfl_kernels import dispatch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = (
@@ -18,10 +18,10 @@ TINY = (
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bench_step
+    from prfl_bench import bench_step
 
     yield bench_step
-    table.configure("")
+    dispatch.configure("")
     sys.modules.pop("bench_step")
 
 
@@ -79,8 +79,8 @@ def test_what_does_not_agree_gets_no_time(bench, monkeypatch, capsys):
 STAND_IN = {
     "wan/modules/model.py": """
 from torch import nn
-from prfl_engine.dit import WanConfig, WanTransformer
-from prfl_engine.layers import Block as WanAttentionBlock
+from prfl_engine.model.wan import WanConfig, WanTransformer
+from prfl_engine.model.layers import Block as WanAttentionBlock
 
 class WanModel(WanTransformer):
     def __init__(self, **values):
@@ -94,7 +94,7 @@ class WanModel(WanTransformer):
         return list(super().forward(x[0][None], t, context))
 """,
     "utils/network.py": """
-from prfl_engine.reward import MLP, QueryPool
+from prfl_engine.model.reward import MLP, QueryPool
 
 class QueryAttention(QueryPool):
     def __init__(self, dim, num_queries, num_heads, dropout, return_type):

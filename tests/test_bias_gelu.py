@@ -8,7 +8,7 @@ from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gra
 from torch.library import opcheck
 
 from prfl_kernels import bias_gelu as module
-from prfl_kernels import table
+from prfl_kernels import dispatch
 from prfl_kernels.bias_gelu import bias_gelu
 
 fused = pytest.mark.usefixtures("triton")
@@ -26,11 +26,11 @@ def inputs(batch, length, width, dtype=F32, bias=True):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_reference_is_the_formula_in_float64(bias):
-    table.configure("reference")
+    dispatch.configure("reference")
     held = [a if a is None else a.double() for a in inputs(2, 5, 7, bias=bias)]
     got, want = outputs_and_gradients(bias_gelu, held), outputs_and_gradients(formula, held)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    table.configure("")
+    dispatch.configure("")
 
 
 @needs_triton

@@ -8,8 +8,10 @@ import torch
 from helpers import relative
 from torch import nn
 
-from prfl_engine import block_adamw
-from prfl_engine.block_adamw import (
+from prfl_engine.config import OptimConfig
+from prfl_engine.errors import UserError
+from prfl_engine.optim import block_adamw
+from prfl_engine.optim.block_adamw import (
     BlockAdamW,
     EightBits,
     master,
@@ -17,9 +19,7 @@ from prfl_engine.block_adamw import (
     split_master,
     update_limit,
 )
-from prfl_engine.config import OptimConfig
-from prfl_engine.errors import UserError
-from prfl_engine.optim import make_optimizer, update
+from prfl_engine.optim.optimizer import make_optimizer, update
 
 SIZES = ((70, 96), (96,), (33,), (64, 64))
 BF16 = torch.bfloat16

@@ -8,8 +8,8 @@ import pytest
 from prfl_engine import bounds
 from prfl_engine.config import Config, load_config
 from prfl_engine.config_file import from_dict
-from prfl_engine.dit import WanConfig
 from prfl_engine.errors import UserError
+from prfl_engine.model.wan import WanConfig
 
 NONSENSE = (math.nan, math.inf, -math.inf, 1e39, -1, 2**200, -(2**200), "", "a\0b", "a" * 5000, [], {}, [[]],
             [math.nan], [math.nan, math.nan], [-1, 2], [""], {"a": 1}, True)  # fmt: skip

@@ -23,13 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from prfl_engine.live_bytes import LiveBytes
-from prfl_kernels import compiled, table
-from prfl_kernels import modulated_attention as attention_branch
-from prfl_kernels.branch import AttentionWeights, LowRank
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_kernels import dispatch, extension
 from prfl_kernels.jit import REGISTERED
-from prfl_kernels.modulated_attention import modulated_attention
-from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
+from prfl_kernels.sublayers import self_attention as attention_branch
+from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
+from prfl_kernels.sublayers.products import AttentionWeights, LowRank
+from prfl_kernels.sublayers.self_attention import modulated_attention
 
 pytestmark = pytest.mark.usefixtures("reference")
 RANK = 3
@@ -209,7 +209,7 @@ def peak(name, keep, chunk):
 @pytest.mark.parametrize("name, less", [("ffn", (4, 6)), ("attention", (1.5, 1.3))])
 def test_chunks_bound_what_is_made_on_the_way(name, less):
     """Weights frozen, nothing kept: an FFN four times as wide as the stream; q, k and v whole."""
-    table.configure("reference,attention=sdpa")
+    dispatch.configure("reference,attention=sdpa")
     whole, parts = (peak(name, "nothing", chunk) for chunk in (None, 128))
     assert parts[0] < whole[0] / less[0] and parts[1] < whole[1] / less[1]
 
@@ -220,8 +220,8 @@ def test_with_chunks_attention_decides_the_peak_of_its_branch(keep, before):
     and their gradients (8); besides them q and k before the norm, if kept, and no zeros for what is kept."""
     length, width, peaks = 2**15, 256, {}
     for chunk in (None, 256):
-        with FakeTensorMode(), compiled.dry_run():
-            table.configure("cpu")
+        with FakeTensorMode(), extension.dry_run():
+            dispatch.configure("cpu")
             x = torch.empty(1, length, width, requires_grad=True)
             vectors = [torch.empty(1, width) for _ in range(3)]
             w = [torch.empty(s, dtype=BF16) for s in ((width, width), width) * 4 + (width, width)]

@@ -17,11 +17,11 @@ from fused import (
 from rounding import longest_sum, rounding
 from torch.library import opcheck
 
-from prfl_kernels import modulated_attention as attention_branch
-from prfl_kernels import modulated_ffn as ffn_branch
-from prfl_kernels.branch import AttentionWeights
-from prfl_kernels.modulated_attention import modulated_attention
-from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
+from prfl_kernels.sublayers import ffn as ffn_branch
+from prfl_kernels.sublayers import self_attention as attention_branch
+from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
+from prfl_kernels.sublayers.products import AttentionWeights
+from prfl_kernels.sublayers.self_attention import modulated_attention
 
 pytestmark = pytest.mark.usefixtures("reference")
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64

@@ -9,15 +9,16 @@ import yaml
 from helpers import tiny_config, tiny_model, tiny_reward, write_data
 from torch.utils._pytree import tree_iter
 
-from prfl_engine import loop, plan, train
-from prfl_engine.checkpoint import save_reward, save_transformer
+from prfl_engine import loop, train
 from prfl_engine.config import load_config
-from prfl_engine.dry_run import ROUND, SCALARS
-from prfl_engine.live_bytes import LiveBytes
-from prfl_engine.reward import RewardModel
-from prfl_kernels import compiled
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.model.checkpoint import save_reward, save_transformer
+from prfl_engine.model.reward import RewardModel
+from prfl_engine.planner import plan as plan
+from prfl_engine.planner.dry_run import ROUND, SCALARS
+from prfl_kernels import extension
 
-built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="the kernels are not built")
+built = pytest.mark.skipif(extension.absence("cpu", "cpu") is not None, reason="the kernels are not built")
 
 
 def size(tensors) -> int:

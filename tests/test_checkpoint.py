@@ -9,16 +9,16 @@ import torch
 from helpers import random_batch, tiny_config, tiny_model, tiny_reward
 from safetensors.torch import load_file, save_file
 
-from prfl_engine import checkpoint
-from prfl_engine.checkpoint import (
+from prfl_engine.errors import UserError
+from prfl_engine.inputs import load_pickle
+from prfl_engine.model import checkpoint
+from prfl_engine.model.checkpoint import (
     load_reward,
     load_transformer,
     new_reward,
     save_reward,
     save_transformer,
 )
-from prfl_engine.errors import UserError
-from prfl_engine.inputs import load_pickle
 
 NAME = "diffusion_pytorch_model.safetensors"
 BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])

@@ -8,10 +8,10 @@ import torch
 import yaml
 from helpers import one_line, tiny_config, tiny_model, tiny_reward, write_run
 
-from prfl_engine.checkpoint import save_reward, save_transformer
 from prfl_engine.cli import main
 from prfl_engine.config import Config, load_config
 from prfl_engine.errors import UserError
+from prfl_engine.model.checkpoint import save_reward, save_transformer
 
 
 @pytest.fixture(scope="module")

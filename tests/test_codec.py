@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from prfl_engine.codec import CHANNELS, DCTCodec
+from prfl_engine.media.codec import CHANNELS, DCTCodec
 
 # fit() on uniform noise gives mean / std up to about 30, so a float32 rounding weighs 30 * 1.2e-7; a
 # few of them meet in every coefficient.

@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 
 from prfl_engine.cli import main
 from prfl_engine.config import ModelConfig
-from prfl_engine.dit import WanTransformer, plain_blocks
 from prfl_engine.metrics import read_metrics
+from prfl_engine.model.wan import WanTransformer, plain_blocks
 from prfl_engine.objectives import Batch, bind
 
 pytestmark = pytest.mark.skipif(which("g++") is None, reason="inductor needs g++ on a CPU")

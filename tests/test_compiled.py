@@ -11,7 +11,7 @@ import torch
 from cpu_cases import all_cases
 from fused import outputs_and_gradients
 
-from prfl_kernels import compiled
+from prfl_kernels import extension as compiled
 
 if why := compiled.absence("cpu", "cpu"):
     pytest.skip(f"prfl_kernels._C {why}", allow_module_level=True)

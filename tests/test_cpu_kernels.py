@@ -20,21 +20,21 @@ from cpu_cases import (
 )
 from fused import assert_as_good_as_torch, normal, outputs_and_gradients, strided
 
-from prfl_kernels import compiled
 from prfl_kernels import cpu_kernels as cpu
+from prfl_kernels import extension
 
-if why := compiled.absence("cpu", "cpu"):
+if why := extension.absence("cpu", "cpu"):
     pytest.skip(f"prfl_kernels._C {why}", allow_module_level=True)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_memory_is_nan")
 
 
-@pytest.fixture(params=compiled.isas())
+@pytest.fixture(params=extension.isas())
 def isa(request):
-    compiled.use_isa(request.param)
+    extension.use_isa(request.param)
     yield
-    compiled.use_isa(os.environ.get("PRFL_CPU_ISA", ""))
+    extension.use_isa(os.environ.get("PRFL_CPU_ISA", ""))
 
 
 @pytest.mark.usefixtures("isa")
@@ -215,6 +215,6 @@ def test_misfits_are_named():
     with pytest.raises(ValueError, match="^qk_norm_rope: got fp8"):
         cpu.qk_norm_rope_forward(x, None, weight, None, None, 1, EPS, 0, True)
     with pytest.raises(ValueError, match="got instruction set 'sse9', want one of generic"):
-        compiled.use_isa("sse9")
+        extension.use_isa("sse9")
     with pytest.raises(ValueError, match="got compiled part 'tpu', want one of cpu, cuda"):
-        compiled.absence("tpu", "cpu")
+        extension.absence("tpu", "cpu")

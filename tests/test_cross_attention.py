@@ -17,11 +17,11 @@ from rounding import longest_sum, rounding
 from test_branches import kept_bytes
 from torch.library import opcheck
 
-from prfl_engine.layers import IMAGE_TOKENS, CrossAttention, Linear
-from prfl_kernels import cross_attention as branch
-from prfl_kernels import table
-from prfl_kernels.branch import AttentionWeights
-from prfl_kernels.cross_attention import ImageWeights, cross_attention
+from prfl_engine.model.layers import IMAGE_TOKENS, CrossAttention, Linear
+from prfl_kernels import dispatch
+from prfl_kernels.sublayers import cross_attention as branch
+from prfl_kernels.sublayers.cross_attention import ImageWeights, cross_attention
+from prfl_kernels.sublayers.products import AttentionWeights
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 LENGTH, TEXT, PICTURE, HEADS, WIDTH = 13, 7, 5, 2, 32
@@ -32,9 +32,9 @@ IMAGE = pytest.mark.parametrize("image", [False, True])
 
 @pytest.fixture(autouse=True)
 def reference():
-    table.configure("reference")
+    dispatch.configure("reference")
     yield
-    table.configure("")
+    dispatch.configure("")
 
 
 def inputs_of(image, batch=2, dtype=F64, length=LENGTH):

@@ -22,9 +22,13 @@ from test_qk_norm_rope import GRID, rope, rope_inputs
 from test_reward_pool import pool_inputs
 
 from prfl_engine.flow import make_schedule
-from prfl_kernels import add_norm, cuda_kernels, norm_rope, qk_norm_rope, reward_pool, solver_step
-from prfl_kernels.modulate import modulate, modulate_fp8
-from prfl_kernels.reward_pool import reward_pool_with_lse
+from prfl_kernels import cuda_kernels, solver_step
+from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.norm.op import modulate, modulate_fp8
+from prfl_kernels.qk_norm_rope import op as qk_norm_rope
+from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
+from prfl_kernels.reward_pool import op as reward_pool
+from prfl_kernels.reward_pool.op import reward_pool_with_lse
 
 pytestmark = [
     needs_triton,  # the operations around the launchers are reached through its choice in the table

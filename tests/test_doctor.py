@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from prfl_engine import doctor
-from prfl_kernels import table
+from prfl_engine.tools import doctor
+from prfl_kernels import dispatch
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def probe(name):
 
 def test_every_operation_is_reported_and_rendered(report):
     rows = [(row["op"], row["implementation"], row["reason"]) for row in report["operations"]]
-    assert rows and rows == [tuple(choice) for choice in table.choices()]
+    assert rows and rows == [tuple(choice) for choice in dispatch.choices()]
     text = doctor.render(report)
     for op, implementation, reason in rows:
         assert any(op in x and implementation in x and reason in x for x in text.splitlines()), op

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from fused import needs_triton
 from helpers import relative, tiny_config, tiny_model
 
-from prfl_engine import fp8_blocks
 from prfl_engine.errors import UserError
-from prfl_engine.fp8_blocks import Fp8Blocks
-from prfl_engine.layers import IMAGE_TOKENS
-from prfl_kernels import table
-from prfl_kernels.rope import cos_sin, rotate
+from prfl_engine.model.layers import IMAGE_TOKENS
+from prfl_engine.rollout import fp8 as fp8_blocks
+from prfl_engine.rollout.fp8 import Fp8Blocks
+from prfl_kernels import dispatch
+from prfl_kernels.qk_norm_rope.rope import cos_sin, rotate
 
 F32, BF16, E4M3 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 GRID = (2, 3, 5)
@@ -132,10 +132,10 @@ def test_on_the_triton_kernels():
     config = wide_config(num_layers=1)
     model, (tokens, e, context) = tiny_model(config), inputs(config, size=1)
     blocks = Fp8Blocks(model)
-    table.configure("triton,attention=reference")
+    dispatch.configure("triton,attention=reference")
     blocks.follow()
     got = run_all(blocks, tokens, e, context)
-    table.configure("reference")
+    dispatch.configure("reference")
     want = run_all(blocks, tokens, e, context)
     assert relative(got - tokens, want - tokens) < 0.01
 

@@ -6,9 +6,9 @@ from e4m3 import CHECKS, E4M3, INSTRUCTION, assert_rounded, rounding
 from fused import DEVICE, error, normal, strided
 from torch.library import opcheck
 
-from prfl_kernels import table
-from prfl_kernels.e4m3 import quantize_rows
-from prfl_kernels.fp8_linear import fp8_linear, hopper_product, quantize_weight
+from prfl_kernels import dispatch
+from prfl_kernels.fp8.e4m3 import quantize_rows
+from prfl_kernels.fp8.linear import fp8_linear, hopper_product, quantize_weight
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -113,12 +113,12 @@ def test_choice_is_explicit():
     if DEVICE == "cuda":
         pytest.skip("a GPU may run it")
     *_, arguments = linear_inputs(5)
-    table.configure("fp8_linear=scaled_mm")
+    dispatch.configure("fp8_linear=scaled_mm")
     try:
         with pytest.raises(ValueError, match="fp8_linear got scaled_mm on cpu: it needs a cuda device"):
             fp8_linear(*arguments)
     finally:
-        table.configure("")
+        dispatch.configure("")
 
 
 def test_hopper_product_keeps_fourteen_bits():

@@ -10,7 +10,7 @@ from helpers import one_line, relative
 from safetensors.torch import load_file, save_file
 
 from prfl_engine.cli import main
-from prfl_engine.golden import FILES
+from prfl_engine.tools.golden import FILES
 
 FOLDER = Path(__file__).parent / "golden" / "dev_t2v"
 

@@ -9,9 +9,9 @@ from helpers import random_batch, relative, tiny_config, tiny_model
 
 from prfl_engine import chain, flow
 from prfl_engine.config import RolloutConfig
-from prfl_engine.graphs import Captured, CudaRecorder
 from prfl_engine.objectives import bind
-from prfl_engine.rollout import Rollout, make_rollout
+from prfl_engine.rollout.accelerated import Rollout, make_rollout
+from prfl_engine.rollout.cuda_graphs import Captured, CudaRecorder
 
 
 class FakeRecorder:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from prfl_kernels import ledger_nvcc, loop_cycles, sass
+from prfl_bench.ledger import loop_cycles, sass
+from prfl_bench.ledger import nvcc as ledger_nvcc
 
 
 def missing():

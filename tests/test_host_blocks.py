@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prfl_engine import block_adamw
 from prfl_engine.config import OptimConfig
-from prfl_engine.host_blocks import HostBlocks
-from prfl_engine.optim import make_optimizer, update
+from prfl_engine.memory.host_blocks import HostBlocks
+from prfl_engine.optim import block_adamw
+from prfl_engine.optim.optimizer import make_optimizer, update
 
 
 class Event:

@@ -11,11 +11,11 @@ from helpers import one_line, tiny_config, tiny_model, write_data, write_run
 from safetensors.torch import load_file, save_file
 
 from prfl_engine import inputs
-from prfl_engine.checkpoint import load_reward, load_transformer, save_transformer
 from prfl_engine.cli import main
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, named
-from prfl_engine.layout import name_layout
+from prfl_engine.model.checkpoint import load_reward, load_transformer, save_transformer
+from prfl_engine.model.layout import name_layout
 from prfl_engine.seeds import Purpose, seeded
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

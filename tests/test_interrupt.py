@@ -14,11 +14,12 @@ from helpers import one_line, write_run
 from safetensors import SafetensorError
 from training_runs import assert_equal, content, run, values
 
-from prfl_engine import checkpoint, failures, files, loop, resume
+from prfl_engine import failures, files, loop, resume
 from prfl_engine import train as train_module
 from prfl_engine.cli import main
 from prfl_engine.errors import UserError
 from prfl_engine.interrupt import Stopped, interrupts
+from prfl_engine.model import checkpoint
 
 LONG = ["train.steps=100000", "train.save_every=100000", "loss.weight=0"]
 

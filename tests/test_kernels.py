@@ -6,11 +6,11 @@ import pytest
 import torch
 from rounding import assert_as_right, error, rounding
 
-from prfl_kernels.attention import attention
-from prfl_kernels.gated_add import gated_add, gated_add_modulate, gated_add_norm
-from prfl_kernels.modulate import layer_norm, modulate
-from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
-from prfl_kernels.reward_pool import reward_pool
+from prfl_kernels.attention.op import attention
+from prfl_kernels.norm.gated_add import gated_add, gated_add_modulate, gated_add_norm
+from prfl_kernels.norm.op import layer_norm, modulate
+from prfl_kernels.qk_norm_rope.op import qk_norm_rope, rms_norm
+from prfl_kernels.reward_pool.op import reward_pool
 
 EPS = 1e-6
 # Float64 sums of at most a few thousand terms in another order: n * 2^-53 with room to spare.

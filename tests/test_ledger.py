@@ -9,8 +9,13 @@ import pytest
 import torch
 from fused import needs_triton
 
-from prfl_kernels import add_norm, ledger, ledger_entries, ledger_text, loop_cycles, reward_pool, sass
+from prfl_bench import operations as ledger_entries
+from prfl_bench.ledger import collect as ledger
+from prfl_bench.ledger import loop_cycles, sass
+from prfl_bench.ledger import text as ledger_text
 from prfl_kernels.jit import INTERPRETED, jit, tl
+from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.reward_pool import op as reward_pool
 
 pytestmark = needs_triton
 fcntl = pytest.importorskip("fcntl")  # Triton has no Windows either
@@ -204,7 +209,7 @@ def _scaled(x_ptr, scale_ptr, out_ptr, part_ptr, L, run, C: tl.constexpr, BLOCK:
 @interpreted
 def test_masked_lanes_rereads_and_partials_are_counted():
     """23 rows of 10 values in 4 runs of 6: every value once, the scale once a row."""
-    from prfl_kernels.ledger_traffic import count
+    from prfl_bench.ledger.traffic import count
 
     def call():
         x, scale = ledger_entries.empty(23, 10, dtype=torch.bfloat16), ledger_entries.empty(10)
@@ -247,7 +252,7 @@ def _product(a_ptr, b_ptr, out_ptr, K, BLOCK: tl.constexpr):
 @interpreted
 def test_products_are_counted():
     """A [48, 80] times B [32, 80] in 3 x 2 programs of 16 x 16: A is read twice, B three times."""
-    from prfl_kernels.ledger_traffic import count
+    from prfl_bench.ledger.traffic import count
 
     def call():
         a, b = (ledger_entries.empty(n, 80, dtype=torch.bfloat16) for n in (48, 32))
@@ -295,7 +300,7 @@ def test_a_second_reading_of_what_a_kernel_wrote_itself_is_no_memory_traffic():
 @pytest.mark.parametrize("rows, cached", [(4, True), (1 << 20, False)])
 def test_a_small_tensor_written_before_is_read_from_the_cache(rows, cached):
     """By a later kernel and by torch: [rows, 16] values, 25 MB at most."""
-    from prfl_kernels.ledger_traffic import count
+    from prfl_bench.ledger.traffic import count
 
     def call():
         part, out = ledger_entries.empty(rows, 16), ledger_entries.empty(rows, 16)
@@ -313,7 +318,7 @@ def test_a_small_tensor_written_before_is_read_from_the_cache(rows, cached):
 
 @interpreted
 def test_an_address_outside_a_tensor_is_named():
-    from prfl_kernels.ledger_traffic import count
+    from prfl_bench.ledger.traffic import count
 
     with pytest.raises(ValueError, match="ledger: _beyond: got an address outside x_ptr"):
         count(lambda: _beyond[(1,)](ledger_entries.empty(15), BLOCK=16))
@@ -324,7 +329,7 @@ def test_tensor_descriptors_are_counted_inside_the_tensor():
     """20 rows in two tiles of 16: the descriptor reads no row past the end."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from prfl_kernels.ledger_traffic import count
+    from prfl_bench.ledger.traffic import count
 
     def call():
         described = TensorDescriptor.from_tensor(ledger_entries.empty(20, 16), [16, 16])
@@ -338,7 +343,7 @@ def test_tensor_descriptors_are_counted_inside_the_tensor():
 @pytest.mark.parametrize("entry", ledger_entries.ENTRIES, ids=lambda entry: entry.op)
 def test_sampling_agrees_with_every_program_and_iteration(entry, monkeypatch):
     """330 tokens in 9 runs of 37, the last one shorter (of the pooling: 2 runs of up to 3 tiles)."""
-    from prfl_kernels import ledger_traffic
+    from prfl_bench.ledger import traffic as ledger_traffic
 
     monkeypatch.setattr(ledger_entries, "WIDTHS", {"tiny": (256, 2)})
     monkeypatch.setattr(ledger_entries, "FFN", {"tiny": 700})
@@ -360,8 +365,8 @@ def test_without_triton_one_line_says_so(monkeypatch, capsys):
 
 
 def test_peers_that_are_not_there_are_named(monkeypatch, capsys, tmp_path):
+    from prfl_bench.ledger import peers as ledger_peers
     from prfl_engine.cli import main
-    from prfl_kernels import ledger_peers
 
     monkeypatch.setattr(ledger_peers, "find_spec", lambda name: None)
     assert main(["kernels", "--peers"]) == 2

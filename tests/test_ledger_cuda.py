@@ -12,7 +12,12 @@ from fused import needs_triton
 from test_cuda_kernels import watch
 from test_ledger import rows
 
-from prfl_kernels import attention_hopper, cuda_kernels, ledger_cuda, ledger_nvcc, ledger_text, sass
+from prfl_bench.ledger import cuda as ledger_cuda
+from prfl_bench.ledger import nvcc as ledger_nvcc
+from prfl_bench.ledger import sass
+from prfl_bench.ledger import text as ledger_text
+from prfl_kernels import cuda_kernels
+from prfl_kernels.attention import cuda as attention_hopper
 
 __all__ = ["rows"]
 pytestmark = [

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prfl_kernels.branch import LowRank
 from prfl_kernels.linear import linear
+from prfl_kernels.sublayers.products import LowRank
 
 F64 = torch.float64
 SHAPES = {"bias": ((2, 3, 5), (4, 5), (4,)), "alone": ((3, 5), (4, 5)), "groups": ((2, 3, 5), (2, 4, 5))}

@@ -7,9 +7,9 @@ from helpers import tiny_config, tiny_model, tiny_reward, under
 
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig
-from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.objectives import graded_windows
-from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
+from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
 
 
 def test_by_hand():

@@ -10,13 +10,13 @@ from helpers import one_line, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from test_lora import model
 
-from prfl_engine import lora
-from prfl_engine.checkpoint import save_transformer
 from prfl_engine.cli import main
 from prfl_engine.config import LoraConfig
 from prfl_engine.errors import UserError
-from prfl_engine.layers import Linear
-from prfl_engine.lora_files import SHARED, read
+from prfl_engine.model import lora
+from prfl_engine.model.checkpoint import save_transformer
+from prfl_engine.model.layers import Linear
+from prfl_engine.model.lora_files import SHARED, read
 
 RANK, ALPHA = 4, 2.0
 ALL = ("q", "k", "v", "o", "k_img", "v_img", "ffn.0", "ffn.2", "text_embedding.0", "text_embedding.2",

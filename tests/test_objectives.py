@@ -8,7 +8,7 @@ from helpers import SHAPE, random_batch, tiny_config, tiny_model, tiny_reward
 
 from prfl_engine import chain, flow
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
-from prfl_engine.dit import WanTransformer
+from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
     bind,
     bradley_terry,

@@ -5,7 +5,7 @@ import torch
 from test_host_blocks import Copies, Stream
 from test_recompute import POLICIES, assert_same, gradients
 
-from prfl_engine import offload
+from prfl_engine.memory import host as offload
 
 AWAY = [name for name, policy in POLICIES.items() if policy.offload]
 
@@ -19,7 +19,7 @@ def streams(monkeypatch):
         store.stream = Stream(eager)
         monkeypatch.setattr(torch.cuda, "stream", Copies)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
-        monkeypatch.setattr("prfl_engine.recompute.store_of", lambda device: store)
+        monkeypatch.setattr("prfl_engine.memory.recompute.store_of", lambda device: store)
         return now, store
 
     empty = torch.empty  # there is no pinned memory without a GPU, and new memory holds anything

@@ -4,17 +4,18 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from prfl_kernels import compiled, table
-from prfl_kernels.attention import attention
+from prfl_kernels import dispatch
+from prfl_kernels import extension as compiled
+from prfl_kernels.attention.op import attention
 from prfl_kernels.bias_gelu import bias_gelu
-from prfl_kernels.branch import AttentionWeights
-from prfl_kernels.cross_attention import cross_attention
-from prfl_kernels.gated_add import gated_add, gated_add_norm
-from prfl_kernels.modulate import layer_norm, modulate
-from prfl_kernels.modulated_attention import modulated_attention
-from prfl_kernels.modulated_ffn import FFNWeights, modulated_ffn
-from prfl_kernels.qk_norm_rope import qk_norm_rope, rms_norm
-from prfl_kernels.reward_pool import merge, reward_pool
+from prfl_kernels.norm.gated_add import gated_add, gated_add_norm
+from prfl_kernels.norm.op import layer_norm, modulate
+from prfl_kernels.qk_norm_rope.op import qk_norm_rope, rms_norm
+from prfl_kernels.reward_pool.op import merge, reward_pool
+from prfl_kernels.sublayers.cross_attention import cross_attention
+from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
+from prfl_kernels.sublayers.products import AttentionWeights
+from prfl_kernels.sublayers.self_attention import modulated_attention
 
 F32, F64 = torch.float32, torch.float64
 prfl = torch.ops.prfl
@@ -136,13 +137,13 @@ BAD = {
 @pytest.mark.parametrize("choice", ["", "reference"])
 def test_misfits_are_named(choice):
     try:
-        table.configure(choice)
+        dispatch.configure(choice)
         for message, call in BAD.items():
             with pytest.raises(ValueError, match=f"^{message}.*$") as caught:
                 call()
             assert "\n" not in str(caught.value)
     finally:
-        table.configure("")
+        dispatch.configure("")
 
 
 def test_fake_tensors_are_refused_alike():

@@ -10,14 +10,15 @@ from no_sync import NoBlockingCopy, NoSync
 from safetensors.torch import load_file
 from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 
-from prfl_engine import flow, loop, optim
+from prfl_engine import flow, loop
 from prfl_engine import train as train_module
-from prfl_engine.block_adamw import BlockAdamW
 from prfl_engine.config import ChainConfig, Config, LossConfig, OptimConfig, TrainConfig, load_config
 from prfl_engine.errors import UserError
-from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.objectives import graded_windows, reward_loss, sft_loss
-from prfl_engine.optim import EMA, make_optimizer, update
+from prfl_engine.optim import optimizer as optim
+from prfl_engine.optim.block_adamw import BlockAdamW
+from prfl_engine.optim.optimizer import EMA, make_optimizer, update
 
 BF16 = torch.bfloat16
 

@@ -20,9 +20,9 @@ FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).
 # checkpoint, metrics, ...) may import anything but the programs.
 KERNELS = {"prfl_kernels"}
 CONFIG = {"prfl_engine.config", "prfl_engine.errors"}
-LAYERS = KERNELS | CONFIG | {"prfl_engine.layers"}
-MEMORY = {"prfl_engine.recompute", "prfl_engine.offload", "prfl_engine.live_bytes"}
-DIT = LAYERS | {"prfl_engine.dit"}
+LAYERS = KERNELS | CONFIG | {"prfl_engine.model.layers"}
+MEMORY = {"prfl_engine.memory.recompute", "prfl_engine.memory.host", "prfl_engine.memory.live_bytes"}
+DIT = LAYERS | {"prfl_engine.model.wan"}
 ALLOWED = {
     "errors": set(),
     "config_file": {"prfl_engine.errors"},
@@ -33,7 +33,7 @@ ALLOWED = {
     "recompute": DIT | MEMORY,
     "reward": DIT,
     "chain": DIT | {"prfl_engine.flow"},
-    "objectives": DIT | {"prfl_engine.flow", "prfl_engine.chain", "prfl_engine.reward"},
+    "objectives": DIT | {"prfl_engine.flow", "prfl_engine.chain", "prfl_engine.model.reward"},
 }
 
 
@@ -88,15 +88,15 @@ def test_imports_are_seen(tmp_path):
     file.parent.mkdir()
     file.write_text(
         "import torch.nn\nfrom prfl_engine import chain, flow\n"
-        "from prfl_kernels.modulate import wide\nfrom .dit import A\n"
+        "from prfl_kernels.norm.op import wide\nfrom .dit import A\n"
         "from . import data\ndef f():\n    import flash_attn\n"
     )
     assert imports(file) == [
         ("torch.nn", True),
         ("prfl_engine.chain", True),
         ("prfl_engine.flow", True),
-        ("prfl_kernels.modulate", True),
-        ("prfl_engine.dit", True),
+        ("prfl_kernels.norm.op", True),
+        ("prfl_engine.model.wan", True),
         ("prfl_engine.data", True),
         ("flash_attn", False),
     ]
@@ -147,7 +147,7 @@ def test_kernels_is_flat_and_gives_way_to_an_installed_package_of_that_name(tmp_
 def test_packages_import_from_another_folder(tmp_path):
     code = (
         "import prfl_engine; print(prfl_engine.__version__)\n"
-        "from prfl_kernels.modulate import modulate"
+        "from prfl_kernels.norm.op import modulate"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -6,14 +6,15 @@ from helpers import SHAPE, random_batch, relative, tiny_config, tiny_model, tiny
 from rounding import assert_as_right, rounding
 from test_graphs import FakeRecorder
 
-from prfl_engine import chain, dit, flow, lora
+from prfl_engine import chain, flow
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, RolloutConfig, UserError
-from prfl_engine.fp8_blocks import Fp8Blocks
-from prfl_engine.layers import IMAGE_TOKENS
+from prfl_engine.memory.recompute import BlockPolicy
+from prfl_engine.model import lora, wan
+from prfl_engine.model.layers import IMAGE_TOKENS
 from prfl_engine.objectives import bind, graded_windows, reward_loss, sft_loss
-from prfl_engine.recompute import BlockPolicy
-from prfl_engine.rollout import Rollout
-from prfl_kernels import table
+from prfl_engine.rollout.accelerated import Rollout
+from prfl_engine.rollout.fp8 import Fp8Blocks
+from prfl_kernels import dispatch
 
 WHOLE, GIVEN, MERGED = 160, 70, 128  # tokens of a padded text, of a prompt, of its context
 BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])
@@ -33,7 +34,7 @@ def with_and_without_all_padding(run):
     """(what run() returns, what it returns where contexts have every token of the padding)."""
     got = run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dit, "TEXT_MULTIPLE", WHOLE)
+        patch.setattr(wan, "TEXT_MULTIPLE", WHOLE)
         return got, run()
 
 
@@ -164,12 +165,12 @@ def test_float32_on_plain_torch_and_on_the_default_kernels(kernels):
         sft_loss(model, batch, noise, torch.tensor([0.3, 0.8])).sum().backward()
         return gradients(model)
 
-    table.configure(kernels)
+    dispatch.configure(kernels)
     try:
         got, want = with_and_without_all_padding(run)
         exact = run(torch.float64)
     finally:
-        table.configure("")
+        dispatch.configure("")
     for name, a in exact.items():
         assert a.any(), name
         assert_as_right(got[name], a, want[name], rounding(WHOLE, alike=True), name)

@@ -9,19 +9,21 @@ import pytest
 import torch
 from helpers import one_line, random_batch, tiny_config, tiny_model, tiny_reward, under, write_run
 
-from prfl_engine import cli, flow, plan, search
+from prfl_engine import cli, flow
 from prfl_engine.config import ChainConfig, Config, ModelConfig, RolloutConfig, UserError, from_dict
-from prfl_engine.dry_run import SCALARS, Numbers, RewardSetup, Setup, Validation, dry_run
-from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.memory.recompute import BlockPolicy, named, of_config
 from prfl_engine.objectives import graded_windows, sft_loss
-from prfl_engine.recompute import BlockPolicy, named, of_config
-from prfl_kernels import compiled
+from prfl_engine.planner import plan as plan
+from prfl_engine.planner import search as search
+from prfl_engine.planner.dry_run import SCALARS, Numbers, RewardSetup, Setup, Validation, dry_run
+from prfl_kernels import extension
 
 LATENT = (1, 16, 3, 8, 8)
 ROLLOUT = RolloutConfig(steps=8)
 SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward=RewardSetup(2), rollout=ROLLOUT)
 NAMES = ("none", "attention", "attention and input away", "full, input away")
-built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="the kernels are not built")
+built = pytest.mark.skipif(extension.absence("cpu", "cpu") is not None, reason="the kernels are not built")
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,13 @@ import pytest
 import torch
 from fused import error, normal, outputs_and_gradients
 
-from prfl_kernels import attention_backends, compiled, processor, table
-from prfl_kernels.attention import attention, attention_with_lse
+from prfl_kernels import dispatch, extension, processor
+from prfl_kernels.attention import libraries
+from prfl_kernels.attention.op import attention, attention_with_lse
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 AMX = frozenset({"avx512f", "amx_tile", "amx_bf16"})
-built = pytest.mark.skipif(compiled.absence("cpu", "cpu") is not None, reason="the C++ kernels are not built")
+built = pytest.mark.skipif(extension.absence("cpu", "cpu") is not None, reason="the C++ kernels are not built")
 
 
 @pytest.fixture
@@ -23,9 +24,9 @@ def play(monkeypatch):
         for name, value in limits.items():
             monkeypatch.setenv(name, value)
 
-    table.configure("")
+    dispatch.configure("")
     yield set_up
-    table.configure("")
+    dispatch.configure("")
 
 
 @pytest.mark.parametrize(
@@ -58,12 +59,12 @@ def test_without_onednn_nothing_uses_amx(play, monkeypatch):
 def test_with_amx_torchs_own_attention_runs_in_bfloat16(play):
     play(AMX)
     for head_dim in (33, 128, 512):
-        assert attention_backends.default("cpu", BF16, head_dim) == ("sdpa", {})
-    assert attention_backends.default("cpu", F32, 128) == ("cpu", {})
-    assert attention_backends.default("cpu", F16)[0] == "sdpa"
-    assert attention_backends.default("cpu", torch.float64)[0] == "reference"
+        assert libraries.default("cpu", BF16, head_dim) == ("sdpa", {})
+    assert libraries.default("cpu", F32, 128) == ("cpu", {})
+    assert libraries.default("cpu", F16)[0] == "sdpa"
+    assert libraries.default("cpu", torch.float64)[0] == "reference"
     play(AMX, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
-    assert attention_backends.default("cpu", BF16, 128) == ("cpu", {})
+    assert libraries.default("cpu", BF16, 128) == ("cpu", {})
 
 
 @built
@@ -72,7 +73,7 @@ def test_doctor_gives_the_choice_and_its_reason(play):
     rows = {}
     for flags in (AMX, frozenset()):
         play(flags)
-        (rows[flags],) = [row[1:] for row in table.choices() if row[0] == "attention"]
+        (rows[flags],) = [row[1:] for row in dispatch.choices() if row[0] == "attention"]
     name, reason = rows[AMX]
     assert name == "sdpa" and reason.endswith("torch's bfloat16 products use AMX; in float32 cpu")
     name, reason = rows[frozenset()]
@@ -83,17 +84,17 @@ def test_doctor_gives_the_choice_and_its_reason(play):
 def test_forward_and_backward_run_what_was_chosen(play, monkeypatch, repeats):
     """On both sides, and the last key is not laid out."""
     play(AMX)
-    seen, sdpa = [], attention_backends.BACKENDS["sdpa"]
+    seen, sdpa = [], libraries.BACKENDS["sdpa"]
 
     def watched(run):
         return lambda *a: seen.append(a[1].shape[1]) or run(*a)
 
     watchers = dict(forward=watched(sdpa.forward), backward=watched(sdpa.backward))
-    monkeypatch.setitem(attention_backends.BACKENDS, "sdpa", sdpa._replace(**watchers))
+    monkeypatch.setitem(libraries.BACKENDS, "sdpa", sdpa._replace(**watchers))
     q, k, v = (normal(2, n, 2, 32, dtype=BF16).cpu() for n in (80, 70, 70))
     got = outputs_and_gradients(lambda *a: attention_with_lse(*a, repeats=repeats), [q, k, v])
     assert len(seen) == 2 and seen[0] == 70
-    table.configure("attention=reference")
+    dispatch.configure("attention=reference")
     exact = outputs_and_gradients(
         lambda *a: attention_with_lse(*a, repeats=repeats), [a.double() for a in (q, k, v)]
     )

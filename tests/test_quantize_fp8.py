@@ -9,14 +9,16 @@ from e4m3 import CHECKS, assert_rounded
 from fused import error, needs_triton, normal, strided
 from torch.library import opcheck
 
-from prfl_kernels import add_norm, norm_rope, table
-from prfl_kernels.gated_add import (
+from prfl_kernels import dispatch
+from prfl_kernels.fp8.quantize import quantize_fp8
+from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.norm.gated_add import (
     gated_add_modulate,
     gated_add_modulate_fp8,
     gated_add_norm,
     gated_add_norm_fp8,
 )
-from prfl_kernels.quantize_fp8 import quantize_fp8
+from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
 
 fused = pytest.mark.usefixtures("triton")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -25,9 +27,9 @@ BOTH = pytest.mark.parametrize("backend", ["reference", pytest.param("triton", m
 
 @pytest.fixture
 def backend(request):
-    table.configure(f"quantize_fp8={request.param}")
+    dispatch.configure(f"quantize_fp8={request.param}")
     yield request.param
-    table.configure("")
+    dispatch.configure("")
 
 
 @BOTH
@@ -49,7 +51,7 @@ def test_the_kernel_is_the_reference(gelu):
     """Values on a boundary of e4m3 may fall to either side: by 2^-3 of some in a thousand."""
     x = normal(3, 50, 200, dtype=BF16)
     out, scale = quantize_fp8(x, gelu)
-    table.configure("reference")
+    dispatch.configure("reference")
     want, want_scale = quantize_fp8(x, gelu)
     torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
     assert error(out, want) < 5e-3 and (out.double() != want.double()).double().mean() < 5e-3
@@ -85,7 +87,7 @@ def test_norms_behind_a_residual(backend, gated, op, plain, rows):
     x, y = normal(2, 7, 96), normal(2, 7, 96, dtype=BF16)
     gate = normal(2, 96) if gated else None
     vectors = [normal(2, 96) if rows == 2 else normal(96) for _ in range(2)]
-    table.configure(backend)
+    dispatch.configure(backend)
     try:
         total, n, scale = op(x, y, gate, *vectors)
         want_total, want = plain(x, y, gate, *vectors, out_dtype=F32)
@@ -94,7 +96,7 @@ def test_norms_behind_a_residual(backend, gated, op, plain, rows):
             test_utils=CHECKS,
         )  # fmt: skip
     finally:
-        table.configure("")
+        dispatch.configure("")
     torch.testing.assert_close(total, want_total, rtol=1e-6, atol=1e-6)
     assert_rounded(n, scale, want)
 
@@ -103,12 +105,12 @@ def test_norms_behind_a_residual(backend, gated, op, plain, rows):
 @pytest.mark.parametrize("capability, runs", [((8, 6), False), ((8, 9), True), ((9, 0), True)])
 def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
     x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"), shape=(1, 1, 128))
-    monkeypatch.setattr(table.jit, "INTERPRETED", False)
+    monkeypatch.setattr(dispatch.jit, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     for op in ("modulate", "qk_norm_rope"):
-        assert table.implementation(op, x) == "triton"
+        assert dispatch.implementation(op, x) == "triton"
     if runs:
-        assert table.implementation("modulate", x, fp8=True) == "triton"
+        assert dispatch.implementation("modulate", x, fp8=True) == "triton"
         return
     want = "got triton on cuda: it needs capability 8.9 or higher"
     with pytest.raises(ValueError, match=f"kernels: modulate_fp8 {want}"):

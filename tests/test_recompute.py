@@ -9,12 +9,15 @@ from helpers import random_batch, tiny_config, tiny_model, tiny_reward, under
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from prfl_engine import flow, lora, offload, recompute
+from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LoraConfig
-from prfl_engine.layers import Linear
-from prfl_engine.live_bytes import LiveBytes
+from prfl_engine.memory import host as offload
+from prfl_engine.memory import recompute
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.memory.recompute import NAMES, STREAM, BlockPolicy
+from prfl_engine.model import lora
+from prfl_engine.model.layers import Linear
 from prfl_engine.objectives import bind, graded_windows, sft_loss
-from prfl_engine.recompute import NAMES, STREAM, BlockPolicy
 
 LATENT = (16, 3, 8, 8)  # 48 tokens
 INNER = tuple(n for n in NAMES if n not in STREAM)
@@ -326,10 +329,10 @@ def test_branches_run_again_only_for_streams_and_the_ffn_never(name, attend, cro
 
 
 def test_attention_that_is_held_is_not_computed_again(monkeypatch):
-    from prfl_kernels import modulated_attention
+    from prfl_kernels.sublayers import self_attention
 
-    calls, real = [], modulated_attention.attention_with_lse
-    monkeypatch.setattr(modulated_attention, "attention_with_lse", lambda *a: calls.append(1) or real(*a))
+    calls, real = [], self_attention.attention_with_lse
+    monkeypatch.setattr(self_attention, "attention_with_lse", lambda *a: calls.append(1) or real(*a))
     for name, want in (("full", 6), ("attention", 3), ("input and attention away", 3), ("streams", 6)):
         calls.clear()
         gradients(POLICIES[name])

@@ -13,9 +13,9 @@ from helpers import one_line, tiny_config, write_data, write_run
 from safetensors.torch import load_file, save_file
 from training_runs import NAME, STATE, reward_run, run, values
 
-from prfl_engine import optim
 from prfl_engine import train as train_module
 from prfl_engine.config import Config, OptimConfig
+from prfl_engine.optim import optimizer as optim
 from prfl_engine.resume import KIND, RUN
 
 MORE = ["train.resume=true", "train.steps=3"]

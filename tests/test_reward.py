@@ -8,8 +8,8 @@ from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward
 from rounding import assert_as_right, rounding
 
 from prfl_engine.errors import UserError
-from prfl_engine.live_bytes import LiveBytes
-from prfl_engine.reward import QueryPool, RewardModel
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.model.reward import QueryPool, RewardModel
 
 
 def make_pool(queries=1, dim=24, heads=4, dtype=torch.float64, **arguments):

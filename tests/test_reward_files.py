@@ -7,8 +7,8 @@ import torch
 from helpers import one_line, random_batch, tiny_config, tiny_reward, write_run
 from training_runs import run
 
-from prfl_engine.checkpoint import load_reward, save_reward
 from prfl_engine.errors import UserError
+from prfl_engine.model.checkpoint import load_reward, save_reward
 
 SETTINGS = dict(num_heads=2, add_query=False, feature_layer=1)
 

@@ -12,7 +12,7 @@ from fused import (
 )
 from torch.library import opcheck
 
-from prfl_kernels.reward_pool import merge, reward_pool, reward_pool_with_lse
+from prfl_kernels.reward_pool.op import merge, reward_pool, reward_pool_with_lse
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("triton")]
 F32, BF16 = torch.float32, torch.bfloat16
@@ -37,7 +37,7 @@ def test_widths_of_the_models(width):
 
 def test_many_runs(monkeypatch):
     """Runs of several tiles, the last one shorter: 777 tokens of bfloat16 for one query."""
-    from prfl_kernels import reward_pool as module
+    from prfl_kernels.reward_pool import op as module
 
     inputs = pool_inputs(1, 777, 40, 1, BF16)
     assert module._plan("forward", inputs[0], 1, 1)[0][0] > 3

@@ -8,13 +8,13 @@ from no_sync import NoBlockingCopy, NoSync
 from training_runs import assert_equal, content, interrupt, values
 
 from prfl_engine import chain, flow
-from prfl_engine import rollout as module
 from prfl_engine import train as train_module
-from prfl_engine.checkpoint import save_transformer
 from prfl_engine.cli import main
 from prfl_engine.config import ChainConfig, RolloutConfig
+from prfl_engine.model.checkpoint import save_transformer
 from prfl_engine.objectives import bind, graded_windows
-from prfl_engine.rollout import DriftMeter, Rollout, make_rollout
+from prfl_engine.rollout import accelerated as module
+from prfl_engine.rollout.accelerated import DriftMeter, Rollout, make_rollout
 
 WIDE = dict(dim=128, num_heads=2)  # heads of 64, as e4m3 attention needs them
 STEPS = 8

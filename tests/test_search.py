@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from prfl_engine import search
-from prfl_engine.search import Blocks, Tails
+from prfl_engine.planner import search as search
+from prfl_engine.planner.search import Blocks, Tails
 
 
 def problem(rng, kinds: int = 4, phases: int = 2, tails: int = 3, alike: bool = False, top: int = 20):

@@ -3,28 +3,29 @@
 import pytest
 import torch
 
-from prfl_engine import selftest as module
+from prfl_bench import selftest as module
+from prfl_bench.selftest import CASES, selftest
 from prfl_engine.cli import main
-from prfl_engine.selftest import CASES, selftest
-from prfl_kernels import attention_backends, compiled, table
+from prfl_kernels import dispatch, extension
+from prfl_kernels.attention import libraries
 
-OPERATIONS = dict(table.OPERATIONS)
+OPERATIONS = dict(dispatch.OPERATIONS)
 
 
 @pytest.fixture(autouse=True)
 def attention_alone(monkeypatch):
     """One operation: every other one is run by the tests of its own."""
-    monkeypatch.setattr(table, "OPERATIONS", {"attention": OPERATIONS["attention"]})
+    monkeypatch.setattr(dispatch, "OPERATIONS", {"attention": OPERATIONS["attention"]})
 
 
 def break_sdpa(monkeypatch, change):
-    backend = attention_backends.BACKENDS["sdpa"]
+    backend = libraries.BACKENDS["sdpa"]
 
     def forward(*inputs):
         out, lse = backend.forward(*inputs)
         return change(out), lse
 
-    monkeypatch.setitem(attention_backends.BACKENDS, "sdpa", backend._replace(forward=forward))
+    monkeypatch.setitem(libraries.BACKENDS, "sdpa", backend._replace(forward=forward))
 
 
 def test_every_operation_has_a_case():
@@ -34,16 +35,16 @@ def test_every_operation_has_a_case():
 def test_all_that_runs_here_is_run_and_good():
     rows = {row.implementation: row for row in selftest()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    isas = compiled.isas() if compiled.absence("cpu", device) is None else [""]
-    want = set(table.OPERATIONS["attention"]) - {table.REFERENCE, "cpu"}
+    isas = extension.isas() if extension.absence("cpu", device) is None else [""]
+    want = set(dispatch.OPERATIONS["attention"]) - {dispatch.REFERENCE, "cpu"}
     assert set(rows) == want | {f"cpu {isa}".strip() for isa in isas}
     assert rows["sdpa"].state == "ok", rows["sdpa"]
     assert all(row.state != "FAILED" and row.detail for row in rows.values())
-    assert not table._overrides
+    assert not dispatch._overrides
 
 
 def test_without_the_extension_its_kernels_are_absent(monkeypatch):
-    monkeypatch.setattr(compiled, "_load", lambda: (None, "is not built: no compiler"))
+    monkeypatch.setattr(extension, "_load", lambda: (None, "is not built: no compiler"))
     rows = {row.implementation: row for row in selftest()}
     if not torch.cuda.is_available():
         assert rows["cpu"].state == "absent" and "is not built: no compiler" in rows["cpu"].detail

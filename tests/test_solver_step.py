@@ -6,8 +6,8 @@ from fused import assert_as_good_as_torch, error, outputs_and_gradients, strided
 from torch.library import opcheck
 
 from prfl_engine import flow
+from prfl_kernels import dispatch
 from prfl_kernels import solver_step as module
-from prfl_kernels import table
 from prfl_kernels.solver_step import solver_step
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -26,7 +26,7 @@ def inputs(*shape, dtype=F32, velocity=None):
 
 
 def with_columns(op, *table):
-    return lambda *held: op(*held, *(table or [columns(len(held[0]), held[0].dtype)]))
+    return lambda *held: op(*held, *(dispatch or [columns(len(held[0]), held[0].dtype)]))
 
 
 def formula(x, x_last, m0, m1, velocity, columns):
@@ -58,9 +58,9 @@ def test_gradients_of_single_results_are_finite_differences():
 @SHAPES
 @pytest.mark.parametrize("velocity", [F32, BF16])
 def test_error_is_at_most_twice_that_of_torch(shape, velocity):
-    held, table = inputs(*shape, velocity=velocity), columns(shape[0])
+    held, dispatch = inputs(*shape, velocity=velocity), columns(shape[0])
     assert_as_good_as_torch(
-        lambda *a: solver_step(*a, table.to(a[0].dtype)), held, lambda *a: formula(*a, table)
+        lambda *a: solver_step(*a, dispatch.to(a[0].dtype)), held, lambda *a: formula(*a, dispatch)
     )
 
 
@@ -137,14 +137,14 @@ def test_flow_runs_what_the_table_says(monkeypatch):
     want = flow.step(schedule, state, velocity, index)
     seen = []
     kernel = lambda *a: seen.append(a[5].shape) or module.reference(*a)  # noqa: E731
-    monkeypatch.setitem(module.IMPLEMENTATIONS, table.CUDA, kernel)
-    assert table._default("solver_step", "cuda") == table._default("solver_step", "cpu") == table.REFERENCE
+    monkeypatch.setitem(module.IMPLEMENTATIONS, dispatch.CUDA, kernel)
+    assert dispatch._default("solver_step", "cuda") == dispatch._default("solver_step", "cpu") == dispatch.REFERENCE
     try:
-        table.configure("solver_step=cuda")
+        dispatch.configure("solver_step=cuda")
         with pytest.raises(ValueError, match="solver_step got cuda on cpu: it"):
             flow.step(schedule, state, velocity, index)
-        monkeypatch.setattr(table.compiled, "absence", lambda part, device: None)
+        monkeypatch.setattr(dispatch.compiled, "absence", lambda part, device: None)
         got = flow.step(schedule, state, velocity, index)
     finally:
-        table.configure("")
+        dispatch.configure("")
     assert seen == [(2, 9)] and all(map(torch.equal, got, want))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prfl_engine.step_cache import StepCache
+from prfl_engine.rollout.step_cache import StepCache
 
 LAST = 10.0
 

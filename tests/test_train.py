@@ -12,7 +12,7 @@ from prfl_engine import chain, flow
 from prfl_engine import train as train_module
 from prfl_engine.cli import main
 from prfl_engine.config import OptimConfig
-from prfl_engine.optim import EMA, lr_factor
+from prfl_engine.optim.optimizer import EMA, lr_factor
 
 
 def gradient_sum(out, step):

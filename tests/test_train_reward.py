@@ -9,10 +9,10 @@ from helpers import SHAPE, one_line, tiny_config, write_data
 from safetensors.torch import load_file
 from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 
-from prfl_engine import lora
 from prfl_engine import train_reward as train_reward_module
-from prfl_engine.checkpoint import load_reward, load_transformer
 from prfl_engine.data import Reader, fixed_batches, read_lists
+from prfl_engine.model import lora
+from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.seeds import Purpose, noise_like
 
 

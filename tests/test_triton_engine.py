@@ -9,10 +9,11 @@ from fused import needs_triton
 from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward, under
 from safetensors.torch import load_file
 
-from prfl_engine import flow, golden
+from prfl_engine import flow
 from prfl_engine.config import LossConfig
 from prfl_engine.objectives import Batch, bind, graded_windows, reward_loss, sft_loss
-from prfl_kernels import table
+from prfl_engine.tools import golden
+from prfl_kernels import dispatch
 
 pytestmark = needs_triton
 GOLDEN = Path(__file__).parent / "golden" / "dev_t2v"
@@ -38,9 +39,9 @@ def losses_and_gradients(model_type: str, recompute: str):
 @pytest.mark.parametrize("model_type, recompute", [("t2v", "attention"), ("i2v", "none")])
 def test_losses_and_gradients(triton, model_type, recompute):
     if model_type == "i2v":  # the norm of 257 image tokens takes most of the interpreter's time
-        table.configure("triton,rms_norm=reference")
+        dispatch.configure("triton,rms_norm=reference")
     got = losses_and_gradients(model_type, recompute)
-    table.configure("reference")
+    dispatch.configure("reference")
     for a, b in zip(got, losses_and_gradients(model_type, recompute), strict=True):
         assert relative(a, b) < 1e-3
 
@@ -49,7 +50,7 @@ def test_golden_values(triton):
     """A forward and the gradients of flow matching; test_losses_and_gradients has the rollout."""
     # The norm of 512 text keys in every block is half of the interpreter's time here, and
     # test_losses_and_gradients has it too.
-    table.configure("triton,rms_norm=reference")
+    dispatch.configure("triton,rms_norm=reference")
     spec, inputs = json.loads((GOLDEN / "config.json").read_text()), load_file(GOLDEN / "inputs.safetensors")
     policy, _ = golden._models(GOLDEN, spec)
     batch, t = Batch(inputs["latent"], inputs["text_states"], None, None), spec["forward_timestep"]

@@ -10,10 +10,12 @@ import pytest
 import torch
 from fused import DEVICE, needs_triton
 
+from prfl_bench import operations, tune
 from prfl_engine.cli import main
 from prfl_engine.errors import UserError
 from prfl_engine.loop import pick_device
-from prfl_kernels import add_norm, ledger_entries, tune, tuning
+from prfl_kernels import tuning
+from prfl_kernels.norm import triton_kernels as add_norm
 
 pytestmark = needs_triton
 NAME = "Test GPU 80GB"
@@ -78,7 +80,7 @@ def test_a_candidate_with_another_result_is_refused(monkeypatch):
     made = []
 
     def call():
-        x = ledger_entries.empty(8, 4)
+        x = operations.empty(8, 4)
         made.append((tuning.choice("some kernel", (16, 5), (1,))[0], x))
         return x, None, x * factors[made[-1][0]]
 
@@ -115,8 +117,8 @@ def test_every_candidate_reaches_its_launcher():
 
 def test_tune_measures_stores_and_is_obeyed(gpu, monkeypatch):
     """Whatever computes in the interpreter: modulate at a tiny shape, the later candidate the faster."""
-    monkeypatch.setattr(ledger_entries, "WIDTHS", {"tiny": (256, 2)})
-    monkeypatch.setattr(ledger_entries, "ENTRIES", ledger_entries.ENTRIES[:1])
+    monkeypatch.setattr(operations, "WIDTHS", {"tiny": (256, 2)})
+    monkeypatch.setattr(operations, "ENTRIES", operations.ENTRIES[:1])
     monkeypatch.setitem(tune.CANDIDATES, "add_norm forward", {(256,): ((1, 9), (1, 3))})
     tuning.write(gpu, {("other kernel", (1,)): (7,)})
     seconds = iter(range(100, 0, -1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prfl_engine.video import grid, read_video, write_animation, write_video
+from prfl_engine.media.video import grid, read_video, write_animation, write_video
 
 
 def moving_square(frames=6, h=48, w=64):

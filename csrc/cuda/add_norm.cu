@@ -8,7 +8,7 @@
 #include "add_norm.h"
 #include "reduce.h"
 #include "rows.h"
-#include "vector.h"
+#include "ptx/vector.h"
 
 namespace prfl::cuda {
 namespace {

@@ -4,14 +4,14 @@
 // e4m3: keys are [128, 128] and values by channel, [128, keys], in one panel: these tensor cores want both
 // operands along the summed dimension. They also add with about 14 bits, so p v of a block is a sum
 // of its own, and the accumulator is float32 in registers; weights are stored times 2^8. See
-// kernels/attention_fp8.py.
+// kernels/attention/fp8.py.
 #pragma once
-#include "cluster.h"
+#include "ptx/cluster.h"
 #include "softmax.h"
-#include "tma.h"
-#include "vector.h"
-#include "warpgroup.h"
-#include "wgmma.h"
+#include "ptx/tma.h"
+#include "ptx/vector.h"
+#include "ptx/warpgroup.h"
+#include "ptx/wgmma.h"
 
 namespace prfl::cuda {
 

@@ -21,7 +21,7 @@ void attention_hopper_forward(const Sequence& q, const Sequence& k, const Sequen
 // The same of e4m3 q and k with float32 scales of their rows, q_scale [B, Lq, H] and k_scale [B, H, padded],
 // and e4m3 v [B, H, 128, padded] with scales [B, H, 128]; all contiguous but q and k. padded is the number of
 // keys rounded up to 128; scales of padding are finite, and in every 16 keys of v 0 1 8 9 2 3 10 11 4 5 12 13
-// 6 7 14 15 is the order. kernels/attention_fp8.py has the formulas.
+// 6 7 14 15 is the order. kernels/attention/fp8.py has the formulas.
 void attention_hopper_fp8_forward(const Sequence& q, const float* q_scale, const Sequence& k,
                                   const float* k_scale, const void* v, const float* v_scale, void* out,
                                   float* lse, int64_t batch, int64_t heads, float scale, CUstream_st* stream);

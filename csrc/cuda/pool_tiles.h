@@ -6,9 +6,9 @@
 // columns is the sum over the warps (through shared memory) and over the blocks (each writes its
 // sum into all others), in a fixed order.
 #pragma once
-#include "bulk.h"
-#include "cluster.h"
-#include "mma.h"
+#include "ptx/bulk.h"
+#include "ptx/cluster.h"
+#include "ptx/mma.h"
 
 namespace prfl::cuda {
 

@@ -7,7 +7,7 @@
 #include "qk_norm_rope.h"
 #include "reduce.h"
 #include "rows.h"
-#include "vector.h"
+#include "ptx/vector.h"
 
 namespace prfl::cuda {
 namespace {

@@ -6,7 +6,7 @@
 
 #include "launch.h"
 #include "solver_step.h"
-#include "vector.h"
+#include "ptx/vector.h"
 
 namespace prfl::cuda {
 namespace {

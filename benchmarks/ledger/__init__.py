@@ -1,0 +1,1 @@
+"""What the GPU kernels compile to and move, read without a GPU."""

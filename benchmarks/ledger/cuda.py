@@ -1,0 +1,327 @@
+"""The CUDA C++ kernels of csrc/cuda in the ledger: what nvcc makes of them for sm_90a and what they move.
+
+Needs nvcc and no GPU. The Python launchers of cuda_kernels and attention_hopper run on meta tensors with
+a library that writes down what they would launch; ledger_nvcc has the facts of the code. Bytes are a
+count for every argument: whole arrays once, and what is read for every token or by every cluster
+again (tests/test_ledger_cuda.py compares with what the kernels access in simulation).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prfl_bench.ledger import sass
+from prfl_bench.ledger import table as ledger_rows
+from prfl_bench.ledger.nvcc import (
+    NORM_BACKWARD,
+    NORM_FORWARD,
+    POOL_BACKWARD,
+    POOL_FORWARD,
+    QK_BACKWARD,
+    QK_FORWARD,
+    SOLVER,
+    absence,
+    compiled,
+)
+from prfl_bench.operations import ENTRIES as TRITON_ENTRIES
+from prfl_bench.operations import Case, Entry, cases, empty
+from prfl_kernels import cuda_kernels
+from prfl_kernels.attention import (
+    cuda as attention_hopper,
+)
+from prfl_kernels.attention import (
+    fp8 as attention_fp8,
+)
+from prfl_kernels.attention import (
+    triton_kernels as attention_triton,
+)
+from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
+from prfl_kernels.reward_pool import op as reward_pool
+
+__all__ = ["absence", "collect"]
+
+# Operations of the Triton kernels that these kernels do.
+OPERATIONS = (
+    "modulate", "layer_norm", "gated_add", "qk_norm_rope", "rms_norm", "reward_pool", "attention",
+)  # fmt: skip
+
+
+class Argument(NamedTuple):
+    name: str
+    tensor: Tensor
+    read: int = 0  # bytes, every access of them
+    written: int = 0
+
+
+class Launch(NamedTuple):
+    source: str
+    kernel: str  # with its template arguments, as c++filt writes it
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    cluster: int
+    arguments: list[Argument]
+    tensor_flops: int = 0
+
+
+def _arguments(names: str, tensors: Iterable[Tensor | None], written: str, **times: float) -> list[Argument]:
+    """Of the tensors that are there: written ones once, the others read as often as `times` says, or once."""
+    return [
+        Argument(name, a, 0, a.nbytes) if name in written.split()
+        else Argument(name, a, int(times.get(name, 1) * a.nbytes))
+        for name, a in zip(names.split(), tensors, strict=True)
+        if a is not None
+    ]  # fmt: skip
+
+
+_TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16"}
+_TYPE = list(_TYPES.values())
+
+
+class Recorder:
+    """Stands for the compiled library: launches nothing, and keeps what would have been launched."""
+
+    reward_pool_queries, reward_pool_width, norm_width = 8, 5120, 5120
+
+    def __init__(self):
+        self.launches: list[Launch] = []
+
+    @staticmethod
+    def pool_geometry(batch: int, length: int, width: int, bf16: bool) -> tuple[int, int, int]:
+        """(blocks of a cluster, runs, bytes of shared memory), as reward_pool.cu and pool_tiles.h say."""
+        tokens, ranks = 32 if bf16 else 16, 8 if width > 1536 else 4
+        tiles, most = -(-length // tokens), max(1, 128 // ranks // batch)
+        run = -(-tiles // most) * tokens
+        columns, pairs = -(-width // (16 * ranks)) * 16, tokens * 8
+        ring = 4 * tokens * (columns * (2 if bf16 else 4) + 16)
+        return ranks, -(-length // run), ring + 4 * pairs * (8 + 2 * 8 + 2) + 4 * 8
+
+    def reward_pool_runs(self, batch: int, length: int, width: int, bf16: bool) -> int:
+        return self.pool_geometry(batch, length, width, bf16)[1]
+
+    def add_norm_runs(self, batch: int, length: int, width: int) -> int:
+        run = -(-length // max(1, (132 if width > 2560 else 396) // batch))
+        return -(-length // run)
+
+    def _pool(self, kernel: str, arguments: list[Argument], products: int, batch, length, width) -> None:
+        x = arguments[0].tensor
+        bf16 = x.dtype == torch.bfloat16
+        ranks, runs, shared = self.pool_geometry(batch, length, width, bf16)
+        name = f"{kernel}<{_TYPES[x.dtype]}, {5 if ranks == 8 else 3}>"
+        flops = 2 * batch * length * width * 8 * products
+        grid = (ranks * runs, batch, 1)
+        self.launches.append(Launch("reward_pool", name, grid, 256, shared, ranks, arguments, flops))
+
+    def reward_pool_forward(self, *given) -> None:
+        *tensors, batch, length, width, queries, _ = given
+        x, u, pooled, lse, scores, top, total, acc = tensors
+        bf16 = x.dtype == torch.bfloat16
+        runs = self.reward_pool_runs(batch, length, width, bf16)
+        kept = [a for a in _arguments(POOL_FORWARD, tensors, "scores top total acc", u=batch * runs)
+                if a.name not in ("pooled", "lse")]  # fmt: skip
+        self._pool("pool_forward", kept, 2 * (3 if bf16 else 6), batch, length, width)
+        blocks = -(-width // 1024)
+        # Every thread reads the maxima and sums of the runs, the maxima twice.
+        times = {"top": 2 * blocks * 256, "total": blocks * 256}
+        merged = _arguments("pooled lse top total acc", (pooled, lse, top, total, acc), "pooled lse", **times)
+        self.launches.append(Launch("reward_pool", "pool_merge", (blocks, queries, batch), 256, 0, 1, merged))
+
+    def reward_pool_backward(self, *given) -> None:
+        *tensors, batch, length, width, queries, _ = given
+        bf16 = tensors[0].dtype == torch.bfloat16
+        ranks, runs, _ = self.pool_geometry(batch, length, width, bf16)
+        # Two layouts of dpooled; every block of a cluster wants all scores of its tokens.
+        times = {"u": batch * runs, "dpooled": 2 * runs, "scores": ranks, "lse": ranks * runs * 256 // 8}
+        times["delta"] = times["lse"] = times["lse"] if bf16 else times["lse"] // 2
+        arguments = _arguments(POOL_BACKWARD, tensors, "dx part", **times)
+        made = {a.name for a in arguments}
+        products = (3 if bf16 else 6) * (1 + ("part" in made) + ("dx" in made)) + (3 if "dx" in made else 0)
+        products += 3 if "dx" in made and not bf16 else 0
+        self._pool("pool_backward", arguments, products, batch, length, width)
+
+    def _rows(self, source: str, kernel: str, arguments: list[Argument], blocks, batch, width) -> None:
+        grid, threads = (blocks, batch, 1), -(-width // 256) * 32
+        self.launches.append(Launch(source, kernel, grid, threads, 4 * 20 * 4, 1, arguments))
+
+    def add_norm_forward(self, *given) -> None:
+        *tensors, batch, length, width, _, _, branch, aligned, _ = given
+        tokens = {name: batch * length * width * 4 // a.nbytes
+                  for name, a in zip(NORM_FORWARD.split()[2:5], tensors[2:5], strict=True) if a is not None}
+        arguments = _arguments(NORM_FORWARD, tensors, "sum n quant mean rstd", **tokens)
+        types = f"{_TYPES[tensors[0].dtype]}, {_TYPE[branch]}, {_special(width, aligned)}"
+        kernel = f"add_norm_forward_kernel<{types}>"
+        self._rows("add_norm", kernel, arguments, length, batch, width)
+
+    def add_norm_backward(self, *given) -> None:
+        *tensors, batch, length, width, _, stream, branch, grad, aligned, _, _, _ = given
+        tokens = {name: batch * length * width * 4 // a.nbytes
+                  for name, a in zip(("gate", "scale"), tensors[4:6], strict=True) if a is not None}
+        threads = -(-width // 256) * 32
+        arguments = _arguments(NORM_BACKWARD, tensors, "dx dy part", mean=threads, rstd=threads, **tokens)
+        types = f"{_TYPE[stream]}, {_TYPE[branch]}, {_TYPE[grad]}, {_special(width, aligned)}"
+        runs = self.add_norm_runs(batch, length, width)
+        self._rows("add_norm", f"add_norm_backward_kernel<{types}>", arguments, runs, batch, width)
+
+    def _turned(self, tensors, batch: int, length: int, width: int) -> dict[str, float]:
+        """How often the tables are read: a value for every pair of every token."""
+        tables = {} if tensors[-1] is None else {"cos": tensors[-2], "sin": tensors[-1]}
+        return {name: batch * length * width * 2 / a.nbytes for name, a in tables.items()}
+
+    def qk_norm_rope_forward(self, *given) -> None:
+        *tensors, batch, length, width, places, _, aligned, _ = given
+        times = self._turned(tensors, batch, length, width)
+        times |= {"weight_q": batch * length, "weight_k": batch * length}
+        arguments = _arguments(QK_FORWARD, tensors, "out_q out_k quant_q quant_k rstd_q rstd_k", **times)
+        fits = aligned and (tensors[-1] is None or places[0] == 128)
+        kernel = f"qk_forward_kernel<{_TYPES[tensors[0].dtype]}, {_special(width, fits)}>"
+        self._rows("qk_norm_rope", kernel, arguments, length, batch, width)
+
+    def qk_norm_rope_backward(self, *given) -> None:
+        *tensors, batch, length, width, places, aligned, _ = given
+        times = self._turned(tensors, batch, length, width)
+        threads = -(-width // 256) * 32
+        times |= {"weight_q": batch * length, "weight_k": batch * length}
+        times |= {"rstd_q": threads, "rstd_k": threads}
+        if tensors[1] is None:
+            tensors[7] = None  # 1/rms of k is that of q there
+        arguments = _arguments(QK_BACKWARD, tensors, "out_q out_k part", **times)
+        fits = aligned and (tensors[-1] is None or places[0] == 128)
+        kernel = f"qk_backward_kernel<{_TYPES[tensors[0].dtype]}, {_special(width, fits)}>"
+        runs = self.add_norm_runs(batch, length, width)
+        self._rows("qk_norm_rope", kernel, arguments, runs, batch, width)
+
+    def solver_step(self, *given) -> None:
+        *tensors, batch, size, aligned, _ = given
+        blocks = -(-size // 2048)
+        threads = -(-size // 8) if aligned else blocks * 256
+        arguments = _arguments(SOLVER, tensors, "x_next x_c m_t", columns=threads)
+        kernel = f"solver_step_kernel<{_TYPES[tensors[4].dtype]}, {str(aligned).lower()}>"
+        self.launches.append(Launch("solver_step", kernel, (blocks, batch, 1), 256, 0, 1, arguments))
+
+    def attention_hopper_forward(self, *given) -> None:
+        *tensors, batch, queries, keys, heads, _, _ = given
+        self._attention("Bf16", "q k v out lse", tensors, (batch, queries, keys, heads))
+
+    def attention_hopper_fp8_forward(self, *given) -> None:
+        *tensors, batch, queries, keys, heads, _, _ = given
+        names = "q q_scale k k_scale v v_scale out lse"
+        self._attention("E4m3", names, tensors, (batch, queries, keys, heads))
+
+    def _attention(self, kind: str, names: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
+        """As attention_hopper.cu: a block has 128 queries; the two of a cluster read keys and values once."""
+        batch, queries, keys, heads = sizes
+        tiles, block, shared = -(-queries // 128), *ATTENTION_TILES[kind]
+        ranks = 2 if tiles % 2 == 0 or tiles > 32 else 1
+        columns = -(-tiles // ranks) * ranks
+        times = {"k": columns // ranks, "v": columns // ranks, "k_scale": columns}
+        # Four threads share a row; every consuming thread reads a quarter of v's scales.
+        times |= {"q_scale": 4, "v_scale": columns * 2 * 128 // 4}
+        arguments = _arguments(names, tensors, "out lse", **times)
+        flops = 4 * batch * heads * columns * 128 * -(-keys // block) * block * attention_hopper.HEAD_DIM
+        kernel, grid = f"attention_hopper_kernel<{kind}>", (columns, heads, batch)
+        self.launches.append(
+            Launch("attention_hopper", kernel, grid, 384, shared, ranks, arguments, flops)
+        )
+
+
+# Keys of a block, and bytes of shared memory.
+ATTENTION_TILES = {"Bf16": (176, 213072), "E4m3": (128, 168072)}
+
+
+def _special(width: int, aligned: bool) -> int:
+    return width if aligned and width in (1536, 5120) else 0
+
+
+@contextmanager
+def recording() -> Iterator[Recorder]:
+    """The launchers of the Triton kernels are those of the CUDA kernels, on a recorder."""
+    recorder = Recorder()
+    replaced = [
+        (cuda_kernels, "library", lambda: recorder),
+        (cuda_kernels, "_view", lambda a: a),
+        (add_norm, "forward", cuda_kernels.add_norm_forward),
+        (add_norm, "backward", cuda_kernels.add_norm_backward),
+        (norm_rope, "launch_forward", cuda_kernels.qk_norm_rope_forward),
+        (norm_rope, "launch_backward", cuda_kernels.qk_norm_rope_backward),
+        (reward_pool, "launch_forward", cuda_kernels.reward_pool_forward),
+        (reward_pool, "launch_backward", cuda_kernels.reward_pool_backward),
+        (attention_triton, "forward", attention_hopper.forward),
+        (attention_fp8, "launch_forward", attention_hopper.launch_forward_fp8),
+    ]  # fmt: skip
+    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    try:
+        yield recorder
+    finally:
+        for owner, name, value in plain:
+            setattr(owner, name, value)
+
+
+def _solver(s: Case) -> Iterable:
+    """The latent of 81 frames: 16 channels, 4 values of each a token."""
+    state = [empty(1, 64, s.length) for _ in range(4)]
+    velocity, columns = empty(1, 64, s.length, dtype=torch.bfloat16), empty(1, 9)
+    return *state, velocity, columns, *cuda_kernels.solver_step(*state, velocity, columns)
+
+
+# The backward of attention is Triton's.
+ENTRIES = (
+    *(entry for entry in TRITON_ENTRIES
+      if entry.op.startswith(OPERATIONS) and not (entry.kind == "attention" and "backward" in entry.op)),
+    Entry("solver_step", _solver, streams=(torch.bfloat16,)),
+)  # fmt: skip
+
+
+# What the copy engine moves, and no instruction of a thread.
+COPIED = {"reward_pool": ("x", "dx"), "attention_hopper": ("q", "k", "v", "k_scale", "out")}
+
+
+def _kernel(launch: Launch) -> dict:
+    """One launch as the ledger's other rows have it."""
+    code = compiled(launch.source)[launch.kernel]
+    blocks, limits = sass.occupancy(code["registers"], launch.threads, launch.shared)
+    arguments = [
+        {"name": a.name, "footprint": a.tensor.nbytes, "read": a.read, "written": a.written}
+        for a in launch.arguments
+    ]
+    rate = ledger_rows.DOT_RATES["fp8" if "QGMMA" in code["instructions"] else "16-bit"]
+    seconds = {"tensor cores": launch.tensor_flops / rate}
+    copied = COPIED.get(launch.source, ())
+    return ledger_rows.kernel(code, arguments, copied, launch.tensor_flops, seconds) | {
+        "kernel": launch.kernel.split("<")[0].removesuffix("_kernel"), "grid": list(launch.grid),
+        "threads": launch.threads, "cluster": launch.cluster, "shared": launch.shared, "blocks": blocks,
+        "limited_by": limits,
+    }  # fmt: skip
+
+
+def record(call: Callable[[], Iterable[Tensor | None]]) -> tuple[list[Tensor], list[Launch]]:
+    """(the inputs and outputs that call() returns, what it launches) on meta tensors."""
+    with recording() as recorder:
+        held = [a for a in call() if a is not None]
+    return list({id(a): a for a in held}.values()), recorder.launches
+
+
+def _row(entry: Entry, case: Case) -> dict:
+    held, launches = record(lambda: entry.call(case))
+    # torch adds the partial sums of the runs.
+    parts = [a.tensor for launch in launches for a in launch.arguments if a.name == "part"]
+    sums = sum(a.nbytes + a.nbytes // a.shape[1] for a in parts)
+    # It turns the scales of keys: filled, read and written.
+    turned = [a.tensor for launch in launches for a in launch.arguments if a.name == "k_scale"]
+    around = {"sum": sums, "copy": 3 * sum(a.nbytes for a in turned)}
+    kernels = [_kernel(launch) for launch in launches]
+    return ledger_rows.operation(entry, case, sum(a.nbytes for a in held), kernels, around)
+
+
+def collect(quick: bool) -> list[dict]:
+    """Rows like those of ledger.collect, of every operation and shape; quick: at 32,760 tokens alone."""
+    sources = ("attention_hopper", "add_norm", "qk_norm_rope", "reward_pool", "solver_step")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compiled, sources))
+    return [_row(entry, case) for entry, case in cases(quick, ENTRIES)]

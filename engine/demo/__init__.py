@@ -1,0 +1,1 @@
+"""The whole job on real video, on a laptop."""

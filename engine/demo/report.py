@@ -1,0 +1,182 @@
+"""The demo's report: one HTML file with plots and animations, and the same numbers as JSON."""
+
+import base64
+import html
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from prfl_engine.media.video import pixels, write_animation
+from prfl_engine.metrics import read_metrics
+
+COLORS = {"before": "#8a8f98", "control": "#d98c2b", "PRFL": "#2268b3"}
+SHOWN = 6  # seeds in the animation
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+       color: #1c2733 }
+h1, h2 { line-height: 1.2 } img { max-width: 100% } .plots img { width: 100% }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .3rem .9rem; text-align: right;
+       border-bottom: 1px solid #d9dee4 } td:first-child, th:first-child { text-align: left }
+"""
+
+
+def write_report(out: Path, numbers: dict) -> Path:
+    """Write report.html, report.json, plots (.png) and the animation (.webp) to `out`."""
+    out = Path(out)
+    videos = numbers.pop("videos")
+    (out / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    pictures = [
+        _plot(out / "accuracy.png", lambda ax: _accuracy(ax, numbers)),
+        _plot(out / "reward.png", lambda ax: _reward(ax, numbers)),
+        _plot(out / "seeds.png", lambda ax: _seeds(ax, numbers), columns=2),
+        _plot(out / "training.png", lambda ax: _training(ax, out), columns=3),
+    ]
+    animation = out / "samples.webp"
+    _animate(animation, videos, numbers["captions"])
+    page = out / "report.html"
+    page.write_text(_page(numbers, pictures, animation))
+    return page
+
+
+def _plot(path: Path, draw, columns: int = 1) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((4.2 * columns + 2.4 * (columns == 1), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns)
+    draw(axes)
+    for ax in [axes] if columns == 1 else axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _accuracy(ax, numbers: dict) -> None:
+    found = numbers["reward_accuracy"]
+    values: list[float] = []
+    for offset, (name, color) in enumerate([("learned", "#2268b3"), ("hand-made", "#b9bec6")]):
+        values = list(found[name].values())
+        x = [i + 0.38 * offset for i in range(len(values))]
+        bars = ax.bar(x, values, 0.36, color=color, label=f"{name} (mean {_mean(values):.3f})")
+        ax.bar_label(bars, [f"{v:.2f}" for v in values], fontsize=8)
+    ax.set_xticks([i + 0.19 for i in range(len(values))], [f"t = {t}" for t in found["learned"]])
+    ax.axhline(0.5, color="#555", lw=0.8, ls=":")
+    ax.set(ylim=(0.4, 1.05), ylabel="held-out accuracy", title="Clean or corrupted motion?")
+    ax.legend(frameon=False, loc="upper right")
+
+
+def _reward(ax, numbers: dict) -> None:
+    for name, found in numbers["models"].items():
+        by_t = found["reward_by_timestep"]
+        label = f"{name} (mean {found['reward']:.3f})"
+        ax.plot(list(map(float, by_t)), list(by_t.values()), "o-", color=COLORS[name], label=label)
+    ax.set(xlabel="timestep at which the sample is scored", ylabel="mean reward on held-out seeds",
+           ylim=(0, 1.03), title="Reward of samples")  # fmt: skip
+    ax.legend(frameon=False)
+
+
+def _seeds(axes, numbers: dict) -> None:
+    seeds, tests = numbers["per_seed"], numbers["tests"]["PRFL against control"]
+    for ax, key, better in zip(axes, ("reward", "distance"), ("above", "below"), strict=True):
+        x, y = seeds["control"][key], seeds["PRFL"][key]
+        ax.scatter(x, y, s=14, color=COLORS["PRFL"], alpha=0.7)
+        top = 1.05 * max(*x, *y)
+        ax.plot([0, top], [0, top], color="#555", lw=0.8, ls=":")
+        ax.set(xlabel=f"{key}, control", ylabel=f"{key}, PRFL",
+               title=f"{key.capitalize()} per seed ({better} the line: better), "
+                     f"p = {tests[key + '_p']:.1g}")  # fmt: skip
+        ax.title.set_fontsize(9)
+
+
+def _training(axes, out: Path) -> None:
+    curves = (
+        ("pretrain", "train/sft_loss", "Pre-training: flow matching"),
+        ("reward", "train/loss", "Reward model: cross-entropy"),
+        ("prfl", "train/reward", "PRFL: reward of graded steps"),
+    )
+    for ax, (folder, key, title) in zip(axes, curves, strict=True):
+        records = [r for r in read_metrics(out / folder) if key in r["values"]]
+        ax.plot([r["step"] for r in records], [r["values"][key] for r in records], lw=1)
+        ax.set(xlabel="optimizer step", title=title)
+
+
+def _animate(path: Path, videos: dict[str, Tensor], captions: list[str]) -> None:
+    chosen = [i * len(captions) // SHOWN for i in range(SHOWN)]
+    cells = [pixels(video[i]) for video in videos.values() for i in chosen]
+    labels = [captions[i] if name.startswith("real") else name for name in videos for i in chosen]
+    write_animation(path, cells, [label[:22] for label in labels], columns=SHOWN, scale=3, fps=8)
+
+
+def _page(numbers: dict, pictures: list[Path], animation: Path) -> str:
+    accuracy, seconds = numbers["reward_accuracy"], numbers["seconds"]
+    low = [t for t in accuracy["learned"] if float(t) <= 600]
+    mean_low = {name: _mean([a[t] for t in low]) for name, a in accuracy.items()}
+    test = numbers["tests"]
+    rows = [
+        [name, f"{m['reward']:.3f}", f"{m['distance']:.3f}", f"{m['unsteadiness']:.3f}", f"{m['jerk']:.4f}"]
+        for name, m in numbers["models"].items()
+    ]
+    clean = numbers["clean"]
+    rows.append(["held-out clean video", "", "", f"{clean['unsteadiness']:.3f}", f"{clean['jerk']:.4f}"])
+    tests = [
+        [name, f"{t['reward_gain']:+.3f}", f"{t['reward_p']:.2g}", f"{-t['distance_gain']:+.3f}",
+         f"{t['distance_p']:.2g}"]
+        for name, t in test.items()
+    ]  # fmt: skip
+    stages = [[name, f"{s:.0f} s"] for name, s in seconds.items()]
+    names = list(accuracy["learned"])
+    table = [
+        [name, *(f"{a[t]:.3f}" for t in names), f"{mean_low[name]:.3f}"]
+        for name, a in accuracy.items()
+    ]
+    steps = numbers["settings"]
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>PRFL demo</title><style>{STYLE}</style>
+<h1>Process reward feedback learning on real video</h1>
+<p>A tiny Wan transformer was pre-trained on windows of real clips, half of them with broken motion
+({steps["pretrain"]} steps); its blocks became a reward model that tells clean from broken on
+<em>noisy latents</em> ({steps["reward"]} steps); its reward was propagated back through single
+denoising steps into the generator ({steps["prfl"]} updates). No pixel was decoded in training.
+The control had the same data, seeds and number of updates, with the flow-matching loss only.</p>
+<h2>A real window, and samples of its prompt: before, control, PRFL</h2>
+{_image(animation)}
+<h2>Generators, on {steps["seeds"]} held-out seeds</h2>
+{_table(["", "reward", "distance", "unsteadiness", "jerk"], rows)}
+<p><em>Reward</em>: mean over the timesteps below 1000 of the reward of the noised sample.
+<em>Distance</em>, which nothing was trained on: |log(U / U clean)|, U the unsteadiness of the decoded
+video (its mean absolute
+second difference in time, the jerk, over its mean absolute first difference), U clean the median over
+held-out clean windows of the same prompt; smaller is better. Jerk alone also grows with the amount of
+motion.</p>
+{_table(["paired permutation test", "reward", "p", "distance", "p"], tests)}
+<h2>Reward model, on held-out windows</h2>
+{_table(["accuracy", *(f"t = {t}" for t in names), "mean of t ≤ 600"], table)}
+<p>Both classes hold the same windows; those that hardly move are left out of both. Held-out windows come from
+frames of the same shots that training never saw; the ends of the shots that are held out were chosen so
+that slow and fast motion is on both sides. Hand-made: one logistic regression per timestep on the
+temporal differences of the same noisy latents. At t = 1000 the input is noise alone and 0.5 is all
+there is.</p>
+<div class="plots">{"".join(_image(p) for p in pictures)}</div>
+<h2>Time</h2>
+{_table(["stage", "wall time"], stages)}
+</html>
+"""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+    return "<table>" + line(head, "th") + "".join(line(r, "td") for r in rows) + "</table>"
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{path.stem}" src="data:image/{path.suffix[1:]};base64,{data}">'
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

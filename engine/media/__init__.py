@@ -1,0 +1,1 @@
+"""Latent codec and video files of the demo."""

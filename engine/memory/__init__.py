@@ -1,0 +1,1 @@
+"""What blocks save for the backward: on the device, on the host, or recomputed."""

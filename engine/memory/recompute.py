@@ -1,0 +1,349 @@
+"""What a transformer block keeps for its backward: an explicit policy, and the run of a block under it.
+
+The intermediates of a block, in the order in which they are made (L tokens, C width, F ffn width, H heads):
+
+    input              the residual stream before the block                            L C of the stream
+    normed             what the projections of self-attention read                     L C
+    projections        q and k before their norm, v                                  3 L C
+    rotated            q and k after norm and rotation                               2 L C
+    attention          output of self-attention and its log-sum-exp                    L C + L H float32
+    after_attention    the residual stream behind self-attention                       L C of the stream
+    cross_normed       what the queries of cross-attention read                        L C
+    cross_projections  those queries before their norm                                 L C
+    cross_queries      and behind it                                                   L C
+    cross_attention    output of cross-attention and its log-sum-exp                   L C + L H float32
+    after_cross        the residual stream behind cross-attention                      L C of the stream
+    ffn_normed         what the FFN reads                                              L C
+    hidden             its hidden layer before the GELU                                L F
+
+Each is kept on the device, put away on the host, or computed again in the backward, the input excepted.
+One autograd graph of three operations is made once. What these save is found by its storage or its
+place, and in the graph stands something that is looked up when the backward asks for it. Branches make
+their inner parts again by themselves; a stream that is neither kept nor put away is made again by running
+the branch before it once more, which is then also where the inner parts of that branch come from. So
+unlike a checkpoint of the whole block the FFN, which comes last, is never run again for a result that
+nobody reads.
+
+A user's own torch.utils.checkpoint around a Block works too, with selective contexts as well: a policy sees
+torch.ops.prfl.modulated_attention, cross_attention and modulated_ffn, and what it saves is not run again
+(attention is inside of these; torch.ops.prfl.attention is seen where it is called alone).
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from prfl_engine.config import ModelConfig
+from prfl_engine.errors import UserError
+from prfl_engine.memory.host import Away, store_of
+from prfl_engine.model.layers import Block
+from prfl_engine.model.wan import RunBlocks, plain_blocks
+from prfl_kernels.qk_norm_rope.rope import Grid
+from prfl_kernels.sublayers import cross_attention, self_attention
+from prfl_kernels.sublayers import ffn as modulated_ffn
+
+# Inner parts of each branch: our name, the branch's own name, and how many tensors it saves for it, as they
+# end the list of what the branch saves.
+INNER = {
+    "attend": [(name, name, count) for name, count in self_attention.KEPT.items()],
+    "cross": [
+        ("cross_" + name, name, count) if name != "attention" else ("cross_attention", name, count)
+        for name, count in cross_attention.KEPT.items()
+    ],
+    "feed": [("hidden", "hidden", 1), ("ffn_normed", "normed", 1)],
+}
+STREAM = ("input", "after_attention", "cross_normed", "after_cross")
+NAMES = (*STREAM, *(name for parts in INNER.values() for name, _, _ in parts))
+MODES = ("none", "full", "attention")
+
+
+class Keeps(NamedTuple):
+    """What each branch of a block keeps: a mode, or names of its own parts."""
+
+    attend: str | Collection[str]
+    cross: str | Collection[str]
+    feed: str | Collection[str]
+
+
+@dataclass(frozen=True)
+class BlockPolicy:
+    """Which intermediates of a block stay on the device and which wait on the host; the others are made
+    again. `again` is what a branch that is run again keeps until its own backward: a mode of the branches."""
+
+    keep: frozenset[str]
+    offload: frozenset[str] = frozenset()
+    again: str = "all"
+
+    def __post_init__(self):
+        for field in ("keep", "offload"):
+            names = frozenset(getattr(self, field))
+            object.__setattr__(self, field, names)
+            for name in sorted(names - set(NAMES)):
+                raise ValueError(f"{field}: got {name!r}, want some of {', '.join(NAMES)}")
+        for name in sorted(self.keep & self.offload):
+            raise ValueError(f"offload: got {name!r}, which keep names too, want it in one of them")
+        if "input" not in self.held:
+            raise ValueError("keep: got no input, want it in keep or offload: it cannot be computed again")
+
+    @cached_property
+    def held(self) -> frozenset[str]:
+        """What is not computed again."""
+        return self.keep | self.offload
+
+    @cached_property
+    def keeps(self) -> Keeps:
+        """What the branches hold when they are run first."""
+        return Keeps(*(tuple(o for n, o, _ in parts if n in self.held) for parts in INNER.values()))
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the branches alone can do all of it: nothing moves, and no stream is made again."""
+        return not self.offload and self.keep >= set(STREAM)
+
+    def staying(self) -> "BlockPolicy":
+        """The same with everything on the device: for the last block, whose backward comes at once."""
+        return BlockPolicy(self.held, again=self.again)
+
+
+def named(mode: str, keep: str = "all") -> BlockPolicy:
+    """The policy of a mode. none: what `keep` (a mode of the branches) keeps, and the streams; full: the
+    input alone; attention: the output and log-sum-exp of self-attention too. ValueError for another."""
+    if mode not in MODES:
+        raise ValueError(f"recompute: got {mode!r}, want one of {', '.join(MODES)}")
+    if mode == "none":
+        modes = self_attention.KEEP, cross_attention.KEEP, modulated_ffn.KEEP
+        parts = zip(INNER.values(), (m[keep] for m in modes), strict=True)
+        inner = {name for names, kept in parts for name, own, _ in names if own in kept}
+        return BlockPolicy(frozenset({*STREAM, *inner}), again=keep)
+    return BlockPolicy({"input"} if mode == "full" else {"input", "attention"}, again=keep)
+
+
+def of_config(model: ModelConfig) -> BlockPolicy:
+    """The policy that model.recompute and model.keep ask for; that of "none" for auto:GB, which the planner
+    replaces. Raises UserError for names that are none."""
+    if isinstance(model.recompute, str):
+        return named("none" if model.budget is not None else model.recompute, model.keep)
+    try:
+        return BlockPolicy(model.recompute.keep, model.recompute.offload, again=model.keep)
+    except ValueError as error:
+        raise UserError(f"model.recompute: {error}") from None
+
+
+def run_under(
+    policies: BlockPolicy | Sequence[BlockPolicy], watch: Callable[[], Callable[[Tensor], None]] | None = None
+) -> RunBlocks:
+    """A way to run blocks with gradient: each under a policy of its own, or all under one.
+
+    The last block offloads nothing: its backward comes first. What a block offloads has left the device when
+    the forward of the next block is over. The backward of a block starts to bring back what the block before
+    it has offloaded. watch is called when blocks begin to run, and what it returns is called with the tokens
+    before every block and after the last. Without gradient the blocks run plainly.
+    """
+
+    def run(
+        blocks: Sequence[Block], tokens: Tensor, e: Tensor, context: Tensor, repeats: int, grid: Grid
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            return plain_blocks(blocks, tokens, e, context, repeats, grid)
+        found = [policies] * len(blocks) if isinstance(policies, BlockPolicy) else policies[: len(blocks)]
+        found = [*found[:-1], *(policy.staying() for policy in found[-1:])]
+        border = None if watch is None else watch()
+        before, store = None, store_of(tokens.device) if any(policy.offload for policy in found) else None
+        for block, policy in zip(blocks, found, strict=True):
+            if border is not None:
+                border(tokens)
+            lots, this = store.lots if store is not None else 0, Run(policy, before)
+            tokens = block(tokens, e, context, repeats, grid, this)
+            before = this if this.active else None
+            if store is not None:
+                store.settle(store.lots - lots)
+        if border is not None:
+            border(tokens)
+        return tokens
+
+    return run
+
+
+class _Slot:
+    """Stands in the graph for a tensor that an operation saved."""
+
+    __slots__ = ("run", "branch", "index", "name", "value", "view")
+
+    def __init__(self, run: "Run", branch: str, index: int, value: Tensor):
+        self.run, self.branch, self.index, self.name, self.value = run, branch, index, "", value
+        self.view = value.shape, value.stride()
+
+
+def _unpack(slot: "_Slot | Tensor") -> Tensor:
+    return slot.run.get(slot) if isinstance(slot, _Slot) else slot
+
+
+class Run:
+    """The run of one block under a policy (a `BlockRun`), and its part in the backward; it lives in the
+    block's graph."""
+
+    def __init__(self, policy: BlockPolicy, before: "Run | None" = None):
+        """before: the run of the block before, whose offloaded tensors this one starts to bring back."""
+        self.policy, self.before, self.active = policy, before, False
+
+    def __call__(
+        self, block: Block, x: Tensor, e: Tensor, context: Tensor, repeats: int, grid: Grid
+    ) -> Tensor:
+        """x' [B, L, C]. A block without a backward, frozen and after nothing trained, saves nothing."""
+        if self.policy.plain or not any(a.requires_grad for a in (x, e, context, *block.parameters())):
+            return block.compute(x, e, context, repeats, grid, self.policy.keeps)
+        self.active, self.block, self.grid, self.context, self.repeats = True, block, grid, context, repeats
+        self.vectors = block.vectors(e)
+        # No tensor here has a graph: that of this block would hold itself.
+        self.streams: dict[str, Tensor | Away] = {"input": x.detach()}
+        # What takes gradient decides what layers save, so a branch that is run again asks for no more.
+        self.graded = {"attend": x.requires_grad}
+        self.attention: list[Tensor | Away] = []  # output and log-sum-exp of self-attention, where held
+        self.again: dict[tuple[str, int], Tensor] = {}  # what a branch run again has saved
+        self.made: dict[str, Tensor] = {}  # streams made again
+        self.away: list[Away] = []
+        known = (context, *self.vectors, *block.parameters())
+        self._known = {a.untyped_storage()._cdata for a in known}
+        held = self.policy.held
+        self.reruns = {"attend": "after_attention" not in held, "feed": False}
+        # Layers that run one by one keep everything: where nothing is to be kept, they are run again.
+        whole = block.cross_attn.fused or any(name in held for name, _, _ in INNER["cross"])
+        self.reruns["cross"] = "after_cross" not in held or not whole
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """The block's result; what it leaves behind is kept, put away or forgotten branch by branch."""
+        keeps = self.policy.keeps
+        (after, n, _), slots = self._watched("attend", self._attend, x, keeps.attend)
+        self.graded["cross"] = n.requires_grad
+        self.streams |= {"after_attention": after.detach(), "cross_normed": n.detach()}
+        places = {a.untyped_storage()._cdata: name for name, a in self.streams.items()}
+        self._settle("attend", slots, places)
+        self.attention = [s.value for s in slots if s.name == "attention" and s.value is not None]
+        y, slots = self._watched("cross", self._cross, n, keeps.cross)
+        self._settle("cross", slots, places)
+        del n
+        self.streams = {k: a for k, a in self.streams.items() if k in self.policy.held}
+        out, slots = self._watched("feed", self.block.feed, after, y, self.vectors, keeps.feed)
+        self._settle("feed", slots, {})
+        return out
+
+    def _attend(self, x, keep, attention=None):
+        return self.block.attend(x, self.vectors, self.grid, keep, attention)
+
+    def _cross(self, n, keep):
+        return self.block.cross_attn(n, self.context, self.repeats, keep)
+
+    def _watched(self, branch: str, call: Callable, *arguments) -> tuple:
+        """(what a branch returns, a slot for everything that its graph saves)."""
+        slots: list[_Slot] = []
+
+        def pack(a: Tensor) -> "_Slot | Tensor":
+            if a.untyped_storage()._cdata in self._known:
+                return a
+            slots.append(_Slot(self, branch, len(slots), a.detach()))
+            return slots[-1]
+
+        with saved_tensors_hooks(pack, _unpack):
+            made = call(*arguments)
+        tail = [name for name, _, count in INNER[branch] for _ in range(count)]
+        if branch == "cross" and not self.block.cross_attn.fused:
+            tail = []  # what layers save has no names
+        if branch == "feed" and slots:
+            slots[0].name = "after_cross"
+        for slot, name in zip(reversed(slots), reversed(tail), strict=False):
+            slot.name = name
+        return made, slots
+
+    def _settle(self, branch: str, slots: list[_Slot], places: dict[int, str]) -> None:
+        """Keep, put away or forget what a branch has saved; places: the streams by their storage."""
+        held, offload, leaving = self.policy.held, self.policy.offload, []
+        for slot in slots:
+            if slot.value.numel():
+                slot.name = places.get(slot.value.untyped_storage()._cdata, slot.name)
+            if slot.name == "after_cross" and slot.name in held:
+                self.streams[slot.name] = slot.value
+            forgotten = slot.name not in held or not slot.value.numel()
+            if slot.name in STREAM or (self.reruns[branch] and forgotten):
+                slot.value = None
+            elif slot.name in offload and slot.value.numel():
+                leaving.append(slot)
+        streams = [k for k in self.streams if k in offload and isinstance(self.streams[k], Tensor)]
+        if not leaving and not streams:
+            return
+        store = store_of(self.context.device)
+        away = store.put([*(slot.value for slot in leaving), *(self.streams[k] for k in streams)])
+        for slot, a in zip(leaving, away, strict=False):
+            slot.value = a
+        self.streams |= dict(zip(streams, away[len(leaving) :], strict=True))
+        self.away += away
+
+    def fetch(self) -> None:
+        """Start to bring back what is on the host."""
+        for a in self.away:
+            a.fetch()
+        self.away = []
+
+    def get(self, slot: _Slot) -> Tensor:
+        """What `slot` stands for, when the backward asks."""
+        self.fetch()
+        if self.before is not None:
+            self.before.fetch()
+            self.before = None
+        if slot.name in STREAM:
+            stream = self._stream(slot.name)
+            self.made.pop(slot.name, None)  # the last to ask
+            return stream if stream.shape == slot.view[0] else stream.as_strided(*slot.view)
+        if slot.value is not None:
+            return _here(slot.value)
+        key = slot.branch, slot.index
+        if key not in self.again:
+            self._again(slot.branch)
+        return self.again.pop(key)
+
+    def _stream(self, name: str) -> Tensor:
+        if name in self.streams:
+            return _here(self.streams[name])
+        if name == "cross_normed" and "after_attention" in self.streams:
+            return self.block.cross_input(self._stream("after_attention")).detach()
+        if name == "after_cross":
+            if "cross" not in self.made:
+                self._again("cross")
+            x = self._stream("after_attention")
+            return (x + self.made.pop("cross")).to(x.dtype)
+        if name not in self.made:
+            self._again("attend")
+        return self.made[name]
+
+    def _again(self, branch: str) -> None:
+        """Run a branch once more for what it saves and returns."""
+        found: list[Tensor] = []
+
+        def pack(a: Tensor) -> int:
+            if a.untyped_storage()._cdata not in self._known:
+                found.append(a.detach())  # a result comes with its graph, which holds this function
+            return 0  # nothing asks: this graph is never run
+
+        # Before the watch begins: what cross-attention reads may have to be made, by a norm that saves too.
+        x = self._stream("input" if branch == "attend" else "cross_normed").detach()
+        x.requires_grad_(self.graded[branch])
+        with torch.enable_grad(), saved_tensors_hooks(pack, _unpack):
+            if branch == "attend":
+                given = [_here(a) for a in self.attention] or None
+                made = self._attend(x, self.policy.again, given)
+                self.made |= {"after_attention": made.x.detach(), "cross_normed": made.n.detach()}
+            else:
+                self.made["cross"] = self._cross(x, self.policy.again).detach()
+        streams = {a.untyped_storage()._cdata for a in (x, *self.made.values())}
+        self.again |= {
+            (branch, i): a for i, a in enumerate(found) if a.untyped_storage()._cdata not in streams
+        }
+
+
+def _here(a: Tensor | Away) -> Tensor:
+    return a.get() if isinstance(a, Away) else a

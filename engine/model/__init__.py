@@ -1,0 +1,1 @@
+"""The Wan transformer, the reward model, their adapters and files."""

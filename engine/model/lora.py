@@ -1,0 +1,224 @@
+"""LoRA: low-rank updates of linear layers, trained in place of the weights.
+
+    y = W x + b + (alpha / r) B A x          W [N, K] frozen, A [r, K], B [N, r] in float32
+
+Every layers.Linear of a transformer can have one. In self-attention and FFN, A and B go into the fused
+branches: two thin products more, no gradient of W, and nothing kept that a trained W would not keep
+(prfl_kernels.sublayers.products). B begins as zero, A as PEFT draws it. All other parameters, modulation and norms
+included, are frozen. Source: Hu et al. 2021, arXiv 2106.09685. Files: prfl_engine.model.lora_files.
+"""
+
+import math
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prfl_engine.config import LoraConfig
+from prfl_engine.errors import UserError, check
+from prfl_engine.files import atomic_folder
+from prfl_engine.model.checkpoint import load_transformer, save_transformer
+from prfl_engine.model.layers import Linear
+from prfl_engine.model.lora_files import read, write_peft, write_shared
+from prfl_engine.model.wan import WanTransformer
+from prfl_engine.seeds import Purpose, torch_seed
+from prfl_kernels.sublayers.products import LowRank
+
+
+def linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, Linear]:
+    """The linear layers whose name is a target or ends with one after a dot, as PEFT matches them.
+
+    UserError for a target that no layer has.
+    """
+    found: dict[str, Linear] = {}
+    for target in targets:
+        hits = {
+            name: m for name, m in model.named_modules()
+            if isinstance(m, Linear) and (name == target or name.endswith(f".{target}"))
+        }  # fmt: skip
+        if not hits:
+            raise UserError(f"lora.targets: got {target!r}, want the end of a linear layer's name")
+        found |= hits
+    return found
+
+
+def attach(model: WanTransformer, config: LoraConfig, seed: int = 0) -> WanTransformer:
+    """Freeze the model and give the layers of lora.targets their updates, which are zero. Returns it."""
+    i2v_only = set() if model.config.image else {"k_img", "v_img"}
+    layers = linears(model, tuple(t for t in config.targets if t not in i2v_only))
+    for name, m in layers.items():
+        most = max(m.in_features, m.out_features)
+        check(config.rank <= most, "lora.rank", config.rank, f"at most {most}, the width of {name}")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(torch_seed(Purpose.LORA, seed))
+    for m in layers.values():
+        bound = 1 / math.sqrt(m.in_features)  # PEFT: kaiming_uniform_ with a = sqrt(5)
+        down = (2 * torch.rand(config.rank, m.in_features, generator=generator) - 1) * bound
+        _set(m, down.to(m.weight.device), m.weight.new_zeros(m.out_features, config.rank).float())
+        m.lora_scale = (config.rank if config.alpha is None else config.alpha) / config.rank
+    return model
+
+
+def _set(m: Linear, down: Tensor, up: Tensor) -> None:
+    m.lora_A, m.lora_B = nn.Parameter(down), nn.Parameter(up)
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """A and B of every layer by their names in the model."""
+    return {k: p for k, p in model.named_parameters() if k.rpartition(".")[2] in ("lora_A", "lora_B")}
+
+
+def updates(model: nn.Module) -> dict[str, LowRank]:
+    """The update of every layer that has one."""
+    return {name: m.low for name, m in _attached(model).items()}
+
+
+def named(updates: dict[str, LowRank]) -> dict[str, Tensor]:
+    """The A and B that `read` gives under the names of `parameters`."""
+    parts = "lora_A", "lora_B"
+    return {f"{k}.{part}": a for k, low in updates.items() for part, a in zip(parts, low[:2], strict=True)}
+
+
+def save(model: WanTransformer, folder: Path) -> None:
+    """Write the adapter as PEFT does, and as ComfyUI and diffusers read it."""
+    write_peft(updates(model), folder)
+    write_shared(updates(model), folder)
+
+
+def start(model: WanTransformer, config: LoraConfig, seed: int, resume: Path | None) -> None:
+    """Attach updates with the values of the adapter `resume`, or else of lora.path, or else zero."""
+    attach(model, config, seed)
+    if (adapter := resume or config.path) is not None:
+        load(model, adapter)
+
+
+def check_path(config: LoraConfig) -> None:
+    """UserError for an adapter that a training would not use."""
+    check(
+        config.rank > 0 or config.path is None, "lora.path", config.path,
+        "null with lora.rank 0, which trains the weights (prfl merge-lora adds an adapter to them)",
+    )  # fmt: skip
+
+
+def load(model: WanTransformer, path: str | Path) -> WanTransformer:
+    """Set the updates of an attached model to those of an adapter. Returns the model.
+
+    UserError unless both have the same layers, shapes and scales; but layers that the adapter's patterns name
+    get its ranks and scales.
+    """
+    updates, own = read(path)
+    return _fill(model, path, updates, updates.keys() - own)
+
+
+def apply(model: WanTransformer, path: str | Path) -> WanTransformer:
+    """Freeze the model and give it the updates of an adapter, whatever its layers and ranks. Returns it."""
+    updates, _ = read(path)
+    targets = tuple(_updated(model, updates, path))
+    return _fill(attach(model, LoraConfig(1, targets=targets)), path, updates, ())
+
+
+def _fill(
+    model: WanTransformer, path: str | Path, updates: dict[str, LowRank], fixed: Collection[str]
+) -> WanTransformer:
+    """`load`; the layers `fixed` keep the ranks and scales that they have."""
+    attached = _attached(model)
+    if updates.keys() != attached.keys():
+        name = min(updates.keys() ^ attached.keys())
+        side = "has an update that lora.targets does not name" if name in updates else "has no update"
+        raise UserError(f"{path}: {name} {side}")
+    for name, m in attached.items():
+        down, up, scale = updates[name]
+        rank = len(m.lora_A if name in fixed else down)
+        got, want = [tuple(down.shape), tuple(up.shape)], [(rank, m.in_features), (m.out_features, rank)]
+        if got != want:
+            raise UserError(f"{path}: {name} has A {got[0]} and B {got[1]}, want {want[0]} and {want[1]}")
+        if name not in fixed:
+            m.lora_scale = scale
+        elif not math.isclose(scale, m.lora_scale, rel_tol=1e-6):
+            raise UserError(f"{path}: alpha / r is {scale:g}, want {m.lora_scale:g} (lora.alpha, lora.rank)")
+        _set(m, down.to(m.lora_A), up.to(m.lora_B))
+    return model
+
+
+def _attached(model: nn.Module) -> dict[str, Linear]:
+    """The layers with updates."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.low is not None}
+
+
+@torch.no_grad()
+def merge(model: WanTransformer, path: str | Path) -> WanTransformer:
+    """Add the updates of an adapter to the weights, in float32. Returns the model.
+
+    UserError for an update of a layer that the model lacks or of another shape.
+    """
+    return _merge(model, read(path)[0], path)
+
+
+def _merge(model: WanTransformer, updates: dict[str, LowRank], path: str | Path) -> WanTransformer:
+    for name, m in _updated(model, updates, path).items():
+        m.weight.copy_(_sum(m.weight, updates[name]))
+    return model
+
+
+def _updated(model: WanTransformer, updates: dict[str, LowRank], path: str | Path) -> dict[str, Linear]:
+    """The layers that updates are for; UserError where the model lacks one, or has it in another shape."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear)}
+    for name, low in updates.items():
+        if name not in layers:
+            raise UserError(f"{path}: {name} is no linear layer of the model")
+        got, want = [len(low.up), low.down.shape[1]], list(layers[name].weight.shape)
+        if got != want:
+            raise UserError(f"{path}: {name} updates {got}, want {want}")
+    return {name: layers[name] for name in updates}
+
+
+def _sum(weight: Tensor, low: LowRank) -> Tensor:
+    """The float32 weight with its update."""
+    down, up = (a.to(weight.device, torch.float32) for a in low[:2])
+    return weight.float().addmm(up, down, alpha=low.scale)
+
+
+@contextmanager
+@torch.no_grad()
+def merged(model: WanTransformer) -> Iterator[None]:
+    """Inside a with block the model's parameters are on the CPU in float32, with the updates in the weights;
+    after it they are what they were, the same objects."""
+    before = [(m, dict(m.named_parameters(recurse=False))) for m in model.modules()]
+    for m, own in before:
+        weights = {name: p for name, p in own.items() if name not in ("lora_A", "lora_B")}
+        if len(weights) < len(own):
+            weights["weight"] = _sum(m.weight, m.low)
+            m.lora_A = m.lora_B = None
+        for name, a in weights.items():
+            setattr(m, name, nn.Parameter(a.detach().to("cpu", torch.float32), requires_grad=False))
+    try:
+        yield
+    finally:
+        for m, own in before:
+            for name, p in own.items():
+                setattr(m, name, p)
+
+
+@torch.no_grad()
+def merge_folders(base: str | Path, adapter: str | Path, out: str | Path) -> None:
+    """Write the generator of the folder `base` with an adapter merged to `out`, which must not exist yet; in
+    float32, since most of an update is below the last bit of a bfloat16 weight.
+
+    UserError for values that are not finite, too; then nothing is written.
+    """
+    out = Path(out)
+    if os.path.lexists(out):
+        raise UserError(f"--out: {out} exists, want a new folder")
+    above = next(p for p in out.absolute().parents if os.path.lexists(p))
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"--out: {above} is no folder that can be written to")
+    updates, _ = read(adapter)
+    model = _merge(load_transformer(base, torch.float32), updates, adapter)
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise UserError(f"{base}: {name} has values that are not finite")
+    with atomic_folder(out) as folder:
+        save_transformer(model, folder)

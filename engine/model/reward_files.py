@@ -1,0 +1,86 @@
+"""Which files make up a reward model, and what their weights do not say about it.
+
+Beside the official three files (transformer, query_attention, mlp) lies reward.json with num_heads,
+feature_layer, return_type and the step of training. An official folder has none and is read all the same.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from prfl_engine.errors import UserError, check
+from prfl_engine.inputs import read_json
+from prfl_engine.model.reward import RewardModel
+
+SETTINGS = "reward.json"
+OFFICIAL = {"num_heads": 8, "feature_layer": 8, "return_type": "query"}
+
+
+def write_settings(model: RewardModel, folder: Path, step: int) -> None:
+    """Write reward.json of a model."""
+    values = {
+        "num_heads": model.pool.multihead_attn.num_heads,
+        "feature_layer": model.feature_layer,
+        "return_type": "query" if model.pool.add_query else None,
+        "step": step,
+    }
+    (folder / SETTINGS).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The values of a folder's reward.json; {} where there is none. UserError for values that cannot be."""
+    path = folder / SETTINGS
+    if not os.path.lexists(path):
+        return {}
+    values = read_json(path, "the settings of a reward model")
+    for name, least in (("num_heads", 1), ("feature_layer", 1), ("step", 0)):
+        value = values.get(name, least)
+        check(type(value) is int and value >= least, f"{path}: {name}", value, f"a whole number from {least}")
+    value = values.get("return_type")
+    check(value in ("query", None), f"{path}: return_type", value, "query or null")
+    return {name: values[name] for name in (*OFFICIAL, "step") if name in values}
+
+
+def settle(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """num_heads, feature_layer and return_type: as reward.json says, else as given, else the official values.
+
+    UserError where both say something, and not the same.
+    """
+    stored = {name: value for name, value in read_settings(folder).items() if name != "step"}
+    for name, value in given.items():
+        if name in stored and value != stored[name]:
+            got, want = json.dumps(value), json.dumps(stored[name])
+            raise UserError(f"reward.{name}: got {got}, want {want} as {folder / SETTINGS} says")
+    return OFFICIAL | given | stored
+
+
+def find_heads(folder: Path) -> tuple[Path, Path]:
+    """query_attention and mlp of a folder: NAME_step_N.ckpt of the largest N, or else NAME.ckpt."""
+    found = []
+    for name in ("query_attention", "mlp"):
+        steps = [path for path in folder.glob(f"{name}_step_*.ckpt") if step_of(path) is not None]
+        plain = folder / f"{name}.ckpt"
+        if not steps and not plain.is_file():
+            raise UserError(f"{folder}: got no {name}_step_N.ckpt, want the official reward model files")
+        found.append(max(steps, key=step_of, default=plain))
+    return found[0], found[1]
+
+
+def check_steps(folder: Path, query_attention: Path, mlp: Path) -> None:
+    """UserError unless both files, and the transformer of `folder` where reward.json says it, are of one
+    step, as far as their names say it; two files in one folder both say it, or neither does."""
+    steps = step_of(query_attention), step_of(mlp)
+    known = None not in steps or query_attention.parent == mlp.parent
+    if known and steps[0] != steps[1]:
+        raise UserError(f"{mlp}: with {query_attention.name}, want two files of one step")
+    step = read_settings(folder).get("step")
+    if None not in (step, steps[0]) and step != steps[0]:
+        raise UserError(f"{query_attention}: got step {steps[0]}, want {step} as {folder / SETTINGS} says")
+
+
+def step_of(path: Path) -> int | None:
+    """N of NAME_step_N.ckpt."""
+    match = re.search(r"_step_([0-9]+)$", path.stem)
+    return None if match is None else int(match[1])

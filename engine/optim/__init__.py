@@ -1,0 +1,1 @@
+"""Optimizers, the update, the learning-rate schedule and the moving average."""

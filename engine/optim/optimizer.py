@@ -1,0 +1,189 @@
+"""The optimizer, one update with it, its learning-rate schedule, and the moving average of the weights."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from prfl_engine.config import OptimConfig
+from prfl_engine.errors import UserError
+from prfl_engine.optim.block_adamw import BlockAdamW, check_groups, check_tensor, norm_of
+
+
+def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over (module, learning rate) groups; only parameters that require gradients.
+
+    torch's fused one where weights and states are float32 on the device and all gradients are there for the
+    update, apex's if it is asked for, BlockAdamW for everything else.
+    """
+    made = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr, "base_lr": lr}
+        for module, lr in groups
+    ]
+    parameters = [p for group in made for p in group["params"]]
+    if config.grad_dtype == "float32":
+        for p in parameters:
+            if not hasattr(p, "grad_dtype"):
+                version = torch.__version__
+                raise UserError(f"optim.grad_dtype: got 'float32', want 'weights' with torch {version}")
+            p.grad_dtype = torch.float32
+    narrow = any(p.dtype == torch.bfloat16 for p in parameters)
+    if config.name == "apex":
+        if narrow or parameters[0].device.type != "cuda":
+            what = "bfloat16 weights" if narrow else "weights on a CPU"
+            raise UserError(f"optim.name: got 'apex' with {what}, want adamw or adamw8bit")
+        return _apex(made, config)
+    if narrow or config.name == "adamw8bit" or config.in_backward or config.offload != "none":
+        return BlockAdamW(made, config)
+    return torch.optim.AdamW(
+        made, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+@torch.no_grad()
+def load_state(optimizer: torch.optim.Optimizer, saved: object) -> None:
+    """Load moments and counters of a state_dict; learning rates, betas, weight decay and eps stay those that
+    the optimizer was made with.
+
+    Every entry is checked first: ValueError names the one that does not fit.
+    """
+    if isinstance(optimizer, BlockAdamW):
+        optimizer.load_state_dict(saved)
+        return
+    adamw = isinstance(optimizer, torch.optim.AdamW)
+    counters = {} if adamw else {"step": Tensor}  # apex counts in the group
+    check_groups(saved, optimizer.param_groups, counters)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, entry in saved["state"].items():  # a parameter that never had a gradient has none
+        like = torch.empty_like(parameters[i], device="meta")
+        want = {"exp_avg": like, "exp_avg_sq": like} | ({"step": torch.zeros(())} if adamw else {})
+        if not isinstance(entry, dict) or entry.keys() != want.keys():
+            got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+            raise ValueError(f"parameter {i}: got {got}, want {sorted(want)}")
+        for name, a in want.items():
+            check_tensor(f"parameter {i}: {name}", entry[name], a)
+    groups = optimizer.state_dict()["param_groups"]
+    for group, source in zip(groups, saved["param_groups"], strict=True):
+        group.update({name: source[name] for name in counters})
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def not_finite(module: nn.Module) -> str | None:
+    """The name of the first trained parameter with a value that is not finite; waits for the device once."""
+    named = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad]
+    norms = torch._foreach_norm([p for _, p in named], math.inf)
+    finite = torch.stack([norm.float() for norm in norms]).isfinite()
+    return next((name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok), None)
+
+
+def update(optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
+    """One update by the gradients that are there, clipped to the norm `clip`, and the end of them.
+
+    Returns their norm, 0-dim on the device. Where it is not finite neither weights nor states change (with
+    in_backward: from the first such gradient on). Nothing waits for the device.
+    """
+    if isinstance(optimizer, BlockAdamW):
+        norm = optimizer.norm()
+    else:
+        norm = norm_of(p for group in optimizer.param_groups for p in group["params"])
+    optimizer.found_inf = (~norm.isfinite()).float()
+    # The update divides by it, which saves a pass over the gradients.
+    optimizer.grad_scale = None if clip is None else (norm / clip).clamp(min=1).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """The learning rate of every group becomes its base_lr times the factor; no host sync."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(group["base_lr"] * factor)
+        else:
+            group["lr"] = group["base_lr"] * factor
+
+
+def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
+    """Factor on the learning rate of optimizer step `step` (from 0) of `steps`."""
+    if step < config.warmup:
+        return (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup) / max(1, steps - config.warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _apex(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    """NVIDIA apex's FusedAdam, in its capturable form, whose flag and scale are read on the device."""
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise UserError(
+            f"optim.name: got 'apex', but FusedAdam cannot be imported ({error}): build NVIDIA's apex from "
+            "its repository with --cpp_ext --cuda_ext, or take adamw"
+        ) from None
+
+    class Fused(FusedAdam):
+        """torch's amp protocol: grad_scale and found_inf are attributes."""
+
+        grad_scale = found_inf = None
+
+        def step(self) -> None:
+            super().step(grad_scaler=self)
+
+        def _check_inf_per_device(self, _) -> dict[torch.device, Tensor]:
+            return {self.found_inf.device: self.found_inf}
+
+        def _get_scale_async(self) -> Tensor:
+            return torch.ones_like(self.found_inf) if self.grad_scale is None else self.grad_scale
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            super().zero_grad()
+
+        def load_state_dict(self, saved: dict) -> None:
+            super().load_state_dict(saved)
+            for group in self.param_groups:
+                for name in ("lr", "step"):  # torch moves the states to the device, not these
+                    if name in group:
+                        group[name] = group[name].to(group["params"][0].device)
+
+    # The constructor makes the default learning rate a tensor, not that of a group.
+    for group in groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=group["params"][0].device)
+    return Fused(
+        groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, capturable=True
+    )
+
+
+class EMA:
+    """Exponential moving average of a module's trained parameters, in float32."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.own = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        self.average = {k: p.detach().float().clone() for k, p in self.own.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        same = [(a, p) for a, p in zip(self.average.values(), self.own.values(), strict=True)]
+        for a, p in same:
+            if a.dtype != p.dtype:
+                a.lerp_(p.float(), 1 - self.decay)  # one parameter in float32 at a time
+        same = [(a, p) for a, p in same if a.dtype == p.dtype]
+        if same:
+            torch._foreach_lerp_([a for a, _ in same], [p for _, p in same], 1 - self.decay)
+
+    @contextmanager
+    def applied(self, dtype: torch.dtype | None = None) -> Iterator[None]:
+        """The module with the averaged weights, inside a with block; dtype None: in that of its own."""
+        before = {k: p.data for k, p in self.own.items()}
+        with torch.no_grad():
+            for k, p in self.own.items():
+                p.data = self.average[k].to(dtype or p.dtype)
+        try:
+            yield
+        finally:
+            for k, p in self.own.items():
+                p.data = before[k]

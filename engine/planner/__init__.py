@@ -1,0 +1,1 @@
+"""The fastest memory policies that fit a byte budget."""

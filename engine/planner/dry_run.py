@@ -1,0 +1,395 @@
+"""Dry runs: the bytes of a training step and of a validation at their real size, from fake tensors, without a
+GPU or the time.
+
+The losses, the denoising chain and the reward run as they are, on a model's first blocks, and the counter of
+live bytes is read at the borders of blocks. Integers are real tensors in a dry run: they say which steps a
+chain makes. The kernels allocate what the compiled CPU kernels do, which is what the Triton kernels do except
+for partial sums; a weight gradient in 16 bits is rounded on the way there, so on CUDA up to six bytes a value
+of one weight less are used. What attention libraries allocate inside is not counted.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from prfl_engine import chain, flow
+from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.memory.recompute import BlockPolicy, run_under
+from prfl_engine.model import lora
+from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
+from prfl_engine.model.reward import QueryPool, RewardModel
+from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
+from prfl_engine.objectives import Batch, bind, graded_windows, index_range, noisy_reward, sft_loss
+from prfl_engine.planner.fake import default_dtype, fake_tensors
+
+BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
+ROUND = 512  # torch's CUDA allocator rounds sizes up to this
+SCALARS = 32 * ROUND  # losses, metrics and tables of angles
+FULL_HISTORY = 4  # steps after which every field of a sampler's state is a tensor of its own
+Latent = tuple[int, int, int, int, int]  # [B, 16, T, H, W]
+
+
+@dataclass(frozen=True)
+class RewardSetup:
+    """The shape of a frozen reward model whose first `blocks` blocks are computed. None: of the generator's
+    configuration. Its transformer has the generator's dtypes, its pooling and MLP are float32."""
+
+    blocks: int = 8
+    config: WanConfig | None = None
+    queries: int = 1
+    heads: int = 8
+    add_query: bool = True
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation's memory depends on: its largest batch [B, 16, T, H, W], whether rewards are
+    computed, how many batches there are and how many values [B] it makes of all. On a CPU batches of samples
+    that are `kept` to be written, and `read` samples of the data, are in the same memory."""
+
+    latent: Latent
+    scored: bool = True
+    batches: int = 1
+    values: int = 0
+    kept: int = 0
+    read: int = 0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a step's memory and time depend on. Texts have text_len tokens."""
+
+    config: WanConfig
+    latent: Latent
+    compute_dtype: torch.dtype = torch.bfloat16
+    residual_dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    reward: RewardSetup | None = RewardSetup()
+    graded: bool = True  # False: the reward model serves the validation alone
+    sft: bool = True
+    rollout: RolloutConfig = RolloutConfig()
+    chain: ChainConfig = ChainConfig()
+    blocks: int | None = None  # of the generator; None: all
+    chunk: int | None = None
+    keep: str = "all"  # what a branch that is computed again keeps until its backward, as model.keep
+    lora: LoraConfig | None = None  # None: all weights are trained
+    validation: Validation | None = None
+
+    @property
+    def count(self) -> int:
+        return self.config.num_layers if self.blocks is None else self.blocks
+
+    @property
+    def reward_blocks(self) -> int:
+        """Blocks of the reward model in a step."""
+        return self.reward.blocks if self.reward is not None and self.graded else 0
+
+    @property
+    def window(self) -> int:
+        """Steps with gradient in the longest window."""
+        longest = index_range(self.rollout)[1] + 1
+        return longest if self.chain.window == "all" else min(self.chain.window, longest)
+
+    @property
+    def tokens(self) -> int:
+        sizes = zip(self.latent[2:], self.config.patch_size, strict=True)
+        return torch.Size(n // p for n, p in sizes).numel() * self.latent[0]
+
+
+class Numbers(NamedTuple):
+    """Bytes of one kind of block in one phase, each in addition to what is kept by then."""
+
+    kept: int
+    kept_last: int
+    forward: int  # most in the forward of a block, what a block of its kind before it offloads included
+    forward_last: int  # without that
+    backward: int  # and in its backward, without what the block before brings back
+    backward_last: int
+    head: int  # after the last block: head, loss, reward model
+    away: int  # on the host
+    leaving: int  # still on the device of what a block has offloaded, until the next block's forward is over
+    start: int  # before the blocks, in addition to weights and gradients
+    rest: int  # most before and after all blocks
+
+
+class Laps:
+    """The bytes at the borders of blocks, and the peaks between them, of one pass with gradient through the
+    generator. peak and rest are those of all passes of one loss."""
+
+    def __init__(self, live: LiveBytes, base: int):
+        self.live, self.base, self.rest, self.peak = live, base, 0, 0
+        self.now, self.host, self.forward, self.backward = [], [], [], []
+
+    def border(self, x: Tensor) -> None:
+        self.forward.append(self.live.lap())
+        self.now.append(self.live.now)
+        self.host.append(self.live.host_now)
+        if x.requires_grad:
+            x.register_hook(lambda _: self.backward.append(self.live.lap()))
+
+
+@contextmanager
+def _passes(live: LiveBytes, names: list[str]) -> Iterator[tuple[dict[str, Laps], Callable]]:
+    """({name: its laps}, the watch of `run_under`) for the passes of the generator with gradient in this
+    block, in their order. live counts what comes in addition to now."""
+    found, ahead, base = {}, iter(names), live.now - SCALARS
+
+    def begin() -> Callable[[Tensor], None]:
+        laps = found[next(ahead)] = Laps(live, base)
+        return laps.border
+
+    with live:
+        yield found, begin
+    rest = max(live.lap(), *(laps.forward[0] for laps in found.values())) - base
+    for laps in found.values():
+        laps.rest, laps.peak = rest, live.peak - base
+
+
+def _transformer(setup: Setup, config: WanConfig, blocks: int, head: bool = True) -> WanTransformer:
+    with default_dtype(setup.weight_dtype):
+        model = WanTransformer(config, blocks, head)
+    return model.set_precision(setup.compute_dtype, setup.residual_dtype).set_chunk(setup.chunk)
+
+
+def _schedule(steps: int) -> flow.Schedule:
+    """Of real tensors; all solvers have the same bytes."""
+    with unset_fake_temporarily():
+        return flow.make_schedule("euler", steps, 1.0)
+
+
+def _generator(setup: Setup, blocks: int) -> WanTransformer:
+    model = _transformer(setup, setup.config, blocks)
+    return model if setup.lora is None else lora.attach(model, setup.lora)
+
+
+def _reward(setup: Setup, blocks: int) -> RewardModel:
+    r = setup.reward
+    config = r.config or setup.config
+    pool = QueryPool(config.dim, r.queries, r.heads, add_query=r.add_query)
+    return RewardModel(_transformer(setup, config, blocks, head=False), pool, blocks).freeze()
+
+
+def _inputs(config: WanConfig, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
+    """A batch, noise of its shape and noise levels [B]."""
+    return _batch(config, latent), torch.empty(latent), torch.empty(latent[0])
+
+
+def _batch(config: WanConfig, latent: Latent) -> Batch:
+    """As the reader makes it: float32."""
+    n, text = latent[0], torch.empty(latent[0], config.text_len, config.text_dim)
+    made = Batch(torch.empty(latent), text)
+    if not config.image:
+        return made
+    clip = torch.empty(n, IMAGE_TOKENS, IMAGE_DIM)
+    return made._replace(clip=clip, condition=torch.empty(n, 20, *latent[2:]))
+
+
+def _counter(*modules: torch.nn.Module | None) -> LiveBytes:
+    """A counter that has seen the parameters of modules, their gradients and nothing else."""
+    live = LiveBytes(ROUND)
+    parameters = [p for m in modules if m is not None for p in m.parameters()]
+    live.add([*parameters, *(p.grad for p in parameters if p.grad is not None)])
+    return live
+
+
+def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolicy) -> dict[str, Laps]:
+    """The bytes of every pass with gradient through a generator of len(policies) blocks, by its name, in
+    addition to weights and gradients. Of a window two steps are made and of several graded steps two; what
+    longer ones hold of the chain is allocated besides."""
+    found: dict[str, Laps] = {}
+    with fake_tensors():
+        model, n = _generator(setup, len(policies)), setup.reward_blocks
+        reward = _reward(setup, n) if n else None
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        if setup.sft:
+            with _passes(_counter(model, reward), ["flow matching"]) as (laps, watch):
+                batch, noise, sigma = _inputs(setup.config, setup.latent)
+                sft_loss(model, batch, noise, sigma, run_under(policies, watch)).mean().backward()
+            found |= laps
+        if reward is not None:
+            found |= _graded(setup, model, reward, policies, run_under(reward_policy))
+    return found
+
+
+def _graded(
+    setup: Setup,
+    model: WanTransformer,
+    reward: RewardModel,
+    policies: list[BlockPolicy],
+    score_blocks: RunBlocks,
+) -> dict[str, Laps]:
+    steps, last = setup.rollout.steps, index_range(setup.rollout)[1]
+    config = replace(setup.chain, window=min(setup.window, 2))
+    index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
+    longer = _longest(setup) - _held(setup, index, config.window)
+    names = ["graded step", *["window"] * (config.window - 1)]
+    with _passes(_counter(model, reward), names) as (found, watch):
+        batch, noise, _ = _inputs(setup.config, setup.latent)
+        besides = [_ballast(longer)]
+        if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
+            besides.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
+        given = model, reward, _schedule(steps), batch, noise, torch.tensor(index), config
+        stay, run_blocks = (lambda *_: lambda: lambda x, t, active: x.clone()), run_under(policies, watch)
+        for window in graded_windows(*given, stay, run_blocks, score_blocks):
+            window.backward(torch.sigmoid(window.logit).mean())
+            del window
+        del besides
+    rollout = _rollout_bytes(replace(setup, blocks=None, keep="all", sft=True, validation=None))
+    for laps in found.values():
+        laps.rest, laps.peak = max(laps.rest, rollout), max(laps.peak, rollout)
+    return found
+
+
+@cache
+def _rollout_bytes(setup: Setup) -> int:
+    """Most bytes of the steps without gradient before a graded one, in addition to weights and gradients."""
+    most: dict[int, int] = {}
+    with fake_tensors():
+        model, reward = _generator(setup, 2), _reward(setup, 1)
+        live = _counter(model, reward)
+        base = live.now - SCALARS
+        with live:
+            batch, noise, _ = _inputs(setup.config, setup.latent)
+            context = model.embed_context(batch.text, batch.clip)
+            besides = [
+                reward.transformer.embed_context(batch.text, batch.clip),
+                _ballast(_accelerated(setup)),
+            ]
+            forward = bind(model, batch, context.detach())
+
+            def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
+                # The model runs where the chain holds more than in any step of as many samples before.
+                if torch.is_grad_enabled() or live.now <= most.get(len(active), 0):
+                    return x.clone()
+                most[len(active)] = live.now
+                return forward(x, t, active)
+
+            for drawn in _farthest(setup):
+                way = chain.Chain(velocity, _schedule(setup.rollout.steps), noise)
+                for index in torch.tensor(drawn):
+                    way.graded(index, setup.window)
+            del besides
+    return live.peak - base
+
+
+def _ballast(size: int) -> Tensor:
+    return torch.empty(max(0, size) // 4)
+
+
+def _accelerated(setup: Setup) -> int:
+    """Bytes that a rollout by `rollout.Rollout` holds in addition to a plain one: the first stream, and with
+    step caching what the blocks added and their first input."""
+    values, r = setup.tokens * setup.config.dim, setup.rollout
+    stream, product = setup.residual_dtype.itemsize * values, setup.compute_dtype.itemsize * values
+    if r.cache > 0:
+        return 2 * stream + product
+    return stream if r.precision != "same" or r.cuda_graph else 0
+
+
+def _farthest(setup: Setup) -> list[list[list[int]]]:
+    """Graded indices [K, B], as they may be drawn, with which most states are held. Samples that moved
+    together are held as long as one of them is: so they are all at the same step, or as far from each other
+    as their windows are long, in turn from one graded step to the next."""
+    (first, last), size, count = index_range(setup.rollout), setup.latent[0], setup.rollout.samples
+    steps, rows = last + 1 - first, range(count)
+    parts = [(first + j * steps // count, first - (-(j + 1) * steps // count) - 1) for j in rows]
+
+    def drawn(low: int, high: int, apart: int) -> list[int]:
+        """From the last of a part on, or for a negative distance from the first."""
+        if apart < 0:
+            return [min(high, low - b * apart) for b in range(size)]
+        return [max(low, high - b * apart) for b in range(size)]
+
+    def turning(sign: int) -> list[list[int]]:
+        return [drawn(*part, sign * setup.window * (-1) ** j) for j, part in enumerate(parts)]
+
+    together = [drawn(*part, 0) for part in parts]
+    if size == 1:
+        return [together]
+    last_spread = [*together[:-1], drawn(*parts[-1], setup.window)]
+    return [together, last_spread, *([turning(1), turning(-1)] if count > 1 else [])]
+
+
+def _longest(setup: Setup) -> int:
+    """The most bytes of the chain. Other draws of several samples hold up to a latent more."""
+    margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 else 0
+    return max(_held(setup, drawn, setup.window) for drawn in _farthest(setup)) + margin
+
+
+def _held(setup: Setup, indices: list[list[int]], window: int) -> int:
+    """Bytes of the chain, most at the begin of a step with gradient of all samples."""
+    key = tuple(map(tuple, indices))
+    return _held_by(setup.latent, setup.rollout.steps, key, window, setup.chain.detach_input)
+
+
+@cache
+def _held_by(
+    latent: Latent, steps: int, indices: tuple[tuple[int, ...], ...], window: int, detach_input: bool
+) -> int:
+    live, most = LiveBytes(ROUND), 0
+    factor = torch.ones((), requires_grad=True)
+
+    def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
+        nonlocal most
+        if torch.is_grad_enabled() and len(active) == latent[0]:
+            most = max(most, live.now)
+        return factor * x
+
+    with live:
+        noise, drawn = torch.empty(latent), torch.tensor(indices)
+        way = chain.Chain(velocity, _schedule(steps), noise)
+        for index in drawn:
+            passed = way.graded(index, window, detach_input)
+            passed.backward(passed.x.sum())
+            del passed
+    return most
+
+
+def validation_bytes(setup: Setup) -> int:
+    """Most bytes of setup.validation, in addition to the weights; there are no gradients then."""
+    v, reward, scored = setup.validation, None, None
+    with fake_tensors(), torch.no_grad():
+        model = _generator(setup, 2)
+        if v.scored:
+            reward = _reward(setup, 2)
+        live = _counter(model, reward)
+        base = live.now - SCALARS
+        with live:
+            besides = [_batch(setup.config, setup.latent), _ballast(ROUND * v.values)]
+            besides += [torch.empty(v.latent) for _ in range(v.kept - 1)]
+            besides += [_batch(setup.config, (v.read, *v.latent[1:]))] if v.read else []
+            for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
+                batch, noise, sigma = _inputs(setup.config, v.latent)
+                sft_loss(model, batch, noise, sigma)
+                latent = chain.sample(bind(model, batch), _schedule(FULL_HISTORY + 1), noise)
+                besides += [latent] if v.kept else []
+                if reward is not None:
+                    scored = batch._replace(latent=latent)
+                    noisy_reward(reward, scored, noise, sigma)
+            del besides, scored
+    return live.peak - base
+
+
+def numbers_of(laps: Laps, policy: BlockPolicy) -> Numbers:
+    """The numbers of a policy from a dry run of BLOCKS blocks that have it."""
+    now, n = laps.now, BLOCKS - 1
+    kept, away = now[n] - now[n - 1], laps.host[n] - laps.host[n - 1]
+    ahead = 0 if policy.plain else away
+    kept_last, leaving = now[n + 1] - now[0] - n * kept, now[n] - now[0] - n * kept
+    return Numbers(
+        kept, kept_last,
+        laps.forward[n] - now[0] - (n - 1) * kept, laps.forward[n + 1] - now[0] - n * kept - leaving,
+        laps.backward[2] - now[0] - (n - 1) * kept - ahead,
+        laps.backward[1] - now[0] - n * kept - (0 if policy.staying().plain else away),
+        laps.backward[0] - now[0] - n * kept - kept_last, away, leaving,
+        now[0] - laps.base, laps.rest,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""The plan of a training run: from its configuration, models and data to the policies of the blocks."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from prfl_engine.config import Config
+from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.wan import WanTransformer
+from prfl_engine.planner.dry_run import RewardSetup, Setup, Validation
+from prfl_engine.planner.plan import Plan, plan
+from prfl_kernels.jit import wide
+
+
+def fit_memory(
+    config: Config,
+    model: WanTransformer,
+    reward: RewardModel | None,
+    shapes: Sequence[tuple[int, ...]],
+    held_out: Sequence[tuple[int, ...]] = (),
+) -> Plan:
+    """The plan for model.recompute = auto:GB.
+
+    shapes [16, T, H, W] are those of the latents of training; held_out are those that a validation samples,
+    in their order (none: no validation). UserError where nothing fits, or the validation does not.
+    """
+    weight, c = next(model.parameters()).dtype, config
+    counts = Counter(shapes)
+    latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
+    validation = rewarding = None
+    if held_out:
+        validation = _validation(c, held_out, reward is not None, next(model.parameters()).device)
+    if reward is not None:
+        trunk, pool = reward.transformer, reward.pool
+        rewarding = RewardSetup(
+            reward.feature_layer, trunk.config, len(pool.queries), pool.multihead_attn.num_heads,
+            pool.add_query,
+        )  # fmt: skip
+    setup = Setup(
+        model.config, latent, model.blocks[0].self_attn.q.compute_dtype or weight,
+        model.residual_dtype or wide(weight), weight, rewarding, c.loss.weight > 0, c.loss.sft_weight > 0,
+        c.rollout, c.chain, len(model.blocks), c.model.chunk, c.model.keep,
+        c.lora if c.lora.rank else None, validation,
+    )  # fmt: skip
+    host = float("inf") if config.model.host is None else 1e9 * config.model.host
+    return plan(setup, config.model.budget, host, config.model.costs)
+
+
+def _validation(
+    config: Config, shapes: Sequence[tuple[int, ...]], scored: bool, device: torch.device
+) -> Validation:
+    """Of eval.samples of these latents."""
+    e, shapes = config.eval, [shapes[i % len(shapes)] for i in range(config.eval.samples)]
+    runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
+    latent = max(((min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
+    batches = sum(-(-n // e.batch_size) for _, n in runs)
+    values = batches * (1 + scored * len(e.timesteps))
+    if device.type != "cpu":
+        return Validation(latent, scored, batches, values)
+    kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1)
+    return Validation(latent, scored, batches, values, kept, min(e.batch_size + 1, e.samples))

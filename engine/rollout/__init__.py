@@ -1,0 +1,1 @@
+"""Rollouts without gradient, made cheaper."""

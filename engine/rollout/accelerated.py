@@ -1,0 +1,156 @@
+"""The steps of a rollout without gradient, made cheaper: in fp8, with step caching, as a CUDA graph.
+
+Off by default. What is given up is where a rollout goes, never the gradient: graded steps, the reward and
+flow matching run in the ordinary precision at whatever latent the rollout has visited. How far that is
+from the latent of a plain rollout is measured as it goes. Every `rollout.probe_every` optimizer steps one
+fixed sample is rolled out from fixed noise to the last step that may be graded, plainly and accelerated;
+the relative L2 distance of the two latents is the drift. Above `rollout.max_drift` rollouts are plain
+until a later probe is below it.
+
+Probes draw no random numbers. They also run in the first step of a process and behind every checkpoint, so
+that what a resumed run does follows from its weights and step number alone.
+"""
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from prfl_engine import chain, flow
+from prfl_engine.config import RolloutConfig
+from prfl_engine.data import to_device
+from prfl_engine.errors import UserError
+from prfl_engine.metrics import note
+from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
+from prfl_engine.objectives import Batch
+from prfl_engine.rollout.cuda_graphs import Captured, CudaRecorder
+from prfl_engine.rollout.fp8 import Fp8Blocks
+from prfl_engine.rollout.step_cache import StepCache, cached
+from prfl_engine.seeds import Purpose, noise_like
+from prfl_kernels.qk_norm_rope.rope import Grid
+
+
+def make_rollout(
+    model: WanTransformer, config: RolloutConfig, schedule: flow.Schedule, device: torch.device
+) -> "Rollout | None":
+    """What the configuration asks for; None where a rollout is as the other steps are. Raises UserError for
+    what cannot be."""
+    if config.precision == "same" and config.cache == 0 and not config.cuda_graph:
+        return None
+    if config.cuda_graph and device.type != "cuda":
+        raise UserError(f"rollout.cuda_graph: got true on {device.type}, want a CUDA device")
+    return Rollout(model, config, schedule, CudaRecorder() if config.cuda_graph else None)
+
+
+class Rollout:
+    """Velocities of a model for the steps of a rollout."""
+
+    def __init__(
+        self,
+        model: WanTransformer,
+        config: RolloutConfig,
+        schedule: flow.Schedule,
+        record: Callable | None = None,
+    ):
+        """record: a recorder of `graphs` if the blocks are to be replayed."""
+        self.model, self.config, self.schedule = model, config, schedule
+        self.fp8 = Fp8Blocks(model) if config.precision == "fp8" else None
+        self.version: Hashable = None  # of the weights, see Fp8Blocks.follow
+        self.accelerated = True  # False: plain until a probe passes
+        plain = plain_blocks if record is None else self._captured(plain_blocks, record)
+        fast = plain
+        if self.fp8 is not None:
+            fast = self.fp8 if record is None else self._captured(self.fp8, record)
+        self.blocks: dict[bool, RunBlocks] = {False: plain, True: fast}
+
+    @property
+    def approximate(self) -> bool:
+        """Whether an accelerated rollout goes elsewhere than a plain one."""
+        return self.fp8 is not None or self.config.cache > 0
+
+    def stretches(self, batch: Batch, context: Tensor) -> Callable[[], chain.Velocity]:
+        """A function that gives the velocity for one stretch of steps without gradient.
+
+        A stretch ends with a graded step, before which the residuals of the step cache are let go.
+        context as in `objectives.bind`.
+        """
+        return lambda: self._velocity(batch, context.detach(), self.accelerated)
+
+    def _velocity(self, batch: Batch, context: Tensor, accelerated: bool) -> chain.Velocity:
+        model, run_blocks, cache = self.model, self.blocks[accelerated], None
+        if accelerated and self.config.cache > 0:
+            cache = StepCache(self.config.cache, self.schedule.timesteps[-1].item())
+        if accelerated and self.fp8 is not None:
+            self.fp8.follow(self.version)
+
+        @torch.no_grad()
+        def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
+            condition = None if batch.condition is None else _rows(batch.condition, active)
+            run = run_blocks if cache is None else cached(run_blocks, cache, t, active)
+            return model(x, t, _rows(context, active), condition, run)
+
+        return velocity
+
+    def _captured(self, run_blocks: RunBlocks, record: Callable) -> RunBlocks:
+        """run_blocks on all blocks of the model, recorded and replayed."""
+        blocks, parameters = self.model.blocks, list(self.model.blocks.parameters())
+
+        def call(tokens: Tensor, e_B6C: Tensor, context: Tensor, key: tuple[int, Grid]) -> Tensor:
+            return run_blocks(blocks, tokens, e_B6C, context, *key)
+
+        graph = Captured(call, lambda: tuple(p.data_ptr() for p in parameters), record)
+        return lambda _, tokens, e_B6C, context, repeats, grid: graph(
+            tokens, e_B6C, context, key=(repeats, tuple(grid))
+        )
+
+    @torch.no_grad()
+    def drift(self, batch: Batch, noise: Tensor, index: Tensor) -> Tensor:
+        """Relative L2 distance, a scalar, of the latents before step index[b] of the accelerated rollout
+        from those of the plain one; arguments as in `chain.rollout`."""
+        context = self.model.embed_context(batch.text, batch.clip)
+        fast, plain = (
+            chain.rollout(self._velocity(batch, context, how), self.schedule, noise, index).x
+            for how in (True, False)
+        )
+        return (fast - plain).norm() / plain.norm()
+
+
+class DriftMeter:
+    """Measures the drift of a rollout on a fixed sample in due time; turns its acceleration off and on."""
+
+    def __init__(self, rollout: Rollout, sample: Batch, index: int, seed: int, save_every: int):
+        """sample: a batch of one, on the CPU; index: the step before which latents are compared;
+        save_every: optimizer steps between checkpoints."""
+        self.rollout, self.sample, self.index = rollout, sample, torch.tensor([index])
+        self.noise = noise_like(sample.latent, Purpose.DRIFT, seed, 0)
+        self.periods = rollout.config.probe_every, save_every
+        self.drift: Tensor | None = None  # as measured last
+        self.step: int | None = None
+
+    def begin(self, step: int) -> None:
+        """To be called before every rollout of optimizer step `step`, counted from 0.
+
+        Where a period ends in a step without a rollout, the next one with a rollout probes.
+        """
+        before, self.step, self.rollout.version = self.step, step, step
+        if before is not None and all(before // period == step // period for period in self.periods):
+            return
+        device = next(self.rollout.model.parameters()).device
+        sample = to_device(self.sample, device)
+        self.drift = self.rollout.drift(sample, self.noise.to(device), self.index)
+        drift, limit, before = self.drift.item(), self.rollout.config.max_drift, self.rollout.accelerated
+        self.rollout.accelerated = drift <= limit
+        if self.rollout.accelerated != before:
+            now = "accelerated again" if self.rollout.accelerated else "plain until it is below"
+            note(f"step {step}: rollout drift {drift:.3g}, rollout.max_drift {limit:g}: rollouts are {now}")
+
+    def values(self) -> dict[str, Tensor]:
+        """For the metrics: the drift measured last, and 1 where rollouts are accelerated, else 0."""
+        on = torch.full_like(self.drift, self.rollout.accelerated)
+        return {"rollout_drift": self.drift, "rollout_accelerated": on}
+
+
+def _rows(a: Tensor, active: Tensor) -> Tensor:
+    """The samples `active` (on the CPU) of a batch."""
+    return a if len(active) == len(a) else a[active.to(a.device, non_blocking=True)]
+

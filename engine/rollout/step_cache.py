@@ -1,0 +1,101 @@
+"""Step caching of a rollout: successive denoising steps that hardly differ reuse what the blocks added.
+
+The blocks add a residual to the tokens. It changes slowly along the chain, and what it depends on can be
+seen before the blocks run: their first modulated input m_i = LN(x_i) (1 + scale(t_i)) + shift(t_i). With
+
+    d_i = sum |m_i - m_(i-1)| / sum |m_(i-1)|        between successive steps, one number a sample
+
+a step is computed when the sum of d since the last computed one reaches the threshold, and otherwise gets
+that one's residual. The first step of a stretch and the last step of the schedule are always computed.
+Every sample of a batch has its own sum and residual; those that are computed go through the blocks together.
+
+The samples to compute are the one thing the host has to know: one read of N flags a step, where some
+sample has a choice. State: m and the residual of every sample, [L, C] each, for as long as a stretch of
+steps without gradient lasts.
+Source: TeaCache (Liu et al. 2024, arXiv 2411.19108), without its polynomials, which are fitted to
+single models: the threshold counts the change of the input itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prfl_engine.model.wan import RunBlocks
+
+
+@dataclass
+class _Kept:
+    """What a sample carries from step to step."""
+
+    modulated: Tensor  # [L, C], of the step before
+    residual: Tensor  # [1, L, C], of the last computed step
+    moved: Tensor  # the sum of d since then, a float32 scalar on the device
+
+
+class StepCache:
+    """The residuals of the samples of one batch along one stretch of steps."""
+
+    def __init__(self, threshold: float, last_timestep: float):
+        self.threshold, self.last_timestep = threshold, last_timestep
+        self.kept: dict[int, _Kept] = {}
+        self.computed = self.reused = 0  # forwards of one sample
+
+    def __call__(
+        self,
+        blocks: Callable[[Tensor, list[int]], Tensor],
+        tokens: Tensor,
+        modulated: Tensor,
+        t: Tensor,
+        active: Tensor,
+    ) -> Tensor:
+        """The tokens [N, L, C] behind the blocks, computed or from the cache.
+
+        blocks(tokens [n, L, C], rows) runs the blocks on n of the N samples at hand, those numbered in rows;
+        modulated [N, L, C] is their first modulated input, t [N] the timesteps, active [N] (on the CPU)
+        the samples of the batch that they are.
+        """
+        samples = active.tolist()
+        compute = self._chosen(modulated, t, samples)
+        rows = [row for row, chosen in enumerate(compute) if chosen]
+        self.computed, self.reused = self.computed + len(rows), self.reused + len(samples) - len(rows)
+        made = iter(blocks(tokens if all(compute) else tokens[rows], rows).split(1)) if rows else iter(())
+        out = []
+        for row, (b, chosen) in enumerate(zip(samples, compute, strict=True)):
+            x = tokens[row : row + 1]
+            if chosen:
+                out.append(next(made))
+                self.kept[b] = _Kept(modulated[row], out[-1] - x, torch.zeros((), device=x.device))
+            else:
+                out.append(x + self.kept[b].residual)
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _chosen(self, modulated: Tensor, t: Tensor, samples: list[int]) -> list[bool]:
+        """Which of the samples are to be computed; the changes of the others' inputs are added up."""
+        flags: dict[int, Tensor] = {}
+        for row, b in enumerate(samples):
+            if b not in self.kept:
+                continue
+            kept, m, before = self.kept[b], modulated[row], self.kept[b].modulated
+            kept.moved = kept.moved + (m - before).abs().sum(dtype=torch.float32) / before.abs().sum(
+                dtype=torch.float32
+            )
+            kept.modulated = m
+            # not <: a NaN is computed
+            flags[row] = ~(kept.moved < self.threshold) | (t[row] <= self.last_timestep)
+        read = dict(zip(flags, torch.stack(list(flags.values())).tolist(), strict=True)) if flags else {}
+        return [read.get(row, True) for row in range(len(samples))]
+
+
+def cached(run_blocks: RunBlocks, cache: StepCache, t: Tensor, active: Tensor) -> RunBlocks:
+    """run_blocks for one step of the samples `active` [N] at timesteps t [N], through the cache."""
+
+    def run(blocks, tokens, e_B6C, context, repeats, grid):
+        def some(tokens: Tensor, rows: list[int]) -> Tensor:
+            part = slice(None) if len(rows) == len(context) else rows
+            return run_blocks(blocks, tokens, e_B6C[part], context[part], repeats, grid)
+
+        return cache(some, tokens, blocks[0].attention_input(tokens, e_B6C), t, active)
+
+    return run

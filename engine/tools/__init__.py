@@ -1,0 +1,1 @@
+"""What this machine has, and values to compare with other code."""

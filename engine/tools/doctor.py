@@ -1,0 +1,291 @@
+"""What this machine offers and which implementation of every operation will run on it, and why.
+
+report() gathers plain dicts, render() prints them, gpu_metrics() is the part that training logs.
+Optional packages are probed in this one place, lazily. A probe that fails keeps the message: a
+missing package is an ImportError, two packages of versions that do not fit an AttributeError.
+"""
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from prfl_kernels import dispatch, extension, processor
+
+GIB = 1 << 30
+CPU_FLAGS = (  # x86, then Arm
+    "avx", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_tile",
+    "asimd", "sve", "bf16",
+)  # fmt: skip
+
+
+class Backend(NamedTuple):
+    name: str
+    module: str
+    distribution: str  # the name pip knows, which carries the version
+    attribute: str | None  # what we use of it; None: finding the module is enough
+    how: str  # how to get it
+
+
+# Attention back ends are imported, since a broken build shows only then. Importing diffusers or
+# transformers costs seconds and tells nothing more than finding them does.
+BACKENDS = (
+    Backend("FlashAttention 4", "flash_attn.cute", "flash-attn-4", "flash_attn_func",
+            "pip install --pre flash-attn-4 (Hopper, Blackwell)"),
+    Backend("FlashAttention 3", "flash_attn_interface", "flash_attn_3", "flash_attn_func",
+            "build the hopper/ folder of the flash-attention repository (Hopper)"),
+    Backend("FlashAttention 2", "flash_attn", "flash-attn", "flash_attn_func",
+            "pip install --no-build-isolation flash-attn (compiles, needs nvcc)"),
+    Backend("xformers", "xformers.ops", "xformers", "memory_efficient_attention",
+            "pip install xformers (torch >= 2.10)"),
+    Backend("apex", "amp_C", "apex", None,
+            "build NVIDIA's apex from its repository with --cpp_ext --cuda_ext; never from PyPI"),
+    Backend("torchao", "torchao", "torchao", None, "pip install torchao"),
+    Backend("peft", "peft", "peft", None, "pip install peft"),
+    Backend("diffusers", "diffusers", "diffusers", None, "pip install diffusers"),
+    Backend("transformers", "transformers", "transformers", None, "pip install transformers"),
+    Backend("wandb", "wandb", "wandb", None, "pip install wandb"),
+    Backend("nvidia-ml-py", "pynvml", "nvidia-ml-py", "nvmlInit", "pip install nvidia-ml-py"),
+)  # fmt: skip
+
+
+def report() -> dict:
+    """Everything `prfl doctor` shows, as plain values that json.dumps takes."""
+    gpus, gpu_note = _gpus()
+    return {
+        "python": {"version": platform.python_version(), "platform": platform.platform()},
+        "torch": {
+            "version": torch.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "triton": _version("triton"),
+            "threads": torch.get_num_threads(),
+        },
+        "cpu": _cpu(),
+        "gpus": gpus,
+        "gpu_note": gpu_note,
+        "compilers": [_compiler("gcc", "-dumpfullversion"), _compiler("nvcc", "--version")],
+        "compiled": [
+            {"name": part, "available": state == "yes", "version": None, "reason": reason}
+            for part, state, reason in extension.report()
+        ],
+        "backends": [_probe(backend) for backend in BACKENDS],
+        "operations": [
+            {"op": op, "implementation": implementation, "reason": reason}
+            for op, implementation, reason in dispatch.choices()
+        ],
+    }
+
+
+def render(found: dict) -> str:
+    """The report as text for a terminal."""
+    python, torch_, cpu = found["python"], found["torch"], found["cpu"]
+    triton = torch_["triton"] or "not installed"
+    lines = [
+        f"Python {python['version']} on {python['platform']}",
+        f"torch {torch_['version']} (CUDA {torch_['cuda'] or 'none'}, "
+        f"cuDNN {torch_['cudnn'] or 'none'}), triton {triton}, {torch_['threads']} threads",
+        f"CPU: {cpu['model']}, {cpu['cores']} cores, {cpu['memory_bytes'] / GIB:.0f} GiB, "
+        f"{' '.join(cpu['flags']) or 'no vector flags known'} (torch uses {cpu['torch']})",
+    ]
+    lines += [_render_gpu(gpu) for gpu in found["gpus"]]
+    if found["gpu_note"]:
+        lines.append(found["gpu_note"])
+    for title, rows in (
+        ("Compilers", found["compilers"]),
+        ("Compiled kernels (prfl_kernels._C)", found["compiled"]),
+        ("Optional packages", found["backends"]),
+    ):
+        cells = [
+            (
+                row["name"],
+                "yes" if row["available"] else "no",
+                "  ".join(filter(None, (row["version"], row["reason"]))),
+            )
+            for row in rows
+        ]
+        lines += ["", title, *columns(cells)]
+    cells = [(row["op"], row["implementation"], row["reason"]) for row in found["operations"]]
+    return "\n".join([*lines, "", "Operations", *columns(cells)])
+
+
+def gpu_metrics() -> dict[str, float]:
+    """Memory, power, clock and utilisation of the current GPU; empty where there is none.
+
+    Without nvidia-ml-py the memory alone, which torch knows too.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    index = torch.cuda.current_device()
+    values, _ = _nvml_values(index)
+    if not values:
+        free, total = torch.cuda.mem_get_info(index)
+        return {"gpu_memory_bytes": float(total - free)}
+    return {name: float(value) for name, value in values.items() if name in _LOGGED}
+
+
+_LOGGED = ("gpu_memory_bytes", "gpu_power_w", "gpu_sm_clock_mhz", "gpu_utilization_percent")
+
+
+def _gpus() -> tuple[list[dict], str]:
+    """The GPUs torch sees, and one line about what cannot be said of them ('' when all can)."""
+    if not torch.cuda.is_available():
+        why = "torch is a CPU build" if torch.version.cuda is None else "torch finds no CUDA device"
+        return [], f"No GPU: {why}"
+    gpus, note = [], ""
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        values, why = _nvml_values(index)
+        note = note or why
+        gpus.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_bytes": properties.total_memory,
+                **values,
+            }
+        )
+    return gpus, note
+
+
+def _nvml_values(index: int) -> tuple[dict[str, float], str]:
+    """What NVML says of torch's device `index`, and why not when it says nothing.
+
+    The device is looked up by UUID: NVML counts the machine's GPUs, torch those that
+    CUDA_VISIBLE_DEVICES leaves it. A reading that the GPU does not have is left out.
+    """
+    nvml, why = _nvml()
+    if nvml is None:
+        return {}, why
+    try:
+        uuid = torch.cuda.get_device_properties(index).uuid
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except (nvml.NVMLError, AttributeError) as error:
+        return {}, f"GPU {index}: no power or clocks, NVML does not find it ({error})"
+    readings = {
+        "gpu_memory_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
+        "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "gpu_power_limit_w": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+        "gpu_sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+        "gpu_sm_clock_max_mhz": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
+        "gpu_utilization_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+    }
+    values = {}
+    for name, read in readings.items():
+        try:
+            values[name] = read()
+        except nvml.NVMLError:
+            continue
+    return values, "" if values else f"GPU {index}: NVML gives no reading of it"
+
+
+@cache
+def _nvml() -> tuple[object | None, str]:
+    """The initialised pynvml module, or None and the reason."""
+    try:
+        import pynvml
+    except ImportError as error:
+        return None, f"No power or clocks: pip install nvidia-ml-py ({error})"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return None, f"No power or clocks: NVML does not start ({error})"
+    return pynvml, ""
+
+
+def _render_gpu(gpu: dict) -> str:
+    parts = [gpu["name"], f"sm_{gpu['capability'].replace('.', '')}"]
+    parts.append(f"{gpu['memory_bytes'] / GIB:.0f} GiB")
+    if "gpu_memory_bytes" in gpu:
+        parts.append(f"{gpu['gpu_memory_bytes'] / GIB:.1f} GiB used")
+    for unit, now, limit in (
+        ("W", "gpu_power_w", "gpu_power_limit_w"),
+        ("MHz", "gpu_sm_clock_mhz", "gpu_sm_clock_max_mhz"),
+    ):
+        if now in gpu:
+            of = f" of {gpu[limit]:.0f}" if limit in gpu else ""
+            parts.append(f"{gpu[now]:.0f}{of} {unit}")
+    return "GPU: " + ", ".join(parts)
+
+
+def _cpu() -> dict:
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    model = re.search(r"^model name\s*: (.*)$", text, re.M)
+    # Cores of this process: a container or taskset leaves it fewer than the machine has.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "model": model[1].strip() if model else platform.processor() or platform.machine(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "flags": [flag for flag in CPU_FLAGS if flag in processor.flags()],
+        "torch": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _compiler(name: str, flag: str) -> dict:
+    path = shutil.which(name)
+    if path is None:
+        return {"name": name, "available": False, "version": None, "reason": "not on PATH"}
+    try:
+        run = subprocess.run([path, flag], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"name": name, "available": False, "version": None, "reason": str(error)}
+    numbers = re.findall(r"V?(\d+\.\d+[.\d]*)", run.stdout)
+    return {
+        "name": name,
+        "available": True,
+        "version": numbers[-1] if numbers else None,
+        "reason": path,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _probe(backend: Backend) -> dict:
+    """Whether an optional package can be used here; the reason says how to get it when not."""
+    version = _version(backend.distribution)
+    why = ""
+    if backend.attribute is None:
+        available = find_spec(backend.module) is not None
+    else:
+        try:
+            module = importlib.import_module(backend.module)
+            available = getattr(module, backend.attribute) is not None
+        except (ImportError, AttributeError) as error:
+            available = False
+            if not _absent(error, backend.module):
+                why = f"{' '.join(str(error).split())}; "
+    if backend.name == "apex" and not available and version:
+        why = f"the installed apex {version} is the unrelated PyPI package, or built without C++; "
+    return {
+        "name": backend.name,
+        "available": available,
+        "version": version if available else None,
+        "reason": "" if available else why + backend.how,
+    }
+
+
+def _absent(error: Exception, module: str) -> bool:
+    """Whether the import failed because `module` or a parent of it simply is not installed."""
+    return isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+
+
+def columns(rows: list[tuple[str, str, str]]) -> list[str]:
+    """Rows of three cells, the first two padded to a common width."""
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+    return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows]

@@ -1,0 +1,74 @@
+"""Softmax attention in C++ for the CPU, forward and backward: what `attention` runs as "cpu".
+
+Formulas, shapes and results are those of `attention_triton`: out, lse and gradients from q, out, dout
+[B, Lq, H, D] and k, v [B, Lk, H, D] in bfloat16 or float32, with any strides, D up to 256. Scores, softmax
+and sums are float32. bfloat16 is multiplied in pairs where the processor does that (avx512_bf16), p and ds
+rounded to bfloat16 before; elsewhere it is widened to float32 when it is packed.
+
+The sources, csrc/cpu/attention_*.cpp, say how the work is split. The sums do not depend on the number
+of threads: the same bits every time. Memory beside the results: packed copies of k and v in the forward;
+in the backward about four of q, three of k and a float32 dq.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from prfl_kernels.extension import extension, view
+from prfl_kernels.jit import unit_last
+
+DTYPES = (torch.bfloat16, torch.float32)
+LARGEST_HEAD_DIM = 256  # rows of this length are packed on the stack
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]) or k.dtype != q.dtype:
+        raise ValueError(f"attention: got k {list(k.shape)} and v {list(v.shape)} for q {list(q.shape)}")
+    if not 0 < q.shape[3] <= LARGEST_HEAD_DIM:
+        raise ValueError(f"attention: got head dim {q.shape[3]}, want 1 to {LARGEST_HEAD_DIM} for cpu")
+    if q.dtype not in DTYPES:
+        raise ValueError(f"attention: got {q.dtype}, want bfloat16 or float32 for cpu")
+
+
+def _shape(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, repeats: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq] float32) of at least one query and key; scale > 0. The
+    last key counts `repeats` times."""
+    _check(q, k, v)
+    q, k, v = (unit_last(a) for a in (q, k, v))
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    threads = torch.get_num_threads()
+    held = map(view, (q, k, v, out, lse))
+    extension().attention_forward(*held, _shape(q, k), scale, math.log(repeats), threads)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    wants_q: bool = True,
+    wants_kv: bool = True,
+    repeats: int = 1,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dq, dk, dv) of `forward`, None where not wanted. dlse [B, H, Lq] or None for zero."""
+    _check(q, k, v)
+    dout, dlse, q, k, v, out, lse = (unit_last(a) for a in (dout, dlse, q, k, v, out, lse))
+    dq = q.new_empty(q.shape) if wants_q else None
+    dk, dv = (k.new_empty(k.shape) if wants_kv else None for _ in range(2))
+    held = map(view, (dout, dlse, q, k, v, out, lse, dq, dk, dv))
+    threads = torch.get_num_threads()
+    extension().attention_backward(*held, _shape(q, k), scale, math.log(repeats), threads)
+    return dq, dk, dv

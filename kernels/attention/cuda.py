@@ -1,0 +1,58 @@
+"""Attention forward in CUDA C++ for an H100 (csrc/cuda/attention_hopper.cu): what `attention` runs as "cuda".
+
+`forward` has the contract of attention_triton.forward and `launch_forward_fp8` that of
+attention_fp8.launch_forward; head dim 128. Out and lse are those of the Triton kernels up to the order of
+sums, so their backward serves both.
+"""
+
+import torch
+from torch import Tensor
+
+from prfl_kernels import cuda_kernels
+from prfl_kernels.attention.triton_kernels import addressable
+
+HEAD_DIM = 128
+
+
+def _launch(name: str, held: tuple[Tensor, ...], sizes: tuple[int, ...], scale: float) -> None:
+    launch = getattr(cuda_kernels.library(), name)
+    launch(*map(cuda_kernels._view, held), *sizes, scale, cuda_kernels._stream(held[0]))
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [B, Lq, H, 128], lse [B, H, Lq]) in bfloat16, of at least one query and key; scale > 0."""
+    for a in (q, k, v):
+        if a.dtype != torch.bfloat16:
+            raise ValueError(f"attention: got {a.dtype}, want bfloat16 for cuda")
+    if q.shape[3] != HEAD_DIM:
+        raise ValueError(f"attention: got head dim {q.shape[3]}, want {HEAD_DIM} for cuda")
+    q, k, v = (addressable(a) for a in (q, k, v))
+    batch, queries, heads, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    _launch("attention_hopper_forward", (q, k, v, out, lse), (batch, queries, k.shape[1], heads), scale)
+    return out, lse
+
+
+def launch_forward_fp8(
+    q8: Tensor,
+    q_scale: Tensor,
+    k8: Tensor,
+    k_scale: Tensor,
+    v8: Tensor,
+    v_scale: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) as attention_fp8.launch_forward."""
+    if q8.shape[3] != HEAD_DIM:
+        raise ValueError(f"attention_fp8: got head dim {q8.shape[3]}, want {HEAD_DIM} for cuda")
+    q8, k8 = addressable(q8), addressable(k8)
+    batch, queries, heads, _ = q8.shape
+    out = q8.new_empty(q8.shape, dtype=torch.bfloat16)
+    lse = q8.new_empty(batch, heads, queries, dtype=torch.float32)
+    # By head, so that a block's scales are one run of memory; padding is any finite number.
+    by_head = k_scale.new_ones(batch, heads, v8.shape[3])
+    by_head[..., : k8.shape[1]] = k_scale.mT
+    inputs = q8, q_scale.contiguous(), k8, by_head, v8.contiguous(), v_scale.contiguous()
+    _launch("attention_hopper_fp8_forward", (*inputs, out, lse), (batch, queries, k8.shape[1], heads), scale)
+    return out, lse

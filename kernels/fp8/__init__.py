@@ -1,0 +1,1 @@
+"""e4m3 rows and products."""

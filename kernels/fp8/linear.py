@@ -1,0 +1,133 @@
+"""A linear layer on e4m3 values with one scale a row of x and one a row of the weight.
+
+    out[m, n] = x_scale[m] * w_scale[n] * sum_k x8[m, k] * w8[n, k] + bias[n]
+
+x8 [..., K] and w8 [N, K] are e4m3, the scales float32, bias [N] of any float dtype. The sum, the
+scales and the bias are float32; the result is rounded once, to bfloat16 (bias rounded to it first,
+as the GPU kernel takes it) or float32. Weights are quantised once and used for a whole rollout.
+There is no backward.
+
+On CUDA the product is torch._scaled_mm with row-wise scales: cuBLASLt on Hopper with CUDA 12.9 or
+newer, else torch's CUTLASS kernels. It wants K and N to be multiples of 16, x by rows and the
+weight transposed; rows are free, so they are never padded. use_fast_accum stays off: Hopper's fp8
+tensor cores add with 14 bits (`hopper_product`), and off means that partial sums are moved to
+float32 registers on the way. Elsewhere the same formula runs in float32, where every product of two
+e4m3 values is exact.
+Source: torch's aten/src/ATen/native/cuda/ScaledBlas.cpp and RowwiseScaledMM.cu; DeepSeek-V3
+technical report, section 3.3.2.
+"""
+
+import torch
+from torch import Tensor
+
+from prfl_kernels.checks import checked, expect, expect_rank
+from prfl_kernels.dispatch import REFERENCE, implementation
+from prfl_kernels.fp8.e4m3 import E4M3, forbid_gradient, never, quantize_rows
+from prfl_kernels.jit import register
+
+MULTIPLE = 16  # of K and N, in _scaled_mm
+# Of one tensor-core instruction (QGMMA) on sm_90: products it adds, significant bits of the sum.
+PRODUCTS, BITS = 32, 14
+
+
+def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 [N, K], float32 scales [N]) of a weight [N, K]: one scale an output channel."""
+    return quantize_rows(w)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return (exponent.clamp(-126, 127) + 127 << 23).view(torch.float32)
+
+
+def _truncated(x: Tensor, exponent: Tensor) -> Tensor:
+    """x [...] cut, toward zero, to multiples of 2^(exponent - BITS); x is below 2^exponent."""
+    return (x * _power_of_two(BITS - exponent)).trunc_() * _power_of_two(exponent - BITS)
+
+
+def hopper_product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
+    """acc + a @ b as Hopper's fp8 tensor cores add, emulated; float32 [..., M, N].
+
+    a [..., M, K] and b [..., K, N] hold e4m3 values as float32, acc is the accumulator before. An
+    emulation after published measurements, not the hardware: an instruction takes 32 exact products
+    and the accumulator, aligns them to the largest exponent among them, cuts each to 14 bits below
+    it, adds those exactly, and keeps 14 bits of the sum (DeepSeek-V3, section 3.3.2;
+    SageAttention2, section 3.2: 1 + 8 + 13 bits). All of this is exact in float32.
+    """
+    if acc is None:
+        acc = a.new_zeros(*a.shape[:-1], b.shape[-1])
+    for k in range(0, a.shape[-1], PRODUCTS):
+        terms = a[..., k : k + PRODUCTS, None] * b[..., None, k : k + PRODUCTS, :]  # [..., M, 32, N]
+        largest = torch.maximum(terms.abs().amax(-2), acc.abs())
+        exponent = torch.frexp(largest).exponent
+        total = _truncated(terms, exponent[..., None, :]).sum(-2) + _truncated(acc, exponent)
+        acc = _truncated(total, torch.frexp(total).exponent)
+    return acc
+
+
+def _reference(x8, x_scale, w8, w_scale, bias, out_dtype):
+    out = (x8.float() @ w8.float().T) * x_scale[:, None] * w_scale
+    if bias is not None:
+        out += bias.to(out_dtype).float()
+    return out.to(out_dtype)
+
+
+def _scaled_mm(x8, x_scale, w8, w_scale, bias, out_dtype):
+    # With float32 out it takes no bias.
+    inside = None if bias is None or out_dtype == torch.float32 else bias.to(out_dtype)
+    scales = x_scale[:, None].contiguous(), w_scale[None].contiguous()
+    out = torch._scaled_mm(
+        x8.contiguous(), w8.contiguous().T, *scales, bias=inside, out_dtype=out_dtype, use_fast_accum=False
+    )
+    return out if bias is None or inside is not None else out + bias
+
+
+def _check(x8, x_scale, w8, w_scale, bias, out_dtype):
+    if out_dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"fp8_linear: got out_dtype {out_dtype}, want torch.bfloat16 or torch.float32")
+    n, k = expect_rank("fp8_linear", "w8", w8, "N, K")
+    if n % MULTIPLE or k % MULTIPLE or n < 1:
+        raise ValueError(f"fp8_linear: got a weight [{n}, {k}], want multiples of {MULTIPLE}")
+    if x8.dim() < 1:
+        raise ValueError(f"fp8_linear: got x8 {list(x8.shape)}, want [..., {k}]")
+    rows = x8.shape[:-1]
+    expect("fp8_linear", "x8", x8, (*rows, k), x8, E4M3)
+    expect("fp8_linear", "x_scale", x_scale, rows, x8, torch.float32)
+    expect("fp8_linear", "w8", w8, (n, k), x8, E4M3)
+    expect("fp8_linear", "w_scale", w_scale, (n,), x8, torch.float32)
+    if bias is not None:
+        expect("fp8_linear", "bias", bias, (n,), x8)
+
+
+def _forward(x8, x_scale, w8, w_scale, bias, out_dtype):
+    run = _reference if implementation("fp8_linear", x8) == REFERENCE else _scaled_mm
+    rows = x8.reshape(-1, x8.shape[-1]), x_scale.reshape(-1)
+    return run(*rows, w8, w_scale, bias, out_dtype).view(*x8.shape[:-1], w8.shape[0])
+
+
+def _fake(x8, x_scale, w8, w_scale, bias, out_dtype):
+    return x8.new_empty(*x8.shape[:-1], w8.shape[0], dtype=out_dtype)
+
+
+register(
+    "fp8_linear(Tensor x8, Tensor x_scale, Tensor w8, Tensor w_scale, Tensor? bias,"
+    " ScalarType out_dtype) -> Tensor",
+    *checked(_check, _forward, _fake),
+    never,
+    forbid_gradient("fp8_linear"),
+)
+
+
+def fp8_linear(
+    x8: Tensor,
+    x_scale: Tensor,
+    w8: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """x w^T + bias [..., N] from x8 [..., K] e4m3 with scales [...], w8 [N, K] with scales [N].
+
+    K and N are multiples of 16, bias [N] or None, out_dtype bfloat16 or float32. Without gradient:
+    an input that requires grad raises ValueError.
+    """
+    return torch.ops.prfl.fp8_linear(x8, x_scale, w8, w_scale, bias, out_dtype)

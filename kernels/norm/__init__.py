@@ -1,0 +1,1 @@
+"""LayerNorm, modulation and gated addition, fused."""

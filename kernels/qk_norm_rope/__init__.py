@@ -1,0 +1,1 @@
+"""RMSNorm and rotary embedding of queries and keys."""

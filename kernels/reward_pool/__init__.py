@@ -1,0 +1,1 @@
+"""Learned-query pooling of the reward model."""

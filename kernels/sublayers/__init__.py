@@ -1,0 +1,1 @@
+"""The three sublayers of a block, each one operation."""
