@@ -33,13 +33,15 @@ from torch import Tensor, nn
 from prfl_bench.peer import Peer
 from prfl_bench.timing import machine
 from prfl_engine import flow
+from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig, RolloutConfig
 from prfl_engine.memory import recompute
 from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.memory.policy import named
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import new_reward
 from prfl_engine.model.wan import WanConfig, WanTransformer
-from prfl_engine.objectives import Batch, graded_windows, reward_loss, sft_loss, stratified_indices
+from prfl_engine.objectives import graded_windows, reward_loss, sft_loss, stratified_indices
 from prfl_engine.optim.optimizer import make_optimizer
 from prfl_engine.rollout.accelerated import Rollout
 from prfl_kernels import dispatch, extension
@@ -131,7 +133,7 @@ class Step:
             return
         dispatch.configure(setting.kernels)
         policy = self.model(setting)
-        run = recompute.run_under(recompute.named(setting.recompute, self.keep))
+        run = recompute.run_under(named(setting.recompute, self.keep))
         window = setting.window if setting.window == "all" else int(setting.window)
         rollout = self.rollout(setting)
         loss = sft_loss(policy, self.batch, self.noise, sigma, run).mean()

@@ -23,9 +23,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from prfl_engine import flow
+from prfl_engine.batch import Batch
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import Batch
 
 PACKAGE = "diffusers_lite"
 

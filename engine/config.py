@@ -57,8 +57,8 @@ class ModelConfig(Section, name="model"):
     """What blocks keep for their backward. none: all that `keep` says; full: their inputs; attention: the
     output of their self-attention too, which is most of a block's work; auto:GB: the fastest policies whose
     step is predicted to fit in so many 10^9 bytes in addition to weights, gradients and optimizer states, as
-    validation has to (engine/planner/plan.py says what is counted); or {keep: [...], offload: [...]} with names of
-    engine/memory/recompute.py."""
+    validation has to (engine/planner/plan.py says what is counted); or {keep: [...], offload: [...]} with
+    names of engine/memory/policy.py."""
     keep: Literal["nothing", "attention", "projections", "all"] = "all"
     """What the branches of a block keep for the backward (docs/kernels.md); with recompute: what a branch
     that is run again keeps until its own backward."""
@@ -74,7 +74,8 @@ class ModelConfig(Section, name="model"):
     """10^9 bytes of tensors that auto:GB may put into host memory; None: no limit, 0: nothing moves. torch
     may round the pinned buffer of each up to a power of two bytes."""
     costs: FilePath | None = None
-    """JSON of measured seconds for auto:GB (`prfl_engine.planner.plan.measure`); None: predicted for an H100."""
+    """JSON of seconds for auto:GB, measured by `prfl_engine.planner.plan.measure`; None: predicted for an
+    H100."""
 
     def __post_init__(self):
         super().__post_init__()

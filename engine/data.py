@@ -13,16 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
+from prfl_engine.batch import Batch, collate, to_device
 from prfl_engine.errors import UserError, check, named
 from prfl_engine.failures import lost_worker
 from prfl_engine.inputs import beside, check_file, check_finite, read_array, read_json, read_lines
 from prfl_engine.interrupt import quiet_children, shield
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.wan import WanConfig
-from prfl_engine.objectives import Batch
 from prfl_engine.seeds import Purpose, each, seeded
 
 LATENT_KEYS = ("video_vae_latent_path", "vae_latent_path", "latents_path")
@@ -321,16 +320,3 @@ def counted(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         first += len(batch.latent)
 
 
-def collate(samples: list[Batch]) -> Batch:
-    """Stack samples of one shape; shorter texts are zero-padded to the longest."""
-
-    def joined(name: str, values: Sequence[Tensor | None]) -> Tensor | None:
-        if values[0] is None:
-            return None
-        return pad_sequence(list(values), batch_first=True) if name == "text" else torch.stack(values)
-
-    return Batch(*map(joined, Batch._fields, zip(*samples, strict=True)))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(None if a is None else a.to(device, non_blocking=True) for a in batch))

@@ -18,57 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from prfl_engine import failures, files
-from prfl_engine.config import Config, ModelConfig
+from prfl_engine.build import pick_device
+from prfl_engine.config import Config
 from prfl_engine.data import Stream
 from prfl_engine.errors import TrainingError, UserError, check
+from prfl_engine.gpu import gpu_metrics
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.metrics import MetricsWriter, note
 from prfl_engine.metrics import progress as progress_bar
-from prfl_engine.model.wan import WanTransformer
 from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
 from prfl_engine.resume import Progress, Start, read_state, save_state, write_run
-from prfl_engine.tools.doctor import gpu_metrics
-from prfl_kernels import dispatch, extension, tuning
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def pick_device(config: Config) -> torch.device:
-    """The device of a run; the kernels that the configuration asks for are chosen on the way."""
-    name = config.train.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"train.device: got {name!r}, but torch sees no CUDA GPU here")
-        if device.index is not None:
-            if device.index >= torch.cuda.device_count():
-                count = torch.cuda.device_count()
-                raise UserError(f"train.device: got {name!r}, want one of the {count} GPUs that torch sees")
-            torch.cuda.set_device(device)  # the one on which Triton launches and graphs are recorded
-    if device.type == "cpu":
-        extension.keep_freed_memory()
-    try:
-        if config.model.kernels is not None:
-            dispatch.configure(config.model.kernels)
-        dispatch.check(device.type)
-    except ValueError as error:
-        where = "PRFL_KERNELS" if config.model.kernels is None else "model.kernels"
-        raise UserError(f"{where}: {error}") from None
-    try:
-        tuning.tuned()
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return device
-
-
-def set_up(model: WanTransformer, config: ModelConfig) -> WanTransformer:
-    """How the blocks of a model compute in training: chunks, compilation, precision."""
-    model.set_chunk(config.chunk)
-    if config.compile:
-        model.compile_blocks()
-    return model.set_precision(DTYPES[config.compute_dtype], DTYPES[config.residual_dtype])
 
 
 def fit(

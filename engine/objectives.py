@@ -1,26 +1,16 @@
 """The losses: flow matching, the reward of a graded denoising step, and those of reward training."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prfl_engine import chain, flow
+from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
-
-
-class Batch(NamedTuple):
-    """Samples of one shape. Tensors on one device."""
-
-    latent: Tensor  # [B, 16, T, H, W]
-    text: Tensor  # [B, n, text_dim]
-    clip: Tensor | None = None  # [B, 257, 1280], I2V
-    condition: Tensor | None = None  # [B, 20, T, H, W], I2V: mask 4, first frame 16
-    label: Tensor | None = None  # [B], 0 or 1
 
 
 def bind(

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
+from prfl_engine.batch import Batch
+from prfl_engine.build import DTYPES, pick_device
 from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
-from prfl_engine.loop import DTYPES, pick_device
 from prfl_engine.metrics import progress
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import load_transformer
-from prfl_engine.objectives import Batch, bind
+from prfl_engine.objectives import bind
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
 

@@ -7,17 +7,19 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
+from prfl_engine.batch import Batch
+from prfl_engine.build import make_frozen_reward, make_policy, pick_device
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, counted, fixed_batches, read_lists
-from prfl_engine.errors import UserError, check
-from prfl_engine.loop import DTYPES, fit, pick_device, set_up
-from prfl_engine.memory.recompute import of_config, run_under
+from prfl_engine.errors import check
+from prfl_engine.loop import fit
+from prfl_engine.memory.policy import of_config
+from prfl_engine.memory.recompute import run_under
 from prfl_engine.model import lora
-from prfl_engine.model.checkpoint import load_reward, load_transformer, save_transformer
+from prfl_engine.model.checkpoint import load_transformer, save_transformer
 from prfl_engine.model.reward import RewardModel
-from prfl_engine.model.wan import PRESETS, WanTransformer
+from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
-    Batch,
     bind,
     graded_windows,
     index_range,
@@ -28,52 +30,11 @@ from prfl_engine.objectives import (
 )
 from prfl_engine.planner.fit_memory import fit_memory
 from prfl_engine.resume import prepare_out
-from prfl_engine.rollout.accelerated import DriftMeter, make_rollout
+from prfl_engine.rollout.accelerated import make_rollout
+from prfl_engine.rollout.drift import DriftMeter
 from prfl_engine.sample import write_samples
-from prfl_engine.seeds import Purpose, each, integers, noise_like, torch_seed
+from prfl_engine.seeds import Purpose, each, integers, noise_like
 from prfl_engine.validation import finite
-
-
-def make_policy(config: Config, resume: Path | None, device: torch.device) -> WanTransformer:
-    """The generator, weights in model.weights_dtype: from `resume`, from model.path, or random.
-
-    With LoRA the checkpoint `resume` holds the adapter, which goes onto the generator of the other two.
-    """
-    m = config.model
-    lora.check_path(config.lora)
-    source = Path(m.path) if m.path else None
-    if resume is not None and not config.lora.rank:
-        source = resume
-    if source is not None:
-        policy = load_transformer(source, DTYPES[m.weights_dtype], device)
-    else:
-        if m.preset not in PRESETS:
-            raise UserError(
-                f"model.preset: got {m.preset!r}, want {', '.join(PRESETS)}, or set model.path"
-            )
-        with torch.device(device):
-            policy = WanTransformer(PRESETS[m.preset])
-        generator = torch.Generator(device).manual_seed(torch_seed(Purpose.WEIGHTS, config.train.seed))
-        policy.init_weights(generator)
-        policy.to(DTYPES[m.weights_dtype])
-    if config.lora.rank:
-        lora.start(policy, config.lora, config.train.seed, resume)
-    return set_up(policy, m)
-
-
-def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.device) -> RewardModel:
-    """The reward model of reward.path, frozen, computing in the precision of the policy."""
-    r, m = config.reward, config.model
-    if r.path is None:
-        raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
-    reward = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, **r.pooling)
-    ours, theirs = policy.config, reward.transformer.config
-    for name in ("model_type", "in_dim", "text_dim", "text_len"):
-        got, want = getattr(theirs, name), getattr(ours, name)
-        if got != want:
-            raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
-    set_up(reward.transformer, m)
-    return reward.freeze()
 
 
 def check_one_backward(config: Config) -> None:

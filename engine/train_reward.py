@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from prfl_engine import flow
+from prfl_engine.build import make_reward, pick_device
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, Stream, fixed_batches, read_lists
 from prfl_engine.errors import UserError
-from prfl_engine.loop import DTYPES, fit, pick_device, set_up
-from prfl_engine.memory.recompute import of_config, run_under
+from prfl_engine.loop import fit
+from prfl_engine.memory.policy import of_config
+from prfl_engine.memory.recompute import run_under
 from prfl_engine.metrics import note, progress
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import (
     load_heads,
-    load_reward,
-    load_transformer,
-    new_reward,
     read_heads,
     save_reward,
 )
@@ -25,41 +24,10 @@ from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.resume import prepare_out
-from prfl_engine.seeds import Purpose, integers, noise_like, torch_seed
+from prfl_engine.seeds import Purpose, integers, noise_like
 from prfl_engine.validation import check_labels, finite, partners, read_labels
 
-EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
-
 ADAPTER = "adapter"  # folder of the adapter in a checkpoint of training with LoRA
-
-
-def make_reward(
-    config: Config, source: str | Path | None, device: torch.device, dtype: torch.dtype | None = None
-) -> RewardModel:
-    """The reward model of the folder `source`, or a new one on the first blocks of model.path.
-
-    The weights of its transformer are in dtype, None: model.weights_dtype; those of the head in float32. The
-    embeddings require no gradient unless reward.train_embeddings.
-    """
-    r, m = config.reward, config.model
-    dtype = dtype or DTYPES[m.weights_dtype]
-    if source is not None:
-        model = load_reward(source, dropout=r.dropout, dtype=dtype, device=device, **r.pooling)
-    else:
-        if m.path is None:
-            raise UserError("model.path: got null, want the generator that the reward starts from")
-        trunk = load_transformer(m.path, dtype, device, trunk=True, blocks=r.blocks)
-        torch.manual_seed(torch_seed(Purpose.REWARD_HEAD, config.train.seed))
-        with torch.device(device):
-            model = new_reward(trunk, r.blocks, r.num_queries, dropout=r.dropout, **r.pooling)
-    if m.budget is not None:
-        raise UserError(f"model.recompute: got {m.recompute!r} for a reward model, want a mode or names")
-    if not r.train_embeddings:
-        for name in EMBEDDINGS:
-            if (part := getattr(model.transformer, name)) is not None:
-                part.requires_grad_(False)
-    set_up(model.transformer, m)
-    return model
 
 
 def add_updates(model: RewardModel, config: Config, resume: Path | None) -> None:

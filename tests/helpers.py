@@ -8,11 +8,12 @@ import numpy as np
 import torch
 import yaml
 
-from prfl_engine.memory.recompute import BlockPolicy, named, run_under
+from prfl_engine.batch import Batch
+from prfl_engine.memory.policy import BlockPolicy, named
+from prfl_engine.memory.recompute import run_under
 from prfl_engine.model.checkpoint import new_reward, save_reward, save_transformer
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
-from prfl_engine.objectives import Batch
 
 SHAPE = (16, 1, 4, 4)  # channels, frames, rows, columns of a latent: 4 tokens
 

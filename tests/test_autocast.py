@@ -6,12 +6,12 @@ from helpers import random_batch, randomize, tiny_config, tiny_model, tiny_rewar
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prfl_engine import flow
+from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, RolloutConfig
-from prfl_engine.memory.recompute import BlockPolicy
+from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.model import lora
 from prfl_engine.model.wan import plain_blocks
 from prfl_engine.objectives import (
-    Batch,
     bradley_terry,
     cross_entropy,
     graded_windows,

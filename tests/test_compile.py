@@ -9,11 +9,12 @@ from helpers import random_batch, tiny_config, tiny_model, tiny_reward, under, w
 from rounding import assert_as_right, rounding
 from torch._dynamo.utils import counters
 
+from prfl_engine.batch import Batch
 from prfl_engine.cli import main
 from prfl_engine.config import ModelConfig
 from prfl_engine.metrics import read_metrics
 from prfl_engine.model.wan import WanTransformer, plain_blocks
-from prfl_engine.objectives import Batch, bind
+from prfl_engine.objectives import bind
 
 pytestmark = pytest.mark.skipif(which("g++") is None, reason="inductor needs g++ on a CPU")
 T = torch.tensor([500.0, 20.0])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from prfl_engine.build import pick_device
 from prfl_engine.config import Config, TrainConfig, UserError
-from prfl_engine.loop import pick_device
 
 
 def test_a_gpu_by_its_number_is_the_current_one(monkeypatch):

@@ -9,12 +9,13 @@ from helpers import tiny_config, under
 from safetensors.torch import load_file, save_file
 
 from prfl_engine import flow
+from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LoraConfig
 from prfl_engine.errors import UserError
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import load_transformer, new_reward, save_transformer
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import Batch, graded_windows, sft_loss
+from prfl_engine.objectives import graded_windows, sft_loss
 from prfl_engine.rollout.fp8 import weight_of
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)

@@ -8,7 +8,7 @@ from test_graphs import FakeRecorder
 
 from prfl_engine import chain, flow
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, RolloutConfig, UserError
-from prfl_engine.memory.recompute import BlockPolicy
+from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.model import lora, wan
 from prfl_engine.model.layers import IMAGE_TOKENS
 from prfl_engine.objectives import bind, graded_windows, reward_loss, sft_loss

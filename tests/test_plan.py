@@ -12,7 +12,7 @@ from helpers import one_line, random_batch, tiny_config, tiny_model, tiny_reward
 from prfl_engine import cli, flow
 from prfl_engine.config import ChainConfig, Config, ModelConfig, RolloutConfig, UserError, from_dict
 from prfl_engine.memory.live_bytes import LiveBytes
-from prfl_engine.memory.recompute import BlockPolicy, named, of_config
+from prfl_engine.memory.policy import BlockPolicy, named, of_config
 from prfl_engine.objectives import graded_windows, sft_loss
 from prfl_engine.planner import plan as plan
 from prfl_engine.planner import search as search

@@ -10,7 +10,8 @@ from prfl_kernels.attention.op import attention, attention_with_lse
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 AMX = frozenset({"avx512f", "amx_tile", "amx_bf16"})
-built = pytest.mark.skipif(extension.absence("cpu", "cpu") is not None, reason="the C++ kernels are not built")
+why = extension.absence("cpu", "cpu")
+built = pytest.mark.skipif(why is not None, reason="the C++ kernels are not built")
 
 
 @pytest.fixture

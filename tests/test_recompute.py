@@ -14,7 +14,7 @@ from prfl_engine.config import ChainConfig, LoraConfig
 from prfl_engine.memory import host as offload
 from prfl_engine.memory import recompute
 from prfl_engine.memory.live_bytes import LiveBytes
-from prfl_engine.memory.recompute import NAMES, STREAM, BlockPolicy
+from prfl_engine.memory.policy import NAMES, STREAM, BlockPolicy, named
 from prfl_engine.model import lora
 from prfl_engine.model.layers import Linear
 from prfl_engine.objectives import bind, graded_windows, sft_loss
@@ -22,10 +22,10 @@ from prfl_engine.objectives import bind, graded_windows, sft_loss
 LATENT = (16, 3, 8, 8)  # 48 tokens
 INNER = tuple(n for n in NAMES if n not in STREAM)
 POLICIES = {
-    "none": recompute.named("none"),
-    "full": recompute.named("full"),
-    "attention": recompute.named("attention"),
-    "full, little kept again": recompute.named("full", "nothing"),
+    "none": named("none"),
+    "full": named("full"),
+    "attention": named("attention"),
+    "full, little kept again": named("full", "nothing"),
     "streams": BlockPolicy(STREAM),
     "no cross_normed": BlockPolicy(set(NAMES) - {"cross_normed"}),
     "no after_attention": BlockPolicy(set(NAMES) - {"after_attention"}),
@@ -297,7 +297,7 @@ def test_what_a_block_puts_away_has_left_when_the_next_one_is_over(monkeypatch):
         return run(*arguments)
 
     monkeypatch.setattr(recompute.Run, "__call__", watched)
-    away, stays = BlockPolicy((), {"input"}), recompute.named("none")
+    away, stays = BlockPolicy((), {"input"}), named("none")
     gradients([away, away, stays, stays, away, stays], blocks=6)
     assert left == [0, 1, 1, 0, 0, 1] and not store._leaving
 
@@ -381,4 +381,4 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="keep: got no input, want it in keep or offload"):
         BlockPolicy({"attention"})
     with pytest.raises(ValueError, match="recompute: got 'half', want one of none, full, attention"):
-        recompute.named("half")
+        named("half")

@@ -14,7 +14,8 @@ from prfl_engine.config import ChainConfig, RolloutConfig
 from prfl_engine.model.checkpoint import save_transformer
 from prfl_engine.objectives import bind, graded_windows
 from prfl_engine.rollout import accelerated as module
-from prfl_engine.rollout.accelerated import DriftMeter, Rollout, make_rollout
+from prfl_engine.rollout.accelerated import Rollout, make_rollout
+from prfl_engine.rollout.drift import DriftMeter
 
 WIDE = dict(dim=128, num_heads=2)  # heads of 64, as e4m3 attention needs them
 STEPS = 8

@@ -6,7 +6,8 @@ import torch
 from helpers import tiny_config, write_data
 from test_data import LARGE, SMALL, read, same
 
-from prfl_engine.data import Reader, Stream, collate, fixed_batches, read_lists, read_text
+from prfl_engine.batch import collate
+from prfl_engine.data import Reader, Stream, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
 
 CPU = torch.device("cpu")

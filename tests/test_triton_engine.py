@@ -10,8 +10,9 @@ from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward
 from safetensors.torch import load_file
 
 from prfl_engine import flow
+from prfl_engine.batch import Batch
 from prfl_engine.config import LossConfig
-from prfl_engine.objectives import Batch, bind, graded_windows, reward_loss, sft_loss
+from prfl_engine.objectives import bind, graded_windows, reward_loss, sft_loss
 from prfl_engine.tools import golden
 from prfl_kernels import dispatch
 

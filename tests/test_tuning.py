@@ -11,9 +11,9 @@ import torch
 from fused import DEVICE, needs_triton
 
 from prfl_bench import operations, tune
+from prfl_engine.build import pick_device
 from prfl_engine.cli import main
 from prfl_engine.errors import UserError
-from prfl_engine.loop import pick_device
 from prfl_kernels import tuning
 from prfl_kernels.norm import triton_kernels as add_norm
 

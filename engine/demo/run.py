@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
+from prfl_engine.build import pick_device
 from prfl_engine.config import (
     Config,
     DataConfig,
@@ -29,7 +30,6 @@ from prfl_engine.demo import clips
 from prfl_engine.demo.baseline import evaluate_handmade
 from prfl_engine.demo.report import write_report
 from prfl_engine.files import checkpoints
-from prfl_engine.loop import pick_device
 from prfl_engine.media.codec import DCTCodec
 from prfl_engine.metrics import progress, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer

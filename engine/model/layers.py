@@ -27,8 +27,8 @@ class Linear(nn.Linear):
     """nn.Linear that computes and returns in `compute_dtype`, whatever its input and weights have and
     autocast says.
 
-    lora_A [r, in] and lora_B [out, r], where prfl_engine.model.lora has set them, are a low-rank update of the
-    weight, lora_scale * B A.
+    lora_A [r, in] and lora_B [out, r], where prfl_engine.model.lora has set them, are a low-rank update of
+    the weight, lora_scale * B A.
     """
 
     compute_dtype: torch.dtype | None = None  # None: the dtype of the weights

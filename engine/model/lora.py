@@ -4,8 +4,8 @@
 
 Every layers.Linear of a transformer can have one. In self-attention and FFN, A and B go into the fused
 branches: two thin products more, no gradient of W, and nothing kept that a trained W would not keep
-(prfl_kernels.sublayers.products). B begins as zero, A as PEFT draws it. All other parameters, modulation and norms
-included, are frozen. Source: Hu et al. 2021, arXiv 2106.09685. Files: prfl_engine.model.lora_files.
+(prfl_kernels.sublayers.products). B begins as zero, A as PEFT draws it. All other parameters, modulation
+and norms included, are frozen. Source: Hu et al. 2021, arXiv 2106.09685. Files: prfl_engine.model.lora_files.
 """
 
 import math

@@ -20,14 +20,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from prfl_engine import chain, flow
+from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig
 from prfl_engine.memory.live_bytes import LiveBytes
-from prfl_engine.memory.recompute import BlockPolicy, run_under
+from prfl_engine.memory.policy import BlockPolicy
+from prfl_engine.memory.recompute import run_under
 from prfl_engine.model import lora
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
-from prfl_engine.objectives import Batch, bind, graded_windows, index_range, noisy_reward, sft_loss
+from prfl_engine.objectives import bind, graded_windows, index_range, noisy_reward, sft_loss
 from prfl_engine.planner.fake import default_dtype, fake_tensors
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere

@@ -32,7 +32,7 @@ import torch
 
 from prfl_engine.config import UserError
 from prfl_engine.memory import recompute
-from prfl_engine.memory.recompute import INNER, NAMES, BlockPolicy
+from prfl_engine.memory.policy import INNER, NAMES, BlockPolicy, named
 from prfl_engine.model.layers import IMAGE_TOKENS
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.planner.dry_run import (
@@ -50,14 +50,14 @@ from prfl_kernels.sublayers import cross_attention, self_attention
 KEEP = {"attend": self_attention.KEEP, "cross": cross_attention.KEEP}
 _RESIDUALS = {"input", "after_attention", "after_cross"}
 KINDS = {
-    "none": recompute.named("none"),
-    "projections": recompute.named("none", "projections"),
+    "none": named("none"),
+    "projections": named("none", "projections"),
     "residuals, attention": BlockPolicy({*_RESIDUALS, "attention", "cross_attention"}),
-    "attention": recompute.named("attention"),
+    "attention": named("attention"),
     "attention, input away": BlockPolicy({"attention"}, {"input"}),
     "attention and input away": BlockPolicy((), {"attention", "input"}),
     "residuals and attention away": BlockPolicy((), {*_RESIDUALS, "attention"}),
-    "full": recompute.named("full"),
+    "full": named("full"),
     "full, input away": BlockPolicy((), {"input"}),
 }  # fmt: skip
 

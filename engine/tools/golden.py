@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
+from prfl_engine.batch import Batch
 from prfl_engine.bounds import Count, Natural, Positive, Probability, Section, Within, describe, hints
 from prfl_engine.config import LossConfig
 from prfl_engine.errors import UserError, check, named
@@ -21,7 +22,7 @@ from prfl_engine.model.checkpoint import build, check_blocks, load_strict, read_
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import WanConfig, WanTransformer
-from prfl_engine.objectives import Batch, bind, graded_windows, reward_loss, sft_loss
+from prfl_engine.objectives import bind, graded_windows, reward_loss, sft_loss
 
 FILES = (
     "config.json", "policy.safetensors", "reward_transformer.safetensors",

@@ -5,18 +5,18 @@
     h  = n W1^T,  g = gelu_tanh(h + b1)              W1 [F, C]
     x' = s + gate (g W2^T + b2)                      W2 [C, F]
 
-W1 and W2 may have a low-rank update each (LoRA, prfl_kernels.sublayers.products). Kept for the backward: s, mean and
-1/std of every token, the vectors and weights, and what `keep` names:
+W1 and W2 may have a low-rank update each (LoRA, prfl_kernels.sublayers.products). Saved for the backward: s,
+mean and 1/std of every token, the vectors and weights, and what `keep` names:
 
-    mode         keeps           bytes (16 bits)  made again in backward
+    mode         saves           bytes (16 bits)  recomputed in backward
     nothing      -                                n, h, g
     projections  hidden: h       2 L F            n, g
     all          and normed: n   2 L F + 2 L C    g
 
-"attention" keeps the same as "nothing" here: it is a mode of the attention branch. g is never kept: the
-backward makes it in the pass that makes dh. g W2^T is never needed: see prfl_kernels.sublayers.products. n is left out
-where W1 and its update are frozen and h is kept. With `chunk` the branch runs on that many tokens at a time,
-forward and backward: h where it is not kept, g, their gradients and n are then never whole.
+"attention" saves the same as "nothing": it is a mode of the attention sublayers. g is never saved: the backward
+computes it in the pass that computes dh. g W2^T is never needed, see prfl_kernels.sublayers.products. n is not
+saved where W1 and its update are frozen and h is saved. With `chunk` the sublayer works on that many tokens at
+a time, forward and backward, so h where it is not saved, g, their gradients and n never exist as a whole.
 """
 
 from collections.abc import Collection, Mapping

@@ -1,0 +1,103 @@
+"""What a block saves for its backward: the names of its intermediates, and policies over them."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from prfl_engine.config import ModelConfig
+from prfl_engine.errors import UserError
+from prfl_kernels.sublayers import cross_attention, self_attention
+from prfl_kernels.sublayers import ffn as modulated_ffn
+
+# Inner parts of each branch: our name, the branch's own name, and how many tensors it saves for it, as they
+# end the list of what the branch saves.
+INNER = {
+    "attend": [(name, name, count) for name, count in self_attention.KEPT.items()],
+    "cross": [
+        ("cross_" + name, name, count) if name != "attention" else ("cross_attention", name, count)
+        for name, count in cross_attention.KEPT.items()
+    ],
+    "feed": [("hidden", "hidden", 1), ("ffn_normed", "normed", 1)],
+}
+
+
+STREAM = ("input", "after_attention", "cross_normed", "after_cross")
+
+
+NAMES = (*STREAM, *(name for parts in INNER.values() for name, _, _ in parts))
+
+
+MODES = ("none", "full", "attention")
+
+
+class Keeps(NamedTuple):
+    """What each branch of a block keeps: a mode, or names of its own parts."""
+
+    attend: str | Collection[str]
+    cross: str | Collection[str]
+    feed: str | Collection[str]
+
+
+@dataclass(frozen=True)
+class BlockPolicy:
+    """Which intermediates of a block stay on the device and which wait on the host; the others are made
+    again. `again` is what a branch that is run again keeps until its own backward: a mode of the branches."""
+
+    keep: frozenset[str]
+    offload: frozenset[str] = frozenset()
+    again: str = "all"
+
+    def __post_init__(self):
+        for field in ("keep", "offload"):
+            names = frozenset(getattr(self, field))
+            object.__setattr__(self, field, names)
+            for name in sorted(names - set(NAMES)):
+                raise ValueError(f"{field}: got {name!r}, want some of {', '.join(NAMES)}")
+        for name in sorted(self.keep & self.offload):
+            raise ValueError(f"offload: got {name!r}, which keep names too, want it in one of them")
+        if "input" not in self.held:
+            raise ValueError("keep: got no input, want it in keep or offload: it cannot be computed again")
+
+    @cached_property
+    def held(self) -> frozenset[str]:
+        """What is not computed again."""
+        return self.keep | self.offload
+
+    @cached_property
+    def keeps(self) -> Keeps:
+        """What the branches hold when they are run first."""
+        return Keeps(*(tuple(o for n, o, _ in parts if n in self.held) for parts in INNER.values()))
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether the branches alone can do all of it: nothing moves, and no stream is made again."""
+        return not self.offload and self.keep >= set(STREAM)
+
+    def staying(self) -> "BlockPolicy":
+        """The same with everything on the device: for the last block, whose backward comes at once."""
+        return BlockPolicy(self.held, again=self.again)
+
+
+def named(mode: str, keep: str = "all") -> BlockPolicy:
+    """The policy of a mode. none: what `keep` (a mode of the branches) keeps, and the streams; full: the
+    input alone; attention: the output and log-sum-exp of self-attention too. ValueError for another."""
+    if mode not in MODES:
+        raise ValueError(f"recompute: got {mode!r}, want one of {', '.join(MODES)}")
+    if mode == "none":
+        modes = self_attention.KEEP, cross_attention.KEEP, modulated_ffn.KEEP
+        parts = zip(INNER.values(), (m[keep] for m in modes), strict=True)
+        inner = {name for names, kept in parts for name, own, _ in names if own in kept}
+        return BlockPolicy(frozenset({*STREAM, *inner}), again=keep)
+    return BlockPolicy({"input"} if mode == "full" else {"input", "attention"}, again=keep)
+
+
+def of_config(model: ModelConfig) -> BlockPolicy:
+    """The policy that model.recompute and model.keep ask for; that of "none" for auto:GB, which the planner
+    replaces. Raises UserError for names that are none."""
+    if isinstance(model.recompute, str):
+        return named("none" if model.budget is not None else model.recompute, model.keep)
+    try:
+        return BlockPolicy(model.recompute.keep, model.recompute.offload, again=model.keep)
+    except ValueError as error:
+        raise UserError(f"model.recompute: {error}") from None
