@@ -13,10 +13,11 @@ mean and 1/std of every token, the vectors and weights, and what `keep` names:
     projections  hidden: h       2 L F            n, g
     all          and normed: n   2 L F + 2 L C    g
 
-"attention" saves the same as "nothing": it is a mode of the attention sublayers. g is never saved: the backward
-computes it in the pass that computes dh. g W2^T is never needed, see prfl_kernels.sublayers.products. n is not
-saved where W1 and its update are frozen and h is saved. With `chunk` the sublayer works on that many tokens at
-a time, forward and backward, so h where it is not saved, g, their gradients and n never exist as a whole.
+"attention" saves the same as "nothing": it is a mode of the attention sublayers. g is never saved: the
+backward computes it in the pass that computes dh. g W2^T is never needed, see
+prfl_kernels.sublayers.products. n is not saved where W1 and its update are frozen and h is saved. With
+`chunk` the sublayer works on that many tokens at a time, forward and backward, so h where it is not saved,
+g, their gradients and n never exist as a whole.
 """
 
 from collections.abc import Collection, Mapping

@@ -7,8 +7,8 @@
     n'      = LN(x') weight + bias                           the next norm in the same pass, if asked for
 
 The four matrices may have a low-rank update each (LoRA, prfl_kernels.sublayers.products). Saved for the
-backward: x, mean and 1/std of every token, the vectors and weights, x' and its statistics where there is an n',
-and what `keep` names:
+backward: x, mean and 1/std of every token, the vectors and weights, x' and its statistics where there is an
+n', and what `keep` names:
 
     mode         saves                                    bytes (16 bits)  recomputed in backward
     nothing      -                                        -                n, q, k, v, a
@@ -16,13 +16,13 @@ and what `keep` names:
     projections  and projections: q, k before norm, v     8 L C            n, norm and rotation
     all          and rotated: q, k; normed: n             14 L C           -
 
-a Wo^T is never needed, see prfl_kernels.sublayers.products. n is not saved where projections and updates are
-frozen. A block that is recomputed in backward can be given a and the log-sum-exp of its first forward. Then x'
-needs neither q, k, v nor attention, and the backward recomputes q, k and v alone. With `chunk` all but attention
-itself works on that many tokens at a time. In addition to inputs, results and what is saved, only q, k, v and a
-then exist as a whole (8 L C bytes in 16 bits), in backward those and their gradients (16 L C). Two things that
-the backward needs on both sides of attention are computed twice for that: the gradient of x' where there is an
-n', and q and k before the norm where they are not saved (4 L C^2 FLOPs).
+a Wo^T is never needed, see prfl_kernels.sublayers.products. n is not saved where projections and updates
+are frozen. A block that is recomputed in backward can be given a and the log-sum-exp of its first forward.
+Then x' needs neither q, k, v nor attention, and the backward recomputes q, k and v alone. With `chunk` all
+but attention itself works on that many tokens at a time. In addition to inputs, results and what is saved,
+only q, k, v and a then exist as a whole (8 L C bytes in 16 bits), in backward those and their gradients (16
+L C). Two things that the backward needs on both sides of attention are computed twice for that: the
+gradient of x' where there is an n', and q and k before the norm where they are not saved (4 L C^2 FLOPs).
 """
 
 from collections.abc import Collection, Mapping
