@@ -19,14 +19,17 @@ FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).
 # Of the model's layers, bottom up: what each may import of ours. Modules not named here (data,
 # checkpoint, metrics, ...) may import anything but the programs.
 KERNELS = {"prfl_kernels"}
-CONFIG = {"prfl_engine.config", "prfl_engine.errors"}
+FILES_OF_USERS = {"prfl_engine.errors", "prfl_engine.bounds", "prfl_engine.inputs"}
+CONFIG = FILES_OF_USERS | {"prfl_engine.config"}
 LAYERS = KERNELS | CONFIG | {"prfl_engine.layers"}
 MEMORY = {"prfl_engine.recompute", "prfl_engine.offload", "prfl_engine.live_bytes"}
 DIT = LAYERS | {"prfl_engine.dit"}
 ALLOWED = {
     "errors": set(),
-    "config_file": {"prfl_engine.errors"},
-    "config": {"prfl_engine.errors", "prfl_engine.config_file"},
+    "bounds": {"prfl_engine.errors"},
+    "inputs": {"prfl_engine.errors", "prfl_engine.bounds"},
+    "config_file": FILES_OF_USERS,
+    "config": FILES_OF_USERS | {"prfl_engine.config_file"},
     "flow": KERNELS | CONFIG,
     "layers": KERNELS | CONFIG,
     "dit": LAYERS,
