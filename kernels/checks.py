@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STORED = (*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Of a matrix, which is converted before it is multiplied with."""
 
 
 def checked(check: Callable[..., None], *functions: Callable) -> list[Callable]:
@@ -50,6 +52,13 @@ def expect(
         raise ValueError(f"{op}: got {name} {a.dtype}, want {dtype}")
     if a.device != like.device:
         raise ValueError(f"{op}: got {name} on {a.device}, want {like.device}")
+
+
+def expect_matrix(op: str, name: str, a: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    """`expect` of a weight matrix, which may be stored in one of STORED."""
+    if a.dtype in STORED and a.dtype not in FLOATS and a.shape == shape and a.device == like.device:
+        return
+    expect(op, name, a, shape, like)
 
 
 def expect_rank(op: str, name: str, a: Tensor, sizes: str) -> torch.Size:

@@ -9,7 +9,7 @@ W may also be [G, N, K] for x [G, M, K], a product for every group, then without
 import torch
 from torch import Tensor
 
-from prfl_kernels.checks import checked, expect, expect_float, expect_rank
+from prfl_kernels.checks import checked, expect, expect_float, expect_matrix, expect_rank
 from prfl_kernels.jit import register
 from prfl_kernels.sublayers import products
 from prfl_kernels.sublayers.products import LowRank, Product, low_rank
@@ -25,11 +25,11 @@ def _check(x, weight, bias, down, up, scale):
     n, k = weight.shape[-2:]
     if weight.dim() == 3:
         shape = expect_rank("linear", "x", x, "G, M, K")
-        expect("linear", "weight", weight, (shape[0], n, shape[2]), x)
+        expect_matrix("linear", "weight", weight, (shape[0], n, shape[2]), x)
         if any(a is not None for a in (bias, down, up)):
             raise ValueError("linear: got a weight for every group with bias or update, want it alone")
         return
-    expect("linear", "weight", weight, (n, x.shape[-1]), x)
+    expect_matrix("linear", "weight", weight, (n, x.shape[-1]), x)
     if min(n, k) < 1:
         raise ValueError(f"linear: got weight {list(weight.shape)}, want no size of 0")
     if bias is not None:

@@ -49,6 +49,8 @@ def environment(*settings: Setting) -> dict[str, str]:
     plain = {k: v for k, v in os.environ.items() if k not in VARIABLES}
     # torch's compiler caches code without regard to ATEN_CPU_CAPABILITY.
     plain["TORCHINDUCTOR_CACHE_DIR"] = str(LOGS / "-".join(["inductor", *map(str, settings)]))
+    # Threads that spin at barriers lose minutes where another process has the cores.
+    plain["OMP_WAIT_POLICY"] = "PASSIVE"
     return plain | {"OMP_NUM_THREADS": "1"} | {s.variable: s.value for s in settings}
 
 

@@ -1,6 +1,7 @@
 """No field of a configuration takes a value that cannot be right, whatever its section."""
 
 import math
+import typing
 from dataclasses import fields
 
 import pytest
@@ -26,7 +27,7 @@ def fields_of_all_sections():
 def legal(section, field, hint, value) -> bool:
     """Whether a value of NONSENSE is right there."""
     if value is True:
-        return hint is bool
+        return hint is bool or bool in typing.get_args(hint)
     if isinstance(value, int) and value == -1:
         return f"{section}.{field}" in FREE
     lists = ("data.train", "data.lose", "data.val", "data.val_lose")

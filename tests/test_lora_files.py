@@ -290,7 +290,7 @@ def test_merging_refuses_before_it_writes(tmp_path, capsys):
         ((base, good, "dangling"), "--out: .*dangling exists, want a new name"),
         ((base, good, "file/out"), "--out: .*file is a file, want a folder"),
         ((base, folder, "out"), "adapter_config.json: is a folder"),
-        ((tmp_path / "broken", good, "out"), "broken: blocks.0.norm3.weight has values that are not finite"),
+        ((tmp_path / "broken", good, "out"), "broken/.*: blocks.0.norm3.weight holds NaN or infinity"),
         ((base, tmp_path / "file", "out"), "file: not a safetensors file"),
     ):
         assert main(["merge-lora", str(args[0]), str(args[1]), "--out", str(tmp_path / args[2])]) == 2

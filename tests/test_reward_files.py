@@ -60,7 +60,7 @@ def test_settings_that_contradict_are_refused(override, got, tmp_path, capsys):
         run(command, config, f"reward.path={tmp_path / 'reward2'}", f"reward.{override}", code=2)
         line = one_line(capsys)
         assert f"reward.{override.split('=')[0]}: got {got}" in line and "reward.json" in line
-    run("train", config, f"reward.path={tmp_path / 'reward2'}", "train.resume=true")
+    run("train", config, f"reward.path={tmp_path / 'reward2'}")
 
 
 @pytest.mark.parametrize("text", [

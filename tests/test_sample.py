@@ -69,7 +69,7 @@ def test_a_sample_that_is_not_finite_is_not_written(tmp_path, capsys):
     config = write_run(tmp_path)
     weights = tmp_path / "policy/diffusion_pytorch_model.safetensors"
     state = load_file(weights)
-    save_file(state | {"head.head.bias": state["head.head.bias"] * float("nan")}, weights)
+    save_file(state | {"head.head.bias": torch.full_like(state["head.head.bias"], 3e38)}, weights)
     run("sample", config, "--out", str(tmp_path / "samples"), code=1)
     assert f"sample: got nan on {tmp_path / 'val/0.json'}" in one_line(capsys)
     assert not (tmp_path / "samples").exists()

@@ -87,10 +87,10 @@ def test_a_run_from_layers_of_their_own_ranks_goes_on_to_the_bit(tmp_path, monke
     "override, message",
     [
         ("lora.rank=-1", "lora.rank: got -1"),
-        ("lora.rank=1099511627776", "lora.rank: got 1099511627776, want at most"),
+        ("lora.rank=1099511627776", "lora.rank: got 1099511627776, want a whole number in [0, 65536]"),
         ("lora.alpha=0", "lora.alpha: got 0"),
         ("lora.targets=[nowhere]", "lora.targets: got 'nowhere'"),
-        ("lora.path=nowhere", "nowhere: no adapter there"),
+        ("lora.path=nowhere", "nowhere: no such file, want a folder with adapter_model.safetensors"),
         ("lora.rank=0 lora.path=nowhere", "lora.path: got 'nowhere', want null with lora.rank 0"),
         ("model.chunk=0", "model.chunk: got 0"),
     ],

@@ -11,6 +11,7 @@ from prfl_kernels.checks import (
     expect_float,
     expect_heads,
     expect_length,
+    expect_matrix,
     expect_places,
     expect_rank,
     expect_rows,
@@ -29,7 +30,7 @@ def _vectors(op: str, x: Tensor, **vectors: Tensor) -> None:
 def _linear(
     op: str, name: str, weight: Tensor, bias: Tensor, outputs: int, inputs: int, x: Tensor
 ) -> None:
-    expect(op, name, weight, (outputs, inputs), x)
+    expect_matrix(op, name, weight, (outputs, inputs), x)
     expect(op, f"{name}_bias", bias, (outputs,), x)
 
 
@@ -183,7 +184,7 @@ def _cross(op, x, context, weights, image, settings) -> tuple[int, int]:
     if image_tokens:
         shapes = ((width, width), (width,), (width, width), (width,), (width,))
         for name, a, shape in zip(names, image, shapes, strict=True):
-            expect(op, name, a, shape, x)
+            (expect_matrix if len(shape) == 2 else expect)(op, name, a, shape, x)
     if not 0 <= image_tokens < tokens:
         got = f"{image_tokens} image tokens in a context of {tokens}"
         raise ValueError(f"{op}: got {got}, want at least one text token after them")
