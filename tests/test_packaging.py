@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = {"prfl_engine": "engine", "prfl_kernels": "kernels", "prfl_bench": "benchmarks"}
 FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).rglob("*.py"))]
-# The rooms of the engine, bottom up: a room, or a file that stands in none, imports nothing that comes after it.
-# What stands in one line knows nothing of each other. The kernels know nothing of the engine.
+# The rooms of the engine, bottom up: a room, or a file that stands in none, imports nothing that comes after
+# it. What stands in one line knows nothing of each other. The kernels know nothing of the engine.
 ROOMS = [
     {"errors", "__version__"},
     {"bounds"},
