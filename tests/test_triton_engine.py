@@ -37,7 +37,7 @@ def losses_and_gradients():
 
 
 def test_losses_and_gradients(triton):
-    """What an image adds, 257 tokens that take the interpreter a minute, is in test_cross_attention.py."""
+    """An image model runs the same operations, on 257 tokens more that take the interpreter a minute."""
     got = losses_and_gradients()
     table.configure("reference")
     for a, b in zip(got, losses_and_gradients(), strict=True):
