@@ -207,16 +207,16 @@ def _digest(paths: list[Path]) -> dict:
         where.update(os.fsencode(path.absolute()) + b"\0")
         content.update(os.fsencode(path.name) + b"\0" if len(paths) > 1 else b"")
     some = paths if len(paths) <= 64 else [paths[i * len(paths) // 64] for i in range(64)]
-    try:
-        for file in (file for path in some for file in _files(path)):
+    for file in (file for path in some for file in _files(path)):
+        try:
             size = file.stat().st_size
             content.update(f"{file.name} {size}\0".encode(errors="surrogateescape"))
             with open(file, "rb") as opened:
                 content.update(opened.read(4096))
                 opened.seek(max(0, size - 4096))
                 content.update(opened.read(4096))
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}, want a file that can be read") from None
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}, want a file that can be read") from None
     return {"count": len(paths), "where": where.hexdigest(), "content": content.hexdigest()}
 
 

@@ -163,12 +163,15 @@ def eval_reward(config: Config) -> dict[float, float]:
     c = config
     if c.reward.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model")
-    paths, lose = read_lists(c.data.val, "data.val"), None
+    paths, lose, labels = read_lists(c.data.val, "data.val"), None, set()
     if c.reward.loss == "bt":
         lose = read_lists(c.data.val_lose, "data.val_lose")
-    elif len(labels := set(read_labels(paths, c.data.label, "data.val"))) < 2:
-        note(f"{c.data.label} is {labels.pop():g} in all of data.val: a constant reward may be right on all")
+    else:
+        labels = set(read_labels(paths, c.data.label, "data.val"))
     model = make_reward(c, c.reward.path, pick_device(c)).freeze()
     if lose is not None:
         lose = partners(Reader(model.transformer.config), paths, lose, "data.val_lose")
-    return evaluate_reward(c, model, paths, lose, show=True)
+    accuracy = evaluate_reward(c, model, paths, lose, show=True)
+    if len(labels) == 1:
+        note(f"{c.data.label} is {labels.pop():g} in all of data.val: a constant reward may be right on all")
+    return accuracy
