@@ -1,13 +1,15 @@
-"""The cheapest row of blocks under a limit on peak bytes and one on bytes put away, with a proof.
+"""The cheapest assignment of a policy to every block, under a peak-memory budget and a host-memory budget.
 
-Every block of the row is of one of K kinds, and what it has at most depends on its kind, that of the block
-before it, and on what all blocks before it keep. Rows are built from their last block on, all at once. All
-that the blocks before may need to know of an end is its first kind and its *room*: the most that may be kept
-before it. So of two ends of equal length, one that costs and puts away no less, and leaves no more room,
-is dropped, and so is an end that cannot become as cheap as a row that is known: the blocks before it cost at
-least what the best mix of fractions of kinds would (a linear program in three unknowns, whose dual has few
-corners). Of the ends left, the `width` most promising ones are followed. The least bound of those let go says
-what any row costs at least; where that is more than the row found, nothing was missed.
+A policy is called a kind here, and a complete assignment a row. The peak in a block depends on its kind, on
+the kind of the block before it, and on what all blocks before it save.
+
+Method: dynamic programming from the last block to the first. A partial assignment (an end of a row) is
+described by its cost, its host bytes, the kind of its first block, and its *room*: how many bytes the blocks
+before it may still save. An end is dropped if another one of the same length and first kind is no worse in
+all of these. It is also dropped if its cost plus a lower bound on the cost of the blocks before it exceeds
+the best row known. The bound is that of the best fractional mix of kinds: a linear program in three unknowns,
+whose dual has few corners. If more than `width` ends are left, those with the smallest bounds are kept. The
+smallest bound dropped is the proof: no row is cheaper than that.
 """
 
 import itertools
@@ -17,30 +19,30 @@ from typing import NamedTuple
 import numpy as np
 
 UNLIMITED = 1 << 60
-# Costs closer than this, relatively, are one: kinds are rounded to integers each for itself.
+# Costs closer than this, relatively, count as equal: the cost of each kind is rounded to an integer.
 SAME = 1e-6
-# Ends followed, one number after the other until nothing was missed; the most needed at 14B was 22,000.
+# Ends kept: one number after the other is tried until the proof succeeds; the most needed at 14B was 22,000.
 WIDTHS = 100, 1000, 30_000
-LEAST_WIDTH = 300  # in the walk to the least peak, which has to answer at once
+LEAST_WIDTH = 300  # in the search for the smallest peak, which has to answer quickly
 
 
 class Blocks(NamedTuple):
-    """What K kinds of blocks cost and hold, in P phases; int64."""
+    """What K kinds of blocks cost and save, in P phases; int64."""
 
     cost: np.ndarray  # [K]
-    away: np.ndarray  # [K] bytes put away, by all blocks but the last
-    kept: np.ndarray  # [K, P] bytes kept behind a block, beside what was kept before it
-    peak: np.ndarray  # [K + 1, K, P] most in it beside that, by the kind before it (K: none) and its own
+    away: np.ndarray  # [K] bytes offloaded, by every block except the last
+    kept: np.ndarray  # [K, P] bytes that a block saves, in addition to those before it
+    peak: np.ndarray  # [K + 1, K, P] peak in addition to that, by the kind before it (K: none) and its own
     kept_last: np.ndarray  # the same of a last block
     peak_last: np.ndarray
 
 
 class Tails(NamedTuple):
-    """R things one of which follows behind the last block."""
+    """R alternatives, one of which follows after the last block."""
 
     cost: np.ndarray  # [R]
     away: np.ndarray  # [R]
-    peak: np.ndarray  # [R, P] beside what the blocks keep
+    peak: np.ndarray  # [R, P] in addition to what the blocks save
 
 
 class Row(NamedTuple):

@@ -98,7 +98,8 @@ class Fp8Block:
 
 
 class Fp8Blocks:
-    """All blocks of a model, whose weights it follows: tokens [B, L, C] to tokens behind the last block."""
+    """All blocks of a model with e4m3 copies of their weights: tokens [B, L, C] to those after the last
+    block."""
 
     def __init__(self, model: WanTransformer):
         config = model.config
@@ -115,11 +116,11 @@ class Fp8Blocks:
 
     @torch.no_grad()
     def follow(self, version: Hashable = None) -> None:
-        """Quantise the weights, unless they are known not to have changed since the last call.
+        """Refresh the cached e4m3 weights, unless they are known to be unchanged since the last call.
 
-        That takes a `version`, which the caller changes with every optimizer step; None is always quantised.
-        Every parameter's address and torch's own count of writes to it must be what they were, too. The
-        count alone is not enough: fused AdamW and writes through .data leave it as it is.
+        They are unchanged if `version`, which the caller changes with every optimizer step, is the same, and
+        every parameter has the same address and the same count of writes (torch's). The count alone is not
+        enough: fused AdamW and writes through .data do not change it. version None: always quantise.
         """
         parameters = self.model.blocks.parameters()
         found = version, tuple((p.data_ptr(), p._version) for p in parameters)
