@@ -1,7 +1,7 @@
 """The configuration: one YAML file over frozen dataclasses, every field settable as section.field=value.
 
 A value that cannot be right raises UserError, one line that names the field, what it got and what
-it wants. The bounds of a field stand beside its type; checks here are those of fields that need one another.
+it wants. The bounds of a field are part of its type; the checks here are those that involve several fields.
 """
 
 from collections.abc import Sequence
@@ -54,9 +54,9 @@ class ModelConfig(Section, name="model"):
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Residual stream; the official code keeps it in float32."""
     recompute: KeptConfig | str = "none"
-    """What blocks keep for their backward. none: all that `keep` says; full: their inputs; attention: the
-    output of their self-attention too, which is most of a block's work; auto:GB: the fastest policies whose
-    step is predicted to fit in so many 10^9 bytes in addition to weights, gradients and optimizer states, as
+    """What blocks save for backward. none: all that `keep` names; full: their inputs; attention: also the
+    output of their self-attention, which is most of a block's work; auto:GB: the fastest policies whose step
+    is predicted to fit in so many 10^9 bytes in addition to weights, gradients and optimizer states, as
     validation has to (engine/planner/plan.py says what is counted); or {keep: [...], offload: [...]} with
     names of engine/memory/policy.py."""
     keep: Literal["nothing", "attention", "projections", "all"] = "all"
@@ -281,7 +281,7 @@ class OptimConfig(Section, name="optim"):
     """Largest norm of the whole gradient; null clips nothing."""
     rounding: Literal["master", "stochastic"] = "master"
     """Of bfloat16 weights. master: the optimizer keeps the other 16 bits of a float32 weight; stochastic: it
-    keeps none and rounds up or down at random, right on average."""
+    keeps none and rounds up or down at random; the expected value is right."""
     grad_dtype: Literal["weights", "float32"] = "weights"
     """Gradients are added up in the dtype of their weights, or in float32."""
     in_backward: bool = False

@@ -177,7 +177,7 @@ class WanTransformer(nn.Module):
 
         text [B, n <= text_len, text_dim], clip [B, 257, 1280] for an I2V model; returns [B, S (+ 257), C],
         the image tokens first. S is text_len, or the multiple of 64 above n if that is less. Then the last
-        token is one of padding and stands for all that are left out, see `repeats`. Raises UserError for a
+        token is a padding token and represents all that are left out, see `repeats`. Raises UserError for a
         longer text.
         """
         n, whole = text.shape[1], self.config.text_len

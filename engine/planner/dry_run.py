@@ -81,7 +81,7 @@ class Setup:
     chain: ChainConfig = ChainConfig()
     blocks: int | None = None  # of the generator; None: all
     chunk: int | None = None
-    keep: str = "all"  # what a branch that is computed again keeps until its backward, as model.keep
+    keep: str = "all"  # what a rerun sublayer saves until its backward, as model.keep
     lora: LoraConfig | None = None  # None: all weights are trained
     validation: Validation | None = None
 
@@ -288,7 +288,7 @@ def _ballast(size: int) -> Tensor:
 
 
 def _accelerated(setup: Setup) -> int:
-    """Bytes that a rollout by `rollout.Rollout` holds in addition to a plain one: the first stream, and with
+    """Bytes that a rollout by `rollout.Rollout` holds in addition to a plain one: the first tokens, and with
     step caching what the blocks added and their first input."""
     values, r = setup.tokens * setup.config.dim, setup.rollout
     stream, product = setup.residual_dtype.itemsize * values, setup.compute_dtype.itemsize * values

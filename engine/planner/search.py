@@ -97,10 +97,10 @@ def search(
 
 
 def least(blocks: Blocks, tails: Tails, count: int, away: int) -> Row | None:
-    """A row of the least peak among those that put at most `away` bytes away, whatever it costs. Its cost and
-    its bytes away are not filled in. Where several phases decide, or not everything may be away, only the
-    ends with most room are followed, and a leaner row may be missed."""
-    moves = 0 if away >= UNLIMITED else 1  # where all may move, rows differ by their peaks alone
+    """The row with the smallest peak among those that offload at most `away` bytes, at any cost. Its cost and
+    its offloaded bytes are not filled in. If several phases decide, or not everything may be offloaded, only
+    the ends with most room are kept, and a row with a smaller peak may be missed."""
+    moves = 0 if away >= UNLIMITED else 1  # if everything may be offloaded, rows differ only in their peaks
     free = blocks._replace(cost=0 * blocks.cost, away=moves * blocks.away)
     free, tails = _distinct(free, tails._replace(cost=0 * tails.cost, away=moves * tails.away))
     ends, steps, _ = _walk(free, tails, count, UNLIMITED, away, np.inf, LEAST_WIDTH)
@@ -108,7 +108,7 @@ def least(blocks: Blocks, tails: Tails, count: int, away: int) -> Row | None:
 
 
 def _distinct(blocks: Blocks, tails: Tails) -> tuple[Blocks, Tails]:
-    """Phases in which every kind keeps the same bytes as one, whose peak is the higher one."""
+    """Merges phases in which every kind saves the same bytes into one with the higher peak."""
     kept = np.concatenate([blocks.kept, blocks.kept_last])
     columns, which = np.unique(kept, axis=1, return_inverse=True)
     alike = [np.flatnonzero(which.ravel() == p) for p in range(columns.shape[1])]
@@ -126,7 +126,7 @@ def _distinct(blocks: Blocks, tails: Tails) -> tuple[Blocks, Tails]:
 def _walk(
     blocks: Blocks, tails: Tails, count: int, budget: int, away: int, limit: float, width: int
 ) -> tuple[_Ends, list[_Ends], float]:
-    """Whole rows that may cost `limit`, the ends they came from, and the least bound of ends let go."""
+    """(complete rows that may cost `limit`, the ends of every length, the smallest bound of dropped ends)."""
     below, lost, steps = _bound(blocks, away), np.inf, []
     tail, kind = (a.ravel() for a in np.indices((len(tails.cost), len(blocks.cost))))
     room = budget - tails.peak[tail] - blocks.kept_last[kind]
@@ -179,8 +179,8 @@ def _row(ends: _Ends, steps: list[_Ends], index: int, budget: int) -> Row:
 
 
 def _undominated(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Indices of the rows of `values` [n, D] that no other one, of the same group or of group -1, is at most
-    as large as in every column; one of equal rows."""
+    """Indices of the undominated rows of `values` [n, D]. A row is dominated by another one, of the same
+    group or of group -1, that is at most as large in every column. Of equal rows one is returned."""
     order = np.lexsort((group, *values.T[::-1]))
     rows = np.column_stack([values, group])[order]
     order = order[np.r_[True, (rows[1:] != rows[:-1]).any(1)][: len(order)]]
@@ -192,14 +192,14 @@ def _undominated(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def _front(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The same without groups, of the rows `order`, which rise: what is smaller stands before."""
+    """The same without groups, for the rows `order`, which are sorted in ascending order."""
     found = against = order[:0]
     for start in range(0, len(order), 256):
         here = order[start : start + 256]
         here = here[~_beaten(values, against, here).any(0)]
         here = here[~np.triu(_beaten(values, here, here), 1).any(0)]
         found, against = np.concatenate([found, here]), np.concatenate([against, here])
-        if values.shape[1] == 3:  # all that is to come is as large in the first column: two are left
+        if values.shape[1] == 3:  # later rows are as large in the first column, so two columns are left
             against = against[np.lexsort(values[against, 2:0:-1].T)]
             least = np.minimum.accumulate(values[against, 2])
             against = against[np.r_[True, least[1:] < least[:-1]][: len(against)]]
@@ -207,7 +207,7 @@ def _front(values: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def _beaten(values: np.ndarray, by: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[len(by), len(rows)]: is the one at most as large in every column?"""
+    """[len(by), len(rows)] bool: whether the row of `by` is at most as large in every column."""
     beaten = np.ones((len(by), len(rows)), bool)
     for column in values.T:
         beaten &= column[by, None] <= column[rows]
@@ -215,11 +215,12 @@ def _beaten(values: np.ndarray, by: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _bound(blocks: Blocks, away: int) -> Callable[..., np.ndarray]:
-    """below(cost, away, room, left): what rows cost at least whose ends are such, with `left` blocks to come.
+    """below(cost, away, room, left): a lower bound on the cost of rows with such ends and `left` blocks to
+    add.
 
-    With any prices per byte kept and per byte away, each block left costs at least its cheapest kind, prices
-    included, less the price of what there is. The best prices are corners of { each <= cost + price * kept +
-    away_price * away for every kind, prices >= 0 }. A phase at a time.
+    With any prices per byte saved and per byte offloaded, each block left costs at least its cheapest kind,
+    prices included, minus the price of the bytes available. The best prices are corners of { each <= cost +
+    price * kept + away_price * away for every kind, prices >= 0 }. Phases are bounded one at a time.
     """
     corners = [_corners(blocks.cost, kept, blocks.away) for kept in blocks.kept.T]
 
@@ -235,7 +236,7 @@ def _bound(blocks: Blocks, away: int) -> Callable[..., np.ndarray]:
 
 
 def _corners(cost: np.ndarray, kept: np.ndarray, away: np.ndarray) -> list[tuple[float, float, float]]:
-    """(price, away price, the cheapest kind at these)."""
+    """(price per byte saved, price per byte offloaded, cost of the cheapest kind at these prices)."""
     scale = max(1.0, float(cost.max())), max(1.0, float(kept.max())), max(1.0, float(away.max()))
     c, x, y = cost / scale[0], kept / scale[1], away / scale[2]
     planes = np.concatenate([np.column_stack([-x, -y, np.ones_like(x)]), np.eye(3)[:2]])
