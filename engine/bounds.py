@@ -1,4 +1,4 @@
-"""What the fields of a configuration may hold: bounds beside the type, checked when a section is built.
+"""Bounds of configuration fields: part of the type annotation, checked when a section is built.
 
     lr: Annotated[float, Within(0)] = 5e-6
 
@@ -99,7 +99,8 @@ Name = Annotated[str, Short()]
 
 
 class Section:
-    """A frozen dataclass whose fields are checked when it is built; `section` stands before their names."""
+    """A frozen dataclass whose fields are checked when it is built; `section` is the prefix of their
+    names."""
 
     section: typing.ClassVar[str]
 

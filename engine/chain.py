@@ -1,13 +1,13 @@
 """The denoising chain: a rollout without gradient, then windows of steps with gradient.
 
 A `Velocity` is a model bound to its context: (x [B, C, T, H, W], t [B], active [N] long) -> v, where
-`active` names the samples of the full batch that x holds, so that it can pick their context.
+`active` names the samples of the full batch that x holds, so that the model can select their context.
 
-A window is the last k steps before a latent that is scored. Between its steps only latents and solver
-state live: backward goes through the last step, whose graph is there, and then, step by step towards the
-noise, computes each one again from its state and sends the gradient of its results through it. So the
-peak of a window is that of a single step. (Nested checkpoints miss it: what an inner one saves outlives
-the outer one.)
+A window is the last k steps before a latent that is scored. Between its steps only latents and solver states
+live. Backward goes through the last step, whose graph exists. Then it recomputes the earlier steps one after
+another, from the latest to the earliest, each from its saved state, and sends the gradient of its results
+through it. So the peak memory of a window is that of a single step. (Nested checkpoints need more: what an
+inner one saves outlives the outer one.)
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ def advance(
 
 
 class Chain:
-    """The way of a batch from noise: the state of every sample before each of its steps.
+    """The states of a batch on its way from noise: of every sample, before each of its steps.
 
-    Samples may stand at different steps; those that move next move together in one call.
+    Samples may be at different steps; all that have to advance do so together in one call.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Chain:
     ):
         """noise [B, C, T, H, W]; it is not changed.
 
-        velocity makes the steps of windows. Every stretch of steps before a window, from where the samples
-        stand, asks stretch() for its velocity (None: the same).
+        velocity makes the steps of windows. For every stretch of steps before a window, stretch() gives the
+        velocity (None: the same one).
         """
         self.velocity, self.schedule, self.stretch = velocity, schedule, stretch
         start = flow.init_state(noise.detach())
-        # states[b][i]: the state [1, ...] of sample b before step i, None where it was forgotten.
+        # states[b][i]: the state [1, ...] of sample b before step i, None where it was dropped.
         self.states = [[start.select(slice(b, b + 1))] for b in range(len(noise))]
 
     def at(self, index: Tensor, active: Tensor) -> flow.SolverState:
@@ -58,11 +58,11 @@ class Chain:
 
     @torch.no_grad()
     def advance_to(self, index: Tensor, first: Tensor, velocity: Velocity | None = None) -> None:
-        """Go on without gradient until every sample's state before step index[b] is known, and forget
-        those before step first[b] on the way.
+        """Advance without gradient until every sample's state before step index[b] is known; states before
+        step first[b] are dropped on the way.
 
-        Both [B] long, on the CPU. A batch costs as many forwards of one sample as states are missing.
-        Without a velocity it is that of a stretch.
+        Both [B] long, on the CPU. The cost is one forward of one sample for every state that is missing.
+        velocity None: that of a new stretch.
         """
         if velocity is None:
             velocity = self.velocity if self.stretch is None else self.stretch()
@@ -111,7 +111,7 @@ class Window:
         self.inside = False  # a backward of our own is running
         if out.x.requires_grad:
             out.x.register_hook(self._guard)
-        # The step with gradient is the rollout's next step too.
+        # The step with gradient is also the rollout's next step.
         new = torch.tensor([len(states) for states in chain.states]) == index + 1
         rows = everyone[new]  # row numbers: a mask on the device would have to be counted there first
         some = out if new.all() else out.select(rows.to(out.x.device, non_blocking=True))
@@ -122,7 +122,7 @@ class Window:
             raise RuntimeError("a loss of a window: got backward(), want window.backward(loss)")
 
     def _step(self, index, active, through):
-        """(state before the steps index, state behind them), the first a leaf that takes gradient if
+        """(state before the steps index, state after them); the first is a leaf that takes gradient if
         `through`."""
         leaf = flow.SolverState(*(a.detach().requires_grad_(through) for a in self.chain.at(index, active)))
         velocity = self.chain.velocity

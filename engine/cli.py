@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    # Before Python 3.13 argparse gives up on overrides that stand behind an option.
+    # Before Python 3.13 argparse does not accept overrides after an option.
     if any(a.startswith("-") for a in rest) or (rest and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

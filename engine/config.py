@@ -1,7 +1,7 @@
 """The configuration: one YAML file over frozen dataclasses, every field settable as section.field=value.
 
 A value that cannot be right raises UserError, one line that names the field, what it got and what
-it wants. The bounds of a field stand beside its type; checks here are those of fields that need one another.
+it wants. The bounds of a field are part of its type; the checks here are those that involve several fields.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class KeptConfig(Section, name="model.recompute"):
     keep: tuple[str, ...] = ()
     """Intermediates of a block that stay on the device; engine/memory/recompute.py names them."""
     offload: tuple[str, ...] = ()
-    """Those that wait for the backward in host memory. All others are computed again."""
+    """Those that are offloaded to host memory until backward. All others are recomputed."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,20 @@ class ModelConfig(Section, name="model"):
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Residual stream; the official code keeps it in float32."""
     recompute: KeptConfig | str = "none"
-    """What blocks keep for their backward. none: all that `keep` says; full: their inputs; attention: the
-    output of their self-attention too, which is most of a block's work; auto:GB: the fastest policies whose
-    step is predicted to fit in so many 10^9 bytes in addition to weights, gradients and optimizer states, as
+    """What blocks save for backward. none: all that `keep` names; full: their inputs; attention: also the
+    output of their self-attention, which is most of a block's work; auto:GB: the fastest policies whose step
+    is predicted to fit in so many 10^9 bytes in addition to weights, gradients and optimizer states, as
     validation has to (engine/planner/plan.py says what is counted); or {keep: [...], offload: [...]} with
     names of engine/memory/policy.py."""
     keep: Literal["nothing", "attention", "projections", "all"] = "all"
-    """What the branches of a block keep for the backward (docs/kernels.md); with recompute: what a branch
-    that is run again keeps until its own backward."""
+    """What the sublayers of a block save for backward (docs/kernels.md); with recompute: what a rerun
+    sublayer saves until its own backward."""
     compile: bool = False
     """torch.compile for every block: one compilation serves all, and every shape takes one; blocks with
     gradient are compiled only where recompute is none."""
     chunk: Count | None = None
-    """Tokens that the attention and FFN branches work on at a time, attention itself excepted, so that what
-    they make on the way is never whole; None: all."""
+    """Tokens that the attention and FFN sublayers process at a time (except in attention itself), so that
+    their intermediate results exist for that many tokens only; None: all."""
     kernels: Name | None = None
     """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
     host: Nonnegative | None = None
@@ -114,7 +114,8 @@ class LoraConfig(Section, name="lora"):
 @dataclass(frozen=True)
 class RewardConfig(Section, name="reward"):
     path: FilePath | None = None
-    """Folder with the three files of a reward model; None: see `init`."""
+    """Folder with the three files of a reward model; None: train-reward makes a new one of the generator's
+    first blocks."""
     blocks: Annotated[int, Within(1, 10_000)] = 8
     """How many of the generator's first blocks a new reward model is made of."""
     feature_layer: Count | Literal["auto"] = "auto"
@@ -280,12 +281,13 @@ class OptimConfig(Section, name="optim"):
     """Largest norm of the whole gradient; null clips nothing."""
     rounding: Literal["master", "stochastic"] = "master"
     """Of bfloat16 weights. master: the optimizer keeps the other 16 bits of a float32 weight; stochastic: it
-    keeps none and rounds up or down at random, right on average."""
+    keeps none and rounds up or down at random; the expected value is right."""
     grad_dtype: Literal["weights", "float32"] = "weights"
     """Gradients are added up in the dtype of their weights, or in float32."""
     in_backward: bool = False
-    """Update a parameter as soon as backward has its gradient, and free that. For one backward in an
-    optimizer step (what waits for another would be kept all the same) and without clipping."""
+    """Update a parameter as soon as backward has computed its gradient, then free the gradient. Needs one
+    backward in an optimizer step (gradients that wait for another one would have to be stored) and no
+    clipping."""
     offload: Literal["none", "states", "all"] = "none"
     """What lives in host memory (pinned for a GPU) and passes through the device in blocks: states, the
     optimizer's; all: gradients too, added up there, clipped as always."""
@@ -311,7 +313,7 @@ class TrainConfig(Section, name="train"):
     """Output folder: metrics, checkpoints, samples."""
     resume: bool | Literal["auto"] = False
     """true: go on from the newest checkpoint in `out`, which must hold a run; auto: start if it holds none;
-    false: a folder that holds a run is refused. README.md says what a resumed run may change."""
+    false: a folder that holds a run is refused. docs/training.md says what a resumed run may change."""
     device: Annotated[str, DEVICE] = "auto"
     """auto: the first GPU, or the CPU where there is none."""
     steps: Count = 1000

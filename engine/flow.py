@@ -11,7 +11,7 @@ with coefficients that depend on the step alone. Euler has no corrector and only
 b_t = 1 - b_x; UniPC (Zhao et al., arXiv 2302.04867; order 2, variant bh2, x_0 prediction, lower
 order in the first and last step, corrector from the second step on) fills all of them. A step is
 therefore a differentiable linear function of an explicit state; nothing is hidden in an object,
-any step can be computed again, and the samples of a batch may stand at different steps.
+any step can be recomputed, and the samples of a batch may be at different steps.
 """
 
 import math
@@ -91,7 +91,7 @@ def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
 def step(schedule: Schedule, state: SolverState, velocity: Tensor, index: Tensor) -> SolverState:
     """One denoising step from the velocity predicted at state.x.
 
-    velocity [B, C, T, H, W]; index [B] long, on the CPU: the step at which each sample stands.
+    velocity [B, C, T, H, W]; index [B] long, on the CPU: the step that each sample is at.
     Differentiable with respect to the velocity and every field of the state.
     """
     x = state.x

@@ -1,10 +1,9 @@
 """The loop that both trainings share: accumulate, clip, step, measure, validate, save, resume.
 
-One optimizer step holds the gradients of all losses of all accumulated micro-batches, and is
-clipped once. Nothing in a step waits for the device: an update is made on condition that the gradient is
-finite, a condition that the device decides, and the host reads what a step measured while the next one
-runs. All randomness follows from the seed and the step, so a run that was stopped and
-resumed goes on as if it had not been; on the CPU, to the bit.
+One optimizer step uses the gradients of all losses of all accumulated micro-batches, clipped once. The host
+never waits for the device in a step: the device skips the update if the gradient is not finite, and the host
+reads the metrics of a step while the next one runs. All random numbers depend only on the seed and the step,
+so a run that was stopped and resumed gives the same result as one that was not; on the CPU, to the bit.
 """
 
 import json

@@ -53,7 +53,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict]]:
 class MetricsWriter:
     """Writes what a run measures into out_dir; the main process alone holds one.
 
-    TensorBoard's files go to out_dir/tensorboard. They and the imports behind them (about a second)
+    TensorBoard's files go to out_dir/tensorboard. They and the imports that they need (about a second)
     start with the first value, so that a run that fails early leaves none.
     """
 
@@ -153,7 +153,7 @@ def check_writers(tensorboard: bool, wandb_project: str | None) -> None:
 
 
 def _summary_writer():
-    """torch's SummaryWriter; a TensorFlow beside it is imported too, so its log is kept quiet."""
+    """torch's SummaryWriter; it also imports TensorFlow if installed, so TensorFlow's log is silenced."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

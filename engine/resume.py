@@ -1,4 +1,4 @@
-"""What a run goes on from: whether it may, what has changed, and the state beside the weights.
+"""Resuming a run: whether it may, what has changed, and the state in addition to the weights.
 
 A checkpoint holds two files for this: training_state.pt (step, moments, random numbers) and run.json (the
 configuration, and digests of the data and models that it names).
@@ -245,7 +245,7 @@ def _same(name: str, got: dict | None, want: dict | None) -> bool:
     return got["where"] == want.get("where") and (name not in MODELS or gone)
 
 
-# The state beside the weights.
+# The state in addition to the weights.
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Purpose(Enum):
-    """What random numbers are for. The position is that of a sample, or what stands in brackets."""
+    """What random numbers are for. The position is that of a sample, or of what is in brackets."""
 
     WEIGHTS = auto()  # initial weights of a generator without model.path (0)
     REWARD_HEAD = auto()  # initial weights of a new reward model's head; its dropout in training goes on (0)

@@ -1,4 +1,4 @@
-"""PRFL training: flow matching beside the reward of a graded denoising step."""
+"""PRFL training: flow matching, and the reward of a graded denoising step (a step that carries gradient)."""
 
 from pathlib import Path
 

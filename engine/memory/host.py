@@ -1,9 +1,9 @@
-"""Tensors that wait for the backward in host memory.
+"""Tensors that are offloaded to host memory until backward needs them.
 
-On CUDA both ways are asynchronous: copies run on a stream of their own, to and from pinned memory, while the
-compute stream goes on. At most two lots are on their way out: putting away a third waits, on the device, for
-the first, so device memory stays bounded however slow the link is. On the CPU the same code copies into
-buffers that LiveBytes counts as host memory.
+On CUDA both directions are asynchronous: copies run on a separate stream, to and from pinned memory, while
+the compute stream continues. At most two batches of copies to the host are in flight (a batch is called a lot
+here). A third one waits, on the device, for the first, so device memory is bounded however slow the link is.
+On the CPU the same code copies into buffers that LiveBytes counts as host memory.
 """
 
 from collections import deque
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from prfl_engine.memory.live_bytes import host_memory
 
-SMALL = 1 << 20  # values that are not worth several copies
+SMALL = 1 << 20  # below this many values a tensor is copied in one piece
 
 
 def pieces(n: int) -> list[int]:
-    """n in powers of two, largest first, and a rest of at most a 64th; small n as it is.
+    """n as a sum of powers of two, largest first, and a rest of at most a 64th; a small n in one piece.
 
     torch rounds a pinned buffer up to a power of two bytes: in one piece a tensor would take up to twice its
     size.
@@ -34,7 +34,7 @@ def pieces(n: int) -> list[int]:
 
 
 class Away:
-    """A tensor on the host: start to `fetch` it early, `get` it when it is needed."""
+    """A tensor that was offloaded: `fetch` starts the copy back, `get` returns the tensor."""
 
     def __init__(self, store: "HostStore", a: Tensor):
         self.store, self.shape, self.dtype, self.device = store, a.shape, a.dtype, a.device
@@ -47,7 +47,7 @@ class Away:
             host.copy_(here, non_blocking=True)
 
     def fetch(self) -> None:
-        """Start to bring it back, if that has not begun."""
+        """Start the copy back to the device, unless it has started."""
         if self.back is None:
             self.back = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             self.event = self.store.copy(self._bring)
@@ -57,7 +57,7 @@ class Away:
             here.copy_(host, non_blocking=True)
 
     def _parts(self, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The parts of a tensor and their places on the host."""
+        """The parts of a tensor, each with its host buffer."""
         return zip(a.reshape(-1).split([len(host) for host in self.host]), self.host, strict=True)
 
     def get(self) -> Tensor:
@@ -68,23 +68,23 @@ class Away:
         return self.back
 
     def __del__(self):
-        # What was fetched and never asked for: its memory goes back to the current stream behind the copy,
-        # which would else run into what that puts there next.
+        # Fetched and never used: the current stream waits for the copy before its memory is reused. Otherwise
+        # the copy could overwrite what that stream puts there next.
         if self.event is not None:
             self.get()
 
 
 class HostStore:
-    """The way to the host and back for one device."""
+    """Copies tensors of one device to the host and back."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._leaving: deque[tuple[torch.cuda.Event | None, list[Tensor]]] = deque()
-        self.lots = 0  # put away so far
+        self.lots = 0  # offloaded so far
 
     def copy(self, run) -> "torch.cuda.Event | None":
-        """Run copies behind what the current stream has queued so far; the event that they are done."""
+        """Run copies after all work queued on the current stream so far. Returns the event of their end."""
         if self.stream is None:
             run()
             return None
@@ -94,7 +94,7 @@ class HostStore:
             return self.stream.record_event()
 
     def put(self, tensors: list[Tensor]) -> list[Away]:
-        """Start to copy tensors to the host; their device memory is free once `settle` has let go of it."""
+        """Start to copy tensors to the host; their device memory is free once `settle` has released it."""
         made: list[Away] = []
         event = self.copy(lambda: made.extend(Away(self, a) for a in tensors))
         self._leaving.append((event, tensors))
@@ -103,7 +103,7 @@ class HostStore:
         return made
 
     def settle(self, lots: int = 0) -> None:
-        """Let go of all lots but the last `lots`, when their copies are done."""
+        """Release the device memory of all lots except the last `lots`, after their copies."""
         while len(self._leaving) > lots:
             event, _ = self._leaving.popleft()
             if event is not None:
@@ -112,5 +112,5 @@ class HostStore:
 
 @cache
 def store_of(device: torch.device) -> HostStore:
-    """The store of a device; one a process."""
+    """The store of a device; one per process."""
     return HostStore(device)

@@ -1,7 +1,7 @@
-"""Blocks of tensors that live in host memory and pass through two slots on the device.
+"""Blocks of tensors that live in host memory and are streamed through two slots on the device.
 
-While one block is worked on, the next is on its way up and the one before on its way down, each on a
-stream of its own. On the CPU the same copies are made without streams.
+While one block is in use, the next is copied to the device and the previous one back to the host, each on a
+separate CUDA stream. On the CPU the same copies are made without streams.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,10 +23,10 @@ def new_block(layout: dict[str, tuple[int, torch.dtype]], device: torch.device, 
 
 
 class HostBlocks:
-    """The way of host blocks through the device."""
+    """Streams host blocks through two slots on the device."""
 
     def __init__(self, device: torch.device, blocks: list[Block]):
-        """`blocks` are all that will ever pass: the slots have room for the largest tensor of every name."""
+        """`blocks`: all blocks that will ever be streamed. A slot fits the largest tensor of every name."""
         room: dict[tuple[str, torch.dtype], int] = {}
         for block in blocks:
             for name, a in block.items():
@@ -36,16 +36,17 @@ class HostBlocks:
         ]
         self.freed: list[torch.cuda.Event | None] = [None, None]
         self.up, self.down = (torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(2))
-        if self.up is not None:  # where the slots lie, work that is queued may still be reading
+        if self.up is not None:  # queued work may still be reading the memory of the slots
             self.up.wait_stream(torch.cuda.current_stream(device))
         self.device, self.turn = device, 0
-        self.last: set[int] = set()  # addresses of the tensors that went up last
+        self.last: set[int] = set()  # addresses of the tensors copied to the device last
 
     def through(self, work: Iterable[tuple[Any, Block]], how: str) -> Iterator[tuple[Any, Block]]:
-        """Yield (what, block on the device) for every (what, block), and write the block back behind it.
+        """Yield (what, block on the device) for every (what, block), and copy the block back to the host
+        afterwards.
 
-        how "write": blocks are only written, so they need not come up. Take every item before the next
-        `through`; the last is written back when the iterator ends.
+        how "write": blocks are only written, so they are not copied to the device. Exhaust the iterator
+        before the next call; the last block is copied back when the iterator ends.
         """
         work, ahead = iter(work), []
         while True:
@@ -60,15 +61,15 @@ class HostBlocks:
             self.freed[turn] = self._copy(self.down, done, [(block[k], here[k]) for k in block])
 
     def wait(self) -> None:
-        """Until the host blocks hold what has been written."""
+        """Wait until the host blocks hold what has been written."""
         if self.down is not None:
             self.down.synchronize()
 
     def _raise(self, what: Any, block: Block, how: str):
         turn, self.turn = self.turn, 1 - self.turn
         here = {k: self.slots[turn][k, a.dtype][: len(a)] for k, a in block.items()}
-        # A slot is free when what was in it has gone down. A block that went up just before, in the other
-        # slot, may still be on its way down.
+        # A slot is free when its block has been copied back. If this block was in the other slot just before,
+        # its copy back may not have ended.
         addresses = {a.data_ptr() for a in block.values()}
         if self.up is not None and not addresses.isdisjoint(self.last):
             self.up.wait_stream(self.down)
@@ -77,7 +78,7 @@ class HostBlocks:
         return what, block, here, turn, self._copy(self.up, self.freed[turn], pairs)
 
     def _copy(self, stream, after, pairs: list[tuple[Tensor, Tensor]]):
-        """Copy (to, from) on the stream, behind the event `after`; returns the event behind the copies."""
+        """Copy (to, from) on the stream, after the event `after`; returns the event of their end."""
         if stream is None:
             for to, source in pairs:
                 to.copy_(source)

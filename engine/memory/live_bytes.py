@@ -1,10 +1,11 @@
-"""Bytes of tensor storage that live at once while code runs, counted exactly, on any device or fake tensors.
+"""Counts exactly the bytes of tensor storage that are alive while code runs, on any device and for fake
+tensors.
 
-The storage of every tensor that an operation returns counts from then until it is freed (so `add` what was
-there before: a view of it is seen too). The
-fused operations of prfl_kernels are opened up: what they allocate on the way counts too. No tensor
-is held and no hook is set, so the count does not change what lives. (torch's own MemTracker keeps gradients
-alive by its hooks and reports more.) What is allocated in a `host_memory` block counts apart, also on a CPU.
+The storage of every tensor that an operation returns counts from then until it is freed. Tensors that exist
+before have to be announced by `add`, because a view of them would count too. Allocations inside the fused
+operations of prfl_kernels are included. The counter keeps no tensor and sets no hook, so it does not change
+what is alive. (torch's own MemTracker keeps gradients alive by its hooks and reports more.) Memory allocated
+in a `host_memory` block is counted separately, also on a CPU.
 """
 
 import weakref
@@ -31,11 +32,11 @@ def host_memory() -> Iterator[None]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """A with block in which live bytes are counted: `now`, and the most so far, `peak`; on the host
+    """A context manager that counts live bytes: `now`, and the largest value so far, `peak`; on the host
     `host_now` and `host_peak`.
 
-    round_to: bytes that sizes are rounded up to, on the host as well (so that what comes back from there is
-    what went); 512 counts as torch's CUDA allocator does.
+    round_to: sizes are rounded up to a multiple of this many bytes, on the host too (so that a tensor has the
+    same size on both sides); 512 counts as torch's CUDA allocator does.
     """
 
     def __init__(self, round_to: int = 1):
@@ -52,7 +53,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def lap(self) -> int:
-        """The most since the last call, or since the begin."""
+        """The largest value since the last call, or since the start."""
         lap, self._lap = max(self._lap, self.now), self.now
         return lap
 

@@ -1,32 +1,34 @@
-"""What a transformer block keeps for its backward: an explicit policy, and the run of a block under it.
+"""Runs transformer blocks under policies: what a block saves for its backward, offloads, or recomputes.
 
-The intermediates of a block, in the order in which they are made (L tokens, C width, F ffn width, H heads):
+The intermediates of a block, in the order in which they are computed (L tokens, C width, F FFN width, H
+heads):
 
-    input              the residual stream before the block                            L C of the stream
+    input              the residual stream before the block                            L C, its own dtype
     normed             what the projections of self-attention read                     L C
     projections        q and k before their norm, v                                  3 L C
     rotated            q and k after norm and rotation                               2 L C
     attention          output of self-attention and its log-sum-exp                    L C + L H float32
-    after_attention    the residual stream behind self-attention                       L C of the stream
+    after_attention    the residual stream after self-attention                        L C, its own dtype
     cross_normed       what the queries of cross-attention read                        L C
     cross_projections  those queries before their norm                                 L C
-    cross_queries      and behind it                                                   L C
+    cross_queries      and after it                                                    L C
     cross_attention    output of cross-attention and its log-sum-exp                   L C + L H float32
-    after_cross        the residual stream behind cross-attention                      L C of the stream
+    after_cross        the residual stream after cross-attention                       L C, its own dtype
     ffn_normed         what the FFN reads                                              L C
     hidden             its hidden layer before the GELU                                L F
 
-Each is kept on the device, put away on the host, or computed again in the backward, the input excepted.
-One autograd graph of three operations is made once. What these save is found by its storage or its
-place, and in the graph stands something that is looked up when the backward asks for it. Branches make
-their inner parts again by themselves; a stream that is neither kept nor put away is made again by running
-the branch before it once more, which is then also where the inner parts of that branch come from. So
-unlike a checkpoint of the whole block the FFN, which comes last, is never run again for a result that
-nobody reads.
+Each is saved on the device, offloaded to the host, or recomputed in backward. The input cannot be recomputed.
 
-A user's own torch.utils.checkpoint around a Block works too, with selective contexts as well: a policy sees
-torch.ops.prfl.modulated_attention, cross_attention and modulated_ffn, and what it saves is not run again
-(attention is inside of these; torch.ops.prfl.attention is seen where it is called alone).
+A block has one autograd graph of three operations, the sublayers. Every tensor that autograd saves for them
+is replaced by a slot. When backward reads a slot, its tensor is returned from the device, copied back from
+the host, or recomputed by running the sublayer that produced it once more. Parts inside a sublayer are
+recomputed by its own backward; a residual-stream tensor that is neither saved nor offloaded needs a rerun of
+the sublayer before it, and the rerun also supplies that sublayer's inner parts. The FFN is the last sublayer,
+so its forward is never rerun (a checkpoint of the whole block reruns it).
+
+A user's own torch.utils.checkpoint around a Block works too, also with selective contexts: its policy sees
+torch.ops.prfl.modulated_attention, cross_attention and modulated_ffn, and an operation that it saves is not
+rerun. Attention is inside of these; torch.ops.prfl.attention is seen only where it is called alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,12 +47,12 @@ from prfl_kernels.qk_norm_rope.rope import Grid
 def run_under(
     policies: BlockPolicy | Sequence[BlockPolicy], watch: Callable[[], Callable[[Tensor], None]] | None = None
 ) -> RunBlocks:
-    """A way to run blocks with gradient: each under a policy of its own, or all under one.
+    """A `RunBlocks` with gradient: each block under its own policy, or all under one.
 
-    The last block offloads nothing: its backward comes first. What a block offloads has left the device when
-    the forward of the next block is over. The backward of a block starts to bring back what the block before
-    it has offloaded. watch is called when blocks begin to run, and what it returns is called with the tokens
-    before every block and after the last. Without gradient the blocks run plainly.
+    The last block offloads nothing, because its backward comes first. What a block offloads has left the
+    device by the end of the next block's forward. The backward of a block starts to fetch what the block
+    before it has offloaded. watch() is called when blocks begin to run; the function that it returns is
+    called with the tokens before every block and after the last one. Without gradient the blocks run plainly.
     """
 
     def run(
@@ -78,7 +80,7 @@ def run_under(
 
 
 class _Slot:
-    """Stands in the graph for a tensor that an operation saved."""
+    """Replaces, in the graph, a tensor that an operation saved."""
 
     __slots__ = ("run", "branch", "index", "name", "value", "view")
 
@@ -92,40 +94,42 @@ def _unpack(slot: "_Slot | Tensor") -> Tensor:
 
 
 class Run:
-    """The run of one block under a policy (a `BlockRun`), and its part in the backward; it lives in the
-    block's graph."""
+    """One forward of a block under a policy (a `BlockRun`), and what its backward needs; the block's graph
+    owns it."""
 
     def __init__(self, policy: BlockPolicy, before: "Run | None" = None):
-        """before: the run of the block before, whose offloaded tensors this one starts to bring back."""
+        """before: the run of the previous block, whose offloaded tensors this one starts to fetch."""
         self.policy, self.before, self.active = policy, before, False
 
     def __call__(
         self, block: Block, x: Tensor, e: Tensor, context: Tensor, repeats: int, grid: Grid
     ) -> Tensor:
-        """x' [B, L, C]. A block without a backward, frozen and after nothing trained, saves nothing."""
+        """x' [B, L, C]. A block without a backward (frozen, with no trained parameter before it) saves
+        nothing."""
         if self.policy.plain or not any(a.requires_grad for a in (x, e, context, *block.parameters())):
             return block.compute(x, e, context, repeats, grid, self.policy.keeps)
         self.active, self.block, self.grid, self.context, self.repeats = True, block, grid, context, repeats
         self.vectors = block.vectors(e)
         # No tensor here has a graph: that of this block would hold itself.
         self.streams: dict[str, Tensor | Away] = {"input": x.detach()}
-        # What takes gradient decides what layers save, so a branch that is run again asks for no more.
+        # Which inputs take gradient decides what layers save, so a rerun asks for the same ones.
         self.graded = {"attend": x.requires_grad}
-        self.attention: list[Tensor | Away] = []  # output and log-sum-exp of self-attention, where held
-        self.again: dict[tuple[str, int], Tensor] = {}  # what a branch run again has saved
-        self.made: dict[str, Tensor] = {}  # streams made again
+        self.attention: list[Tensor | Away] = []  # output and log-sum-exp of self-attention, if saved
+        self.again: dict[tuple[str, int], Tensor] = {}  # what the rerun of a sublayer has saved
+        self.made: dict[str, Tensor] = {}  # residual-stream tensors that were recomputed
         self.away: list[Away] = []
         known = (context, *self.vectors, *block.parameters())
         self._known = {a.untyped_storage()._cdata for a in known}
         held = self.policy.held
         self.reruns = {"attend": "after_attention" not in held, "feed": False}
-        # Layers that run one by one keep everything: where nothing is to be kept, they are run again.
+        # Layers that run one by one save everything: where nothing is to be saved, they are rerun.
         whole = block.cross_attn.fused or any(name in held for name, _, _ in INNER["cross"])
         self.reruns["cross"] = "after_cross" not in held or not whole
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        """The block's result; what it leaves behind is kept, put away or forgotten branch by branch."""
+        """The block's result; what each sublayer saved is kept, offloaded or dropped before the next one
+        runs."""
         keeps = self.policy.keeps
         (after, n, _), slots = self._watched("attend", self._attend, x, keeps.attend)
         self.graded["cross"] = n.requires_grad
@@ -148,7 +152,7 @@ class Run:
         return self.block.cross_attn(n, self.context, self.repeats, keep)
 
     def _watched(self, branch: str, call: Callable, *arguments) -> tuple:
-        """(what a branch returns, a slot for everything that its graph saves)."""
+        """(what a sublayer returns, a slot for every tensor that its graph saves)."""
         slots: list[_Slot] = []
 
         def pack(a: Tensor) -> "_Slot | Tensor":
@@ -161,7 +165,7 @@ class Run:
             made = call(*arguments)
         tail = [name for name, _, count in INNER[branch] for _ in range(count)]
         if branch == "cross" and not self.block.cross_attn.fused:
-            tail = []  # what layers save has no names
+            tail = []  # tensors that separate layers save have no names
         if branch == "feed" and slots:
             slots[0].name = "after_cross"
         for slot, name in zip(reversed(slots), reversed(tail), strict=False):
@@ -169,7 +173,8 @@ class Run:
         return made, slots
 
     def _settle(self, branch: str, slots: list[_Slot], places: dict[int, str]) -> None:
-        """Keep, put away or forget what a branch has saved; places: the streams by their storage."""
+        """Keep, offload or drop what a sublayer has saved; places: names of residual-stream tensors by
+        storage."""
         held, offload, leaving = self.policy.held, self.policy.offload, []
         for slot in slots:
             if slot.value.numel():
@@ -192,20 +197,20 @@ class Run:
         self.away += away
 
     def fetch(self) -> None:
-        """Start to bring back what is on the host."""
+        """Start to copy back what is on the host."""
         for a in self.away:
             a.fetch()
         self.away = []
 
     def get(self, slot: _Slot) -> Tensor:
-        """What `slot` stands for, when the backward asks."""
+        """The tensor of `slot`, for the backward."""
         self.fetch()
         if self.before is not None:
             self.before.fetch()
             self.before = None
         if slot.name in STREAM:
             stream = self._stream(slot.name)
-            self.made.pop(slot.name, None)  # the last to ask
+            self.made.pop(slot.name, None)  # no later slot needs it
             return stream if stream.shape == slot.view[0] else stream.as_strided(*slot.view)
         if slot.value is not None:
             return _here(slot.value)
@@ -229,15 +234,15 @@ class Run:
         return self.made[name]
 
     def _again(self, branch: str) -> None:
-        """Run a branch once more for what it saves and returns."""
+        """Rerun a sublayer for what it saves and returns."""
         found: list[Tensor] = []
 
         def pack(a: Tensor) -> int:
             if a.untyped_storage()._cdata not in self._known:
-                found.append(a.detach())  # a result comes with its graph, which holds this function
-            return 0  # nothing asks: this graph is never run
+                found.append(a.detach())  # a result refers to its graph, which refers to this function
+            return 0  # never read: this graph has no backward
 
-        # Before the watch begins: what cross-attention reads may have to be made, by a norm that saves too.
+        # Outside of the hooks: cross-attention's input may have to be recomputed, by a norm that saves too.
         x = self._stream("input" if branch == "attend" else "cross_normed").detach()
         x.requires_grad_(self.graded[branch])
         with torch.enable_grad(), saved_tensors_hooks(pack, _unpack):

@@ -101,8 +101,8 @@ class CrossAttention(nn.Module):
     def forward(
         self, x_BLC: Tensor, context_BSC: Tensor, repeats: int, keep: str | Collection[str] = "all"
     ) -> Tensor:
-        """The branch's output [B, L, C]; the last token of the context counts `repeats` times, and `keep` is
-        as in prfl_kernels.sublayers.cross_attention."""
+        """The sublayer's output [B, L, C]; the last token of the context counts `repeats` times, and `keep`
+        is as in prfl_kernels.sublayers.cross_attention."""
         if torch.is_grad_enabled() and self.fused:
             (q, k, v, o), image = ((m.weight, m.bias) for m in self._linears()[:4]), None
             if self.image:
@@ -117,7 +117,7 @@ class CrossAttention(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether the branch with gradient is one operation."""
+        """Whether the sublayer is one operation where gradient is enabled."""
         return all(
             type(m) is Linear and {name for name, _ in m.named_parameters()} == {"weight", "bias"}
             for m in self._linears()
@@ -158,7 +158,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, ffn_dim: int, num_heads: int, eps: float, image: bool):
         super().__init__()
         self.eps = eps
-        self.chunk: int | None = None  # tokens that the fused branches work on at a time
+        self.chunk: int | None = None  # tokens that the fused sublayers work on at a time
         self.compiled: Callable | None = None  # torch.compile of `sublayers`, unbound: copies share it
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
@@ -214,7 +214,7 @@ class Block(nn.Module):
         return layer_norm(x_BLC, self.norm3.weight, self.norm3.bias, self.eps, self.dtype)
 
     def attend(self, x_BLC: Tensor, vectors, grid, keep="all", attention=None) -> Branch:
-        """The self-attention branch and the norm that cross-attention reads."""
+        """The self-attention sublayer and the norm that cross-attention reads."""
         attn = self.self_attn
         return modulated_attention(
             x_BLC, *vectors[:3], attn.weights(), grid, attn.num_heads,
@@ -224,7 +224,7 @@ class Block(nn.Module):
         )  # fmt: skip
 
     def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, keep="all") -> Tensor:
-        """x + y and the FFN branch on it; y is cross-attention's output."""
+        """x + y and the FFN sublayer on it; y is cross-attention's output."""
         first, _, second = self.ffn
         weights = FFNWeights(first.weight, first.bias, second.weight, second.bias)
         return modulated_ffn(

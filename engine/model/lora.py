@@ -3,8 +3,8 @@
     y = W x + b + (alpha / r) B A x          W [N, K] frozen, A [r, K], B [N, r] in float32
 
 Every layers.Linear of a transformer can have one. In self-attention and FFN, A and B go into the fused
-branches: two thin products more, no gradient of W, and nothing kept that a trained W would not keep
-(prfl_kernels.sublayers.products). B begins as zero, A as PEFT draws it. All other parameters, modulation
+sublayers: two more thin products, no gradient of W, and nothing saved that a trained W would not save
+(prfl_kernels.sublayers.products). B starts at zero, A as PEFT draws it. All other parameters, modulation
 and norms included, are frozen. Source: Hu et al. 2021, arXiv 2106.09685. Files: prfl_engine.model.lora_files.
 """
 

@@ -1,7 +1,7 @@
-"""Which files make up a reward model, and what their weights do not say about it.
+"""The files of a reward model, and the settings that their weights do not show.
 
-Beside the official three files (transformer, query_attention, mlp) lies reward.json with num_heads,
-feature_layer, return_type and the step of training. An official folder has none and is read all the same.
+Next to the official three files (transformer, query_attention, mlp) is reward.json with num_heads,
+feature_layer, return_type and the training step. An official folder has none and is read without it.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Parameters carry the names of the native checkpoints, so their state dicts load as they are.
 Precision is a contract of three dtypes: the weights keep theirs; linear layers and attention
-compute in `compute_dtype`; the residual stream is held in `residual_dtype`. Time embedding,
+compute in `compute_dtype`; the residual stream is in `residual_dtype`. Time embedding,
 modulation, norms, rotation and head run in float32 (float64 when the weights are float64). Autocast
 changes none of it: all products are operations of prfl_kernels.
 """
@@ -148,7 +148,8 @@ class WanTransformer(nn.Module):
         return self
 
     def set_chunk(self, tokens: int | None) -> "WanTransformer":
-        """Let the attention and FFN branches work on that many tokens at a time (None: all). Returns self."""
+        """Let the attention and FFN sublayers work on that many tokens at a time (None: all). Returns
+        self."""
         for block in self.blocks:
             block.chunk = tokens
         return self
@@ -176,7 +177,7 @@ class WanTransformer(nn.Module):
 
         text [B, n <= text_len, text_dim], clip [B, 257, 1280] for an I2V model; returns [B, S (+ 257), C],
         the image tokens first. S is text_len, or the multiple of 64 above n if that is less. Then the last
-        token is one of padding and stands for all that are left out, see `repeats`. Raises UserError for a
+        token is a padding token and represents all that are left out, see `repeats`. Raises UserError for a
         longer text.
         """
         n, whole = text.shape[1], self.config.text_len

@@ -79,10 +79,10 @@ def not_finite(module: nn.Module) -> str | None:
 
 
 def update(optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
-    """One update by the gradients that are there, clipped to the norm `clip`, and the end of them.
+    """Clip the gradients to norm `clip` (None: not), take one optimizer step, and clear the gradients.
 
-    Returns their norm, 0-dim on the device. Where it is not finite neither weights nor states change (with
-    in_backward: from the first such gradient on). Nothing waits for the device.
+    Returns the gradient norm (0-dim, on the device; no synchronisation). If the norm is not finite, weights
+    and states are left unchanged (with in_backward, from the first gradient on that is not finite).
     """
     if isinstance(optimizer, BlockAdamW):
         norm = optimizer.norm()

@@ -1,11 +1,11 @@
-"""Dry runs: the bytes of a training step and of a validation at their real size, from fake tensors, without a
-GPU or the time.
+"""Dry runs: the bytes of a training step and of a validation at full size, from fake tensors. They need no
+GPU and compute nothing.
 
-The losses, the denoising chain and the reward run as they are, on a model's first blocks, and the counter of
-live bytes is read at the borders of blocks. Integers are real tensors in a dry run: they say which steps a
-chain makes. The kernels allocate what the compiled CPU kernels do, which is what the Triton kernels do except
-for partial sums; a weight gradient in 16 bits is rounded on the way there, so on CUDA up to six bytes a value
-of one weight less are used. What attention libraries allocate inside is not counted.
+The real losses, denoising chain and reward model run on a model's first blocks, and the counter of live bytes
+is read before every block and after the last. Integer tensors are real in a dry run, because they decide
+which steps a chain makes. The kernels allocate what the compiled CPU kernels do. The Triton kernels allocate
+the same, except for partial sums; and a weight gradient in 16 bits is rounded in an extra step on the CPU, so
+CUDA uses up to six bytes a value of one weight less. What attention libraries allocate inside is not counted.
 """
 
 import math
@@ -81,7 +81,7 @@ class Setup:
     chain: ChainConfig = ChainConfig()
     blocks: int | None = None  # of the generator; None: all
     chunk: int | None = None
-    keep: str = "all"  # what a branch that is computed again keeps until its backward, as model.keep
+    keep: str = "all"  # what a rerun sublayer saves until its backward, as model.keep
     lora: LoraConfig | None = None  # None: all weights are trained
     validation: Validation | None = None
 
@@ -288,7 +288,7 @@ def _ballast(size: int) -> Tensor:
 
 
 def _accelerated(setup: Setup) -> int:
-    """Bytes that a rollout by `rollout.Rollout` holds in addition to a plain one: the first stream, and with
+    """Bytes that a rollout by `rollout.Rollout` holds in addition to a plain one: the first tokens, and with
     step caching what the blocks added and their first input."""
     values, r = setup.tokens * setup.config.dim, setup.rollout
     stream, product = setup.residual_dtype.itemsize * values, setup.compute_dtype.itemsize * values

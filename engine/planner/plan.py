@@ -1,21 +1,21 @@
 """The fastest block policies whose step fits a budget of bytes, predicted without a GPU.
 
-Bytes come from dry runs of the losses under fake tensors at the real size, on the model's first blocks,
-once for every kind of policy. A peak lies in the forward or the backward of some block, behind the last one,
-or before and after all of them, and
+Bytes come from dry runs of the losses under fake tensors at full size, on the model's first blocks, once for
+every kind of policy. The peak is in the forward or backward of some block, after the last block, or before
+and after all of them, and
 
-    peak in block i = before the blocks + what the blocks before i keep + what block i does
-                      + what of the block before i is on its way to the host, or back from it
+    peak in block i = before the blocks + what the blocks before i save + what block i allocates
+                      + what of the block before i is being copied to the host, or back from it
 
-so the peak of any list of kinds follows from the numbers of each kind, and the fastest list that fits from
-`search`. Bytes are those in addition to weights, gradients and optimizer states, the batch included, in the
+so the peak of any list of kinds follows from the numbers of each kind, and `search` finds the fastest list
+that fits. Bytes are those in addition to weights, gradients and optimizer states, the batch included, in the
 worst of: flow matching; the steps of a rollout without gradient; the graded step with its reward; the steps
-of its window. Those of a validation (samples, their rewards, flow matching, without gradient) do not depend
-on policies and have to fit as well. That no gradients exist then is not credited, so an average of the
-weights has room to be swapped in. Not in them: work space inside of attention libraries, the allocator's own
-memory, the e4m3 copy of the weights and the CUDA graph of an accelerated rollout, the optimizer's blocks in
-passing, the moving average of the weights. Seconds are predicted by a roofline, or taken from a table
-measured by `measure`.
+of its window. The bytes of a validation (samples, their rewards, flow matching, without gradient) do not
+depend on policies and have to fit as well. No gradients exist in a validation; this is not deducted, so that
+averaged weights fit in. Not counted: work space inside attention libraries, the allocator's own memory, the
+e4m3 copy of the weights and the CUDA graph of an accelerated rollout, the optimizer's blocks in transit, the
+moving average of the weights. Seconds are predicted by a roofline, or taken from a table measured by
+`measure`.
 """
 
 import itertools
@@ -90,10 +90,10 @@ class Kind:
         return max(n.away for n in self.numbers.values())
 
     def block(self, phase: str, before: "Kind | None", last: bool) -> tuple[int, int]:
-        """(what a block of this kind keeps, the most while it runs forward and backward beside what all
-        blocks before it keep), in bytes. before: the kind of the block before it; None where it is the first,
-        and then what lives before and after all blocks counts too. Where both put something away what is
-        said of the forward is an upper bound."""
+        """(bytes that a block of this kind saves, its peak in forward and backward in addition to what all
+        blocks before it save). before: the kind of the block before it; None where it is the first, and then
+        what lives before and after all blocks counts too. If both offload
+        something, the peak in forward is an upper bound."""
         n, policy = self.numbers[phase], self.policy.staying() if last else self.policy
         leaving = 0 if before is None else before.numbers[phase].leaving
         back = 0 if before is None or policy.plain else before.numbers[phase].away
@@ -106,7 +106,8 @@ class Kind:
 
 
 def predicted_peak(kinds: list[Kind], reward: Kind) -> int:
-    """Most bytes of a step whose blocks have `kinds`, beside weights, gradients, optimizer and batch."""
+    """Peak bytes of a step whose blocks have `kinds`, in addition to weights, gradients, optimizer and
+    batch."""
     peak = 0
     for phase, n in reward.numbers.items():
         kept, before = 0, None
@@ -118,8 +119,8 @@ def predicted_peak(kinds: list[Kind], reward: Kind) -> int:
 
 
 def recomputed(policy: BlockPolicy, setup: Setup, rates: Rates) -> float:
-    """Seconds of computing again what a block does not hold, each thing once: products, attention, and the
-    reads and writes of norms."""
+    """Seconds to recompute once what a block does not save: products, attention, and the reads and writes of
+    norms."""
     c, tokens = setup.config, setup.tokens
     values = tokens * c.dim
     product, attention = 2 * values * c.dim / rates.products, 4 * values / rates.attention
@@ -132,7 +133,7 @@ def recomputed(policy: BlockPolicy, setup: Setup, rates: Rates) -> float:
         "cross_attention": attention * c.text_len, "after_cross": product,
         "ffn_normed": norm_of_stream, "hidden": product * c.ffn_dim / c.dim,
     }  # fmt: skip
-    twice = {  # by a branch that is run again and by its backward
+    twice = {  # by the rerun of a sublayer and by its backward
         name for branch, stream in (("attend", "after_attention"), ("cross", "after_cross"))
         if stream not in policy.held
         for name, own, _ in INNER[branch]
@@ -151,7 +152,7 @@ def block_seconds(
     forward = linear + pairs / rates.attention
     backward = linear * (1 if frozen else 2) + 2.5 * pairs / rates.attention_backward
     backward += recomputed(policy, setup, rates)
-    # Copies run beside the computation; what takes longer than it is waited for.
+    # Copies overlap with computation; what exceeds it is waited for.
     return max(forward, away / rates.link) + max(backward, away / rates.link)
 
 
@@ -300,7 +301,7 @@ def choose(
     found, reward = _in_runs([kinds[i] for i in row.kinds], kinds[row.tail]), kinds[row.tail]
 
     def choice(name: str, blocks: list[Kind], reward: Kind) -> Choice:
-        moving = (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))  # the last block puts nothing away
+        moving = (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))  # the last block offloads nothing
         seconds = sum(k.cost for k in blocks) + reward.reward_cost
         return Choice(name, predicted_peak(blocks, reward), sum(k.away for k in moving), seconds / 1e12)
 
@@ -311,7 +312,7 @@ def choose(
 
 
 def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
-    """The kinds as `search` takes them: the reward model is what follows behind the last block."""
+    """The kinds as `search` takes them: the reward model follows after the last block."""
     phases = list(kinds[0].numbers)
 
     def kept_and_peaks(last: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -330,8 +331,8 @@ def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
 
 
 def _in_runs(kinds: list[Kind], reward: Kind) -> list[Kind]:
-    """The list with equal kinds side by side, where its peak is then no higher: sorted by peak less what is
-    kept, falling, which is the best order where no block depends on the one before it."""
+    """The list sorted so that equal kinds are adjacent, if its peak is no higher then. Sorted by peak minus
+    saved bytes, descending: the best order if no block depends on the one before it."""
 
     def behind(kind: Kind) -> tuple[int, str]:
         alone = (kind.block(phase, kind, False) for phase in reward.numbers)

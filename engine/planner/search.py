@@ -1,13 +1,15 @@
-"""The cheapest row of blocks under a limit on peak bytes and one on bytes put away, with a proof.
+"""The cheapest assignment of a policy to every block, under a peak-memory budget and a host-memory budget.
 
-Every block of the row is of one of K kinds, and what it has at most depends on its kind, that of the block
-before it, and on what all blocks before it keep. Rows are built from their last block on, all at once. All
-that the blocks before may need to know of an end is its first kind and its *room*: the most that may be kept
-before it. So of two ends of equal length, one that costs and puts away no less, and leaves no more room,
-is dropped, and so is an end that cannot become as cheap as a row that is known: the blocks before it cost at
-least what the best mix of fractions of kinds would (a linear program in three unknowns, whose dual has few
-corners). Of the ends left, the `width` most promising ones are followed. The least bound of those let go says
-what any row costs at least; where that is more than the row found, nothing was missed.
+A policy is called a kind here, and a complete assignment a row. The peak in a block depends on its kind, on
+the kind of the block before it, and on what all blocks before it save.
+
+Method: dynamic programming from the last block to the first. A partial assignment (an end of a row) is
+described by its cost, its host bytes, the kind of its first block, and its *room*: how many bytes the blocks
+before it may still save. An end is dropped if another one of the same length and first kind is no worse in
+all of these. It is also dropped if its cost plus a lower bound on the cost of the blocks before it exceeds
+the best row known. The bound is that of the best fractional mix of kinds: a linear program in three unknowns,
+whose dual has few corners. If more than `width` ends are left, those with the smallest bounds are kept. The
+smallest bound dropped is the proof: no row is cheaper than that.
 """
 
 import itertools
@@ -17,30 +19,30 @@ from typing import NamedTuple
 import numpy as np
 
 UNLIMITED = 1 << 60
-# Costs closer than this, relatively, are one: kinds are rounded to integers each for itself.
+# Costs closer than this, relatively, count as equal: the cost of each kind is rounded to an integer.
 SAME = 1e-6
-# Ends followed, one number after the other until nothing was missed; the most needed at 14B was 22,000.
+# Ends kept: one number after the other is tried until the proof succeeds; the most needed at 14B was 22,000.
 WIDTHS = 100, 1000, 30_000
-LEAST_WIDTH = 300  # in the walk to the least peak, which has to answer at once
+LEAST_WIDTH = 300  # in the search for the smallest peak, which has to answer quickly
 
 
 class Blocks(NamedTuple):
-    """What K kinds of blocks cost and hold, in P phases; int64."""
+    """What K kinds of blocks cost and save, in P phases; int64."""
 
     cost: np.ndarray  # [K]
-    away: np.ndarray  # [K] bytes put away, by all blocks but the last
-    kept: np.ndarray  # [K, P] bytes kept behind a block, beside what was kept before it
-    peak: np.ndarray  # [K + 1, K, P] most in it beside that, by the kind before it (K: none) and its own
+    away: np.ndarray  # [K] bytes offloaded, by every block except the last
+    kept: np.ndarray  # [K, P] bytes that a block saves, in addition to those before it
+    peak: np.ndarray  # [K + 1, K, P] peak in addition to that, by the kind before it (K: none) and its own
     kept_last: np.ndarray  # the same of a last block
     peak_last: np.ndarray
 
 
 class Tails(NamedTuple):
-    """R things one of which follows behind the last block."""
+    """R alternatives, one of which follows after the last block."""
 
     cost: np.ndarray  # [R]
     away: np.ndarray  # [R]
-    peak: np.ndarray  # [R, P] beside what the blocks keep
+    peak: np.ndarray  # [R, P] in addition to what the blocks save
 
 
 class Row(NamedTuple):
@@ -95,10 +97,10 @@ def search(
 
 
 def least(blocks: Blocks, tails: Tails, count: int, away: int) -> Row | None:
-    """A row of the least peak among those that put at most `away` bytes away, whatever it costs. Its cost and
-    its bytes away are not filled in. Where several phases decide, or not everything may be away, only the
-    ends with most room are followed, and a leaner row may be missed."""
-    moves = 0 if away >= UNLIMITED else 1  # where all may move, rows differ by their peaks alone
+    """The row with the smallest peak among those that offload at most `away` bytes, at any cost. Its cost and
+    its offloaded bytes are not filled in. If several phases decide, or not everything may be offloaded, only
+    the ends with most room are kept, and a row with a smaller peak may be missed."""
+    moves = 0 if away >= UNLIMITED else 1  # if everything may be offloaded, rows differ only in their peaks
     free = blocks._replace(cost=0 * blocks.cost, away=moves * blocks.away)
     free, tails = _distinct(free, tails._replace(cost=0 * tails.cost, away=moves * tails.away))
     ends, steps, _ = _walk(free, tails, count, UNLIMITED, away, np.inf, LEAST_WIDTH)
@@ -106,7 +108,7 @@ def least(blocks: Blocks, tails: Tails, count: int, away: int) -> Row | None:
 
 
 def _distinct(blocks: Blocks, tails: Tails) -> tuple[Blocks, Tails]:
-    """Phases in which every kind keeps the same bytes as one, whose peak is the higher one."""
+    """Merges phases in which every kind saves the same bytes into one with the higher peak."""
     kept = np.concatenate([blocks.kept, blocks.kept_last])
     columns, which = np.unique(kept, axis=1, return_inverse=True)
     alike = [np.flatnonzero(which.ravel() == p) for p in range(columns.shape[1])]
@@ -124,7 +126,7 @@ def _distinct(blocks: Blocks, tails: Tails) -> tuple[Blocks, Tails]:
 def _walk(
     blocks: Blocks, tails: Tails, count: int, budget: int, away: int, limit: float, width: int
 ) -> tuple[_Ends, list[_Ends], float]:
-    """Whole rows that may cost `limit`, the ends they came from, and the least bound of ends let go."""
+    """(complete rows that may cost `limit`, the ends of every length, the smallest bound of dropped ends)."""
     below, lost, steps = _bound(blocks, away), np.inf, []
     tail, kind = (a.ravel() for a in np.indices((len(tails.cost), len(blocks.cost))))
     room = budget - tails.peak[tail] - blocks.kept_last[kind]
@@ -177,8 +179,8 @@ def _row(ends: _Ends, steps: list[_Ends], index: int, budget: int) -> Row:
 
 
 def _undominated(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Indices of the rows of `values` [n, D] that no other one, of the same group or of group -1, is at most
-    as large as in every column; one of equal rows."""
+    """Indices of the undominated rows of `values` [n, D]. A row is dominated by another one, of the same
+    group or of group -1, that is at most as large in every column. Of equal rows one is returned."""
     order = np.lexsort((group, *values.T[::-1]))
     rows = np.column_stack([values, group])[order]
     order = order[np.r_[True, (rows[1:] != rows[:-1]).any(1)][: len(order)]]
@@ -190,14 +192,14 @@ def _undominated(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def _front(values: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The same without groups, of the rows `order`, which rise: what is smaller stands before."""
+    """The same without groups, for the rows `order`, which are sorted in ascending order."""
     found = against = order[:0]
     for start in range(0, len(order), 256):
         here = order[start : start + 256]
         here = here[~_beaten(values, against, here).any(0)]
         here = here[~np.triu(_beaten(values, here, here), 1).any(0)]
         found, against = np.concatenate([found, here]), np.concatenate([against, here])
-        if values.shape[1] == 3:  # all that is to come is as large in the first column: two are left
+        if values.shape[1] == 3:  # later rows are as large in the first column, so two columns are left
             against = against[np.lexsort(values[against, 2:0:-1].T)]
             least = np.minimum.accumulate(values[against, 2])
             against = against[np.r_[True, least[1:] < least[:-1]][: len(against)]]
@@ -205,7 +207,7 @@ def _front(values: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def _beaten(values: np.ndarray, by: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[len(by), len(rows)]: is the one at most as large in every column?"""
+    """[len(by), len(rows)] bool: whether the row of `by` is at most as large in every column."""
     beaten = np.ones((len(by), len(rows)), bool)
     for column in values.T:
         beaten &= column[by, None] <= column[rows]
@@ -213,11 +215,12 @@ def _beaten(values: np.ndarray, by: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _bound(blocks: Blocks, away: int) -> Callable[..., np.ndarray]:
-    """below(cost, away, room, left): what rows cost at least whose ends are such, with `left` blocks to come.
+    """below(cost, away, room, left): a lower bound on the cost of rows with such ends and `left` blocks to
+    add.
 
-    With any prices per byte kept and per byte away, each block left costs at least its cheapest kind, prices
-    included, less the price of what there is. The best prices are corners of { each <= cost + price * kept +
-    away_price * away for every kind, prices >= 0 }. A phase at a time.
+    With any prices per byte saved and per byte offloaded, each block left costs at least its cheapest kind,
+    prices included, minus the price of the bytes available. The best prices are corners of { each <= cost +
+    price * kept + away_price * away for every kind, prices >= 0 }. Phases are bounded one at a time.
     """
     corners = [_corners(blocks.cost, kept, blocks.away) for kept in blocks.kept.T]
 
@@ -233,7 +236,7 @@ def _bound(blocks: Blocks, away: int) -> Callable[..., np.ndarray]:
 
 
 def _corners(cost: np.ndarray, kept: np.ndarray, away: np.ndarray) -> list[tuple[float, float, float]]:
-    """(price, away price, the cheapest kind at these)."""
+    """(price per byte saved, price per byte offloaded, cost of the cheapest kind at these prices)."""
     scale = max(1.0, float(cost.max())), max(1.0, float(kept.max())), max(1.0, float(away.max()))
     c, x, y = cost / scale[0], kept / scale[1], away / scale[2]
     planes = np.concatenate([np.column_stack([-x, -y, np.ones_like(x)]), np.eye(3)[:2]])

@@ -1,14 +1,13 @@
-"""The steps of a rollout without gradient, made cheaper: in fp8, with step caching, as a CUDA graph.
+"""Cheaper steps without gradient for a rollout: in fp8, with step caching, as a CUDA graph.
 
-Off by default. What is given up is where a rollout goes, never the gradient: graded steps, the reward and
-flow matching run in the ordinary precision at whatever latent the rollout has visited. How far that is
-from the latent of a plain rollout is measured as it goes. Every `rollout.probe_every` optimizer steps one
-fixed sample is rolled out from fixed noise to the last step that may be graded, plainly and accelerated;
-the relative L2 distance of the two latents is the drift. Above `rollout.max_drift` rollouts are plain
-until a later probe is below it.
+Off by default. Acceleration changes which latents a rollout visits, never the gradient: graded steps, the
+reward and flow matching run in the ordinary precision, at the latents that the rollout has visited. The drift
+measures the change. Every `rollout.probe_every` optimizer steps a fixed sample is rolled out from fixed noise
+to the last step that may be graded, once plainly and once accelerated; the drift is the relative L2 distance
+of the two latents. Above `rollout.max_drift` rollouts are plain until a later probe is below it.
 
-Probes draw no random numbers. They also run in the first step of a process and behind every checkpoint, so
-that what a resumed run does follows from its weights and step number alone.
+Probes draw no random numbers. They also run in the first step of a process and after every checkpoint, so a
+resumed run depends only on its weights and step number.
 """
 
 from collections.abc import Callable, Hashable
@@ -30,8 +29,8 @@ from prfl_kernels.qk_norm_rope.rope import Grid
 def make_rollout(
     model: WanTransformer, config: RolloutConfig, schedule: flow.Schedule, device: torch.device
 ) -> "Rollout | None":
-    """What the configuration asks for; None where a rollout is as the other steps are. Raises UserError for
-    what cannot be."""
+    """The accelerated rollout that the configuration asks for, or None if it asks for none. Raises UserError
+    if this model or device cannot run it."""
     if config.precision == "same" and config.cache == 0 and not config.cuda_graph:
         return None
     if config.cuda_graph and device.type != "cuda":
@@ -49,7 +48,7 @@ class Rollout:
         schedule: flow.Schedule,
         record: Callable | None = None,
     ):
-        """record: a recorder of `graphs` if the blocks are to be replayed."""
+        """record: a recorder (`cuda_graphs.CudaRecorder`) if the blocks are to be replayed as a graph."""
         self.model, self.config, self.schedule = model, config, schedule
         self.fp8 = Fp8Blocks(model) if config.precision == "fp8" else None
         self.version: Hashable = None  # of the weights, see Fp8Blocks.follow
@@ -62,13 +61,13 @@ class Rollout:
 
     @property
     def approximate(self) -> bool:
-        """Whether an accelerated rollout goes elsewhere than a plain one."""
+        """Whether an accelerated rollout visits other latents than a plain one."""
         return self.fp8 is not None or self.config.cache > 0
 
     def stretches(self, batch: Batch, context: Tensor) -> Callable[[], chain.Velocity]:
         """A function that gives the velocity for one stretch of steps without gradient.
 
-        A stretch ends with a graded step, before which the residuals of the step cache are let go.
+        A stretch ends with a graded step, before which the residuals of the step cache are freed.
         context as in `objectives.bind`.
         """
         return lambda: self._velocity(batch, context.detach(), self.accelerated)

@@ -1,10 +1,10 @@
 """A function of tensors recorded once for every shape as a CUDA graph, and replayed.
 
-A replay costs one launch in place of one for every kernel. What a graph reads lies at fixed addresses:
-inputs are copied into tensors of its own, and recordings are thrown away when the other memory that the
-function reads, weights say, has moved. Working memory of a graph stays reserved; all graphs of one
-function share it, since they never run at the same time. What a graph returns is overwritten by the next
-replay, of any shape.
+A replay costs one launch instead of one per kernel. A graph reads fixed addresses: inputs are copied into
+tensors that belong to the recording, and all recordings are dropped when other memory that the function reads
+(weights) has moved. The working memory of a graph stays reserved; all graphs of one function share it,
+because they never run at the same time. The result of a graph is overwritten by the next replay, of any
+shape.
 """
 
 from collections.abc import Callable, Hashable
@@ -52,8 +52,8 @@ class CudaRecorder:
 class Captured:
     """fn(*inputs, key) as recordings, one for every key and shapes and dtypes of inputs.
 
-    addresses() names the memory that fn reads beside its inputs. record(call) runs call() and returns its
-    result and how to run it again; CudaRecorder on a GPU.
+    addresses() identifies the memory that fn reads in addition to its inputs. record(call) runs call() and
+    returns its result and how to run it again; CudaRecorder on a GPU.
     """
 
     def __init__(

@@ -3,13 +3,13 @@
     every linear layer   y = (x8 w8^T) x_scale w_scale + b    one scale a token and one an output channel
     self-attention       on e4m3 q and k (a scale a token and head), v (a scale a channel) and weights
 
-e4m3 values are made by the pass that makes what is quantised: norm and modulation, norm and rotation, GELU.
-Attention's output alone takes a pass of its own. Products come out in bfloat16, whatever the ordinary
-precision is; the residual stream keeps its dtype; norms, softmax and sums are float32. Keys and values of
-the text and attention to it stay ordinary: 1 % of the work. What it gives up: e4m3 has 3 bits behind the
-point, so a value is off by up to 6 %, 2.6 % root mean square.
+Values are quantised in the pass that computes them: norm and modulation, norm and rotation, GELU. Only
+attention's output needs a separate pass. Products return bfloat16, whatever the ordinary precision is; the
+residual stream keeps its dtype; norms, softmax and sums are float32. Keys and values of the text and
+attention to it are computed in the ordinary precision: 1 % of the work. The cost: e4m3 has 3 mantissa bits,
+so a value is off by up to 6 %, 2.6 % root mean square.
 
-Weights are quantised once for every version of them and take a byte a value beside the weights themselves.
+Weights are quantised once for every version of them; the copies take one byte a value more.
 Source of the scaling: DeepSeek-V3 technical report, section 3.3; FlashAttention-3 (Shah et al. 2024).
 """
 
@@ -98,7 +98,8 @@ class Fp8Block:
 
 
 class Fp8Blocks:
-    """All blocks of a model, whose weights it follows: tokens [B, L, C] to tokens behind the last block."""
+    """All blocks of a model with e4m3 copies of their weights: tokens [B, L, C] to those after the last
+    block."""
 
     def __init__(self, model: WanTransformer):
         config = model.config
@@ -115,11 +116,11 @@ class Fp8Blocks:
 
     @torch.no_grad()
     def follow(self, version: Hashable = None) -> None:
-        """Quantise the weights, unless they are known not to have changed since the last call.
+        """Refresh the cached e4m3 weights, unless they are known to be unchanged since the last call.
 
-        That takes a `version`, which the caller changes with every optimizer step; None is always quantised.
-        Every parameter's address and torch's own count of writes to it must be what they were, too. The
-        count alone is not enough: fused AdamW and writes through .data leave it as it is.
+        They are unchanged if `version`, which the caller changes with every optimizer step, is the same, and
+        every parameter has the same address and the same count of writes (torch's). The count alone is not
+        enough: fused AdamW and writes through .data do not change it. version None: always quantise.
         """
         parameters = self.model.blocks.parameters()
         found = version, tuple((p.data_ptr(), p._version) for p in parameters)

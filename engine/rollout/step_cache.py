@@ -50,7 +50,7 @@ class StepCache:
         t: Tensor,
         active: Tensor,
     ) -> Tensor:
-        """The tokens [N, L, C] behind the blocks, computed or from the cache.
+        """The tokens [N, L, C] after the blocks, computed or from the cache.
 
         blocks(tokens [n, L, C], rows) runs the blocks on n of the N samples at hand, those numbered in rows;
         modulated [N, L, C] is their first modulated input, t [N] the timesteps, active [N] (on the CPU)

@@ -1,4 +1,4 @@
-"""Compute what a golden folder asks for: the numbers of this engine beside those of another code.
+"""Compute the values of a golden folder, to compare this engine with other code.
 
 A golden folder holds config.json, policy.safetensors, reward_transformer.safetensors,
 query_attention.ckpt, mlp.ckpt and inputs.safetensors; the result has the keys of the folder's
