@@ -43,9 +43,13 @@ class Linear(nn.Linear):
     def low(self) -> LowRank | None:
         return None if self.lora_A is None else LowRank(self.lora_A, self.lora_B, self.lora_scale)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the layer computes in."""
+        return self.compute_dtype or self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
-        dtype = self.compute_dtype or self.weight.dtype
-        return linear(x.to(dtype), self.weight, self.bias, self.low)
+        return linear(x.to(self.dtype), self.weight, self.bias, self.low)
 
 
 class WideLinear(Linear):
@@ -111,7 +115,7 @@ class CrossAttention(nn.Module):
             return cross_attention(
                 x_BLC, context_BSC, AttentionWeights(*q, *k, *v, *o, self.norm_q.weight, self.norm_k.weight),
                 self.num_heads, image, IMAGE_TOKENS if self.image else 0, self.norm_q.eps,
-                self.q.compute_dtype or self.q.weight.dtype, keep, repeats,
+                self.q.dtype, keep, repeats,
             )  # fmt: skip
         return self.o(self.attend(self.q(x_BLC), context_BSC, repeats))
 
@@ -235,7 +239,7 @@ class Block(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of products and attention."""
-        return self.self_attn.q.compute_dtype or self.self_attn.q.weight.dtype
+        return self.self_attn.q.dtype
 
 
 BlockRun = Callable[[Block, Tensor, Tensor, Tensor, int, Grid], Tensor]
@@ -276,7 +280,7 @@ class ImageEmbedding(nn.Module):
 
     def forward(self, clip: Tensor) -> Tensor:
         norm_in, linear_in, gelu, linear_out, norm_out = self.proj
-        dtype = linear_in.compute_dtype or linear_in.weight.dtype
+        dtype = linear_in.dtype
         n = layer_norm(clip, norm_in.weight, norm_in.bias, norm_in.eps, dtype)
         y = linear_out(gelu(linear_in(n)))
         return layer_norm(y, norm_out.weight, norm_out.bias, norm_out.eps, dtype)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +98,14 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+class Precision(NamedTuple):
+    """The dtypes of a model: of its weights, of linear layers and attention, of the residual stream."""
+
+    weights: torch.dtype
+    compute: torch.dtype
+    residual: torch.dtype
+
+
 RunBlocks = Callable[[Sequence[Block], Tensor, Tensor, Tensor, int, Grid], Tensor]
 """Runs blocks one after another: (blocks, tokens [B, L, C], e [B, 6, C], context [B, S, C], repeats, grid) to
 tokens [B, L, C]. Whoever calls one must not hold the first tokens: a policy may have to free them."""
@@ -146,6 +154,12 @@ class WanTransformer(nn.Module):
             if isinstance(module, Linear):
                 module.compute_dtype = compute_dtype
         return self
+
+    @property
+    def precision(self) -> Precision:
+        """The dtypes that `set_precision` and the weights give."""
+        weights = self.patch_embedding.weight.dtype
+        return Precision(weights, self.text_embedding[0].dtype, self.residual_dtype or wide(weights))
 
     def set_chunk(self, tokens: int | None) -> "WanTransformer":
         """Let the attention and FFN sublayers work on that many tokens at a time (None: all). Returns
@@ -255,10 +269,9 @@ class WanTransformer(nn.Module):
         (f, h, w), (pf, ph, pw) = grid, self.config.patch_size
         x = x.unflatten(2, (f, pf)).unflatten(4, (h, ph)).unflatten(6, (w, pw))
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        dtype = self.text_embedding[0].compute_dtype or self.patch_embedding.weight.dtype
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
-        tokens = linear(x.to(dtype), weight, bias)
-        return tokens.to(self.residual_dtype or wide(weight.dtype)), grid
+        tokens = linear(x.to(self.precision.compute), weight, bias)
+        return tokens.to(self.precision.residual), grid
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         x = patches.unflatten(2, (*self.config.patch_size, self.config.out_dim)).unflatten(1, grid)

@@ -12,7 +12,6 @@ from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.planner.dry_run import RewardSetup, Setup, Validation
 from prfl_engine.planner.plan import Plan, plan
-from prfl_kernels.jit import wide
 
 
 def fit_memory(
@@ -27,7 +26,7 @@ def fit_memory(
     shapes [16, T, H, W] are those of the latents of training; held_out are those that a validation samples,
     in their order (none: no validation). UserError where nothing fits, or the validation does not.
     """
-    weight, c = next(model.parameters()).dtype, config
+    c, dtypes = config, model.precision
     counts = Counter(shapes)
     latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
     validation = rewarding = None
@@ -40,10 +39,9 @@ def fit_memory(
             pool.add_query,
         )  # fmt: skip
     setup = Setup(
-        model.config, latent, model.blocks[0].self_attn.q.compute_dtype or weight,
-        model.residual_dtype or wide(weight), weight, rewarding, c.loss.weight > 0, c.loss.sft_weight > 0,
-        c.rollout, c.chain, len(model.blocks), c.model.chunk, c.model.keep,
-        c.lora if c.lora.rank else None, validation,
+        model.config, latent, dtypes.compute, dtypes.residual, dtypes.weights, rewarding,
+        c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, len(model.blocks), c.model.chunk,
+        c.model.keep, c.lora if c.lora.rank else None, validation,
     )  # fmt: skip
     host = float("inf") if config.model.host is None else 1e9 * config.model.host
     return plan(setup, config.model.budget, host, config.model.costs)
