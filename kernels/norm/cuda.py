@@ -13,8 +13,9 @@ from prfl_kernels.jit import unit_last
 from prfl_kernels.norm.launch import Backward, Forward
 
 
-def _f32(a: Tensor | None) -> Tensor | None:
-    return None if a is None else unit_last(a.float())
+def _f32(a: Tensor | None, batch: int) -> Tensor | None:
+    """A vector in float32, as [B, C]."""
+    return None if a is None else unit_last(a.float()).expand(batch, -1)
 
 
 def forward(a: Forward) -> None:
@@ -23,7 +24,7 @@ def forward(a: Forward) -> None:
     branch = (a.x if a.y is None else a.y).dtype
     cuda_kernels._supported("add_norm", a.x, a.y)
     cuda_kernels._narrow("add_norm", width, a.x.dtype, branch)
-    a = a._replace(gate=_f32(a.gate), scale=_f32(a.scale), shift=_f32(a.shift))
+    a = a._replace(**{name: _f32(getattr(a, name), batch) for name in ("gate", "scale", "shift")})
     cuda_kernels.library().add_norm_forward(
         *map(cuda_kernels._view, a.tensors), batch, length, width, a.eps, a.base, CODES[branch],
         cuda_kernels._aligned(width, *a.tensors[:7]), cuda_kernels._stream(a.x),
@@ -38,7 +39,7 @@ def backward(a: Backward) -> None:
     branch = grad if a.dy is None else a.dy.dtype
     cuda_kernels._supported("add_norm", a.dn, a.dsum, a.x, a.y)
     cuda_kernels._narrow("add_norm", width, residual, branch, grad)
-    a = a._replace(gate=_f32(a.gate), scale=_f32(a.scale))
+    a = a._replace(gate=_f32(a.gate, batch), scale=_f32(a.scale, batch))
     runs = cuda_kernels.library().add_norm_runs(batch, length, width)
     part = a.sums.new_empty(batch, runs, *a.sums.shape[1:])
     aligned = cuda_kernels._aligned(width, *a.inputs[:6], a.dx, a.dy)

@@ -1,8 +1,7 @@
 """What an implementation gets: the tensors and numbers of one launch, checked and allocated by `op`.
 
-Rows are [B, L, C] with unit last stride, vectors [B, C] with unit last stride (and stride 0 from sample to
-sample if the batch shares one). Results are contiguous. A launch has at least one element; None is what it
-does not have.
+Rows are [B, L, C] and vectors [B, C] with unit last stride, or [1, C] with stride 0 if the batch shares one.
+Results are contiguous. A launch has at least one element; None is what it does not have.
 """
 
 from typing import NamedTuple

@@ -65,8 +65,9 @@ def reference_backward(a: Backward) -> None:
         dn, x, factors = a.dn.to(dtype), a.x.to(dtype), a.scale.to(dtype) + a.base
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         for b, factor in enumerate(factors):
-            dx[b], *made = torch.ops.aten.native_layer_norm_backward(
-                dn[b], x[b], x.shape[-1:], a.mean[b, :, None], a.rstd[b, :, None], factor,
+            at = slice(b, b + 1) if len(factors) == len(x) else slice(None)  # that share it
+            dx[at], *made = torch.ops.aten.native_layer_norm_backward(
+                dn[at], x[at], x.shape[-1:], a.mean[at, :, None], a.rstd[at, :, None], factor,
                 torch.zeros_like(factor), [True, parameters, parameters],
             )  # fmt: skip
             if parameters:
@@ -88,10 +89,10 @@ IMPLEMENTATIONS = {
 }
 
 
-def _vector(a: Tensor | None, batch: int) -> Tensor | None:
-    """a [B, C], or [C] for every sample, as [B, C]."""
+def _vector(a: Tensor | None) -> Tensor | None:
+    """a [B, C], or a [C] that the batch shares, as a launch has it."""
     a = unit_last(a)
-    return a if a is None or a.dim() == 2 else a.as_strided((batch, len(a)), (0, 1))
+    return a if a is None or a.dim() == 2 else a.as_strided((1, len(a)), (0, 1))
 
 
 def forward(fill, x, y, gate, scale, shift, base, eps, out_dtype):
@@ -107,7 +108,7 @@ def forward(fill, x, y, gate, scale, shift, base, eps, out_dtype):
     quant = empty(x, batch, length, dtype=torch.float32) if fp8 else None
     stats = None if n is None or fp8 else empty(x, 2, batch, length, dtype=wide(x.dtype))
     if x.numel():
-        vectors = (_vector(a, batch) for a in (gate, scale, shift))
+        vectors = map(_vector, (gate, scale, shift))
         numbers = (None, None) if stats is None else stats
         fill(Forward(unit_last(x), unit_last(y), *vectors, total, n, quant, *numbers, base, eps))
     return total, n, quant, stats
@@ -128,7 +129,7 @@ def backward(fill, dn, dsum, x, y, gate, scale, stats, base, parameters, y_dtype
     dtype = wide((like if x is None else x).dtype)
     sums = like.new_zeros(batch, 2 * parameters + wants_gate, width, dtype=dtype)
     if like.numel():
-        rows, vectors = map(unit_last, (dn, dsum, x, y)), (_vector(a, batch) for a in (gate, scale))
+        rows, vectors = map(unit_last, (dn, dsum, x, y)), map(_vector, (gate, scale))
         numbers = (None, None) if stats is None else stats
         fill(Backward(*rows, *vectors, *numbers, dx, dy, sums, base))
     dgate = dscale = dshift = None
