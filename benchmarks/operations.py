@@ -17,7 +17,8 @@ from prfl_kernels.attention import fp8 as attention_fp8
 from prfl_kernels.attention import triton_kernels as attention_triton
 from prfl_kernels.fp8 import quantize as quantize_fp8
 from prfl_kernels.fp8.e4m3 import E4M3
-from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.norm import op as norm
+from prfl_kernels.norm import triton_kernels as norm_triton
 from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
 from prfl_kernels.reward_pool import op as reward_pool
 
@@ -96,36 +97,37 @@ def tensors(make: Callable[[tuple[int, ...], torch.dtype], Tensor]) -> Iterator[
 
 def _norm(s: Case, vector: Callable, out_dtype: torch.dtype, base: float = 1.0) -> Iterable:
     x, scale, shift = s.residual(), vector(), vector()
-    return x, scale, shift, *add_norm.forward(x, None, None, scale, shift, base, 1e-6, out_dtype)
+    made = norm.forward(norm_triton.forward, x, None, None, scale, shift, base, 1e-6, out_dtype)
+    return x, scale, shift, *made
 
 
 def _norm_backward(s: Case, vector: Callable, base: float = 1.0) -> Iterable:
     dn, x, scale, stats = s.rows(), s.residual(), vector(), s.stats()
-    made = add_norm.backward(dn, None, x, None, None, scale, stats, base, True, None)
+    made = norm.backward(norm_triton.backward, dn, None, x, None, None, scale, stats, base, True, None)
     return dn, x, scale, stats, *made
 
 
 def _gated_add(s: Case) -> Iterable:
     x, y, gate = s.residual(), s.rows(), s.modulation()
-    return x, y, gate, *add_norm.forward(x, y, gate, None, None, 0.0, 0.0, None)
+    return x, y, gate, *norm.forward(norm_triton.forward, x, y, gate, None, None, 0.0, 0.0, None)
 
 
 def _gated_add_backward(s: Case) -> Iterable:
     dsum, y, gate = s.residual(), s.rows(), s.modulation()
-    made = add_norm.backward(None, dsum, None, y, gate, None, None, 0.0, False, BF16)
+    made = norm.backward(norm_triton.backward, None, dsum, None, y, gate, None, None, 0.0, False, BF16)
     return dsum, y, gate, *made
 
 
 def _gated_norm(s: Case, vector: Callable, base: float, out_dtype: torch.dtype = BF16) -> Iterable:
     x, y, gate, scale, shift = s.residual(), s.rows(), s.modulation(), vector(), vector()
-    made = add_norm.forward(x, y, gate, scale, shift, base, 1e-6, out_dtype)
+    made = norm.forward(norm_triton.forward, x, y, gate, scale, shift, base, 1e-6, out_dtype)
     return x, y, gate, scale, shift, *made
 
 
 def _gated_norm_backward(s: Case, vector: Callable, base: float) -> Iterable:
     dn, dsum, x, y = s.rows(), s.residual(), s.residual(), s.rows()
     gate, scale, stats = s.modulation(), vector(), s.stats()
-    made = add_norm.backward(dn, dsum, x, y, gate, scale, stats, base, True, BF16)
+    made = norm.backward(norm_triton.backward, dn, dsum, x, y, gate, scale, stats, base, True, BF16)
     return dn, dsum, x, y, gate, scale, stats, *made
 
 
@@ -156,13 +158,13 @@ def _rms_backward(s: Case) -> Iterable:
 
 def _gelu(s: Case) -> Iterable:
     h, bias = empty(1, s.length, FFN[s.model], dtype=BF16), empty(FFN[s.model])
-    return h, bias, bias_gelu.launch_forward(h, bias)
+    return h, bias, bias_gelu.forward(bias_gelu.triton_forward, h, bias)
 
 
 def _gelu_backward(s: Case) -> Iterable:
     dg, h = (empty(1, s.length, FFN[s.model], dtype=BF16) for _ in range(2))
     bias = empty(FFN[s.model])
-    return dg, h, bias, *bias_gelu.launch_backward(dg, h, bias, True)
+    return dg, h, bias, *bias_gelu.backward(bias_gelu.triton_backward, dg, h, bias, True)
 
 
 def _gelu_fp8(s: Case) -> Iterable:

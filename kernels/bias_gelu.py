@@ -11,14 +11,16 @@ Error Linear Units"; the tanh form is sigmoid(2 x) written out.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, tuning
+from prfl_kernels import tuning
 from prfl_kernels.checks import checked, expect, expect_rows
 from prfl_kernels.dispatch import CPU, REFERENCE, TRITON, implementation
-from prfl_kernels.jit import jit, register, tl, triton, wide
+from prfl_kernels.extension import empty, extension, runs, supported, view
+from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
 
 CUBIC, TWO_K = 0.044715, 2 * math.sqrt(2 / math.pi)
 # Tokens and columns of a tile, warps, and runs of tokens: twice 16 bytes of bfloat16 a thread, many waves on
@@ -31,21 +33,42 @@ CANDIDATES = {
 }
 
 
-def reference_forward(h, bias):
-    """`launch_forward` in plain torch, in float32 or wider."""
+def reference_forward(h, bias, g):
+    """Fill g in plain torch, in float32 or wider."""
     z = h.to(wide(h.dtype)) if bias is None else h.to(wide(h.dtype)) + bias
-    return torch.nn.functional.gelu(z, approximate="tanh").to(h.dtype)
+    g.copy_(torch.nn.functional.gelu(z, approximate="tanh"))
 
 
-def reference_backward(dg, h, bias, wants_bias):
-    """`launch_backward` in plain torch, in float32 or wider."""
+def reference_backward(dg, h, bias, dh, g, dbias):
+    """Fill dh, g and dbias in plain torch, in float32 or wider."""
     z = h.to(wide(h.dtype)) if bias is None else h.to(wide(h.dtype)) + bias
     square = z * z
     t = TWO_K * z * (1 + CUBIC * square)
     s = torch.sigmoid(t)
-    g = z * s
-    dh = dg.to(z.dtype) * (s + g * torch.sigmoid(-t) * TWO_K * (1 + 3 * CUBIC * square))
-    return dh.to(h.dtype), g.to(h.dtype), dh.sum((0, 1)) if wants_bias else None
+    g_wide = z * s
+    d = dg.to(z.dtype) * (s + g_wide * torch.sigmoid(-t) * TWO_K * (1 + 3 * CUBIC * square))
+    dh.copy_(d)
+    g.copy_(g_wide)
+    if dbias is not None:
+        dbias.copy_(d.sum((0, 1)))
+
+
+def cpu_forward(h, bias, g):
+    """Fill g by the compiled CPU kernel. ValueError for dtypes but float32 and bfloat16."""
+    supported(h, bias)
+    h, bias = unit_last(h), unit_last(bias)
+    extension().bias_gelu_forward(view(h), view(bias), view(g), *h.shape, torch.get_num_threads())
+
+
+def cpu_backward(dg, h, bias, dh, g, dbias):
+    """Fill dh, g and dbias by the compiled CPU kernel. ValueError for dtypes but float32 and bfloat16."""
+    supported(h, bias)
+    dg, h, bias = unit_last(dg.to(h.dtype)), unit_last(h), unit_last(bias)
+    (batch, length, width), count = h.shape, runs(h.shape[1])
+    part = None if dbias is None else empty(dbias, batch, count, width)
+    extension().bias_gelu_backward(
+        *map(view, (dg, h, bias, dh, g, part, dbias)), batch, length, width, count, torch.get_num_threads()
+    )
 
 
 @jit
@@ -120,42 +143,51 @@ def _plan(kernel: str, h: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dic
     return grid, constants, {"num_warps": warps, "enable_fp_fusion": True}
 
 
-def launch_forward(h: Tensor, bias: Tensor | None) -> Tensor:
-    """g [B, L, F] in h.dtype."""
-    h, bias = h.contiguous(), None if bias is None else bias.contiguous()
-    g = torch.empty_like(h)
-    if h.numel():
-        grid, constants, options = _plan("bias_gelu forward", h)
-        _forward[grid](h, bias, g, *constants, **options)
-    return g
+def triton_forward(h, bias, g):
+    """Fill g by the Triton kernel."""
+    grid, constants, options = _plan("bias_gelu forward", h)
+    _forward[grid](h.contiguous(), None if bias is None else bias.contiguous(), g, *constants, **options)
 
 
-def launch_backward(
-    dg: Tensor, h: Tensor, bias: Tensor | None, wants_bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dh, g [B, L, F] in h.dtype, d bias [F] float32 if wanted)."""
+def triton_backward(dg, h, bias, dh, g, dbias):
+    """Fill dh, g and dbias by the Triton kernel."""
     dg, h, bias = dg.contiguous(), h.contiguous(), None if bias is None else bias.contiguous()
-    dh, g = torch.empty_like(h), torch.empty_like(h)
-    dbias = h.new_zeros(h.shape[2], dtype=torch.float32) if wants_bias else None
-    if h.numel():
-        grid, constants, options = _plan("bias_gelu backward", h)
-        part = h.new_empty(grid[1], h.shape[2], dtype=torch.float32) if wants_bias else None
-        _backward[grid](dg, h, bias, dh, g, part, *constants, **options)
-        if wants_bias:
-            dbias = part.sum(0)
-    return dh, g, dbias
+    grid, constants, options = _plan("bias_gelu backward", h)
+    part = None if dbias is None else dbias.new_empty(grid[1], len(dbias))
+    _backward[grid](dg, h, bias, dh, g, part, *constants, **options)
+    if dbias is not None:
+        torch.sum(part, 0, out=dbias)
 
 
 IMPLEMENTATIONS = {
     REFERENCE: (reference_forward, reference_backward),
-    CPU: (cpu_kernels.bias_gelu_forward, cpu_kernels.bias_gelu_backward),
-    TRITON: (launch_forward, launch_backward),
+    CPU: (cpu_forward, cpu_backward),
+    TRITON: (triton_forward, triton_backward),
 }
 
 
+def forward(fill, h, bias):
+    """g [B, L, F] in h.dtype, which fill(h, bias, g) computes."""
+    g = empty(h, *h.shape)
+    if h.numel():
+        fill(h, bias, g)
+    return g
+
+
+def backward(fill, dg, h, bias, wants_bias):
+    """(dh, g [B, L, F] in h.dtype, d bias [F] in float32 or wider), which fill(dg, h, bias, dh, g, d bias)
+    computes; d bias is None if not wanted."""
+    dh, g = empty(h, *h.shape), empty(h, *h.shape)
+    dbias = h.new_zeros(h.shape[2], dtype=wide(h.dtype)) if wants_bias else None
+    if h.numel():
+        fill(dg, h, bias, dh, g, dbias)
+    return dh, g, dbias
+
+
 def pair(h: Tensor):
-    """(forward, backward) of what runs for h."""
-    return IMPLEMENTATIONS[implementation("bias_gelu", h)]
+    """(`forward`, `backward`) by what runs for h."""
+    fills = IMPLEMENTATIONS[implementation("bias_gelu", h)]
+    return partial(forward, fills[0]), partial(backward, fills[1])
 
 
 def _check(h, bias, op="bias_gelu"):

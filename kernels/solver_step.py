@@ -24,15 +24,27 @@ from prfl_kernels.dispatch import CUDA, REFERENCE, implementation
 from prfl_kernels.jit import register
 
 
-def reference(
-    x: Tensor, x_last: Tensor, m0: Tensor, m1: Tensor, velocity: Tensor, columns: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(x_next, x_c, m_t) in plain torch."""
+def reference(x, x_last, m0, m1, velocity, columns, x_next, x_c, m_t):
+    """Fill x_next, x_c and m_t in plain torch."""
     sigma, a_x, a_l, a_0, a_1, a_t, b_x, b_t, b_0 = _columns(columns, x)
-    m_t = x - sigma * velocity
-    x_c = a_x * x + a_l * x_last + a_0 * m0 + a_1 * m1 + a_t * m_t
-    x_next = b_x * x_c + b_t * m_t + b_0 * m0
-    return tuple(a.to(x.dtype).contiguous() for a in (x_next, x_c, m_t))
+    prediction = x - sigma * velocity
+    corrected = a_x * x + a_l * x_last + a_0 * m0 + a_1 * m1 + a_t * prediction
+    x_next.copy_(b_x * corrected + b_t * prediction + b_0 * m0)
+    x_c.copy_(corrected)
+    m_t.copy_(prediction)
+
+
+def cuda(x, x_last, m0, m1, velocity, columns, *made):
+    """Fill x_next, x_c and m_t by the CUDA C++ kernel. ValueError unless x is float32 and velocity that or
+    bfloat16."""
+    if x.dtype != torch.float32:
+        raise ValueError(f"solver_step: got {x.dtype} for cuda, want float32")
+    cuda_kernels._supported("solver_step", velocity)
+    held = [a.contiguous() for a in (x, x_last, m0, m1, velocity, columns.float())]
+    size = x[0].numel()
+    aligned = size % 8 == 0 and all(a.data_ptr() % cuda_kernels.VECTOR == 0 for a in (*held, *made))
+    views = (cuda_kernels._view(a.view(-1)) for a in (*held, *made))
+    cuda_kernels.library().solver_step(*views, len(x), size, aligned, cuda_kernels._stream(x))
 
 
 def _columns(columns: Tensor, like: Tensor) -> list[Tensor]:
@@ -41,7 +53,7 @@ def _columns(columns: Tensor, like: Tensor) -> list[Tensor]:
     return [c.view(shape) for c in columns.unbind(1)]
 
 
-IMPLEMENTATIONS = {REFERENCE: reference, CUDA: cuda_kernels.solver_step}
+IMPLEMENTATIONS = {REFERENCE: reference, CUDA: cuda}
 
 
 def _check(x, x_last, m0, m1, velocity, columns):
@@ -55,13 +67,21 @@ def _check(x, x_last, m0, m1, velocity, columns):
     expect(op, "columns", columns, (x.shape[0], 9), x)
 
 
-def _run(*inputs):
-    return IMPLEMENTATIONS[implementation("solver_step", inputs[0])](*inputs)
-
-
-def _fake(*inputs):
+def _empty(*inputs):
     x = inputs[0]
     return tuple(x.new_empty(x.shape) for _ in range(3))
+
+
+def forward(fill, *inputs):
+    """(x_next, x_c, m_t), which fill(x, x_last, m0, m1, velocity, columns, x_next, x_c, m_t) computes."""
+    made = _empty(*inputs)
+    if made[0].numel():
+        fill(*inputs, *made)
+    return made
+
+
+def _run(*inputs):
+    return forward(IMPLEMENTATIONS[implementation("solver_step", inputs[0])], *inputs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -89,7 +109,7 @@ def _gradient(ctx, d_next, d_c, d_t):
 register(
     "solver_step(Tensor x, Tensor x_last, Tensor m0, Tensor m1, Tensor velocity, Tensor columns)"
     " -> (Tensor, Tensor, Tensor)",
-    *checked(_check, _run, _fake),
+    *checked(_check, _run, _empty),
     _gradient,
     _setup_context,
 )

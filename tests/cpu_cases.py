@@ -13,7 +13,10 @@ from formulas import (
 )
 from fused import normal
 
+from prfl_kernels import bias_gelu
 from prfl_kernels import cpu_kernels as cpu
+from prfl_kernels.norm import cpu as norm_cpu
+from prfl_kernels.norm import op as norm
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 EPS = 1e-6
@@ -38,10 +41,10 @@ def _op(run):
 
 def _modulated(base, dtype):
     def run(x, scale, shift):
-        _, n, _, stats = cpu.add_norm_forward(x, None, None, scale, shift, base, EPS, dtype)
+        _, n, _, stats = norm.forward(norm_cpu.forward, x, None, None, scale, shift, base, EPS, dtype)
 
         def gradients(dn):
-            back = cpu.add_norm_backward(dn, None, x, None, None, scale, stats, base, True, None)
+            back = norm.backward(norm_cpu.backward, dn, None, x, None, None, scale, stats, base, True, None)
             return back[0], *back[3:]
 
         return n, gradients
@@ -50,21 +53,22 @@ def _modulated(base, dtype):
 
 
 def _added(x, y, gate):
-    total = cpu.add_norm_forward(x, y, gate, None, None, 0.0, 0.0, None)[0]
+    total = norm.forward(norm_cpu.forward, x, y, gate, None, None, 0.0, 0.0, None)[0]
 
     def gradients(d):
-        _, dy, dgate, _, _ = cpu.add_norm_backward(None, d, None, y, gate, None, None, 0.0, False, y.dtype)
-        return d, dy, dgate
+        back = norm.backward(norm_cpu.backward, None, d, None, y, gate, None, None, 0.0, False, y.dtype)
+        return d, *back[1:3]
 
     return total, gradients
 
 
 def _added_and_normed(base, dtype):
     def run(x, y, gate, scale, shift):
-        total, n, _, stats = cpu.add_norm_forward(x, y, gate, scale, shift, base, EPS, dtype)
+        total, n, _, stats = norm.forward(norm_cpu.forward, x, y, gate, scale, shift, base, EPS, dtype)
 
         def gradients(dsum, dn):
-            return cpu.add_norm_backward(dn, dsum, total, y, gate, scale, stats, base, True, y.dtype)
+            held = dn, dsum, total, y, gate, scale, stats
+            return norm.backward(norm_cpu.backward, *held, base, True, y.dtype)
 
         return (total, n), gradients
 
@@ -154,11 +158,11 @@ def pool_case(batch=2, length=77, width=96, queries=3, dtype=F32):
 
 def _gelu(h, bias):
     def gradients(d):
-        dh, g, dbias = cpu.bias_gelu_backward(d, h, bias, bias is not None)
+        dh, g, dbias = bias_gelu.backward(bias_gelu.cpu_backward, d, h, bias, bias is not None)
         torch.testing.assert_close(g, out, rtol=0, atol=0)
         return dh, dbias
 
-    out = cpu.bias_gelu_forward(h, bias)
+    out = bias_gelu.forward(bias_gelu.cpu_forward, h, bias)
     return out, gradients
 
 

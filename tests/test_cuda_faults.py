@@ -6,7 +6,7 @@ from cuda_sim import build, build_faulty, missing
 from fused import error, normal
 from test_cuda_kernels import watch
 
-from prfl_kernels import cuda_kernels
+from prfl_kernels import cuda_kernels, solver_step
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}")
 
@@ -46,7 +46,7 @@ def pool_backward():
 
 def solver():
     state, columns = [normal(1, 640) for _ in range(5)], normal(1, 9)
-    _, _, m_t = cuda_kernels.solver_step(*state, columns)
+    _, _, m_t = solver_step.forward(solver_step.cuda, *state, columns)
     return error(m_t, state[0].double() - columns[0, 0] * state[4].double())
 
 

@@ -23,8 +23,8 @@ from test_reward_pool import pool_inputs
 
 from prfl_engine.flow import make_schedule
 from prfl_kernels import cuda_kernels, solver_step
-from prfl_kernels.norm import triton_kernels as add_norm
-from prfl_kernels.norm.op import modulate, modulate_fp8
+from prfl_kernels.norm import modulate, modulate_fp8
+from prfl_kernels.norm import op as norm
 from prfl_kernels.qk_norm_rope import op as qk_norm_rope
 from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
 from prfl_kernels.reward_pool import op as reward_pool
@@ -56,7 +56,7 @@ def kernels(monkeypatch):
     watched = watch(monkeypatch, build())
     cuda = cuda_kernels
     twins = {
-        add_norm: (cuda.add_norm_forward, cuda.add_norm_backward),
+        norm: norm.IMPLEMENTATIONS["cuda"],
         norm_rope: (cuda.qk_norm_rope_forward, cuda.qk_norm_rope_backward),
         reward_pool: (cuda.reward_pool_forward, cuda.reward_pool_backward),
     }
@@ -271,9 +271,9 @@ def test_solver_step(shape, velocity):
     state = [normal(*shape) for _ in range(4)]
     v = normal(*shape, dtype=velocity)
     columns = make_schedule("unipc", 5, 3.0).table[[0, 3, 4][: shape[0]]]
-    got = cuda_kernels.solver_step(*state, v, columns.float())
-    low = solver_step.reference(*state, v, columns.float())
-    exact = solver_step.reference(*(a.double() for a in state), v.double(), columns)
+    got = solver_step.forward(solver_step.cuda, *state, v, columns.float())
+    low = solver_step.forward(solver_step.reference, *state, v, columns.float())
+    exact = solver_step.forward(solver_step.reference, *(a.double() for a in state), v.double(), columns)
     for ours, plain, want in zip(got, low, exact, strict=True):
         assert_as_right(ours, want, plain, rounding(6))  # a sum of at most six terms
 
@@ -282,4 +282,4 @@ def test_solver_step_names_misfits():
     state = [normal(2, 8) for _ in range(5)]
     for inputs in ([*state, normal(2, 8)], [*state[:4], normal(2, 7), normal(2, 9)]):
         with pytest.raises(ValueError, match="^solver_step: got"):
-            cuda_kernels.solver_step(*inputs)
+            solver_step.solver_step(*inputs)

@@ -16,8 +16,10 @@ from prfl_bench.ledger import cuda as ledger_cuda
 from prfl_bench.ledger import nvcc as ledger_nvcc
 from prfl_bench.ledger import sass
 from prfl_bench.ledger import text as ledger_text
-from prfl_kernels import cuda_kernels
+from prfl_kernels import cuda_kernels, solver_step
 from prfl_kernels.attention import cuda as attention_hopper
+from prfl_kernels.norm import cuda as norm_cuda
+from prfl_kernels.norm import op as norm
 
 __all__ = ["rows"]
 pytestmark = [
@@ -102,7 +104,8 @@ def calls():
             x, y = normal(1, 5, width, dtype=stream), normal(1, 5, width, dtype=BF16)
             gate, scale, shift = (normal(1, width) for _ in range(3))
             stats, dn = normal(2, 1, 5), normal(1, 5, width, dtype=BF16)
-            forward, backward = cuda_kernels.add_norm_forward, cuda_kernels.add_norm_backward
+            forward = partial(norm.forward, norm_cuda.forward)
+            backward = partial(norm.backward, norm_cuda.backward)
             name = f"{width} {stream}"
             yield f"norm {name}", partial(forward, x, y, gate, scale, shift, 1.0, 1e-6, BF16)
             fp8 = torch.float8_e4m3fn
@@ -134,7 +137,7 @@ def calls():
         yield f"attention fp8 {queries}", partial(attention_hopper.launch_forward_fp8, *held)
     state = [normal(2, math.prod((16, 3, 4, 16))) for _ in range(4)]
     v, columns = normal(*state[0].shape, dtype=BF16), normal(2, 9)
-    yield "solver", partial(cuda_kernels.solver_step, *state, v, columns)
+    yield "solver", partial(solver_step.forward, solver_step.cuda, *state, v, columns)
 
 
 @pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}")

@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from prfl_kernels import dispatch
 from prfl_kernels.fp8.quantize import quantize_fp8
-from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.norm import op as norm
 from prfl_kernels.norm.gated_add import (
     gated_add_modulate,
     gated_add_modulate_fp8,
@@ -114,6 +114,6 @@ def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
         return
     want = "got triton on cuda: it needs capability 8.9 or higher"
     with pytest.raises(ValueError, match=f"kernels: modulate_fp8 {want}"):
-        add_norm.pair("modulate", x, fp8=True)
+        norm.pair("modulate", x, fp8=True)
     with pytest.raises(ValueError, match=f"kernels: qk_norm_rope_fp8 {want}"):
         norm_rope.pair(x, fp8=True)

@@ -29,7 +29,7 @@ from prfl_bench.ledger.nvcc import (
 )
 from prfl_bench.operations import ENTRIES as TRITON_ENTRIES
 from prfl_bench.operations import Case, Entry, cases, empty
-from prfl_kernels import cuda_kernels
+from prfl_kernels import cuda_kernels, solver_step
 from prfl_kernels.attention import (
     cuda as attention_hopper,
 )
@@ -39,7 +39,8 @@ from prfl_kernels.attention import (
 from prfl_kernels.attention import (
     triton_kernels as attention_triton,
 )
-from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.norm import cuda as norm_cuda
+from prfl_kernels.norm import triton_kernels as norm_triton
 from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
 from prfl_kernels.reward_pool import op as reward_pool
 
@@ -244,8 +245,8 @@ def recording() -> Iterator[Recorder]:
     replaced = [
         (cuda_kernels, "library", lambda: recorder),
         (cuda_kernels, "_view", lambda a: a),
-        (add_norm, "forward", cuda_kernels.add_norm_forward),
-        (add_norm, "backward", cuda_kernels.add_norm_backward),
+        (norm_triton, "forward", norm_cuda.forward),
+        (norm_triton, "backward", norm_cuda.backward),
         (norm_rope, "launch_forward", cuda_kernels.qk_norm_rope_forward),
         (norm_rope, "launch_backward", cuda_kernels.qk_norm_rope_backward),
         (reward_pool, "launch_forward", cuda_kernels.reward_pool_forward),
@@ -267,7 +268,7 @@ def _solver(s: Case) -> Iterable:
     """The latent of 81 frames: 16 channels, 4 values of each a token."""
     state = [empty(1, 64, s.length) for _ in range(4)]
     velocity, columns = empty(1, 64, s.length, dtype=torch.bfloat16), empty(1, 9)
-    return *state, velocity, columns, *cuda_kernels.solver_step(*state, velocity, columns)
+    return *state, velocity, columns, *solver_step.forward(solver_step.cuda, *state, velocity, columns)
 
 
 # The backward of attention is Triton's.

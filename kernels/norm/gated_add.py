@@ -1,14 +1,6 @@
-"""The end of a residual branch, together with the norm that the next branch begins with.
+"""gated_add and its fused forms: the end of a sublayer together with the norm that the next one begins with.
 
-    gated_add(x, y, gate)          = x + gate * y          x, y [B, L, C], gate [B, C] or None (1)
-    gated_add_modulate(x, y, ...)  = (x', modulate(x', scale, shift))   with x' = gated_add(x, y, gate)
-    gated_add_norm(x, y, ...)      = (x', layer_norm(x', weight, bias))
-    gated_add_modulate_fp8, gated_add_norm_fp8: the same with the norm as e4m3 values and one float32
-                                     scale a token
-
-The residual stream x keeps its own dtype; the sum is formed in float32 and rounded once, and the
-norm reads the rounded sum. Saved for the backward: x', scale, gate, mean and 1/std of every token,
-and y, which only d gate needs: with a gate that takes no gradient y is not kept.
+Formulas, dtypes and what is saved stand in `prfl_kernels.norm.op`.
 """
 
 import torch
@@ -17,15 +9,11 @@ from torch import Tensor
 from prfl_kernels.checks import checked, expect, expect_float, expect_rows
 from prfl_kernels.fp8.e4m3 import E4M3
 from prfl_kernels.jit import register, wide
-from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.norm.op import check_affine, pair
 
 
 def _name(base: float) -> str:
     return "gated_add_modulate" if base else "gated_add_norm"
-
-
-def _pair(x: Tensor, base: float):
-    return add_norm.pair(_name(base), x)
 
 
 def _check_add(x, y, gate, op="gated_add"):
@@ -36,7 +24,7 @@ def _check_add(x, y, gate, op="gated_add"):
 
 
 def _add(x, y, gate):
-    return add_norm.pair("gated_add", x)[0](x, y, gate, None, None, 0.0, 0.0, None)[0]
+    return pair("gated_add", x)[0](x, y, gate, None, None, 0.0, 0.0, None)[0]
 
 
 def _add_fake(x, y, gate):
@@ -53,7 +41,7 @@ def _check_add_backward(dsum, y, gate, y_dtype):
 
 
 def _add_backward(dsum, y, gate, y_dtype):
-    _, dy, dgate, _, _ = add_norm.pair("gated_add", dsum)[1](
+    _, dy, dgate, _, _ = pair("gated_add", dsum)[1](
         None, dsum, None, y, gate, None, None, 0.0, False, y_dtype
     )
     return dy, dsum.new_empty(0) if dgate is None else dgate.to(gate.dtype)
@@ -83,12 +71,12 @@ def _add_gradient(ctx, dsum):
 def _check_norm(x, y, gate, scale, shift, base, eps, out_dtype):
     op = _name(base)
     _check_add(x, y, gate, op)
-    add_norm.check_affine(op, x, (scale, shift), base)
+    check_affine(op, x, base, scale, shift)
     expect_float(op, "out_dtype", out_dtype)
 
 
 def _norm(x, y, gate, scale, shift, base, eps, out_dtype):
-    total, n, _, stats = _pair(x, base)[0](x, y, gate, scale, shift, base, eps, out_dtype)
+    total, n, _, stats = pair(_name(base), x)[0](x, y, gate, scale, shift, base, eps, out_dtype)
     return total, n, stats
 
 
@@ -100,11 +88,11 @@ def _norm_fake(x, y, gate, scale, shift, base, eps, out_dtype):
 def _check_quantized(x, y, gate, scale, shift, base, eps):
     op = f"{_name(base)}_fp8"
     _check_add(x, y, gate, op)
-    add_norm.check_affine(op, x, (scale, shift), base)
+    check_affine(op, x, base, scale, shift)
 
 
 def _quantized(x, y, gate, scale, shift, base, eps):
-    run = add_norm.pair(_name(base), x, fp8=True)[0]
+    run = pair(_name(base), x, fp8=True)[0]
     return run(x, y, gate, scale, shift, base, eps, E4M3)[:3]
 
 
@@ -118,13 +106,13 @@ def _check_norm_backward(dsum, dn, x, y, gate, scale, stats, base, y_dtype, para
     _check_add(x, x if y is None else y, gate, op)
     expect(op, "dsum", dsum, x.shape, x)
     expect(op, "dn", dn, x.shape, x)
-    add_norm.check_affine(op, x, (scale,), base)
+    check_affine(op, x, base, scale)
     expect(op, "stats", stats, (2, *x.shape[:2]), x, wide(x.dtype))
     expect_float(op, "y_dtype", y_dtype)
 
 
 def _norm_backward(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
-    dx, dy, dgate, dscale, dshift = _pair(x, base)[1](
+    dx, dy, dgate, dscale, dshift = pair(_name(base), x)[1](
         dn, dsum, x, y, gate, scale, stats.contiguous(), base, parameters, y_dtype
     )
     none = dn.new_empty(0)

@@ -1,23 +1,18 @@
-"""The kernel pair behind modulate and gated_add: x' = x + gate * y, then LayerNorm, both optional.
-
-    x' = x + gate * y,   n = (x' - mean) * rstd * (scale + base) + shift        base 1 or 0
+"""The fused addition and LayerNorm in Triton.
 
 One pass over memory each way. The two-dimensional grid has one program for every run of `rows`
 tokens of a sample; gate, scale and shift stay in its registers. Sums over tokens (d scale, d shift,
 d gate) are kept in registers over the run and written once; torch adds the runs in a fixed order,
 so results are the same from run to run, without atomics. Everything is computed in float32.
-
-`pair` gives the two functions of the implementation that runs, all of one signature.
 """
 
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, cuda_kernels, tuning
-from prfl_kernels.checks import expect
-from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
-from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows, row_scales
-from prfl_kernels.jit import jit, tl, triton, unit_last, wide
+from prfl_kernels import tuning
+from prfl_kernels.fp8.e4m3 import row_scales
+from prfl_kernels.jit import jit, tl, triton
+from prfl_kernels.norm.launch import Backward, Forward
 
 # Runs of tokens on the whole batch: enough to fill 132 SMs, few enough that their partial sums stay
 # under 5 % of the traffic at 32,760 tokens. A wide row takes a whole SM in the backward.
@@ -36,72 +31,6 @@ CANDIDATES = {
         (8192,): ((8, 132), (8, 528)),
     },
 }
-
-
-_VECTORS = {1.0: ("scale", "shift"), 0.0: ("weight", "bias")}  # by base, as their operations call them
-
-
-def check_affine(op: str, x: Tensor, vectors: tuple[Tensor, ...], base: float) -> None:
-    """Raise ValueError unless base is 0 or 1 and the vectors, scale or scale and shift, are [B, C] or [C] for
-    x [B, L, C]."""
-    if base not in _VECTORS:
-        raise ValueError(f"{op}: got base {base}, want 0 or 1")
-    batch, _, width = x.shape
-    shape = (width,) if vectors[0].dim() == 1 else (batch, width)
-    for name, a in zip(_VECTORS[base], vectors, strict=False):
-        expect(op, name, a, shape, x)
-
-
-def reference_forward(x, y, gate, scale, shift, base, eps, out_dtype):
-    """`forward` in plain torch, in float32 or wider."""
-    dtype, total = wide(x.dtype), None
-    if y is not None:
-        x_wide, y = x.to(dtype), y.to(dtype)
-        total = x_wide + y if gate is None else torch.addcmul(x_wide, y, gate.to(dtype)[:, None])
-        x = total = total.to(x.dtype)
-    if scale is None:
-        return total, None, None, None
-    scale, shift = (a.to(dtype)[:, None] if a.dim() == 2 else a.to(dtype) for a in (scale, shift))
-    n, *stats = torch.native_layer_norm(x.to(dtype), x.shape[-1:], None, None, eps)
-    n = torch.addcmul(shift, n, scale + base)
-    if out_dtype == E4M3:
-        return total, *quantize_rows(n), None
-    return total, n.to(out_dtype), None, torch.stack(stats)[..., 0]
-
-
-def reference_backward(dn, dsum, x, y, gate, scale, stats, base, parameters, y_dtype):
-    """`backward` in plain torch, in float32 or wider."""
-    dtype = wide((dsum if dn is None else x).dtype)
-    dx = dy = dgate = dscale = dshift = None
-    if dn is not None:
-        dn, x_wide, scale = (a.to(dtype) for a in (dn, x, scale))
-        dx, dscale, dshift = _norm_backward(dn, x_wide, scale, stats, base, parameters)
-        if dsum is not None:
-            dx += dsum
-    total = dsum.to(dtype) if dx is None else dx
-    if y is not None and gate is not None:
-        dgate = (total * y).sum(1)
-    if y_dtype is not None:
-        dy = (total if gate is None else total * gate.to(dtype)[:, None]).to(y_dtype)
-        dy = dy.clone() if dy is dsum or dy is dx else dy
-    return None if dx is None else dx.to(x.dtype), dy, dgate, dscale, dshift
-
-
-def _norm_backward(dn, x, scale, stats, base, parameters):
-    """(dx, d scale, d shift) by torch's own LayerNorm, in one call for every row of scale."""
-    if scale.dim() == 1:  # shared by the batch
-        dx, *sums = _norm_backward(dn[None], x[None], scale[None], stats[:, None], base, parameters)
-        return dx[0], *(None if a is None else a[0] for a in sums)
-    dx, sums = torch.empty_like(x, memory_format=torch.contiguous_format), scale.new_zeros(2, *scale.shape)
-    for b, factor in enumerate(scale + base):
-        dx[b], *made = torch.ops.aten.native_layer_norm_backward(
-            dn[b], x[b], x.shape[-1:], *stats[:, b, ..., None], factor, torch.zeros_like(factor),
-            [True, parameters, parameters],
-        )  # fmt: skip
-        if parameters:
-            sums[:, b] = torch.stack(made)
-    return (dx, *sums) if parameters else (dx, None, None)
-
 
 @jit
 def _row(pointer, stride_b, stride_l, b, l, o_c, m_c):
@@ -200,15 +129,14 @@ def _backward(
         tl.store(part_ptr + (slot + 2 * PARAMETERS) * C + o_c, dgate, mask=m_c)
 
 
-def _strides(a: Tensor | None) -> tuple[int, int]:
-    """Strides of samples and tokens; a vector [C] is the same for every sample."""
-    if a is None or a.dim() == 1:
-        return 0, 0
-    return a.stride(0), a.stride(1) if a.dim() == 3 else 0
+def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Strides of all dimensions but the last; 0 for those of rows that are not there."""
+    return tuple(s for a in tensors for s in ((0, 0) if a is None else a.stride()[:-1]))
 
 
-def _split(stats: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if stats is None else (stats[0], stats[1])
+def _stride(a: Tensor | None) -> int:
+    """The stride of a vector's samples."""
+    return 0 if a is None else a.stride(0)
 
 
 def run_grid(
@@ -240,92 +168,29 @@ def _plan(
     return grid, rows, options
 
 
-def forward(
-    x: Tensor,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    base: float,
-    eps: float,
-    out_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(x', n, row scales, statistics). None: x' without y, n without scale, row scales [B, L]
-    unless out_dtype is e4m3, the statistics [2, B, L] (mean, rstd) unless there is a norm to
-    differentiate. x, y [B, L, C]; gate [B, C]; scale, shift [B, C] or [C]."""
-    x, y, gate, scale, shift = (unit_last(a) for a in (x, y, gate, scale, shift))
-    batch, length, width = x.shape
-    total = None if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    n = None if scale is None else x.new_empty(x.shape, dtype=out_dtype)
-    fp8 = n is not None and n.dtype == E4M3
-    quant = x.new_empty(batch, length, dtype=torch.float32) if fp8 else None
-    stats = x.new_empty(2, batch, length, dtype=torch.float32) if n is not None and not fp8 else None
-    if x.numel():
-        parts = "y" * (y is not None) + "n" * (n is not None) + "8" * fp8
-        kind = 8 * x.element_size(), parts
-        grid, rows, options = _plan("add_norm forward", kind, x, WARPS_FORWARD, 512 if fp8 else 256)
-        _forward[grid](
-            x, y, gate, scale, shift, total, n, quant, *_split(stats),
-            *_strides(x), *_strides(y), *(_strides(a)[0] for a in (gate, scale, shift)),
-            length, rows, eps, base, **options,
-        )  # fmt: skip
-    return total, n, quant, stats
+def forward(a: Forward) -> None:
+    """Fill a launch."""
+    fp8 = a.quant is not None
+    parts = "y" * (a.y is not None) + "n" * (a.n is not None) + "8" * fp8
+    kind = 8 * a.x.element_size(), parts
+    grid, rows, options = _plan("add_norm forward", kind, a.x, WARPS_FORWARD, 512 if fp8 else 256)
+    _forward[grid](
+        *a.tensors, *_strides(a.x, a.y), *map(_stride, (a.gate, a.scale, a.shift)),
+        a.x.shape[1], rows, a.eps, a.base, **options,
+    )  # fmt: skip
 
 
-def backward(
-    dn: Tensor | None,
-    dsum: Tensor | None,
-    x: Tensor | None,
-    y: Tensor | None,
-    gate: Tensor | None,
-    scale: Tensor | None,
-    stats: Tensor | None,
-    base: float,
-    parameters: bool,
-    y_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dy, d gate, d scale, d shift) of `forward`, each None where it is not wanted.
-
-    x is x' where there was an addition. dy is made for y_dtype, d gate [B, C] where y and gate are
-    given, d scale and d shift where `parameters`. Without dn, dx is dsum itself and None here.
-    """
-    like = dsum if dn is None else dn
-    batch, length, width = like.shape
-    dn, dsum, x, y, gate, scale = (unit_last(a) for a in (dn, dsum, x, y, gate, scale))
-    wants_gate = y is not None and gate is not None
-    dx = None if dn is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    dy = None if y_dtype is None else like.new_empty(like.shape, dtype=y_dtype)
-    slots = 2 * parameters + wants_gate
-    sums = like.new_zeros(batch, slots, width, dtype=torch.float32)
-    if like.numel():
-        parts = "n" * (dn is not None) + "p" * parameters + "y" * (dy is not None) + "g" * wants_gate
-        kind = 8 * (like if x is None else x).element_size(), parts
-        grid, rows, options = _plan("add_norm backward", kind, like, WARPS_BACKWARD)
-        part = like.new_empty(batch, grid[0], slots, width, dtype=torch.float32)
-        _backward[grid](
-            dn, dsum, x, y, gate, scale, *_split(stats), dx, dy, part,
-            *_strides(dn), *_strides(dsum), *_strides(x), *_strides(y),
-            _strides(gate)[0], _strides(scale)[0], length, rows, base,
-            PARAMETERS=parameters, GATE=wants_gate, **options,
-        )  # fmt: skip
-        sums = part.sum(1)
-    dscale = dshift = dgate = None
-    if parameters:
-        # A weight [C] is shared by the batch.
-        dscale, dshift = (s.contiguous() if scale.dim() == 2 else s.sum(0) for s in sums[:, :2].unbind(1))
-    if wants_gate:
-        dgate = sums[:, -1].contiguous()
-    return dx, dy, dgate, dscale, dshift
-
-
-IMPLEMENTATIONS = {
-    REFERENCE: (reference_forward, reference_backward),
-    CPU: (cpu_kernels.add_norm_forward, cpu_kernels.add_norm_backward),
-    TRITON: (forward, backward),
-    CUDA: (cuda_kernels.add_norm_forward, cuda_kernels.add_norm_backward),
-}
-
-
-def pair(op: str, x: Tensor, fp8: bool = False):
-    """(forward, backward) of what runs as operation `op` for x, to e4m3 if fp8."""
-    return IMPLEMENTATIONS[implementation(op, x, fp8)]
+def backward(a: Backward) -> None:
+    """Fill a launch."""
+    parts = "n" * (a.dn is not None) + "p" * a.wants_parameters
+    parts += "y" * (a.dy is not None) + "g" * a.wants_gate
+    kind = 8 * (a.rows if a.x is None else a.x).element_size(), parts
+    grid, rows, options = _plan("add_norm backward", kind, a.rows, WARPS_BACKWARD)
+    batch, slots, width = a.sums.shape
+    part = a.sums.new_empty(batch, grid[0], slots, width)
+    _backward[grid](
+        *a.inputs, a.dx, a.dy, part,
+        *_strides(a.dn, a.dsum, a.x, a.y), _stride(a.gate), _stride(a.scale), a.rows.shape[1], rows, a.base,
+        PARAMETERS=a.wants_parameters, GATE=a.wants_gate, **options,
+    )  # fmt: skip
+    torch.sum(part, 1, out=a.sums)

@@ -29,7 +29,7 @@ from torch import Tensor
 from prfl_kernels.bias_gelu import pair as gelu_pair
 from prfl_kernels.checks import checked
 from prfl_kernels.jit import register, wide
-from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.norm import op as add_norm
 from prfl_kernels.sublayers import checks as branch_checks
 from prfl_kernels.sublayers.chunks import numbers, pieces, together
 from prfl_kernels.sublayers.products import (
