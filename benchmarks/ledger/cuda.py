@@ -40,8 +40,10 @@ from prfl_kernels.attention import (
     triton_kernels as attention_triton,
 )
 from prfl_kernels.norm import triton_kernels as add_norm
+from prfl_kernels.qk_norm_rope import cuda as norm_rope_cuda
 from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
-from prfl_kernels.reward_pool import op as reward_pool
+from prfl_kernels.reward_pool import cuda as pool_cuda
+from prfl_kernels.reward_pool import triton_kernels as pool_triton
 
 __all__ = ["absence", "collect"]
 
@@ -187,8 +189,6 @@ class Recorder:
         threads = -(-width // 256) * 32
         times |= {"weight_q": batch * length, "weight_k": batch * length}
         times |= {"rstd_q": threads, "rstd_k": threads}
-        if tensors[1] is None:
-            tensors[7] = None  # 1/rms of k is that of q there
         arguments = _arguments(QK_BACKWARD, tensors, "out_q out_k part", **times)
         fits = aligned and (tensors[-1] is None or places[0] == 128)
         kernel = f"qk_backward_kernel<{_TYPES[tensors[0].dtype]}, {_special(width, fits)}>"
@@ -246,10 +246,10 @@ def recording() -> Iterator[Recorder]:
         (cuda_kernels, "_view", lambda a: a),
         (add_norm, "forward", cuda_kernels.add_norm_forward),
         (add_norm, "backward", cuda_kernels.add_norm_backward),
-        (norm_rope, "launch_forward", cuda_kernels.qk_norm_rope_forward),
-        (norm_rope, "launch_backward", cuda_kernels.qk_norm_rope_backward),
-        (reward_pool, "launch_forward", cuda_kernels.reward_pool_forward),
-        (reward_pool, "launch_backward", cuda_kernels.reward_pool_backward),
+        (norm_rope, "forward", norm_rope_cuda.forward),
+        (norm_rope, "backward", norm_rope_cuda.backward),
+        (pool_triton, "forward", pool_cuda.forward),
+        (pool_triton, "backward", pool_cuda.backward),
         (attention_triton, "forward", attention_hopper.forward),
         (attention_fp8, "launch_forward", attention_hopper.launch_forward_fp8),
     ]  # fmt: skip

@@ -281,7 +281,8 @@ class _TorchTraffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         leaves = torch.utils._pytree.tree_leaves
-        inputs = [a for a in leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        given = {name: a for name, a in (kwargs or {}).items() if name != "out"}
+        inputs = [a for a in leaves((args, given)) if isinstance(a, torch.Tensor)]
         outputs = [a for a in leaves(out) if isinstance(a, torch.Tensor)]
         held = {a.untyped_storage()._cdata for a in inputs}
         views = all(a.untyped_storage()._cdata in held for a in outputs)
