@@ -19,8 +19,10 @@ from prfl_kernels.fp8 import quantize as quantize_fp8
 from prfl_kernels.fp8.e4m3 import E4M3
 from prfl_kernels.norm import op as norm
 from prfl_kernels.norm import triton_kernels as norm_triton
+from prfl_kernels.qk_norm_rope import op as qk_norm_rope
 from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
 from prfl_kernels.reward_pool import op as reward_pool
+from prfl_kernels.reward_pool import triton_kernels as pool_triton
 
 F32, BF16 = torch.float32, torch.bfloat16
 WIDTHS = {"14B": (5120, 40), "1.3B": (1536, 12)}  # width and heads
@@ -134,25 +136,26 @@ def _gated_norm_backward(s: Case, vector: Callable, base: float) -> Iterable:
 def _qk(s: Case, fp8: bool = False) -> Iterable:
     q, k, _ = s.projected()
     weights = s.vector(), s.vector()
-    made = norm_rope.launch_forward(q, k, *weights, s.grid, s.heads, 1e-6, 0, fp8)
+    made = qk_norm_rope.forward(norm_rope.forward, q, k, *weights, s.grid, s.heads, 1e-6, 0, fp8)
     return q, k, *weights, *made[0], *made[1], made[2]
 
 
 def _qk_backward(s: Case) -> Iterable:
     q, k, _ = s.projected()
     held = s.per_head(), s.per_head(), q, k, s.vector(), s.vector(), s.stats()
-    return *held, *norm_rope.launch_backward(*held, s.grid, s.heads, 0, True)
+    return *held, *qk_norm_rope.backward(norm_rope.backward, *held, s.grid, s.heads, 0, True)
 
 
 def _rms(s: Case) -> Iterable:
     x, weight = s.rows(), s.vector()
-    made = norm_rope.launch_forward(x, None, weight, None, None, 1, 1e-6, 0)
+    made = qk_norm_rope.forward(norm_rope.forward, x, None, weight, None, None, 1, 1e-6, 0)
     return x, weight, made[0][0], made[2]
 
 
 def _rms_backward(s: Case) -> Iterable:
     dn, x, weight, rstd = s.rows(), s.rows(), s.vector(), s.stats()[:1]
-    made = norm_rope.launch_backward(dn, None, x, None, weight, None, rstd, None, 1, 0, True)
+    fill = norm_rope.backward
+    made = qk_norm_rope.backward(fill, dn, None, x, None, weight, None, rstd, None, 1, 0, True)
     return dn, x, weight, rstd, made[0], made[2][0]
 
 
@@ -182,13 +185,14 @@ POOL_QUERIES = 8  # one learned query with the 8 heads of the official reward mo
 
 def _pool(s: Case) -> Iterable:
     x, u = s.residual(), empty(POOL_QUERIES, s.width)
-    return x, u, *reward_pool.launch_forward(x, u)
+    return x, u, *reward_pool.forward(pool_triton.forward, x, u)
 
 
 def _pool_backward(s: Case) -> Iterable:
     x, u, scores = s.residual(), empty(POOL_QUERIES, s.width), empty(1, s.length, POOL_QUERIES)
     dpooled, lse, delta = empty(1, POOL_QUERIES, s.width), empty(1, POOL_QUERIES), empty(1, POOL_QUERIES)
-    made = reward_pool.launch_backward(dpooled, delta, x, u, scores, lse, True, True)
+    inputs = dpooled, delta, x, u, scores, lse
+    made = reward_pool.backward(pool_triton.backward, *inputs, True, True)
     return x, u, scores, dpooled, lse, delta, *made
 
 

@@ -21,7 +21,7 @@ from prfl_kernels.attention import triton_kernels as attention_triton
 from prfl_kernels.jit import triton
 from prfl_kernels.norm import triton_kernels as add_norm
 from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
-from prfl_kernels.reward_pool import op as reward_pool
+from prfl_kernels.reward_pool import triton_kernels as reward_pool
 
 _FILES = (attention_triton, attention_fp8, add_norm, norm_rope, bias_gelu, reward_pool)
 CANDIDATES = {kernel: found for file in _FILES for kernel, found in file.CANDIDATES.items()}

@@ -14,9 +14,12 @@ from formulas import (
 from fused import normal
 
 from prfl_kernels import bias_gelu
-from prfl_kernels import cpu_kernels as cpu
 from prfl_kernels.norm import cpu as norm_cpu
 from prfl_kernels.norm import op as norm
+from prfl_kernels.qk_norm_rope import cpu as rope_cpu
+from prfl_kernels.qk_norm_rope import op as qk_norm_rope
+from prfl_kernels.reward_pool import cpu as pool_cpu
+from prfl_kernels.reward_pool import op as reward_pool
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 EPS = 1e-6
@@ -107,11 +110,11 @@ NAMES = ("modulate", "layer_norm", "add", "gated_add", "add_norm", "gated_add_mo
 def rope_case(batch=2, grid=GRID, heads=HEADS, head_dim=32, dtype=F32, offset=0, length=None):
     def run(q, k, weight_q, weight_k):
         rest = (grid, heads)
-        out, _, rstd = cpu.qk_norm_rope_forward(q, k, weight_q, weight_k, *rest, EPS, offset)
+        out, _, rstd = qk_norm_rope.forward(rope_cpu.forward, q, k, weight_q, weight_k, *rest, EPS, offset)
 
         def gradients(dq, dk):
-            dq, dk, dweight = cpu.qk_norm_rope_backward(
-                dq, dk, q, k, weight_q, weight_k, rstd, *rest, offset, True
+            dq, dk, dweight = qk_norm_rope.backward(
+                rope_cpu.backward, dq, dk, q, k, weight_q, weight_k, rstd, *rest, offset, True
             )
             return dq, dk, *dweight
 
@@ -127,10 +130,12 @@ def rope_case(batch=2, grid=GRID, heads=HEADS, head_dim=32, dtype=F32, offset=0,
 
 
 def _rms_norm(x, weight):
-    (out, _), _, rstd = cpu.qk_norm_rope_forward(x, None, weight, None, None, 1, EPS, 0)
+    (out, _), _, rstd = qk_norm_rope.forward(rope_cpu.forward, x, None, weight, None, None, 1, EPS, 0)
 
     def gradients(d):
-        dx, _, dweight = cpu.qk_norm_rope_backward(d, None, x, None, weight, None, rstd, None, 1, 0, True)
+        dx, _, dweight = qk_norm_rope.backward(
+            rope_cpu.backward, d, None, x, None, weight, None, rstd, None, 1, 0, True
+        )
         return dx, dweight[0]
 
     return out.flatten(2), gradients
@@ -142,11 +147,11 @@ def rms_case(*shape, dtype=F32):
 
 
 def _pool(x, u):
-    pooled, lse, scores = cpu.reward_pool_forward(x, u)
+    pooled, lse, scores = reward_pool.forward(pool_cpu.forward, x, u)
 
     def gradients(dpooled, dlse):
         delta = (pooled * dpooled).sum(-1) - dlse
-        return cpu.reward_pool_backward(dpooled, delta, x, u, scores, lse, True, True)
+        return reward_pool.backward(pool_cpu.backward, dpooled, delta, x, u, scores, lse, True, True)
 
     return (pooled, lse), gradients
 

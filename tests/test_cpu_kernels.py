@@ -1,6 +1,7 @@
 """The C++ kernels for the CPU, in every instruction set that runs here, against plain torch."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -21,9 +22,12 @@ from cpu_cases import (
 from fused import assert_as_good_as_torch, normal, outputs_and_gradients, strided
 
 from prfl_kernels import bias_gelu, extension
-from prfl_kernels import cpu_kernels as cpu
 from prfl_kernels.norm import cpu as norm_cpu
 from prfl_kernels.norm import op as norm
+from prfl_kernels.qk_norm_rope import cpu as rope_cpu
+from prfl_kernels.qk_norm_rope import op as qk_norm_rope
+from prfl_kernels.reward_pool import cpu as pool_cpu
+from prfl_kernels.reward_pool import op as reward_pool
 
 if why := extension.absence("cpu", "cpu"):
     pytest.skip(f"prfl_kernels._C {why}", allow_module_level=True)
@@ -124,9 +128,12 @@ def test_rows_are_the_same_where_results_are_written_around_the_caches(width, dt
 
     weight, grid = normal(width), (1, 1, length)
     for part in (slice(None), first):
-        out, _, rstd = cpu.qk_norm_rope_forward(y[:, part], None, weight, None, grid, 2, EPS, 0)
-        dy = cpu.qk_norm_rope_backward(
-            d[:, part].unflatten(2, (2, -1)), None, y[:, part], None, weight, None, rstd, grid, 2, 0, False
+        out, _, rstd = qk_norm_rope.forward(
+            rope_cpu.forward, y[:, part], None, weight, None, grid, 2, EPS, 0
+        )
+        dout = d[:, part].unflatten(2, (2, -1))
+        dy = qk_norm_rope.backward(
+            rope_cpu.backward, dout, None, y[:, part], None, weight, None, rstd, grid, 2, 0, False
         )[0]
         results.append([out[0].flatten(2), dy])
     torch.testing.assert_close([a[:, first] for a in results[2]], results[3], rtol=0, atol=0)
@@ -171,7 +178,8 @@ def test_empty_input(batch, length):
         assert all(g.shape == a.shape and not g.any() for g, a in zip(gradients, given, strict=True))
         assert not any(o.isnan().any() for o in outputs)
     q = k = normal(2, 0, 96)
-    out, _, _ = cpu.qk_norm_rope_forward(q, k, normal(96), normal(96), GRID, HEADS, EPS, 0)
+    weights = normal(96), normal(96)
+    out, _, _ = qk_norm_rope.forward(rope_cpu.forward, q, k, *weights, GRID, HEADS, EPS, 0)
     assert out[0].shape == (2, 0, HEADS, 32)
 
 
@@ -187,11 +195,12 @@ def test_large_scores_do_not_overflow():
 
 def test_only_what_is_wanted_is_made():
     _, _, (x, u) = pool_case()
-    pooled, lse, scores = cpu.reward_pool_forward(x, u)
-    whole = cpu.reward_pool_backward(pooled, lse, x, u, scores, lse, True, True)
-    dx, none = cpu.reward_pool_backward(pooled, lse, x, u, scores, lse, True, False)
+    pooled, lse, scores = reward_pool.forward(pool_cpu.forward, x, u)
+    backward = partial(reward_pool.backward, pool_cpu.backward)
+    whole = backward(pooled, lse, x, u, scores, lse, True, True)
+    dx, none = backward(pooled, lse, x, u, scores, lse, True, False)
     assert none is None and torch.equal(dx, whole[0])
-    none, du = cpu.reward_pool_backward(pooled, lse, x, u, scores, lse, False, True)
+    none, du = backward(pooled, lse, x, u, scores, lse, False, True)
     assert none is None and torch.equal(du, whole[1])
     dg, h, bias = normal(1, 3, 8), normal(1, 3, 8), normal(8)
     assert bias_gelu.backward(bias_gelu.cpu_backward, dg, h, bias, False)[2] is None
@@ -215,7 +224,7 @@ def test_misfits_are_named():
     with pytest.raises(ValueError, match="got torch.float8_e4m3fn"):
         norm.forward(norm_cpu.forward, x, None, None, weight, weight, 0.0, EPS, torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="^qk_norm_rope: got fp8"):
-        cpu.qk_norm_rope_forward(x, None, weight, None, None, 1, EPS, 0, True)
+        qk_norm_rope.forward(rope_cpu.forward, x, None, weight, None, None, 1, EPS, 0, True)
     with pytest.raises(ValueError, match="got instruction set 'sse9', want one of generic"):
         extension.use_isa("sse9")
     with pytest.raises(ValueError, match="got compiled part 'tpu', want one of cpu, cuda"):

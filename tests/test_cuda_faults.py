@@ -6,27 +6,32 @@ from cuda_sim import build, build_faulty, missing
 from fused import error, normal
 from test_cuda_kernels import watch
 
-from prfl_kernels import cuda_kernels, solver_step
+from prfl_kernels import solver_step
+from prfl_kernels.qk_norm_rope import cuda as rope_cuda
+from prfl_kernels.qk_norm_rope import op as qk_norm_rope
+from prfl_kernels.reward_pool import cuda as pool_cuda
+from prfl_kernels.reward_pool import op as reward_pool
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}")
 
 
 def rms():
     x, weight = normal(1, 3, 600), normal(600)
-    out = cuda_kernels.qk_norm_rope_forward(x, None, weight, None, None, 1, 1e-6, 0)[0][0].flatten(2)
+    out = qk_norm_rope.forward(rope_cuda.forward, x, None, weight, None, None, 1, 1e-6, 0)[0][0].flatten(2)
     return error(out, torch.nn.functional.rms_norm(x.double(), (600,), weight.double(), 1e-6))
 
 
 def rms_backward():
     x, dn, weight, rstd = normal(1, 3, 600), normal(1, 3, 600), normal(600), torch.ones(1, 1, 3)
-    dx = cuda_kernels.qk_norm_rope_backward(dn, None, x, None, weight, None, rstd, None, 1, 0, False)[0]
+    run = rope_cuda.backward
+    dx = qk_norm_rope.backward(run, dn, None, x, None, weight, None, rstd, None, 1, 0, False)[0]
     g = (dn * weight).double()
     return error(dx, g - x * (g * x).mean(-1, keepdim=True))
 
 
 def pool(tokens=200 * 32, width=512):
     x, u = normal(1, tokens, width), normal(2, width) / 20
-    pooled, *_ = cuda_kernels.reward_pool_forward(x, u)
+    pooled, *_ = reward_pool.forward(pool_cuda.forward, x, u)
     x, u = x.double(), u.double()
     return error(pooled, (x @ u.T).softmax(1).transpose(1, 2) @ x)
 
@@ -38,7 +43,8 @@ def wide_pool():
 def pool_backward():
     x, u, scores = normal(1, 40, 64), normal(2, 64), normal(1, 40, 2)
     lse, delta, dpooled = normal(1, 2), normal(1, 2), normal(1, 2, 64)
-    dx, _ = cuda_kernels.reward_pool_backward(dpooled, delta, x, u, scores, lse, True, True)
+    inputs = dpooled, delta, x, u, scores, lse
+    dx, _ = reward_pool.backward(pool_cuda.backward, *inputs, True, True)
     p = (scores - lse).exp()
     ds = p * (x @ dpooled[0].T - delta)
     return error(dx, p.double() @ dpooled[0].double() + ds.double() @ u.double())

@@ -25,8 +25,9 @@ from prfl_engine.flow import make_schedule
 from prfl_kernels import cuda_kernels, solver_step
 from prfl_kernels.norm import modulate, modulate_fp8
 from prfl_kernels.norm import op as norm
+from prfl_kernels.qk_norm_rope import cuda as norm_rope_cuda
 from prfl_kernels.qk_norm_rope import op as qk_norm_rope
-from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
+from prfl_kernels.reward_pool import cuda as pool_cuda
 from prfl_kernels.reward_pool import op as reward_pool
 from prfl_kernels.reward_pool.op import reward_pool_with_lse
 
@@ -54,11 +55,10 @@ def watch(monkeypatch, module):
 def kernels(monkeypatch):
     """The launchers on the simulation, which checks every access against the tensors they are given."""
     watched = watch(monkeypatch, build())
-    cuda = cuda_kernels
     twins = {
         norm: norm.IMPLEMENTATIONS["cuda"],
-        norm_rope: (cuda.qk_norm_rope_forward, cuda.qk_norm_rope_backward),
-        reward_pool: (cuda.reward_pool_forward, cuda.reward_pool_backward),
+        qk_norm_rope: (norm_rope_cuda.forward, norm_rope_cuda.backward),
+        reward_pool: (pool_cuda.forward, pool_cuda.backward),
     }
     for module, pair in twins.items():  # in the place of the Triton kernels, which run without a GPU too
         monkeypatch.setitem(module.IMPLEMENTATIONS, "triton", pair)
@@ -112,7 +112,7 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize("queries, width", [(9, 96), (3, 36), (1, 5128)])
 def test_reward_pool_names_misfits(queries, width):
     with pytest.raises(ValueError, match="^reward_pool: got"):
-        cuda_kernels.reward_pool_forward(*pool_inputs(1, 4, width, queries))
+        reward_pool.forward(pool_cuda.forward, *pool_inputs(1, 4, width, queries))
 
 
 ALL = pytest.mark.parametrize("name", NAMES)

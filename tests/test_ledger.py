@@ -15,7 +15,7 @@ from prfl_bench.ledger import loop_cycles, sass
 from prfl_bench.ledger import text as ledger_text
 from prfl_kernels.jit import INTERPRETED, jit, tl
 from prfl_kernels.norm import triton_kernels as add_norm
-from prfl_kernels.reward_pool import op as reward_pool
+from prfl_kernels.reward_pool import triton_kernels as reward_pool
 
 pytestmark = needs_triton
 fcntl = pytest.importorskip("fcntl")  # Triton has no Windows either

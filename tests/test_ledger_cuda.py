@@ -16,10 +16,14 @@ from prfl_bench.ledger import cuda as ledger_cuda
 from prfl_bench.ledger import nvcc as ledger_nvcc
 from prfl_bench.ledger import sass
 from prfl_bench.ledger import text as ledger_text
-from prfl_kernels import cuda_kernels, solver_step
+from prfl_kernels import solver_step
 from prfl_kernels.attention import cuda as attention_hopper
 from prfl_kernels.norm import cuda as norm_cuda
 from prfl_kernels.norm import op as norm
+from prfl_kernels.qk_norm_rope import cuda as rope_cuda
+from prfl_kernels.qk_norm_rope import op as qk_norm_rope
+from prfl_kernels.reward_pool import cuda as pool_cuda
+from prfl_kernels.reward_pool import op as reward_pool
 
 __all__ = ["rows"]
 pytestmark = [
@@ -114,18 +118,19 @@ def calls():
             yield f"norm backward {name}", partial(backward, dn, x.clone(), *rest)
             u, scores = normal(3, width), normal(1, 40, 3)
             x = normal(1, 40, width, dtype=stream)
-            yield f"pool {name}", partial(cuda_kernels.reward_pool_forward, x, u)
+            yield f"pool {name}", partial(reward_pool.forward, pool_cuda.forward, x, u)
             small = normal(1, 3, width), normal(1, 3), x, u, scores, normal(1, 3)
-            yield f"pool backward {name}", partial(cuda_kernels.reward_pool_backward, *small, True, True)
+            wanted = True, True
+            yield f"pool backward {name}", partial(reward_pool.backward, pool_cuda.backward, *small, *wanted)
         heads, grid = width // 128, (1, 2, 3)
         q, k = normal(1, 6, width, dtype=BF16), normal(1, 6, width, dtype=BF16)
         weights = normal(width), normal(width)
         for fp8 in (False, True):
             turned = (q, k, *weights, grid, heads, 1e-6, 0, fp8)
-            yield f"qk {width} {fp8}", partial(cuda_kernels.qk_norm_rope_forward, *turned)
+            yield f"qk {width} {fp8}", partial(qk_norm_rope.forward, rope_cuda.forward, *turned)
         held = normal(1, 6, heads, 128, dtype=BF16), normal(1, 6, heads, 128, dtype=BF16), q, k, *weights
         rest = (normal(2, 1, 6), grid, heads, 0, True)
-        yield f"qk backward {width}", partial(cuda_kernels.qk_norm_rope_backward, *held, *rest)
+        yield f"qk backward {width}", partial(qk_norm_rope.backward, rope_cuda.backward, *held, *rest)
     # One tile of queries, and an odd number of more than 32, which gets another block for its cluster.
     scale, fp8 = 128**-0.5, torch.float8_e4m3fn
     for queries, keys, heads in ((70, 190, 2), (33 * 128 - 60, 20, 1)):

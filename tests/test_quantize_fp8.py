@@ -18,7 +18,7 @@ from prfl_kernels.norm.gated_add import (
     gated_add_norm,
     gated_add_norm_fp8,
 )
-from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
+from prfl_kernels.qk_norm_rope import op as qk_norm_rope
 
 fused = pytest.mark.usefixtures("triton")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -116,4 +116,4 @@ def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
     with pytest.raises(ValueError, match=f"kernels: modulate_fp8 {want}"):
         norm.pair("modulate", x, fp8=True)
     with pytest.raises(ValueError, match=f"kernels: qk_norm_rope_fp8 {want}"):
-        norm_rope.pair(x, fp8=True)
+        qk_norm_rope.pair(x, fp8=True)

@@ -37,7 +37,7 @@ def test_widths_of_the_models(width):
 
 def test_many_runs(monkeypatch):
     """Runs of several tiles, the last one shorter: 777 tokens of bfloat16 for one query."""
-    from prfl_kernels.reward_pool import op as module
+    from prfl_kernels.reward_pool import triton_kernels as module
 
     inputs = pool_inputs(1, 777, 40, 1, BF16)
     assert module._plan("forward", inputs[0], 1, 1)[0][0] > 3

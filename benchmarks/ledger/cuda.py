@@ -41,8 +41,10 @@ from prfl_kernels.attention import (
 )
 from prfl_kernels.norm import cuda as norm_cuda
 from prfl_kernels.norm import triton_kernels as norm_triton
+from prfl_kernels.qk_norm_rope import cuda as norm_rope_cuda
 from prfl_kernels.qk_norm_rope import triton_kernels as norm_rope
-from prfl_kernels.reward_pool import op as reward_pool
+from prfl_kernels.reward_pool import cuda as pool_cuda
+from prfl_kernels.reward_pool import triton_kernels as pool_triton
 
 __all__ = ["absence", "collect"]
 
@@ -188,8 +190,6 @@ class Recorder:
         threads = -(-width // 256) * 32
         times |= {"weight_q": batch * length, "weight_k": batch * length}
         times |= {"rstd_q": threads, "rstd_k": threads}
-        if tensors[1] is None:
-            tensors[7] = None  # 1/rms of k is that of q there
         arguments = _arguments(QK_BACKWARD, tensors, "out_q out_k part", **times)
         fits = aligned and (tensors[-1] is None or places[0] == 128)
         kernel = f"qk_backward_kernel<{_TYPES[tensors[0].dtype]}, {_special(width, fits)}>"
@@ -247,10 +247,10 @@ def recording() -> Iterator[Recorder]:
         (cuda_kernels, "_view", lambda a: a),
         (norm_triton, "forward", norm_cuda.forward),
         (norm_triton, "backward", norm_cuda.backward),
-        (norm_rope, "launch_forward", cuda_kernels.qk_norm_rope_forward),
-        (norm_rope, "launch_backward", cuda_kernels.qk_norm_rope_backward),
-        (reward_pool, "launch_forward", cuda_kernels.reward_pool_forward),
-        (reward_pool, "launch_backward", cuda_kernels.reward_pool_backward),
+        (norm_rope, "forward", norm_rope_cuda.forward),
+        (norm_rope, "backward", norm_rope_cuda.backward),
+        (pool_triton, "forward", pool_cuda.forward),
+        (pool_triton, "backward", pool_cuda.backward),
         (attention_triton, "forward", attention_hopper.forward),
         (attention_fp8, "launch_forward", attention_hopper.launch_forward_fp8),
     ]  # fmt: skip

@@ -89,7 +89,7 @@ struct RewardPoolForward {
 };
 struct RewardPoolBackward {
   View x, u, dpooled, delta, scores, lse;  // dpooled: float [batch, queries, width]
-  View dx, part, du;  // part as above, or absent with du: float [queries, width]
+  View dx, part, du;  // part as above, or absent with du: float [wanted, width]
   Shape shape;
   int64_t queries, wanted, runs;
   int threads;

@@ -211,10 +211,9 @@ void backward(const RewardPoolBackward& a) {
       if (du != nullptr) add_tile<X>(a.x, b, l, end, ds, queries, ones, du, width);
     }
   });
-  if (a.du) {
-    const int64_t values = queries * width;
-    add_runs(a.part.at<float>(), a.shape.batch * a.runs, values, values, a.du.at<float>(), a.threads);
-  }
+  if (a.du)
+    add_runs(a.part.at<float>(), a.shape.batch * a.runs, queries * width, a.wanted * width, a.du.at<float>(),
+             a.threads);
 }
 
 }  // namespace

@@ -247,7 +247,7 @@ static void test_reward_pool(const Sizes& s, int64_t wanted) {
   };
   expect_close(pooled, pool, 1e-5, "pooled");
 
-  Floats delta(s.batch * wanted, 0.25f), dx(s.values()), du(queries * s.width);
+  Floats delta(s.batch * wanted, 0.25f), dx(s.values()), du(wanted * s.width);
   prfl::kernels().reward_pool_backward({s.view3(x), u_in, view(g, queries * s.width, s.width),
                                         view(delta, wanted), score_view, view(lse, wanted), s.view3(dx),
                                         view(part), view(du), s.shape(), queries, wanted, runs, 2});
@@ -265,7 +265,7 @@ static void test_reward_pool(const Sizes& s, int64_t wanted) {
   expect_close(dx, features, 1e-5, "pool dx");
   auto queried = [&](int64_t i) {
     double sum = 0;
-    for (int64_t row = 0; i / s.width < wanted && row < s.rows(); row++)
+    for (int64_t row = 0; row < s.rows(); row++)
       sum += ds(row, i / s.width) * x[row * s.width + i % s.width];
     return sum;
   };

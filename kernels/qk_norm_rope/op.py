@@ -8,19 +8,145 @@ row and the last D/2 // 3 with the column; each part has its own frequencies
 theta^(-2j / dim_part). Tokens run frame-major over grid = (frames, rows, columns); `offset` is the
 index of the first token held here, for shards of a sequence. Norm and rotation run in float32 with
 angles computed in float64 (the official code rotates in complex128); the result is rounded once.
-Saved for the backward: q and k before the norm, the weights, and 1/rms of every token. `norm_rope`
-holds the implementations. `rms_norm` is the norm alone.
+Saved for the backward: q and k before the norm, the weights, and 1/rms of every token. `rms_norm` is the
+norm alone, of one tensor.
 Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`, `WanRMSNorm`.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from prfl_kernels.checks import checked, expect, expect_places, expect_rows
-from prfl_kernels.fp8.e4m3 import E4M3
-from prfl_kernels.jit import register, wide
-from prfl_kernels.qk_norm_rope.rope import Grid
-from prfl_kernels.qk_norm_rope.triton_kernels import pair
+from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
+from prfl_kernels.extension import empty
+from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows
+from prfl_kernels.jit import register, unit_last, wide
+from prfl_kernels.qk_norm_rope import cpu, cuda, triton_kernels
+from prfl_kernels.qk_norm_rope.launch import Backward, Forward
+from prfl_kernels.qk_norm_rope.rope import Grid, cos_sin, rotate
+
+
+def _turns(a: Forward | Backward):
+    """Cosines and sines [L, 1, D/2] of the tokens."""
+    _, length, width = a.q.shape
+    tables = cos_sin(width // a.num_heads, tuple(a.grid), True, a.q.device, wide(a.q.dtype))
+    return (table[a.offset : a.offset + length, None] for table in tables)
+
+
+def reference_forward(a: Forward) -> None:
+    """Fill a launch in plain torch, in float32 or wider."""
+    made_of_q = a.q, a.weight_q, a.out_q, a.quant_q, a.rstd_q
+    made_of_k = a.k, a.weight_k, a.out_k, a.quant_k, a.rstd_k
+    for x, weight, out, quant, rstd in (made_of_q, made_of_k):
+        if x is None:
+            continue
+        x = x.to(wide(x.dtype))
+        factor = torch.rsqrt(x.square().mean(-1) + a.eps)
+        n = (x * factor[..., None] * weight).unflatten(-1, (a.num_heads, -1))
+        if a.grid is not None:
+            n = rotate(n, *_turns(a))
+        if a.fp8:
+            n, scale = quantize_rows(n)
+            quant.copy_(scale)
+        else:
+            rstd.copy_(factor)
+        out.copy_(n)
+
+
+def reference_backward(a: Backward) -> None:
+    """Fill a launch in plain torch, in float32 or wider."""
+    of_q = a.dout_q, a.q, a.weight_q, a.rstd_q, a.dq
+    of_k = a.dout_k, a.k, a.weight_k, a.rstd_k, a.dk
+    for i, (d, x, weight, rstd, dx) in enumerate((of_q, of_k)):
+        if x is None:
+            continue
+        d = d.to(rstd.dtype)
+        if a.grid is not None:
+            cos, sin = _turns(a)
+            d = rotate(d, cos, -sin)
+        d, x_hat = d.flatten(2), x.to(rstd.dtype) * rstd[..., None]
+        g = d * weight
+        dx.copy_((g - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd[..., None])
+        if a.dweight is not None:
+            a.dweight[i] = (d * x_hat).sum((0, 1))
+
+
+IMPLEMENTATIONS = {
+    REFERENCE: (reference_forward, reference_backward),
+    CPU: (cpu.forward, cpu.backward),
+    TRITON: (triton_kernels.forward, triton_kernels.backward),
+    CUDA: (cuda.forward, cuda.backward),
+}
+
+
+def pair(x: Tensor, op: str = "qk_norm_rope", fp8: bool = False):
+    """`forward` and `backward` by the implementation that runs for x, to e4m3 if fp8."""
+    fill_forward, fill_backward = IMPLEMENTATIONS[implementation(op, x, fp8)]
+    return partial(forward, fill_forward), partial(backward, fill_backward)
+
+
+def _of_each(rstd: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """1/rms of q and of k, from [2, B, L], or from [1, B, L] without k."""
+    return (None, None) if rstd is None else (*rstd, None)[:2]
+
+
+def forward(
+    fill: Callable[[Forward], None],
+    q: Tensor,
+    k: Tensor | None,
+    weight_q: Tensor,
+    weight_k: Tensor | None,
+    grid: Grid | None,
+    num_heads: int,
+    eps: float,
+    offset: int,
+    fp8: bool = False,
+) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """([q, k] out [B, L, H, D], their e4m3 scales [B, L, H] if fp8, 1/rms [2, B, L] if not), made by `fill`.
+
+    Without grid there is no rotation; without k only q is made, and its 1/rms is [1, B, L].
+    """
+    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
+    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
+    out = [a if a is None else empty(a, *shape, dtype=E4M3 if fp8 else a.dtype) for a in (q, k)]
+    quant = [empty(q, *shape[:3], dtype=torch.float32) if fp8 and a is not None else None for a in (q, k)]
+    rstd = None if fp8 else empty(q, 1 if k is None else 2, *shape[:2], dtype=wide(q.dtype))
+    if q.numel():
+        made = *out, *quant, *_of_each(rstd)
+        fill(Forward(q, k, weight_q, weight_k, *made, grid, num_heads, eps, offset))
+    return out, quant, rstd
+
+
+def backward(
+    fill: Callable[[Backward], None],
+    dq: Tensor,
+    dk: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    weight_q: Tensor,
+    weight_k: Tensor | None,
+    rstd: Tensor,
+    grid: Grid | None,
+    num_heads: int,
+    offset: int,
+    parameters: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(d q, d k [B, L, C], d weights [2, C] as wide as rstd if `parameters`) of `forward`, made by `fill`.
+
+    dq, dk [B, L, H, D] or [B, L, C].
+    """
+    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
+    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
+    dout = (d if d is None else unit_last(d if d.dim() == 4 else d.view(shape)) for d in (dq, dk))
+    made = [a if a is None else empty(a, *a.shape) for a in (q, k)]
+    dweight = rstd.new_zeros(2, q.shape[2]) if parameters else None
+    if q.numel():
+        inputs = *dout, q, k, weight_q, weight_k, *_of_each(rstd.contiguous())
+        fill(Backward(*inputs, *made, dweight, grid, num_heads, offset))
+    return *made, dweight
 
 
 def _check(q, k, weight_q, weight_k, grid, num_heads, eps, offset, op="qk_norm_rope"):
@@ -56,9 +182,7 @@ def _qk_forward_fake(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
 
 
 def _qk_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
-    dq, dk, dweight = pair(q)[1](
-        dq, dk, q, k, weight_q, weight_k, rstd.contiguous(), grid, num_heads, offset, parameters
-    )
+    dq, dk, dweight = pair(q)[1](dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters)
     return dq, dk, q.new_empty(0) if dweight is None else dweight
 
 
@@ -104,9 +228,7 @@ def _rms_forward_fake(x, weight, eps):
 
 
 def _rms_backward(dn, x, weight, rstd, parameters):
-    dx, _, dweight = pair(x, "rms_norm")[1](
-        dn, None, x, None, weight, None, rstd.contiguous(), None, 1, 0, parameters
-    )
+    dx, _, dweight = pair(x, "rms_norm")[1](dn, None, x, None, weight, None, rstd, None, 1, 0, parameters)
     return dx, x.new_empty(0) if dweight is None else dweight[0].to(weight.dtype, copy=True)
 
 
@@ -137,8 +259,7 @@ def _quantized_fake(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
 
 _INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k"
 register(
-    f"qk_norm_rope({_INPUTS}, int[3] grid, int num_heads, float eps, int offset)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"qk_norm_rope({_INPUTS}, int[3] grid, int num_heads, float eps, int offset) -> (Tensor, Tensor, Tensor)",
     *checked(_check, _qk_forward, _qk_forward_fake),
     _qk_gradient,
     _qk_setup_context,
@@ -160,8 +281,7 @@ register(
     _rms_setup_context,
 )
 register(
-    "rms_norm_backward(Tensor dn, Tensor x, Tensor weight, Tensor rstd, bool parameters)"
-    " -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor dn, Tensor x, Tensor weight, Tensor rstd, bool parameters) -> (Tensor, Tensor)",
     *checked(_check_rms_backward, _rms_backward, _rms_backward_fake),
 )
 

@@ -1,26 +1,20 @@
-"""The kernel pair behind qk_norm_rope and rms_norm: RMSNorm over the whole width, then rotation, optional.
+"""RMSNorm and rotation in Triton: one pass over memory each way for q and k together.
 
-    n    = x / sqrt(mean_C(x^2) + eps) * weight               over all C = H * D channels, not per head
-    out  = rotate pairs (2i, 2i+1) of every head by angle_i(frame, row, column)
-
-One pass over memory each way for q and k together. The two-dimensional grid has one program for every run
-of tokens of a sample, as in add_norm; sums over tokens (d weight) are kept in registers over the run and
-written once, torch adds the runs in a fixed order. A program reads the cosines of a token from a table
-[largest side, D/2] by its frame, row and column, so no table of the whole sequence is made. Everything is
-computed in float32, angles in float64; the result is rounded once.
-
-`pair` gives the two functions of the implementation that runs, all of one signature.
+The two-dimensional grid has one program for every run of tokens of a sample, as in add_norm; sums over
+tokens (d weight) are kept in registers over the run and written once, torch adds the runs in a fixed order.
+A program reads the cosines of a token from a table [largest side, D/2] by its frame, row and column, so no
+table of the whole sequence is made. Everything is computed in float32, angles in float64; the result is
+rounded once.
 """
 
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, cuda_kernels
-from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
-from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows, row_scales
-from prfl_kernels.jit import jit, tl, triton, unit_last, wide
+from prfl_kernels.fp8.e4m3 import row_scales
+from prfl_kernels.jit import jit, tl, triton
 from prfl_kernels.norm.triton_kernels import run_grid
-from prfl_kernels.qk_norm_rope.rope import Grid, cos_sin, pairs_of, rotate
+from prfl_kernels.qk_norm_rope.launch import Backward, Forward
+from prfl_kernels.qk_norm_rope.rope import cos_sin, pairs_of
 
 # Most warps of a program, as in add_norm: a row of 5,120 in float32, and two accumulators of d weight.
 WARPS_FORWARD, WARPS_BACKWARD = 16, 8
@@ -35,45 +29,6 @@ CANDIDATES = {
         (8192,): ((8, 132), (8, 528)),
     },
 }
-
-
-def _turns(x, grid, num_heads, offset):
-    """Cosines and sines [L, 1, D/2] of the tokens of x [B, L, C]."""
-    tables = cos_sin(x.shape[2] // num_heads, tuple(grid), True, x.device, wide(x.dtype))
-    return (a[offset : offset + x.shape[1], None] for a in tables)
-
-
-def reference_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset, fp8=False):
-    """`launch_forward` in plain torch, in float32 or wider."""
-    out, quant, rstds = [None, None], [None, None], []
-    for i, (x, weight) in enumerate(((q, weight_q), (k, weight_k))):
-        if x is None:
-            continue
-        x_wide = x.to(wide(x.dtype))
-        rstds.append(torch.rsqrt(x_wide.square().mean(-1) + eps))
-        n = (x_wide * rstds[-1][..., None] * weight).unflatten(-1, (num_heads, -1))
-        if grid is not None:
-            n = rotate(n, *_turns(x, grid, num_heads, offset))
-        out[i], quant[i] = quantize_rows(n) if fp8 else (n.to(x.dtype), None)
-    return out, quant, None if fp8 else torch.stack(rstds)
-
-
-def reference_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
-    """`launch_backward` in plain torch, in float32 or wider."""
-    made, dweights = [None, None], rstd.new_zeros(2, q.shape[2]) if parameters else None
-    for i, (d, x, weight) in enumerate(((dq, q, weight_q), (dk, k, weight_k))):
-        if x is None:
-            continue
-        d = d.to(rstd.dtype).reshape(*x.shape[:2], num_heads, x.shape[2] // num_heads)
-        if grid is not None:
-            cos, sin = _turns(x, grid, num_heads, offset)
-            d = rotate(d, cos, -sin)
-        d, x_hat = d.flatten(2), x.to(rstd.dtype) * rstd[i, ..., None]
-        g = d * weight
-        made[i] = ((g - x_hat * (g * x_hat).mean(-1, keepdim=True)) * rstd[i, ..., None]).to(x.dtype)
-        if parameters:
-            dweights[i] = (d * x_hat).sum((0, 1))
-    return *made, dweights
 
 
 @jit
@@ -214,117 +169,54 @@ def _backward(
         tl.store(part_ptr + slot + H * D + o_x, dweight_k, mask=m_x)
 
 
-def _plan(
-    kernel: str,
-    what: str,
-    x: Tensor,
-    grid: Grid | None,
-    num_heads: int,
-    offset: int,
-    max_warps: int,
-    lanes: int = 256,
-):
+def _plan(kernel: str, what: str, a: Forward | Backward, max_warps: int, lanes: int = 256) -> tuple:
     """(launch grid, tables, integer arguments, constants and options) of both kernels.
 
     what: letters of the tensors there are, for `tuning`. lanes: values of a row for a warp, 32 times
     the 16 bytes of a thread at least.
     """
-    batch, length, width = x.shape
-    head_dim = width // num_heads
-    heads, dims = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_dim)
+    batch, length, width = a.q.shape
+    head_dim = width // a.num_heads
+    heads, dims = triton.next_power_of_2(a.num_heads), triton.next_power_of_2(head_dim)
     default = min(max_warps, max(1, heads * dims // lanes))
-    kind = 8 * x.element_size(), what
+    kind = 8 * a.q.element_size(), "q" + "k" * (a.k is not None) + what
     launch, run, warps = run_grid(kernel, kind, batch, length, heads * dims, default)
-    tables, places = (None, None), (1, 1)
-    if grid is not None:
-        tables, places = cos_sin(head_dim, tuple(grid), False, x.device, torch.float32), grid[1:]
-    frame, row, _ = pairs_of(head_dim) if grid is not None else (0, 0, 0)
+    tables, places, turned = (None, None), (1, 1), (0, 0, 0)
+    if a.grid is not None:
+        tables = cos_sin(head_dim, tuple(a.grid), False, a.q.device, torch.float32)
+        places, turned = a.grid[1:], pairs_of(head_dim)
     options = {
-        "H": num_heads, "D": head_dim, "HP": heads, "DP": dims, "FRAME": frame, "ROW": row,
-        "ROPE": grid is not None, "num_warps": warps, "enable_fp_fusion": True,
+        "H": a.num_heads, "D": head_dim, "HP": heads, "DP": dims, "FRAME": turned[0], "ROW": turned[1],
+        "ROPE": a.grid is not None, "num_warps": warps, "enable_fp_fusion": True,
     }  # fmt: skip
-    return launch, tables, (length, run, offset, *places), options
+    return launch, tables, (length, run, a.offset, *places), options
 
 
-def launch_forward(
-    q: Tensor,
-    k: Tensor | None,
-    weight_q: Tensor,
-    weight_k: Tensor | None,
-    grid: Grid | None,
-    num_heads: int,
-    eps: float,
-    offset: int,
-    fp8: bool = False,
-) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
-    """([q, k] out [B, L, H, D], their e4m3 scales [B, L, H] if fp8, 1/rms [2, B, L] if not).
-
-    Without grid there is no rotation; without k only q is made, and its 1/rms is [1, B, L].
-    """
-    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
-    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
-    dtype = E4M3 if fp8 else q.dtype
-    out = [None if a is None else a.new_empty(shape, dtype=dtype) for a in (q, k)]
-    quant = [a.new_empty(shape[:3], dtype=torch.float32) if fp8 else None for a in (q, k)]
-    rstd = None if fp8 else q.new_empty(1 if k is None else 2, *shape[:2], dtype=torch.float32)
-    if q.numel():
-        launch, tables, integers, options = _plan(
-            "qk_norm_rope forward", "q" + "k" * (k is not None) + "8" * fp8, q, grid, num_heads, offset,
-            WARPS_FORWARD, 512 if fp8 else 256,
-        )  # fmt: skip
-        _forward[launch](
-            q, k, weight_q, weight_k, *tables, *out, *quant,
-            *((None, None) if fp8 else (rstd[0], rstd[-1])),
-            *q.stride()[:2], *(k if k is not None else q).stride()[:2], *integers, eps, **options,
-        )  # fmt: skip
-    return out, quant, rstd
+def _strides(x: Tensor, other: Tensor | None) -> tuple[int, ...]:
+    """Of samples and tokens, of x and of other, or of x twice."""
+    return *x.stride()[:2], *(x if other is None else other).stride()[:2]
 
 
-def launch_backward(
-    dq: Tensor,
-    dk: Tensor | None,
-    q: Tensor,
-    k: Tensor | None,
-    weight_q: Tensor,
-    weight_k: Tensor | None,
-    rstd: Tensor,
-    grid: Grid | None,
-    num_heads: int,
-    offset: int,
-    parameters: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(d q, d k [B, L, C], d weights [2, C] in float32 if `parameters`) of `launch_forward`."""
-    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
-    dq, dk = (None if a is None else unit_last(a.flatten(2)) for a in (dq, dk))
-    out = [None if a is None else a.new_empty(a.shape) for a in (q, k)]
-    dweight = q.new_zeros(2, q.shape[2], dtype=torch.float32) if parameters else None
-    if q.numel():
-        launch, tables, integers, options = _plan(
-            "qk_norm_rope backward", "q" + "k" * (k is not None) + "p" * parameters, q, grid, num_heads,
-            offset, WARPS_BACKWARD,
-        )  # fmt: skip
-        part = None
-        if parameters:
-            part = q.new_empty(q.shape[0], launch[0], 2, q.shape[2], dtype=torch.float32)
-        other = [q, dq] if k is None else [k, dk]
-        _backward[launch](
-            dq, dk, q, k, weight_q, weight_k, *tables, rstd[0], rstd[-1], *out, part,
-            *dq.stride()[:2], *other[1].stride()[:2], *q.stride()[:2], *other[0].stride()[:2],
-            *integers, **options,
-        )  # fmt: skip
-        if parameters:
-            dweight = part.sum((0, 1))
-    return *out, dweight
+def forward(a: Forward) -> None:
+    """Fill a launch."""
+    launch, tables, integers, options = _plan(
+        "qk_norm_rope forward", "8" * a.fp8, a, WARPS_FORWARD, 512 if a.fp8 else 256
+    )
+    _forward[launch](
+        a.q, a.k, a.weight_q, a.weight_k, *tables, a.out_q, a.out_k, a.quant_q, a.quant_k, a.rstd_q,
+        a.rstd_k, *_strides(a.q, a.k), *integers, a.eps, **options,
+    )  # fmt: skip
 
 
-IMPLEMENTATIONS = {
-    REFERENCE: (reference_forward, reference_backward),
-    CPU: (cpu_kernels.qk_norm_rope_forward, cpu_kernels.qk_norm_rope_backward),
-    TRITON: (launch_forward, launch_backward),
-    CUDA: (cuda_kernels.qk_norm_rope_forward, cuda_kernels.qk_norm_rope_backward),
-}
-
-
-def pair(x: Tensor, op: str = "qk_norm_rope", fp8: bool = False):
-    """(forward, backward) of what runs for x, to e4m3 if fp8."""
-    return IMPLEMENTATIONS[implementation(op, x, fp8)]
+def backward(a: Backward) -> None:
+    """Fill a launch."""
+    what = "" if a.dweight is None else "p"
+    launch, tables, integers, options = _plan("qk_norm_rope backward", what, a, WARPS_BACKWARD)
+    part = None if a.dweight is None else a.dweight.new_empty(len(a.q), launch[0], *a.dweight.shape)
+    dout_q, dout_k = (d if d is None else d.flatten(2) for d in (a.dout_q, a.dout_k))
+    _backward[launch](
+        dout_q, dout_k, a.q, a.k, a.weight_q, a.weight_k, *tables, a.rstd_q, a.rstd_k, a.dq, a.dk, part,
+        *_strides(dout_q, dout_k), *_strides(a.q, a.k), *integers, **options,
+    )  # fmt: skip
+    if part is not None:
+        torch.sum(part, (0, 1), out=a.dweight)

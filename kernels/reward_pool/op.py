@@ -8,50 +8,100 @@ has the scores x . u_h up to a constant that the softmax drops, and the value pr
 applied to the pooled vector instead of to every token. 4 L C N operations instead of 4 L C^2 for
 the keys and values of torch.nn.MultiheadAttention, and neither is ever stored.
 
-The kernels read the features from memory once: every program takes tiles of a run of tokens, makes
-a tile's scores from all its columns, and reads the tile again, now from the L2, for the pooled
-columns. Accumulators [N, C] of a run do not fit a program's registers; they too live in the L2 and
-are updated once a tile. A second kernel merges the runs, in a fixed order; `merge` does the same
-for ranks that hold shards of the tokens: N (C + 1) floats each instead of the features.
+The kernels read the features from memory once, in runs of tokens, and merge the runs in a fixed order;
+`merge` does the same for ranks that hold shards of the tokens: N (C + 1) floats each instead of the features.
 Saved for the backward: x, u, the scores [B, L, N], the pooled features and their log-sum-exp. Its one
 pass uses that sum_l p_l dp_l = pooled . d pooled is known beforehand:
     dp = x . d pooled,   ds = p (dp - pooled . d pooled + d lse),   dx = p d pooled + ds u,   du = ds^T x
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, cuda_kernels, tuning
 from prfl_kernels.checks import checked, expect, expect_rank, expect_rows
 from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
-from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
-
-MAX_QUERIES = 64
-SMS = 132
-# The tiles of all programs together have to stay in the 50 MB of the L2 until their second reading.
-TILE_BYTES = 336 << 10
-# Columns of a step, most tokens of a tile, warps, stages of the copies in flight (20 KB of features
-# for few queries, what one SM needs to keep the memory busy), for up to 16 and up to 64 queries.
-FEW, MANY = (64, 64, 4, 6), (32, 16, 4, 3)
-# What `prfl tune` tries beside the default, by the queries rounded up to a power of two.
-_FEW = ((64, 64, 4, 4), (64, 64, 4, 8), (64, 64, 8, 6))
-CANDIDATES = {"reward_pool forward": {(16,): _FEW}, "reward_pool backward": {(16,): _FEW}}
+from prfl_kernels.extension import empty
+from prfl_kernels.jit import register, unit_last, wide
+from prfl_kernels.reward_pool import cpu, cuda, triton_kernels
+from prfl_kernels.reward_pool.launch import Backward, Forward
 
 
-def reference_forward(x, u):
-    """`launch_forward` in plain torch, in float32 or wider."""
-    x = x.to(wide(x.dtype))
-    scores = x @ u.to(x.dtype).T  # [B, L, N]
-    return scores.softmax(1).mT @ x, scores.logsumexp(1), scores
+def reference_forward(a: Forward) -> None:
+    """Fill a launch in plain torch, in float32 or wider."""
+    x = a.x.to(a.u.dtype)
+    torch.matmul(x, a.u.T, out=a.scores)
+    torch.logsumexp(a.scores, 1, out=a.lse)
+    torch.matmul(a.scores.softmax(1).mT, x, out=a.pooled)
 
 
-def reference_backward(dpooled, delta, x, u, scores, lse, want_x, want_u):
-    """`launch_backward` in plain torch, in float32 or wider."""
-    x_wide = x.to(scores.dtype)
-    p = (scores - lse[:, None]).exp()
-    ds = p * (x_wide @ dpooled.mT - delta[:, None])
-    dx = (p @ dpooled + ds @ u.to(ds.dtype)).to(x.dtype) if want_x else None
-    return dx, (ds.flatten(0, 1).T @ x_wide.flatten(0, 1) if want_u else None)
+def reference_backward(a: Backward) -> None:
+    """Fill a launch in plain torch, in float32 or wider."""
+    x = a.x.to(a.u.dtype)
+    p = (a.scores - a.lse[:, None]).exp()
+    ds = p * (x @ a.dpooled.mT - a.delta[:, None])
+    if a.dx is not None:
+        a.dx.copy_(p @ a.dpooled + ds @ a.u)
+    if a.du is not None:
+        torch.matmul(ds.flatten(0, 1).T, x.flatten(0, 1), out=a.du)
+
+
+IMPLEMENTATIONS = {
+    REFERENCE: (reference_forward, reference_backward),
+    CPU: (cpu.forward, cpu.backward),
+    TRITON: (triton_kernels.forward, triton_kernels.backward),
+    CUDA: (cuda.forward, cuda.backward),
+}
+
+
+def pair(x: Tensor):
+    """`forward` and `backward` by the implementation that runs for x."""
+    fill_forward, fill_backward = IMPLEMENTATIONS[implementation("reward_pool", x)]
+    return partial(forward, fill_forward), partial(backward, fill_backward)
+
+
+def _shapes(x: Tensor, u: Tensor) -> tuple[tuple[int, ...], ...]:
+    """Of the pooled features, their log-sum-exp and the scores."""
+    (batch, length, width), queries = x.shape, len(u)
+    return (batch, queries, width), (batch, queries), (batch, length, queries)
+
+
+def _folded(x: Tensor, u: Tensor) -> Tensor:
+    return u.to(wide(x.dtype)).contiguous()
+
+
+def forward(fill: Callable[[Forward], None], x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(pooled [B, N, C], log-sum-exp [B, N], scores [B, L, N]), float32 or wider, made by `fill`."""
+    x, u = unit_last(x), _folded(x, u)
+    pooled, lse, scores = (empty(u, *shape) for shape in _shapes(x, u))
+    if x.numel():
+        fill(Forward(x, u, pooled, lse, scores))
+    return pooled, lse, scores
+
+
+def backward(
+    fill: Callable[[Backward], None],
+    dpooled: Tensor,
+    delta: Tensor,
+    x: Tensor,
+    u: Tensor,
+    scores: Tensor,
+    lse: Tensor,
+    want_x: bool,
+    want_u: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx [B, L, C] in x.dtype, du [N, C] float32 or wider), each if wanted, made by `fill`.
+
+    delta [B, N] is pooled . d pooled - d lse.
+    """
+    x, u = unit_last(x), _folded(x, u)
+    dx = empty(x, *x.shape) if want_x else None
+    du = torch.zeros_like(u) if want_u else None
+    if x.numel():
+        fill(Backward(x, u, *(a.contiguous() for a in (dpooled, delta, scores, lse)), dx, du))
+    return dx, du
 
 
 def merge(pooled: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,233 +115,6 @@ def merge(pooled: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     expect("merge", "lse", lse, shape[:3], pooled)
     total = torch.logsumexp(lse, 0)
     return (torch.exp(lse - total)[..., None] * pooled).sum(0), total
-
-
-@jit
-def _dot(a, b, acc):
-    """acc + a b, to float32 accuracy. A bfloat16 or float16 factor is exact; the other one is split
-    into three parts of its type, which is twice as fast as three products in tf32."""
-    if a.dtype == b.dtype:
-        return tl.dot(a, b, acc, input_precision="tf32x3")
-    if a.dtype == tl.float32:
-        for _ in tl.static_range(3):
-            part = a.to(b.dtype)
-            acc = tl.dot(part, b, acc)
-            a = a - part.to(tl.float32)
-    else:
-        for _ in tl.static_range(3):
-            part = b.to(a.dtype)
-            acc = tl.dot(a, part, acc)
-            b = b - part.to(tl.float32)
-    return acc
-
-
-@jit
-def _tile(pointer, stride, o_row, m_row, c, C: tl.constexpr, BLOCK: tl.constexpr):
-    o_c = c + tl.arange(0, BLOCK)
-    mask = m_row[:, None] & (o_c < C)[None, :]
-    return tl.load(pointer + o_row[:, None] * stride + o_c[None, :], mask=mask, other=0.0)
-
-
-@jit
-def _forward(
-    x_ptr, u_ptr, score_ptr, max_ptr, sum_ptr, acc_ptr, x_b, x_l, L, run, N,
-    C: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * run
-    last = tl.minimum(first + run, L)
-    slot = b * tl.num_programs(0) + tl.program_id(0)
-    x_ptr += b * x_b
-    acc_ptr += slot * N * C
-    o_n = tl.arange(0, QUERIES)
-    m_n = o_n < N
-    top = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    for i in range(0, tl.cdiv(last - first, TOKENS)):
-        o_l = first + i * TOKENS + tl.arange(0, TOKENS)
-        m_l = o_l < last
-        s = tl.zeros([TOKENS, QUERIES], tl.float32)
-        for c in range(0, C, BLOCK):
-            x = _tile(x_ptr, x_l, o_l, m_l, c, C, BLOCK)
-            u = _tile(u_ptr, C, o_n, m_n, c, C, BLOCK)
-            s = _dot(x, tl.trans(u), s)
-        mask = m_l[:, None] & m_n[None, :]
-        tl.store(score_ptr + (b * L + o_l)[:, None] * N + o_n[None, :], s, mask=mask)
-        s = tl.where(m_l[:, None], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 0))
-        shrink = tl.exp(top - new)
-        p = tl.exp(s - new[None, :])
-        total = total * shrink + tl.sum(p, 0)
-        p = tl.trans(p)
-        for c in range(0, C, BLOCK):
-            x = _tile(x_ptr, x_l, o_l, m_l, c, C, BLOCK)
-            acc = _tile(acc_ptr, C, o_n, m_n & (i > 0), c, C, BLOCK)
-            acc = _dot(p, x, acc * shrink[:, None])
-            o_c = c + tl.arange(0, BLOCK)
-            p_acc = acc_ptr + o_n[:, None] * C + o_c[None, :]
-            tl.store(p_acc, acc, mask=m_n[:, None] & (o_c < C)[None, :])
-        top = new
-        tl.debug_barrier()  # the next tile's threads read what other threads of this program wrote
-    tl.store(max_ptr + slot * N + o_n, top, mask=m_n)
-    tl.store(sum_ptr + slot * N + o_n, total, mask=m_n)
-
-
-@jit
-def _merge(max_ptr, sum_ptr, acc_ptr, pooled_ptr, lse_ptr, runs, N, C: tl.constexpr, BLOCK: tl.constexpr):
-    b = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(1)
-    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    top = tl.full([1], float("-inf"), tl.float32)
-    for r in range(0, runs):
-        top = tl.maximum(top, tl.load(max_ptr + (b * runs + r) * N + n))
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([BLOCK], tl.float32)
-    for r in range(0, runs):
-        slot = (b * runs + r) * N + n
-        scale = tl.exp(tl.load(max_ptr + slot) - top)
-        total += scale * tl.load(sum_ptr + slot)
-        acc += scale * tl.load(acc_ptr + slot * C + o_c, mask=o_c < C, other=0.0)
-    tl.store(pooled_ptr + (b * N + n) * C + o_c, acc / total, mask=o_c < C)
-    if tl.program_id(0) == 0:
-        tl.store(lse_ptr + b * N + n + tl.arange(0, 1), top + tl.log(total))
-
-
-@jit
-def _backward(
-    x_ptr, u_ptr, g_ptr, score_ptr, lse_ptr, delta_ptr, dx_ptr, du_ptr, x_b, x_l, L, run, N,
-    C: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    b = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * run
-    last = tl.minimum(first + run, L)
-    x_ptr += b * x_b
-    g_ptr += b * N * C
-    if du_ptr is not None:
-        du_ptr += (b * tl.num_programs(0) + tl.program_id(0)) * N * C
-    o_n = tl.arange(0, QUERIES)
-    m_n = o_n < N
-    lse = tl.load(lse_ptr + b * N + o_n, mask=m_n, other=0.0)
-    delta = tl.load(delta_ptr + b * N + o_n, mask=m_n, other=0.0)
-    for i in range(0, tl.cdiv(last - first, TOKENS)):
-        o_l = first + i * TOKENS + tl.arange(0, TOKENS)
-        m_l = o_l < last
-        dp = tl.zeros([TOKENS, QUERIES], tl.float32)
-        for c in range(0, C, BLOCK):
-            x = _tile(x_ptr, x_l, o_l, m_l, c, C, BLOCK)
-            g = _tile(g_ptr, C, o_n, m_n, c, C, BLOCK)
-            dp = _dot(x, tl.trans(g), dp)
-        mask = m_l[:, None] & m_n[None, :]
-        p_s = score_ptr + (b * L + o_l)[:, None] * N + o_n[None, :]
-        p = tl.exp(tl.load(p_s, mask=mask, other=float("-inf")) - lse[None, :])
-        ds = p * (dp - delta[None, :])
-        for c in range(0, C, BLOCK):
-            o_c = c + tl.arange(0, BLOCK)
-            if dx_ptr is not None:
-                g = _tile(g_ptr, C, o_n, m_n, c, C, BLOCK)
-                u = _tile(u_ptr, C, o_n, m_n, c, C, BLOCK)
-                dx = tl.dot(p, g, input_precision="tf32x3")
-                dx = tl.dot(ds, u, dx, input_precision="tf32x3").to(dx_ptr.dtype.element_ty)
-                p_dx = dx_ptr + (b * L + o_l)[:, None] * C + o_c[None, :]
-                tl.store(p_dx, dx, mask=m_l[:, None] & (o_c < C)[None, :])
-            if du_ptr is not None:
-                x = _tile(x_ptr, x_l, o_l, m_l, c, C, BLOCK)
-                du = _tile(du_ptr, C, o_n, m_n & (i > 0), c, C, BLOCK)
-                du = _dot(tl.trans(ds), x, du)
-                p_du = du_ptr + o_n[:, None] * C + o_c[None, :]
-                tl.store(p_du, du, mask=m_n[:, None] & (o_c < C)[None, :])
-        tl.debug_barrier()  # as in the forward
-
-
-def _plan(kernel: str, x: Tensor, queries: int, passes: int) -> tuple[tuple[int, int], int, dict]:
-    """(grid, tokens of a run, constants and launch options).
-
-    passes: how often something of the features' size is read or written; 0 without accumulators.
-    """
-    batch, length, width = x.shape
-    padded = max(16, triton.next_power_of_2(queries))
-    key = padded, 8 * x.element_size(), width, tuning.bucket(length)
-    columns, tokens, warps, stages = tuning.choice(
-        f"reward_pool {kernel}", key, FEW if queries <= 16 else MANY
-    )
-    while tokens > 16 and tokens * width * x.element_size() > TILE_BYTES:
-        tokens //= 2
-    # One program an SM, and fewer where the float32 accumulators [N, C] would add over 5 % of traffic.
-    most = passes * length * x.element_size() // (4 * queries * 20) if passes else SMS
-    runs = max(1, min(SMS, most) // batch)
-    run = triton.cdiv(triton.cdiv(length, runs), tokens) * tokens
-    options = {
-        "C": width, "QUERIES": padded, "TOKENS": tokens,
-        "BLOCK": columns, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True,
-    }  # fmt: skip
-    return (triton.cdiv(length, run), batch), run, options
-
-
-def launch_forward(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled [B, N, C], log-sum-exp [B, N], scores [B, L, N]), all float32; N is 1 to 64."""
-    if not 1 <= len(u) <= MAX_QUERIES:
-        raise ValueError(f"reward_pool: got {len(u)} folded queries, want 1 to {MAX_QUERIES}")
-    x, u = unit_last(x), u.float().contiguous()
-    (batch, length, width), queries = x.shape, len(u)
-    pooled, lse, scores = (
-        x.new_empty(shape, dtype=torch.float32)
-        for shape in ((batch, queries, width), (batch, queries), (batch, length, queries))
-    )
-    if x.numel():
-        grid, run, options = _plan("forward", x, queries, 1)
-        top, total = x.new_empty(2, batch, grid[0], queries, dtype=torch.float32)
-        acc = x.new_empty(batch, grid[0], queries, width, dtype=torch.float32)
-        _forward[grid](
-            x, u, scores, top, total, acc, x.stride(0), x.stride(1), length, run, queries, **options
-        )
-        block = 512
-        _merge[(triton.cdiv(width, block), queries, batch)](
-            top, total, acc, pooled, lse, grid[0], queries, C=width, BLOCK=block, num_warps=4,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-    return pooled, lse, scores
-
-
-def launch_backward(
-    dpooled: Tensor,
-    delta: Tensor,
-    x: Tensor,
-    u: Tensor,
-    scores: Tensor,
-    lse: Tensor,
-    want_x: bool,
-    want_u: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(dx [B, L, C] in x.dtype, du [N, C] float32), each if wanted.
-
-    delta [B, N] is pooled . d pooled - d lse.
-    """
-    x, dpooled = unit_last(x), dpooled.contiguous()
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else None
-    du = torch.zeros_like(u, dtype=torch.float32) if want_u else None
-    if x.numel():
-        grid, run, options = _plan("backward", x, len(u), (1 + want_x) * want_u)
-        part = x.new_empty(len(x), grid[0], *u.shape, dtype=torch.float32) if want_u else None
-        _backward[grid](
-            x, u.float().contiguous(), dpooled, scores, lse, delta, dx, part,
-            x.stride(0), x.stride(1), x.shape[1], run, len(u), **options,
-        )  # fmt: skip
-        if want_u:
-            du = part.sum((0, 1))
-    return dx, du
-
-
-IMPLEMENTATIONS = {
-    REFERENCE: (reference_forward, reference_backward),
-    CPU: (cpu_kernels.reward_pool_forward, cpu_kernels.reward_pool_backward),
-    TRITON: (launch_forward, launch_backward),
-    CUDA: (cuda_kernels.reward_pool_forward, cuda_kernels.reward_pool_backward),
-}
-
-
-def pair(x: Tensor):
-    """(forward, backward) of what runs for x."""
-    return IMPLEMENTATIONS[implementation("reward_pool", x)]
 
 
 def _check(x, u, op="reward_pool"):
@@ -318,16 +141,12 @@ def _pool(x, u):
 
 
 def _pool_fake(x, u):
-    (batch, length, width), queries = x.shape, len(u)
-    return tuple(
-        x.new_empty(shape, dtype=wide(x.dtype))
-        for shape in ((batch, queries, width), (batch, queries), (batch, length, queries))
-    )
+    return tuple(x.new_empty(shape, dtype=wide(x.dtype)) for shape in _shapes(x, u))
 
 
 def _pool_backward(dpooled, dlse, x, u, scores, lse, pooled, want_x, want_u):
     delta = (pooled * dpooled).sum(-1) - dlse
-    dx, du = pair(x)[1](dpooled, delta, x, u, scores.contiguous(), lse.contiguous(), want_x, want_u)
+    dx, du = pair(x)[1](dpooled, delta, x, u, scores, lse, want_x, want_u)
     return x.new_empty(0) if dx is None else dx, x.new_empty(0) if du is None else du.to(u.dtype)
 
 
@@ -343,9 +162,7 @@ def _pool_setup_context(ctx, inputs, output):
 
 def _pool_gradient(ctx, dpooled, dlse, _):
     want_x, want_u = ctx.needs_input_grad
-    dx, du = torch.ops.prfl.reward_pool_backward(
-        dpooled, dlse, *ctx.saved_tensors, want_x, want_u
-    )
+    dx, du = torch.ops.prfl.reward_pool_backward(dpooled, dlse, *ctx.saved_tensors, want_x, want_u)
     return dx if want_x else None, du if want_u else None
 
 

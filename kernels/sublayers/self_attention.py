@@ -36,8 +36,8 @@ from prfl_kernels.checks import checked
 from prfl_kernels.dispatch import implementation
 from prfl_kernels.jit import register, wide
 from prfl_kernels.norm import op as add_norm
+from prfl_kernels.qk_norm_rope.op import pair as rope_pair
 from prfl_kernels.qk_norm_rope.rope import Grid
-from prfl_kernels.qk_norm_rope.triton_kernels import pair as rope_pair
 from prfl_kernels.sublayers import checks as branch_checks
 from prfl_kernels.sublayers.chunks import numbers, pieces, together
 from prfl_kernels.sublayers.products import (
