@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, tuning
+from prfl_kernels import cpu_kernels, dispatch, tuning
 from prfl_kernels.checks import checked, expect, expect_rows
 from prfl_kernels.dispatch import CPU, REFERENCE, TRITON, implementation
 from prfl_kernels.jit import jit, register, tl, triton, wide
@@ -151,6 +151,7 @@ IMPLEMENTATIONS = {
     CPU: (cpu_kernels.bias_gelu_forward, cpu_kernels.bias_gelu_backward),
     TRITON: (launch_forward, launch_backward),
 }
+dispatch.register("bias_gelu", dispatch.common(IMPLEMENTATIONS))
 
 
 def pair(h: Tensor):

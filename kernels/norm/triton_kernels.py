@@ -13,7 +13,7 @@ so results are the same from run to run, without atomics. Everything is computed
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, cuda_kernels, tuning
+from prfl_kernels import cpu_kernels, cuda_kernels, dispatch, tuning
 from prfl_kernels.checks import expect
 from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
 from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows, row_scales
@@ -324,6 +324,8 @@ IMPLEMENTATIONS = {
     TRITON: (forward, backward),
     CUDA: (cuda_kernels.add_norm_forward, cuda_kernels.add_norm_backward),
 }
+for _op in ("modulate", "layer_norm", "gated_add", "gated_add_modulate", "gated_add_norm"):
+    dispatch.register(_op, dispatch.common(IMPLEMENTATIONS))
 
 
 def pair(op: str, x: Tensor, fp8: bool = False):

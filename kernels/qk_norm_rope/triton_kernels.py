@@ -15,7 +15,7 @@ computed in float32, angles in float64; the result is rounded once.
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, cuda_kernels
+from prfl_kernels import cpu_kernels, cuda_kernels, dispatch
 from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
 from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows, row_scales
 from prfl_kernels.jit import jit, tl, triton, unit_last, wide
@@ -323,6 +323,8 @@ IMPLEMENTATIONS = {
     TRITON: (launch_forward, launch_backward),
     CUDA: (cuda_kernels.qk_norm_rope_forward, cuda_kernels.qk_norm_rope_backward),
 }
+for _op in ("rms_norm", "qk_norm_rope"):
+    dispatch.register(_op, dispatch.common(IMPLEMENTATIONS))
 
 
 def pair(x: Tensor, op: str = "qk_norm_rope", fp8: bool = False):

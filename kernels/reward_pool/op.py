@@ -21,7 +21,7 @@ pass uses that sum_l p_l dp_l = pooled . d pooled is known beforehand:
 import torch
 from torch import Tensor
 
-from prfl_kernels import cpu_kernels, cuda_kernels, tuning
+from prfl_kernels import cpu_kernels, cuda_kernels, dispatch, tuning
 from prfl_kernels.checks import checked, expect, expect_rank, expect_rows
 from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
 from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
@@ -287,6 +287,7 @@ IMPLEMENTATIONS = {
     TRITON: (launch_forward, launch_backward),
     CUDA: (cuda_kernels.reward_pool_forward, cuda_kernels.reward_pool_backward),
 }
+dispatch.register("reward_pool", dispatch.common(IMPLEMENTATIONS))
 
 
 def pair(x: Tensor):
