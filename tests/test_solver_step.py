@@ -26,7 +26,7 @@ def inputs(*shape, dtype=F32, velocity=None):
 
 
 def with_columns(op, *table):
-    return lambda *held: op(*held, *(dispatch or [columns(len(held[0]), held[0].dtype)]))
+    return lambda *held: op(*held, *(table or [columns(len(held[0]), held[0].dtype)]))
 
 
 def formula(x, x_last, m0, m1, velocity, columns):
@@ -58,9 +58,9 @@ def test_gradients_of_single_results_are_finite_differences():
 @SHAPES
 @pytest.mark.parametrize("velocity", [F32, BF16])
 def test_error_is_at_most_twice_that_of_torch(shape, velocity):
-    held, dispatch = inputs(*shape, velocity=velocity), columns(shape[0])
+    held, table = inputs(*shape, velocity=velocity), columns(shape[0])
     assert_as_good_as_torch(
-        lambda *a: solver_step(*a, dispatch.to(a[0].dtype)), held, lambda *a: formula(*a, dispatch)
+        lambda *a: solver_step(*a, table.to(a[0].dtype)), held, lambda *a: formula(*a, table)
     )
 
 
@@ -138,12 +138,12 @@ def test_flow_runs_what_the_table_says(monkeypatch):
     seen = []
     kernel = lambda *a: seen.append(a[5].shape) or module.reference(*a)  # noqa: E731
     monkeypatch.setitem(module.IMPLEMENTATIONS, dispatch.CUDA, kernel)
-    assert all(dispatch._default("solver_step", on) == dispatch.REFERENCE for on in ("cuda", "cpu"))
+    assert all(dispatch.default("solver_step", on)[0] == dispatch.REFERENCE for on in ("cuda", "cpu"))
     try:
         dispatch.configure("solver_step=cuda")
         with pytest.raises(ValueError, match="solver_step got cuda on cpu: it"):
             flow.step(schedule, state, velocity, index)
-        monkeypatch.setattr(dispatch.compiled, "absence", lambda part, device: None)
+        monkeypatch.setattr(dispatch.extension, "absence", lambda part, device: None)
         got = flow.step(schedule, state, velocity, index)
     finally:
         dispatch.configure("")
