@@ -55,12 +55,12 @@ def _failures() -> tuple[type[Exception], ...]:
 
 
 def _read_environment() -> None:
+    from prfl_kernels import dispatch, extension
+
     try:
-        from prfl_kernels import dispatch  # noqa: F401
+        dispatch.configure(dispatch.configured())
     except ValueError as error:
         raise UserError(f"PRFL_KERNELS: {error}") from None
-    from prfl_kernels import extension
-
     try:
         extension.absence("cpu", "cpu")
     except ValueError as error:

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from prfl_kernels import tuning
+from prfl_kernels import dispatch, tuning
 from prfl_kernels.checks import checked, expect, expect_rows
 from prfl_kernels.dispatch import CPU, REFERENCE, TRITON, implementation
 from prfl_kernels.extension import empty, extension, runs, supported, view
@@ -164,6 +164,7 @@ IMPLEMENTATIONS = {
     CPU: (cpu_forward, cpu_backward),
     TRITON: (triton_forward, triton_backward),
 }
+dispatch.register("bias_gelu", dispatch.common(IMPLEMENTATIONS))
 
 
 def forward(fill, h, bias):

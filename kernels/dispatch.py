@@ -1,169 +1,277 @@
 """Which implementation of every operation runs, and why: the one place that decides.
 
+An operation registers its implementations when its module is imported; `prfl_kernels.operations` imports them
+all. Each is a record that says what it is, what computes it and, by its probe, why it does not run here.
 By default the fused Triton kernels run on CUDA, the compiled C++ kernels on the CPU, and plain torch where
-neither is there and for float64 anywhere; attention has more to choose from, see `attention_backends`.
+neither is there and for float64 anywhere; an operation with more to choose from brings an order of its own.
 The CUDA C++ kernels run where they are asked for: they have not been measured beside the Triton ones.
 `PRFL_KERNELS` or `configure` overrides that, for all operations ("reference") or for some
 ("triton,reward_pool=reference"); what cannot run raises when it is called, and is never replaced.
 """
 
+import math
 import os
+from collections.abc import Callable, Container, Iterable
+from functools import cache
+from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prfl_kernels import extension, jit
-from prfl_kernels.attention import libraries
 
 REFERENCE, CPU, TRITON, CUDA = "reference", "cpu", "triton", "cuda"
 SCALED_MM = "scaled_mm"
-_ALL = (REFERENCE, CPU, TRITON, CUDA)
-OPERATIONS = {
-    "modulate": _ALL,
-    "layer_norm": _ALL,
-    "gated_add": _ALL,
-    "gated_add_modulate": _ALL,
-    "gated_add_norm": _ALL,
-    "rms_norm": _ALL,
-    "qk_norm_rope": _ALL,
-    "bias_gelu": (REFERENCE, CPU, TRITON),
-    "attention": tuple(libraries.BACKENDS),
-    "reward_pool": _ALL,
-    "fp8_linear": (REFERENCE, SCALED_MM),
-    "quantize_fp8": (REFERENCE, TRITON),
-    "attention_fp8": (REFERENCE, TRITON, CUDA),
-    "solver_step": (REFERENCE, CUDA),
-}
 _BEST = {"cuda": (SCALED_MM, TRITON), "cpu": (CPU,)}  # by device; the first that an operation has and runs
-_FP8 = ("fp8_linear", "quantize_fp8", "attention_fp8")  # want a GPU that has e4m3
-_REASONS = {
-    REFERENCE: "plain torch",
-    CPU: "compiled C++ kernel",
-    TRITON: "fused Triton kernel",
-    SCALED_MM: "torch._scaled_mm with row-wise scales",
-    CUDA: "own CUDA C++ kernel",
+
+
+class Implementation(NamedTuple):
+    """One of the implementations of an operation; forward and backward have the operation's own contract.
+
+    probe(device type, dtype, head dim, whether results are e4m3) is why it does not run, to follow "it", or
+    None; so is what is not known of the last three (False), and no reason against. The head dim is the last
+    dimension of the first input.
+    """
+
+    name: str
+    reason: str  # what it is
+    probe: Callable[..., str | None]
+    forward: Callable
+    backward: Callable | None = None
+    backwards: tuple[str, ...] = ()  # without a backward: whose backward fits this forward, the best first
+
+
+Order = Callable[[str, torch.dtype | None], tuple[tuple[str, ...], str]]
+OPERATIONS: dict[str, dict[str, Implementation]] = {}
+_orders: dict[str, Order] = {}
+_choice = os.environ.get("PRFL_KERNELS", "")
+
+
+def register(op: str, implementations: Iterable[Implementation], order: Order | None = None) -> None:
+    """Add an operation; "reference" has to be among its implementations.
+
+    order(device type, dtype or None for bfloat16) is (names, the best first; what that order rests on, "" if
+    on nothing); "reference" runs where none of them does.
+    """
+    OPERATIONS[op] = records = {record.name: record for record in implementations}
+    _orders[op] = order or (lambda device, _: (tuple(c for c in _BEST.get(device, ()) if c in records), ""))
+
+
+def requires(
+    on: str | None = None,
+    capabilities: tuple[float, float] = (0, math.inf),
+    dtypes: Container[torch.dtype] | None = None,
+    head_dims: Container[int] | None = None,
+    build: Callable[[str], str | None] = lambda device: None,
+) -> Callable[..., str | None]:
+    """A probe for a device type, on CUDA a lowest and highest major compute capability, dtypes, head dims,
+    and for build(device type): why what has to be built or installed is not there. None asks for nothing."""
+
+    def probe(device, dtype=None, head_dim=None, e4m3=False):
+        if on not in (None, device):
+            return f"needs a {on} device"
+        low, high = capabilities
+        if low and device == "cuda" and not low <= (found := torch.cuda.get_device_capability())[0] <= high:
+            return f"needs capability {low}.0{'' if high == low else ' or higher'}, got {found[0]}.{found[1]}"
+        if dtypes is not None and dtype is not None and dtype not in dtypes:
+            return f"has no {str(dtype).removeprefix('torch.')}"
+        if head_dims is not None and head_dim is not None and head_dim not in head_dims:
+            return f"has no head dim {head_dim}"
+        return build(device)
+
+    return probe
+
+
+def _cpu(device, dtype=None, head_dim=None, e4m3=False):
+    compiled = requires(dtypes=extension.DTYPES, build=lambda device: extension.absence(CPU, device))
+    return "makes no e4m3" if e4m3 else compiled(device, dtype)
+
+
+def _triton(device, dtype=None, head_dim=None, e4m3=False):
+    return None if jit.INTERPRETED else jit.absence(device) or (_lacks_e4m3() if e4m3 else None)
+
+
+def _lacks_e4m3() -> str | None:
+    return "needs capability 8.9 or higher" if torch.cuda.get_device_capability() < (8, 9) else None
+
+
+_COMMON = {
+    REFERENCE: ("plain torch", requires()),
+    CPU: ("compiled C++ kernel", _cpu),
+    TRITON: ("fused Triton kernel", _triton),
+    SCALED_MM: ("torch._scaled_mm with row-wise scales", requires("cuda", build=lambda _: _lacks_e4m3())),
+    CUDA: ("own CUDA C++ kernel", requires(build=lambda device: extension.absence(CUDA, device))),
 }
-_ATTENTION = "attention"
-_overrides: dict[str, str] = {}
+
+
+def common(functions: dict[str, tuple[Callable, ...] | Callable], e4m3: bool = False) -> list[Implementation]:
+    """Records of {name: (forward, backward) or forward}, by the names at the top of this file; e4m3 for an
+    operation that always reads or makes it."""
+
+    def record(name: str, pair: tuple[Callable, ...]) -> Implementation:
+        reason, probe = _COMMON[name]
+        always = (lambda device, *_: probe(device, e4m3=True)) if e4m3 else probe
+        return Implementation(name, reason, always, *pair)
+
+    return [record(name, pair if isinstance(pair, tuple) else (pair,)) for name, pair in functions.items()]
 
 
 def configure(choice: str) -> None:
     """Set the implementation of all operations or of single ones, as in PRFL_KERNELS.
 
     choice is a comma-separated list of IMPLEMENTATION (every operation that has it; the others keep
-    their default) and OPERATION=IMPLEMENTATION; later entries win, "" is the default everywhere.
+    their default) and OPERATION=IMPLEMENTATION; later entries win, "" is the default everywhere. Where one
+    implementation's backward may follow another's forward, OPERATION_backward=IMPLEMENTATION chooses it.
     Raises ValueError for a name that is not there.
     """
-    found: dict[str, str] = {}
-    known = sorted({name for names in OPERATIONS.values() for name in names})
-    for entry in filter(None, (part.strip() for part in choice.split(","))):
-        op, given, implementation = entry.rpartition("=")
-        if given and op not in OPERATIONS:
-            raise ValueError(f"kernels: got operation {op!r}, want one of {', '.join(OPERATIONS)}")
-        names = OPERATIONS[op] if given else known
-        if implementation not in names:
-            where = f" for {op}" if given else ""
-            raise ValueError(f"kernels: got {implementation!r}{where}, want one of {', '.join(names)}")
-        for name in [op] if given else OPERATIONS:
-            if implementation in OPERATIONS[name]:
-                found[name] = implementation
-    _overrides.clear()
-    _overrides.update(found)
+    global _choice
+    _parsed(choice)
+    _choice = choice
 
 
 def configured() -> str:
     """What was chosen, as `configure` takes it."""
-    return ",".join(f"{op}={choice}" for op, choice in _overrides.items())
+    return _choice
+
+
+@cache
+def _parsed(choice: str) -> dict[str, str]:
+    """{operation or OPERATION_backward: implementation} of what `configure` takes."""
+    found: dict[str, str] = {}
+    entries = [part.strip() for part in choice.split(",") if part.strip()]
+    if entries:
+        complete()
+    backwards = {
+        f"{op}_backward": [name for name, record in records.items() if record.backward]
+        for op, records in OPERATIONS.items()
+        if any(record.backwards for record in records.values())
+    }
+    single = OPERATIONS | backwards
+    known = sorted({name for names in OPERATIONS.values() for name in names})
+    for entry in entries:
+        op, given, implementation = entry.rpartition("=")
+        if given and op not in single:
+            raise ValueError(f"kernels: got operation {op!r}, want one of {', '.join(single)}")
+        names = single[op] if given else known
+        if implementation not in names:
+            where = f" for {op}" if given else ""
+            raise ValueError(f"kernels: got {implementation!r}{where}, want one of {', '.join(names)}")
+        for name in [op] if given else OPERATIONS:
+            if implementation in single[name]:
+                found[name] = implementation
+    return found
+
+
+def complete() -> None:
+    """Have all operations registered."""
+    import_module("prfl_kernels.operations")
+
+
+@torch.compiler.assume_constant_result  # of the names, not of the tensors
+def _chosen(op: str, choice: str) -> str | None:
+    return _parsed(choice).get(op)
 
 
 def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
-    """The implementation of `op`, or of its form that makes e4m3, that runs on a tensor like x."""
+    """The implementation of `op`, or of its form that makes e4m3, that runs on a tensor like x.
+
+    Raises ValueError if the chosen one does not run on it."""
     if x.dtype == torch.float64:
         return REFERENCE  # float64 is for checking; no fused kernel computes in it
-    device = x.device.type
-    choice = _overrides.get(op)
+    facts = x.device.type, x.dtype, x.shape[-1], fp8
+    choice = _chosen(op, _choice)
     if choice is None:
-        choice = _default(op, device, x.dtype, fp8, x.shape[-1])
-        if fp8 and device == "cuda" and choice == REFERENCE:
-            choice = TRITON  # to be refused below, with the reason
-    why = absence(op, choice, device, x.dtype, fp8)
-    if why:
-        raise ValueError(_misfit(op, choice, device, why, fp8))
+        choice, passed = default(op, *facts)
+        if not (fp8 and choice == REFERENCE and x.device.type == "cuda"):
+            return choice
+        choice = next(iter(passed))  # to be refused, with the reason
+    return runnable(op, choice, *facts)
+
+
+def backward_of(op: str, x: Tensor, forward: str | None = None) -> str:
+    """The implementation whose backward follows the forward of `forward`, or of `implementation`, for x.
+
+    It is the one chosen for OPERATION_backward, else `forward` itself, else the first of its `backwards` that
+    runs. Raises ValueError if there is none."""
+    if x.dtype == torch.float64:
+        return REFERENCE
+    facts, forward = (x.device.type, x.dtype, x.shape[-1]), forward or implementation(op, x)
+    names = _followers(op, forward, _choice)
+    if names == (forward,):
+        return forward
+    choice = next((name for name in names if not absence(op, name, *facts)), names[-1])
+    return runnable(f"{op}_backward", choice, *facts)
+
+
+@torch.compiler.assume_constant_result  # of the names, not of the tensors
+def _followers(op: str, forward: str, choice: str) -> tuple[str, ...]:
+    chosen = _parsed(choice).get(f"{op}_backward")
+    return (chosen,) if chosen else OPERATIONS[op][forward].backwards or (forward,)
+
+
+def runnable(op: str, choice: str, device: str, *facts) -> str:
+    """`choice`, one for `op` or OPERATION_backward. Raises ValueError, with the reason, if it does not run;
+    facts as for `absence`."""
+    if why := absence(op, choice, device, *facts):
+        fp8 = "_fp8" if facts[2:] == (True,) else ""
+        raise ValueError(f"kernels: {op}{fp8} got {choice} on {device}: it {why}")
     return choice
 
 
 def check(device: str) -> None:
     """Raise ValueError if an operation was given an implementation that does not run on `device`."""
-    for op, choice in _overrides.items():
-        why = absence(op, choice, device)
-        if why:
-            raise ValueError(_misfit(op, choice, device, why))
+    for op, choice in _parsed(_choice).items():
+        runnable(op, choice, device)
+
+
+@torch.compiler.assume_constant_result  # of the machine, not of the tensors
+def absence(op: str, choice: str, *facts) -> str | None:
+    """Why implementation `choice` of `op` or OPERATION_backward does not run; None if it does. facts are the
+    device type and what is known of dtype, head dim and whether e4m3 is made, as for a probe."""
+    own = OPERATIONS.get(op) or OPERATIONS[op.removesuffix("_backward")]
+    return own[choice].probe(*facts)
+
+
+def default(op: str, device: str, *facts) -> tuple[str, dict[str, str]]:
+    """(the implementation that runs where none is chosen, {each better one: why not it}); facts as for
+    `absence`, without a dtype for bfloat16."""
+    passed: dict[str, str] = {}
+    for name in _orders[op](device, facts[0] if facts else None)[0]:
+        why = absence(op, name, device, *facts)
+        if why is None:
+            return name, passed
+        passed[name] = why
+    return REFERENCE, passed
+
+
+def _device() -> str:
+    complete()
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def choices() -> list[tuple[str, str, str]]:
     """(operation, implementation, reason) of every operation, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [(op, *_choice(op, device)) for op in OPERATIONS]
+    device = _device()
+    return [(op, *_reasoned(op, device)) for op in OPERATIONS]
 
 
-def absence(
-    op: str, choice: str, device: str, dtype: torch.dtype | None = None, fp8: bool = False
-) -> str | None:
-    """Why implementation `choice` of `op` does not run on a device of type `device`; None if it does."""
-    if op == _ATTENTION:
-        return libraries.absence(choice, device)
-    if choice == CUDA:
-        # Attention in CUDA C++ is written for capability 9.0 alone.
-        fp8 = op == "attention_fp8"
-        return libraries.absence(CUDA, device) if fp8 else extension.absence(CUDA, device)
-    if choice == REFERENCE or (choice == TRITON and jit.INTERPRETED):
-        return None
-    if choice == CPU:
-        if fp8:
-            return "makes no e4m3"
-        if dtype not in (None, *extension.DTYPES):
-            return f"has no {str(dtype).removeprefix('torch.')}"
-        return extension.absence(CPU, device)
-    if device != "cuda":
-        hint = " (or TRITON_INTERPRET=1 in the environment)" if choice == TRITON else ""
-        return f"needs a cuda device{hint}"
-    if choice == TRITON and jit.triton is None:
-        return "triton is not installed"
-    if (fp8 or op in _FP8) and torch.cuda.get_device_capability() < (8, 9):
-        return "needs capability 8.9 or higher"
-    return None
+def records() -> list[tuple[str, Implementation, str | None]]:
+    """(operation, implementation, why it does not run) of all, on the GPU where there is one."""
+    device = _device()
+    return [(op, own[c], absence(op, c, device)) for op, own in OPERATIONS.items() for c in own]
 
 
-def _misfit(op: str, choice: str, device: str, why: str, fp8: bool = False) -> str:
-    return f"kernels: {op}{'_fp8' * fp8} got {choice} on {device}: it {why}"
-
-
-def _default(
-    op: str, device: str, dtype: torch.dtype | None = None, fp8: bool = False, head_dim: int | None = None
-) -> str:
-    if op == _ATTENTION:
-        return libraries.default(device, dtype, head_dim)[0]
-    known = (c for c in _BEST.get(device, ()) if c in OPERATIONS[op])
-    return next((c for c in known if not absence(op, c, device, dtype, fp8)), REFERENCE)
-
-
-def _choice(op: str, device: str) -> tuple[str, str]:
-    if op in _overrides:
-        return _overrides[op], f"{_reason(op, _overrides[op])}; chosen by configuration or PRFL_KERNELS"
-    note = ""
-    if op == _ATTENTION:
-        choice, passed = libraries.default(device)
-        note = libraries.note(device)
-    else:
-        choice = _default(op, device)
-        better = (c for c in _BEST[device] if c in OPERATIONS[op] and c != choice)
-        passed = {c: absence(op, c, device) for c in better}
-    absent = "".join(f"; {name} {why}" for name, why in passed.items())
-    return choice, f"{_reason(op, choice)}; the default on {device}{absent}{note and '; '}{note}"
-
-
-def _reason(op: str, choice: str) -> str:
-    return libraries.BACKENDS[choice].reason if op == _ATTENTION else _REASONS[choice]
-
-
-configure(os.environ.get("PRFL_KERNELS", ""))
+def _reasoned(op: str, device: str) -> tuple[str, str]:
+    chosen = _parsed(_choice).get(op)
+    choice, passed = (chosen, {}) if chosen else default(op, device)
+    notes = [OPERATIONS[op][choice].reason]
+    if (names := _followers(op, choice, _choice)) != (choice,):
+        notes.append(f"backward by {' or '.join(names)}")
+    if chosen:
+        return choice, "; ".join([*notes, "chosen by configuration or PRFL_KERNELS"])
+    notes += [f"the default on {device}", *(f"{name} {why}" for name, why in passed.items())]
+    notes += filter(None, [_orders[op](device, None)[1]])
+    if (single := default(op, device, torch.float32)[0]) != choice:
+        notes.append(f"in float32 {single}")
+    return choice, "; ".join(notes)

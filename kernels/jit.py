@@ -1,7 +1,7 @@
 """Triton where it is installed, and what every launcher and registration needs.
 
 The kernel files import on a machine without Triton too (macOS, Windows): there the decorator leaves
-the kernel alone and the table never chooses it.
+the kernel alone and `dispatch` never chooses it.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ except ModuleNotFoundError:
 
 
 __all__ = [
-    "REGISTERED", "INTERPRETED", "LIBRARY", "jit", "register", "tl", "triton", "unit_last", "wide",
+    "REGISTERED", "INTERPRETED", "LIBRARY", "absence", "jit", "register", "tl", "triton", "unit_last", "wide",
 ]  # fmt: skip
 
 # Kernels run as Python on the CPU when TRITON_INTERPRET=1 was set before this import.
@@ -30,6 +30,15 @@ INTERPRETED = triton is not None and not isinstance(tl.sum, triton.runtime.JITFu
 LIBRARY = torch.library.Library("prfl", "DEF")
 AUTOCAST_DEVICES = ("cpu", "cuda")
 REGISTERED: dict[str, Callable] = {}  # of every operation, under its full name "prfl::..."
+
+
+def absence(device_type: str) -> str | None:
+    """Why Triton kernels do not run on a device, to follow "it"; None if they do."""
+    if INTERPRETED:
+        return None
+    if device_type != "cuda":
+        return "needs a cuda device (or TRITON_INTERPRET=1 in the environment)"
+    return "triton is not installed" if triton is None else None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

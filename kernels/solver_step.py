@@ -18,7 +18,7 @@ The step is linear, so its backward needs nothing but the columns. With d the gr
 import torch
 from torch import Tensor
 
-from prfl_kernels import cuda_kernels
+from prfl_kernels import cuda_kernels, dispatch
 from prfl_kernels.checks import checked, expect, expect_float
 from prfl_kernels.dispatch import CUDA, REFERENCE, implementation
 from prfl_kernels.jit import register
@@ -54,6 +54,7 @@ def _columns(columns: Tensor, like: Tensor) -> list[Tensor]:
 
 
 IMPLEMENTATIONS = {REFERENCE: reference, CUDA: cuda}
+dispatch.register("solver_step", dispatch.common(IMPLEMENTATIONS))
 
 
 def _check(x, x_last, m0, m1, velocity, columns):

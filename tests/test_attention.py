@@ -24,9 +24,10 @@ from torch.utils.checkpoint import (
 )
 
 from prfl_kernels import dispatch, jit, processor
-from prfl_kernels.attention import libraries as attention_backends
-from prfl_kernels.attention.libraries import BACKENDS, reference_backward, reference_forward
-from prfl_kernels.attention.op import attention, attention_with_lse
+from prfl_kernels.attention import libraries
+from prfl_kernels.attention.op import RECORDS, attention, attention_with_lse
+from prfl_kernels.attention.reference import backward as reference_backward
+from prfl_kernels.attention.reference import forward as reference_forward
 
 BF16 = torch.bfloat16
 
@@ -35,7 +36,7 @@ BF16 = torch.bfloat16
 def default_table():
     yield
     dispatch.configure("")
-    attention_backends._missing.cache_clear()
+    libraries._missing.cache_clear()
 
 
 def qkv(batch=2, queries=37, keys=61, heads=2, dim=64, dtype=torch.float32):
@@ -104,7 +105,7 @@ def test_triton_gradients_alone(triton, wanted):
 CPU = pytest.param(
     "cpu",
     marks=pytest.mark.skipif(
-        torch.cuda.is_available() or attention_backends.absence("cpu", "cpu") is not None,
+        torch.cuda.is_available() or dispatch.absence("attention", "cpu", "cpu") is not None,
         reason="the C++ kernels are not built, or a GPU is tested",
     ),
 )
@@ -232,14 +233,14 @@ def test_a_repeated_key_with_large_scores(name):
 @pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_triton)])
 def test_selective_checkpointing_computes_attention_once(name, monkeypatch):
     """A policy that keeps the operation keeps out and lse, whichever back end computes them."""
-    calls, backend = [], BACKENDS[name]
+    calls, backend = [], RECORDS[name]
 
     def counted(*arguments):
         calls.append(name)
         return backend.forward(*arguments)
 
     dispatch.configure(f"attention={name}")
-    monkeypatch.setitem(BACKENDS, name, backend._replace(forward=counted))
+    monkeypatch.setitem(RECORDS, name, backend._replace(forward=counted))
 
     def policy(context, op, *args, **kwargs):
         keep = op is torch.ops.prfl.attention.default
@@ -348,7 +349,7 @@ def xformers(padded):
 
 
 def install(monkeypatch, modules):
-    attention_backends._missing.cache_clear()
+    libraries._missing.cache_clear()
     for name, attributes in modules.items():
         module = ModuleType(name)
         module.__path__ = []
@@ -371,8 +372,10 @@ LIBRARIES = {
 def test_libraries_in_every_form(name, modules, repeats, monkeypatch):
     """Values, gradients and the gradient of lse, which these libraries do not have themselves."""
     install(monkeypatch, modules)
-    backend = BACKENDS[name]._replace(device=None, dtypes=(torch.float32,))
-    monkeypatch.setitem(BACKENDS, name, backend)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    probe = RECORDS[name].probe  # as on a GPU
+    backend = RECORDS[name]._replace(probe=lambda *_: probe("cuda", BF16))
+    monkeypatch.setitem(RECORDS, name, backend)
     dispatch.configure(f"attention={name}")
     torch.manual_seed(6)
     inputs = [a.cpu() for a in qkv(2, 37, 21, 2, 16)]
@@ -386,33 +389,95 @@ def on_cuda(monkeypatch, major=9):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
     for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface", "xformers.ops"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it raises ModuleNotFoundError
-    attention_backends._missing.cache_clear()
+    libraries._missing.cache_clear()
 
 
 def test_the_default_on_cuda_is_the_first_that_runs(monkeypatch):
     on_cuda(monkeypatch)
     monkeypatch.setattr(jit, "triton", jit)
-    name, passed = attention_backends.default("cuda", BF16)
+    name, passed = dispatch.default("attention", "cuda", BF16)
     assert name == "triton" and list(passed) == ["fa3", "fa4", "cudnn", "fa2"]
     assert "flash_attn_interface" in passed["fa3"] and passed["cudnn"] == "torch has no cuDNN"
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    assert attention_backends.default("cuda", BF16)[0] == "cudnn"
+    assert dispatch.default("attention", "cuda", BF16)[0] == "cudnn"
     install(monkeypatch, fa4(True))
-    assert attention_backends.default("cuda", BF16)[0] == "fa4"
+    assert dispatch.default("attention", "cuda", BF16)[0] == "fa4"
     install(monkeypatch, fa3(True))
-    assert attention_backends.default("cuda", BF16)[0] == "fa3"
-    assert attention_backends.default("cuda", torch.float32)[0] == "triton"
+    assert dispatch.default("attention", "cuda", BF16)[0] == "fa3"
+    assert dispatch.default("attention", "cuda", torch.float32)[0] == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
-    name, passed = attention_backends.default("cuda", BF16)
+    name, passed = dispatch.default("attention", "cuda", BF16)
     assert (name, passed) == ("fa4", {"fa3": "needs capability 9.0, got 10.0"})
+
+
+def test_the_default_backward_of_the_cuda_forward_is_the_first_that_runs(monkeypatch):
+    on_cuda(monkeypatch)
+    monkeypatch.setattr(jit, "triton", jit)
+    x = SimpleNamespace(dtype=BF16, device=torch.device("cuda"), shape=(1, 9, 2, 128))
+    assert dispatch.backward_of("attention", x, "cuda") == "triton"
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert dispatch.backward_of("attention", x, "cuda") == "cudnn"
+    install(monkeypatch, fa3(True))
+    assert dispatch.backward_of("attention", x, "cuda") == "fa3"
+    assert dispatch.backward_of("attention", x) == dispatch.implementation("attention", x) == "fa3"
+    assert all(dispatch.backward_of("attention", x, name) == name for name in RECORDS if name != "cuda")
+    dispatch.configure("attention=cuda,attention_backward=triton")
+    assert dispatch.backward_of("attention", x, "cuda") == "triton"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (row,) = [row for row in dispatch.choices() if row[0] == "attention"]
+    assert row[1] == "cuda" and "backward by triton" in row[2]
+
+
+@needs_triton
+def test_without_any_backward_that_fits_the_cuda_forward_is_refused(monkeypatch):
+    on_cuda(monkeypatch)
+    monkeypatch.setattr(jit, "INTERPRETED", False)
+    monkeypatch.setattr(jit, "triton", None)
+    x = SimpleNamespace(dtype=BF16, device=torch.device("cuda"), shape=(1, 9, 2, 128))
+    want = "kernels: attention_backward got triton on cuda: it triton is not installed"
+    with pytest.raises(ValueError, match=want):
+        dispatch.backward_of("attention", x, "cuda")
+
+
+@needs_triton
+@pytest.mark.parametrize("forward", ["reference", "triton", CPU, "sdpa"])
+@pytest.mark.parametrize("backward", ["reference", "triton", CPU, "sdpa"])
+def test_any_backward_follows_any_forward(forward, backward, monkeypatch):
+    """The gradients of out and lse, by the backward that was chosen and no other; and under compile."""
+    if torch.cuda.is_available():
+        pytest.skip("torch's flash attention on a GPU has no float32")
+    seen, run = [], RECORDS[backward].backward
+    watched = RECORDS[backward]._replace(backward=lambda *a: seen.append(backward) or run(*a))
+    monkeypatch.setitem(RECORDS, backward, watched)
+    dispatch.configure(f"attention={forward},attention_backward={backward}")
+    torch.manual_seed(10)
+    inputs = qkv(1, 37, 21, 2, 16)
+    assert_as_good_as_torch(partial(attention_with_lse, repeats=3), inputs, literal(3))
+    assert seen
+    seen.clear()
+    torch.compiler.reset()
+    outputs_and_gradients(torch.compile(attention, fullgraph=True, backend="aot_eager"), inputs)
+    assert seen
+
+
+def test_a_backward_is_chosen_by_name():
+    with pytest.raises(ValueError, match="^kernels: got 'cuda' for attention_backward, want one of ref"):
+        dispatch.configure("attention_backward=cuda")
+    q, k, v = qkv(1, 3, 4, 1, 16)
+    with pytest.raises(ValueError, match="^attention: got backward 'cuda', want one of reference, "):
+        torch.ops.prfl.attention(q, k, v, 0.25, "reference", 1, "cuda")
+    if not torch.cuda.is_available():
+        dispatch.configure("attention_backward=fa3")
+        with pytest.raises(ValueError, match="attention_backward got fa3 on cpu: it needs a cuda device"):
+            dispatch.check("cpu")
 
 
 def test_the_default_on_the_cpu(monkeypatch):
     monkeypatch.setattr(processor, "amx_absence", lambda: "the processor has no AMX")
-    why = attention_backends.absence("cpu", "cpu")
-    assert attention_backends.default("cpu", BF16) == (("sdpa", {"cpu": why}) if why else ("cpu", {}))
-    assert attention_backends.default("cpu", torch.float16)[0] == "sdpa"
-    assert attention_backends.default("cpu", torch.float64)[0] == "reference"
+    why = dispatch.absence("attention", "cpu", "cpu")
+    assert dispatch.default("attention", "cpu", BF16) == (("sdpa", {"cpu": why}) if why else ("cpu", {}))
+    assert dispatch.default("attention", "cpu", torch.float16)[0] == "sdpa"
+    assert dispatch.default("attention", "cpu", torch.float64)[0] == "reference"
 
 
 def test_a_reason_is_kept_and_named(monkeypatch):
@@ -426,12 +491,12 @@ def test_a_reason_is_kept_and_named(monkeypatch):
     install(monkeypatch, fa3(True))
     dispatch.check("cuda")
     calls = []
-    attention_backends._missing.cache_clear()
+    libraries._missing.cache_clear()
     monkeypatch.setattr(
-        attention_backends, "import_module", lambda name: calls.append(name) or SimpleNamespace()
+        libraries, "import_module", lambda name: calls.append(name) or SimpleNamespace()
     )
     for _ in range(3):
-        assert attention_backends.absence("fa3", "cuda", BF16)
+        assert dispatch.absence("attention", "fa3", "cuda", BF16)
     assert calls == ["flash_attn_interface"]
 
 

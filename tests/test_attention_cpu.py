@@ -18,7 +18,6 @@ from rounding import rounding
 
 from prfl_kernels import dispatch, extension, processor
 from prfl_kernels.attention import cpu as attention_cpu
-from prfl_kernels.attention import libraries
 from prfl_kernels.attention.op import attention, attention_with_lse
 
 if why := extension.absence("cpu", "cpu"):
@@ -179,7 +178,7 @@ def test_head_dims_and_dtypes_that_it_refuses():
         attention(*qkv(1, 3, 4, 1, 16, torch.float16))
     dispatch.configure("")
     assert dispatch.implementation("attention", wide[0]) == "sdpa"
-    assert libraries.default("cpu", F32, 257) == ("sdpa", {"cpu": "has no head dim 257"})
+    assert dispatch.default("attention", "cpu", F32, 257) == ("sdpa", {"cpu": "has no head dim 257"})
     assert_as_good_as_torch(attention, wide)
 
 
@@ -187,18 +186,18 @@ def test_it_is_the_default_and_doctor_says_so(monkeypatch):
     monkeypatch.setattr(processor, "amx_absence", lambda: "the processor has no AMX")
     dispatch.configure("")
     for dtype in (F32, BF16):
-        assert libraries.default("cpu", dtype, 128) == ("cpu", {})
+        assert dispatch.default("attention", "cpu", dtype, 128) == ("cpu", {})
     (row,) = [row for row in dispatch.choices() if row[0] == "attention"]
     if not torch.cuda.is_available():
         assert row[1] == "cpu" and "for head dims up to 256" in row[2]
-    assert libraries.absence("cpu", "cuda") == "needs a cpu device"
+    assert dispatch.absence("attention", "cpu", "cuda") == "needs a cpu device"
 
 
 def test_without_the_extension_torchs_own_runs(monkeypatch):
     monkeypatch.setattr(processor, "amx_absence", lambda: "the processor has no AMX")
     dispatch.configure("")
     monkeypatch.setattr(extension, "_load", lambda: (None, "is not built: no compiler"))
-    assert libraries.default("cpu", BF16) == ("sdpa", {"cpu": "is not built: no compiler"})
+    assert dispatch.default("attention", "cpu", BF16) == ("sdpa", {"cpu": "is not built: no compiler"})
     dispatch.configure("attention=cpu")
     with pytest.raises(ValueError, match="attention got cpu on cpu: it is not built: no compiler"):
         dispatch.check("cpu")

@@ -14,8 +14,8 @@ from prfl_kernels import cuda_kernels, dispatch
 from prfl_kernels import extension as compiled
 from prfl_kernels.attention import cuda as attention_hopper
 from prfl_kernels.attention.fp8 import BLOCK_N, attention_fp8, attention_fp8_reference
-from prfl_kernels.attention.libraries import BACKENDS, ORDER, absence, reference_forward
-from prfl_kernels.attention.op import attention_with_lse
+from prfl_kernels.attention.op import ORDER, RECORDS, attention_with_lse
+from prfl_kernels.attention.reference import forward as reference_forward
 from prfl_kernels.fp8.linear import hopper_product
 
 pytestmark = [
@@ -113,23 +113,26 @@ def test_a_launch_that_cannot_be_has_its_numbers(kernels):
 
 def test_the_backend_is_forward_here_and_backward_in_triton(monkeypatch):
     """Gradients come from (q, k, v, out, lse): on this forward's as good as torch's own."""
-    monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["cuda"]._replace(device=None, capabilities=(0, 99)))
-    monkeypatch.setattr(compiled, "absence", lambda part, device: None)
-    monkeypatch.setitem(dispatch._overrides, "attention", "cuda")
+    monkeypatch.setitem(RECORDS, "cuda", RECORDS["cuda"]._replace(probe=lambda *_: None))
+    seen, backward = [], RECORDS["triton"].backward
+    watched = RECORDS["triton"]._replace(backward=lambda *a: seen.append("triton") or backward(*a))
+    monkeypatch.setitem(RECORDS, "triton", watched)
+    dispatch.configure("attention=cuda")
     assert_as_good_as_torch(attention_with_lse, qkv(1, 70, 200, 1))
+    assert seen
 
 
 def test_it_is_no_default_and_says_why_it_is_absent(monkeypatch):
     assert "cuda" not in ORDER
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
-    assert absence("cuda", "cuda", BF16) == "needs capability 9.0, got 10.0"
+    assert dispatch.absence("attention", "cuda", "cuda", BF16) == "needs capability 9.0, got 10.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(compiled, "absence", lambda part, device: f"is not built: {part} {device}")
-    assert absence("cuda", "cuda", BF16) == "is not built: cuda cuda"
+    assert dispatch.absence("attention", "cuda", "cuda", BF16) == "is not built: cuda cuda"
     monkeypatch.setattr(compiled, "absence", lambda part, device: None)
-    assert absence("cuda", "cuda", BF16) is None
-    assert absence("cuda", "cuda", torch.float16) == "has no float16"
-    assert absence("cuda", "cpu", BF16) == "needs a cuda device"
+    assert dispatch.absence("attention", "cuda", "cuda", BF16) is None
+    assert dispatch.absence("attention", "cuda", "cuda", torch.float16) == "has no float16"
+    assert dispatch.absence("attention", "cuda", "cpu", BF16) == "needs a cuda device"
 
 
 # -- e4m3
@@ -192,7 +195,7 @@ def test_fp8_is_a_choice_and_no_default(monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_on_a_gpu(shape, monkeypatch):
     monkeypatch.undo()
-    if why := absence("cuda", "cuda", BF16):
+    if why := dispatch.absence("attention", "cuda", "cuda", BF16):
         pytest.skip(f"cuda {why}")
     check(*(a.cuda() for a in qkv(*shape)))
     # Its tensor cores add fewer bits than the simulation's.

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from prfl_engine import gpu
 from prfl_engine.tools import doctor
 from prfl_kernels import dispatch
 
@@ -28,6 +29,17 @@ def test_every_operation_is_reported_and_rendered(report):
     text = doctor.render(report)
     for op, implementation, reason in rows:
         assert any(op in x and implementation in x and reason in x for x in text.splitlines()), op
+
+
+def test_every_implementation_is_reported_with_its_reason_and_why_it_does_not_run(report):
+    rows = [tuple(row.values()) for row in report["implementations"]]
+    assert rows == [(op, record.name, record.reason, why) for op, record, why in dispatch.records()]
+    assert {row[:2] for row in rows} == {(op, c) for op, own in dispatch.OPERATIONS.items() for c in own}
+    text = doctor.render(report).split("Implementations")[1]
+    for op, name, reason, why in rows:
+        state = "no" if why else "yes"
+        line = [x for x in text.splitlines() if x.split()[:2] == [name, state] and reason in x and op in x]
+        assert line and (not why or why in line[0]), (op, name)
 
 
 def test_report_is_plain_data_and_names_this_machine(report):
@@ -89,9 +101,9 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70 << 30, 80 << 30))
-    doctor._nvml.cache_clear()
+    gpu._nvml.cache_clear()
     yield monkeypatch
-    doctor._nvml.cache_clear()
+    gpu._nvml.cache_clear()
 
 
 class FakeNvml(types.ModuleType):
@@ -126,7 +138,7 @@ class FakeNvml(types.ModuleType):
 
 def test_gpu_readings(fake_gpu):
     fake_gpu.setitem(sys.modules, "pynvml", FakeNvml("pynvml"))
-    assert doctor.gpu_metrics() == {
+    assert gpu.gpu_metrics() == {
         "gpu_memory_bytes": float(5 << 30),
         "gpu_power_w": 345.6,
         "gpu_sm_clock_mhz": 1980.0,
@@ -143,19 +155,19 @@ def test_gpu_without_nvml_is_one_clear_line_and_the_memory_alone(fake_gpu):
     gpus, note = doctor._gpus()
     assert gpus[0]["name"] == "NVIDIA H100"
     assert "pip install nvidia-ml-py" in note and "\n" not in note
-    assert doctor.gpu_metrics() == {"gpu_memory_bytes": float(10 << 30)}
+    assert gpu.gpu_metrics() == {"gpu_memory_bytes": float(10 << 30)}
 
 
 def test_no_gpu_no_metrics(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor.gpu_metrics() == {}
+    assert gpu.gpu_metrics() == {}
     gpus, note = doctor._gpus()
     assert gpus == [] and note.startswith("No GPU: ")
 
 
 @pytest.mark.gpu
 def test_gpu_metrics_on_a_gpu():
-    values = doctor.gpu_metrics()
+    values = gpu.gpu_metrics()
     assert values["gpu_memory_bytes"] > 0
     assert all(isinstance(value, float) for value in values.values())
 

@@ -5,8 +5,8 @@ import torch
 from fused import error, normal, outputs_and_gradients
 
 from prfl_kernels import dispatch, extension, processor
-from prfl_kernels.attention import libraries
-from prfl_kernels.attention.op import attention, attention_with_lse
+from prfl_kernels.attention import repeats as repeated
+from prfl_kernels.attention.op import RECORDS, attention, attention_with_lse
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 AMX = frozenset({"avx512f", "amx_tile", "amx_bf16"})
@@ -60,12 +60,12 @@ def test_without_onednn_nothing_uses_amx(play, monkeypatch):
 def test_with_amx_torchs_own_attention_runs_in_bfloat16(play):
     play(AMX)
     for head_dim in (33, 128, 512):
-        assert libraries.default("cpu", BF16, head_dim) == ("sdpa", {})
-    assert libraries.default("cpu", F32, 128) == ("cpu", {})
-    assert libraries.default("cpu", F16)[0] == "sdpa"
-    assert libraries.default("cpu", torch.float64)[0] == "reference"
+        assert dispatch.default("attention", "cpu", BF16, head_dim) == ("sdpa", {})
+    assert dispatch.default("attention", "cpu", F32, 128) == ("cpu", {})
+    assert dispatch.default("attention", "cpu", F16)[0] == "sdpa"
+    assert dispatch.default("attention", "cpu", torch.float64)[0] == "reference"
     play(AMX, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
-    assert libraries.default("cpu", BF16, 128) == ("cpu", {})
+    assert dispatch.default("attention", "cpu", BF16, 128) == ("cpu", {})
 
 
 @built
@@ -85,13 +85,14 @@ def test_doctor_gives_the_choice_and_its_reason(play):
 def test_forward_and_backward_run_what_was_chosen(play, monkeypatch, repeats):
     """On both sides, and the last key is not laid out."""
     play(AMX)
-    seen, sdpa = [], libraries.BACKENDS["sdpa"]
+    seen, sdpa = [], RECORDS["sdpa"]
 
     def watched(run):
         return lambda *a: seen.append(a[1].shape[1]) or run(*a)
 
     watchers = dict(forward=watched(sdpa.forward), backward=watched(sdpa.backward))
-    monkeypatch.setitem(libraries.BACKENDS, "sdpa", sdpa._replace(**watchers))
+    monkeypatch.setitem(RECORDS, "sdpa", sdpa._replace(**watchers))
+    monkeypatch.setattr(repeated, "laid_out", None)
     q, k, v = (normal(2, n, 2, 32, dtype=BF16).cpu() for n in (80, 70, 70))
     got = outputs_and_gradients(lambda *a: attention_with_lse(*a, repeats=repeats), [q, k, v])
     assert len(seen) == 2 and seen[0] == 70

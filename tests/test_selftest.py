@@ -7,7 +7,7 @@ from prfl_bench import selftest as module
 from prfl_bench.selftest import CASES, selftest
 from prfl_engine.cli import main
 from prfl_kernels import dispatch, extension
-from prfl_kernels.attention import libraries
+from prfl_kernels.attention.op import RECORDS
 
 OPERATIONS = dict(dispatch.OPERATIONS)
 
@@ -19,13 +19,13 @@ def attention_alone(monkeypatch):
 
 
 def break_sdpa(monkeypatch, change):
-    backend = libraries.BACKENDS["sdpa"]
+    backend = RECORDS["sdpa"]
 
     def forward(*inputs):
         out, lse = backend.forward(*inputs)
         return change(out), lse
 
-    monkeypatch.setitem(libraries.BACKENDS, "sdpa", backend._replace(forward=forward))
+    monkeypatch.setitem(RECORDS, "sdpa", backend._replace(forward=forward))
 
 
 def test_every_operation_has_a_case():
@@ -40,7 +40,7 @@ def test_all_that_runs_here_is_run_and_good():
     assert set(rows) == want | {f"cpu {isa}".strip() for isa in isas}
     assert rows["sdpa"].state == "ok", rows["sdpa"]
     assert all(row.state != "FAILED" and row.detail for row in rows.values())
-    assert not dispatch._overrides
+    assert not dispatch.configured()
 
 
 def test_without_the_extension_its_kernels_are_absent(monkeypatch):

@@ -83,6 +83,10 @@ def report() -> dict:
             {"op": op, "implementation": implementation, "reason": reason}
             for op, implementation, reason in dispatch.choices()
         ],
+        "implementations": [
+            {"op": op, "name": record.name, "reason": record.reason, "absence": why}
+            for op, record, why in dispatch.records()
+        ],
     }
 
 
@@ -115,7 +119,19 @@ def render(found: dict) -> str:
         ]
         lines += ["", title, *columns(cells)]
     cells = [(row["op"], row["implementation"], row["reason"]) for row in found["operations"]]
-    return "\n".join([*lines, "", "Operations", *columns(cells)])
+    lines += ["", "Operations", *columns(cells), "", "Implementations", *columns(_alike(found))]
+    return "\n".join(lines)
+
+
+def _alike(found: dict) -> list[tuple[str, str, str]]:
+    """(name, yes or no, reason and operations) of the implementations, one row for all that say the same."""
+    ops: dict[tuple, list[str]] = {}
+    for row in found["implementations"]:
+        ops.setdefault((row["name"], row["reason"], row["absence"]), []).append(row["op"])
+    return [
+        (name, "no" if why else "yes", f"{reason}{f'; {why}' if why else ''}  ({', '.join(named)})")
+        for (name, reason, why), named in ops.items()
+    ]
 
 
 def _gpus() -> tuple[list[dict], str]:

@@ -1,6 +1,6 @@
 """Softmax attention in C++ for the CPU, forward and backward: what `attention` runs as "cpu".
 
-Formulas, shapes and results are those of `attention_triton`: out, lse and gradients from q, out, dout
+Formulas, shapes and results are those of `triton_kernels`: out, lse and gradients from q, out, dout
 [B, Lq, H, D] and k, v [B, Lk, H, D] in bfloat16 or float32, with any strides, D up to 256. Scores, softmax
 and sums are float32. bfloat16 is multiplied in pairs where the processor does that (avx512_bf16), p and ds
 rounded to bfloat16 before; elsewhere it is widened to float32 when it is packed.
@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from prfl_kernels import extension as compiled
+from prfl_kernels.dispatch import CPU, Implementation, requires
 from prfl_kernels.extension import extension, view
 from prfl_kernels.jit import unit_last
 
@@ -72,3 +74,11 @@ def backward(
     threads = torch.get_num_threads()
     extension().attention_backward(*held, _shape(q, k), scale, math.log(repeats), threads)
     return dq, dk, dv
+
+
+IMPLEMENTATION = Implementation(
+    CPU, f"own C++ kernels, for head dims up to {LARGEST_HEAD_DIM}",
+    requires("cpu", dtypes=DTYPES, head_dims=range(1, LARGEST_HEAD_DIM + 1),
+             build=lambda device: compiled.absence(CPU, device)),
+    forward, backward,
+)  # fmt: skip

@@ -1,15 +1,20 @@
 """Attention forward in CUDA C++ for an H100 (csrc/cuda/attention_hopper.cu): what `attention` runs as "cuda".
 
-`forward` has the contract of attention_triton.forward and `launch_forward_fp8` that of
-attention_fp8.launch_forward; head dim 128. Out and lse are those of the Triton kernels up to the order of
-sums, so their backward serves both.
+`forward` has the contract of triton_kernels.forward without repeats and `launch_forward_fp8` that of
+fp8.launch_forward; head dim 128. Out and lse are those of every other implementation up to the order of sums,
+so a backward of theirs follows this forward.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from prfl_kernels import cuda_kernels
+from prfl_kernels import extension as compiled
+from prfl_kernels.attention.repeats import forward_with_repeats
 from prfl_kernels.attention.triton_kernels import addressable
+from prfl_kernels.dispatch import CUDA, Implementation, requires
 
 HEAD_DIM = 128
 
@@ -43,7 +48,7 @@ def launch_forward_fp8(
     v_scale: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) as attention_fp8.launch_forward."""
+    """(out, lse) as fp8.launch_forward."""
     if q8.shape[3] != HEAD_DIM:
         raise ValueError(f"attention_fp8: got head dim {q8.shape[3]}, want {HEAD_DIM} for cuda")
     q8, k8 = addressable(q8), addressable(k8)
@@ -56,3 +61,11 @@ def launch_forward_fp8(
     inputs = q8, q_scale.contiguous(), k8, by_head, v8.contiguous(), v_scale.contiguous()
     _launch("attention_hopper_fp8_forward", (*inputs, out, lse), (batch, queries, k8.shape[1], heads), scale)
     return out, lse
+
+
+# Written for capability 9.0 alone.
+_on_hopper = partial(requires, "cuda", (9, 9), build=lambda device: compiled.absence(CUDA, device))
+_forward, _backwards = forward_with_repeats(forward), ("fa3", "cudnn", "triton")
+_what, _probe = "own CUDA C++ kernel", _on_hopper(dtypes=(torch.bfloat16,))
+IMPLEMENTATION = Implementation(CUDA, _what, _probe, _forward, backwards=_backwards)
+IMPLEMENTATION_FP8 = Implementation(CUDA, _what, _on_hopper(), launch_forward_fp8)

@@ -34,10 +34,10 @@ import math
 import torch
 from torch import Tensor
 
-from prfl_kernels import tuning
+from prfl_kernels import dispatch, tuning
 from prfl_kernels.attention import cuda as attention_hopper
 from prfl_kernels.checks import checked, expect, expect_float, expect_rank
-from prfl_kernels.dispatch import CUDA, REFERENCE, implementation
+from prfl_kernels.dispatch import REFERENCE, TRITON, implementation
 from prfl_kernels.fp8.linear import E4M3, forbid_gradient, never
 from prfl_kernels.jit import jit, register, tl, triton
 
@@ -226,6 +226,15 @@ def launch_forward(
     return out, lse
 
 
+def _plain(*inputs) -> tuple[Tensor, Tensor]:
+    out, lse = attention_fp8_reference(*inputs)
+    return out.to(torch.bfloat16, memory_format=torch.contiguous_format), lse.contiguous()
+
+
+_common = dispatch.common({REFERENCE: _plain, TRITON: launch_forward}, e4m3=True)
+dispatch.register("attention_fp8", [*_common, attention_hopper.IMPLEMENTATION_FP8])
+
+
 def _check(q8, q_scale, k8, k_scale, v8, v_scale, scale):
     op = "attention_fp8"
     batch, length, heads, dim = expect_rank(op, "q8", q8, "B, Lq, H, D")
@@ -248,12 +257,8 @@ def _forward(q8, q_scale, k8, k_scale, v8, v_scale, scale):
     tensors = (q8, q_scale, k8, k_scale, v8, v_scale)
     if q8.numel() == 0:
         return _forward_fake(*tensors, scale)
-    choice = implementation("attention_fp8", q8)
-    if choice == REFERENCE:
-        out, lse = attention_fp8_reference(*tensors, scale)
-        return out.to(torch.bfloat16, memory_format=torch.contiguous_format), lse.contiguous()
-    launch = attention_hopper.launch_forward_fp8 if choice == CUDA else launch_forward
-    return launch(*tensors, scale)
+    records = dispatch.OPERATIONS["attention_fp8"]
+    return records[implementation("attention_fp8", q8)].forward(*tensors, scale)
 
 
 def _forward_fake(q8, q_scale, k8, k_scale, v8, v_scale, scale):

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import tuning
-from prfl_kernels.jit import jit, tl, triton
+from prfl_kernels.dispatch import TRITON, Implementation, requires
+from prfl_kernels.jit import absence, jit, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128)  # the first two for small models
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -328,3 +329,7 @@ def backward(
             scale * LOG2E, scale, last, dim, m, n, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
     return dq, dk, dv
+
+
+_probe = requires(capabilities=(8, math.inf), dtypes=DTYPES, build=absence)
+IMPLEMENTATION = Implementation(TRITON, "own Triton kernels", _probe, forward, backward)

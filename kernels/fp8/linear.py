@@ -20,8 +20,9 @@ technical report, section 3.3.2.
 import torch
 from torch import Tensor
 
+from prfl_kernels import dispatch
 from prfl_kernels.checks import checked, expect, expect_rank
-from prfl_kernels.dispatch import REFERENCE, implementation
+from prfl_kernels.dispatch import REFERENCE, SCALED_MM, implementation
 from prfl_kernels.fp8.e4m3 import E4M3, forbid_gradient, never, quantize_rows
 from prfl_kernels.jit import register
 
@@ -81,6 +82,10 @@ def _scaled_mm(x8, x_scale, w8, w_scale, bias, out_dtype):
     return out if bias is None or inside is not None else out + bias
 
 
+IMPLEMENTATIONS = {REFERENCE: _reference, SCALED_MM: _scaled_mm}
+dispatch.register("fp8_linear", dispatch.common(IMPLEMENTATIONS, e4m3=True))
+
+
 def _check(x8, x_scale, w8, w_scale, bias, out_dtype):
     if out_dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"fp8_linear: got out_dtype {out_dtype}, want torch.bfloat16 or torch.float32")
@@ -99,7 +104,7 @@ def _check(x8, x_scale, w8, w_scale, bias, out_dtype):
 
 
 def _forward(x8, x_scale, w8, w_scale, bias, out_dtype):
-    run = _reference if implementation("fp8_linear", x8) == REFERENCE else _scaled_mm
+    run = IMPLEMENTATIONS[implementation("fp8_linear", x8)]
     rows = x8.reshape(-1, x8.shape[-1]), x_scale.reshape(-1)
     return run(*rows, w8, w_scale, bias, out_dtype).view(*x8.shape[:-1], w8.shape[0])
 

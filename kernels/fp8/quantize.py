@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prfl_kernels import dispatch
 from prfl_kernels.bias_gelu import CUBIC, TWO_K, _gelu
 from prfl_kernels.checks import checked, expect_float
-from prfl_kernels.dispatch import REFERENCE, implementation
+from prfl_kernels.dispatch import REFERENCE, TRITON, implementation
 from prfl_kernels.fp8.e4m3 import E4M3, forbid_gradient, never, quantize_rows, row_scales
 from prfl_kernels.jit import jit, register, tl, triton
 
@@ -56,6 +57,10 @@ def launch(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     return out, scale
 
 
+IMPLEMENTATIONS = {REFERENCE: reference, TRITON: launch}
+dispatch.register("quantize_fp8", dispatch.common(IMPLEMENTATIONS, e4m3=True))
+
+
 def _check(x, gelu):
     expect_float("quantize_fp8", "x", x.dtype)
     if x.dim() < 1 or x.shape[-1] < 1:
@@ -63,8 +68,7 @@ def _check(x, gelu):
 
 
 def _forward(x, gelu):
-    run = reference if implementation("quantize_fp8", x) == REFERENCE else launch
-    return run(x, gelu)
+    return IMPLEMENTATIONS[implementation("quantize_fp8", x)](x, gelu)
 
 
 def _fake(x, gelu):

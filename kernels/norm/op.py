@@ -24,6 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from prfl_kernels import dispatch
 from prfl_kernels.checks import checked, expect, expect_float, expect_rows
 from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
 from prfl_kernels.extension import empty
@@ -87,6 +88,8 @@ IMPLEMENTATIONS = {
     TRITON: (triton_kernels.forward, triton_kernels.backward),
     CUDA: (cuda.forward, cuda.backward),
 }
+for _op in ("modulate", "layer_norm", "gated_add", "gated_add_modulate", "gated_add_norm"):
+    dispatch.register(_op, dispatch.common(IMPLEMENTATIONS))
 
 
 def _vector(a: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from prfl_kernels import dispatch
 from prfl_kernels.checks import checked, expect, expect_places, expect_rows
 from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
 from prfl_kernels.extension import empty
@@ -80,6 +81,8 @@ IMPLEMENTATIONS = {
     TRITON: (triton_kernels.forward, triton_kernels.backward),
     CUDA: (cuda.forward, cuda.backward),
 }
+for _op in ("rms_norm", "qk_norm_rope"):
+    dispatch.register(_op, dispatch.common(IMPLEMENTATIONS))
 
 
 def pair(x: Tensor, op: str = "qk_norm_rope", fp8: bool = False):

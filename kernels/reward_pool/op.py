@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from prfl_kernels import dispatch
 from prfl_kernels.checks import checked, expect, expect_rank, expect_rows
 from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
 from prfl_kernels.extension import empty
@@ -54,6 +55,7 @@ IMPLEMENTATIONS = {
     TRITON: (triton_kernels.forward, triton_kernels.backward),
     CUDA: (cuda.forward, cuda.backward),
 }
+dispatch.register("reward_pool", dispatch.common(IMPLEMENTATIONS))
 
 
 def pair(x: Tensor):

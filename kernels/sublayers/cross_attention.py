@@ -26,7 +26,7 @@ from torch import Tensor
 
 from prfl_kernels.attention.op import attention_with_lse
 from prfl_kernels.checks import checked
-from prfl_kernels.dispatch import implementation
+from prfl_kernels.dispatch import backward_of
 from prfl_kernels.jit import register, wide
 from prfl_kernels.qk_norm_rope.op import pair as norm_pair
 from prfl_kernels.sublayers import checks as branch_checks
@@ -189,7 +189,7 @@ def _backward(dy, x, context, *rest):
         del a
     da = (d @ w.o.to(s.dtype)).view(q.shape)
     del d
-    backend, factor = implementation("attention", _heads(q, s)), (q.shape[2] // s.num_heads) ** -0.5
+    backend, factor = backward_of("attention", _heads(q, s)), (q.shape[2] // s.num_heads) ** -0.5
     wants_q, dq, dcontext = wants.x or wants.q or wants.norm_q, None, []
     for part, a, lse in zip(keys, results[::2], results[1::2], strict=False):
         wants_kv = wants.context or any(getattr(wants, f"{m}{part.name}") for m in ("k", "v", "norm_k"))

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from prfl_kernels.attention.op import attention_with_lse
 from prfl_kernels.checks import checked
-from prfl_kernels.dispatch import implementation
+from prfl_kernels.dispatch import backward_of
 from prfl_kernels.jit import register, wide
 from prfl_kernels.norm import op as add_norm
 from prfl_kernels.qk_norm_rope.op import pair as rope_pair
@@ -244,7 +244,7 @@ def _backward(dout, dn, x, total, shift, scale, gate, *rest):
 
     dsum, da = together(ended, found, (1, 1))
     dsum, da = dout if weight is None else dsum, da.view(out.shape)
-    backend, factor = implementation("attention", q), q.shape[3] ** -0.5
+    backend, factor = backward_of("attention", q), q.shape[3] ** -0.5
     dq, dk, dv = torch.ops.prfl.attention_backward(
         da, None, q, k, _heads(v, s), out, lse, factor, backend, True, True
     )
