@@ -15,8 +15,8 @@ from prfl_kernels.sublayers import ffn as modulated_ffn
 INNER = {
     "attend": [(name, name, count) for name, count in self_attention.KEPT.items()],
     "cross": [
-        ("cross_" + name, name, count) if name != "attention" else ("cross_attention", name, count)
-        for name, count in cross_attention.KEPT.items()
+        ("cross_" + name, name, len(parts)) if name != "attention" else ("cross_attention", name, len(parts))
+        for name, parts in cross_attention.KEPT.items()
     ],
     "feed": [("hidden", "hidden", 1), ("ffn_normed", "normed", 1)],
 }

@@ -18,6 +18,7 @@ from prfl_kernels.checks import (
 )
 from prfl_kernels.jit import wide
 from prfl_kernels.sublayers.chunks import check_chunk
+from prfl_kernels.sublayers.operation import Shape
 
 Held = dict[str, tuple[Tensor, Sequence[int], torch.dtype]]  # name: (tensor, shape, dtype)
 
@@ -59,6 +60,13 @@ def _held(op: str, group: Held, x: Tensor) -> None:
     if any(a.shape != (0,) for a, _, _ in group.values()):
         for name, (a, shape, dtype) in group.items():
             expect(op, name, a, shape, x, dtype)
+
+
+def attention_shapes(x: Tensor, settings) -> tuple[Shape, Shape, Shape]:
+    """Shape and dtype of rows [B, L, C], of attention's output [B, L, H, D] and its log-sum-exp [B, H, L]."""
+    (batch, length, width), heads, dtype = x.shape, settings.num_heads, settings.dtype
+    out = (batch, length, heads, width // heads), dtype
+    return ((batch, length, width), dtype), out, ((batch, heads, length), wide(dtype))
 
 
 # -- modulated_attention
@@ -127,94 +135,47 @@ def modulated_attention_backward(dout, dn, x, total, shift, scale, gate, *rest):
 # -- modulated_ffn
 
 
-def _ffn(op, name, x, shift, scale, gate, weights, lows, settings) -> None:
-    factors, _, dtype, chunk = settings
-    width = expect_rows(op, name, x)[2]
-    _vectors(op, x, shift=shift, scale=scale, gate=gate)
-    w1, b1, w2, b2 = weights
-    hidden = expect_rank(op, "w1", w1, "F, C")[0]
+def modulated_ffn(op, inputs, settings, saved):
+    width = expect_rows(op, "x", inputs.x)[2]
+    _vectors(op, inputs.x, shift=inputs.shift, scale=inputs.scale, gate=inputs.gate)
+    hidden = expect_rank(op, "w1", inputs.w1, "F, C")[0]
     if hidden < 1:
-        raise ValueError(f"{op}: got w1 {list(w1.shape)}, want [F, {width}] with F > 0")
-    _linear(op, "w1", w1, b1, hidden, width, x)
-    _linear(op, "w2", w2, b2, width, hidden, x)
-    _update(op, "w1", lows[:2], hidden, width, x)
-    _update(op, "w2", lows[2:], width, hidden, x)
-    expect_float(op, "dtype", dtype)
-    expect_length(op, "factors", factors, 2)
-    check_chunk(chunk)
-
-
-def modulated_ffn(x, y, shift, scale, gate, *rest):
-    op = "modulated_ffn"
-    _ffn(op, "x", x, shift, scale, gate, rest[:4], rest[4:8], rest[8:12])
-    if y is not None:
-        expect(op, "y", y, x.shape, x)
-
-
-def modulated_ffn_backward(dout, s, shift, scale, gate, *rest):
-    op = "modulated_ffn_backward"
-    weights, (stats, h, n), settings, (y_dtype, wants) = rest[:4], rest[8:11], rest[11:15], rest[15:]
-    _ffn(op, "s", s, shift, scale, gate, weights, rest[4:8], settings)
-    expect(op, "dout", dout, s.shape, s)
-    expect(op, "stats", stats, (2, *s.shape[:2]), s, wide(s.dtype))
-    _held(op, {"h": (h, (*s.shape[:2], weights[0].shape[0]), settings[2])}, s)
-    _held(op, {"n": (n, s.shape, settings[2])}, s)
-    if y_dtype is not None:
-        expect_float(op, "y_dtype", y_dtype)
-    expect_length(op, "wants", wants, 6)
+        raise ValueError(f"{op}: got w1 {list(inputs.w1.shape)}, want [F, {width}] with F > 0")
+    _linear(op, "w1", inputs.w1, inputs.w1_bias, hidden, width, inputs.x)
+    _linear(op, "w2", inputs.w2, inputs.w2_bias, width, hidden, inputs.x)
+    _update(op, "w1", (inputs.w1_down, inputs.w1_up), hidden, width, inputs.x)
+    _update(op, "w2", (inputs.w2_down, inputs.w2_up), width, hidden, inputs.x)
+    if inputs.y is not None:
+        expect(op, "y", inputs.y, inputs.x.shape if saved is None else (0,), inputs.x)
+    expect_length(op, "factors", settings.factors, 2)
+    expect_float(op, "dtype", settings.dtype)
+    check_chunk(settings.chunk)
 
 
 # -- cross_attention
 
 
-def _cross(op, x, context, weights, image, settings) -> tuple[int, int]:
-    """The numbers of text and image tokens."""
-    image_tokens, num_heads, _, dtype, repeats = settings
+def cross_attention(op, inputs, settings, saved):
+    x, image_tokens = inputs.x, settings.image_tokens
     batch, _, width = expect_rows(op, "x", x)
-    tokens = expect_rank(op, "context", context, "B, S, C")[1]
-    expect(op, "context", context, (batch, tokens, width), x)
-    for i, name in enumerate("qkvo"):
-        _linear(op, name, *weights[2 * i : 2 * i + 2], width, width, x)
-    for name, a in zip(("norm_q", "norm_k"), weights[8:], strict=True):
-        expect(op, name, a, (width,), x)
-    names = ("k_img", "k_bias_img", "v_img", "v_bias_img", "norm_k_img")
-    if _both(op, names, image) != (image_tokens != 0):
+    tokens = expect_rank(op, "context", inputs.context, "B, S, C")[1]
+    expect(op, "context", inputs.context, (batch, tokens, width), x)
+    for name in "qkvo":
+        _linear(op, name, getattr(inputs, name), getattr(inputs, f"{name}_bias"), width, width, x)
+    for name in ("norm_q", "norm_k"):
+        expect(op, name, getattr(inputs, name), (width,), x)
+    image = {name: a for name, a in inputs._asdict().items() if name.endswith("_img")}
+    if _both(op, list(image), list(image.values())) != (image_tokens != 0):
         there = "without" if image_tokens else "with"
         raise ValueError(f"{op}: got {image_tokens} image tokens {there} their weights, want both or neither")
     if image_tokens:
-        shapes = ((width, width), (width,), (width, width), (width,), (width,))
-        for name, a, shape in zip(names, image, shapes, strict=True):
-            (expect_matrix if len(shape) == 2 else expect)(op, name, a, shape, x)
+        for name, a in image.items():
+            matrix = name in ("k_img", "v_img")
+            (expect_matrix if matrix else expect)(op, name, a, (width, width) if matrix else (width,), x)
     if not 0 <= image_tokens < tokens:
         got = f"{image_tokens} image tokens in a context of {tokens}"
         raise ValueError(f"{op}: got {got}, want at least one text token after them")
-    expect_heads(op, width, num_heads)
-    expect_float(op, "dtype", dtype)
-    if repeats < 1:
-        raise ValueError(f"{op}: got {repeats} repeats of the last key, want at least 1")
-    return tokens - image_tokens, image_tokens
-
-
-def cross_attention(x, context, *rest):
-    _cross("cross_attention", x, context, rest[:10], rest[10:15], rest[15:20])
-    expect_length("cross_attention", "keep", rest[20], 3)
-
-
-def cross_attention_backward(dy, x, context, *rest):
-    op, settings = "cross_attention_backward", rest[26:31]
-    text, image = _cross(op, x, context, rest[:10], rest[10:15], settings)
-    out, lse, out_img, lse_img, q_in, k_in, v_in, k_img_in, v_img_in, q, rstd = rest[15:26]
-    num_heads, dtype = settings[1], settings[3]
-    batch, length, width = rows = x.shape
-    expect(op, "dy", dy, rows, x)
-    attended, keys = _attended(x, num_heads, dtype, out, lse), (batch, text, width)
-    projected = {"q_in": (q_in, rows, dtype), "k_in": (k_in, keys, dtype), "v_in": (v_in, keys, dtype)}
-    if image:
-        attended |= _attended(x, num_heads, dtype, out_img, lse_img, "_img")
-        keys = (batch, image, width)
-        projected |= {"k_img_in": (k_img_in, keys, dtype), "v_img_in": (v_img_in, keys, dtype)}
-    _held(op, attended, x)
-    _held(op, projected, x)
-    queries = {"q_normed": (q, rows, dtype), "rstd": (rstd, (1, batch, length), wide(dtype))}
-    _held(op, queries, x)
-    expect_length(op, "wants", rest[31], 11)
+    expect_heads(op, width, settings.num_heads)
+    expect_float(op, "dtype", settings.dtype)
+    if settings.repeats < 1:
+        raise ValueError(f"{op}: got {settings.repeats} repeats of the last key, want at least 1")
