@@ -1,4 +1,4 @@
-"""The cross-attention branch of a block as one operation that decides itself what it keeps.
+"""The cross-attention sublayer of a block as one operation that is told what to save for its backward.
 
     q       = rms(x Wq^T + bq)                               x [B, L, C]; context [B, S, C]
     k, v    = rms(c Wk^T + bk), c Wv^T + bv                  c: the text tokens of the context
@@ -6,16 +6,16 @@
 
 In an image-to-video model the first tokens of the context are an image with projections of its own, and
 "..." is the same queries' attention to it; elsewhere it is nothing. The last text token counts `repeats`
-times, as in prfl_kernels.attention.op, in the gradients of context and weights too. Kept for the backward: x,
-context, the weights, and what `keep` names:
+times, as in prfl_kernels.attention.op, in the gradients of context and weights too. Saved for the backward:
+x, context, the weights, and what `keep` names:
 
-    mode         keeps                                     bytes (16 bits)   made again in backward
+    mode         saves                                     bytes (16 bits)   recomputed in backward
     nothing      -                                                           q, attention
     attention    attention: output, log-sum-exp            2 L C + 4 L H     q
     projections  and projections: q, k before norm, v      4 L C + 4 S C     norms
     all          and queries: q, 1/rms                     6 L C + 4 S C     norm of k
 
-attention is kept once more for an image.
+attention is saved once more for an image.
 """
 
 from collections.abc import Collection, Mapping
@@ -305,11 +305,11 @@ def cross_attention(
     keep: str | Collection[str] = "all",
     repeats: int = 1,
 ) -> Tensor:
-    """The branch's output y [B, L, C] in dtype, to be added to the residual stream.
+    """The sublayer's output y [B, L, C] in dtype, to be added to the residual stream.
 
     x [B, L, C] is the normed stream, context [B, S, C]; with `image` its first image_tokens tokens are those
     of an image, and its last text token counts `repeats` times. Products and attention run in dtype (x.dtype
-    if None). keep is a mode of KEEP or some of the names behind them; without gradient nothing is kept.
+    if None). keep is a mode of KEEP or some of the names it stands for; without gradient nothing is saved.
     Raises ValueError for another `keep`, for repeats below 1, and for image tokens without their weights or
     weights without tokens.
     """

@@ -1,6 +1,6 @@
-"""The feed-forward branch of a block as one operation that decides itself what it keeps.
+"""The feed-forward sublayer of a block as one operation that is told what to save for its backward.
 
-    s  = x + y                                       the residual stream; y is the branch before, or None
+    s  = x + y                                       the residual stream; y is the sublayer before, or None
     n  = LN(s) (1 + scale) + shift                   x, y [B, L, C]; shift, scale, gate [B, C]
     h  = n W1^T,  g = gelu_tanh(h + b1)              W1 [F, C]
     x' = s + gate (g W2^T + b2)                      W2 [C, F]
@@ -40,7 +40,7 @@ from prfl_kernels.sublayers.products import (
     flattened,
     kept,
     linear,
-    low_rank,
+    low_ranks,
     ready,
 )
 
@@ -75,6 +75,8 @@ class Inputs(NamedTuple):
 
 
 class Settings(NamedTuple):
+    """What is not a tensor, as `modulated_ffn` takes it."""
+
     factors: tuple[float, float]  # of the updates of w1 and w2
     eps: float
     dtype: torch.dtype
@@ -82,12 +84,16 @@ class Settings(NamedTuple):
 
 
 class Saves(NamedTuple):
+    """What is saved."""
+
     residual: Annotated[bool, "s"]
     hidden: Annotated[bool, "h"]
     normed: Annotated[bool, "n"]
 
 
 class Results(NamedTuple):
+    """x', and what is saved: s, its statistics [2, B, L], h [B, L, F] and n [B, L, C]."""
+
     out: Tensor | None
     s: Tensor | None
     stats: Tensor
@@ -96,6 +102,8 @@ class Results(NamedTuple):
 
 
 class Wants(NamedTuple):
+    """The groups of gradients."""
+
     stream: Annotated[bool, "x", "y"]
     vectors: Annotated[bool, "shift", "scale"]
     gate: Annotated[bool, "gate"]
@@ -123,13 +131,8 @@ def _begin(x, y, inputs: Inputs, settings: Settings):
     return x if y is None else s, n, stats
 
 
-def _updates(inputs: Inputs, settings: Settings) -> tuple[LowRank | None, LowRank | None]:
-    first, second = settings.factors
-    return low_rank(inputs.w1_down, inputs.w1_up, first), low_rank(inputs.w2_down, inputs.w2_up, second)
-
-
 def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tensor | None]:
-    low1, low2 = _updates(inputs, settings)
+    low1, low2 = low_ranks(inputs, ("w1", "w2"), settings.factors)
     found = pieces(inputs.x, settings.chunk)
     w1, w2 = ready((inputs.w1, inputs.w2), settings.dtype, found)
 
@@ -159,7 +162,7 @@ def _backward(dout, inputs: Inputs, saved: Results, settings: Settings, wants: W
     h, n, y_dtype = saved.h, saved.n, None if inputs.y is None else inputs.y.dtype
     found = pieces(inputs.x, settings.chunk)
     (ready1,) = ready((inputs.w1,), settings.dtype, found)
-    low1, low2 = _updates(inputs, settings)
+    low1, low2 = low_ranks(inputs, ("w1", "w2"), settings.factors)
     first = Product(low1, wants.w1, wants.low1)
     second = GatedProduct(
         inputs.gate, inputs.w2, inputs.w2_bias, low2, settings.dtype, wants.w2, wants.gate, wants.low2,
@@ -215,9 +218,9 @@ def modulated_ffn(
 ) -> Tensor:
     """x' = s + gate * FFN(LN(s) (1 + scale) + shift) with s = x + y, [B, L, C] in x.dtype.
 
-    x [B, L, C] is the residual stream, y [B, L, C] the output of the branch before or None, shift, scale
+    x [B, L, C] is the residual stream, y [B, L, C] the output of the sublayer before or None, shift, scale
     and gate [B, C]; products run in dtype (x.dtype if None). keep is a mode of KEEP or the names that it
-    stands for; without gradient nothing is kept. low holds low-rank updates of "w1" and "w2"; chunk is the
+    stands for; without gradient nothing is saved. low holds low-rank updates of "w1" and "w2"; chunk is the
     number of tokens (of all samples) to work on at a time, None for all. Raises ValueError for another
     `keep`, or names in `low`, or a chunk below 1.
     """
