@@ -96,44 +96,54 @@ class Operation:
         saved = ", ".join(_arguments(results, "saved_"))
         register(
             f"{name}({both[0]}, {both[1]}, bool[] saves) -> ({', '.join(['Tensor'] * len(results._fields))})",
-            *checked(self._check, self._forward, self._fake),
+            *self._taking(self._unpacked, checked(self._check, self._forward, self._fake)),
             self._gradient,
             self._setup_context,
         )
         register(
             f"{name}_backward({given}, {both[0]}, {saved}, {both[1]}, bool[] wants)"
             f" -> ({', '.join(['Tensor'] * len(inputs._fields))})",
-            *checked(self._check_backward, self._backward, self._backward_fake),
+            *self._taking(
+                self._unpacked_backward, checked(self._check_backward, self._backward, self._backward_fake)
+            ),
         )
         self.call, self.call_backward = (
             getattr(torch.ops.prfl, k) for k in (name, f"{name}_backward")
         )
 
+    @staticmethod
+    def _taking(unpack: Callable[[tuple], tuple], functions: list[Callable]) -> list[Callable]:
+        """Functions of records as functions of the arguments of a schema."""
+
+        def after(function: Callable) -> Callable:
+            return lambda *args: function(*unpack(args))
+
+        return [after(function) for function in functions]
+
     def _unpacked(self, args: tuple) -> tuple:
         """(inputs, settings, saves)."""
-        *rest, saves = args
-        expect_length(self.name, "saves", saves, len(self.saves._fields))
+        expect_length(self.name, "saves", args[-1], len(self.saves._fields))
         end = len(self.inputs._fields)
-        return self.inputs._make(rest[:end]), self.settings._make(rest[end:]), self.saves._make(saves)
+        return (
+            self.inputs._make(args[:end]), self.settings._make(args[end:-1]), self.saves._make(args[-1]),
+        )  # fmt: skip
 
     def _unpacked_backward(self, args: tuple) -> tuple:
         """(gradients, inputs, saved, settings, wants)."""
-        *rest, wants = args
-        expect_length(f"{self.name}_backward", "wants", wants, len(self.wants._fields))
+        expect_length(f"{self.name}_backward", "wants", args[-1], len(self.wants._fields))
         a = self.proper
         b = a + len(self.inputs._fields)
         c = b + len(self.results._fields)
         return (
-            rest[:a], self.inputs._make(rest[a:b]), self.results._make(rest[b:c]),
-            self.settings._make(rest[c:]), self.wants._make(wants),
+            args[:a], self.inputs._make(args[a:b]), self.results._make(args[b:c]),
+            self.settings._make(args[c:-1]), self.wants._make(args[-1]),
         )  # fmt: skip
 
-    def _check(self, *args) -> None:
-        inputs, settings, _ = self._unpacked(args)
+    def _check(self, inputs, settings, saves) -> None:
         self.check(self.name, inputs, settings, None)
 
-    def _check_backward(self, *args) -> None:
-        op, (gradients, inputs, saved, settings, _) = f"{self.name}_backward", self._unpacked_backward(args)
+    def _check_backward(self, gradients, inputs, saved, settings, wants) -> None:
+        op = f"{self.name}_backward"
         self.check(op, inputs, settings, saved)
         x, shapes = inputs[0], self.shapes(inputs, settings)
         for name, d in zip(self.results._fields, gradients, strict=False):
@@ -147,13 +157,11 @@ class Operation:
             if a is not None and shapes[name] is not None and name not in left_out:
                 expect(op, name, a, shapes[name][0], x, shapes[name][1])
 
-    def _forward(self, *args) -> tuple[Tensor, ...]:
-        inputs, settings, saves = self._unpacked(args)
+    def _forward(self, inputs, settings, saves) -> tuple[Tensor, ...]:
         results = self.results(**self.forward(inputs, settings, saves))
         return tuple(inputs[0].new_empty(0) if a is None else a for a in results)
 
-    def _fake(self, *args) -> tuple[Tensor, ...]:
-        inputs, settings, saves = self._unpacked(args)
+    def _fake(self, inputs, settings, saves) -> tuple[Tensor, ...]:
         shapes = self.results(**self.shapes(inputs, settings))._asdict()
         for saved, names in zip(saves, self.saved_groups.values(), strict=True):
             shapes |= {} if saved else dict.fromkeys(names)
@@ -187,16 +195,14 @@ class Operation:
             for k, a in inputs._asdict().items()
         }
 
-    def _backward(self, *args) -> tuple[Tensor, ...]:
-        gradients, inputs, saved, settings, wants = self._unpacked_backward(args)
+    def _backward(self, gradients, inputs, saved, settings, wants) -> tuple[Tensor, ...]:
         made = self.backward(*gradients, inputs, saved, settings, wants)
         return tuple(
             inputs[0].new_empty(0) if a is None else made[k].to(a.dtype)
             for k, a in self._wanted(inputs, wants).items()
         )
 
-    def _backward_fake(self, *args) -> tuple[Tensor, ...]:
-        _, inputs, _, _, wants = self._unpacked_backward(args)
+    def _backward_fake(self, gradients, inputs, saved, settings, wants) -> tuple[Tensor, ...]:
         x = inputs[0]
         return tuple(
             x.new_empty(0) if a is None else a.new_empty(x.shape if _missing(a) else a.shape)

@@ -230,8 +230,8 @@ def _made(inputs: Inputs, settings: Settings, names: list[str]) -> dict[str, Ten
 def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tensor | None]:
     saved = sum((KEPT[name] for name, asked in saves._asdict().items() if asked), ("stats",))
     if inputs.given_out is None:
-        names = [name for name in _AXES if name in (*saved, "v", "q", "k", "rstd")]
-        made = _made(inputs, settings, names)
+        needed = {*saved, "v", "q", "k", "rstd"}
+        made = _made(inputs, settings, [name for name in _AXES if name in needed])
         made["out"], made["lse"] = attention_with_lse(made["q"], made["k"], _heads(made["v"], settings))
         out = made["out"]
     else:
