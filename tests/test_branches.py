@@ -305,7 +305,7 @@ def test_registration_of_the_attention_branch(keep, next_norm, chunk, low):
 def test_registration_of_the_ffn_branch(keep, second, chunk, low):
     inputs = [a if a is None else a.requires_grad_() for a in ffn_inputs(1, F32, second)]
     inputs += updates([(HIDDEN, WIDTH), (WIDTH, HIDDEN)]) if low else [None] * 4
-    settings = [[0.5, 2.0], 1e-6, BF16, chunk, True, keep, keep]
+    settings = [[0.5, 2.0], 1e-6, BF16, chunk, [True, keep, keep]]
     opcheck(torch.ops.prfl.modulated_ffn.default, (*inputs, *settings))
 
 

@@ -19,14 +19,13 @@ from torch.library import opcheck
 
 from prfl_engine.model.layers import IMAGE_TOKENS, CrossAttention, Linear
 from prfl_kernels import dispatch
-from prfl_kernels.sublayers import cross_attention as branch
-from prfl_kernels.sublayers.cross_attention import ImageWeights, cross_attention
+from prfl_kernels.sublayers.cross_attention import KEEP, ImageWeights, cross_attention
 from prfl_kernels.sublayers.products import AttentionWeights
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 LENGTH, TEXT, PICTURE, HEADS, WIDTH = 13, 7, 5, 2, 32
 CHAIN = 6  # projection, its norm, scores, softmax, values, projection
-MODES = pytest.mark.parametrize("keep", list(branch.KEEP))
+MODES = pytest.mark.parametrize("keep", list(KEEP))
 IMAGE = pytest.mark.parametrize("image", [False, True])
 
 

@@ -7,16 +7,18 @@ from typing import NamedTuple
 
 from prfl_engine.config import ModelConfig
 from prfl_engine.errors import UserError
-from prfl_kernels.sublayers import cross_attention, self_attention
 from prfl_kernels.sublayers import ffn as modulated_ffn
+from prfl_kernels.sublayers import self_attention
+from prfl_kernels.sublayers.cross_attention import KEEP as CROSS_KEEP
+from prfl_kernels.sublayers.cross_attention import KEPT as CROSS_KEPT
 
 # Inner parts of each branch: our name, the branch's own name, and how many tensors it saves for it, as they
 # end the list of what the branch saves.
 INNER = {
-    "attend": [(name, name, count) for name, count in self_attention.KEPT.items()],
+    "attend": [(name, name, len(parts)) for name, parts in self_attention.KEPT.items()],
     "cross": [
-        ("cross_" + name, name, count) if name != "attention" else ("cross_attention", name, count)
-        for name, count in cross_attention.KEPT.items()
+        ("cross_" + name, name, len(parts)) if name != "attention" else ("cross_attention", name, len(parts))
+        for name, parts in CROSS_KEPT.items()
     ],
     "feed": [("hidden", "hidden", 1), ("ffn_normed", "normed", 1)],
 }
@@ -85,7 +87,7 @@ def named(mode: str, keep: str = "all") -> BlockPolicy:
     if mode not in MODES:
         raise ValueError(f"recompute: got {mode!r}, want one of {', '.join(MODES)}")
     if mode == "none":
-        modes = self_attention.KEEP, cross_attention.KEEP, modulated_ffn.KEEP
+        modes = self_attention.KEEP, CROSS_KEEP, modulated_ffn.KEEP
         parts = zip(INNER.values(), (m[keep] for m in modes), strict=True)
         inner = {name for names, kept in parts for name, own, _ in names if own in kept}
         return BlockPolicy(frozenset({*STREAM, *inner}), again=keep)

@@ -17,7 +17,7 @@ from prfl_kernels.qk_norm_rope.rope import Grid
 from prfl_kernels.sublayers.cross_attention import ImageWeights, cross_attention
 from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
 from prfl_kernels.sublayers.products import AttentionWeights, LowRank
-from prfl_kernels.sublayers.self_attention import Branch, modulated_attention
+from prfl_kernels.sublayers.self_attention import SelfAttentionOutput, modulated_attention
 
 IMAGE_TOKENS = 257  # CLIP tokens of the first frame, in front of the text tokens of an I2V context
 IMAGE_DIM = 1280
@@ -217,7 +217,7 @@ class Block(nn.Module):
         """What the queries of cross-attention read, [B, L, C] in the dtype of products."""
         return layer_norm(x_BLC, self.norm3.weight, self.norm3.bias, self.eps, self.dtype)
 
-    def attend(self, x_BLC: Tensor, vectors, grid, keep="all", attention=None) -> Branch:
+    def attend(self, x_BLC: Tensor, vectors, grid, keep="all", attention=None) -> SelfAttentionOutput:
         """The self-attention sublayer and the norm that cross-attention reads."""
         attn = self.self_attn
         return modulated_attention(

@@ -45,9 +45,10 @@ from prfl_engine.planner.dry_run import (
     validation_bytes,
 )
 from prfl_engine.planner.search import SAME, UNLIMITED, Blocks, Tails, least, search
-from prfl_kernels.sublayers import cross_attention, self_attention
+from prfl_kernels.sublayers import self_attention
+from prfl_kernels.sublayers.cross_attention import KEEP as CROSS_KEEP
 
-KEEP = {"attend": self_attention.KEEP, "cross": cross_attention.KEEP}
+KEEP = {"attend": self_attention.KEEP, "cross": CROSS_KEEP}
 _RESIDUALS = {"input", "after_attention", "after_cross"}
 KINDS = {
     "none": named("none"),

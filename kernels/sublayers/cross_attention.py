@@ -1,4 +1,4 @@
-"""The cross-attention branch of a block as one operation that decides itself what it keeps.
+"""The cross-attention sublayer of a block as one operation that is told what to save for its backward.
 
     q       = rms(x Wq^T + bq)                               x [B, L, C]; context [B, S, C]
     k, v    = rms(c Wk^T + bk), c Wv^T + bv                  c: the text tokens of the context
@@ -6,30 +6,30 @@
 
 In an image-to-video model the first tokens of the context are an image with projections of its own, and
 "..." is the same queries' attention to it; elsewhere it is nothing. The last text token counts `repeats`
-times, as in prfl_kernels.attention.op, in the gradients of context and weights too. Kept for the backward: x,
-context, the weights, and what `keep` names:
+times, as in prfl_kernels.attention.op, in the gradients of context and weights too. Saved for the backward:
+x, context, the weights, and what `keep` names:
 
-    mode         keeps                                     bytes (16 bits)   made again in backward
+    mode         saves                                     bytes (16 bits)   recomputed in backward
     nothing      -                                                           q, attention
     attention    attention: output, log-sum-exp            2 L C + 4 L H     q
     projections  and projections: q, k before norm, v      4 L C + 4 S C     norms
     all          and queries: q, 1/rms                     6 L C + 4 S C     norm of k
 
-attention is kept once more for an image.
+attention is saved once more for an image.
 """
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prfl_kernels.attention.op import attention_with_lse
-from prfl_kernels.checks import checked
 from prfl_kernels.dispatch import backward_of
-from prfl_kernels.jit import register, wide
+from prfl_kernels.jit import wide
 from prfl_kernels.qk_norm_rope.op import pair as norm_pair
-from prfl_kernels.sublayers import checks as branch_checks
+from prfl_kernels.sublayers import checks
+from prfl_kernels.sublayers.operation import Operation, Shape, groups
 from prfl_kernels.sublayers.products import AttentionWeights, kept, linear, weight_gradients
 
 KEEP = {
@@ -38,7 +38,6 @@ KEEP = {
     "projections": ("attention", "projections"),
     "all": ("attention", "projections", "queries"),
 }
-KEPT = {"attention": 4, "projections": 5, "queries": 2}  # parts and their tensors
 
 
 class ImageWeights(NamedTuple):
@@ -51,8 +50,30 @@ class ImageWeights(NamedTuple):
     norm_k: Tensor
 
 
-class _Settings(NamedTuple):
-    """What the schema carries besides tensors."""
+class Inputs(NamedTuple):
+    """x [B, L, C], context [B, S, C]; weights as in AttentionWeights and ImageWeights."""
+
+    x: Tensor
+    context: Tensor
+    q: Tensor
+    q_bias: Tensor
+    k: Tensor
+    k_bias: Tensor
+    v: Tensor
+    v_bias: Tensor
+    o: Tensor
+    o_bias: Tensor
+    norm_q: Tensor
+    norm_k: Tensor
+    k_img: Tensor | None
+    k_bias_img: Tensor | None
+    v_img: Tensor | None
+    v_bias_img: Tensor | None
+    norm_k_img: Tensor | None
+
+
+class Settings(NamedTuple):
+    """What is not a tensor; `repeats` is how many times the last text token counts."""
 
     image_tokens: int
     num_heads: int
@@ -61,13 +82,58 @@ class _Settings(NamedTuple):
     repeats: int
 
 
+class Saves(NamedTuple):
+    """The parts that are saved, and their tensors."""
+
+    attention: Annotated[bool, "out", "lse", "out_img", "lse_img"]
+    projections: Annotated[bool, "q_in", "k_in", "v_in", "k_in_img", "v_in_img"]
+    queries: Annotated[bool, "q_normed", "rstd"]
+
+
+class Results(NamedTuple):
+    """y, and what is saved: output [B, L, H, D] and log-sum-exp [B, H, L] of attention to each part, queries
+    [B, L, C] and keys [B, S, C] before their norm, values, queries after their norm, 1/rms [1, B, L]."""
+
+    y: Tensor | None
+    out: Tensor
+    lse: Tensor
+    out_img: Tensor
+    lse_img: Tensor
+    q_in: Tensor
+    k_in: Tensor
+    v_in: Tensor
+    k_in_img: Tensor
+    v_in_img: Tensor
+    q_normed: Tensor
+    rstd: Tensor
+
+
+class Wants(NamedTuple):
+    """The groups of gradients."""
+
+    x: Annotated[bool, "x"]
+    context: Annotated[bool, "context"]
+    q: Annotated[bool, "q", "q_bias"]
+    k: Annotated[bool, "k", "k_bias"]
+    v: Annotated[bool, "v", "v_bias"]
+    o: Annotated[bool, "o", "o_bias"]
+    norm_q: Annotated[bool, "norm_q"]
+    norm_k: Annotated[bool, "norm_k"]
+    k_img: Annotated[bool, "k_img", "k_bias_img"]
+    v_img: Annotated[bool, "v_img", "v_bias_img"]
+    norm_k_img: Annotated[bool, "norm_k_img"]
+
+
+KEPT = groups(Saves)
+
+
 class _Keys(NamedTuple):
     """One part of the context, with its projections [B, S, C]."""
 
-    name: str  # suffix of the names of its gradients
+    end: str  # of the names of its weights and results
     tokens: Tensor
     repeats: int  # of the last token
-    weights: NamedTuple
+    weights: ImageWeights
     before: Tensor  # keys before the norm
     rstd: Tensor
     k: Tensor
@@ -80,149 +146,134 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return n.flatten(2), rstd
 
 
-def _keys(
-    context, w: AttentionWeights, image: ImageWeights, s: _Settings, held: Sequence[Tensor]
-) -> list[_Keys]:
-    """The parts of the context, the text first; held: the keys before norm and values of each, or empty."""
-    parts, tokens = [("", context[:, s.image_tokens :], s.repeats, w)], context[:, : s.image_tokens]
-    if s.image_tokens:
-        parts.append(("_img", tokens, 1, image))
+def _keys(inputs: Inputs, settings: Settings, saved: Results | None = None) -> list[_Keys]:
+    """The parts of the context, the text first; their projections are recomputed where they are not saved."""
+    context, n = inputs.context, settings.image_tokens
+    parts = [("", context[:, n:], settings.repeats), ("_img", context[:, :n], 1)]
     made = []
-    for i, (name, tokens, repeats, weights) in enumerate(parts):
-        tokens, (before, v) = tokens.to(s.dtype), held[2 * i : 2 * i + 2]
-        if not before.numel():
-            before = linear(tokens, weights.k, weights.k_bias)
-            v = linear(tokens, weights.v, weights.v_bias)
-        k, rstd = _normed(before, weights.norm_k, s.eps)
-        made.append(_Keys(name, tokens, repeats, weights, before, rstd, k, v))
+    for end, tokens, repeats in parts[: 2 if n else 1]:
+        tokens = tokens.to(settings.dtype)
+        w = ImageWeights(*(getattr(inputs, f"{name}{end}") for name in ImageWeights._fields))
+        if saved is not None and saved.k_in.numel():
+            before, v = getattr(saved, f"k_in{end}"), getattr(saved, f"v_in{end}")
+        else:
+            before, v = linear(tokens, w.k, w.k_bias), linear(tokens, w.v, w.v_bias)
+        k, rstd = _normed(before, w.norm_k, settings.eps)
+        made.append(_Keys(end, tokens, repeats, w, before, rstd, k, v))
     return made
 
 
-def _heads(x: Tensor, s: _Settings) -> Tensor:
-    return x.unflatten(2, (s.num_heads, -1))
+def _heads(x: Tensor, settings: Settings) -> Tensor:
+    return x.unflatten(2, (settings.num_heads, -1))
 
 
-def _attended(q, keys: list[_Keys], s: _Settings) -> list[Tensor]:
+def _attended(q: Tensor, keys: list[_Keys], settings: Settings) -> dict[str, Tensor]:
     """Output and log-sum-exp of every part."""
-    q, made = _heads(q, s), []
+    q, made = _heads(q, settings), {}
     for part in keys:
-        made += attention_with_lse(q, _heads(part.k, s), _heads(part.v, s), repeats=part.repeats)
+        made[f"out{part.end}"], made[f"lse{part.end}"] = attention_with_lse(
+            q, _heads(part.k, settings), _heads(part.v, settings), repeats=part.repeats
+        )
     return made
 
 
-def _forward(x, context, *rest):
-    w, image, s = AttentionWeights(*rest[:10]), ImageWeights(*rest[10:15]), _Settings(*rest[15:20])
-    keeps = dict(zip(KEPT, rest[20], strict=True))
-    held = {name: [x.new_empty(0) for _ in range(count)] for name, count in KEPT.items()}
-    q_in = linear(x.to(s.dtype), w.q, w.q_bias)
-    q, rstd = _normed(q_in, w.norm_q, s.eps)
-    keys = _keys(context, w, image, s, held["projections"][1:])
-    if keeps["projections"]:
-        projected = [q_in, *(a for part in keys for a in (part.before, part.v))]
-        held["projections"][: len(projected)] = projected
-        del projected
+def _total(attended: Mapping[str, Tensor], settings: Settings) -> Tensor:
+    """The sum of the parts' outputs [B, L, C]."""
+    out = attended["out"]
+    return (out + attended["out_img"] if settings.image_tokens else out).flatten(2)
+
+
+def _shapes(inputs: Inputs, settings: Settings) -> dict[str, Shape | None]:
+    batch, length, width = inputs.x.shape
+    dtype, image = settings.dtype, settings.image_tokens
+    rows, out, lse = checks.attention_shapes(inputs.x, settings)
+    text = (batch, inputs.context.shape[1] - image, width), dtype
+    picture = ((batch, image, width), dtype) if image else None
+    return {
+        "y": rows, "out": out, "lse": lse,
+        "out_img": out if image else None, "lse_img": lse if image else None,
+        "q_in": rows, "k_in": text, "v_in": text, "k_in_img": picture, "v_in_img": picture,
+        "q_normed": rows, "rstd": ((1, batch, length), wide(dtype)),
+    }  # fmt: skip
+
+
+def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tensor | None]:
+    results = dict.fromkeys(Results._fields)
+    q_in = linear(inputs.x.to(settings.dtype), inputs.q, inputs.q_bias)
+    q, rstd = _normed(q_in, inputs.norm_q, settings.eps)
+    keys = _keys(inputs, settings)
+    if saves.projections:
+        results["q_in"] = q_in
+        results |= {f"k_in{part.end}": part.before for part in keys}
+        results |= {f"v_in{part.end}": part.v for part in keys}
     del q_in
-    made = _attended(q, keys, s)
+    attended = _attended(q, keys, settings)
     del keys
-    if keeps["queries"]:
-        held["queries"] = [q, rstd]
+    if saves.queries:
+        results |= {"q_normed": q, "rstd": rstd}
     del q, rstd
-    a = made[0] if len(made) == 2 else made[0] + made[2]
-    if keeps["attention"]:
-        held["attention"][: len(made)] = made
-    del made
-    return linear(a.flatten(2), w.o, w.o_bias), *sum(held.values(), [])
+    a = _total(attended, settings)
+    if saves.attention:
+        results |= attended
+    del attended
+    results["y"] = linear(a, inputs.o, inputs.o_bias)
+    return results
 
 
-def _fake(x, context, *rest):
-    s, keeps = _Settings(*rest[15:20]), dict(zip(KEPT, rest[20], strict=True))
-    batch, length, width = x.shape
-    rows = (batch, length, width), s.dtype
-    text, picture = (
-        ((batch, n, width), s.dtype) for n in (context.shape[1] - s.image_tokens, s.image_tokens)
-    )
-    outs = [
-        ((batch, length, s.num_heads, width // s.num_heads), s.dtype),
-        ((batch, s.num_heads, length), wide(s.dtype)),
-    ]
-    wanted = {
-        "attention": [*outs, *(outs if s.image_tokens else [None, None])],
-        "projections": [rows, text, text, *([picture, picture] if s.image_tokens else [None, None])],
-        "queries": [rows, ((1, batch, length), wide(s.dtype))],
-    }
-    made = sum((v if keeps[k] else [None] * len(v) for k, v in wanted.items()), [])
-    held = (x.new_empty(0) if a is None else x.new_empty(a[0], dtype=a[1]) for a in made)
-    return x.new_empty(rows[0], dtype=rows[1]), *held
+def _save(inputs: Inputs, results: Results) -> tuple[Inputs, Results]:
+    return inputs, results._replace(y=None)
 
 
-class _Wants(NamedTuple):
-    """The groups of gradients to make; a weight goes with its bias."""
-
-    x: bool
-    context: bool
-    q: bool
-    k: bool
-    v: bool
-    o: bool
-    norm_q: bool
-    norm_k: bool
-    k_img: bool
-    v_img: bool
-    norm_k_img: bool
-
-
-def _backward(dy, x, context, *rest):
-    w, image = AttentionWeights(*rest[:10]), ImageWeights(*rest[10:15])
-    out, lse, out_img, lse_img, q_in, *projected, q, rstd = rest[15:26]
-    s, wants = _Settings(*rest[26:31]), _Wants(*rest[31])
+def _backward(
+    dy: Tensor, inputs: Inputs, saved: Results, settings: Settings, wants: Wants
+) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
-    n, d = x.to(s.dtype), dy.to(s.dtype)
+    n, d = inputs.x.to(settings.dtype), dy.to(settings.dtype)
+    q_in, q, rstd = saved.q_in, saved.q_normed, saved.rstd
     if not q_in.numel():
-        q_in = linear(n, w.q, w.q_bias)
+        q_in = linear(n, inputs.q, inputs.q_bias)
     if not rstd.numel():
-        q, rstd = _normed(q_in, w.norm_q, s.eps)
-    keys = _keys(context, w, image, s, projected)
-    results = [out, lse, out_img, lse_img] if lse.numel() else _attended(q, keys, s)
+        q, rstd = _normed(q_in, inputs.norm_q, settings.eps)
+    keys = _keys(inputs, settings, saved)
+    attended = saved._asdict() if saved.lse.numel() else _attended(q, keys, settings)
     if wants.o:
-        a = (results[0] + results[2] if len(keys) == 2 else results[0]).flatten(2)
-        made["o"], made["o_bias"] = weight_gradients(d, a, w.o, w.o_bias)
+        a = _total(attended, settings)
+        made["o"], made["o_bias"] = weight_gradients(d, a, inputs.o, inputs.o_bias)
         del a
-    da = (d @ w.o.to(s.dtype)).view(q.shape)
+    da = _heads(d @ inputs.o.to(settings.dtype), settings)
     del d
-    backend, factor = backward_of("attention", _heads(q, s)), (q.shape[2] // s.num_heads) ** -0.5
+    q = _heads(q, settings)
+    backend, factor = backward_of("attention", q), q.shape[3] ** -0.5
     wants_q, dq, dcontext = wants.x or wants.q or wants.norm_q, None, []
-    for part, a, lse in zip(keys, results[::2], results[1::2], strict=False):
-        wants_kv = wants.context or any(getattr(wants, f"{m}{part.name}") for m in ("k", "v", "norm_k"))
+    for part in keys:
+        wants_kv = wants.context or any(getattr(wants, f"{m}{part.end}") for m in ("k", "v", "norm_k"))
         more, dk, dv = torch.ops.prfl.attention_backward(
-            _heads(da, s), None, _heads(q, s), _heads(part.k, s), _heads(part.v, s), a, lse, factor,
-            backend, wants_q, wants_kv, part.repeats,
+            da, None, q, _heads(part.k, settings), _heads(part.v, settings), attended[f"out{part.end}"],
+            attended[f"lse{part.end}"], factor, backend, wants_q, wants_kv, part.repeats,
         )  # fmt: skip
         dq = more if dq is None else dq + more
         if wants_kv:
             dcontext.append(_keys_backward(dk.flatten(2), dv.flatten(2), part, wants, made))
-    del da, q, results, out, lse, out_img, lse_img, more
+    del da, q, attended, more
     if wants_q:
         run = norm_pair(q_in, "rms_norm")[1]
         dq, _, dnorm = run(
-            dq.flatten(2), None, q_in, None, w.norm_q, None, rstd, None, 1, 0, wants.norm_q
+            dq.flatten(2), None, q_in, None, inputs.norm_q, None, rstd, None, 1, 0, wants.norm_q
         )
-        made["norm_q"] = dnorm[0] if wants.norm_q else None
+        if wants.norm_q:
+            made["norm_q"] = dnorm[0]
         if wants.q:
-            made["q"], made["q_bias"] = weight_gradients(dq, n, w.q, w.q_bias)
+            made["q"], made["q_bias"] = weight_gradients(dq, n, inputs.q, inputs.q_bias)
         if wants.x:
-            made["x"] = dq @ w.q.to(dq.dtype)
+            made["x"] = dq @ inputs.q.to(dq.dtype)
     if wants.context:
         made["context"] = torch.cat(dcontext[::-1], dim=1)  # the image comes first
-    like = {"x": x, "context": context, **w._asdict()}
-    like |= {f"{name}_img": a for name, a in image._asdict().items()}
-    return tuple(
-        x.new_empty(0) if made.get(name) is None else made[name].to(a.dtype) for name, a in like.items()
-    )
+    return made
 
 
-def _keys_backward(dk, dv, part: _Keys, wants: _Wants, made: dict[str, Tensor]) -> Tensor:
+def _keys_backward(dk, dv, part: _Keys, wants: Wants, made: dict[str, Tensor]) -> Tensor:
     """Gradient of the tokens of one part; those of its weights go into `made`."""
-    w, end = part.weights, part.name
+    w, end = part.weights, part.end
     wants_norm = getattr(wants, f"norm_k{end}")
     run = norm_pair(part.before, "rms_norm")[1]
     dk, _, dnorm = run(dk, None, part.before, None, w.norm_k, None, part.rstd, None, 1, 0, wants_norm)
@@ -236,50 +287,10 @@ def _keys_backward(dk, dv, part: _Keys, wants: _Wants, made: dict[str, Tensor]) 
     return dk @ w.k.to(dk.dtype) + dv @ w.v.to(dv.dtype)
 
 
-def _backward_fake(dy, x, context, *rest):
-    w, image, wants = AttentionWeights(*rest[:10]), ImageWeights(*rest[10:15]), _Wants(*rest[31])
-    like = {"x": x, "context": context, **w._asdict()}
-    like |= {f"{name}_img": a for name, a in image._asdict().items()}
-    return tuple(
-        a.new_empty(a.shape) if getattr(wants, name.replace("_bias", "")) else x.new_empty(0)
-        for name, a in like.items()
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.settings = inputs[17:22]
-    ctx.set_materialize_grads(False)  # or every kept tensor gets a gradient of zeros of its size
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:17], *output[1:])
-
-
-def _gradient(ctx, dy, *_):
-    if dy is None:
-        return (None,) * 23
-    needs = ctx.needs_input_grad
-    pairs = [any(needs[i : i + 2]) for i in (2, 4, 6, 8)]
-    wants = [*needs[:2], *pairs, *needs[10:12], any(needs[12:14]), any(needs[14:16]), needs[16]]
-    made = torch.ops.prfl.cross_attention_backward(dy, *ctx.saved_tensors, *ctx.settings, wants)
-    return *(a if need else None for a, need in zip(made, needs[:17], strict=True)), *[None] * 6
-
-
-_MATRICES = ", ".join(f"Tensor {name}" for name in AttentionWeights._fields)
-_IMAGE = ", ".join(f"Tensor? {name}_img" for name in ImageWeights._fields)
-_SETTINGS = "int image_tokens, int num_heads, float eps, ScalarType dtype, int repeats"
-register(
-    f"cross_attention(Tensor x, Tensor context, {_MATRICES}, {_IMAGE}, {_SETTINGS}, bool[3] keep)"
-    f" -> ({', '.join(['Tensor'] * 12)})",
-    *checked(branch_checks.cross_attention, _forward, _fake),
-    _gradient,
-    _setup_context,
-)
-register(
-    f"cross_attention_backward(Tensor dy, Tensor x, Tensor context, {_MATRICES}, {_IMAGE}, Tensor out,"
-    " Tensor lse, Tensor out_img, Tensor lse_img, Tensor q_in, Tensor k_in, Tensor v_in, Tensor k_img_in,"
-    f" Tensor v_img_in, Tensor q_normed, Tensor rstd, {_SETTINGS}, bool[11] wants)"
-    f" -> ({', '.join(['Tensor'] * 17)})",
-    *checked(branch_checks.cross_attention_backward, _backward, _backward_fake),
-)
+_OPERATION = Operation(
+    "cross_attention", Inputs, Settings, Saves, Results, Wants,
+    checks.cross_attention, _shapes, _forward, _save, _backward,
+)  # fmt: skip
 
 
 def cross_attention(
@@ -294,18 +305,16 @@ def cross_attention(
     keep: str | Collection[str] = "all",
     repeats: int = 1,
 ) -> Tensor:
-    """The branch's output y [B, L, C] in dtype, to be added to the residual stream.
+    """The sublayer's output y [B, L, C] in dtype, to be added to the residual stream.
 
     x [B, L, C] is the normed stream, context [B, S, C]; with `image` its first image_tokens tokens are those
     of an image, and its last text token counts `repeats` times. Products and attention run in dtype (x.dtype
-    if None). keep is a mode of KEEP or some of the names behind them; without gradient nothing is kept.
+    if None). keep is a mode of KEEP or some of the names it stands for; without gradient nothing is saved.
     Raises ValueError for another `keep`, for repeats below 1, and for image tokens without their weights or
     weights without tokens.
     """
     names = kept("cross_attention", KEEP, keep)
-    inputs = (x, context, *weights, *(image or ()))
-    graded = torch.is_grad_enabled() and any(a.requires_grad for a in inputs)
-    return torch.ops.prfl.cross_attention(
-        x, context, *weights, *(image or [None] * 5), image_tokens, num_heads, eps, dtype or x.dtype,
-        repeats, [graded and name in names for name in KEPT],
-    )[0]  # fmt: skip
+    inputs = Inputs(x, context, *weights, *(image or (None,) * len(ImageWeights._fields)))
+    graded = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs)
+    settings = Settings(image_tokens, num_heads, eps, dtype or x.dtype, repeats)
+    return _OPERATION.call(*inputs, *settings, [graded and name in names for name in KEPT])[0]

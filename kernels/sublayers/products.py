@@ -219,6 +219,14 @@ def low_rank(down: Tensor | None, up: Tensor | None, scale: float) -> LowRank | 
     return None if down is None else LowRank(down, up, scale)
 
 
+def low_ranks(inputs: NamedTuple, names: Sequence[str], scales: Sequence[float]) -> list[LowRank | None]:
+    """The updates of the weights NAME, which `inputs` of an operation has as NAME_down and NAME_up."""
+    return [
+        low_rank(getattr(inputs, f"{name}_down"), getattr(inputs, f"{name}_up"), scale)
+        for name, scale in zip(names, scales, strict=True)
+    ]
+
+
 def flattened(
     op: str, low: Mapping[str, LowRank] | None, names: Sequence[str]
 ) -> tuple[list[Tensor | None], list[float]]:
