@@ -168,11 +168,13 @@ def _merge_lora(args) -> None:
 def _doctor(args) -> int:
     import json
 
-    from prfl_bench.selftest import selftest
     from prfl_engine.tools.doctor import columns, render, report
 
-    found = report()
-    rows = list(selftest()) if args.selftest else []
+    found, rows = report(), []
+    if args.selftest:
+        from prfl_bench.selftest import selftest
+
+        rows = list(selftest())
     if args.json:
         found["selftest"] = [row._asdict() for row in rows]
         print(json.dumps(found, indent=2))

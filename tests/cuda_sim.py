@@ -68,11 +68,11 @@ def _load(objects: list[Path], folder: Path) -> ModuleType:
 @cache
 def _objects() -> dict[str, Path]:
     """{source: object}, compiled once for every state of the sources, whoever asks."""
-    files = sorted(p for part in ("*.cpp", "*.h", "cuda/*", "sim/*", "sources.txt") for p in CSRC.glob(part))
+    files = sorted(p for part in ("*.*", "cpu/*.h", "cuda/**/*.*", "sim/*") for p in CSRC.glob(part))
     state = repr([FLAGS, headers(), *((p.name, p.read_text()) for p in files)])
     folder = ROOT / "build" / f"sim-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["bind_cuda.cpp", *sources(), "sim/cusim.cpp", "sim/hopper.cpp"]
+    names = ["cuda/bind.cpp", *sources(), "sim/cusim.cpp", "sim/hopper.cpp"]
     objects = {name: folder / f"{Path(name).name}.o" for name in names}
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,7 +1,7 @@
 """The kernel ledger: what every Triton kernel of this package compiles to and moves, without a GPU.
 
 One row a kernel launch at the shapes of Wan2.1: registers, spills, occupancy and instructions of the
-sm_90a code, bytes and operations counted in Triton's interpreter, and a predicted time. ledger_entries has
+sm_90a code, bytes and operations counted in Triton's interpreter, and a predicted time. operations.py has
 the operations. Compiling and interpreting take processes of their own, since TRITON_INTERPRET has to be
 set before Triton is imported. docs/kernels.md says how to read it.
 """
@@ -66,7 +66,7 @@ def _spawn(task: str, what: Any) -> Any:
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        code = "import sys; from prfl_kernels import ledger; ledger.work(*sys.argv[1:])"
+        code = "import sys; from prfl_bench.ledger.collect import work; work(*sys.argv[1:])"
         arguments = [task, json.dumps(what), str(file)]
         done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment)
         if done.returncode:
