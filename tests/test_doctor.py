@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from prfl_engine import gpu
 from prfl_engine.tools import doctor
 from prfl_kernels import dispatch
 
@@ -89,9 +90,9 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70 << 30, 80 << 30))
-    doctor._nvml.cache_clear()
+    gpu._nvml.cache_clear()
     yield monkeypatch
-    doctor._nvml.cache_clear()
+    gpu._nvml.cache_clear()
 
 
 class FakeNvml(types.ModuleType):
@@ -126,7 +127,7 @@ class FakeNvml(types.ModuleType):
 
 def test_gpu_readings(fake_gpu):
     fake_gpu.setitem(sys.modules, "pynvml", FakeNvml("pynvml"))
-    assert doctor.gpu_metrics() == {
+    assert gpu.gpu_metrics() == {
         "gpu_memory_bytes": float(5 << 30),
         "gpu_power_w": 345.6,
         "gpu_sm_clock_mhz": 1980.0,
@@ -143,19 +144,19 @@ def test_gpu_without_nvml_is_one_clear_line_and_the_memory_alone(fake_gpu):
     gpus, note = doctor._gpus()
     assert gpus[0]["name"] == "NVIDIA H100"
     assert "pip install nvidia-ml-py" in note and "\n" not in note
-    assert doctor.gpu_metrics() == {"gpu_memory_bytes": float(10 << 30)}
+    assert gpu.gpu_metrics() == {"gpu_memory_bytes": float(10 << 30)}
 
 
 def test_no_gpu_no_metrics(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor.gpu_metrics() == {}
+    assert gpu.gpu_metrics() == {}
     gpus, note = doctor._gpus()
     assert gpus == [] and note.startswith("No GPU: ")
 
 
 @pytest.mark.gpu
 def test_gpu_metrics_on_a_gpu():
-    values = doctor.gpu_metrics()
+    values = gpu.gpu_metrics()
     assert values["gpu_memory_bytes"] > 0
     assert all(isinstance(value, float) for value in values.values())
 
