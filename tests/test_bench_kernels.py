@@ -22,7 +22,6 @@ FAST = ("--small", "--repeat", "2")
 def bench(monkeypatch):
     """The script as a module, in a hurry: as if caches were small, torch.compile without code. One
     thread, since two wait for each other where the cores are shared."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     from prfl_bench import bench_kernels, timing
 
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 18)
