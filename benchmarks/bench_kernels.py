@@ -24,16 +24,15 @@ from pathlib import Path
 
 import torch
 
-from prfl_bench import gates, kernel_cases, kernel_cases_fp8, shapes
-from prfl_bench import operations as ledger_entries
-from prfl_bench.kernel_cases import Entry
+from prfl_bench import gates, shapes
 from prfl_bench.ledger import collect as ledger
 from prfl_bench.ledger import table as ledger_rows
+from prfl_bench.operations import OPERATIONS, Launch, Operation
 from prfl_bench.shapes import Shape
 from prfl_bench.timing import Times, compile_absence, limits, machine, measure
 from prfl_kernels import dispatch, extension, jit
 
-ENTRIES = kernel_cases.ENTRIES + kernel_cases_fp8.ENTRIES
+ENTRIES = tuple(operation for operation in OPERATIONS if operation.call)
 PASSES = ("forward", "backward")
 PEERS = ("eager", "compile", "sdpa")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -43,20 +42,20 @@ SP = (1, 2, 4, 8)
 ERRORS = (RuntimeError, TypeError, *([jit.triton.TritonError] if jit.triton else []))
 
 
-def base(entry: Entry) -> str:
+def base(entry: Operation) -> str:
     """What --ops calls an entry: "attention" for self- and cross-attention."""
     return entry.name.split(",")[0]
 
 
-def plain(entry: Entry, s: Shape, *inputs: torch.Tensor):
+def plain(entry: Operation, s: Shape, *inputs: torch.Tensor):
     return entry.plain(s, *entry.prepare(s, *inputs))
 
 
-def exact(entry: Entry, s: Shape, *inputs: torch.Tensor):
+def exact(entry: Operation, s: Shape, *inputs: torch.Tensor):
     return (entry.exact or entry.plain)(s, *entry.prepare(s, *inputs))
 
 
-def gate(entry: Entry, backend: str, s: Shape) -> tuple[str, str]:
+def gate(entry: Operation, backend: str, s: Shape) -> tuple[str, str]:
     """("passed" | "absent" | "failed", why) of a back end at the small shape s."""
     if backend == dispatch.TRITON and jit.INTERPRETED:
         return "absent", "runs in Triton's interpreter, whose speed says nothing"
@@ -80,7 +79,7 @@ def gate(entry: Entry, backend: str, s: Shape) -> tuple[str, str]:
     return ("failed", why) if why else ("passed", "")
 
 
-def run_gates(entries: Sequence[Entry], backends: Sequence[str], s: Shape) -> list[dict]:
+def run_gates(entries: Sequence[Operation], backends: Sequence[str], s: Shape) -> list[dict]:
     """One {"op", "backend", "gate", "why"} for every entry and back end, printed on the way."""
     found = []
     for entry in entries:
@@ -93,7 +92,7 @@ def run_gates(entries: Sequence[Entry], backends: Sequence[str], s: Shape) -> li
     return found
 
 
-def traffic(entry: Entry, s: Shape) -> tuple[int, int]:
+def traffic(entry: Operation, s: Shape) -> tuple[int, int]:
     """Bytes of inputs and outputs, each once, of the forward and of the backward."""
     s = s._replace(device="meta")
     inputs = entry.inputs(s)
@@ -120,7 +119,7 @@ def launcher(
     return prepare
 
 
-def peers_of(entry: Entry, s: Shape, names: Sequence[str]) -> dict[str, Callable]:
+def peers_of(entry: Operation, s: Shape, names: Sequence[str]) -> dict[str, Callable]:
     found = {"eager": partial(entry.plain, s)}
     torch._inductor.config.compile_threads = 1  # no pool of processes that start up beside what is timed
     # Without the reset shapes add up to torch's limit of recompilations, and it goes on in eager.
@@ -131,7 +130,7 @@ def peers_of(entry: Entry, s: Shape, names: Sequence[str]) -> dict[str, Callable
 
 
 def rows_of(
-    entry: Entry, s: Shape, backends: Sequence[str], peers: Sequence[str], repeat: int, limit: dict
+    entry: Operation, s: Shape, backends: Sequence[str], peers: Sequence[str], repeat: int, limit: dict
 ) -> list[dict]:
     """The measured rows of an operation at a shape, of every pass and back end."""
     dispatch.configure("reference")
@@ -205,26 +204,26 @@ HEAD = (
 )
 
 
-def title(model: str, s: Shape) -> str:
+def title(s: Shape) -> str:
     dtypes = " and ".join(dict.fromkeys(str(d).removeprefix("torch.") for d in (s.dtype, s.residual)))
-    width, heads, _ = s.model
+    model, width, heads, _ = s.model
     return f"\nWan {model} (C {width}, {heads} heads), {s.tokens} tokens, rank of {s.sp}, {dtypes}\n{HEAD}"
 
 
-def chosen_shapes(args: argparse.Namespace) -> list[tuple[str, Shape]]:
+def chosen_shapes(args: argparse.Namespace) -> list[Shape]:
     models = shapes.SMALL_MODELS if args.small else shapes.MODELS
     grids = shapes.SMALL_GRIDS if args.small else shapes.GRIDS
     text = shapes.SMALL_TEXT if args.small else shapes.TEXT
     dtypes = getattr(torch, args.dtype), getattr(torch, args.residual)
     return [
-        (model, Shape(models[model], grids[tokens], sp, 1, text, *dtypes, args.device))
+        Shape(models[model], grids[tokens], sp, 1, text, *dtypes, args.device)
         for model in args.model
         for tokens in args.tokens
         for sp in args.sp
     ]
 
 
-def measured(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
+def measured(args: argparse.Namespace, entries: Sequence[Operation]) -> dict:
     dtypes = getattr(torch, args.dtype), getattr(torch, args.residual)
     print("gates: error against float64 at most twice that of plain torch")
     found = run_gates(entries, args.backends, shapes.gate_shape(*dtypes, args.device))
@@ -239,8 +238,8 @@ def measured(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
     bandwidth = f"copy {limit['copy'] / 1e9:.4g} GB/s"
     print(f"\n{machine(args.device)}, torch {torch.__version__}; limits: {', '.join([bandwidth, *rates])}")
     rows = []
-    for model, s in chosen_shapes(args):
-        print(title(model, s))
+    for s in chosen_shapes(args):
+        print(title(s))
         for entry in entries:
             backends = [g["backend"] for g in found if g["op"] == entry.name and g["gate"] == "passed"]
             if entry.divided is None and s.sp > 1:
@@ -249,30 +248,30 @@ def measured(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
                 print(f"{entry.name:20} left out: {s.model.heads} heads for {s.sp} ranks")
             elif backends:
                 for row in rows_of(entry, s, backends, peers, args.repeat, limit):
-                    rows.append({"model": model, "tokens": s.tokens, "sp": s.sp} | row)
+                    rows.append({"model": s.model.name, "tokens": s.tokens, "sp": s.sp} | row)
                     print(line(row), flush=True)
     return {"machine": machine(args.device), "limits": limit, "gates": found, "rows": rows}
 
 
-def ledger_names(entries: Sequence[Entry]) -> dict[str, tuple[Entry, int]]:
+def ledger_names(entries: Sequence[Operation]) -> dict[str, tuple[Operation, int]]:
     """(entry, index of the pass) by what the ledger calls it."""
     return {e.name + suffix: (e, i) for i, suffix in enumerate(("", " backward")) for e in entries}
 
 
-def predicted(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
+def predicted(args: argparse.Namespace, entries: Sequence[Operation]) -> dict:
     """The ledger's rows of these operations, in the form of measured ones."""
     names = ledger_names(entries)
     stream = getattr(torch, args.residual)
 
-    def wanted(entry: ledger_entries.Entry, case: ledger_entries.Case) -> bool:
-        here = case.model in args.model and case.length in args.tokens
-        return here and entry.op in names and (case.stream == stream or len(entry.streams) == 1)
+    def wanted(launch: Launch, s: Shape) -> bool:
+        here = s.model.name in args.model and s.tokens in args.tokens
+        return here and launch.op in names and (s.residual == stream or len(launch.streams) == 1)
 
     found, rows = ledger.collect(only=wanted), []
-    for model, s in chosen_shapes(args):
-        print(title(model, s))
+    for s in chosen_shapes(args):
+        print(title(s))
         for made in found["operations"]:
-            if (made["model"], made["length"]) != (model, s.tokens):
+            if (made["model"], made["length"]) != (s.model.name, s.tokens):
                 continue
             entry, i = names[made["op"]]
             times = Times(*[made["predicted_seconds"]] * 3)
@@ -280,7 +279,7 @@ def predicted(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
             shape = list(entry.inputs(s._replace(device="meta"))[0].shape)
             row = {"op": entry.name, "pass": PASSES[i], "backend": dispatch.TRITON, "shape": shape}
             row |= figures(times, made["minimum_bytes"], entry.flops(s)[i], ledger_rows.BANDWIDTH, rate)
-            rows.append({"model": model, "tokens": s.tokens, "sp": s.sp, "predicted": True} | row)
+            rows.append({"model": s.model.name, "tokens": s.tokens, "sp": s.sp, "predicted": True} | row)
             print(line(rows[-1]))
     absent = [e.name for e in entries if e.name not in {row["op"] for row in rows}]
     if absent:
@@ -289,7 +288,7 @@ def predicted(args: argparse.Namespace, entries: Sequence[Entry]) -> dict:
     return {"assumptions": found["assumptions"], "rows": rows}
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Entry]]:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Operation]]:
     """The options; ValueError for a value that is not there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     device = "cuda" if torch.cuda.is_available() else "cpu"

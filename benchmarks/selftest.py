@@ -6,85 +6,44 @@ twice as much); a kernel that was built or loaded wrong errs by far more. Operat
 compared with their plain torch form, which rounds as they do.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prfl_bench import gates, operations
+from prfl_bench.shapes import Shape, gate_shape
 from prfl_kernels import dispatch, extension, jit
-from prfl_kernels.attention.fp8 import attention_fp8, quantize_values
+from prfl_kernels.attention.fp8 import attention_fp8
 from prfl_kernels.attention.op import attention_with_lse
-from prfl_kernels.bias_gelu import bias_gelu
-from prfl_kernels.fp8.e4m3 import quantize_rows
-from prfl_kernels.fp8.linear import fp8_linear
-from prfl_kernels.fp8.quantize import quantize_fp8
-from prfl_kernels.norm.gated_add import gated_add, gated_add_modulate, gated_add_norm
-from prfl_kernels.norm.op import layer_norm, modulate
-from prfl_kernels.qk_norm_rope.op import qk_norm_rope, rms_norm
 from prfl_kernels.reward_pool.op import reward_pool_with_lse
-from prfl_kernels.solver_step import solver_step
 
 FACTOR = 4.0
 E4M3_LIMIT = 2**-4  # half an ULP of e4m3, relative
 DTYPES = (torch.float32, torch.bfloat16)
-GRID, HEADS = (3, 4, 5), 3
 
 
-class Case(NamedTuple):
-    """How to run an operation, and shapes of what it takes: "BLC" become the operation's dtype."""
-
-    run: Callable
-    shapes: tuple[tuple[int, ...], ...]
-    exact: bool = True  # has a float64 form and gradients
-
-
-def _rope(q, k, weight_q, weight_k):
-    return qk_norm_rope(q, k, weight_q, weight_k, GRID, HEADS)
-
-
-def _linear(x, w, bias):
-    return fp8_linear(*quantize_rows(x), *quantize_rows(w), bias)
-
-
-def _quantized(x):
-    values, scale = quantize_fp8(x, gelu=True)
-    return values.float() * scale[..., None]
-
-
-def _attention(q, k, v):
+def _attention(s: Shape, q, k, v):
     """Every key once, and the last one three times."""
     return *attention_with_lse(q, k, v), *attention_with_lse(q, k, v, repeats=3)
 
 
-def _attention_fp8(q, k, v):
-    return attention_fp8(*quantize_rows(q), *quantize_rows(k), *quantize_values(v))
-
-
-def _solver(x, x_last, m0, m1, velocity):
-    """The state [B, C] stays in float32 as a parameter does; the velocity comes as [B, 1, C]."""
-    columns = torch.arange(18, dtype=x.dtype, device=x.device).view(2, 9) / 8 - 1
-    return solver_step(x, x_last, m0, m1, velocity[:, 0], columns)
-
-
-_X, _BC, _C, _QKV = (2, 60, 96), (2, 96), (96,), (1, 70, 2, 64)
-CASES = {
-    "modulate": Case(modulate, (_X, _BC, _BC)),
-    "layer_norm": Case(layer_norm, (_X, _C, _C)),
-    "gated_add": Case(gated_add, (_X, _X, _BC)),
-    "gated_add_modulate": Case(gated_add_modulate, (_X, _X, _BC, _BC, _BC)),
-    "gated_add_norm": Case(gated_add_norm, (_X, _X, _BC, _C, _C)),
-    "bias_gelu": Case(bias_gelu, (_X, _C)),
-    "rms_norm": Case(rms_norm, (_X, _C)),
-    "qk_norm_rope": Case(_rope, (_X, _X, _C, _C)),
-    "attention": Case(_attention, (_QKV, _QKV, _QKV)),
-    "reward_pool": Case(reward_pool_with_lse, (_X, (3, 96))),
-    "fp8_linear": Case(_linear, ((60, 96), (32, 96), (32,)), exact=False),
-    "quantize_fp8": Case(_quantized, (_X,), exact=False),
-    "attention_fp8": Case(_attention_fp8, (_QKV, _QKV, _QKV), exact=False),
-    "solver_step": Case(_solver, (_BC, _BC, _BC, _BC, (2, 1, 96))),
+# One of the list for every operation of the dispatcher, and calls that ask for more than the benchmark's do.
+NAMES = {
+    "attention": "attention, self",
+    "attention_fp8": "attention_fp8, self",
+    "quantize_fp8": "quantize_fp8, gelu",
+}
+OPERATIONS = {o.op: o for o in operations.OPERATIONS if o.name == NAMES.get(o.op, o.op)}
+CALLS: dict[str, Callable] = {
+    "attention": _attention,
+    "attention_fp8": lambda s, *inputs: attention_fp8(*inputs),
+    "reward_pool": lambda s, *inputs: reward_pool_with_lse(*inputs),
 }
 
 
@@ -124,7 +83,7 @@ def _tested(op: str, name: str, isa: str, device: str) -> Row:
     if isa:
         extension.use_isa(isa)
     start, worst, notes = time.perf_counter(), 0.0, []
-    for dtype in DTYPES if CASES[op].exact else DTYPES[1:]:
+    for dtype in DTYPES if OPERATIONS[op].wanted else DTYPES[1:]:
         try:
             worst = max(worst, _excess(op, name, dtype, device))
         except ValueError as error:  # a dtype or shape that it refuses
@@ -139,38 +98,28 @@ def _tested(op: str, name: str, isa: str, device: str) -> Row:
 
 def _excess(op: str, name: str, dtype: torch.dtype, device: str) -> float:
     """The largest error of a result of the implementation, as a part of what is allowed."""
-    case, generator = CASES[op], torch.Generator().manual_seed(0)
-    # Parameters stay in float32, and are small enough for a softmax over the tokens to stay broad.
-    inputs = [
-        torch.randn(shape, generator=generator) * (1 if len(shape) > 2 else shape[-1] ** -0.5)
-        for shape in case.shapes
-    ]
-    inputs = [a.to(device, dtype if a.dim() > 2 else None) for a in inputs]
-    dispatch.configure(f"{op}={name}")
-    got = _results(case, inputs)
-    dispatch.configure(f"{op}={dispatch.REFERENCE}")
-    plain = _results(case, inputs)
-    if not case.exact:
+    operation, s = OPERATIONS[op], gate_shape(dtype, dtype, device)
+
+    def results(choice: str, exact: bool = False) -> list[Tensor]:
+        dispatch.configure(f"{op}={choice}")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            inputs = operation.inputs(s)
+        shape, inputs = (s.exact(), [a.double() for a in inputs]) if exact else (s, inputs)
+        found = gates.results(partial(CALLS.get(op, operation.call), shape), inputs, operation.wanted)
+        return found if operation.wanted else list(operation.decode(*found))
+
+    got, plain = results(name), results(dispatch.REFERENCE)
+    if not operation.wanted:
         return max(_error(a, b) / E4M3_LIMIT for a, b in zip(got, plain, strict=True))
-    want = _results(case, [a.double() for a in inputs])
+    want = results(dispatch.REFERENCE, exact=True)
     return max(
-        _error(a, c) / (FACTOR * _error(b, c) + 2**-22) for a, b, c in zip(got, plain, want, strict=True)
+        _error(a, c) / (FACTOR * _error(b, c) + gates.ROUNDING)
+        for a, b, c in zip(got, plain, want, strict=True)
     )
-
-
-def _results(case: Case, inputs: list[Tensor]) -> list[Tensor]:
-    """Outputs and, where there are any, the gradients of a fixed projection of them."""
-    inputs = [a.detach().requires_grad_(case.exact) for a in inputs]
-    outputs = case.run(*inputs)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-    if not case.exact:
-        return outputs
-    generator = torch.Generator().manual_seed(1)
-    directions = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(outputs, inputs, directions))
 
 
 def _error(got: Tensor, want: Tensor) -> float:
     """Root mean square of the difference over that of `want`; infinite for NaN."""
-    difference = (got.double() - want.double()).norm() / want.double().norm()
-    return difference.nan_to_num(nan=float("inf"), posinf=float("inf")).item()
+    found = gates.error(got, want)
+    return math.inf if math.isnan(found) else found

@@ -1,9 +1,9 @@
 """`prfl tune`: measure the candidates of every tile choice on this GPU and keep the fastest ones.
 
-The operations are those of the ledger, at the shapes of its models, on random tensors. Each says by
+The launches are those of the ledger, at the shapes of its models, on random tensors. Each says by
 asking `tuning.choice` which choices it makes; one after the other every candidate of one of them is tried,
 all others at their default. A candidate whose results differ from the default's by more than rounding is
-refused. What is timed is the whole operation, so that partial sums count that it adds up behind its kernels.
+refused. What is timed is the whole operation, so that partial sums count that it adds up after its kernels.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_bench import operations as ledger_entries
+from prfl_bench import operations
+from prfl_bench.shapes import Shape, wan
 from prfl_kernels import bias_gelu, tuning
 from prfl_kernels.attention import fp8 as attention_fp8
 from prfl_kernels.attention import triton_kernels as attention_triton
@@ -43,19 +44,24 @@ class Asked(NamedTuple):
         return list(dict.fromkeys((self.default, *next(found, ()))))
 
 
-def operations(models: list[str], lengths: list[int], sp: int) -> Iterator[tuple[str, Callable]]:
-    """(name, call) of every operation: attention on all tokens and 1 / sp of the heads, the others on
-    1 / sp of the tokens. Without those in fp8 on a GPU that has none."""
+def launches(models: list[str], lengths: list[int], sp: int) -> Iterator[tuple[str, Callable]]:
+    """(name, device -> call) of every launch of one rank of `sp`: attention on all tokens and 1 / sp of the
+    heads, the others on 1 / sp of the tokens. Without those in fp8 on a GPU that has none."""
     e4m3 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 9)
     for model in models:
         for length in lengths:
-            for entry in ledger_entries.ENTRIES:
-                if "fp8" in entry.op and not e4m3:
+            for launch in operations.LAUNCHES:
+                if "fp8" in launch.op and not e4m3:
                     continue
-                shape = (length, sp) if entry.kind == "attention" else (length // sp, 1)
-                for stream in entry.streams:
-                    case = ledger_entries.Case(model, shape[0], stream, shape[1])
-                    yield f"{entry.op}, {model}, {shape[0]} tokens", partial(entry.call, case)
+                for stream in launch.streams:
+                    s = wan(model, length, stream, sp)
+                    tokens = s.tokens if launch.kind == "attention" else s.length
+                    bind = partial(_bound, launch, s)
+                    yield f"{launch.op}, {model}, {tokens} tokens", bind
+
+
+def _bound(launch: operations.Launch, s: Shape, device: str) -> Callable[[], list[Tensor | None]]:
+    return launch.bind(s._replace(device=device))
 
 
 def asked(call: Callable) -> list[Asked]:
@@ -75,35 +81,6 @@ def asked(call: Callable) -> list[Asked]:
     finally:
         launcher.run = plain
     return [one for one in found if len(one.candidates) > 1]
-
-
-class Inputs:
-    """The same random tensors for every call of an operation.
-
-    float32 tensors, which may be scales and statistics, lie between 0.5 and 1.5; others are normal.
-    """
-
-    def __init__(self, device: str):
-        self.device = device
-        self.made: list[Tensor] = []
-
-    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if dtype == torch.float32:
-            return torch.rand(shape, device=self.device) + 0.5
-        return torch.randn(shape, device=self.device, dtype=torch.bfloat16).to(dtype)
-
-    def run(self, call: Callable) -> list[Tensor]:
-        """The tensors that call() returns."""
-        held = iter(list(self.made))
-
-        def make(shape, dtype):
-            a = next(held, None)
-            if a is None:
-                self.made.append(a := self._new(shape, dtype))
-            return a
-
-        with ledger_entries.tensors(make):
-            return [a for a in call() if a is not None]
 
 
 def agree(got: list[Tensor], want: list[Tensor]) -> bool:
@@ -130,9 +107,9 @@ def device_seconds(call: Callable) -> float:
     return median(times)
 
 
-def measure(call: Callable, one: Asked, timer: Callable, device: str) -> dict[tuple, float | None]:
+def measure(call: Callable, one: Asked, timer: Callable) -> dict[tuple, float | None]:
     """{candidate: seconds of call(), None where it does not fit the GPU or gives another result}."""
-    inputs, results, want = Inputs(device), {}, None
+    results, want = {}, None
     for candidate in one.candidates:
 
         def answer(kernel, key, default, candidate=candidate):
@@ -140,25 +117,25 @@ def measure(call: Callable, one: Asked, timer: Callable, device: str) -> dict[tu
 
         with tuning.hooked(answer):
             try:
-                got = inputs.run(call)
+                got = [a for a in call() if a is not None]
             except triton.runtime.errors.OutOfResources:
                 results[candidate] = None
                 continue
             want = want or got
-            results[candidate] = timer(lambda: inputs.run(call)) if agree(got, want) else None
+            results[candidate] = timer(call) if agree(got, want) else None
     return results
 
 
 def choices(models: list[str], lengths: list[int], sp: int) -> Iterator[tuple[str, Callable, Asked]]:
-    """(name of an operation, its call, a choice that it makes), every choice once."""
+    """(name of a launch, device -> call, a choice that it makes), every choice once."""
     if triton is None:
         raise ValueError("tune: got no Triton, want it installed")
     seen: set[tuple] = set()
-    for name, call in operations(models, lengths, sp):
-        for one in asked(call):
+    for name, bind in launches(models, lengths, sp):
+        for one in asked(bind("meta")):
             if one[:2] not in seen:
                 seen.add(one[:2])
-                yield name, call, one
+                yield name, bind, one
 
 
 def listing(models: list[str], lengths: list[int], sp: int) -> Iterator[str]:
@@ -181,8 +158,8 @@ def tune(
     if file is None:
         raise ValueError("tune: got no CUDA GPU (or an empty PRFL_TUNING), want one")
     held = dict(tuning.tuned())
-    for name, call, one in choices(models, lengths, sp):
-        times = measure(call, one, timer, device)
+    for name, bind, one in choices(models, lengths, sp):
+        times = measure(bind(device), one, timer)
         ran = {candidate: seconds for candidate, seconds in times.items() if seconds is not None}
         if ran:
             held[one[:2]] = min(ran, key=ran.__getitem__)

@@ -1,11 +1,11 @@
-// What bind.cpp and bind_cuda.cpp share: how a tensor comes from Python.
+// What cpu/bind.cpp and cuda/bind.cpp share: how a tensor comes from Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include "cpu/view.h"
 
-void bind_cuda(pybind11::module_& m);  // in bind_cuda.cpp; there only where PRFL_CUDA is defined
+void bind_cuda(pybind11::module_& m);  // in cuda/bind.cpp; there only where PRFL_CUDA is defined
 
 namespace pybind11::detail {
 

@@ -168,11 +168,13 @@ def _merge_lora(args) -> None:
 def _doctor(args) -> int:
     import json
 
-    from prfl_bench.selftest import selftest
     from prfl_engine.tools.doctor import columns, render, report
 
-    found = report()
-    rows = list(selftest()) if args.selftest else []
+    found, rows = report(), []
+    if args.selftest:
+        from prfl_bench.selftest import selftest
+
+        rows = list(selftest())
     if args.json:
         found["selftest"] = [row._asdict() for row in rows]
         print(json.dumps(found, indent=2))
@@ -198,12 +200,12 @@ def _kernels(args) -> None:
 
 def _tune(args) -> None:
     from prfl_bench import tune
-    from prfl_bench.operations import GRIDS, WIDTHS
+    from prfl_bench.shapes import DEFAULT, MODELS
 
-    models, lengths = args.model or list(WIDTHS), args.tokens or list(GRIDS)
-    unknown = set(models) - set(WIDTHS)
+    models, lengths = args.model or list(MODELS), args.tokens or list(DEFAULT)
+    unknown = set(models) - set(MODELS)
     if unknown:
-        raise UserError(f"--model: got {unknown.pop()}, want one of {', '.join(WIDTHS)}")
+        raise UserError(f"--model: got {unknown.pop()}, want one of {', '.join(MODELS)}")
     if min(args.sp, *lengths) < 1 or any(n % args.sp for n in lengths):
         raise UserError(f"--tokens, --sp: got {lengths}, {args.sp}, want multiples of a number from 1 on")
     work = tune.listing if args.list else tune.tune

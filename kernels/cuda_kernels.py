@@ -1,4 +1,4 @@
-"""What launches of the CUDA C++ kernels of csrc/cuda share, and the launchers of add_norm and solver_step.
+"""What launches of the CUDA C++ kernels of csrc/cuda share.
 
 The kernels work in units of 16 bytes: tensors that allow no such access are copied or refused, and
 ValueError names what a kernel is not made for.
@@ -9,14 +9,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from prfl_kernels import extension as compiled
+from prfl_kernels import extension
 
 VECTOR = 16  # bytes
+_view = extension.view  # of every tensor that goes to a launcher
 
 
 def library() -> ModuleType:
     """The extension that holds the launchers."""
-    return compiled.extension()
+    return extension.extension()
 
 
 def _stream(x: Tensor) -> int:
@@ -38,8 +39,6 @@ def _vectors(a: Tensor) -> bool:
 
 def _aligned(width: int, *tensors: Tensor | None) -> bool:
     return width % 8 == 0 and all(_vectors(a) for a in tensors if a is not None)
-
-
 
 
 def _narrow(name: str, width: int, stream: torch.dtype, *others: torch.dtype) -> None:

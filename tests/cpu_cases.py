@@ -3,17 +3,11 @@
 import math
 
 import torch
-import torch.nn.functional as F
-from formulas import (
-    gated_add_reference,
-    norm_reference,
-    reward_pool_reference,
-    rms_norm_reference,
-    rope_reference,
-)
 from fused import normal
 
+from prfl_bench import formulas
 from prfl_kernels import bias_gelu
+from prfl_kernels.jit import wide
 from prfl_kernels.norm import cpu as norm_cpu
 from prfl_kernels.norm import op as norm
 from prfl_kernels.qk_norm_rope import cpu as rope_cpu
@@ -85,11 +79,11 @@ def row_case(name, batch, length, width, stream=F32, branch=F32, parameters=F32)
 
     def normed(base):
         # The reference in float64 gives float64.
-        return lambda x, a, b: norm_reference(x, a, b, base, EPS, x.dtype if x.dtype == F64 else branch)
+        return lambda x, a, b: formulas.layer_norm(x, a, b, base, EPS, x.dtype if x.dtype == F64 else branch)
 
     def both(base):
         def run(x, y, gate, a, b):
-            total = gated_add_reference(x, y, gate)
+            total = formulas.gated_add(x, y, gate)
             return total, normed(base)(total, a, b)
 
         return run
@@ -97,8 +91,8 @@ def row_case(name, batch, length, width, stream=F32, branch=F32, parameters=F32)
     return {
         "modulate": (_modulated(1.0, branch), normed(1.0), [x, scale, shift]),
         "layer_norm": (_modulated(0.0, branch), normed(0.0), [x, weight, bias]),
-        "add": (_op(_added), gated_add_reference, [x, y, None]),
-        "gated_add": (_op(_added), gated_add_reference, [x, y, gate]),
+        "add": (_op(_added), formulas.gated_add, [x, y, None]),
+        "gated_add": (_op(_added), formulas.gated_add, [x, y, gate]),
         "add_norm": (_added_and_normed(0.0, branch), both(0.0), [x, y, None, weight, bias]),
         "gated_add_modulate": (_added_and_normed(1.0, branch), both(1.0), [x, y, gate, scale, shift]),
     }[name]
@@ -121,8 +115,9 @@ def rope_case(batch=2, grid=GRID, heads=HEADS, head_dim=32, dtype=F32, offset=0,
         return tuple(out), gradients
 
     def reference(q, k, weight_q, weight_k):
+        tables = formulas.rotation(q.shape[2] // heads, grid, offset, q.shape[1], q.device, wide(q.dtype))
         pairs = ((q, weight_q), (k, weight_k))
-        return tuple(rope_reference(a, w, grid, heads, EPS, offset).to(a.dtype) for a, w in pairs)
+        return tuple(formulas.norm_rope(a, w, heads, *tables, EPS) for a, w in pairs)
 
     shape = (batch, length or math.prod(grid) - offset, heads * head_dim)
     weights = [normal(heads * head_dim, dtype=dtype) for _ in range(2)]
@@ -143,7 +138,7 @@ def _rms_norm(x, weight):
 
 def rms_case(*shape, dtype=F32):
     inputs = [normal(*shape, dtype=dtype), normal(shape[-1])]
-    return _op(_rms_norm), lambda x, weight: rms_norm_reference(x, weight, EPS), inputs
+    return _op(_rms_norm), lambda x, weight: formulas.rms_norm(x, weight, EPS).to(x.dtype), inputs
 
 
 def _pool(x, u):
@@ -158,7 +153,7 @@ def _pool(x, u):
 
 def pool_case(batch=2, length=77, width=96, queries=3, dtype=F32):
     inputs = [normal(batch, length, width, dtype=dtype), normal(queries, width) * width**-0.5]
-    return _op(_pool), reward_pool_reference, inputs
+    return _op(_pool), formulas.reward_pool_with_lse, inputs
 
 
 def _gelu(h, bias):
@@ -171,13 +166,8 @@ def _gelu(h, bias):
     return out, gradients
 
 
-def _gelu_reference(h, bias):
-    wide = h.to(torch.promote_types(h.dtype, F32))
-    return F.gelu(wide if bias is None else wide + bias, approximate="tanh").to(h.dtype)
-
-
 def gelu_case(*shape, dtype=F32, bias=True):
-    return _op(_gelu), _gelu_reference, [normal(*shape, dtype=dtype), normal(shape[-1]) if bias else None]
+    return _op(_gelu), formulas.bias_gelu, [normal(*shape, dtype=dtype), normal(shape[-1]) if bias else None]
 
 
 def all_cases(**dtypes):

@@ -22,7 +22,6 @@ FAST = ("--small", "--repeat", "2")
 def bench(monkeypatch):
     """The script as a module, in a hurry: as if caches were small, torch.compile without code. One
     thread, since two wait for each other where the cores are shared."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     from prfl_bench import bench_kernels, timing
 
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 18)
@@ -99,10 +98,8 @@ BREAKS = {
 
 @pytest.mark.parametrize("broken", BREAKS)
 def test_what_fails_its_gate_gets_no_time(bench, tmp_path, capsys, monkeypatch, broken):
-    from prfl_bench import kernel_cases
-
-    right = kernel_cases.gated_add
-    monkeypatch.setattr(kernel_cases, "gated_add", lambda x, y, gate: right(x, BREAKS[broken](y), gate))
+    right = operations.gated_add
+    monkeypatch.setattr(operations, "gated_add", lambda x, y, gate: right(x, BREAKS[broken](y), gate))
     code, found = run(bench, tmp_path, "--ops", "gated_add", "rms_norm", "--peers", "eager")
     assert code == 1
     assert {r["op"] for r in found["rows"]} == {"rms_norm"}
@@ -114,12 +111,10 @@ def test_what_fails_its_gate_gets_no_time(bench, tmp_path, capsys, monkeypatch, 
 
 
 def test_what_raises_fails_its_gate_and_the_rest_goes_on(bench, tmp_path, monkeypatch):
-    from prfl_bench import kernel_cases
-
     def broken(x, weight, eps):
         raise RuntimeError("CUDA error: in a test\nmore lines")
 
-    monkeypatch.setattr(kernel_cases, "rms_norm", broken)
+    monkeypatch.setattr(operations.norm_rope, "rms_norm", broken)
     code, found = run(bench, tmp_path, "--ops", "gated_add", "rms_norm", "--peers", "eager")
     assert code == 1 and {r["op"] for r in found["rows"]} == {"gated_add"}
     gates = [g for g in found["gates"] if g["op"] == "rms_norm" and g["gate"] == "failed"]
@@ -127,9 +122,7 @@ def test_what_raises_fails_its_gate_and_the_rest_goes_on(bench, tmp_path, monkey
 
 
 def test_nothing_is_timed_if_every_gate_fails(bench, tmp_path, monkeypatch):
-    from prfl_bench import kernel_cases
-
-    monkeypatch.setattr(kernel_cases, "rms_norm", lambda x, weight, eps: x[:, :-1] * weight)
+    monkeypatch.setattr(operations.norm_rope, "rms_norm", lambda x, weight, eps: x[:, :-1] * weight)
     monkeypatch.setattr(bench, "measure", None)
     code, found = run(bench, tmp_path, "--ops", "rms_norm")
     assert code == 1 and found["rows"] == []
@@ -154,7 +147,7 @@ def test_predictions_are_labelled(bench, tmp_path, capsys):
 
 
 def test_the_ledger_knows_the_operations_by_these_names(bench):
-    ops = {entry.op for entry in operations.ENTRIES} - {"quantize_values"}  # a part of attention_fp8
+    ops = {launch.op for launch in operations.LAUNCHES} - {"quantize_values"}  # a part of attention_fp8
     assert ops <= set(bench.ledger_names(bench.ENTRIES))
 
 

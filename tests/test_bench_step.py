@@ -1,14 +1,13 @@
 """The benchmark of a whole step, on a tiny model."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from prfl_bench import bench_step
 from prfl_kernels import dispatch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = (
     "--width", "32", "--ffn", "48", "--heads", "2", "--blocks", "2", "--steps", "4", "--index", "2",
     "--latent", "1", "8", "8", "--repeat", "1", "--dtype", "float32",
@@ -16,13 +15,9 @@ TINY = (
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from prfl_bench import bench_step
-
+def bench():
     yield bench_step
     dispatch.configure("")
-    sys.modules.pop("bench_step")
 
 
 def test_every_setting_has_a_row(bench, capsys):

@@ -77,9 +77,9 @@ def test_loops_run_on_the_threads_of_torch():
 
 FAULTS = """
 import resource, sys, torch
-from prfl_kernels import extension as compiled
+from prfl_kernels import extension
 if "keep" in sys.argv:
-    assert compiled.keep_freed_memory()
+    assert extension.keep_freed_memory()
 for _ in range(16):  # glibc before 2.38 places aligned memory behind what it freed until pieces join
     torch.ones(1 << 24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

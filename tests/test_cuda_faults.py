@@ -63,7 +63,7 @@ FAULTS = [
      "  if (warp_id() == 0) __syncthreads();\n  else\n    __syncthreads();\n", "divergent __syncthreads"),
     ("half a warp", rms, "qk_norm_rope", "reduce.h", "values[i] = over_warp(values[i], join);",
      "values[i] = lane < 16 ? over_warp(values[i], join) : 0.0f;", "deadlock|two collectives"),
-    ("misaligned", rms, "qk_norm_rope", "vector.h", "    return load8(row + first);",
+    ("misaligned", rms, "qk_norm_rope", "ptx/vector.h", "    return load8(row + first);",
      "    return load8(row + first + 1);", "a misaligned access"),
     ("one token too many", rms_backward, "qk_norm_rope", "qk_norm_rope.cu",
      "if (!kAhead) fetch(a, columns, b, l, q, k);", "if (!kAhead) fetch(a, columns, b, l + 1, q, k);",

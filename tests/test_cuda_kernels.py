@@ -6,7 +6,6 @@ import pytest
 import torch
 from cuda_sim import Watched, build, missing
 from e4m3 import assert_rounded
-from formulas import reward_pool_reference
 from fused import (
     assert_all_as_right,
     assert_as_good_as_torch,
@@ -21,6 +20,7 @@ from test_add_norm import NAMES, row_inputs
 from test_qk_norm_rope import GRID, rope, rope_inputs
 from test_reward_pool import pool_inputs
 
+from prfl_bench import formulas
 from prfl_engine.flow import make_schedule
 from prfl_kernels import cuda_kernels, solver_step
 from prfl_kernels.norm import modulate, modulate_fp8
@@ -71,14 +71,14 @@ POOL_SHAPES = [(2, 77, 96, 3), (1, 5, 8, 1), (1, 200, 136, 8), (1, 70, 1536, 8),
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("shape", POOL_SHAPES)
 def test_reward_pool(shape, dtype):
-    assert_as_good_as_torch(reward_pool_with_lse, pool_inputs(*shape, dtype), reward_pool_reference)
+    assert_as_good_as_torch(reward_pool_with_lse, pool_inputs(*shape, dtype), formulas.reward_pool_with_lse)
 
 
 @pytest.mark.parametrize("dtype, length", [(F32, 7 * 16 * 32 - 5), (BF16, 6 * 32 * 32 - 40)])
 def test_reward_pool_reuses_its_ring(dtype, length):
     """Runs of more tiles than the ring has stages, the last run and tile shorter."""
     inputs = pool_inputs(1, length, 8, 2, dtype)
-    assert_as_good_as_torch(reward_pool_with_lse, inputs, reward_pool_reference)
+    assert_as_good_as_torch(reward_pool_with_lse, inputs, formulas.reward_pool_with_lse)
 
 
 def test_reward_pool_takes_any_strides():

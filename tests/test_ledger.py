@@ -9,10 +9,11 @@ import pytest
 import torch
 from fused import needs_triton
 
-from prfl_bench import operations as ledger_entries
+from prfl_bench import operations
 from prfl_bench.ledger import collect as ledger
 from prfl_bench.ledger import loop_cycles, sass
 from prfl_bench.ledger import text as ledger_text
+from prfl_bench.shapes import MODELS, TEXT, Model, Shape
 from prfl_kernels.jit import INTERPRETED, jit, tl
 from prfl_kernels.norm import triton_kernels as add_norm
 from prfl_kernels.reward_pool import triton_kernels as reward_pool
@@ -51,7 +52,7 @@ def launches(rows, *kinds):
 
 def test_every_operation_is_there_at_both_widths(rows):
     assert {(row["op"], row["model"]) for row in rows} == {
-        (entry.op, model) for entry in ledger_entries.ENTRIES for model in ledger_entries.WIDTHS
+        (launch.op, model) for launch in operations.LAUNCHES for model in MODELS
     }
     assert len(ledger_text.render({"operations": rows, "assumptions": ""}).splitlines()) >= len(rows)
 
@@ -90,7 +91,7 @@ def test_attention_tiles(rows):
     for name, k in launches(rows, "attention"):
         for m, n, inner, *_ in k["dots"]:
             tile = sorted((m, n, inner))
-            tile.remove(ledger_entries.HEAD_DIM)
+            tile.remove(128)
             assert tile[0] >= 64 and tile[1] >= 128, (name, m, n, inner)
 
 
@@ -103,6 +104,10 @@ def test_tensor_cores_are_the_busiest_pipe_of_attention(rows):
         tensor = k["loop"]["tensor"]
         busiest = max(n for pipe, n in k["loop"].items() if pipe != "tensor")
         assert tensor and busiest <= (1.2 if "QGMMA" in k["instructions"] else 0.6) * tensor, name
+
+
+def empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 LOOPS = """
@@ -212,8 +217,8 @@ def test_masked_lanes_rereads_and_partials_are_counted():
     from prfl_bench.ledger.traffic import count
 
     def call():
-        x, scale = ledger_entries.empty(23, 10, dtype=torch.bfloat16), ledger_entries.empty(10)
-        out, part = ledger_entries.empty(23, 10), ledger_entries.empty(4, 10)
+        x, scale = empty(23, 10, dtype=torch.bfloat16), empty(10)
+        out, part = empty(23, 10), empty(4, 10)
         _scaled[(4,)](x, scale, out, part, 23, 6, C=10, BLOCK=16)
         return x, scale, out, part.sum(0)
 
@@ -255,8 +260,8 @@ def test_products_are_counted():
     from prfl_bench.ledger.traffic import count
 
     def call():
-        a, b = (ledger_entries.empty(n, 80, dtype=torch.bfloat16) for n in (48, 32))
-        _product[(3, 2)](a, b, ledger_entries.empty(48, 32), 80, BLOCK=16)
+        a, b = (empty(n, 80, dtype=torch.bfloat16) for n in (48, 32))
+        _product[(3, 2)](a, b, empty(48, 32), 80, BLOCK=16)
 
     _, (launch,), _ = count(call)
     assert [a["read"] for a in launch["arguments"]] == [2 * 48 * 80 * 2, 3 * 32 * 80 * 2, 0]
@@ -303,7 +308,7 @@ def test_a_small_tensor_written_before_is_read_from_the_cache(rows, cached):
     from prfl_bench.ledger.traffic import count
 
     def call():
-        part, out = ledger_entries.empty(rows, 16), ledger_entries.empty(rows, 16)
+        part, out = empty(rows, 16), empty(rows, 16)
         _double[(1,)](out, part, 16)
         _double[(1,)](part, out, 16)
         return out.sum(0)
@@ -321,7 +326,7 @@ def test_an_address_outside_a_tensor_is_named():
     from prfl_bench.ledger.traffic import count
 
     with pytest.raises(ValueError, match="ledger: _beyond: got an address outside x_ptr"):
-        count(lambda: _beyond[(1,)](ledger_entries.empty(15), BLOCK=16))
+        count(lambda: _beyond[(1,)](empty(15), BLOCK=16))
 
 
 @interpreted
@@ -332,28 +337,26 @@ def test_tensor_descriptors_are_counted_inside_the_tensor():
     from prfl_bench.ledger.traffic import count
 
     def call():
-        described = TensorDescriptor.from_tensor(ledger_entries.empty(20, 16), [16, 16])
-        _tiles[(2,)](described, ledger_entries.empty(20, 16), BLOCK=16)
+        described = TensorDescriptor.from_tensor(empty(20, 16), [16, 16])
+        _tiles[(2,)](described, empty(20, 16), BLOCK=16)
 
     _, (launch,), _ = count(call)
     assert [(a["read"], a["written"]) for a in launch["arguments"]] == [(1280, 0), (0, 1280)]
 
 
 @interpreted
-@pytest.mark.parametrize("entry", ledger_entries.ENTRIES, ids=lambda entry: entry.op)
-def test_sampling_agrees_with_every_program_and_iteration(entry, monkeypatch):
+@pytest.mark.parametrize("launch", operations.LAUNCHES, ids=lambda launch: launch.op)
+def test_sampling_agrees_with_every_program_and_iteration(launch, monkeypatch):
     """330 tokens in 9 runs of 37, the last one shorter (of the pooling: 2 runs of up to 3 tiles)."""
     from prfl_bench.ledger import traffic as ledger_traffic
 
-    monkeypatch.setattr(ledger_entries, "WIDTHS", {"tiny": (256, 2)})
-    monkeypatch.setattr(ledger_entries, "FFN", {"tiny": 700})
-    monkeypatch.setattr(ledger_entries, "GRIDS", {330: (3, 10, 11)})
     monkeypatch.setattr(add_norm, "RUNS", 9)
     monkeypatch.setattr(reward_pool, "SMS", 2)
-    case = ledger_entries.Case("tiny", 330, entry.streams[0])
-    sampled = ledger._count(lambda: entry.call(case))
+    tiny = Model("tiny", 256, 2, 700)
+    s = Shape(tiny, (3, 10, 11), 1, 1, TEXT, torch.bfloat16, launch.streams[0], "meta")
+    sampled = ledger._count(launch.bind(s))
     monkeypatch.setattr(ledger_traffic, "sampled", lambda n: [(i, 1) for i in range(n)])
-    assert ledger._count(lambda: entry.call(case)) == sampled
+    assert ledger._count(launch.bind(s)) == sampled
 
 
 def test_without_triton_one_line_says_so(monkeypatch, capsys):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from cpu_cases import NAMES, row_case
-from formulas import reward_pool_reference
 from fused import assert_as_good_as_torch, error, laid_out, normal, outputs_and_gradients
 from rounding import assert_as_right, rounding
+
+from prfl_bench import formulas
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -54,7 +55,7 @@ def test_a_factor_of_a_ten_thousandth_is_caught(name, width):
 def test_a_repeated_token_that_counts_once_too_often_is_caught():
     """The linear floor of 400 equal terms is 2.4e-5; one of 400 is 2.5e-3."""
     x, u = normal(1, 20, 16), normal(3, 16) / 4
-    runs = [lambda x, u, n=n: reward_pool_reference(laid_out(x, n), u) for n in (400, 401)]
+    runs = [lambda x, u, n=n: formulas.reward_pool_with_lse(laid_out(x, n), u) for n in (400, 401)]
     exact, plain, wrong = (
         sum(outputs_and_gradients(run, [a.to(dtype) for a in (x, u)]), [])
         for run, dtype in ((runs[0], torch.float64), (runs[0], F32), (runs[1], F32))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fused import DEVICE, needs_triton
 
-from prfl_bench import operations, tune
+from prfl_bench import operations, shapes, tune
 from prfl_engine.build import pick_device
 from prfl_engine.cli import main
 from prfl_engine.errors import UserError
@@ -79,13 +79,14 @@ def test_a_candidate_with_another_result_is_refused(monkeypatch):
     factors = {1: 1.0, 2: 1.0001, 3: 1.01, 4: float("nan")}
     made = []
 
-    def call():
-        x = operations.empty(8, 4)
+    def run(s, x):
         made.append((tuning.choice("some kernel", (16, 5), (1,))[0], x))
-        return x, None, x * factors[made[-1][0]]
+        return None, x * factors[made[-1][0]]
 
+    launch = operations.Launch("some", "memory", (torch.float32,), lambda s: [s.statistics(8, 4)], run)
     one = tune.Asked("some kernel", (16, 5), (1,))
-    times = tune.measure(call, one, lambda run: run() and float(made[-1][0]), DEVICE)
+    call = launch.bind(shapes.wan("1.3B", 40)._replace(device=DEVICE))
+    times = tune.measure(call, one, lambda run: run() and float(made[-1][0]))
     assert times == {(1,): 1.0, (2,): 2.0, (3,): None, (4,): None}
     assert all(x is made[0][1] for _, x in made) and made[0][1].min() > 0.4
 
@@ -108,17 +109,17 @@ def launches(call, answers):
 
 def test_every_candidate_reaches_its_launcher():
     kernels = set()
-    for _, call, one in tune.choices(["14B", "1.3B"], [32760], 1):
+    for _, bind, one in tune.choices(["14B", "1.3B"], [32760], 1):
         kernels.add(one.kernel)
-        variants = [launches(call, {one[:2]: candidate}) for candidate in one.candidates]
+        variants = [launches(bind("meta"), {one[:2]: candidate}) for candidate in one.candidates]
         assert all(a != b for i, a in enumerate(variants) for b in variants[:i]), one
     assert kernels == set(tune.CANDIDATES)
 
 
 def test_tune_measures_stores_and_is_obeyed(gpu, monkeypatch):
     """Whatever computes in the interpreter: modulate at a tiny shape, the later candidate the faster."""
-    monkeypatch.setattr(operations, "WIDTHS", {"tiny": (256, 2)})
-    monkeypatch.setattr(operations, "ENTRIES", operations.ENTRIES[:1])
+    monkeypatch.setitem(shapes.MODELS, "tiny", shapes.Model("tiny", 256, 2, 700))
+    monkeypatch.setattr(operations, "LAUNCHES", operations.LAUNCHES[:1])
     monkeypatch.setitem(tune.CANDIDATES, "add_norm forward", {(256,): ((1, 9), (1, 3))})
     tuning.write(gpu, {("other kernel", (1,)): (7,)})
     seconds = iter(range(100, 0, -1))
@@ -154,10 +155,12 @@ def test_without_a_gpu_one_line_says_so(capsys):
 
 
 SPILLS = """
-from prfl_kernels import sass, tune, tuning
+from prfl_bench import tune
+from prfl_bench.ledger import sass
+from prfl_kernels import tuning
 
 RICHEST = {"yn", "npyg", "qk", "qkp"}  # the forms of the norms that hold most
-for name, call, one in tune.choices(["14B"], [32760], 1):
+for name, bind, one in tune.choices(["14B"], [32760], 1):
     norm = one.kernel.startswith(("add_norm", "qk_norm_rope"))
     if "cross" in name or (norm and not RICHEST & set(one.key)):
         continue
@@ -167,7 +170,7 @@ for name, call, one in tune.choices(["14B"], [32760], 1):
         def answer(kernel, key, default):
             return candidate if (kernel, key) == (one.kernel, one.key) else default
         with tuning.hooked(answer):
-            launches = sass.compile_calls(call)
+            launches = sass.compile_calls(bind("meta"))
         wanted = {"attention keys": "_keys_kernel", "attention queries": "_queries_kernel"}
         for launch in launches:
             if launch.kernel in (wanted.get(one.kernel), "_forward", "_backward", "_forward_kernel"):

@@ -1,7 +1,7 @@
 """The kernel ledger: what every Triton kernel of this package compiles to and moves, without a GPU.
 
 One row a kernel launch at the shapes of Wan2.1: registers, spills, occupancy and instructions of the
-sm_90a code, bytes and operations counted in Triton's interpreter, and a predicted time. ledger_entries has
+sm_90a code, bytes and operations counted in Triton's interpreter, and a predicted time. operations.py has
 the operations. Compiling and interpreting take processes of their own, since TRITON_INTERPRET has to be
 set before Triton is imported. docs/kernels.md says how to read it.
 """
@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,16 @@ from prfl_bench.ledger import peers as ledger_peers
 from prfl_bench.ledger import sass
 from prfl_bench.ledger import table as ledger_rows
 from prfl_bench.ledger.table import ASSUMPTIONS, DOT_RATES, LANES
-from prfl_bench.operations import GRIDS, WIDTHS, Case, Entry, cases
+from prfl_bench.operations import Launch, cases
+from prfl_bench.shapes import Shape
 
 
 def collect(
     quick: bool = False,
     peers: str | None = None,
-    only: Callable[[Entry, Case], bool] | None = None,
+    only: Callable[[Launch, Shape], bool] | None = None,
 ) -> dict:
-    """Everything `prfl kernels --json` prints. peers: the tutorial's file for ledger_peers, "" for the
+    """Everything `prfl kernels --json` prints. peers: the tutorial's file for peers.py, "" for the
     installed peers alone, None for none; only: the operations and shapes to take, None for all."""
     if find_spec("triton") is None:
         raise ValueError("ledger: got no Triton, want it installed")
@@ -66,7 +66,7 @@ def _spawn(task: str, what: Any) -> Any:
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        code = "import sys; from prfl_kernels import ledger; ledger.work(*sys.argv[1:])"
+        code = "import sys; from prfl_bench.ledger.collect import work; work(*sys.argv[1:])"
         arguments = [task, json.dumps(what), str(file)]
         done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment)
         if done.returncode:
@@ -83,11 +83,11 @@ def work(task: str, what: str, file: str) -> None:
     asked = json.loads(what)
     try:
         if task == "peers":
-            result = {"rows": ledger_peers.compile_peers(min(GRIDS), WIDTHS, asked)}
+            result = {"rows": ledger_peers.compile_peers(asked)}
         else:
             (quick, share), one = asked, _compile if task == "compile" else _count
             jobs = cases(quick)
-            result = {"rows": [one(partial(jobs[i][0].call, jobs[i][1])) for i in share]}
+            result = {"rows": [one(jobs[i][0].bind(jobs[i][1])) for i in share]}
     except ValueError as error:
         result = {"error": str(error)}
     Path(file).write_text(json.dumps(result))
@@ -111,15 +111,15 @@ def _dot_rate(dtype: str, precision: str) -> float:
     return DOT_RATES["16-bit"] if dtype in ("bf16", "fp16") else DOT_RATES[precision]
 
 
-def _row(entry: Entry, case: Case, compiled: list[dict], counted: dict) -> dict:
+def _row(launch: Launch, s: Shape, compiled: list[dict], counted: dict) -> dict:
     """Join what was compiled and what was counted for one operation at one shape."""
     kernels = []
     for code, traffic in zip(compiled, counted["launches"], strict=True):
         if code["kernel"] != traffic["kernel"]:
             raise ValueError(f"ledger: got {traffic['kernel']} interpreted, want {code['kernel']}")
-        kernels.append(_kernel(code, traffic, case.length * case.width))
+        kernels.append(_kernel(code, traffic, s.tokens * s.model.width))
     memory, cached = counted["torch"]["memory"], sum(counted["torch"]["cached"].values())
-    row = ledger_rows.operation(entry, case, counted["minimum"], kernels, memory, cached)
+    row = ledger_rows.operation(launch, s, counted["minimum"], kernels, memory, cached)
     return row | {"elementwise": sum(k["elementwise"] for k in kernels)}
 
 

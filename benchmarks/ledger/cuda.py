@@ -1,7 +1,7 @@
 """The CUDA C++ kernels of csrc/cuda in the ledger: what nvcc makes of them for sm_90a and what they move.
 
 Needs nvcc and no GPU. The Python launchers of cuda_kernels and attention_hopper run on meta tensors with
-a library that writes down what they would launch; ledger_nvcc has the facts of the code. Bytes are a
+a library that writes down what they would launch; nvcc.py has the facts of the code. Bytes are a
 count for every argument: whole arrays once, and what is read for every token or by every cluster
 again (tests/test_ledger_cuda.py compares with what the kernels access in simulation).
 """
@@ -27,8 +27,11 @@ from prfl_bench.ledger.nvcc import (
     absence,
     compiled,
 )
-from prfl_bench.operations import ENTRIES as TRITON_ENTRIES
-from prfl_bench.operations import Case, Entry, cases, empty
+from prfl_bench.operations import LAUNCHES as TRITON_LAUNCHES
+from prfl_bench.operations import OPERATIONS as ALL_OPERATIONS
+from prfl_bench.operations import Launch as Pass
+from prfl_bench.operations import cases
+from prfl_bench.shapes import Shape
 from prfl_kernels import cuda_kernels, solver_step
 from prfl_kernels.attention import (
     cuda as attention_hopper,
@@ -264,18 +267,13 @@ def recording() -> Iterator[Recorder]:
             setattr(owner, name, value)
 
 
-def _solver(s: Case) -> Iterable:
-    """The latent of 81 frames: 16 channels, 4 values of each a token."""
-    state = [empty(1, 64, s.length) for _ in range(4)]
-    velocity, columns = empty(1, 64, s.length, dtype=torch.bfloat16), empty(1, 9)
-    return *state, velocity, columns, *solver_step.forward(solver_step.cuda, *state, velocity, columns)
-
-
-# The backward of attention is Triton's.
+# The backward of attention is Triton's, which has no solver step.
 ENTRIES = (
-    *(entry for entry in TRITON_ENTRIES
-      if entry.op.startswith(OPERATIONS) and not (entry.kind == "attention" and "backward" in entry.op)),
-    Entry("solver_step", _solver, streams=(torch.bfloat16,)),
+    *(one for one in TRITON_LAUNCHES
+      if one.op.startswith(OPERATIONS) and not (one.kind == "attention" and "backward" in one.op)),
+    *(Pass(o.name, o.kind, (torch.float32,), o.inputs,
+           lambda s, *a: solver_step.forward(solver_step.cuda, *a))
+      for o in ALL_OPERATIONS if o.name == "solver_step"),
 )  # fmt: skip
 
 
@@ -308,8 +306,8 @@ def record(call: Callable[[], Iterable[Tensor | None]]) -> tuple[list[Tensor], l
     return list({id(a): a for a in held}.values()), recorder.launches
 
 
-def _row(entry: Entry, case: Case) -> dict:
-    held, launches = record(lambda: entry.call(case))
+def _row(entry: Pass, s: Shape) -> dict:
+    held, launches = record(entry.bind(s))
     # torch adds the partial sums of the runs.
     parts = [a.tensor for launch in launches for a in launch.arguments if a.name == "part"]
     sums = sum(a.nbytes + a.nbytes // a.shape[1] for a in parts)
@@ -317,7 +315,7 @@ def _row(entry: Entry, case: Case) -> dict:
     turned = [a.tensor for launch in launches for a in launch.arguments if a.name == "k_scale"]
     around = {"sum": sums, "copy": 3 * sum(a.nbytes for a in turned)}
     kernels = [_kernel(launch) for launch in launches]
-    return ledger_rows.operation(entry, case, sum(a.nbytes for a in held), kernels, around)
+    return ledger_rows.operation(entry, s, sum(a.nbytes for a in held), kernels, around)
 
 
 def collect(quick: bool) -> list[dict]:
@@ -325,4 +323,4 @@ def collect(quick: bool) -> list[dict]:
     sources = ("attention_hopper", "add_norm", "qk_norm_rope", "reward_pool", "solver_step")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compiled, sources))
-    return [_row(entry, case) for entry, case in cases(quick, ENTRIES)]
+    return [_row(entry, s) for entry, s in cases(quick, ENTRIES)]

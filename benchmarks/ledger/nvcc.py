@@ -16,7 +16,7 @@ from typing import NamedTuple
 from prfl_bench.ledger import loop_cycles, sass
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
-FLAGS = ["-std=c++17", "-O3", "-arch=sm_90a", "-Xptxas", "-v"]
+FLAGS = ["-std=c++17", "-O3", "-arch=sm_90a", "-Xptxas", "-v", f"-I{CSRC.parent}"]
 OPCODES = (*sass.OPCODES, "UBLKCP", "LDSM", "USETMAXREG")
 
 # In the order of the pointers in the launchers' structs.

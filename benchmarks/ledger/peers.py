@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prfl_bench.ledger import sass
+from prfl_bench.shapes import DEFAULT, MODELS
 
 SMS, CAPABILITY = 132, (9, 0)
 LEAST_TILE = 128 * 64
@@ -32,17 +33,17 @@ def check(file: str) -> None:
         raise ValueError("--peers: got no file and no liger-kernel installed, want one of them")
 
 
-def compile_peers(length: int, widths: dict[str, tuple[int, int]], file: str) -> dict[str, list[dict]]:
-    """{title: facts of each launch} at `length` tokens; file is the tutorial, or "" for none."""
-    found = {}
+def compile_peers(file: str) -> dict[str, list[dict]]:
+    """{title: facts of each launch} at 32,760 tokens; file is the tutorial, or "" for none."""
+    found, length = {}, DEFAULT[0]
     if find_spec("liger_kernel"):
-        for model, (width, _) in widths.items():
+        for model, width, _, _ in MODELS.values():
             for dtype in (torch.float32, torch.bfloat16):
                 name = str(dtype).removeprefix("torch.")
                 title = f"Liger-Kernel at Wan {model}, {length} tokens, {name}"
                 found[title] = _compile(lambda width=width, dtype=dtype: _liger(length, width, dtype))
     if file:
-        model, (width, heads) = next(iter(widths.items()))  # heads are all alike
+        model, width, heads, _ = MODELS["14B"]  # heads are all alike
         title = f"Triton's tutorial at Wan {model}, {length} tokens rounded up to blocks, float16"
         found[title] = _compile(lambda: _tutorial(file, length, heads, width // heads))
     return found

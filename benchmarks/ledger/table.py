@@ -3,7 +3,8 @@
 from collections.abc import Collection
 
 from prfl_bench.ledger import sass
-from prfl_bench.operations import Case, Entry
+from prfl_bench.operations import Launch
+from prfl_bench.shapes import Shape
 
 # Assumed for predictions: measured copy bandwidth of an H100 SXM; FLOP/s of tensor-core products as
 # FlashAttention 3 reaches them (float32 in tf32 at half of bfloat16's rate, a third of that when
@@ -21,18 +22,18 @@ ASSUMPTIONS = (
 
 
 def operation(
-    entry: Entry, case: Case, minimum: int, kernels: list[dict], torch_bytes: dict[str, int], reread: int = 0
+    launch: Launch, s: Shape, minimum: int, kernels: list[dict], torch_bytes: dict[str, int], reread: int = 0
 ) -> dict:
     """An operation at one shape: its kernels, and what torch reads and writes around them in memory, by
     operation, and again from a cache. minimum: bytes of inputs and outputs, each once."""
     around = sum(torch_bytes.values())
     moved = around + sum(k["bytes"] for k in kernels)
     return {
-        "op": entry.op,
-        "kind": entry.kind,
-        "model": case.model,
-        "length": case.length,
-        "stream": str(case.stream).removeprefix("torch.") if len(entry.streams) > 1 else None,
+        "op": launch.op,
+        "kind": launch.kind,
+        "model": s.model.name,
+        "length": s.tokens,
+        "stream": str(s.residual).removeprefix("torch.") if len(launch.streams) > 1 else None,
         "minimum_bytes": minimum,
         "bytes": moved,
         "ratio": moved / minimum,

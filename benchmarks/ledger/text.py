@@ -2,7 +2,7 @@
 
 import textwrap
 
-from prfl_bench.operations import WIDTHS
+from prfl_bench.shapes import MODELS
 
 
 def render(found: dict) -> str:
@@ -12,8 +12,9 @@ def render(found: dict) -> str:
         for row in rows:
             here = language, row["length"], row["model"]
             if here != shape:
-                width, heads = WIDTHS[row["model"]]
-                title = f"{language}: Wan {row['model']} (C {width}, {heads} heads), {row['length']} tokens"
+                model = MODELS[row["model"]]
+                title = f"{language}: Wan {model.name} (C {model.width}, {model.heads} heads), "
+                title += f"{row['length']} tokens"
                 lines += ["", title, _TRAFFIC + _CODE]
                 shape = here
             lines += _operation(row)

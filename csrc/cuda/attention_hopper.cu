@@ -23,8 +23,9 @@ constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
               65536 / kThreads / 8 * 8 * (1 + kConsumers));
 
-// Named barriers: kTurn + g lets consumer g issue products, kOwn + g is among the threads of consumer g.
-enum { kTurn = 1, kOwn = kTurn + kConsumers };
+// The barriers of a consumer: one lets it issue products, the other is among its own threads.
+__device__ constexpr NamedBarrier turn(int group) { return NamedBarrier(1 + group); }
+__device__ constexpr NamedBarrier own(int group) { return NamedBarrier(1 + kConsumers + group); }
 
 template <class Format>
 struct Ring {
@@ -74,7 +75,7 @@ __device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>
     softmax.finish(h, inverse[h], value);
     if (lane % 4 == 0 && first + row + 8 * h < a.queries) put(lse + row + 8 * h, value);
   }
-  named_barrier_wait(kOwn + group, kWarpGroup);
+  named_barrier_wait(own(group), kWarpGroup);
   PRFL_UNROLL
   for (int i = 0; i < kDim / 2; i += 2) {
     const int h = i / 2 % 2, byte = 16 * (i / 4) + 4 * (lane % 4);
@@ -83,7 +84,7 @@ __device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>
         bf16_pair(acc[i] * inverse[h], acc[i + 1] * inverse[h]);
   }
   bulk_fence();
-  named_barrier_wait(kOwn + group, kWarpGroup);
+  named_barrier_wait(own(group), kWarpGroup);
   if (thread == 0) {
     tma_store(&a.out, s.queries[group], first, 0, blockIdx.y, blockIdx.z);
     bulk_commit();
@@ -103,7 +104,7 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
   uint32_t p[Format::kWeights];
   PRFL_UNROLL
   for (int i = 0; i < kDim / 2; ++i) acc[i] = 0.f;
-  if (group == 0 && blocks > 1) named_barrier_arrive(kTurn, kConsumers * kWarpGroup);
+  if (group == 0 && blocks > 1) named_barrier_arrive(turn(0), kConsumers * kWarpGroup);
 
   Ring<Format> ring;
   const uint64_t q = mma_operand(s.queries[group]), k = mma_operand(s.tiles[0]),
@@ -130,7 +131,7 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
     const int k_slot = ring.slot;
     mbarrier_wait(&s.full[k_slot], ring.phase);
     ring.next();
-    named_barrier_wait(kTurn + group, kConsumers * kWarpGroup);
+    named_barrier_wait(turn(group), kConsumers * kWarpGroup);
     mma_fence();
     Format::issue_scores(scores, q, k + k_slot * kStep);
     mma_commit();
@@ -141,7 +142,7 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
     format.issue_values(acc, p, v + v_slot * kStep);
     mma_commit();
     // Nobody waits for the very last turn.
-    if (group == 0 || j > 1) named_barrier_arrive(kTurn + (group ^ 1), kConsumers * kWarpGroup);
+    if (group == 0 || j > 1) named_barrier_arrive(turn(group ^ 1), kConsumers * kWarpGroup);
     mma_wait<1>();
     format.scale(scores, s, k_slot);
     softmax.step(scores, format.factor, alpha);

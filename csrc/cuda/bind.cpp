@@ -1,4 +1,4 @@
-// The launchers of csrc/cuda for Python. Tensors come as in bind.cpp, the stream as its address; also
+// The launchers of csrc/cuda for Python. Tensors come as in cpu/bind.cpp, the stream as its address; also
 // part of the module that the tests build on cusim.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -6,6 +6,9 @@ namespace prfl::cuda {
 
 constexpr int kWarpGroup = 128;
 
+// A barrier among some of a block's threads: 1 to 15, since 0 is that of __syncthreads. A kernel names its own.
+enum class NamedBarrier : int {};
+
 #ifndef CUSIM
 
 // The number of this thread's warp group, which the compiler then knows to be the same in all of a warp:
@@ -22,12 +25,12 @@ __device__ __forceinline__ void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
 }
 
-// Barrier `id` (1 to 15) of `threads` threads, of which some only arrive.
-__device__ __forceinline__ void named_barrier_wait(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// A barrier of `threads` threads, of which some only arrive.
+__device__ __forceinline__ void named_barrier_wait(NamedBarrier id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(int(id)), "r"(threads) : "memory");
 }
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+__device__ __forceinline__ void named_barrier_arrive(NamedBarrier id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(int(id)), "r"(threads) : "memory");
 }
 
 #else
@@ -42,11 +45,11 @@ template <int N>
 inline void grow_registers(CUSIM_HERE) {
   shrink_registers<N>(file, line);
 }
-inline void named_barrier_wait(int id, int threads, CUSIM_HERE) {
-  cusim::barrier(id, threads, true, file, line);
+inline void named_barrier_wait(NamedBarrier id, int threads, CUSIM_HERE) {
+  cusim::barrier(unsigned(id), threads, true, file, line);
 }
-inline void named_barrier_arrive(int id, int threads, CUSIM_HERE) {
-  cusim::barrier(id, threads, false, file, line);
+inline void named_barrier_arrive(NamedBarrier id, int threads, CUSIM_HERE) {
+  cusim::barrier(unsigned(id), threads, false, file, line);
 }
 
 #endif
