@@ -35,14 +35,18 @@ Timestep = Annotated[float, Within(0, 1000)]
 
 @dataclass(frozen=True)
 class KeptConfig(Section, name="model.recompute"):
+    """What a block saves and offloads, where model.recompute is a mapping; the rest is recomputed."""
+
     keep: tuple[str, ...] = ()
-    """Intermediates of a block that stay on the device; engine/memory/recompute.py names them."""
+    """Intermediates of a block that stay on the device; engine/memory/policy.py names them."""
     offload: tuple[str, ...] = ()
     """Those that are offloaded to host memory until backward. All others are recomputed."""
 
 
 @dataclass(frozen=True)
 class ModelConfig(Section, name="model"):
+    """The generator: where it comes from, its precision, and its memory policy."""
+
     path: FilePath | None = None
     """Folder with config.json and native safetensors; None: random weights of `preset`."""
     preset: Name | None = None
@@ -97,6 +101,8 @@ class ModelConfig(Section, name="model"):
 
 @dataclass(frozen=True)
 class LoraConfig(Section, name="lora"):
+    """Low-rank adapters."""
+
     rank: Annotated[int, Within(0, 65536)] = 0
     """Rank of low-rank updates that are trained in place of the weights (in train-reward: those of the
     transformer); 0 trains the weights."""
@@ -113,6 +119,8 @@ class LoraConfig(Section, name="lora"):
 
 @dataclass(frozen=True)
 class RewardConfig(Section, name="reward"):
+    """The reward model and how it is trained."""
+
     path: FilePath | None = None
     """Folder with the three files of a reward model; None: train-reward makes a new one of the generator's
     first blocks."""
@@ -153,6 +161,8 @@ class RewardConfig(Section, name="reward"):
 
 @dataclass(frozen=True)
 class DataConfig(Section, name="data"):
+    """Lists of samples and how they are read."""
+
     train: tuple[FilePath, ...] = ()
     """.list files of meta JSON paths; the winners when reward.loss is bt."""
     lose: tuple[FilePath, ...] = ()
@@ -188,6 +198,8 @@ class DataConfig(Section, name="data"):
 
 @dataclass(frozen=True)
 class RolloutConfig(Section, name="rollout"):
+    """Denoising steps without gradient."""
+
     solver: Literal["unipc", "euler"] = "unipc"
     steps: Annotated[int, Within(2, 10_000)] = 40
     """Denoising steps of the whole chain."""
@@ -225,6 +237,8 @@ class RolloutConfig(Section, name="rollout"):
 
 @dataclass(frozen=True)
 class ChainConfig(Section, name="chain"):
+    """Denoising steps with gradient."""
+
     window: Count | Literal["all"] = 1
     """Denoising steps with gradient before the reward, the graded one included; all: from the noise on."""
     detach_input: bool = False
@@ -234,6 +248,8 @@ class ChainConfig(Section, name="chain"):
 
 @dataclass(frozen=True)
 class LossConfig(Section, name="loss"):
+    """Losses of PRFL."""
+
     form: Literal["hinge", "linear", "log"] = "hinge"
     """On the reward r: hinge weight * relu(target - r); linear -weight * r; log -weight * log r."""
     weight: Nonnegative = 0.1
@@ -263,6 +279,8 @@ class LossConfig(Section, name="loss"):
 
 @dataclass(frozen=True)
 class OptimConfig(Section, name="optim"):
+    """The optimizer and its schedule."""
+
     name: Literal["adamw", "adamw8bit", "apex"] = "adamw"
     """adamw8bit: moments in 8 bits (torchao, the extra [lowmem]), for betas with beta1^2 < beta2; apex:
     FusedAdam of NVIDIA's apex."""
@@ -309,6 +327,8 @@ class OptimConfig(Section, name="optim"):
 
 @dataclass(frozen=True)
 class TrainConfig(Section, name="train"):
+    """Length of the run, its output, and checkpoints."""
+
     out: FilePath = "runs/prfl"
     """Output folder: metrics, checkpoints, samples."""
     resume: bool | Literal["auto"] = False
@@ -334,6 +354,8 @@ class TrainConfig(Section, name="train"):
 
 @dataclass(frozen=True)
 class EvalConfig(Section, name="eval"):
+    """Validation."""
+
     every: Natural = 0
     """Optimizer steps between validations; 0 validates never. The weights with the highest score are kept as
     `best`. The score of PRFL is the mean reward of samples, where loss.weight is 0 minus the flow-matching
@@ -363,6 +385,8 @@ class EvalConfig(Section, name="eval"):
 
 @dataclass(frozen=True)
 class SampleConfig(Section, name="sample"):
+    """What `prfl sample` makes."""
+
     count: Annotated[int, Within(1, 10**6)] = 4
     """How many of the prompts of data.val (in order, repeated if short) are sampled."""
     seed: Seed = 0
@@ -375,6 +399,8 @@ class SampleConfig(Section, name="sample"):
 
 @dataclass(frozen=True)
 class Config(Section, name=""):
+    """A whole configuration: one field a section of the YAML."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

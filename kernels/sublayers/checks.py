@@ -55,6 +55,7 @@ def attention_shapes(x: Tensor, settings) -> tuple[Shape, Shape, Shape]:
 
 
 def modulated_attention(op, inputs, settings, saved):
+    """ValueError where an argument of modulated_attention or, if saved is given, its backward is wrong."""
     x, weight = inputs.x, inputs.weight
     _, length, width = expect_rows(op, "x", x)
     _vectors(op, inputs)
@@ -82,6 +83,7 @@ def modulated_attention(op, inputs, settings, saved):
 
 
 def modulated_ffn(op, inputs, settings, saved):
+    """ValueError where an argument of modulated_ffn or, if saved is given, its backward is wrong."""
     width = expect_rows(op, "x", inputs.x)[2]
     _vectors(op, inputs)
     hidden = expect_rank(op, "w1", inputs.w1, "F, C")[0]
@@ -100,6 +102,7 @@ def modulated_ffn(op, inputs, settings, saved):
 
 
 def cross_attention(op, inputs, settings, saved):
+    """ValueError where an argument of cross_attention or, if saved is given, its backward is wrong."""
     x, image_tokens = inputs.x, settings.image_tokens
     batch, _, width = expect_rows(op, "x", x)
     tokens = expect_rank(op, "context", inputs.context, "B, S, C")[1]
