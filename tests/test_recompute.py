@@ -11,8 +11,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LoraConfig
-from prfl_engine.memory import host as offload
 from prfl_engine.memory import recompute
+from prfl_engine.memory.host import HostStore, HostTensor, store_of
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import NAMES, STREAM, BlockPolicy, named
 from prfl_engine.model import lora
@@ -126,7 +126,7 @@ def test_updates_with_nothing_trained_before_them(targets):
 
 
 def test_blocks_without_a_backward_move_nothing(monkeypatch):
-    monkeypatch.setattr(offload.HostStore, "put", lambda *_: pytest.fail("put away for nothing"))
+    monkeypatch.setattr(HostStore, "put", lambda *_: pytest.fail("put away for nothing"))
     config = tiny_config(num_layers=2)
     model, batch = tiny_model(config).requires_grad_(False), random_batch(config, 1, LATENT)
     made = []
@@ -255,14 +255,14 @@ def test_nothing_is_left_behind_without_the_garbage_collector():
 def test_the_backward_brings_back_one_block_ahead(monkeypatch):
     """Order of fetches: while a block's backward runs, the block before it is on its way already."""
     order = []
-    fetch, again = offload.Away.fetch, recompute.Run._again
+    fetch, again = HostTensor.fetch, recompute.Run._again
 
     def watched(away):
         if away.back is None:
             order.append(("fetch", away.host[0].data_ptr()))
         fetch(away)
 
-    monkeypatch.setattr(offload.Away, "fetch", watched)
+    monkeypatch.setattr(HostTensor, "fetch", watched)
     monkeypatch.setattr(
         recompute.Run, "_again", lambda run, branch: (order.append(("again", id(run))), again(run, branch))
     )
@@ -273,23 +273,23 @@ def test_the_backward_brings_back_one_block_ahead(monkeypatch):
     assert len({place for kind, place in order if kind == "fetch"}) == 3
 
 
-def test_at_most_two_lots_are_on_their_way(monkeypatch):
-    store, sizes = offload.store_of(torch.device("cpu")), []
-    put = offload.HostStore.put
+def test_at_most_two_batches_of_copies_are_on_their_way(monkeypatch):
+    store, sizes = store_of(torch.device("cpu")), []
+    put = HostStore.put
 
     def watched(self, tensors):
         made = put(self, tensors)
         sizes.append(len(self._leaving))
         return made
 
-    monkeypatch.setattr(offload.HostStore, "put", watched)
+    monkeypatch.setattr(HostStore, "put", watched)
     gradients(BlockPolicy((), {"input"}), blocks=6)
     assert sizes == [1, 2, 2, 2, 2] and not store._leaving
 
 
 def test_what_a_block_puts_away_has_left_when_the_next_one_is_over(monkeypatch):
     """Also where that one puts nothing away. In the end all of a model's blocks have let go."""
-    store, left = offload.store_of(torch.device("cpu")), []
+    store, left = store_of(torch.device("cpu")), []
     run = recompute.Run.__call__
 
     def watched(*arguments):

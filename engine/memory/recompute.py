@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from prfl_engine.memory.host import Away, store_of
+from prfl_engine.memory.host import HostTensor, store_of
 from prfl_engine.memory.policy import INNER, STREAM, BlockPolicy
 from prfl_engine.model.layers import Block
 from prfl_engine.model.wan import RunBlocks, plain_blocks
@@ -67,11 +67,11 @@ def run_under(
         for block, policy in zip(blocks, found, strict=True):
             if border is not None:
                 border(tokens)
-            lots, this = store.lots if store is not None else 0, Run(policy, before)
+            batches, this = store.batches if store is not None else 0, Run(policy, before)
             tokens = block(tokens, e, context, repeats, grid, this)
             before = this if this.active else None
             if store is not None:
-                store.settle(store.lots - lots)
+                store.release(store.batches - batches)
         if border is not None:
             border(tokens)
         return tokens
@@ -111,13 +111,13 @@ class Run:
         self.active, self.block, self.grid, self.context, self.repeats = True, block, grid, context, repeats
         self.vectors = block.vectors(e)
         # No tensor here has a graph: that of this block would hold itself.
-        self.streams: dict[str, Tensor | Away] = {"input": x.detach()}
+        self.streams: dict[str, Tensor | HostTensor] = {"input": x.detach()}
         # Which inputs take gradient decides what layers save, so a rerun asks for the same ones.
         self.graded = {"attend": x.requires_grad}
-        self.attention: list[Tensor | Away] = []  # output and log-sum-exp of self-attention, if saved
+        self.attention: list[Tensor | HostTensor] = []  # output and log-sum-exp of self-attention, if saved
         self.again: dict[tuple[str, int], Tensor] = {}  # what the rerun of a sublayer has saved
         self.made: dict[str, Tensor] = {}  # residual-stream tensors that were recomputed
-        self.away: list[Away] = []
+        self.away: list[HostTensor] = []
         known = (context, *self.vectors, *block.parameters())
         self._known = {a.untyped_storage()._cdata for a in known}
         held = self.policy.held
@@ -135,14 +135,14 @@ class Run:
         self.graded["cross"] = n.requires_grad
         self.streams |= {"after_attention": after.detach(), "cross_normed": n.detach()}
         places = {a.untyped_storage()._cdata: name for name, a in self.streams.items()}
-        self._settle("attend", slots, places)
+        self._dispose("attend", slots, places)
         self.attention = [s.value for s in slots if s.name == "attention" and s.value is not None]
         y, slots = self._watched("cross", self._cross, n, keeps.cross)
-        self._settle("cross", slots, places)
+        self._dispose("cross", slots, places)
         del n
         self.streams = {k: a for k, a in self.streams.items() if k in self.policy.held}
         out, slots = self._watched("feed", self.block.feed, after, y, self.vectors, keeps.feed)
-        self._settle("feed", slots, {})
+        self._dispose("feed", slots, {})
         return out
 
     def _attend(self, x, keep, attention=None):
@@ -172,7 +172,7 @@ class Run:
             slot.name = name
         return made, slots
 
-    def _settle(self, branch: str, slots: list[_Slot], places: dict[int, str]) -> None:
+    def _dispose(self, branch: str, slots: list[_Slot], places: dict[int, str]) -> None:
         """Keep, offload or drop what a sublayer has saved; places: names of residual-stream tensors by
         storage."""
         held, offload, leaving = self.policy.held, self.policy.offload, []
@@ -258,5 +258,5 @@ class Run:
         }
 
 
-def _here(a: Tensor | Away) -> Tensor:
-    return a.get() if isinstance(a, Away) else a
+def _here(a: Tensor | HostTensor) -> Tensor:
+    return a.get() if isinstance(a, HostTensor) else a

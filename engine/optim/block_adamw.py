@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError, check
-from prfl_engine.memory.host_blocks import HostBlocks, new_block
+from prfl_engine.memory.host import HostBlocks, new_block
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels.jit import wide
 
@@ -172,7 +172,7 @@ class BlockAdamW(torch.optim.Optimizer):
                 yield (p, i, w, g), block if grad is not None else block | self.gradients[p][i]
 
     def _on_device(self, work: Iterable[tuple], how: str) -> Iterator[tuple]:
-        return iter(work) if self.host is None else self.host.through(work, how)
+        return iter(work) if self.host is None else self.host.stream(work, how)
 
     def _moments(self, block: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The float32 moments of a block: its own, or decoded."""
