@@ -155,14 +155,14 @@ def _eval_reward(args) -> None:
 def _sample(args) -> None:
     from prfl_engine.sample import sample
 
-    for path in sample(_load(args), check_new(args.out, "--out")):
+    for path in sample(_load(args), args.out):
         print(path)
 
 
 def _merge_lora(args) -> None:
     from prfl_engine.model.lora import merge_folders
 
-    merge_folders(args.base, args.adapter, check_new(args.out, "--out"))
+    merge_folders(args.base, args.adapter, args.out)
 
 
 def _doctor(args) -> int:

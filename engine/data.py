@@ -149,6 +149,14 @@ def read_text(path: str | Path, config: WanConfig) -> Tensor:
     return _read_tensor(path, (1, None, config.text_dim), "text", config.text_len)
 
 
+def by_shape(reader: Reader, paths: Iterable[Path]) -> dict[tuple[int, ...], list[Path]]:
+    """The meta paths by the shape of their latents, in order."""
+    found: dict[tuple[int, ...], list[Path]] = {}
+    for path in paths:
+        found.setdefault(reader.shape(path), []).append(path)
+    return found
+
+
 def _read_tensor(path: str | Path, shape, what: str, longest: int | None = None) -> Tensor:
     """The only entry of the leading dimension of a .npy, copied out of the memory map as float32."""
     array = read_array(path, shape, what)
@@ -160,7 +168,7 @@ def _read_tensor(path: str | Path, shape, what: str, longest: int | None = None)
     return tensor
 
 
-class Stream(Dataset):
+class Stream:
     """An endless, reproducible stream of micro-batches; item p is the p-th micro-batch.
 
     Every epoch is a new permutation. A micro-batch holds samples of one latent shape; the last one
@@ -182,12 +190,7 @@ class Stream(Dataset):
         sizes = {s: self._shapes.count(s) for s in set(self._shapes)}
         self.batches_per_epoch = sum(-(-n // batch_size) for n in sizes.values())
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        self._lose_by_shape: dict[tuple, list[Path]] = {}
-        for p in lose or []:
-            self._lose_by_shape.setdefault(reader.shape(p), []).append(p)
-
-    def __len__(self) -> int:
-        return 2**40
+        self._lose_by_shape = by_shape(reader, lose or [])
 
     def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch]:
         batches = tuple(collate([sample for _, sample in part]) for part in self.samples(position))
@@ -229,7 +232,7 @@ class Stream(Dataset):
         loader = DataLoader(
             _Caught(self),
             batch_size=None,
-            sampler=_From(position),
+            sampler=range(position, 2**40),
             num_workers=num_workers,
             pin_memory=pinned,
             generator=torch.Generator(),  # else it draws from the one that dropout goes on with
@@ -263,11 +266,11 @@ class Stream(Dataset):
         """The sample indices of every micro-batch of an epoch."""
         if self._epoch[0] != epoch:
             rng = seeded(Purpose.ORDER, self.seed, epoch)
-            by_shape: dict[tuple, list[int]] = {}
+            alike: dict[tuple, list[int]] = {}
             for i in rng.permutation(len(self.paths)).tolist():
-                by_shape.setdefault(self._shapes[i], []).append(i)
+                alike.setdefault(self._shapes[i], []).append(i)
             n = self.batch_size
-            batches = [b[i : i + n] for b in by_shape.values() for i in range(0, len(b), n)]
+            batches = [b[i : i + n] for b in alike.values() for i in range(0, len(b), n)]
             self._epoch = epoch, [batches[i] for i in rng.permutation(len(batches)).tolist()]
         return self._epoch[1]
 
@@ -278,24 +281,11 @@ class _Caught(Dataset):
     def __init__(self, stream: Stream):
         self.stream = stream
 
-    def __len__(self) -> int:
-        return len(self.stream)
-
     def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch] | UserError:
         try:
             return self.stream[position]
         except UserError as error:
             return error
-
-
-class _From:
-    """The positions p, p + 1, ... as a sampler."""
-
-    def __init__(self, position: int):
-        self.position = position
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.position, 2**40))
 
 
 def fixed_batches(reader: Reader, paths: list[Path], batch_size: int, device) -> Iterator[Batch]:

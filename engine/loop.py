@@ -22,6 +22,7 @@ from prfl_engine.config import Config
 from prfl_engine.data import Stream
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.gpu import gpu_metrics
+from prfl_engine.inputs import make_folder
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.metrics import MetricsWriter, note
 from prfl_engine.metrics import progress as progress_bar
@@ -108,11 +109,7 @@ class Run:
 
     def train(self, device: torch.device) -> None:
         """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
-        out, found = self.out, self.begin.checkpoint
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"train.out: {out}: {error.strerror}, want a folder that can be made") from None
+        out, found = make_folder(self.out, "train.out"), self.begin.checkpoint
         with files.locked(out) as alone, self.signals.at_once(False):
             if not alone:
                 note(f"{out}: its file system has no locks, so nothing stops a second run in this folder")
@@ -135,8 +132,8 @@ class Run:
         """The steps from progress.step on, with their validations and checkpoints."""
         train, progress, optimizer, out = self.config.train, self.progress, self.optimizer, self.out
         items = self.stream.loader(progress.step * train.accumulate, self.config.data.num_workers, device)
-        with closing(items), MetricsWriter(out, train.tensorboard, train.wandb) as metrics:
-            metrics.truncate_from(progress.step + 1 if self.begin.checkpoint else 0)
+        start = progress.step + 1 if self.begin.checkpoint else 0
+        with closing(items), MetricsWriter(out, train.tensorboard, train.wandb, start) as metrics:
             measurements = Measurements(metrics, train.log_every, progress.unlogged, self.bad_gradient)
             if self.validate is not None and (self.begin.checkpoint is None or progress.unvalidated):
                 self.check(metrics)

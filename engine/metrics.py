@@ -58,24 +58,20 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, out_dir: str | Path, tensorboard: bool = True, wandb_project: str | None = None
+        self, out_dir: str | Path, tensorboard: bool = True, wandb_project: str | None = None, start: int = 0
     ):
-        self.out_dir = Path(out_dir)
+        """start: the first step of this run. The lines of steps from there on, which an aborted run left, and
+        a torn last line are dropped. The file is replaced in one rename, so a kill in the middle leaves the
+        old one or the new. UserError where a line is no record, or wandb cannot be imported."""
+        self.out_dir, self.start, self._tensorboard, self._board = Path(out_dir), start, tensorboard, None
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.path = self.out_dir / FILE
-        self._tensorboard = tensorboard
-        self._board = None
-        self._purge_step = None
-        self._run = _start_wandb(wandb_project, self.out_dir) if wandb_project else None
-        self._cut_torn_line()
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-
-    def _cut_torn_line(self) -> None:
-        if not self.path.exists():
-            return
-        data = self.path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            os.truncate(self.path, data.rfind(b"\n") + 1)
+        path, self._wandb = self.out_dir / FILE, None
+        if wandb_project:
+            wandb = _import_wandb(wandb_project)
+            self._wandb = wandb.init(project=wandb_project, name=self.out_dir.name, dir=str(self.out_dir))
+        if path.exists():
+            write_whole(path, b"".join(line for line, record in _lines(path) if record["step"] < start))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
 
     def log(self, step: int, values: dict[str, float], prefix: str = "") -> None:
         """Append the values of one step, each named prefix/name."""
@@ -84,55 +80,25 @@ class MetricsWriter:
         record = {"step": int(step), "time": round(time.time(), 3), "values": safe}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        if self._tensorboard:
-            board = self._open_board()
+        if self._tensorboard and self._board is None:
+            self._board = _summary_writer()(str(self.out_dir / "tensorboard"), purge_step=self.start)
+        if self._board is not None:
             for name, value in named.items():
-                board.add_scalar(name, value, step)
-        if self._run is not None:
-            self._run.log(named, step=step)
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(named, step=step)
 
     def sync(self) -> None:
         """Flush the records to the disk."""
         os.fsync(self._file.fileno())
 
-    def truncate_from(self, step: int) -> int:
-        """Drop the lines of steps >= step, which an aborted run left; returns how many.
-
-        The file is replaced in one rename, so a kill in the middle leaves the old one or the new.
-        """
+    def close(self) -> None:
+        """Close the file, and end what TensorBoard and Weights & Biases write."""
         self._file.close()
-        keep, dropped = [], 0
-        for line, record in _lines(self.path):
-            if record["step"] < step:
-                keep.append(line)
-            else:
-                dropped += 1
-        if dropped:
-            write_whole(self.path, b"".join(keep))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        self._close_board()
-        self._purge_step = step
-        return dropped
-
-    def _open_board(self):
-        if self._board is None:
-            SummaryWriter = _summary_writer()
-            self._board = SummaryWriter(
-                str(self.out_dir / "tensorboard"), purge_step=self._purge_step
-            )
-        return self._board
-
-    def _close_board(self) -> None:
         if self._board is not None:
             self._board.close()
-            self._board = None
-
-    def close(self) -> None:
-        self._file.close()
-        self._close_board()
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -165,10 +131,6 @@ def _summary_writer():
                 "or set train.tensorboard=false"
             ) from error
     return SummaryWriter
-
-
-def _start_wandb(project: str, out_dir: Path):
-    return _import_wandb(project).init(project=project, name=out_dir.name, dir=str(out_dir))
 
 
 def _import_wandb(project: str):

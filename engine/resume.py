@@ -19,11 +19,12 @@ from torch import Tensor
 from prfl_engine import files
 from prfl_engine.config import Config
 from prfl_engine.config_file import plain, read_yaml
-from prfl_engine.errors import UserError, check
-from prfl_engine.inputs import load_pickle
+from prfl_engine.errors import UserError
+from prfl_engine.inputs import check_out, load_pickle
 from prfl_engine.metrics import FILE, check_writers, note, read_metrics
-from prfl_engine.optim.block_adamw import BlockAdamW, check_tensor
+from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import load_state
+from prfl_engine.optim.states import check_like
 
 STATE, RUN = "training_state.pt", "run.json"
 
@@ -121,15 +122,8 @@ def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
 
 def _look(out: Path) -> list[Path]:
     """The checkpoints in a folder that can be the output of a run."""
-    check("\0" not in str(out), "train.out", str(out), "a name without zero bytes")
+    check_out(out, "train.out")
     try:
-        if os.path.lexists(out) and not out.is_dir():
-            raise UserError(f"train.out: {out} is a file or a broken link, want a folder")
-        above = out.absolute()
-        while not above.exists():
-            above = above.parent
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise UserError(f"train.out: {out}: {above} is no folder that can be written to, want one")
         files.check_free(out)
         return files.checkpoints(out)
     except OSError as error:
@@ -282,9 +276,9 @@ def read_state(folder: Path, optimizer, device: torch.device) -> Progress:
         raise UserError(f"{path}: holds a state of {kind}, want {own}: the optim section differs")
     try:
         progress = _progress(state, int(folder.name.rpartition("-")[2]))
-        check_tensor("rng", state.get("rng"), torch.get_rng_state())
+        check_like("rng", state.get("rng"), torch.get_rng_state())
         if device.type == "cuda" and "cuda_rng" in state:
-            check_tensor("cuda_rng", state["cuda_rng"], torch.cuda.get_rng_state(device))
+            check_like("cuda_rng", state["cuda_rng"], torch.cuda.get_rng_state(device))
         load_state(optimizer, state.get("optimizer"))
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and "cuda_rng" in state:

@@ -13,6 +13,7 @@ from prfl_engine.build import DTYPES, pick_device
 from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
+from prfl_engine.inputs import check_new
 from prfl_engine.metrics import progress
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import load_transformer
@@ -39,9 +40,7 @@ def sample(config: Config, out: str | Path) -> list[Path]:
     written as latents .npy [1, 16, T, h, w] float32, in the layout of the training data, and as .mp4 and
     .webp where sample.codec can decode it. TrainingError, and nothing written, for one that is not finite.
     """
-    out, s = Path(out), config.sample
-    if out.exists():
-        raise UserError(f"--out: {out} exists, want a new folder")
+    out, s = check_new(out, "--out"), config.sample
     if config.model.path is None:
         raise UserError("model.path: got null, want the folder of a generator")
     if s.guidance != 1 and config.data.negative_text is None:

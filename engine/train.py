@@ -74,7 +74,7 @@ def train(config: Config) -> None:
         shapes = ([reader.shape(p)[1:] for p in of] for of in (paths, held_out))
         made = fit_memory(c, policy, reward, *shapes)
         print(made, flush=True)
-        run_blocks, score_blocks = run_under(made.policies), run_under(made.reward_policies)
+        run_blocks, score_blocks = run_under(made.policies), run_under(made.reward.policy)
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))
     rollout = make_rollout(policy, c.rollout, schedule, device) if use_reward else None

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prfl_engine.data import Reader, label_of, read_meta
-from prfl_engine.errors import TrainingError, UserError
+from prfl_engine.data import Reader, by_shape, label_of, read_meta
+from prfl_engine.errors import TrainingError, UserError, named
 
 # A label that is made of other fields.
 PARTS = {"motion_quality": ("physics_quality", "human_quality")}
@@ -31,10 +31,8 @@ def read_labels(paths: Sequence[Path], name: str, field: str) -> list[float]:
 
     def read(path: Path) -> tuple[float, set[str]]:
         meta = read_meta(path)
-        try:
+        with named(str(path)):
             return label_of(meta, name), {part for part in parts if meta.get(part) is not None}
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
 
     with ThreadPoolExecutor(16) as pool:  # most of the time a network file system answers
         found = list(pool.map(read, paths))
@@ -56,10 +54,7 @@ def check_labels(paths: Sequence[Path], name: str, field: str) -> None:
 def partners(reader: Reader, win: Sequence[Path], lose: Sequence[Path], field: str) -> list[Path]:
     """For every winner a loser of its latent shape, in turn; `field` names the losers' in the UserError of a
     winner without one."""
-    by_shape: dict[tuple[int, ...], list[Path]] = {}
-    for path in lose:
-        by_shape.setdefault(reader.shape(path), []).append(path)
-    turns = {shape: cycle(paths) for shape, paths in by_shape.items()}
+    turns = {shape: cycle(paths) for shape, paths in by_shape(reader, lose).items()}
     found = []
     for path in win:
         shape = reader.shape(path)

@@ -399,7 +399,7 @@ def test_an_8_bit_state_of_second_moments_themselves_is_refused(coding):
         i: own | {"blocks": [{k.replace("rms", "sq"): a for k, a in b.items()} for b in own["blocks"]]}
         for i, own in state["state"].items()
     }
-    with pytest.raises(ValueError, match="parameter 0: got .*exp_avg_sq uint8.*want .*exp_avg_rms uint8"):
+    with pytest.raises(ValueError, match="parameter 0: blocks: 0: got .*exp_avg_sq.*want .*exp_avg_rms"):
         optimizer.load_state_dict(state)
 
 
@@ -436,7 +436,7 @@ def test_rounding_draws_other_bits_for_every_step_and_place(monkeypatch):
 def test_another_state_is_refused():
     state = train(parameters(BF16), OptimConfig()).state_dict()
     other = make_optimizer([(parameters(BF16), 1e-2)], OptimConfig(rounding="stochastic"))
-    with pytest.raises(ValueError, match="parameter 0: got .*rest int16 6720, want exp_avg float32 6720"):
+    with pytest.raises(ValueError, match="parameter 0: blocks: 0: got .*rest, want a dict of exp_avg, "):
         other.load_state_dict(state)
     fewer = make_optimizer([(parameters(BF16)[:2], 1e-2)], OptimConfig())
     with pytest.raises(ValueError, match=r"groups of \[4\] parameters, want \[2\]"):

@@ -52,13 +52,12 @@ def test_resume_drops_the_steps_that_come_again(tmp_path):
         for step in range(6):
             writer.log(step, {"run": 1})
         writer.log(3, {"fid": 1}, prefix="val")  # out of order, as validation may write it
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
-        assert writer.truncate_from(3) == 4
-        assert writer.truncate_from(3) == 0
+    with MetricsWriter(tmp_path, tensorboard=False, start=3) as writer:
+        assert steps(tmp_path) == [0, 1, 2]
         writer.log(3, {"run": 2})
     assert steps(tmp_path) == [0, 1, 2, 3]
     assert read_metrics(tmp_path)[3]["values"] == {"run": 2.0}
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_torn_last_line_is_ignored_and_then_overwritten(tmp_path):
@@ -67,9 +66,11 @@ def test_a_torn_last_line_is_ignored_and_then_overwritten(tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 1, "time": 17')
     assert steps(tmp_path) == [0]
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, tensorboard=False, start=1) as writer:
         writer.log(1, {"loss": 2})
     assert steps(tmp_path) == [0, 1]
+    with MetricsWriter(tmp_path, tensorboard=False):
+        assert steps(tmp_path) == []  # a run from the start
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[]", '{"step": 1}', '{"values": {}}'])
@@ -85,8 +86,7 @@ def test_tensorboard_holds_the_values_and_forgets_the_dropped_steps(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         for step in range(4):
             writer.log(step, {"loss": step}, prefix="train")
-    with MetricsWriter(tmp_path) as writer:
-        writer.truncate_from(2)
+    with MetricsWriter(tmp_path, start=2) as writer:
         writer.log(2, {"loss": 20.0}, prefix="train")
     board = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()

@@ -219,7 +219,7 @@ BROKEN = {
     "moments": (moments(lambda e: e.update(exp_avg=torch.zeros(3))), "parameter 0: exp_avg: got float32 [3]"),
     "dtype": (moments(lambda e: e.update(exp_avg_sq=e["exp_avg_sq"].double())), "exp_avg_sq: got float64"),
     "expanded": (moments(lambda e: e.update(exp_avg=torch.zeros(()).expand(e["exp_avg"].shape))), "strides"),
-    "no moment": (moments(lambda e: e.pop("exp_avg")), "parameter 0: got ['exp_avg_sq', 'step']"),
+    "no moment": (moments(lambda e: e.pop("exp_avg")), "parameter 0: got a dict of exp_avg_sq, step, want"),
     "count": (moments(lambda e: e.update(step="1")), "parameter 0: step: got str"),
     "a parameter more": (put("optimizer", "state", 99, {}), "parameter 99"),
     "list": (put("optimizer", []), "optimizer: want a dict"),
@@ -259,6 +259,8 @@ BLOCKS = {
     "no block": lambda s: s[0].update(blocks=[]),
     "another block": lambda s: s[0]["blocks"].append({}),
     "text": lambda s: s[0]["blocks"][0].update(exp_avg="x"),
+    "no list": lambda s: s[0].update(blocks={}),
+    "expanded": lambda s: s[0]["blocks"][0].update(exp_avg=torch.zeros(()).expand(64)),
     "step": lambda s: s[0].update(step=1),
     "no state": lambda s: s.pop(0),
 }

@@ -42,9 +42,8 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, round_to: int = 1):
         super().__init__()
         self.round_to, self.now, self.peak, self.host_now, self.host_peak = round_to, 0, 0, 0, 0
-        self._known: dict[int, int] = {}
+        self._known: dict[int, tuple[bool, int]] = {}  # {storage: (on the host?, bytes)}
         self._lap = 0
-        self._hosted: dict[int, int] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that exist already, such as parameters."""
@@ -60,26 +59,23 @@ class LiveBytes(TorchDispatchMode):
     def _see(self, a: Tensor) -> None:
         storage = a.untyped_storage()
         key = storage._cdata
-        size = -(-storage.nbytes() // self.round_to) * self.round_to
-        if key in self._hosted:
-            return
-        if _on_host[0] and key not in self._known:
-            weakref.finalize(storage, self._free_on_host, key).atexit = False
-            self._hosted[key] = size
-            self.host_now += size
-            self.host_peak = max(self.host_peak, self.host_now)
-            return
         if key not in self._known:
             weakref.finalize(storage, self._free, key).atexit = False
-            self._known[key] = 0
-        self.now += size - self._known[key]  # it may have been resized
-        self._known[key] = size
+        on_host, before = self._known.get(key, (_on_host[0], 0))  # it may have been resized since
+        size = -(-storage.nbytes() // self.round_to) * self.round_to
+        self._known[key] = on_host, size
+        self._change(on_host, size - before)
+
+    def _change(self, on_host: bool, size: int) -> None:
+        if on_host:
+            self.host_now += size
+            self.host_peak = max(self.host_peak, self.host_now)
+        else:
+            self.now += size
 
     def _free(self, key: int) -> None:
-        self.now -= self._known.pop(key)
-
-    def _free_on_host(self, key: int) -> None:
-        self.host_now -= self._hosted.pop(key)
+        on_host, size = self._known.pop(key)
+        self._change(on_host, -size)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         inside = REGISTERED.get(func.name()) if func.namespace == "prfl" else None

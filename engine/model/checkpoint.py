@@ -148,14 +148,26 @@ def load_reward(
         given["return_type"] = "query" if add_query else None
     settings = settle(Path(transformer), given)
     trunk = load_transformer(transformer, dtype, device, trunk=True)
-    pool_state = read_pooling(query_attention, device)
+    return with_heads(trunk, query_attention, mlp, **settings, dropout=dropout, device=device)
+
+
+def with_heads(
+    trunk: WanTransformer,
+    query_attention: str | Path,
+    mlp: str | Path,
+    num_heads: int,
+    feature_layer: int,
+    return_type: str | None,
+    dropout: float = 0.0,
+    device: torch.device | str = "cpu",
+) -> RewardModel:
+    """The reward model of a trunk and the files of its pooling and MLP. UserError unless they fit."""
+    state = read_pooling(query_attention, device)
     with torch.device(device):
-        pool = QueryPool(
-            trunk.config.dim, len(pool_state["queries"]), settings["num_heads"], dropout,
-            settings["return_type"] == "query",
-        )  # fmt: skip
-        model = RewardModel(trunk, pool, settings["feature_layer"])
-    load_strict(pool, pool_state, query_attention)
+        queries, add_query = len(state["queries"]), return_type == "query"
+        pool = QueryPool(trunk.config.dim, queries, num_heads, dropout, add_query)
+        model = RewardModel(trunk, pool, feature_layer)
+    load_strict(pool, state, query_attention)
     load_strict(model.mlp, read_state(mlp, device), mlp)
     return model
 

@@ -41,6 +41,7 @@ class Linear(nn.Linear):
 
     @property
     def low(self) -> LowRank | None:
+        """The low-rank update; None: there is none."""
         return None if self.lora_A is None else LowRank(self.lora_A, self.lora_B, self.lora_scale)
 
     @property
@@ -49,6 +50,7 @@ class Linear(nn.Linear):
         return self.compute_dtype or self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., out] of x [..., in]."""
         return linear(x.to(self.dtype), self.weight, self.bias, self.low)
 
 
@@ -56,6 +58,7 @@ class WideLinear(Linear):
     """A linear layer of the time embedding or the head: float32 at least, in every precision."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., out] of x [..., in]."""
         return linear(x.to(wide(self.weight.dtype)), self.weight, self.bias, self.low)
 
 
@@ -68,6 +71,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., C] of x [..., C], in its dtype."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -81,12 +85,12 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
 
     def weights(self) -> AttentionWeights:
-        linears = (self.q, self.k, self.v, self.o)
-        pairs = sum(((m.weight, m.bias) for m in linears), ())
+        """The parameters as the fused sublayers take them."""
+        pairs = sum(((m.weight, m.bias) for m in (self.q, self.k, self.v, self.o)), ())
         return AttentionWeights(*pairs, self.norm_q.weight, self.norm_k.weight)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(SelfAttention):
     """Attention to the text and, in an I2V model, to the image tokens before it.
 
     With gradient it is one operation, which keeps what it is told to. Without, or where a linear layer is
@@ -94,10 +98,8 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(self, dim: int, num_heads: int, eps: float, image: bool):
-        super().__init__()
-        self.num_heads, self.image = num_heads, image
-        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim, eps), RMSNorm(dim, eps)
+        super().__init__(dim, num_heads, eps)
+        self.image = image
         if image:
             self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
@@ -108,14 +110,13 @@ class CrossAttention(nn.Module):
         """The sublayer's output [B, L, C]; the last token of the context counts `repeats` times, and `keep`
         is as in prfl_kernels.sublayers.cross_attention."""
         if torch.is_grad_enabled() and self.fused:
-            (q, k, v, o), image = ((m.weight, m.bias) for m in self._linears()[:4]), None
+            image = None
             if self.image:
-                (k_img, v_img), norm = self._linears()[4:], self.norm_k_img
-                image = ImageWeights(k_img.weight, k_img.bias, v_img.weight, v_img.bias, norm.weight)
+                k, v, norm = self.k_img, self.v_img, self.norm_k_img
+                image = ImageWeights(k.weight, k.bias, v.weight, v.bias, norm.weight)
             return cross_attention(
-                x_BLC, context_BSC, AttentionWeights(*q, *k, *v, *o, self.norm_q.weight, self.norm_k.weight),
-                self.num_heads, image, IMAGE_TOKENS if self.image else 0, self.norm_q.eps,
-                self.q.dtype, keep, repeats,
+                x_BLC, context_BSC, self.weights(), self.num_heads, image, IMAGE_TOKENS if self.image else 0,
+                self.norm_q.eps, self.q.dtype, keep, repeats,
             )  # fmt: skip
         return self.o(self.attend(self.q(x_BLC), context_BSC, repeats))
 
@@ -124,12 +125,8 @@ class CrossAttention(nn.Module):
         """Whether the sublayer is one operation where gradient is enabled."""
         return all(
             type(m) is Linear and {name for name, _ in m.named_parameters()} == {"weight", "bias"}
-            for m in self._linears()
+            for m in (self.q, self.k, self.v, self.o, *((self.k_img, self.v_img) if self.image else ()))
         )
-
-    def _linears(self) -> tuple[nn.Module, ...]:
-        more = (self.k_img, self.v_img) if self.image else ()
-        return self.q, self.k, self.v, self.o, *more
 
     def attend(self, q_BLC: Tensor, context_BSC: Tensor, repeats: int) -> Tensor:
         """What goes into the last projection, from queries before their norm; [B, L, C] in their dtype."""
@@ -261,6 +258,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def forward(self, x_BLC: Tensor, e_BC: Tensor) -> Tensor:
+        """Patches [B, L, patch_values] of tokens [B, L, C] at the embedded timestep e [B, C]."""
         shift, scale = (self.modulation.to(e_BC.dtype) + e_BC[:, None]).unbind(1)
         return self.head(modulate(x_BLC, scale, shift, self.eps, wide(x_BLC.dtype)))
 
@@ -279,6 +277,7 @@ class ImageEmbedding(nn.Module):
         )
 
     def forward(self, clip: Tensor) -> Tensor:
+        """Context tokens [B, 257, C], in the dtype of products."""
         norm_in, linear_in, gelu, linear_out, norm_out = self.proj
         dtype = linear_in.dtype
         n = layer_norm(clip, norm_in.weight, norm_in.bias, norm_in.eps, dtype)

@@ -9,7 +9,6 @@ and norms included, are frozen. Source: Hu et al. 2021, arXiv 2106.09685. Files:
 """
 
 import math
-import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from prfl_engine.config import LoraConfig
 from prfl_engine.errors import UserError, check
 from prfl_engine.files import atomic_folder
+from prfl_engine.inputs import check_new
 from prfl_engine.model.checkpoint import load_transformer, save_transformer
 from prfl_engine.model.layers import Linear
 from prfl_engine.model.lora_files import read, write_peft, write_shared
@@ -209,12 +209,7 @@ def merge_folders(base: str | Path, adapter: str | Path, out: str | Path) -> Non
 
     UserError for values that are not finite, too; then nothing is written.
     """
-    out = Path(out)
-    if os.path.lexists(out):
-        raise UserError(f"--out: {out} exists, want a new folder")
-    above = next(p for p in out.absolute().parents if os.path.lexists(p))
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"--out: {above} is no folder that can be written to")
+    out = check_new(out, "--out")
     updates, _ = read(adapter)
     model = _merge(load_transformer(base, torch.float32), updates, adapter)
     for name, p in model.named_parameters():

@@ -17,6 +17,7 @@ from torch import Tensor
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError, check
 from prfl_engine.memory.host import HostBlocks, new_block
+from prfl_engine.optim.states import check_groups, check_like
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels.jit import wide
 
@@ -181,6 +182,8 @@ class BlockAdamW(torch.optim.Optimizer):
         return block["exp_avg"], block["exp_avg_sq"]
 
     def state_dict(self) -> dict:
+        """torch's, with states {"step": 0-dim float32, "blocks": [{name: 1-dim tensor}]}; waits for copies to
+        the host."""
         if self.host is not None:
             self.host.wait()
         return super().state_dict()
@@ -192,7 +195,7 @@ class BlockAdamW(torch.optim.Optimizer):
         check_groups(saved, self.param_groups, {"updates": int})
         mine = self.state_dict()["state"]
         for i, own in mine.items():
-            _check_blocks(f"parameter {i}", saved["state"].get(i), own)
+            check_like(f"parameter {i}", saved["state"].get(i), own)
         for i, own in mine.items():
             own["step"].copy_(saved["state"][i]["step"])
             for block, source in zip(own["blocks"], saved["state"][i]["blocks"], strict=True):
@@ -294,60 +297,3 @@ def _put(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
 
 def _blocks(a: Tensor) -> tuple[Tensor, ...]:
     return a.reshape(-1).split(BLOCK)
-
-
-def check_groups(saved: object, own: list[dict], counters: dict[str, type]) -> None:
-    """ValueError unless `saved` is a state_dict with groups as large as `own`, and with these counters."""
-    groups = saved.get("param_groups") if isinstance(saved, dict) else None
-    if not isinstance(groups, list) or not isinstance(saved.get("state"), dict):
-        raise ValueError("optimizer: want a dict with a dict 'state' and a list 'param_groups'")
-    listed = [g.get("params") if isinstance(g, dict) else None for g in groups]
-    sizes = [len(p) if isinstance(p, list) else None for p in listed], [len(g["params"]) for g in own]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"optimizer: got groups of {sizes[0]} parameters, want {sizes[1]}")
-    unknown = saved["state"].keys() - set(range(sum(sizes[1])))
-    if unknown:
-        raise ValueError(f"optimizer: got a state of parameter {min(map(str, unknown))}, which there is not")
-    for i, group in enumerate(groups):
-        for name, kind in counters.items():
-            value = group.get(name)
-            if type(value) is not kind or (kind is int and value < 0):
-                raise ValueError(f"group {i}: {name}: got {value!r}, want a number of updates")
-
-
-def check_tensor(name: str, got: object, want: Tensor) -> None:
-    """ValueError unless `got` is a tensor of the shape, dtype and strides of `want`."""
-    if not isinstance(got, Tensor):
-        raise ValueError(f"{name}: got {type(got).__name__}, want a tensor")
-    kinds = [f"{str(a.dtype).removeprefix('torch.')} {list(a.shape)}" for a in (got, want)]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"{name}: got {kinds[0]}, want {kinds[1]}")
-    if got.layout != torch.strided or got.stride() != want.stride():
-        raise ValueError(f"{name}: got a tensor with another layout in memory, want strides {want.stride()}")
-
-
-def _check_blocks(name: str, got: object, own: dict) -> None:
-    """ValueError unless the state of a parameter has the blocks of its own."""
-    blocks = got.get("blocks") if isinstance(got, dict) else None
-    if not isinstance(blocks, list) or not blocks or not all(isinstance(b, dict) for b in blocks):
-        raise ValueError(f"{name}: got no list of blocks, want {_describe(own['blocks'])}")
-    for block in blocks:
-        if not all(isinstance(a, Tensor) for a in block.values()):
-            raise ValueError(f"{name}: got blocks that hold other things than tensors")
-    described = _describe(blocks), _describe(own["blocks"])
-    if described[0] != described[1] or len(blocks) != len(own["blocks"]):
-        raise ValueError(f"{name}: got {described[0]}, want {described[1]}")
-    check_tensor(f"{name}: step", got.get("step"), own["step"])
-    for i, (block, mine) in enumerate(zip(blocks, own["blocks"], strict=True)):
-        for key, a in mine.items():
-            check_tensor(f"{name}: block {i}: {key}", block.get(key), a)
-
-
-def _describe(blocks: list[dict[str, Tensor]]) -> str:
-    """What all blocks of a parameter hold together: name, dtype and number of values."""
-    whole: dict[tuple[str, str], int] = {}
-    for block in blocks:
-        for name, a in block.items():
-            key = name, str(a.dtype).removeprefix("torch.")
-            whole[key] = whole.get(key, 0) + a.numel()
-    return ", ".join(f"{name} {dtype} {n}" for (name, dtype), n in whole.items())

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError
-from prfl_engine.optim.block_adamw import BlockAdamW, check_groups, check_tensor, norm_of
+from prfl_engine.optim.block_adamw import BlockAdamW, norm_of
+from prfl_engine.optim.states import check_groups, check_like
 
 
 def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -59,11 +60,7 @@ def load_state(optimizer: torch.optim.Optimizer, saved: object) -> None:
     for i, entry in saved["state"].items():  # a parameter that never had a gradient has none
         like = torch.empty_like(parameters[i], device="meta")
         want = {"exp_avg": like, "exp_avg_sq": like} | ({"step": torch.zeros(())} if adamw else {})
-        if not isinstance(entry, dict) or entry.keys() != want.keys():
-            got = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
-            raise ValueError(f"parameter {i}: got {got}, want {sorted(want)}")
-        for name, a in want.items():
-            check_tensor(f"parameter {i}: {name}", entry[name], a)
+        check_like(f"parameter {i}", entry, want)
     groups = optimizer.state_dict()["param_groups"]
     for group, source in zip(groups, saved["param_groups"], strict=True):
         group.update({name: source[name] for name in counters})
@@ -167,6 +164,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Move the average towards the parameters, after an optimizer step."""
         same = [(a, p) for a, p in zip(self.average.values(), self.own.values(), strict=True)]
         for a, p in same:
             if a.dtype != p.dtype:

@@ -183,11 +183,8 @@ class Plan:
 
     @property
     def policies(self) -> list[BlockPolicy]:
+        """One policy a block of the generator."""
         return [kind.policy for kind in self.blocks]
-
-    @property
-    def reward_policies(self) -> list[BlockPolicy]:
-        return [self.reward.policy] * self.reward_blocks
 
     def __str__(self) -> str:
         runs = itertools.groupby(kind.name for kind in self.blocks)

@@ -17,10 +17,10 @@ from prfl_engine.batch import Batch
 from prfl_engine.bounds import Count, Natural, Positive, Probability, Section, Within, describe, hints
 from prfl_engine.config import LossConfig
 from prfl_engine.errors import UserError, check, named
-from prfl_engine.inputs import check_file, open_tensors, read_json, read_state, read_tensors
-from prfl_engine.model.checkpoint import build, check_blocks, load_strict, read_pooling
+from prfl_engine.inputs import check_file, open_tensors, read_json, read_tensors
+from prfl_engine.model.checkpoint import build, check_blocks, with_heads
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
-from prfl_engine.model.reward import QueryPool, RewardModel
+from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.objectives import bind, graded_windows, reward_loss, sft_loss
 
@@ -167,12 +167,8 @@ def _models(folder: Path, spec: RewardSpec, config: WanConfig) -> tuple[WanTrans
 
     policy = read("policy.safetensors", config.num_layers, True)
     trunk = read("reward_transformer.safetensors", spec.num_blocks, False)
-    pooling = read_pooling(folder / "query_attention.ckpt")
-    add = spec.return_type == "query"
-    pool = QueryPool(config.dim, len(pooling["queries"]), spec.num_heads, add_query=add)
-    reward = RewardModel(trunk, pool, spec.feature_layer)
-    load_strict(pool, pooling, folder / "query_attention.ckpt")
-    load_strict(reward.mlp, read_state(folder / "mlp.ckpt"), folder / "mlp.ckpt")
+    heads = folder / "query_attention.ckpt", folder / "mlp.ckpt"
+    reward = with_heads(trunk, *heads, spec.num_heads, spec.feature_layer, spec.return_type)
     return policy.set_precision(torch.float32), reward.freeze()
 
 
