@@ -5,13 +5,9 @@ from pathlib import Path
 import torch
 
 from prfl_engine.config import Config, ModelConfig
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, refusing
 from prfl_engine.model import lora
-from prfl_engine.model.checkpoint import (
-    load_reward,
-    load_transformer,
-    new_reward,
-)
+from prfl_engine.model.checkpoint import load_reward, load_transformer, new_reward
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import PRESETS, WanTransformer
 from prfl_engine.seeds import Purpose, torch_seed
@@ -36,17 +32,12 @@ def pick_device(config: Config) -> torch.device:
             torch.cuda.set_device(device)  # the one on which Triton launches and graphs are recorded
     if device.type == "cpu":
         extension.keep_freed_memory()
-    try:
+    with refusing("PRFL_KERNELS" if config.model.kernels is None else "model.kernels"):
         if config.model.kernels is not None:
             dispatch.configure(config.model.kernels)
         dispatch.check(device.type)
-    except ValueError as error:
-        where = "PRFL_KERNELS" if config.model.kernels is None else "model.kernels"
-        raise UserError(f"{where}: {error}") from None
-    try:
+    with refusing():
         tuning.tuned()
-    except ValueError as error:
-        raise UserError(str(error)) from None
     return device
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from prfl_engine import __version__
 from prfl_engine.config import load_config
-from prfl_engine.errors import TrainingError, UserError
+from prfl_engine.errors import TrainingError, UserError, refusing
 from prfl_engine.inputs import check_new, make_folder
 from prfl_engine.interrupt import Stopped, interrupts
 
@@ -57,14 +57,10 @@ def _failures() -> tuple[type[Exception], ...]:
 def _read_environment() -> None:
     from prfl_kernels import dispatch, extension
 
-    try:
+    with refusing("PRFL_KERNELS"):
         dispatch.configure(dispatch.configured())
-    except ValueError as error:
-        raise UserError(f"PRFL_KERNELS: {error}") from None
-    try:
+    with refusing():
         extension.absence("cpu", "cpu")
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,10 +187,8 @@ def _kernels(args) -> None:
     from prfl_bench.ledger.collect import collect
     from prfl_bench.ledger.text import render
 
-    try:
+    with refusing():
         found = collect(args.quick, args.peers)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     print(json.dumps(found, indent=2) if args.json else render(found))
 
 
@@ -209,11 +203,9 @@ def _tune(args) -> None:
     if min(args.sp, *lengths) < 1 or any(n % args.sp for n in lengths):
         raise UserError(f"--tokens, --sp: got {lengths}, {args.sp}, want multiples of a number from 1 on")
     work = tune.listing if args.list else tune.tune
-    try:
+    with refusing():
         for line in work(models, lengths, args.sp):
             print(line, flush=True)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def _golden(args) -> None:

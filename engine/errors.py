@@ -48,3 +48,12 @@ def named(where: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+@contextmanager
+def refusing(where: str = "") -> Iterator[None]:
+    """Turn a ValueError, as the kernels raise it at what the user gave, into a UserError after `where`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from None

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from prfl_engine.config import ModelConfig
-from prfl_engine.errors import UserError
+from prfl_engine.errors import refusing
 from prfl_kernels.sublayers import ffn as modulated_ffn
 from prfl_kernels.sublayers import self_attention
 from prfl_kernels.sublayers.cross_attention import KEEP as CROSS_KEEP
@@ -99,7 +99,5 @@ def of_config(model: ModelConfig) -> BlockPolicy:
     replaces. Raises UserError for names that are none."""
     if isinstance(model.recompute, str):
         return named("none" if model.budget is not None else model.recompute, model.keep)
-    try:
+    with refusing("model.recompute"):
         return BlockPolicy(model.recompute.keep, model.recompute.offload, again=model.keep)
-    except ValueError as error:
-        raise UserError(f"model.recompute: {error}") from None

@@ -9,7 +9,7 @@ and norms included, are frozen. Source: Hu et al. 2021, arXiv 2106.09685. Files:
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,13 +57,15 @@ def attach(model: WanTransformer, config: LoraConfig, seed: int = 0) -> WanTrans
     for m in layers.values():
         bound = 1 / math.sqrt(m.in_features)  # PEFT: kaiming_uniform_ with a = sqrt(5)
         down = (2 * torch.rand(config.rank, m.in_features, generator=generator) - 1) * bound
-        _set(m, down.to(m.weight.device), m.weight.new_zeros(m.out_features, config.rank).float())
-        m.lora_scale = (config.rank if config.alpha is None else config.alpha) / config.rank
+        scale = (config.rank if config.alpha is None else config.alpha) / config.rank
+        _set(m, LowRank(down, torch.zeros(m.out_features, config.rank), scale))
     return model
 
 
-def _set(m: Linear, down: Tensor, up: Tensor) -> None:
-    m.lora_A, m.lora_B = nn.Parameter(down), nn.Parameter(up)
+def _set(m: Linear, low: LowRank) -> None:
+    """Give a layer an update, in float32 on the device of its weight."""
+    down, up = (a.to(m.weight.device, torch.float32) for a in low[:2])
+    m.lora_A, m.lora_B, m.lora_scale = nn.Parameter(down), nn.Parameter(up), low.scale
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -110,20 +112,6 @@ def load(model: WanTransformer, path: str | Path) -> WanTransformer:
     get its ranks and scales.
     """
     updates, own = read(path)
-    return _fill(model, path, updates, updates.keys() - own)
-
-
-def apply(model: WanTransformer, path: str | Path) -> WanTransformer:
-    """Freeze the model and give it the updates of an adapter, whatever its layers and ranks. Returns it."""
-    updates, _ = read(path)
-    targets = tuple(_updated(model, updates, path))
-    return _fill(attach(model, LoraConfig(1, targets=targets)), path, updates, ())
-
-
-def _fill(
-    model: WanTransformer, path: str | Path, updates: dict[str, LowRank], fixed: Collection[str]
-) -> WanTransformer:
-    """`load`; the layers `fixed` keep the ranks and scales that they have."""
     attached = _attached(model)
     if updates.keys() != attached.keys():
         name = min(updates.keys() ^ attached.keys())
@@ -131,15 +119,22 @@ def _fill(
         raise UserError(f"{path}: {name} {side}")
     for name, m in attached.items():
         down, up, scale = updates[name]
-        rank = len(m.lora_A if name in fixed else down)
+        rank = len(down if name in own else m.lora_A)
         got, want = [tuple(down.shape), tuple(up.shape)], [(rank, m.in_features), (m.out_features, rank)]
         if got != want:
             raise UserError(f"{path}: {name} has A {got[0]} and B {got[1]}, want {want[0]} and {want[1]}")
-        if name not in fixed:
-            m.lora_scale = scale
-        elif not math.isclose(scale, m.lora_scale, rel_tol=1e-6):
+        if name not in own and not math.isclose(scale, m.lora_scale, rel_tol=1e-6):
             raise UserError(f"{path}: alpha / r is {scale:g}, want {m.lora_scale:g} (lora.alpha, lora.rank)")
-        _set(m, down.to(m.lora_A), up.to(m.lora_B))
+        _set(m, updates[name] if name in own else LowRank(down, up, m.lora_scale))
+    return model
+
+
+def apply(model: WanTransformer, path: str | Path) -> WanTransformer:
+    """Freeze the model and give it the updates of an adapter, whatever its layers and ranks. Returns it."""
+    updates, _ = read(path)
+    model.requires_grad_(False)
+    for name, m in _updated(model, updates, path).items():
+        _set(m, updates[name])
     return model
 
 

@@ -1,8 +1,9 @@
 """What this machine offers and which implementation of every operation will run on it, and why.
 
-report() gathers plain dicts, render() prints them, gpu_metrics() is the part that training logs.
-Optional packages are probed in this one place, lazily. A probe that fails keeps the message: a
-missing package is an ImportError, two packages of versions that do not fit an AttributeError.
+report() gathers plain dicts, render() prints them. Whether an optional package can be imported is asked here;
+whether an attention library can run on a device, by its record (prfl_kernels.attention.libraries). A probe
+that fails keeps the message: a missing package is an ImportError, two packages of versions that do not fit an
+AttributeError.
 """
 
 import importlib
@@ -29,6 +30,8 @@ CPU_FLAGS = (  # x86, then Arm
 
 
 class Backend(NamedTuple):
+    """An optional package."""
+
     name: str
     module: str
     distribution: str  # the name pip knows, which carries the version
@@ -75,7 +78,7 @@ def report() -> dict:
         "gpu_note": gpu_note,
         "compilers": [_compiler("gcc", "-dumpfullversion"), _compiler("nvcc", "--version")],
         "compiled": [
-            {"name": part, "available": state == "yes", "version": None, "reason": reason}
+            _found(part, None, reason, available=state == "yes")
             for part, state, reason in extension.report()
         ],
         "backends": [_probe(backend) for backend in BACKENDS],
@@ -110,13 +113,10 @@ def render(found: dict) -> str:
         ("Optional packages", found["backends"]),
     ):
         cells = [
-            (
-                row["name"],
-                "yes" if row["available"] else "no",
-                "  ".join(filter(None, (row["version"], row["reason"]))),
-            )
+            (row["name"], "yes" if row["available"] else "no",
+             "  ".join(filter(None, (row["version"], row["reason"]))))
             for row in rows
-        ]
+        ]  # fmt: skip
         lines += ["", title, *columns(cells)]
     cells = [(row["op"], row["implementation"], row["reason"]) for row in found["operations"]]
     lines += ["", "Operations", *columns(cells), "", "Implementations", *columns(_alike(found))]
@@ -185,21 +185,20 @@ def _cpu() -> dict:
     }
 
 
+def _found(name: str, version: str | None, reason: str, available: bool) -> dict:
+    return {"name": name, "available": available, "version": version, "reason": reason}
+
+
 def _compiler(name: str, flag: str) -> dict:
     path = shutil.which(name)
     if path is None:
-        return {"name": name, "available": False, "version": None, "reason": "not on PATH"}
+        return _found(name, None, "not on PATH", available=False)
     try:
         run = subprocess.run([path, flag], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        return {"name": name, "available": False, "version": None, "reason": str(error)}
+        return _found(name, None, str(error), available=False)
     numbers = re.findall(r"V?(\d+\.\d+[.\d]*)", run.stdout)
-    return {
-        "name": name,
-        "available": True,
-        "version": numbers[-1] if numbers else None,
-        "reason": path,
-    }
+    return _found(name, numbers[-1] if numbers else None, path, available=True)
 
 
 def _version(distribution: str) -> str | None:
@@ -225,12 +224,9 @@ def _probe(backend: Backend) -> dict:
                 why = f"{' '.join(str(error).split())}; "
     if backend.name == "apex" and not available and version:
         why = f"the installed apex {version} is the unrelated PyPI package, or built without C++; "
-    return {
-        "name": backend.name,
-        "available": available,
-        "version": version if available else None,
-        "reason": "" if available else why + backend.how,
-    }
+    if available:
+        return _found(backend.name, version, "", available)
+    return _found(backend.name, None, why + backend.how, available)
 
 
 def _absent(error: Exception, module: str) -> bool:
