@@ -11,16 +11,16 @@ Error Linear Units"; the tanh form is sigmoid(2 x) written out.
 """
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from prfl_kernels import dispatch, tuning
-from prfl_kernels.checks import checked, expect, expect_rows
-from prfl_kernels.dispatch import CPU, REFERENCE, TRITON, implementation
+from prfl_kernels.checks import expect, expect_rows
+from prfl_kernels.declare import allocator, gradients_like, operation
+from prfl_kernels.dispatch import CPU, REFERENCE, TRITON, record
 from prfl_kernels.extension import empty, extension, runs, supported, view
-from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
+from prfl_kernels.jit import jit, tl, triton, unit_last, wide
 
 CUBIC, TWO_K = 0.044715, 2 * math.sqrt(2 / math.pi)
 # Tokens and columns of a tile, warps, and runs of tokens: twice 16 bytes of bfloat16 a thread, many waves on
@@ -159,67 +159,36 @@ def triton_backward(dg, h, bias, dh, g, dbias):
         torch.sum(part, 0, out=dbias)
 
 
-IMPLEMENTATIONS = {
+dispatch.register("bias_gelu", dispatch.common({
     REFERENCE: (reference_forward, reference_backward),
     CPU: (cpu_forward, cpu_backward),
     TRITON: (triton_forward, triton_backward),
-}
-dispatch.register("bias_gelu", dispatch.common(IMPLEMENTATIONS))
+}))  # fmt: skip
 
 
 def forward(fill, h, bias):
-    """g [B, L, F] in h.dtype, which fill(h, bias, g) computes."""
-    g = empty(h, *h.shape)
-    if h.numel():
+    """g [B, L, F] in h.dtype, which fill(h, bias, g) computes unless it is None."""
+    g = allocator(fill)(h, *h.shape)
+    if fill is not None and h.numel():
         fill(h, bias, g)
     return g
 
 
 def backward(fill, dg, h, bias, wants_bias):
     """(dh, g [B, L, F] in h.dtype, d bias [F] in float32 or wider), which fill(dg, h, bias, dh, g, d bias)
-    computes; d bias is None if not wanted."""
-    dh, g = empty(h, *h.shape), empty(h, *h.shape)
-    dbias = h.new_zeros(h.shape[2], dtype=wide(h.dtype)) if wants_bias else None
-    if h.numel():
+    computes unless it is None; d bias is None if not wanted."""
+    new, shape = allocator(fill), h.shape
+    dh, g = new(h, *shape), new(h, *shape)
+    dbias = h.new_zeros(shape[2], dtype=wide(h.dtype)) if wants_bias else None
+    if fill is not None and h.numel():
         fill(dg, h, bias, dh, g, dbias)
     return dh, g, dbias
 
 
-def pair(h: Tensor):
-    """(`forward`, `backward`) by what runs for h."""
-    fills = IMPLEMENTATIONS[implementation("bias_gelu", h)]
-    return partial(forward, fills[0]), partial(backward, fills[1])
-
-
-def _check(h, bias, op="bias_gelu"):
+def _check(op, h, bias):
     shape = expect_rows(op, "h", h)
     if bias is not None:
         expect(op, "bias", bias, shape[2:], h)
-
-
-def _check_backward(dg, h, bias, wants_bias):
-    _check(h, bias, "bias_gelu_backward")
-    expect("bias_gelu_backward", "dg", dg, h.shape, h)
-    if wants_bias and bias is None:
-        raise ValueError("bias_gelu_backward: got wants_bias without a bias, want a bias")
-
-
-def _run(h, bias):
-    return pair(h)[0](h, bias)
-
-
-def _fake(h, bias):
-    return h.new_empty(h.shape)
-
-
-def _run_backward(dg, h, bias, wants_bias):
-    dh, g, dbias = pair(h)[1](dg, h, bias, wants_bias)
-    return dh, g, dbias.to(bias.dtype) if wants_bias else h.new_empty(0)
-
-
-def _backward_fake(dg, h, bias, wants_bias):
-    dbias = bias.new_empty(bias.shape) if wants_bias else h.new_empty(0)
-    return h.new_empty(h.shape), h.new_empty(h.shape), dbias
 
 
 def _setup_context(ctx, inputs, output):
@@ -227,19 +196,28 @@ def _setup_context(ctx, inputs, output):
 
 
 def _gradient(ctx, dg):
-    h, bias = ctx.saved_tensors
     wants = ctx.needs_input_grad[1]
-    dh, _, dbias = torch.ops.prfl.bias_gelu_backward(dg, h, bias, wants)
+    dh, _, dbias = torch.ops.prfl.bias_gelu_backward(dg, *ctx.saved_tensors, wants)
     return dh, dbias if wants else None
 
 
-register(
-    "bias_gelu(Tensor h, Tensor? bias) -> Tensor", *checked(_check, _run, _fake), _gradient, _setup_context
-)
-register(
-    "bias_gelu_backward(Tensor dg, Tensor h, Tensor? bias, bool wants_bias) -> (Tensor, Tensor, Tensor)",
-    *checked(_check_backward, _run_backward, _backward_fake),
-)
+@operation("bias_gelu", _gradient, _setup_context)
+def _bias_gelu(fake: bool, h: Tensor, bias: Tensor | None) -> Tensor:
+    _check("bias_gelu", h, bias)
+    return forward(None if fake else record("bias_gelu", h).forward, h, bias)
+
+
+@operation("bias_gelu_backward")
+def _bias_gelu_backward(
+    fake: bool, dg: Tensor, h: Tensor, bias: Tensor | None, wants_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "bias_gelu_backward"
+    _check(op, h, bias)
+    expect(op, "dg", dg, h.shape, h)
+    if wants_bias and bias is None:
+        raise ValueError(f"{op}: got wants_bias without a bias, want a bias")
+    dh, g, dbias = backward(None if fake else record("bias_gelu", h).backward, dg, h, bias, wants_bias)
+    return dh, g, *gradients_like(h if bias is None else bias, dbias)
 
 
 def bias_gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -56,7 +56,7 @@ def expect(
 
 def expect_matrix(op: str, name: str, a: Tensor, shape: Sequence[int], like: Tensor) -> None:
     """`expect` of a weight matrix, which may be stored in one of STORED."""
-    if a.dtype in STORED and a.dtype not in FLOATS and a.shape == shape and a.device == like.device:
+    if a.dtype not in FLOATS and a.dtype in STORED and a.shape == shape and a.device == like.device:
         return
     expect(op, name, a, shape, like)
 

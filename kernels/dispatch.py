@@ -55,7 +55,8 @@ def register(op: str, implementations: Iterable[Implementation], order: Order | 
     on nothing); "reference" runs where none of them does.
     """
     OPERATIONS[op] = records = {record.name: record for record in implementations}
-    _orders[op] = order or (lambda device, _: (tuple(c for c in _BEST.get(device, ()) if c in records), ""))
+    best = {device: (tuple(c for c in names if c in records), "") for device, names in _BEST.items()}
+    _orders[op] = order or (lambda device, _: best.get(device, ((), "")))
 
 
 def requires(
@@ -83,9 +84,11 @@ def requires(
     return probe
 
 
+_compiled = requires(dtypes=extension.DTYPES, build=lambda device: extension.absence(CPU, device))
+
+
 def _cpu(device, dtype=None, head_dim=None, e4m3=False):
-    compiled = requires(dtypes=extension.DTYPES, build=lambda device: extension.absence(CPU, device))
-    return "makes no e4m3" if e4m3 else compiled(device, dtype)
+    return "makes no e4m3" if e4m3 else _compiled(device, dtype)
 
 
 def _triton(device, dtype=None, head_dim=None, e4m3=False):
@@ -187,6 +190,11 @@ def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
             return choice
         choice = next(iter(passed))  # to be refused, with the reason
     return runnable(op, choice, *facts)
+
+
+def record(op: str, x: Tensor, fp8: bool = False) -> Implementation:
+    """The record of `implementation`; raises as that."""
+    return OPERATIONS[op][implementation(op, x, fp8)]
 
 
 def backward_of(op: str, x: Tensor, forward: str | None = None) -> str:

@@ -9,15 +9,13 @@ W may also be [G, N, K] for x [G, M, K], a product for every group, then without
 import torch
 from torch import Tensor
 
-from prfl_kernels.checks import checked, expect, expect_float, expect_matrix, expect_rank
-from prfl_kernels.jit import register
+from prfl_kernels.checks import expect, expect_float, expect_matrix, expect_rank
+from prfl_kernels.declare import operation
 from prfl_kernels.sublayers import products
 from prfl_kernels.sublayers.products import LowRank, Product, low_rank
 
-_NAMES = ("weight", "weight_bias", "weight_down", "weight_up")
 
-
-def _check(x, weight, bias, down, up, scale):
+def _check(x, weight, bias, down, up):
     expect_float("linear", "x", x.dtype)
     if x.dim() < 1 or weight.dim() not in (2, 3):
         got = f"x {list(x.shape)} and weight {list(weight.shape)}"
@@ -42,44 +40,6 @@ def _check(x, weight, bias, down, up, scale):
         expect("linear", "B", up, (n, rank), x)
 
 
-def _check_backward(d, x, weight, bias, down, up, scale, wants_x, wants, wants_low):
-    if x is None and (wants or wants_low):
-        raise ValueError("linear_backward: got no x, want it for the gradients of what is trained")
-    if d.dim() < 1 or weight.dim() not in (2, 3):
-        got = f"d {list(d.shape)} and weight {list(weight.shape)}"
-        raise ValueError(f"linear_backward: got {got}, want [..., N] and [N, K], or [G, M, N] and [G, N, K]")
-    if x is None:
-        x = d.new_empty(1).expand(*d.shape[:-1], weight.shape[-1])
-    _check(x, weight, bias, down, up, scale)
-    expect("linear_backward", "d", d, (*x.shape[:-1], weight.shape[-2]), x, x.dtype)
-
-
-def _forward(x, weight, bias, down, up, scale):
-    if weight.dim() == 3:
-        return x @ weight.to(x.dtype).mT
-    return products.linear(x, weight, bias, low_rank(down, up, scale))
-
-
-def _fake(x, weight, bias, down, up, scale):
-    return x.new_empty((*x.shape[:-1], weight.shape[-2]))
-
-
-def _backward(d, x, weight, bias, down, up, scale, wants_x, wants, wants_low):
-    layer = Product(low_rank(down, up, scale), wants, wants_low)
-    dx = layer.backward(d, x, weight, bias=bias is not None, wants_x=wants_x)
-    made, like = layer.gradients("weight"), dict(zip(_NAMES, (weight, bias, down, up), strict=True))
-    rest = (made[k].to(a.dtype) if k in made else d.new_empty(0) for k, a in like.items())
-    return d.new_empty(0) if dx is None else dx.view(*d.shape[:-1], weight.shape[-1]), *rest
-
-
-def _backward_fake(d, x, weight, bias, down, up, scale, wants_x, wants, wants_low):
-    shape = (*d.shape[:-1], weight.shape[-1])
-    wanted = ((weight, wants), (bias, wants), (down, wants_low), (up, wants_low))
-    return d.new_empty(shape if wants_x else 0), *(
-        a.new_empty(a.shape) if w and a is not None else d.new_empty(0) for a, w in wanted
-    )
-
-
 def _setup_context(ctx, inputs, output):
     x, *weights, ctx.scale = inputs
     ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, *weights)
@@ -92,15 +52,44 @@ def _gradient(ctx, d):
     return *(a if need else None for a, need in zip(made, needs[:5], strict=True)), None
 
 
-_WEIGHTS = "Tensor weight, Tensor? bias, Tensor? down, Tensor? up, float scale"
-register(
-    f"linear(Tensor x, {_WEIGHTS}) -> Tensor", *checked(_check, _forward, _fake), _gradient, _setup_context
-)
-register(
-    f"linear_backward(Tensor d, Tensor? x, {_WEIGHTS}, bool wants_x, bool wants, bool wants_low)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    *checked(_check_backward, _backward, _backward_fake),
-)
+@operation("linear", _gradient, _setup_context)
+def _linear(
+    fake: bool, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    _check(x, weight, bias, down, up)
+    if fake:
+        return x.new_empty((*x.shape[:-1], weight.shape[-2]))
+    if weight.dim() == 3:
+        return x @ weight.to(x.dtype).mT
+    return products.linear(x, weight, bias, low_rank(down, up, scale))
+
+
+@operation("linear_backward")
+def _linear_backward(
+    fake: bool, d: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None, down: Tensor | None,
+    up: Tensor | None, scale: float, wants_x: bool, wants: bool, wants_low: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if x is None and (wants or wants_low):
+        raise ValueError("linear_backward: got no x, want it for the gradients of what is trained")
+    if d.dim() < 1 or weight.dim() not in (2, 3):
+        got = f"d {list(d.shape)} and weight {list(weight.shape)}"
+        raise ValueError(f"linear_backward: got {got}, want [..., N] and [N, K], or [G, M, N] and [G, N, K]")
+    shape = *d.shape[:-1], weight.shape[-1]
+    like = d.new_empty(1).expand(shape) if x is None else x
+    _check(like, weight, bias, down, up)
+    expect("linear_backward", "d", d, (*like.shape[:-1], weight.shape[-2]), like, like.dtype)
+    places = {"weight": weight, "weight_bias": bias, "weight_down": down, "weight_up": up}
+    if fake:
+        asked = wants, wants, wants_low, wants_low
+        wanted = (a if w else None for a, w in zip(places.values(), asked, strict=True))
+        made = (d.new_empty(0) if a is None else a.new_empty(a.shape) for a in wanted)
+        return d.new_empty(shape if wants_x else 0), *made
+    layer = Product(low_rank(down, up, scale), wants, wants_low)
+    dx = layer.backward(d, x, weight, bias=bias is not None, wants_x=wants_x)
+    made = layer.gradients("weight")
+    rest = (made[k].to(a.dtype) if k in made else d.new_empty(0) for k, a in places.items())
+    return d.new_empty(0) if dx is None else dx.view(shape), *rest
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, low: LowRank | None = None) -> Tensor:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cuda_kernels, dispatch
-from prfl_kernels.checks import checked, expect, expect_float
-from prfl_kernels.dispatch import CUDA, REFERENCE, implementation
-from prfl_kernels.jit import register
+from prfl_kernels.checks import expect, expect_float
+from prfl_kernels.declare import operation
+from prfl_kernels.dispatch import CUDA, REFERENCE, record
 
 
 def reference(x, x_last, m0, m1, velocity, columns, x_next, x_c, m_t):
@@ -53,36 +53,17 @@ def _columns(columns: Tensor, like: Tensor) -> list[Tensor]:
     return [c.view(shape) for c in columns.unbind(1)]
 
 
-IMPLEMENTATIONS = {REFERENCE: reference, CUDA: cuda}
-dispatch.register("solver_step", dispatch.common(IMPLEMENTATIONS))
-
-
-def _check(x, x_last, m0, m1, velocity, columns):
-    op = "solver_step"
-    if x.dim() < 1:
-        raise ValueError(f"{op}: got x {list(x.shape)}, want [B, ...]")
-    expect_float(op, "x", x.dtype)
-    for name, a in (("x_last", x_last), ("m0", m0), ("m1", m1)):
-        expect(op, name, a, x.shape, x, x.dtype)
-    expect(op, "velocity", velocity, x.shape, x)
-    expect(op, "columns", columns, (x.shape[0], 9), x)
-
-
-def _empty(*inputs):
-    x = inputs[0]
-    return tuple(x.new_empty(x.shape) for _ in range(3))
+dispatch.register("solver_step", dispatch.common({REFERENCE: reference, CUDA: cuda}))
 
 
 def forward(fill, *inputs):
-    """(x_next, x_c, m_t), which fill(x, x_last, m0, m1, velocity, columns, x_next, x_c, m_t) computes."""
-    made = _empty(*inputs)
-    if made[0].numel():
+    """(x_next, x_c, m_t), which fill(x, x_last, m0, m1, velocity, columns, x_next, x_c, m_t) computes
+    unless it is None."""
+    x = inputs[0]
+    made = x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape)
+    if fill is not None and x.numel():
         fill(*inputs, *made)
     return made
-
-
-def _run(*inputs):
-    return forward(IMPLEMENTATIONS[implementation("solver_step", inputs[0])], *inputs)
 
 
 def _setup_context(ctx, inputs, output):
@@ -107,13 +88,19 @@ def _gradient(ctx, d_next, d_c, d_t):
     )
 
 
-register(
-    "solver_step(Tensor x, Tensor x_last, Tensor m0, Tensor m1, Tensor velocity, Tensor columns)"
-    " -> (Tensor, Tensor, Tensor)",
-    *checked(_check, _run, _empty),
-    _gradient,
-    _setup_context,
-)
+@operation("solver_step", _gradient, _setup_context)
+def _solver_step(
+    fake: bool, x: Tensor, x_last: Tensor, m0: Tensor, m1: Tensor, velocity: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "solver_step"
+    if x.dim() < 1:
+        raise ValueError(f"{op}: got x {list(x.shape)}, want [B, ...]")
+    expect_float(op, "x", x.dtype)
+    for name, a in (("x_last", x_last), ("m0", m0), ("m1", m1)):
+        expect(op, name, a, x.shape, x, x.dtype)
+    expect(op, "velocity", velocity, x.shape, x)
+    expect(op, "columns", columns, (x.shape[0], 9), x)
+    return forward(None if fake else record(op, x).forward, x, x_last, m0, m1, velocity, columns)
 
 
 def solver_step(

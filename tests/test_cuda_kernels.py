@@ -22,10 +22,8 @@ from test_reward_pool import pool_inputs
 
 from prfl_bench import formulas
 from prfl_engine.flow import make_schedule
-from prfl_kernels import cuda_kernels, solver_step
+from prfl_kernels import cuda_kernels, dispatch, solver_step
 from prfl_kernels.norm import modulate, modulate_fp8
-from prfl_kernels.norm import op as norm
-from prfl_kernels.qk_norm_rope import cuda as norm_rope_cuda
 from prfl_kernels.qk_norm_rope import op as qk_norm_rope
 from prfl_kernels.reward_pool import cuda as pool_cuda
 from prfl_kernels.reward_pool import op as reward_pool
@@ -55,13 +53,12 @@ def watch(monkeypatch, module):
 def kernels(monkeypatch):
     """The launchers on the simulation, which checks every access against the tensors they are given."""
     watched = watch(monkeypatch, build())
-    twins = {
-        norm: norm.IMPLEMENTATIONS["cuda"],
-        qk_norm_rope: (norm_rope_cuda.forward, norm_rope_cuda.backward),
-        reward_pool: (pool_cuda.forward, pool_cuda.backward),
-    }
-    for module, pair in twins.items():  # in the place of the Triton kernels, which run without a GPU too
-        monkeypatch.setitem(module.IMPLEMENTATIONS, "triton", pair)
+    for op, records in dispatch.OPERATIONS.items():
+        if {"triton", "cuda"} <= set(records) and not op.startswith("attention"):
+            # in the place of the Triton kernels, which run without a GPU too
+            own = records["cuda"]
+            twin = records["triton"]._replace(forward=own.forward, backward=own.backward)
+            monkeypatch.setitem(records, "triton", twin)
     return watched
 
 

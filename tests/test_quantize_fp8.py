@@ -11,14 +11,12 @@ from torch.library import opcheck
 
 from prfl_kernels import dispatch
 from prfl_kernels.fp8.quantize import quantize_fp8
-from prfl_kernels.norm import op as norm
 from prfl_kernels.norm.gated_add import (
     gated_add_modulate,
     gated_add_modulate_fp8,
     gated_add_norm,
     gated_add_norm_fp8,
 )
-from prfl_kernels.qk_norm_rope import op as qk_norm_rope
 
 fused = pytest.mark.usefixtures("triton")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -114,6 +112,6 @@ def test_e4m3_is_not_made_where_the_gpu_has_none(monkeypatch, capability, runs):
         return
     want = "got triton on cuda: it needs capability 8.9 or higher"
     with pytest.raises(ValueError, match=f"kernels: modulate_fp8 {want}"):
-        norm.pair("modulate", x, fp8=True)
+        dispatch.record("modulate", x, fp8=True)
     with pytest.raises(ValueError, match=f"kernels: qk_norm_rope_fp8 {want}"):
-        qk_norm_rope.pair(x, fp8=True)
+        dispatch.record("qk_norm_rope", x, fp8=True)

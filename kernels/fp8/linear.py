@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import dispatch
-from prfl_kernels.checks import checked, expect, expect_rank
-from prfl_kernels.dispatch import REFERENCE, SCALED_MM, implementation
+from prfl_kernels.checks import expect, expect_rank
+from prfl_kernels.declare import operation
+from prfl_kernels.dispatch import REFERENCE, SCALED_MM, record
 from prfl_kernels.fp8.e4m3 import E4M3, forbid_gradient, never, quantize_rows
-from prfl_kernels.jit import register
 
 MULTIPLE = 16  # of K and N, in _scaled_mm
 # Of one tensor-core instruction (QGMMA) on sm_90: products it adds, significant bits of the sum.
@@ -82,44 +82,33 @@ def _scaled_mm(x8, x_scale, w8, w_scale, bias, out_dtype):
     return out if bias is None or inside is not None else out + bias
 
 
-IMPLEMENTATIONS = {REFERENCE: _reference, SCALED_MM: _scaled_mm}
-dispatch.register("fp8_linear", dispatch.common(IMPLEMENTATIONS, e4m3=True))
+dispatch.register("fp8_linear", dispatch.common({REFERENCE: _reference, SCALED_MM: _scaled_mm}, e4m3=True))
 
 
-def _check(x8, x_scale, w8, w_scale, bias, out_dtype):
+@operation("fp8_linear", never, forbid_gradient("fp8_linear"))
+def _fp8_linear(
+    fake: bool, x8: Tensor, x_scale: Tensor, w8: Tensor, w_scale: Tensor, bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    op = "fp8_linear"
     if out_dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"fp8_linear: got out_dtype {out_dtype}, want torch.bfloat16 or torch.float32")
-    n, k = expect_rank("fp8_linear", "w8", w8, "N, K")
+        raise ValueError(f"{op}: got out_dtype {out_dtype}, want torch.bfloat16 or torch.float32")
+    n, k = expect_rank(op, "w8", w8, "N, K")
     if n % MULTIPLE or k % MULTIPLE or n < 1:
-        raise ValueError(f"fp8_linear: got a weight [{n}, {k}], want multiples of {MULTIPLE}")
+        raise ValueError(f"{op}: got a weight [{n}, {k}], want multiples of {MULTIPLE}")
     if x8.dim() < 1:
-        raise ValueError(f"fp8_linear: got x8 {list(x8.shape)}, want [..., {k}]")
-    rows = x8.shape[:-1]
-    expect("fp8_linear", "x8", x8, (*rows, k), x8, E4M3)
-    expect("fp8_linear", "x_scale", x_scale, rows, x8, torch.float32)
-    expect("fp8_linear", "w8", w8, (n, k), x8, E4M3)
-    expect("fp8_linear", "w_scale", w_scale, (n,), x8, torch.float32)
+        raise ValueError(f"{op}: got x8 {list(x8.shape)}, want [..., {k}]")
+    shape = x8.shape[:-1]
+    expect(op, "x8", x8, (*shape, k), x8, E4M3)
+    expect(op, "x_scale", x_scale, shape, x8, torch.float32)
+    expect(op, "w8", w8, (n, k), x8, E4M3)
+    expect(op, "w_scale", w_scale, (n,), x8, torch.float32)
     if bias is not None:
-        expect("fp8_linear", "bias", bias, (n,), x8)
-
-
-def _forward(x8, x_scale, w8, w_scale, bias, out_dtype):
-    run = IMPLEMENTATIONS[implementation("fp8_linear", x8)]
-    rows = x8.reshape(-1, x8.shape[-1]), x_scale.reshape(-1)
-    return run(*rows, w8, w_scale, bias, out_dtype).view(*x8.shape[:-1], w8.shape[0])
-
-
-def _fake(x8, x_scale, w8, w_scale, bias, out_dtype):
-    return x8.new_empty(*x8.shape[:-1], w8.shape[0], dtype=out_dtype)
-
-
-register(
-    "fp8_linear(Tensor x8, Tensor x_scale, Tensor w8, Tensor w_scale, Tensor? bias,"
-    " ScalarType out_dtype) -> Tensor",
-    *checked(_check, _forward, _fake),
-    never,
-    forbid_gradient("fp8_linear"),
-)
+        expect(op, "bias", bias, (n,), x8)
+    if fake:
+        return x8.new_empty(*shape, n, dtype=out_dtype)
+    rows = x8.reshape(-1, k), x_scale.reshape(-1)
+    return record(op, x8).forward(*rows, w8, w_scale, bias, out_dtype).view(*shape, n)
 
 
 def fp8_linear(

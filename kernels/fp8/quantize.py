@@ -14,18 +14,21 @@ from torch import Tensor
 
 from prfl_kernels import dispatch
 from prfl_kernels.bias_gelu import CUBIC, TWO_K, _gelu
-from prfl_kernels.checks import checked, expect_float
-from prfl_kernels.dispatch import REFERENCE, TRITON, implementation
+from prfl_kernels.checks import expect_float
+from prfl_kernels.declare import operation
+from prfl_kernels.dispatch import REFERENCE, TRITON, record
 from prfl_kernels.fp8.e4m3 import E4M3, forbid_gradient, never, quantize_rows, row_scales
-from prfl_kernels.jit import jit, register, tl, triton
+from prfl_kernels.jit import jit, tl, triton
 
 # Values of a row for a warp: 32 a thread, two stores of 16 bytes. A row of 13,824 takes 16 warps.
 LANES, WARPS = 1024, 16
 
 
-def reference(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """`launch` in plain torch."""
-    return quantize_rows(F.gelu(x.float(), approximate="tanh") if gelu else x)
+def reference(x: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
+    """Fill out and scale in plain torch."""
+    values, scales = quantize_rows(F.gelu(x.float(), approximate="tanh") if gelu else x)
+    out.copy_(values)
+    scale.copy_(scales)
 
 
 @jit
@@ -44,43 +47,28 @@ def _kernel(
     tl.store(out_ptr + row * C + o_c, (z / scale).to(out_ptr.dtype.element_ty), mask=m_c)
 
 
-def launch(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """(e4m3 [..., C], float32 scales [...]) of x [..., C]."""
-    x = x.contiguous()
-    out, scale = x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    if x.numel():
-        block = triton.next_power_of_2(x.shape[-1])
-        warps = min(WARPS, max(1, block // LANES))
-        _kernel[(scale.numel(),)](
-            x, out, scale, x.shape[-1], block, gelu, CUBIC, TWO_K, num_warps=warps, enable_fp_fusion=True
-        )
-    return out, scale
+def launch(x: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
+    """Fill out and scale by the Triton kernel."""
+    block = triton.next_power_of_2(x.shape[-1])
+    warps = min(WARPS, max(1, block // LANES))
+    _kernel[(scale.numel(),)](
+        x.contiguous(), out, scale, x.shape[-1], block, gelu, CUBIC, TWO_K, num_warps=warps,
+        enable_fp_fusion=True,
+    )  # fmt: skip
 
 
-IMPLEMENTATIONS = {REFERENCE: reference, TRITON: launch}
-dispatch.register("quantize_fp8", dispatch.common(IMPLEMENTATIONS, e4m3=True))
+dispatch.register("quantize_fp8", dispatch.common({REFERENCE: reference, TRITON: launch}, e4m3=True))
 
 
-def _check(x, gelu):
+@operation("quantize_fp8", never, forbid_gradient("quantize_fp8"))
+def _quantize_fp8(fake: bool, x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     expect_float("quantize_fp8", "x", x.dtype)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"quantize_fp8: got x {list(x.shape)}, want [..., C] with C > 0")
-
-
-def _forward(x, gelu):
-    return IMPLEMENTATIONS[implementation("quantize_fp8", x)](x, gelu)
-
-
-def _fake(x, gelu):
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-register(
-    "quantize_fp8(Tensor x, bool gelu) -> (Tensor, Tensor)",
-    *checked(_check, _forward, _fake),
-    never,
-    forbid_gradient("quantize_fp8"),
-)
+    out, scale = x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    if not fake and x.numel():
+        record("quantize_fp8", x).forward(x, gelu, out, scale)
+    return out, scale
 
 
 def quantize_fp8(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:

@@ -6,50 +6,23 @@ Formulas, dtypes and what is saved stand in `prfl_kernels.norm.op`.
 import torch
 from torch import Tensor
 
-from prfl_kernels.checks import checked, expect, expect_float, expect_rows
+from prfl_kernels.checks import expect, expect_float, expect_rows
+from prfl_kernels.declare import gradients_like, operation
+from prfl_kernels.dispatch import record
 from prfl_kernels.fp8.e4m3 import E4M3
-from prfl_kernels.jit import register, wide
-from prfl_kernels.norm.op import check_affine, pair
+from prfl_kernels.jit import wide
+from prfl_kernels.norm.op import backward, check_affine, forward
 
 
 def _name(base: float) -> str:
     return "gated_add_modulate" if base else "gated_add_norm"
 
 
-def _check_add(x, y, gate, op="gated_add"):
+def _check(op: str, x: Tensor, y: Tensor, gate: Tensor | None) -> None:
     batch, _, width = shape = expect_rows(op, "x", x)
     expect(op, "y", y, shape, x)
     if gate is not None:
         expect(op, "gate", gate, (batch, width), x)
-
-
-def _add(x, y, gate):
-    return pair("gated_add", x)[0](x, y, gate, None, None, 0.0, 0.0, None)[0]
-
-
-def _add_fake(x, y, gate):
-    return x.new_empty(x.shape)
-
-
-def _check_add_backward(dsum, y, gate, y_dtype):
-    op = "gated_add_backward"
-    batch, _, width = shape = expect_rows(op, "dsum", dsum)
-    if y is not None:
-        expect(op, "y", y, shape, dsum)
-    expect(op, "gate", gate, (batch, width), dsum)
-    expect_float(op, "y_dtype", y_dtype)
-
-
-def _add_backward(dsum, y, gate, y_dtype):
-    _, dy, dgate, _, _ = pair("gated_add", dsum)[1](
-        None, dsum, None, y, gate, None, None, 0.0, False, y_dtype
-    )
-    return dy, dsum.new_empty(0) if dgate is None else dgate.to(gate.dtype)
-
-
-def _add_backward_fake(dsum, y, gate, y_dtype):
-    dgate = dsum.new_empty(0) if y is None else gate.new_empty(gate.shape)
-    return dsum.new_empty(dsum.shape, dtype=y_dtype), dgate
 
 
 def _add_setup_context(ctx, inputs, output):
@@ -64,70 +37,28 @@ def _add_gradient(ctx, dsum):
         return dsum, None, None
     if gate is None:
         return dsum, dsum.to(ctx.y_dtype), None
-    dy, dgate = torch.ops.prfl.gated_add_backward(dsum, y, gate, ctx.y_dtype)
-    return dsum, dy, None if y is None else dgate
+    return dsum, *torch.ops.prfl.gated_add_backward(dsum, y, gate, ctx.y_dtype)
 
 
-def _check_norm(x, y, gate, scale, shift, base, eps, out_dtype):
-    op = _name(base)
-    _check_add(x, y, gate, op)
-    check_affine(op, x, base, scale, shift)
-    expect_float(op, "out_dtype", out_dtype)
+@operation("gated_add", _add_gradient, _add_setup_context)
+def _gated_add(fake: bool, x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    _check("gated_add", x, y, gate)
+    return forward(None if fake else record("gated_add", x).forward, x, y, gate)[0]
 
 
-def _norm(x, y, gate, scale, shift, base, eps, out_dtype):
-    total, n, _, stats = pair(_name(base), x)[0](x, y, gate, scale, shift, base, eps, out_dtype)
-    return total, n, stats
-
-
-def _norm_fake(x, y, gate, scale, shift, base, eps, out_dtype):
-    stats = x.new_empty(2, *x.shape[:2], dtype=wide(x.dtype))
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype), stats
-
-
-def _check_quantized(x, y, gate, scale, shift, base, eps):
-    op = f"{_name(base)}_fp8"
-    _check_add(x, y, gate, op)
-    check_affine(op, x, base, scale, shift)
-
-
-def _quantized(x, y, gate, scale, shift, base, eps):
-    run = pair(_name(base), x, fp8=True)[0]
-    return run(x, y, gate, scale, shift, base, eps, E4M3)[:3]
-
-
-def _quantized_fake(x, y, gate, scale, shift, base, eps):
-    n = x.new_empty(x.shape, dtype=E4M3)
-    return x.new_empty(x.shape), n, x.new_empty(x.shape[:2], dtype=torch.float32)
-
-
-def _check_norm_backward(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
-    op = f"{_name(base)}_backward"
-    _check_add(x, x if y is None else y, gate, op)
-    expect(op, "dsum", dsum, x.shape, x)
-    expect(op, "dn", dn, x.shape, x)
-    check_affine(op, x, base, scale)
-    expect(op, "stats", stats, (2, *x.shape[:2]), x, wide(x.dtype))
+@operation("gated_add_backward")
+def _gated_add_backward(
+    fake: bool, dsum: Tensor, y: Tensor | None, gate: Tensor, y_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    op = "gated_add_backward"
+    batch, _, width = shape = expect_rows(op, "dsum", dsum)
+    if y is not None:
+        expect(op, "y", y, shape, dsum)
+    expect(op, "gate", gate, (batch, width), dsum)
     expect_float(op, "y_dtype", y_dtype)
-
-
-def _norm_backward(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
-    dx, dy, dgate, dscale, dshift = pair(_name(base), x)[1](
-        dn, dsum, x, y, gate, scale, stats.contiguous(), base, parameters, y_dtype
-    )
-    none = dn.new_empty(0)
-    if parameters:
-        dscale, dshift = dscale.to(scale.dtype), dshift.to(scale.dtype)
-    else:
-        dscale, dshift = none, none.clone()
-    return dx, dy, none.clone() if dgate is None else dgate.to(gate.dtype), dscale, dshift
-
-
-def _norm_backward_fake(dsum, dn, x, y, gate, scale, stats, base, y_dtype, parameters):
-    dgate = dn.new_empty(0) if y is None or gate is None else gate.new_empty(gate.shape)
-    dscale = scale.new_empty(scale.shape) if parameters else dn.new_empty(0)
-    dx, dy = x.new_empty(x.shape), x.new_empty(x.shape, dtype=y_dtype)
-    return dx, dy, dgate, dscale, torch.empty_like(dscale)
+    fill = None if fake else record("gated_add", dsum).backward
+    _, dy, dgate, _, _ = backward(fill, None, dsum, None, y, gate, None, None, 0.0, False, y_dtype)
+    return dy, *gradients_like(gate, dgate)
 
 
 def _norm_setup_context(ctx, inputs, output):
@@ -142,39 +73,50 @@ def _norm_gradient(ctx, dsum, dn, _):
     dx, dy, dgate, dscale, dshift = torch.ops.prfl.gated_add_norm_backward(
         dsum, dn, x, y, gate, scale, stats, ctx.base, ctx.y_dtype, parameters
     )
-    if not parameters:
-        dscale = dshift = None
-    return dx, dy, None if y is None else dgate, dscale, dshift, None, None, None
+    return dx, dy, None if gate is None else dgate, dscale, dshift, None, None, None
 
 
-register(
-    "gated_add(Tensor x, Tensor y, Tensor? gate) -> Tensor",
-    *checked(_check_add, _add, _add_fake),
-    _add_gradient,
-    _add_setup_context,
-)
-register(
-    "gated_add_backward(Tensor dsum, Tensor? y, Tensor gate, ScalarType y_dtype) -> (Tensor, Tensor)",
-    *checked(_check_add_backward, _add_backward, _add_backward_fake),
-)
-register(
-    "gated_add_norm(Tensor x, Tensor y, Tensor? gate, Tensor scale, Tensor shift, float base, "
-    "float eps, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)",
-    *checked(_check_norm, _norm, _norm_fake),
-    _norm_gradient,
-    _norm_setup_context,
-)
-register(
-    "gated_add_norm_backward(Tensor dsum, Tensor dn, Tensor x, Tensor? y, Tensor? gate, "
-    "Tensor scale, Tensor stats, float base, ScalarType y_dtype, bool parameters)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    *checked(_check_norm_backward, _norm_backward, _norm_backward_fake),
-)
-register(
-    "gated_add_norm_fp8(Tensor x, Tensor y, Tensor? gate, Tensor scale, Tensor shift, float base, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
-    *checked(_check_quantized, _quantized, _quantized_fake),
-)
+@operation("gated_add_norm", _norm_gradient, _norm_setup_context)
+def _gated_add_norm(
+    fake: bool, x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, base: float,
+    eps: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    op = _name(base)
+    _check(op, x, y, gate)
+    check_affine(op, x, base, scale, shift)
+    expect_float(op, "out_dtype", out_dtype)
+    fill = None if fake else record(op, x).forward
+    total, n, _, stats = forward(fill, x, y, gate, scale, shift, base, eps, out_dtype)
+    return total, n, stats
+
+
+@operation("gated_add_norm_backward")
+def _gated_add_norm_backward(
+    fake: bool, dsum: Tensor, dn: Tensor, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor,
+    stats: Tensor, base: float, y_dtype: torch.dtype, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    op = f"{_name(base)}_backward"
+    _check(op, x, x if y is None else y, gate)
+    expect(op, "dsum", dsum, x.shape, x)
+    expect(op, "dn", dn, x.shape, x)
+    check_affine(op, x, base, scale)
+    expect(op, "stats", stats, (2, *x.shape[:2]), x, wide(x.dtype))
+    expect_float(op, "y_dtype", y_dtype)
+    fill = None if fake else record(_name(base), x).backward
+    dx, dy, dgate, *made = backward(fill, dn, dsum, x, y, gate, scale, stats, base, parameters, y_dtype)
+    return dx, dy, *gradients_like(dn if gate is None else gate, dgate), *gradients_like(scale, *made)
+
+
+@operation("gated_add_norm_fp8")
+def _gated_add_norm_fp8(
+    fake: bool, x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, base: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    op = f"{_name(base)}_fp8"
+    _check(op, x, y, gate)
+    check_affine(op, x, base, scale, shift)
+    fill = None if fake else record(_name(base), x, fp8=True).forward
+    return forward(fill, x, y, gate, scale, shift, base, eps, E4M3)[:3]
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:

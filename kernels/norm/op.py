@@ -19,17 +19,15 @@ All are one pair of kernels, forward and backward, in which parts may be left ou
     x' = x + gate * y,   n = LN(x') * (scale + base) + shift        base 1 to modulate, 0 for weights
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from prfl_kernels import dispatch
-from prfl_kernels.checks import checked, expect, expect_float, expect_rows
-from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
-from prfl_kernels.extension import empty
+from prfl_kernels.checks import expect, expect_float, expect_rows
+from prfl_kernels.declare import allocator, gradients_like, operation
+from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, record
 from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows
-from prfl_kernels.jit import register, unit_last, wide
+from prfl_kernels.jit import unit_last, wide
 from prfl_kernels.norm import cpu, cuda, triton_kernels
 from prfl_kernels.norm.launch import Backward, Forward
 
@@ -82,14 +80,13 @@ def reference_backward(a: Backward) -> None:
         a.dy.copy_(dx if a.gate is None else dx * a.gate.to(dtype)[:, None])
 
 
-IMPLEMENTATIONS = {
-    REFERENCE: (reference_forward, reference_backward),
-    CPU: (cpu.forward, cpu.backward),
-    TRITON: (triton_kernels.forward, triton_kernels.backward),
-    CUDA: (cuda.forward, cuda.backward),
-}
 for _op in ("modulate", "layer_norm", "gated_add", "gated_add_modulate", "gated_add_norm"):
-    dispatch.register(_op, dispatch.common(IMPLEMENTATIONS))
+    dispatch.register(_op, dispatch.common({
+        REFERENCE: (reference_forward, reference_backward),
+        CPU: (cpu.forward, cpu.backward),
+        TRITON: (triton_kernels.forward, triton_kernels.backward),
+        CUDA: (cuda.forward, cuda.backward),
+    }))  # fmt: skip
 
 
 def _vector(a: Tensor | None) -> Tensor | None:
@@ -98,55 +95,51 @@ def _vector(a: Tensor | None) -> Tensor | None:
     return a if a is None or a.dim() == 2 else a.as_strided((1, len(a)), (0, 1))
 
 
-def forward(fill, x, y, gate, scale, shift, base, eps, out_dtype):
-    """(x', n, row scales [B, L], statistics [2, B, L]: mean and 1/std), which fill(launch) computes.
+def forward(fill, x, y=None, gate=None, scale=None, shift=None, base=0.0, eps=0.0, out_dtype=None):
+    """(x', n, row scales [B, L], statistics [2, B, L]: mean and 1/std), which fill(launch) computes unless it
+    is None.
 
     x, y [B, L, C]; gate [B, C]; scale, shift [B, C] or [C]. None: x' without y, n without scale, the row
     scales unless out_dtype is e4m3, the statistics unless there is a norm to differentiate.
     """
-    batch, length, _ = x.shape
+    (batch, length, width), new = x.shape, allocator(fill)
     fp8 = out_dtype == E4M3
-    total = None if y is None else empty(x, *x.shape)
-    n = None if scale is None else empty(x, *x.shape, dtype=out_dtype)
-    quant = empty(x, batch, length, dtype=torch.float32) if fp8 else None
-    stats = None if n is None or fp8 else empty(x, 2, batch, length, dtype=wide(x.dtype))
-    if x.numel():
-        vectors = map(_vector, (gate, scale, shift))
-        numbers = (None, None) if stats is None else stats
-        fill(Forward(unit_last(x), unit_last(y), *vectors, total, n, quant, *numbers, base, eps))
+    total = None if y is None else new(x, batch, length, width)
+    n = None if scale is None else new(x, batch, length, width, dtype=out_dtype)
+    quant = new(x, batch, length, dtype=torch.float32) if fp8 else None
+    stats = None if n is None or fp8 else new(x, 2, batch, length, dtype=wide(x.dtype))
+    if fill is not None and x.numel():
+        mean, rstd = (None, None) if stats is None else stats
+        gate, scale, shift = _vector(gate), _vector(scale), _vector(shift)
+        fill(Forward(unit_last(x), unit_last(y), gate, scale, shift, total, n, quant, mean, rstd, base, eps))
     return total, n, quant, stats
 
 
 def backward(fill, dn, dsum, x, y, gate, scale, stats, base, parameters, y_dtype):
-    """(dx, dy, d gate, d scale, d shift) of `forward`, each None where it is not wanted.
+    """(dx, dy, d gate, d scale, d shift) of `forward`, each None where it is not wanted, which fill(launch)
+    computes unless it is None.
 
     x is x' where there was an addition. dy is made for y_dtype, d gate [B, C] where y and gate are given,
     d scale and d shift, in the shape of scale, where `parameters`; these three in float32 or wider. Without
     dn, dx is dsum itself and None here.
     """
-    like = dsum if dn is None else dn
-    batch, _, width = like.shape
+    like, new = dsum if dn is None else dn, allocator(fill)
+    batch, length, width = like.shape
     wants_gate = y is not None and gate is not None
-    dx = None if dn is None else empty(x, *x.shape)
-    dy = None if y_dtype is None else empty(like, *like.shape, dtype=y_dtype)
+    dx = None if dn is None else new(x, batch, length, width)
+    dy = None if y_dtype is None else new(like, batch, length, width, dtype=y_dtype)
     dtype = wide((like if x is None else x).dtype)
     sums = like.new_zeros(batch, 2 * parameters + wants_gate, width, dtype=dtype)
-    if like.numel():
-        rows, vectors = map(unit_last, (dn, dsum, x, y)), map(_vector, (gate, scale))
-        numbers = (None, None) if stats is None else stats
-        fill(Backward(*rows, *vectors, *numbers, dx, dy, sums, base))
+    if fill is not None and like.numel():
+        rows, vectors = map(unit_last, (dn, dsum, x, y)), (_vector(gate), _vector(scale))
+        mean, rstd = (None, None) if stats is None else stats.contiguous()
+        fill(Backward(*rows, *vectors, mean, rstd, dx, dy, sums, base))
     dgate = dscale = dshift = None
     if parameters:  # a weight [C] is shared by the batch
         dscale, dshift = (s.sum(0) if scale.dim() == 1 else s.contiguous() for s in sums[:, :2].unbind(1))
     if wants_gate:
         dgate = sums[:, -1].contiguous()
     return dx, dy, dgate, dscale, dshift
-
-
-def pair(op: str, x: Tensor, fp8: bool = False):
-    """(`forward`, `backward`) by what runs as operation `op` for x, to e4m3 if fp8."""
-    fills = IMPLEMENTATIONS[implementation(op, x, fp8)]
-    return partial(forward, fills[0]), partial(backward, fills[1])
 
 
 _VECTORS = {1.0: ("scale", "shift"), 0.0: ("weight", "bias")}  # by base, as their operations call them
@@ -167,88 +160,52 @@ def _name(base: float) -> str:
     return "modulate" if base else "layer_norm"
 
 
-def _check_norm(x, scale, shift, base, eps, out_dtype):
+def _setup_context(ctx, inputs, output):
+    x, scale, _, ctx.base, _, _ = inputs
+    ctx.save_for_backward(x, scale, output[1])
+
+
+def _gradient(ctx, dn, _):
+    parameters = any(ctx.needs_input_grad[1:3])
+    made = torch.ops.prfl.modulate_backward(dn, *ctx.saved_tensors, ctx.base, parameters)
+    return *made, None, None, None
+
+
+@operation("modulate", _gradient, _setup_context)
+def _modulate(
+    fake: bool, x: Tensor, scale: Tensor, shift: Tensor, base: float, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     op = _name(base)
     expect_rows(op, "x", x)
     check_affine(op, x, base, scale, shift)
     expect_float(op, "out_dtype", out_dtype)
-
-
-def _norm(x, scale, shift, base, eps, out_dtype):
-    _, n, _, stats = pair(_name(base), x)[0](x, None, None, scale, shift, base, eps, out_dtype)
+    fill = None if fake else record(op, x).forward
+    _, n, _, stats = forward(fill, x, None, None, scale, shift, base, eps, out_dtype)
     return n, stats
 
 
-def _norm_fake(x, scale, shift, base, eps, out_dtype):
-    stats = x.new_empty(2, *x.shape[:2], dtype=wide(x.dtype))
-    return x.new_empty(x.shape, dtype=out_dtype), stats
-
-
-def _check_norm_backward(dn, x, scale, stats, base, parameters):
+@operation("modulate_backward")
+def _modulate_backward(
+    fake: bool, dn: Tensor, x: Tensor, scale: Tensor, stats: Tensor, base: float, parameters: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     op = f"{_name(base)}_backward"
     shape = expect_rows(op, "x", x)
     expect(op, "dn", dn, shape, x)
     check_affine(op, x, base, scale)
     expect(op, "stats", stats, (2, *shape[:2]), x, wide(x.dtype))
+    fill = None if fake else record(_name(base), x).backward
+    made = backward(fill, dn, None, x, None, None, scale, stats, base, parameters, None)
+    return made[0], *gradients_like(scale, *made[3:])
 
 
-def _norm_backward(dn, x, scale, stats, base, parameters):
-    dx, _, _, dscale, dshift = pair(_name(base), x)[1](
-        dn, None, x, None, None, scale, stats.contiguous(), base, parameters, None
-    )
-    if not parameters:
-        return dx, x.new_empty(0), x.new_empty(0)
-    return dx, dscale.to(scale.dtype), dshift.to(scale.dtype)
-
-
-def _norm_backward_fake(dn, x, scale, stats, base, parameters):
-    like = scale.new_empty(scale.shape) if parameters else x.new_empty(0)
-    return x.new_empty(x.shape), like, torch.empty_like(like)
-
-
-def _norm_setup_context(ctx, inputs, output):
-    x, scale, _, ctx.base, _, _ = inputs
-    ctx.save_for_backward(x, scale, output[1])
-
-
-def _norm_gradient(ctx, dn, _):
-    x, scale, stats = ctx.saved_tensors
-    parameters = any(ctx.needs_input_grad[1:3])
-    dx, dscale, dshift = torch.ops.prfl.modulate_backward(dn, x, scale, stats, ctx.base, parameters)
-    if not parameters:
-        dscale = dshift = None
-    return dx, dscale, dshift, None, None, None
-
-
-def _check_norm_fp8(x, scale, shift, eps):
+@operation("modulate_fp8")
+def _modulate_fp8(
+    fake: bool, x: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     expect_rows("modulate_fp8", "x", x)
     check_affine("modulate_fp8", x, 1.0, scale, shift)
-
-
-def _norm_fp8(x, scale, shift, eps):
-    return pair("modulate", x, fp8=True)[0](x, None, None, scale, shift, 1.0, eps, E4M3)[1:3]
-
-
-def _norm_fp8_fake(x, scale, shift, eps):
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[:2], dtype=torch.float32)
-
-
-register(
-    "modulate(Tensor x, Tensor scale, Tensor shift, float base, float eps, ScalarType out_dtype)"
-    " -> (Tensor, Tensor)",
-    *checked(_check_norm, _norm, _norm_fake),
-    _norm_gradient,
-    _norm_setup_context,
-)
-register(
-    "modulate_backward(Tensor dn, Tensor x, Tensor scale, Tensor stats, float base, bool parameters)"
-    " -> (Tensor, Tensor, Tensor)",
-    *checked(_check_norm_backward, _norm_backward, _norm_backward_fake),
-)
-register(
-    "modulate_fp8(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor)",
-    *checked(_check_norm_fp8, _norm_fp8, _norm_fp8_fake),
-)
+    fill = None if fake else record("modulate", x, fp8=True).forward
+    return forward(fill, x, None, None, scale, shift, 1.0, eps, E4M3)[1:3]
 
 
 def modulate(

@@ -14,17 +14,16 @@ Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`, `WanRMSNorm`.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from prfl_kernels import dispatch
-from prfl_kernels.checks import checked, expect, expect_places, expect_rows
-from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
-from prfl_kernels.extension import empty
+from prfl_kernels.checks import expect, expect_places, expect_rows
+from prfl_kernels.declare import allocator, gradients_like, operation, or_empty
+from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, record
 from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows
-from prfl_kernels.jit import register, unit_last, wide
+from prfl_kernels.jit import unit_last, wide
 from prfl_kernels.qk_norm_rope import cpu, cuda, triton_kernels
 from prfl_kernels.qk_norm_rope.launch import Backward, Forward
 from prfl_kernels.qk_norm_rope.rope import Grid, cos_sin, rotate
@@ -75,29 +74,17 @@ def reference_backward(a: Backward) -> None:
             a.dweight[i] = (d * x_hat).sum((0, 1))
 
 
-IMPLEMENTATIONS = {
-    REFERENCE: (reference_forward, reference_backward),
-    CPU: (cpu.forward, cpu.backward),
-    TRITON: (triton_kernels.forward, triton_kernels.backward),
-    CUDA: (cuda.forward, cuda.backward),
-}
 for _op in ("rms_norm", "qk_norm_rope"):
-    dispatch.register(_op, dispatch.common(IMPLEMENTATIONS))
-
-
-def pair(x: Tensor, op: str = "qk_norm_rope", fp8: bool = False):
-    """`forward` and `backward` by the implementation that runs for x, to e4m3 if fp8."""
-    fill_forward, fill_backward = IMPLEMENTATIONS[implementation(op, x, fp8)]
-    return partial(forward, fill_forward), partial(backward, fill_backward)
-
-
-def _of_each(rstd: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """1/rms of q and of k, from [2, B, L], or from [1, B, L] without k."""
-    return (None, None) if rstd is None else (*rstd, None)[:2]
+    dispatch.register(_op, dispatch.common({
+        REFERENCE: (reference_forward, reference_backward),
+        CPU: (cpu.forward, cpu.backward),
+        TRITON: (triton_kernels.forward, triton_kernels.backward),
+        CUDA: (cuda.forward, cuda.backward),
+    }))  # fmt: skip
 
 
 def forward(
-    fill: Callable[[Forward], None],
+    fill: Callable[[Forward], None] | None,
     q: Tensor,
     k: Tensor | None,
     weight_q: Tensor,
@@ -108,23 +95,24 @@ def forward(
     offset: int,
     fp8: bool = False,
 ) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
-    """([q, k] out [B, L, H, D], their e4m3 scales [B, L, H] if fp8, 1/rms [2, B, L] if not), made by `fill`.
+    """([q, k] out [B, L, H, D], their e4m3 scales [B, L, H] if fp8, 1/rms [2, B, L] if not), which
+    fill(launch) computes unless it is None.
 
     Without grid there is no rotation; without k only q is made, and its 1/rms is [1, B, L].
     """
-    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
-    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
-    out = [a if a is None else empty(a, *shape, dtype=E4M3 if fp8 else a.dtype) for a in (q, k)]
-    quant = [empty(q, *shape[:3], dtype=torch.float32) if fp8 and a is not None else None for a in (q, k)]
-    rstd = None if fp8 else empty(q, 1 if k is None else 2, *shape[:2], dtype=wide(q.dtype))
-    if q.numel():
-        made = *out, *quant, *_of_each(rstd)
-        fill(Forward(q, k, weight_q, weight_k, *made, grid, num_heads, eps, offset))
+    (batch, length, width), new = q.shape, allocator(fill)
+    shape = batch, length, num_heads, width // num_heads
+    out = [a if a is None else new(a, *shape, dtype=E4M3 if fp8 else a.dtype) for a in (q, k)]
+    quant = [new(q, *shape[:3], dtype=torch.float32) if fp8 and a is not None else None for a in (q, k)]
+    rstd = None if fp8 else new(q, 1 if k is None else 2, batch, length, dtype=wide(q.dtype))
+    if fill is not None and q.numel():
+        inputs = unit_last(q), unit_last(k), unit_last(weight_q), unit_last(weight_k)
+        fill(Forward(*inputs, *out, *quant, *_of_each(rstd), grid, num_heads, eps, offset))
     return out, quant, rstd
 
 
 def backward(
-    fill: Callable[[Backward], None],
+    fill: Callable[[Backward], None] | None,
     dq: Tensor,
     dk: Tensor | None,
     q: Tensor,
@@ -137,22 +125,28 @@ def backward(
     offset: int,
     parameters: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(d q, d k [B, L, C], d weights [2, C] as wide as rstd if `parameters`) of `forward`, made by `fill`.
+    """(d q, d k [B, L, C], d weights [2, C] as wide as rstd if `parameters`) of `forward`, which fill(launch)
+    computes unless it is None.
 
     dq, dk [B, L, H, D] or [B, L, C].
     """
-    q, k, weight_q, weight_k = (unit_last(a) for a in (q, k, weight_q, weight_k))
-    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
-    dout = (d if d is None else unit_last(d if d.dim() == 4 else d.view(shape)) for d in (dq, dk))
-    made = [a if a is None else empty(a, *a.shape) for a in (q, k)]
-    dweight = rstd.new_zeros(2, q.shape[2]) if parameters else None
-    if q.numel():
-        inputs = *dout, q, k, weight_q, weight_k, *_of_each(rstd.contiguous())
-        fill(Backward(*inputs, *made, dweight, grid, num_heads, offset))
+    (batch, length, width), new = q.shape, allocator(fill)
+    made = [a if a is None else new(a, batch, length, width) for a in (q, k)]
+    dweight = rstd.new_zeros(2, width) if parameters else None
+    if fill is not None and q.numel():
+        shape = batch, length, num_heads, width // num_heads
+        dout = (d if d is None else unit_last(d if d.dim() == 4 else d.view(shape)) for d in (dq, dk))
+        inputs = unit_last(q), unit_last(k), unit_last(weight_q), unit_last(weight_k)
+        fill(Backward(*dout, *inputs, *_of_each(rstd.contiguous()), *made, dweight, grid, num_heads, offset))
     return *made, dweight
 
 
-def _check(q, k, weight_q, weight_k, grid, num_heads, eps, offset, op="qk_norm_rope"):
+def _of_each(rstd: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """1/rms of q and of k, from [2, B, L], or from [1, B, L] without k."""
+    return (None, None) if rstd is None else (*rstd, None)[:2]
+
+
+def _check(op, q, k, weight_q, weight_k, grid, num_heads, offset):
     _, length, width = shape = expect_rows(op, "q", q)
     expect(op, "k", k, shape, q, q.dtype)
     expect(op, "weight_q", weight_q, (width,), q)
@@ -160,83 +154,73 @@ def _check(q, k, weight_q, weight_k, grid, num_heads, eps, offset, op="qk_norm_r
     expect_places(op, grid, num_heads, offset, length, width)
 
 
-def _check_fp8(*inputs):
-    _check(*inputs, "qk_norm_rope_fp8")
-
-
-def _check_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
-    op = "qk_norm_rope_backward"
-    _check(q, k, weight_q, weight_k, grid, num_heads, None, offset, op)
-    batch, length, width = q.shape
-    for name, a in (("dq", dq), ("dk", dk)):
-        expect(op, name, a, (batch, length, num_heads, width // num_heads), q)
-    expect(op, "rstd", rstd, (2, batch, length), q, wide(q.dtype))
-
-
-def _qk_forward(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
-    run = pair(q)[0]
-    (q, k), _, rstd = run(q, k, weight_q, weight_k, grid, num_heads, eps, offset)
-    return q, k, rstd
-
-
-def _qk_forward_fake(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
-    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
-    return q.new_empty(shape), k.new_empty(shape), q.new_empty(2, *shape[:2], dtype=wide(q.dtype))
-
-
-def _qk_backward(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
-    dq, dk, dweight = pair(q)[1](dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters)
-    return dq, dk, q.new_empty(0) if dweight is None else dweight
-
-
-def _qk_backward_fake(dq, dk, q, k, weight_q, weight_k, rstd, grid, num_heads, offset, parameters):
-    dweight = rstd.new_empty(2, q.shape[2]) if parameters else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), dweight
-
-
-def _qk_setup_context(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     q, k, weight_q, weight_k, ctx.grid, ctx.num_heads, _, ctx.offset = inputs
     ctx.save_for_backward(q, k, weight_q, weight_k, output[2])
 
 
-def _qk_gradient(ctx, dq, dk, _):
-    q, k, weight_q, weight_k, rstd = ctx.saved_tensors
-    parameters = any(ctx.needs_input_grad[2:4])
+def _gradient(ctx, dq, dk, _):
+    saved, parameters = ctx.saved_tensors, any(ctx.needs_input_grad[2:4])
     dq, dk, dweight = torch.ops.prfl.qk_norm_rope_backward(
-        dq, dk, q, k, weight_q, weight_k, rstd, ctx.grid, ctx.num_heads, ctx.offset, parameters
+        dq, dk, *saved, ctx.grid, ctx.num_heads, ctx.offset, parameters
     )
     dweights = (None, None)
     if parameters:
-        dweights = dweight[0].to(weight_q.dtype), dweight[1].to(weight_k.dtype)
+        dweights = dweight[0].to(saved[2].dtype), dweight[1].to(saved[3].dtype)
     return dq, dk, *dweights, None, None, None, None
 
 
-def _check_rms(x, weight, eps, op="rms_norm"):
+@operation("qk_norm_rope", _gradient, _setup_context)
+def _qk_norm_rope(
+    fake: bool, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, grid: Grid, num_heads: int,
+    eps: float, offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check("qk_norm_rope", q, k, weight_q, weight_k, grid, num_heads, offset)
+    fill = None if fake else record("qk_norm_rope", q).forward
+    out, _, rstd = forward(fill, q, k, weight_q, weight_k, grid, num_heads, eps, offset)
+    return *out, rstd
+
+
+@operation("qk_norm_rope_backward")
+def _qk_norm_rope_backward(
+    fake: bool, dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor,
+    rstd: Tensor, grid: Grid, num_heads: int, offset: int, parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    op = "qk_norm_rope_backward"
+    _check(op, q, k, weight_q, weight_k, grid, num_heads, offset)
+    batch, length, width = q.shape
+    for name, a in (("dq", dq), ("dk", dk)):
+        expect(op, name, a, (batch, length, num_heads, width // num_heads), q)
+    expect(op, "rstd", rstd, (2, batch, length), q, wide(q.dtype))
+    fill, inputs = None if fake else record("qk_norm_rope", q).backward, (q, k, weight_q, weight_k)
+    return or_empty(q, *backward(fill, dq, dk, *inputs, rstd, grid, num_heads, offset, parameters))
+
+
+@operation("qk_norm_rope_fp8")
+def _qk_norm_rope_fp8(
+    fake: bool, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, grid: Grid, num_heads: int,
+    eps: float, offset: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _check("qk_norm_rope_fp8", q, k, weight_q, weight_k, grid, num_heads, offset)
+    fill = None if fake else record("qk_norm_rope", q, fp8=True).forward
+    out, quant, _ = forward(fill, q, k, weight_q, weight_k, grid, num_heads, eps, offset, True)
+    return *out, *quant
+
+
+def rms_forward(fill: Callable[[Forward], None] | None, x: Tensor, weight: Tensor, eps: float):
+    """(rms(x) [B, L, C], 1/rms [1, B, L]): `forward` of the norm alone."""
+    (n, _), _, rstd = forward(fill, x, None, weight, None, None, 1, eps, 0)
+    return n.view(x.shape), rstd
+
+
+def rms_backward(fill: Callable[[Backward], None] | None, dn, x, weight, rstd, parameters: bool):
+    """(dx [B, L, C], d weight [C] as wide as rstd, or None) of `rms_forward`."""
+    dx, _, dweight = backward(fill, dn, None, x, None, weight, None, rstd, None, 1, 0, parameters)
+    return dx, dweight if dweight is None else dweight[0]
+
+
+def _check_rms(op, x, weight):
     expect(op, "weight", weight, expect_rows(op, "x", x)[2:], x)
-
-
-def _check_rms_backward(dn, x, weight, rstd, parameters):
-    _check_rms(x, weight, None, "rms_norm_backward")
-    expect("rms_norm_backward", "dn", dn, x.shape, x)
-    expect("rms_norm_backward", "rstd", rstd, (1, *x.shape[:2]), x, wide(x.dtype))
-
-
-def _rms_forward(x, weight, eps):
-    (out, _), _, rstd = pair(x, "rms_norm")[0](x, None, weight, None, None, 1, eps, 0)
-    return out.flatten(2), rstd
-
-
-def _rms_forward_fake(x, weight, eps):
-    return x.new_empty(x.shape), x.new_empty(1, *x.shape[:2], dtype=wide(x.dtype))
-
-
-def _rms_backward(dn, x, weight, rstd, parameters):
-    dx, _, dweight = pair(x, "rms_norm")[1](dn, None, x, None, weight, None, rstd, None, 1, 0, parameters)
-    return dx, x.new_empty(0) if dweight is None else dweight[0].to(weight.dtype, copy=True)
-
-
-def _rms_backward_fake(dn, x, weight, rstd, parameters):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape) if parameters else x.new_empty(0)
 
 
 def _rms_setup_context(ctx, inputs, output):
@@ -244,49 +228,26 @@ def _rms_setup_context(ctx, inputs, output):
 
 
 def _rms_gradient(ctx, dn, _):
-    parameters = ctx.needs_input_grad[1]
-    dx, dweight = torch.ops.prfl.rms_norm_backward(dn, *ctx.saved_tensors, parameters)
-    return dx, dweight if parameters else None, None
+    return *torch.ops.prfl.rms_norm_backward(dn, *ctx.saved_tensors, ctx.needs_input_grad[1]), None
 
 
-def _quantized(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
-    out, quant, _ = pair(q, fp8=True)[0](q, k, weight_q, weight_k, grid, num_heads, eps, offset, True)
-    return *out, *quant
+@operation("rms_norm", _rms_gradient, _rms_setup_context)
+def _rms_norm(fake: bool, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _check_rms("rms_norm", x, weight)
+    return rms_forward(None if fake else record("rms_norm", x).forward, x, weight, eps)
 
 
-def _quantized_fake(q, k, weight_q, weight_k, grid, num_heads, eps, offset):
-    shape = (*q.shape[:2], num_heads, q.shape[2] // num_heads)
-    out = [a.new_empty(shape, dtype=E4M3) for a in (q, k)]
-    return *out, *(a.new_empty(shape[:3], dtype=torch.float32) for a in (q, k))
-
-
-_INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k"
-register(
-    f"qk_norm_rope({_INPUTS}, int[3] grid, int num_heads, float eps, int offset) -> (Tensor, Tensor, Tensor)",
-    *checked(_check, _qk_forward, _qk_forward_fake),
-    _qk_gradient,
-    _qk_setup_context,
-)
-register(
-    f"qk_norm_rope_backward(Tensor dq, Tensor dk, {_INPUTS}, Tensor rstd, int[3] grid, int num_heads, "
-    "int offset, bool parameters) -> (Tensor, Tensor, Tensor)",
-    *checked(_check_backward, _qk_backward, _qk_backward_fake),
-)
-register(
-    f"qk_norm_rope_fp8({_INPUTS}, int[3] grid, int num_heads, float eps, int offset)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    *checked(_check_fp8, _quantized, _quantized_fake),
-)
-register(
-    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
-    *checked(_check_rms, _rms_forward, _rms_forward_fake),
-    _rms_gradient,
-    _rms_setup_context,
-)
-register(
-    "rms_norm_backward(Tensor dn, Tensor x, Tensor weight, Tensor rstd, bool parameters) -> (Tensor, Tensor)",
-    *checked(_check_rms_backward, _rms_backward, _rms_backward_fake),
-)
+@operation("rms_norm_backward")
+def _rms_norm_backward(
+    fake: bool, dn: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, parameters: bool
+) -> tuple[Tensor, Tensor]:
+    op = "rms_norm_backward"
+    _check_rms(op, x, weight)
+    expect(op, "dn", dn, x.shape, x)
+    expect(op, "rstd", rstd, (1, *x.shape[:2]), x, wide(x.dtype))
+    fill = None if fake else record("rms_norm", x).backward
+    dx, dweight = rms_backward(fill, dn, x, weight, rstd, parameters)
+    return dx, *gradients_like(weight, dweight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:

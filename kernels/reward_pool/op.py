@@ -16,16 +16,15 @@ pass uses that sum_l p_l dp_l = pooled . d pooled is known beforehand:
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from prfl_kernels import dispatch
-from prfl_kernels.checks import checked, expect, expect_rank, expect_rows
-from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, implementation
-from prfl_kernels.extension import empty
-from prfl_kernels.jit import register, unit_last, wide
+from prfl_kernels.checks import expect, expect_rank, expect_rows
+from prfl_kernels.declare import allocator, gradients_like, operation, or_empty
+from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, record
+from prfl_kernels.jit import unit_last, wide
 from prfl_kernels.reward_pool import cpu, cuda, triton_kernels
 from prfl_kernels.reward_pool.launch import Backward, Forward
 
@@ -49,42 +48,32 @@ def reference_backward(a: Backward) -> None:
         torch.matmul(ds.flatten(0, 1).T, x.flatten(0, 1), out=a.du)
 
 
-IMPLEMENTATIONS = {
+dispatch.register("reward_pool", dispatch.common({
     REFERENCE: (reference_forward, reference_backward),
     CPU: (cpu.forward, cpu.backward),
     TRITON: (triton_kernels.forward, triton_kernels.backward),
     CUDA: (cuda.forward, cuda.backward),
-}
-dispatch.register("reward_pool", dispatch.common(IMPLEMENTATIONS))
-
-
-def pair(x: Tensor):
-    """`forward` and `backward` by the implementation that runs for x."""
-    fill_forward, fill_backward = IMPLEMENTATIONS[implementation("reward_pool", x)]
-    return partial(forward, fill_forward), partial(backward, fill_backward)
-
-
-def _shapes(x: Tensor, u: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Of the pooled features, their log-sum-exp and the scores."""
-    (batch, length, width), queries = x.shape, len(u)
-    return (batch, queries, width), (batch, queries), (batch, length, queries)
+}))  # fmt: skip
 
 
 def _folded(x: Tensor, u: Tensor) -> Tensor:
     return u.to(wide(x.dtype)).contiguous()
 
 
-def forward(fill: Callable[[Forward], None], x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(pooled [B, N, C], log-sum-exp [B, N], scores [B, L, N]), float32 or wider, made by `fill`."""
-    x, u = unit_last(x), _folded(x, u)
-    pooled, lse, scores = (empty(u, *shape) for shape in _shapes(x, u))
-    if x.numel():
-        fill(Forward(x, u, pooled, lse, scores))
+def forward(fill: Callable[[Forward], None] | None, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(pooled [B, N, C], log-sum-exp [B, N], scores [B, L, N]), float32 or wider, which fill(launch) computes
+    unless it is None."""
+    (batch, length, width), queries = x.shape, len(u)
+    new, dtype = allocator(fill), wide(x.dtype)
+    pooled = new(x, batch, queries, width, dtype=dtype)
+    lse, scores = new(x, batch, queries, dtype=dtype), new(x, batch, length, queries, dtype=dtype)
+    if fill is not None and x.numel():
+        fill(Forward(unit_last(x), _folded(x, u), pooled, lse, scores))
     return pooled, lse, scores
 
 
 def backward(
-    fill: Callable[[Backward], None],
+    fill: Callable[[Backward], None] | None,
     dpooled: Tensor,
     delta: Tensor,
     x: Tensor,
@@ -94,15 +83,16 @@ def backward(
     want_x: bool,
     want_u: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx [B, L, C] in x.dtype, du [N, C] float32 or wider), each if wanted, made by `fill`.
+    """(dx [B, L, C] in x.dtype, du [N, C] float32 or wider), each if wanted, which fill(launch) computes
+    unless it is None.
 
     delta [B, N] is pooled . d pooled - d lse.
     """
-    x, u = unit_last(x), _folded(x, u)
-    dx = empty(x, *x.shape) if want_x else None
-    du = torch.zeros_like(u) if want_u else None
-    if x.numel():
-        fill(Backward(x, u, *(a.contiguous() for a in (dpooled, delta, scores, lse)), dx, du))
+    dx = allocator(fill)(x, *x.shape) if want_x else None
+    du = u.new_zeros(u.shape, dtype=wide(x.dtype)) if want_u else None
+    if fill is not None and x.numel():
+        numbers = (a.contiguous() for a in (dpooled, delta, scores, lse))
+        fill(Backward(unit_last(x), _folded(x, u), *numbers, dx, du))
     return dx, du
 
 
@@ -119,7 +109,7 @@ def merge(pooled: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.exp(lse - total)[..., None] * pooled).sum(0), total
 
 
-def _check(x, u, op="reward_pool"):
+def _check(op, x, u):
     _, length, width = expect_rows(op, "x", x)
     queries = expect_rank(op, "u", u, "N, C")[0]
     expect(op, "u", u, (queries, width), x)
@@ -127,58 +117,39 @@ def _check(x, u, op="reward_pool"):
         raise ValueError(f"{op}: got {length} tokens and {queries} queries, want at least one of each")
 
 
-def _check_backward(dpooled, dlse, x, u, scores, lse, pooled, want_x, want_u):
+def _setup_context(ctx, inputs, output):
+    pooled, lse, scores = output
+    ctx.mark_non_differentiable(scores)
+    ctx.save_for_backward(*inputs, scores, lse, pooled)
+
+
+def _gradient(ctx, dpooled, dlse, _):
+    return torch.ops.prfl.reward_pool_backward(dpooled, dlse, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+@operation("reward_pool", _gradient, _setup_context)
+def _reward_pool(fake: bool, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check("reward_pool", x, u)
+    return forward(None if fake else record("reward_pool", x).forward, x, u)
+
+
+@operation("reward_pool_backward")
+def _reward_pool_backward(
+    fake: bool, dpooled: Tensor, dlse: Tensor, x: Tensor, u: Tensor, scores: Tensor, lse: Tensor,
+    pooled: Tensor, want_x: bool, want_u: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     op = "reward_pool_backward"
-    _check(x, u, op)
+    _check(op, x, u)
     (batch, length, width), queries, dtype = x.shape, u.shape[0], wide(x.dtype)
     for name, a in (("dpooled", dpooled), ("pooled", pooled)):
         expect(op, name, a, (batch, queries, width), x, dtype)
     for name, a in (("dlse", dlse), ("lse", lse)):
         expect(op, name, a, (batch, queries), x, dtype)
     expect(op, "scores", scores, (batch, length, queries), x, dtype)
-
-
-def _pool(x, u):
-    return pair(x)[0](x, u)
-
-
-def _pool_fake(x, u):
-    return tuple(x.new_empty(shape, dtype=wide(x.dtype)) for shape in _shapes(x, u))
-
-
-def _pool_backward(dpooled, dlse, x, u, scores, lse, pooled, want_x, want_u):
     delta = (pooled * dpooled).sum(-1) - dlse
-    dx, du = pair(x)[1](dpooled, delta, x, u, scores, lse, want_x, want_u)
-    return x.new_empty(0) if dx is None else dx, x.new_empty(0) if du is None else du.to(u.dtype)
-
-
-def _pool_backward_fake(dpooled, dlse, x, u, scores, lse, pooled, want_x, want_u):
-    return x.new_empty(x.shape if want_x else 0), u.new_empty(u.shape) if want_u else x.new_empty(0)
-
-
-def _pool_setup_context(ctx, inputs, output):
-    pooled, lse, scores = output
-    ctx.mark_non_differentiable(scores)
-    ctx.save_for_backward(*inputs, scores, lse, pooled)
-
-
-def _pool_gradient(ctx, dpooled, dlse, _):
-    want_x, want_u = ctx.needs_input_grad
-    dx, du = torch.ops.prfl.reward_pool_backward(dpooled, dlse, *ctx.saved_tensors, want_x, want_u)
-    return dx if want_x else None, du if want_u else None
-
-
-register(
-    "reward_pool(Tensor x, Tensor u) -> (Tensor, Tensor, Tensor)",
-    *checked(_check, _pool, _pool_fake),
-    _pool_gradient,
-    _pool_setup_context,
-)
-register(
-    "reward_pool_backward(Tensor dpooled, Tensor dlse, Tensor x, Tensor u, Tensor scores, Tensor lse, "
-    "Tensor pooled, bool want_x, bool want_u) -> (Tensor, Tensor)",
-    *checked(_check_backward, _pool_backward, _pool_backward_fake),
-)
+    fill = None if fake else record("reward_pool", x).backward
+    dx, du = backward(fill, dpooled, delta, x, u, scores, lse, want_x, want_u)
+    return *or_empty(x, dx), *gradients_like(u, du)
 
 
 def reward_pool_with_lse(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

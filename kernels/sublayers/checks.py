@@ -18,6 +18,9 @@ from prfl_kernels.jit import wide
 from prfl_kernels.sublayers.chunks import check_chunk
 from prfl_kernels.sublayers.operation import Shape
 
+IMAGE = ("k_img", "k_bias_img", "v_img", "v_bias_img", "norm_k_img")
+"""The weights of the image tokens, the last inputs of cross_attention."""
+
 
 def _vectors(op: str, inputs) -> None:
     x = inputs.x
@@ -25,26 +28,26 @@ def _vectors(op: str, inputs) -> None:
         expect(op, name, getattr(inputs, name), (x.shape[0], x.shape[2]), x)
 
 
-def _linear(op: str, inputs, name: str, outputs: int, width: int) -> None:
-    """Weight [N, K] and bias [N] of this name, and a low-rank update (A [r, K], B [N, r]) or none."""
-    x = inputs.x
+def _linear(op: str, inputs, name: str, outputs: int, width: int, updates: bool = True) -> None:
+    """Weight [N, K] and bias [N] of this name, and if `updates` its update (A [r, K], B [N, r]) or none."""
+    x, bias = inputs.x, f"{name}_bias"
     expect_matrix(op, name, getattr(inputs, name), (outputs, width), x)
-    expect(op, f"{name}_bias", getattr(inputs, f"{name}_bias"), (outputs,), x)
+    expect(op, bias, getattr(inputs, bias), (outputs,), x)
     names = f"{name}_down", f"{name}_up"
-    low = [getattr(inputs, name, None) for name in names]
-    if _both(op, names, low):
+    if updates and _all(op, names, low := [getattr(inputs, k) for k in names]):
         down, up = low
         rank = down.shape[0] if down.dim() == 2 else 1
         expect(op, names[0], down, (rank, width), x)
         expect(op, names[1], up, (outputs, rank), x)
 
 
-def _both(op: str, names: Sequence[str], given: Sequence[Tensor | None]) -> bool:
+def _all(op: str, names: Sequence[str], given: Sequence[Tensor | None]) -> bool:
     """Whether all are given; ValueError for some of them."""
-    there = [name for name, a in zip(names, given, strict=True) if a is not None]
-    if there and len(there) < len(names):
-        raise ValueError(f"{op}: got {', '.join(there)} alone, want all or none of {', '.join(names)}")
-    return bool(there)
+    missing = [a is None for a in given]
+    if any(missing) and not all(missing):
+        there = ", ".join(name for name, a in zip(names, given, strict=True) if a is not None)
+        raise ValueError(f"{op}: got {there} alone, want all or none of {', '.join(names)}")
+    return not missing[0]
 
 
 def attention_shapes(x: Tensor, settings) -> tuple[Shape, Shape, Shape]:
@@ -63,7 +66,7 @@ def modulated_attention(op, inputs, settings, saved):
         _linear(op, inputs, name, width, width)
     for name in ("norm_q", "norm_k"):
         expect(op, name, getattr(inputs, name), (width,), x)
-    if _both(op, ("weight", "bias"), (weight, inputs.bias)):
+    if _all(op, ("weight", "bias"), (weight, inputs.bias)):
         expect(op, "weight", weight, (width,), x)
         expect(op, "bias", inputs.bias, (width,), x)
     expect_places(op, settings.grid, settings.num_heads, settings.offset, length, width)
@@ -71,12 +74,12 @@ def modulated_attention(op, inputs, settings, saved):
     expect_length(op, "factors", settings.factors, 4)
     check_chunk(settings.chunk)
     given = inputs.given_out, inputs.given_lse
-    if _both(op, ("given_out", "given_lse"), given):
+    if _all(op, ("given_out", "given_lse"), given):
         _, (out, dtype), (lse, lse_dtype) = attention_shapes(x, settings)
         expect(op, "given_out", given[0], out, x, dtype)
         expect(op, "given_lse", given[1], lse, x, lse_dtype)
     if saved is not None:
-        _both(op, ("total", "weight"), (saved.total, weight))
+        _all(op, ("total", "weight"), (saved.total, weight))
 
 
 # -- modulated_ffn
@@ -108,15 +111,15 @@ def cross_attention(op, inputs, settings, saved):
     tokens = expect_rank(op, "context", inputs.context, "B, S, C")[1]
     expect(op, "context", inputs.context, (batch, tokens, width), x)
     for name in "qkvo":
-        _linear(op, inputs, name, width, width)
+        _linear(op, inputs, name, width, width, updates=False)
     for name in ("norm_q", "norm_k"):
         expect(op, name, getattr(inputs, name), (width,), x)
-    image = {name: a for name, a in inputs._asdict().items() if name.endswith("_img")}
-    if _both(op, list(image), list(image.values())) != (image_tokens != 0):
+    image = inputs[-len(IMAGE) :]
+    if _all(op, IMAGE, image) != (image_tokens != 0):
         there = "without" if image_tokens else "with"
         raise ValueError(f"{op}: got {image_tokens} image tokens {there} their weights, want both or neither")
     if image_tokens:
-        for name, a in image.items():
+        for name, a in zip(IMAGE, image, strict=True):
             matrix = name in ("k_img", "v_img")
             (expect_matrix if matrix else expect)(op, name, a, (width, width) if matrix else (width,), x)
     if not 0 <= image_tokens < tokens:

@@ -19,17 +19,17 @@ attention is saved once more for an image.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prfl_kernels.attention.op import attention_with_lse
-from prfl_kernels.dispatch import backward_of
+from prfl_kernels.dispatch import backward_of, record
 from prfl_kernels.jit import wide
-from prfl_kernels.qk_norm_rope.op import pair as norm_pair
+from prfl_kernels.qk_norm_rope.op import rms_backward, rms_forward
 from prfl_kernels.sublayers import checks
-from prfl_kernels.sublayers.operation import Operation, Shape, groups
+from prfl_kernels.sublayers.operation import Operation, Shape, tensors
 from prfl_kernels.sublayers.products import AttentionWeights, kept, linear, weight_gradients
 
 KEEP = {
@@ -50,26 +50,8 @@ class ImageWeights(NamedTuple):
     norm_k: Tensor
 
 
-class Inputs(NamedTuple):
-    """x [B, L, C], context [B, S, C]; weights as in AttentionWeights and ImageWeights."""
-
-    x: Tensor
-    context: Tensor
-    q: Tensor
-    q_bias: Tensor
-    k: Tensor
-    k_bias: Tensor
-    v: Tensor
-    v_bias: Tensor
-    o: Tensor
-    o_bias: Tensor
-    norm_q: Tensor
-    norm_k: Tensor
-    k_img: Tensor | None
-    k_bias_img: Tensor | None
-    v_img: Tensor | None
-    v_bias_img: Tensor | None
-    norm_k_img: Tensor | None
+# x [B, L, C], context [B, S, C]; weights as in AttentionWeights and ImageWeights.
+Inputs = NamedTuple("Inputs", tensors(("x", "context", *AttentionWeights._fields), checks.IMAGE))
 
 
 class Settings(NamedTuple):
@@ -82,49 +64,19 @@ class Settings(NamedTuple):
     repeats: int
 
 
-class Saves(NamedTuple):
-    """The parts that are saved, and their tensors."""
-
-    attention: Annotated[bool, "out", "lse", "out_img", "lse_img"]
-    projections: Annotated[bool, "q_in", "k_in", "v_in", "k_in_img", "v_in_img"]
-    queries: Annotated[bool, "q_normed", "rstd"]
-
-
-class Results(NamedTuple):
-    """y, and what is saved: output [B, L, H, D] and log-sum-exp [B, H, L] of attention to each part, queries
-    [B, L, C] and keys [B, S, C] before their norm, values, queries after their norm, 1/rms [1, B, L]."""
-
-    y: Tensor | None
-    out: Tensor
-    lse: Tensor
-    out_img: Tensor
-    lse_img: Tensor
-    q_in: Tensor
-    k_in: Tensor
-    v_in: Tensor
-    k_in_img: Tensor
-    v_in_img: Tensor
-    q_normed: Tensor
-    rstd: Tensor
-
-
-class Wants(NamedTuple):
-    """The groups of gradients."""
-
-    x: Annotated[bool, "x"]
-    context: Annotated[bool, "context"]
-    q: Annotated[bool, "q", "q_bias"]
-    k: Annotated[bool, "k", "k_bias"]
-    v: Annotated[bool, "v", "v_bias"]
-    o: Annotated[bool, "o", "o_bias"]
-    norm_q: Annotated[bool, "norm_q"]
-    norm_k: Annotated[bool, "norm_k"]
-    k_img: Annotated[bool, "k_img", "k_bias_img"]
-    v_img: Annotated[bool, "v_img", "v_bias_img"]
-    norm_k_img: Annotated[bool, "norm_k_img"]
-
-
-KEPT = groups(Saves)
+# y; then what is saved if asked for: output [B, L, H, D] and log-sum-exp [B, H, L] of attention to each part,
+# queries [B, L, C] and keys [B, S, C] before their norm, values, queries after their norm, 1/rms [1, B, L].
+KEPT = {
+    "attention": ("out", "lse", "out_img", "lse_img"),
+    "projections": ("q_in", "k_in", "v_in", "k_in_img", "v_in_img"),
+    "queries": ("q_normed", "rstd"),
+}
+RESULTS = ("y", *sum(KEPT.values(), ()))
+WANTS = {
+    "x": ("x",), "context": ("context",), **{name: (name, f"{name}_bias") for name in "qkvo"},
+    "norm_q": ("norm_q",), "norm_k": ("norm_k",), "k_img": ("k_img", "k_bias_img"),
+    "v_img": ("v_img", "v_bias_img"), "norm_k_img": ("norm_k_img",),
+}  # fmt: skip
 
 
 class _Keys(NamedTuple):
@@ -142,11 +94,10 @@ class _Keys(NamedTuple):
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms(x) [B, L, C], 1/rms [1, B, L])."""
-    (n, _), _, rstd = norm_pair(x, "rms_norm")[0](x, None, weight, None, None, 1, eps, 0)
-    return n.flatten(2), rstd
+    return rms_forward(record("rms_norm", x).forward, x, weight, eps)
 
 
-def _keys(inputs: Inputs, settings: Settings, saved: Results | None = None) -> list[_Keys]:
+def _keys(inputs: Inputs, settings: Settings, saved=None) -> list[_Keys]:
     """The parts of the context, the text first; their projections are recomputed where they are not saved."""
     context, n = inputs.context, settings.image_tokens
     parts = [("", context[:, n:], settings.repeats), ("_img", context[:, :n], 1)]
@@ -197,8 +148,8 @@ def _shapes(inputs: Inputs, settings: Settings) -> dict[str, Shape | None]:
     }  # fmt: skip
 
 
-def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tensor | None]:
-    results = dict.fromkeys(Results._fields)
+def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor]:
+    results: dict[str, Tensor] = {}
     q_in = linear(inputs.x.to(settings.dtype), inputs.q, inputs.q_bias)
     q, rstd = _normed(q_in, inputs.norm_q, settings.eps)
     keys = _keys(inputs, settings)
@@ -220,13 +171,11 @@ def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tens
     return results
 
 
-def _save(inputs: Inputs, results: Results) -> tuple[Inputs, Results]:
+def _save(inputs: Inputs, results) -> tuple[Inputs, NamedTuple]:
     return inputs, results._replace(y=None)
 
 
-def _backward(
-    dy: Tensor, inputs: Inputs, saved: Results, settings: Settings, wants: Wants
-) -> dict[str, Tensor]:
+def _backward(dy: Tensor, inputs: Inputs, saved, settings: Settings, wants) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     n, d = inputs.x.to(settings.dtype), dy.to(settings.dtype)
     q_in, q, rstd = saved.q_in, saved.q_normed, saved.rstd
@@ -256,12 +205,10 @@ def _backward(
             dcontext.append(_keys_backward(dk.flatten(2), dv.flatten(2), part, wants, made))
     del da, q, attended, more
     if wants_q:
-        run = norm_pair(q_in, "rms_norm")[1]
-        dq, _, dnorm = run(
-            dq.flatten(2), None, q_in, None, inputs.norm_q, None, rstd, None, 1, 0, wants.norm_q
-        )
+        fill = record("rms_norm", q_in).backward
+        dq, dnorm = rms_backward(fill, dq.flatten(2), q_in, inputs.norm_q, rstd, wants.norm_q)
         if wants.norm_q:
-            made["norm_q"] = dnorm[0]
+            made["norm_q"] = dnorm
         if wants.q:
             made["q"], made["q_bias"] = weight_gradients(dq, n, inputs.q, inputs.q_bias)
         if wants.x:
@@ -271,14 +218,14 @@ def _backward(
     return made
 
 
-def _keys_backward(dk, dv, part: _Keys, wants: Wants, made: dict[str, Tensor]) -> Tensor:
+def _keys_backward(dk, dv, part: _Keys, wants, made: dict[str, Tensor]) -> Tensor:
     """Gradient of the tokens of one part; those of its weights go into `made`."""
     w, end = part.weights, part.end
     wants_norm = getattr(wants, f"norm_k{end}")
-    run = norm_pair(part.before, "rms_norm")[1]
-    dk, _, dnorm = run(dk, None, part.before, None, w.norm_k, None, part.rstd, None, 1, 0, wants_norm)
+    fill = record("rms_norm", part.before).backward
+    dk, dnorm = rms_backward(fill, dk, part.before, w.norm_k, part.rstd, wants_norm)
     if wants_norm:
-        made[f"norm_k{end}"] = dnorm[0]
+        made[f"norm_k{end}"] = dnorm
     for name, d in (("k", dk), ("v", dv)):
         if getattr(wants, f"{name}{end}"):
             made[f"{name}{end}"], made[f"{name}_bias{end}"] = weight_gradients(
@@ -288,8 +235,8 @@ def _keys_backward(dk, dv, part: _Keys, wants: Wants, made: dict[str, Tensor]) -
 
 
 _OPERATION = Operation(
-    "cross_attention", Inputs, Settings, Saves, Results, Wants,
-    checks.cross_attention, _shapes, _forward, _save, _backward,
+    "cross_attention", Inputs, Settings, RESULTS, KEPT, WANTS, checks.cross_attention, _shapes,
+    _forward, _save, _backward,
 )  # fmt: skip
 
 

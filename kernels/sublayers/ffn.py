@@ -21,17 +21,18 @@ g, their gradients and n never exist as a whole.
 """
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prfl_kernels.bias_gelu import pair as gelu_pair
+from prfl_kernels import bias_gelu
+from prfl_kernels.dispatch import record
 from prfl_kernels.jit import wide
 from prfl_kernels.norm import op as add_norm
 from prfl_kernels.sublayers import checks
 from prfl_kernels.sublayers.chunks import numbers, pieces, together
-from prfl_kernels.sublayers.operation import Operation, Shape
+from prfl_kernels.sublayers.operation import Operation, Shape, tensors
 from prfl_kernels.sublayers.products import (
     GatedProduct,
     LowRank,
@@ -40,6 +41,7 @@ from prfl_kernels.sublayers.products import (
     flattened,
     kept,
     linear,
+    low_rank_names,
     low_ranks,
     ready,
 )
@@ -56,22 +58,12 @@ class FFNWeights(NamedTuple):
     b2: Tensor  # [C]
 
 
-class Inputs(NamedTuple):
-    """x, y [B, L, C]; shift, scale, gate [B, C]; weights and updates as in FFNWeights and LowRank."""
-
-    x: Tensor
-    y: Tensor | None
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
-    w1: Tensor
-    w1_bias: Tensor
-    w2: Tensor
-    w2_bias: Tensor
-    w1_down: Tensor | None
-    w1_up: Tensor | None
-    w2_down: Tensor | None
-    w2_up: Tensor | None
+# x, y [B, L, C]; shift, scale, gate [B, C]; weights and updates as in FFNWeights and LowRank.
+Inputs = NamedTuple("Inputs", [
+    ("x", Tensor), ("y", Tensor | None), *tensors(
+        ("shift", "scale", "gate", "w1", "w1_bias", "w2", "w2_bias"), low_rank_names(("w1", "w2"))
+    ),
+])  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -83,34 +75,13 @@ class Settings(NamedTuple):
     chunk: int | None
 
 
-class Saves(NamedTuple):
-    """What is saved."""
-
-    residual: Annotated[bool, "s"]
-    hidden: Annotated[bool, "h"]
-    normed: Annotated[bool, "n"]
-
-
-class Results(NamedTuple):
-    """x', and what is saved: s, its statistics [2, B, L], h [B, L, F] and n [B, L, C]."""
-
-    out: Tensor | None
-    s: Tensor | None
-    stats: Tensor
-    h: Tensor
-    n: Tensor
-
-
-class Wants(NamedTuple):
-    """The groups of gradients."""
-
-    stream: Annotated[bool, "x", "y"]
-    vectors: Annotated[bool, "shift", "scale"]
-    gate: Annotated[bool, "gate"]
-    w1: Annotated[bool, "w1", "w1_bias"]
-    w2: Annotated[bool, "w2", "w2_bias"]
-    low1: Annotated[bool, "w1_down", "w1_up"]
-    low2: Annotated[bool, "w2_down", "w2_up"]
+# x', s, statistics [2, B, L] of s, h [B, L, F] and n [B, L, C].
+SAVES = {"residual": ("s",), "hidden": ("h",), "normed": ("n",)}
+RESULTS = ("out", "s", "stats", "h", "n")
+WANTS = {
+    "residual": ("x", "y"), "vectors": ("shift", "scale"), "gate": ("gate",), "w1": ("w1", "w1_bias"),
+    "w2": ("w2", "w2_bias"), "low1": ("w1_down", "w1_up"), "low2": ("w2_down", "w2_up"),
+}  # fmt: skip
 
 
 def _shapes(inputs: Inputs, settings: Settings) -> dict[str, Shape | None]:
@@ -126,12 +97,13 @@ def _shapes(inputs: Inputs, settings: Settings) -> dict[str, Shape | None]:
 
 def _begin(x, y, inputs: Inputs, settings: Settings):
     """(s, n, statistics) of a piece x, y of the tokens."""
-    run = add_norm.pair("modulate" if y is None else "gated_add_modulate", x)[0]
-    s, n, _, stats = run(x, y, None, inputs.scale, inputs.shift, 1.0, settings.eps, settings.dtype)
+    fill = record("modulate" if y is None else "gated_add_modulate", x).forward
+    vectors, eps = (inputs.scale, inputs.shift), settings.eps
+    s, n, _, stats = add_norm.forward(fill, x, y, None, *vectors, 1.0, eps, settings.dtype)
     return x if y is None else s, n, stats
 
 
-def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tensor | None]:
+def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor | None]:
     low1, low2 = low_ranks(inputs, ("w1", "w2"), settings.factors)
     found = pieces(inputs.x, settings.chunk)
     w1, w2 = ready((inputs.w1, inputs.w2), settings.dtype, found)
@@ -141,24 +113,24 @@ def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tens
         h = linear(n, w1, None, low1)
         if not saves.normed:
             n = None
-        g = gelu_pair(h)[0](h, inputs.w1_bias)
+        g = bias_gelu.forward(record("bias_gelu", h).forward, h, inputs.w1_bias)
         if not saves.hidden:
             h = None
-        end = add_norm.pair("gated_add", s)[0]
-        out = end(s, linear(g, w2, inputs.w2_bias, low2), inputs.gate, None, None, 0.0, 0.0, None)[0]
+        y = linear(g, w2, inputs.w2_bias, low2)
+        out = add_norm.forward(record("gated_add", s).forward, s, y, inputs.gate)[0]
         return out, s if saves.residual and inputs.y is not None else None, stats, h, n
 
-    return dict(zip(Results._fields, together(run, found, (1, 1, 2, 1, 1)), strict=True))
+    return dict(zip(RESULTS, together(run, found, (1, 1, 2, 1, 1)), strict=True))
 
 
-def _save(inputs: Inputs, r: Results) -> tuple[Inputs, Results]:
+def _save(inputs: Inputs, results) -> tuple[Inputs, NamedTuple]:
     """s in the place of x; of y its dtype."""
     if inputs.y is not None:
-        inputs = inputs._replace(x=r.s, y=inputs.y.new_empty(0))
-    return inputs, r._replace(out=None, s=None)
+        inputs = inputs._replace(x=results.s, y=inputs.y.new_empty(0))
+    return inputs, results._replace(out=None, s=None)
 
 
-def _backward(dout, inputs: Inputs, saved: Results, settings: Settings, wants: Wants) -> dict[str, Tensor]:
+def _backward(dout, inputs: Inputs, saved, settings: Settings, wants) -> dict[str, Tensor]:
     h, n, y_dtype = saved.h, saved.n, None if inputs.y is None else inputs.y.dtype
     found = pieces(inputs.x, settings.chunk)
     (ready1,) = ready((inputs.w1,), settings.dtype, found)
@@ -175,7 +147,8 @@ def _backward(dout, inputs: Inputs, saved: Results, settings: Settings, wants: W
         n_at = n[:, at] if n.numel() else _begin(x, None, inputs, settings)[1] if needs_n else None
         h_at = h[:, at] if h.numel() else linear(n_at, ready1, None, low1)
         dg = second.input_gradient(d)
-        dh, g, db1 = gelu_pair(h_at)[1](dg, h_at, inputs.w1_bias, wants.w1)
+        fill = record("bias_gelu", h_at).backward
+        dh, g, db1 = bias_gelu.backward(fill, dg, h_at, inputs.w1_bias, wants.w1)
         del dg, h_at
         second.add(d, g)
         del d, g
@@ -183,10 +156,9 @@ def _backward(dout, inputs: Inputs, saved: Results, settings: Settings, wants: W
             first.sums.add("bias", db1)
         dn = first.backward(dh, n_at, ready1, bias=False)
         del dh, n_at
-        back = add_norm.pair("modulate" if y_dtype is None else "gated_add_modulate", inputs.x)[1]
-        dx, dy, _, dscale, dshift = back(
-            dn.view(x.shape), dout[:, at], x, None, None, inputs.scale, numbers(saved.stats, at), 1.0,
-            wants.vectors, y_dtype,
+        dx, dy, _, dscale, dshift = add_norm.backward(
+            record("modulate" if y_dtype is None else "gated_add_modulate", x).backward, dn.view(x.shape),
+            dout[:, at], x, None, None, inputs.scale, numbers(saved.stats, at), 1.0, wants.vectors, y_dtype,
         )  # fmt: skip
         if wants.vectors:
             vectors.add("scale", dscale)
@@ -198,8 +170,8 @@ def _backward(dout, inputs: Inputs, saved: Results, settings: Settings, wants: W
 
 
 _OPERATION = Operation(
-    "modulated_ffn", Inputs, Settings, Saves, Results, Wants,
-    checks.modulated_ffn, _shapes, _forward, _save, _backward,
+    "modulated_ffn", Inputs, Settings, RESULTS, SAVES, WANTS, checks.modulated_ffn, _shapes,
+    _forward, _save, _backward,
 )  # fmt: skip
 
 
@@ -231,4 +203,4 @@ def modulated_ffn(
     first = any(a is not None and a.requires_grad for a in (weights.w1, weights.b1, *lows[:2]))
     normed = graded and "normed" in names and (first or not hidden)
     settings = Settings(factors, eps, dtype or x.dtype, chunk)
-    return _OPERATION.call(*inputs, *settings, Saves(graded, hidden, normed))[0]
+    return _OPERATION.call(*inputs, *settings, (graded, hidden, normed))[0]

@@ -1,51 +1,44 @@
-"""A composite operation, declared once by five NamedTuples.
+"""A composite operation, declared once.
 
-    Inputs    Tensor or Tensor | None: what the gradients are of
-    Settings  int, float, torch.dtype, tuples of them, or None: what forward and backward need besides
-    Saves     Annotated[bool, results]: groups of results that the forward saves for the backward if asked
-    Results   Tensor, or Tensor | None where the backward may go without: first the results proper, which
-              take gradient, then what is saved
-    Wants     Annotated[bool, inputs]: groups of gradients that the backward computes if asked; an input
-              that is in none takes no gradient
+    inputs    NamedTuple of Tensor or Tensor | None: what the gradients are of
+    settings  NamedTuple of int, float, torch.dtype, tuples of them, or None: what is not a tensor
+    results   names: first the results proper, which take gradient, then what is saved
+    saves     {group: results}: what the forward saves for the backward if asked for the group
+    wants     {group: inputs}: gradients that the backward computes if asked for the group; an input that is
+              in no group takes no gradient
 
 Two operations of torch.ops.prfl follow, with schemas, fakes, checks and autograd:
 
-    NAME           (*Inputs, *Settings, Saves as bool[]) -> Results
-    NAME_backward  (gradients of the results proper, *Inputs, *Results, *Settings, Wants as bool[])
-                   -> gradients of Inputs
+    NAME           (*inputs, *settings, saves as bool[]) -> results
+    NAME_backward  (gradients of the results proper, *inputs, *results, *settings, wants as bool[])
+                   -> gradients of inputs
 
 A result that is not saved and a gradient that is not computed are empty tensors [0].
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from prfl_kernels.checks import checked, expect, expect_length
+from prfl_kernels.checks import expect, expect_length
+from prfl_kernels.declare import or_empty, schema
 from prfl_kernels.jit import register
 
 Record = type[NamedTuple]
+Groups = Mapping[str, Sequence[str]]
 Shape = tuple[tuple[int, ...], torch.dtype]
-_TYPES = {Tensor: "Tensor", int: "int", float: "float", torch.dtype: "ScalarType"}
 
 
-def groups(record: Record) -> dict[str, tuple[str, ...]]:
-    """The names that every field of a Saves or Wants stands for."""
-    return {k: hint.__metadata__ for k, hint in get_type_hints(record, include_extras=True).items()}
+def tensors(names: Iterable[str], given: Iterable[str] = ()) -> list[tuple[str, type]]:
+    """The fields of a record of inputs: tensors of these names, then `given`, which are tensors or None."""
+    return [*((name, Tensor) for name in names), *((name, Tensor | None) for name in given)]
 
 
-def _schema(hint: Any) -> str:
-    """A type as a schema spells it."""
-    options = get_args(hint)
-    if get_origin(hint) is tuple:
-        return f"{_schema(options[0])}[{len(options)}]"
-    return f"{_schema(options[0])}?" if type(None) in options else _TYPES[hint]
-
-
-def _arguments(record: Record, prefix: str = "") -> list[str]:
-    return [f"{_schema(hint)} {prefix}{name}" for name, hint in get_type_hints(record).items()]
+def _arguments(record: Record) -> list[str]:
+    return [f"{schema(hint)} {name}" for name, hint in get_type_hints(record).items()]
 
 
 def _missing(a: Tensor) -> bool:
@@ -53,15 +46,16 @@ def _missing(a: Tensor) -> bool:
 
 
 class Operation:
-    """Registers both forms of an operation; the functions get and give the records named above.
+    """Registers both forms of an operation; its functions get records with the names above as attributes.
 
-    check(op, inputs, settings, saved) raises ValueError for what does not fit; saved are the Results that the
+    check(op, inputs, settings, saved) raises ValueError for what does not fit; saved are the results that the
     backward gets, None in the forward. shapes(inputs, settings) is the shape and dtype of every result by
     name, None for one that there is not; fake and backward check follow from it. forward(inputs, settings,
-    saves) returns the results by name, None for [0]. save(inputs, results) returns what of both the backward
-    gets: None for what it does not need, or [0] for an input of the first one's shape whose dtype it needs.
-    backward(gradients, inputs, saved, settings, wants) returns gradients by the name of their input, of any
-    dtype. The first `proper` results take gradient; those that a backward has none of are None.
+    saves) returns the results by name; what is not there or None is [0]. save(inputs, results) returns what
+    of both the backward gets: None for what it does not need, or [0] for an input of the first one's shape
+    whose dtype it needs. backward(gradients, inputs, saved, settings, wants) returns gradients by the name of
+    their input, of any dtype. The first `proper` results take gradient; those that a backward has none of are
+    None.
     """
 
     def __init__(
@@ -69,9 +63,9 @@ class Operation:
         name: str,
         inputs: Record,
         settings: Record,
-        saves: Record,
-        results: Record,
-        wants: Record,
+        results: Sequence[str],
+        saves: Groups,
+        wants: Groups,
         check: Callable[..., None],
         shapes: Callable[..., Mapping[str, Shape | None]],
         forward: Callable[..., Mapping[str, Tensor | None]],
@@ -79,101 +73,81 @@ class Operation:
         backward: Callable[..., Mapping[str, Tensor]],
         proper: int = 1,
     ):
-        self.name, self.proper = name, proper
-        self.inputs, self.settings, self.saves, self.results, self.wants = (
-            inputs, settings, saves, results, wants,
-        )  # fmt: skip
+        self.name, self.inputs, self.settings, self.proper = name, inputs, settings, proper
+        self.results, self.saved_groups = namedtuple("Results", results), saves
+        self.saves, self.wants = namedtuple("Saves", saves), namedtuple("Wants", wants)
         self.check, self.shapes, self.forward, self.save, self.backward = (
             check, shapes, forward, save, backward,
         )  # fmt: skip
-        self.saved_groups = groups(saves)
-        self.group_of = {k: group for group, names in groups(wants).items() for k in names}
-        places = {k: i for i, k in enumerate(inputs._fields)}
-        self.wanted_places = [[places[k] for k in names] for names in groups(wants).values()]
+        group_of = {k: group for group, names in wants.items() for k in names}
+        self.group_of = [group_of.get(k) for k in inputs._fields]
+        self.wanted_places = [[inputs._fields.index(k) for k in names] for names in wants.values()]
+        self.end = len(inputs._fields)  # of the inputs among the arguments
         both = ", ".join(_arguments(inputs)), ", ".join(_arguments(settings))
-        kind = "Tensor" if proper == 1 else "Tensor?"
-        given = ", ".join(f"{kind} d{k}" for k in results._fields[:proper])
-        saved = ", ".join(_arguments(results, "saved_"))
+        given = ", ".join(f"Tensor{'?' * (proper > 1)} d{k}" for k in results[:proper])
+        saved = ", ".join(f"Tensor? saved_{k}" for k in results)
         register(
-            f"{name}({both[0]}, {both[1]}, bool[] saves) -> ({', '.join(['Tensor'] * len(results._fields))})",
-            *self._taking(self._unpacked, checked(self._check, self._forward, self._fake)),
+            f"{name}({both[0]}, {both[1]}, bool[] saves) -> ({', '.join(['Tensor'] * len(results))})",
+            lambda *args: self._forward(*self._checked(args)),
+            lambda *args: self._fake(*self._checked(args)),
             self._gradient,
             self._setup_context,
         )
         register(
             f"{name}_backward({given}, {both[0]}, {saved}, {both[1]}, bool[] wants)"
-            f" -> ({', '.join(['Tensor'] * len(inputs._fields))})",
-            *self._taking(
-                self._unpacked_backward, checked(self._check_backward, self._backward, self._backward_fake)
-            ),
+            f" -> ({', '.join(['Tensor'] * self.end)})",
+            lambda *args: self._backward(*self._checked_backward(args)),
+            lambda *args: self._backward_fake(*self._checked_backward(args)),
         )
-        self.call, self.call_backward = (
-            getattr(torch.ops.prfl, k) for k in (name, f"{name}_backward")
-        )
+        self.call, self.call_backward = (getattr(torch.ops.prfl, k) for k in (name, f"{name}_backward"))
 
-    @staticmethod
-    def _taking(unpack: Callable[[tuple], tuple], functions: list[Callable]) -> list[Callable]:
-        """Functions of records as functions of the arguments of a schema."""
-
-        def after(function: Callable) -> Callable:
-            return lambda *args: function(*unpack(args))
-
-        return [after(function) for function in functions]
-
-    def _unpacked(self, args: tuple) -> tuple:
+    def _checked(self, args: tuple) -> tuple:
         """(inputs, settings, saves)."""
-        expect_length(self.name, "saves", args[-1], len(self.saves._fields))
-        end = len(self.inputs._fields)
-        return (
-            self.inputs._make(args[:end]), self.settings._make(args[end:-1]), self.saves._make(args[-1]),
-        )  # fmt: skip
-
-    def _unpacked_backward(self, args: tuple) -> tuple:
-        """(gradients, inputs, saved, settings, wants)."""
-        expect_length(f"{self.name}_backward", "wants", args[-1], len(self.wants._fields))
-        a = self.proper
-        b = a + len(self.inputs._fields)
-        c = b + len(self.results._fields)
-        return (
-            args[:a], self.inputs._make(args[a:b]), self.results._make(args[b:c]),
-            self.settings._make(args[c:-1]), self.wants._make(args[-1]),
-        )  # fmt: skip
-
-    def _check(self, inputs, settings, saves) -> None:
+        saves, end = args[-1], self.end
+        expect_length(self.name, "saves", saves, len(self.saved_groups))
+        inputs, settings = self.inputs._make(args[:end]), self.settings._make(args[end:-1])
         self.check(self.name, inputs, settings, None)
+        return inputs, settings, self.saves._make(saves)
 
-    def _check_backward(self, gradients, inputs, saved, settings, wants) -> None:
-        op = f"{self.name}_backward"
+    def _checked_backward(self, args: tuple) -> tuple:
+        """(gradients, inputs, saved, settings, wants)."""
+        op, names = f"{self.name}_backward", self.results._fields
+        expect_length(op, "wants", args[-1], len(self.wants._fields))
+        a = self.proper
+        b, c = a + self.end, a + self.end + len(names)
+        inputs, saved = self.inputs._make(args[a:b]), self.results._make(args[b:c])
+        gradients, settings = args[:a], self.settings._make(args[c:-1])
         self.check(op, inputs, settings, saved)
         x, shapes = inputs[0], self.shapes(inputs, settings)
-        for name, d in zip(self.results._fields, gradients, strict=False):
+        for name, d in zip(names, gradients, strict=False):
             if d is not None:
                 expect(op, f"d{name}", d, (0,) if shapes[name] is None else shapes[name][0], x)
         left_out = set()
-        for names in self.saved_groups.values():
-            if all(a is None or _missing(a) for a in (getattr(saved, k) for k in names)):
-                left_out.update(names)
-        for name, a in saved._asdict().items():
+        for group in self.saved_groups.values():
+            if all(a is None or _missing(a) for a in (getattr(saved, k) for k in group)):
+                left_out.update(group)
+        for name, a in zip(names, saved, strict=True):
             if a is not None and shapes[name] is not None and name not in left_out:
                 expect(op, name, a, shapes[name][0], x, shapes[name][1])
+        return gradients, inputs, saved, settings, self.wants._make(args[-1])
 
     def _forward(self, inputs, settings, saves) -> tuple[Tensor, ...]:
-        results = self.results(**self.forward(inputs, settings, saves))
-        return tuple(inputs[0].new_empty(0) if a is None else a for a in results)
+        made = self.forward(inputs, settings, saves)
+        return or_empty(inputs[0], *map(made.get, self.results._fields))
 
     def _fake(self, inputs, settings, saves) -> tuple[Tensor, ...]:
-        shapes = self.results(**self.shapes(inputs, settings))._asdict()
+        x, shapes = inputs[0], dict(self.shapes(inputs, settings))
         for saved, names in zip(saves, self.saved_groups.values(), strict=True):
             shapes |= {} if saved else dict.fromkeys(names)
-        x = inputs[0]
-        return tuple(x.new_empty(0) if a is None else x.new_empty(a[0], dtype=a[1]) for a in shapes.values())
+        found = map(shapes.get, self.results._fields)
+        return tuple(x.new_empty(0) if a is None else x.new_empty(a[0], dtype=a[1]) for a in found)
 
     def _setup_context(self, ctx, inputs: tuple, output: tuple) -> None:
-        inputs, ctx.settings, _ = self._unpacked(inputs)
+        ctx.settings = inputs[self.end : -1]
         ctx.set_materialize_grads(False)  # or every saved tensor gets a gradient of zeros of its size
         plain = (a for i, a in enumerate(output) if i >= self.proper or _missing(a))
         ctx.mark_non_differentiable(*plain)
-        inputs, results = self.save(inputs, self.results._make(output))
+        inputs, results = self.save(self.inputs._make(inputs[: self.end]), self.results._make(output))
         ctx.save_for_backward(*inputs, *results)
 
     def _gradient(self, ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -182,29 +156,22 @@ class Operation:
             return (None,) * len(needs)
         wants = [any(needs[i] for i in places) for places in self.wanted_places]
         made = self.call_backward(*gradients, *ctx.saved_tensors, *ctx.settings, wants)
-        made = (
-            a if need and name in self.group_of else None
-            for name, a, need in zip(self.inputs._fields, made, needs, strict=False)
-        )
-        return *made, *[None] * (len(needs) - len(self.inputs._fields))
+        found = zip(made, needs, self.group_of, strict=False)
+        return *(a if need and group else None for a, need, group in found), *[None] * (len(needs) - self.end)
 
-    def _wanted(self, inputs: NamedTuple, wants: NamedTuple) -> dict[str, Tensor | None]:
+    def _wanted(self, inputs, wants) -> list[Tensor | None]:
         """The inputs, None for those whose gradient is not computed."""
-        return {
-            k: a if k in self.group_of and getattr(wants, self.group_of[k]) else None
-            for k, a in inputs._asdict().items()
-        }
+        found = zip(inputs, self.group_of, strict=True)
+        return [a if group is not None and getattr(wants, group) else None for a, group in found]
 
     def _backward(self, gradients, inputs, saved, settings, wants) -> tuple[Tensor, ...]:
         made = self.backward(*gradients, inputs, saved, settings, wants)
-        return tuple(
-            inputs[0].new_empty(0) if a is None else made[k].to(a.dtype)
-            for k, a in self._wanted(inputs, wants).items()
-        )
+        wanted = zip(self.inputs._fields, self._wanted(inputs, wants), strict=True)
+        return or_empty(inputs[0], *(a if a is None else made[k].to(a.dtype) for k, a in wanted))
 
     def _backward_fake(self, gradients, inputs, saved, settings, wants) -> tuple[Tensor, ...]:
         x = inputs[0]
         return tuple(
             x.new_empty(0) if a is None else a.new_empty(x.shape if _missing(a) else a.shape)
-            for a in self._wanted(inputs, wants).values()
+            for a in self._wanted(inputs, wants)
         )

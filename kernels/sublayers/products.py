@@ -23,7 +23,7 @@ The update is never added to W for a forward in 16 bits: most of it would vanish
 8 bits from the leading one, where the update of a weight is smaller than that for all of training.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -217,6 +217,11 @@ class GatedProduct:
 def low_rank(down: Tensor | None, up: Tensor | None, scale: float) -> LowRank | None:
     """An update as the schema of an operation carries it, None where there is none."""
     return None if down is None else LowRank(down, up, scale)
+
+
+def low_rank_names(names: Iterable[str]) -> list[str]:
+    """How an operation names the updates of the weights `names`: NAME_down and NAME_up of each."""
+    return [f"{name}_{end}" for name in names for end in ("down", "up")]
 
 
 def low_ranks(inputs: NamedTuple, names: Sequence[str], scales: Sequence[float]) -> list[LowRank | None]:

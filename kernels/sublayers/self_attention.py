@@ -26,20 +26,20 @@ gradient of x' where there is an n', and q and k before the norm where they are 
 """
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prfl_kernels.attention.op import attention_with_lse
-from prfl_kernels.dispatch import backward_of
+from prfl_kernels.dispatch import backward_of, record
 from prfl_kernels.jit import wide
 from prfl_kernels.norm import op as add_norm
-from prfl_kernels.qk_norm_rope.op import pair as rope_pair
+from prfl_kernels.qk_norm_rope import op as qk_norm_rope
 from prfl_kernels.qk_norm_rope.rope import Grid
 from prfl_kernels.sublayers import checks
 from prfl_kernels.sublayers.chunks import numbers, pieces, together
-from prfl_kernels.sublayers.operation import Operation, Shape, groups
+from prfl_kernels.sublayers.operation import Operation, Shape, tensors
 from prfl_kernels.sublayers.products import (
     AttentionWeights,
     GatedProduct,
@@ -49,6 +49,7 @@ from prfl_kernels.sublayers.products import (
     flattened,
     kept,
     linear,
+    low_rank_names,
     low_ranks,
     ready,
 )
@@ -61,36 +62,12 @@ KEEP = {
 }
 
 
-class Inputs(NamedTuple):
-    """x [B, L, C]; shift, scale, gate [B, C]; weights as in AttentionWeights, those of the next norm [C],
-    updates as in LowRank; output and log-sum-exp of an earlier call, which take no gradient."""
-
-    x: Tensor
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
-    q: Tensor
-    q_bias: Tensor
-    k: Tensor
-    k_bias: Tensor
-    v: Tensor
-    v_bias: Tensor
-    o: Tensor
-    o_bias: Tensor
-    norm_q: Tensor
-    norm_k: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    q_down: Tensor | None
-    q_up: Tensor | None
-    k_down: Tensor | None
-    k_up: Tensor | None
-    v_down: Tensor | None
-    v_up: Tensor | None
-    o_down: Tensor | None
-    o_up: Tensor | None
-    given_out: Tensor | None
-    given_lse: Tensor | None
+# x [B, L, C]; shift, scale, gate [B, C]; weights as in AttentionWeights, those of the next norm [C], updates
+# as in LowRank; output and log-sum-exp of an earlier call, which take no gradient.
+Inputs = NamedTuple("Inputs", tensors(
+    ("x", "shift", "scale", "gate", *AttentionWeights._fields),
+    ("weight", "bias", *low_rank_names("qkvo"), "given_out", "given_lse"),
+))  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -105,54 +82,19 @@ class Settings(NamedTuple):
     chunk: int | None
 
 
-class Saves(NamedTuple):
-    """The parts that are saved, and their tensors."""
-
-    attention: Annotated[bool, "out", "lse"]
-    projections: Annotated[bool, "q_in", "k_in", "v"]
-    rotated: Annotated[bool, "q", "k", "rstd"]
-    normed: Annotated[bool, "n"]
-
-
-class Results(NamedTuple):
-    """x' and n', and what is saved: statistics [2, B, L] of x' and of x, attention's output [B, L, H, D] and
-    log-sum-exp [B, H, L], q and k before their norm and v [B, L, C], q and k rotated [B, L, H, D] and their
-    1/rms [2, B, L], n [B, L, C]."""
-
-    total: Tensor | None
-    next_n: Tensor | None
-    next_stats: Tensor
-    stats: Tensor
-    out: Tensor
-    lse: Tensor
-    q_in: Tensor
-    k_in: Tensor
-    v: Tensor
-    q: Tensor
-    k: Tensor
-    rstd: Tensor
-    n: Tensor
-
-
-class Wants(NamedTuple):
-    """The groups of gradients."""
-
-    x: Annotated[bool, "x"]
-    vectors: Annotated[bool, "shift", "scale"]
-    gate: Annotated[bool, "gate"]
-    q: Annotated[bool, "q", "q_bias"]
-    k: Annotated[bool, "k", "k_bias"]
-    v: Annotated[bool, "v", "v_bias"]
-    o: Annotated[bool, "o", "o_bias"]
-    norms: Annotated[bool, "norm_q", "norm_k"]
-    next_norm: Annotated[bool, "weight", "bias"]
-    low_q: Annotated[bool, "q_down", "q_up"]
-    low_k: Annotated[bool, "k_down", "k_up"]
-    low_v: Annotated[bool, "v_down", "v_up"]
-    low_o: Annotated[bool, "o_down", "o_up"]
-
-
-KEPT = groups(Saves)
+# x' and n'; statistics [2, B, L] of x' and of x; then what is saved if asked for: attention's output
+# [B, L, H, D] and log-sum-exp [B, H, L], q and k before their norm and v [B, L, C], q and k rotated
+# [B, L, H, D] and their 1/rms [2, B, L], n [B, L, C].
+KEPT = {
+    "attention": ("out", "lse"), "projections": ("q_in", "k_in", "v"), "rotated": ("q", "k", "rstd"),
+    "normed": ("n",),
+}  # fmt: skip
+RESULTS = ("total", "next_n", "next_stats", "stats", *sum(KEPT.values(), ()))
+WANTS = {
+    "x": ("x",), "vectors": ("shift", "scale"), "gate": ("gate",), "norms": ("norm_q", "norm_k"),
+    "next_norm": ("weight", "bias"), **{name: (name, f"{name}_bias") for name in "qkvo"},
+    **{f"low_{name}": (f"{name}_down", f"{name}_up") for name in "qkvo"},
+}  # fmt: skip
 
 
 def _shapes(inputs: Inputs, settings: Settings) -> dict[str, Shape | None]:
@@ -170,16 +112,16 @@ def _shapes(inputs: Inputs, settings: Settings) -> dict[str, Shape | None]:
 
 def _normed(x, inputs: Inputs, settings: Settings):
     """n and the statistics of a piece x of the tokens."""
-    run = add_norm.pair("modulate", x)[0]
-    _, n, _, stats = run(x, None, None, inputs.scale, inputs.shift, 1.0, settings.eps, settings.dtype)
+    fill, vectors, eps = record("modulate", x).forward, (inputs.scale, inputs.shift), settings.eps
+    _, n, _, stats = add_norm.forward(fill, x, None, None, *vectors, 1.0, eps, settings.dtype)
     return n, stats
 
 
 def _rotated(q, k, inputs: Inputs, settings: Settings, first: int):
     """q, k [B, L, H, D] and 1/rms [2, B, L]; `first` is the first token of q and k in x."""
-    (q, k), _, rstd = rope_pair(q)[0](
-        q, k, inputs.norm_q, inputs.norm_k, settings.grid, settings.num_heads, settings.eps,
-        settings.offset + first,
+    (q, k), _, rstd = qk_norm_rope.forward(
+        record("qk_norm_rope", q).forward, q, k, inputs.norm_q, inputs.norm_k, settings.grid,
+        settings.num_heads, settings.eps, settings.offset + first,
     )  # fmt: skip
     return q, k, rstd
 
@@ -191,12 +133,9 @@ def _heads(v, settings: Settings):
 def _ended(x, y, inputs: Inputs, settings: Settings):
     """(x', n', statistics of x') of a piece, the last two None without a next norm."""
     if inputs.weight is None:
-        run = add_norm.pair("gated_add", x)[0]
-        return run(x, y, inputs.gate, None, None, 0.0, 0.0, None)[0], None, None
-    run = add_norm.pair("gated_add_norm", x)[0]
-    total, n, _, stats = run(
-        x, y, inputs.gate, inputs.weight, inputs.bias, 0.0, settings.eps, settings.dtype
-    )
+        return add_norm.forward(record("gated_add", x).forward, x, y, inputs.gate)[0], None, None
+    fill, vectors, eps = record("gated_add_norm", x).forward, (inputs.weight, inputs.bias), settings.eps
+    total, n, _, stats = add_norm.forward(fill, x, y, inputs.gate, *vectors, 0.0, eps, settings.dtype)
     return total, n, stats
 
 
@@ -227,8 +166,8 @@ def _made(inputs: Inputs, settings: Settings, names: list[str]) -> dict[str, Ten
     return dict(zip(names, together(run, found, [_AXES[name] for name in names]), strict=True))
 
 
-def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tensor | None]:
-    saved = sum((KEPT[name] for name, asked in saves._asdict().items() if asked), ("stats",))
+def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor | None]:
+    saved = sum((names for names, asked in zip(KEPT.values(), saves, strict=True) if asked), ("stats",))
     if inputs.given_out is None:
         needed = {*saved, "v", "q", "k", "rstd"}
         made = _made(inputs, settings, [name for name in _AXES if name in needed])
@@ -236,7 +175,7 @@ def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tens
         out = made["out"]
     else:
         made, out = _made(inputs, settings, ["stats"]), inputs.given_out
-    results = dict.fromkeys(Results._fields) | {name: made[name] for name in saved if name in made}
+    results = {name: made[name] for name in saved if name in made}
     del made
     found, low = pieces(inputs.x, settings.chunk), low_ranks(inputs, "qkvo", settings.factors)[3]
     (matrix,) = ready((inputs.o,), settings.dtype, found)
@@ -249,7 +188,7 @@ def _forward(inputs: Inputs, settings: Settings, saves: Saves) -> dict[str, Tens
     return results
 
 
-def _save(inputs: Inputs, results: Results) -> tuple[Inputs, Results]:
+def _save(inputs: Inputs, results) -> tuple[Inputs, NamedTuple]:
     """Given attention in its place; x' for the next norm alone."""
     if inputs.given_out is not None:
         results = results._replace(out=inputs.given_out, lse=inputs.given_lse)
@@ -261,9 +200,9 @@ def _backward(
     dtotal: Tensor | None,
     dn: Tensor | None,
     inputs: Inputs,
-    saved: Results,
+    saved,
     settings: Settings,
-    wants: Wants,
+    wants,
 ) -> dict[str, Tensor]:
     x, dtype, next_weight = inputs.x, settings.dtype, inputs.weight
     dtotal = torch.zeros_like(x) if dtotal is None else dtotal
@@ -296,9 +235,9 @@ def _backward(
 
     def summed(at: slice, norm: bool, cast: torch.dtype | None):
         """The gradient of x', also in `cast`, and those of the next norm if `norm`."""
-        return add_norm.pair("gated_add_norm", x)[1](
-            dn[:, at], dtotal[:, at], saved.total[:, at], None, None, next_weight,
-            numbers(saved.next_stats, at), 0.0, norm, cast,
+        return add_norm.backward(
+            record("gated_add_norm", x).backward, dn[:, at], dtotal[:, at], saved.total[:, at], None, None,
+            next_weight, numbers(saved.next_stats, at), 0.0, norm, cast,
         )  # fmt: skip
 
     def ended(at: slice):
@@ -334,9 +273,10 @@ def _backward(
             k_at = linear(n_at, matrices[1], inputs.k_bias, low[1])
         else:
             q_at, k_at = have["q_in"][:, at], have["k_in"][:, at]
-        dq_at, dk_at, dnorms = rope_pair(q_at)[1](
-            dq[:, at], dk[:, at], q_at, k_at, inputs.norm_q, inputs.norm_k, numbers(have["rstd"], at),
-            settings.grid, settings.num_heads, settings.offset + at.start, wants.norms,
+        dq_at, dk_at, dnorms = qk_norm_rope.backward(
+            record("qk_norm_rope", q_at).backward, dq[:, at], dk[:, at], q_at, k_at, inputs.norm_q,
+            inputs.norm_k, numbers(have["rstd"], at), settings.grid, settings.num_heads,
+            settings.offset + at.start, wants.norms,
         )  # fmt: skip
         del q_at, k_at
         if wants.norms:
@@ -347,9 +287,10 @@ def _backward(
         for product, d, matrix in zip(projections, ends, matrices, strict=True):
             acc = product.backward(d, n_at, matrix, acc)
         del dq_at, dk_at, ends, d, n_at
-        dx, _, _, dscale, dshift = add_norm.pair("modulate", x)[1](
-            acc.view(x[:, at].shape), summed(at, False, None)[0] if dsum is None else dsum[:, at], x[:, at],
-            None, None, inputs.scale, numbers(saved.stats, at), 1.0, wants.vectors, None,
+        dx, _, _, dscale, dshift = add_norm.backward(
+            record("modulate", x).backward, acc.view(x[:, at].shape),
+            summed(at, False, None)[0] if dsum is None else dsum[:, at], x[:, at], None, None, inputs.scale,
+            numbers(saved.stats, at), 1.0, wants.vectors, None,
         )  # fmt: skip
         if wants.vectors:
             sums.add("scale", dscale)
@@ -364,8 +305,8 @@ def _backward(
 
 
 _OPERATION = Operation(
-    "modulated_attention", Inputs, Settings, Saves, Results, Wants,
-    checks.modulated_attention, _shapes, _forward, _save, _backward, proper=2,
+    "modulated_attention", Inputs, Settings, RESULTS, KEPT, WANTS, checks.modulated_attention,
+    _shapes, _forward, _save, _backward, proper=2,
 )  # fmt: skip
 
 
@@ -415,7 +356,7 @@ def modulated_attention(
     trained = any(a is not None and a.requires_grad for a in (*weights[:6], *lows[:6]))
     keeps["normed"] &= trained or not keeps["projections"]
     settings = Settings(grid, num_heads, eps, offset, dtype or x.dtype, factors, chunk)
-    made = Results._make(_OPERATION.call(*inputs, *settings, list(keeps.values())))
+    made = _OPERATION.call(*inputs, *settings, list(keeps.values()))
     if keeps["attention"]:
-        attention = made.out, made.lse
-    return SelfAttentionOutput(made.total, None if norm is None else made.next_n, attention)
+        attention = made[4:6]
+    return SelfAttentionOutput(made[0], None if norm is None else made[1], attention)
