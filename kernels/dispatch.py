@@ -83,8 +83,12 @@ def requires(
     return probe
 
 
+def _compiled(part: str) -> Callable[[str], str | None]:
+    return lambda device: extension.absence(part, device)
+
+
 def _cpu(device, dtype=None, head_dim=None, e4m3=False):
-    compiled = requires(dtypes=extension.DTYPES, build=lambda device: extension.absence(CPU, device))
+    compiled = requires(dtypes=extension.DTYPES, build=_compiled(CPU))
     return "makes no e4m3" if e4m3 else compiled(device, dtype)
 
 
@@ -101,7 +105,7 @@ _COMMON = {
     CPU: ("compiled C++ kernel", _cpu),
     TRITON: ("fused Triton kernel", _triton),
     SCALED_MM: ("torch._scaled_mm with row-wise scales", requires("cuda", build=lambda _: _lacks_e4m3())),
-    CUDA: ("own CUDA C++ kernel", requires(build=lambda device: extension.absence(CUDA, device))),
+    CUDA: ("own CUDA C++ kernel", requires(dtypes=extension.DTYPES, build=_compiled(CUDA))),
 }
 
 
