@@ -190,7 +190,7 @@ def _of(operation: Operation, record: dispatch.Implementation, device: str) -> I
 
 
 def _sizes(operation: Operation, device: str) -> Iterator[tuple[str, Shape]]:
-    """(name, shape) of all sizes. 376 and 1,784 have the rests of 32,760 tokens in tiles of 64, 128 and 176."""
+    """(name, shape) of all sizes. 376 and 1,784 are 32,760 modulo 64, 128 and 176."""
     gpu = device == "cuda"
 
     def shape(heads: int, head_dim: int, grid: tuple[int, int, int], keys: int) -> Shape:
