@@ -18,14 +18,16 @@ from torch import Tensor
 from prfl_kernels.extension import empty
 from prfl_kernels.jit import register
 
-_TYPES = {Tensor: "Tensor", int: "int", float: "float", bool: "bool", torch.dtype: "ScalarType"}
+_TYPES = {
+    Tensor: "Tensor", int: "int", float: "float", bool: "bool", str: "str", torch.dtype: "ScalarType",
+}  # fmt: skip
 
 
 def schema(hint: Any) -> str:
     """A type as a schema spells it: those of _TYPES, tuples of one of them, or one of these or None."""
     options = get_args(hint)
     if get_origin(hint) is tuple:
-        return f"{schema(options[0])}[{len(options)}]"
+        return f"{schema(options[0])}[{'' if options[-1] is ... else len(options)}]"
     return f"{schema(options[0])}?" if type(None) in options else _TYPES[hint]
 
 

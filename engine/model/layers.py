@@ -3,12 +3,14 @@
 Shapes: B batch, L video tokens, S context tokens, C width, H heads, F ffn width.
 """
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from prfl_kernels.attention.op import attention
+from prfl_kernels.exchange import SequenceGroup
 from prfl_kernels.jit import wide
 from prfl_kernels.linear import linear
 from prfl_kernels.norm.op import layer_norm, modulate
@@ -160,6 +162,7 @@ class Block(nn.Module):
         super().__init__()
         self.eps = eps
         self.chunk: int | None = None  # tokens that the fused sublayers work on at a time
+        self.sequence: SequenceGroup | None = None  # the ranks over which the tokens are cut
         self.compiled: Callable | None = None  # torch.compile of `sublayers`, unbound: copies share it
         self.self_attn = SelfAttention(dim, num_heads, eps)
         self.norm3 = nn.LayerNorm(dim, eps)
@@ -221,7 +224,7 @@ class Block(nn.Module):
             x_BLC, *vectors[:3], attn.weights(), grid, attn.num_heads,
             norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep,
             low=_updates(q=attn.q, k=attn.k, v=attn.v, o=attn.o), chunk=self.chunk, eps=self.eps,
-            dtype=self.dtype,
+            dtype=self.dtype, cut=None if self.sequence is None else self.sequence.cut(math.prod(grid)),
         )  # fmt: skip
 
     def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, keep="all") -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from prfl_engine.errors import UserError
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
+from prfl_kernels.exchange import SequenceGroup
 from prfl_kernels.jit import wide
 from prfl_kernels.linear import linear
-from prfl_kernels.reward_pool.op import reward_pool
+from prfl_kernels.reward_pool.op import merge, reward_pool_with_lse
 
 
 class QueryPool(nn.Module):
@@ -35,13 +36,14 @@ class QueryPool(nn.Module):
         if dim % num_heads:
             raise UserError(f"reward.num_heads: got {num_heads}, want a divisor of the width {dim}")
         self.add_query = add_query
+        self.sequence: SequenceGroup | None = None  # the ranks over which the tokens are cut
         self.queries = nn.Parameter(torch.empty(num_queries, dim))
         # Holds the parameters under their official names; its forward never runs.
         self.multihead_attn = nn.MultiheadAttention(dim, num_heads, dropout, batch_first=True)
         nn.init.xavier_uniform_(self.queries)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pooled vector [B, C], float32 or wider, of features x [B, L, C]."""
+        """Pooled vector [B, C], float32 or wider, of features x [B, L, C]: of all ranks' tokens if cut."""
         attn, dtype = self.multihead_attn, wide(x.dtype)
         w_q, w_k, w_v = attn.in_proj_weight.chunk(3)
         b_q, _, b_v = attn.in_proj_bias.chunk(3)  # the key bias drops out of the softmax
@@ -51,7 +53,10 @@ class QueryPool(nn.Module):
             out = self._dropped(x.to(dtype), q, w_k, w_v, b_v)
         else:
             u = linear(q, w_k.unflatten(0, (attn.num_heads, -1)).mT).transpose(0, 1)  # [n, H, C]
-            pooled = reward_pool(x, u.flatten(0, 1)).unflatten(1, u.shape[:2])  # [B, n, H, C]
+            pooled, lse = reward_pool_with_lse(x, u.flatten(0, 1))
+            if self.sequence is not None:
+                pooled, _ = merge(self.sequence.stack(pooled), self.sequence.stack(lse))
+            pooled = pooled.unflatten(1, u.shape[:2])  # [B, n, H, C]
             # The projections after the pooling are linear, so the mean over queries goes first.
             pooled = pooled.mean(1).transpose(0, 1)  # [H, B, C]
             out = linear(pooled, w_v.unflatten(0, (attn.num_heads, -1))).transpose(0, 1).flatten(1)

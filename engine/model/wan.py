@@ -22,6 +22,7 @@ from prfl_engine.bounds import Section, Within, hints
 from prfl_engine.errors import UserError, check, named
 from prfl_engine.inputs import read_json
 from prfl_engine.model.layers import IMAGE_TOKENS, Block, Head, ImageEmbedding, Linear, WideLinear
+from prfl_kernels.exchange import SequenceGroup, gather
 from prfl_kernels.jit import wide
 from prfl_kernels.linear import linear
 from prfl_kernels.qk_norm_rope.rope import Grid
@@ -126,6 +127,7 @@ class WanTransformer(nn.Module):
     def __init__(self, config: WanConfig, num_blocks: int | None = None, head: bool = True):
         super().__init__()
         c = self.config = config
+        self.sequence: SequenceGroup | None = None  # the ranks over which the tokens are cut
         self.residual_dtype: torch.dtype | None = None  # None: float32, float64 for float64 weights
         self.patch_embedding = nn.Conv3d(c.in_dim, c.dim, c.patch_size, c.patch_size)
         self.text_embedding = nn.Sequential(
@@ -218,7 +220,8 @@ class WanTransformer(nn.Module):
         blocks: int | None = None,
         run_blocks: RunBlocks = plain_blocks,
     ) -> Tensor:
-        """The residual stream [B, L, C] after the first `blocks` blocks (all if None); see forward."""
+        """The residual stream [B, L, C] after the first `blocks` blocks (all if None), of the tokens of this
+        rank if the sequence is cut; see forward."""
         return self._run(x, t, context, condition, blocks, run_blocks)[0]
 
     def forward(
@@ -236,7 +239,10 @@ class WanTransformer(nn.Module):
         how the blocks run: plainly, under memory policies, in fp8, from a cache, as a CUDA graph.
         """
         tokens, e, grid = self._run(x, t, context, condition, None, run_blocks)
-        return self._unpatchify(self.head(tokens, e), grid)
+        patches = self.head(tokens, e)
+        if self.sequence is not None:
+            patches = gather(patches, self.sequence.cut(math.prod(grid)))
+        return self._unpatchify(patches, grid)
 
     def _run(self, x, t, context, condition, blocks, run_blocks):
         """(tokens after the blocks, embedding [B, C] of t, grid of patches)."""
@@ -269,6 +275,8 @@ class WanTransformer(nn.Module):
         (f, h, w), (pf, ph, pw) = grid, self.config.patch_size
         x = x.unflatten(2, (f, pf)).unflatten(4, (h, ph)).unflatten(6, (w, pw))
         x = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        if self.sequence is not None:
+            x = x[:, self.sequence.cut(math.prod(grid)).span]
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
         tokens = linear(x.to(self.precision.compute), weight, bias)
         return tokens.to(self.precision.residual), grid

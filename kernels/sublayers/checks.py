@@ -1,5 +1,6 @@
 """The checks of the sublayers: inputs and settings, in the backward (`saved` is given) too."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -50,11 +51,20 @@ def _all(op: str, names: Sequence[str], given: Sequence[Tensor | None]) -> bool:
     return not missing[0]
 
 
-def attention_shapes(x: Tensor, settings) -> tuple[Shape, Shape, Shape]:
-    """Shape and dtype of rows [B, L, C], of attention's output [B, L, H, D] and its log-sum-exp [B, H, L]."""
+def attention_shapes(x: Tensor, settings, parts: Sequence[int] = ()) -> tuple[Shape, Shape, Shape]:
+    """Shape and dtype of rows [B, L, C], of attention's output [B, L, H, D] and its log-sum-exp [B, H, L];
+    that is [B, H / P, sum of parts] of a sequence cut into P parts."""
     (batch, length, width), heads, dtype = x.shape, settings.num_heads, settings.dtype
-    out = (batch, length, heads, width // heads), dtype
-    return ((batch, length, width), dtype), out, ((batch, heads, length), wide(dtype))
+    out, lse = (batch, length, heads, width // heads), (batch, heads, length)
+    if parts:
+        lse = batch, heads // len(parts), sum(parts)
+    return ((batch, length, width), dtype), (out, dtype), (lse, wide(dtype))
+
+
+def exchanged(heads: Shape, settings) -> Shape:
+    """Shape and dtype of [B, L, H, D] after an exchange: all tokens of the heads of one rank."""
+    (batch, _, count, width), dtype = heads
+    return (batch, sum(settings.parts), count // len(settings.parts), width), dtype
 
 
 def modulated_attention(op, inputs, settings, saved):
@@ -73,13 +83,24 @@ def modulated_attention(op, inputs, settings, saved):
     expect_float(op, "dtype", settings.dtype)
     expect_length(op, "factors", settings.factors, 4)
     check_chunk(settings.chunk)
+    if settings.parts:
+        _cut(op, settings, length)
     given = inputs.given_out, inputs.given_lse
     if _all(op, ("given_out", "given_lse"), given):
-        _, (out, dtype), (lse, lse_dtype) = attention_shapes(x, settings)
+        _, (out, dtype), (lse, lse_dtype) = attention_shapes(x, settings, settings.parts)
         expect(op, "given_out", given[0], out, x, dtype)
         expect(op, "given_lse", given[1], lse, x, lse_dtype)
     if saved is not None:
         _all(op, ("total", "weight"), (saved.total, weight))
+
+
+def _cut(op: str, settings, length: int) -> None:
+    parts, heads, tokens = settings.parts, settings.num_heads, math.prod(settings.grid)
+    if heads % len(parts):
+        raise ValueError(f"{op}: got {heads} heads for {len(parts)} ranks, want a multiple")
+    if sum(parts) != tokens or length not in parts:
+        got = f"parts {list(parts)} and {length} tokens here"
+        raise ValueError(f"{op}: got {got}, want the {tokens} of the grid, cut as x is")
 
 
 # -- modulated_ffn

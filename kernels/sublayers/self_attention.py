@@ -23,9 +23,13 @@ but attention itself works on that many tokens at a time. In addition to inputs,
 only q, k, v and a then exist as a whole (8 L C bytes in 16 bits), in backward those and their gradients (16
 L C). Two things that the backward needs on both sides of attention are computed twice for that: the
 gradient of x' where there is an n', and q and k before the norm where they are not saved (4 L C^2 FLOPs).
+
+With a `cut` (prfl_kernels.exchange) x holds the tokens of this rank alone, and attention runs on all tokens
+of H / P heads: q, k and v are exchanged before it and its output after it, and so are their gradients. What
+only attention's backward reads stays as exchanged: q and k rotated, v and the log-sum-exp.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -33,6 +37,7 @@ from torch import Tensor
 
 from prfl_kernels.attention.op import attention_with_lse
 from prfl_kernels.dispatch import backward_of, record
+from prfl_kernels.exchange import Cut, to_heads, to_tokens
 from prfl_kernels.jit import wide
 from prfl_kernels.norm import op as add_norm
 from prfl_kernels.qk_norm_rope import op as qk_norm_rope
@@ -80,11 +85,14 @@ class Settings(NamedTuple):
     dtype: torch.dtype
     factors: tuple[float, float, float, float]  # of the updates of q, k, v and o
     chunk: int | None
+    parts: tuple[int, ...]  # tokens of every rank of the group, () if all tokens are here
+    group: str
 
 
 # x' and n'; statistics [2, B, L] of x' and of x; then what is saved if asked for: attention's output
 # [B, L, H, D] and log-sum-exp [B, H, L], q and k before their norm and v [B, L, C], q and k rotated
-# [B, L, H, D] and their 1/rms [2, B, L], n [B, L, C].
+# [B, L, H, D] and their 1/rms [2, B, L], n [B, L, C]. Of a cut sequence log-sum-exp, rotated q and k, and v
+# are those of all tokens and H / P heads: [B, H / P, L], [B, L, H / P, D].
 KEPT = {
     "attention": ("out", "lse"), "projections": ("q_in", "k_in", "v"), "rotated": ("q", "k", "rstd"),
     "normed": ("n",),
@@ -99,14 +107,15 @@ WANTS = {
 
 def _shapes(inputs: Inputs, settings: Settings) -> dict[str, Shape | None]:
     x, dtype = inputs.x, settings.dtype
-    rows, heads, lse = checks.attention_shapes(x, settings)
+    rows, heads, lse = checks.attention_shapes(x, settings, settings.parts)
+    q, v = (checks.exchanged(heads, settings),) * 2 if settings.parts else (heads, rows)
     numbers, ended = (2, *x.shape[:2]), inputs.weight is not None
     stats = numbers, wide(x.dtype)
     return {
         "total": (x.shape, x.dtype), "next_n": rows if ended else None,
         "next_stats": stats if ended else None, "stats": stats, "out": heads, "lse": lse,
-        "q_in": rows, "k_in": rows, "v": rows,
-        "q": heads, "k": heads, "rstd": (numbers, wide(dtype)), "n": rows,
+        "q_in": rows, "k_in": rows, "v": v,
+        "q": q, "k": q, "rstd": (numbers, wide(dtype)), "n": rows,
     }  # fmt: skip
 
 
@@ -127,7 +136,25 @@ def _rotated(q, k, inputs: Inputs, settings: Settings, first: int):
 
 
 def _heads(v, settings: Settings):
-    return v.unflatten(2, (settings.num_heads, -1))
+    """v [B, L, C], or as exchanged, by heads."""
+    return v.unflatten(2, (settings.num_heads, -1)) if v.dim() == 3 else v
+
+
+def _exchanged(have: dict[str, Tensor], names: Iterable[str], settings: Settings) -> dict[str, Tensor]:
+    """Those of q, k and v in `names` as attention reads them: all tokens of the heads of this rank."""
+    names = list(names)
+    if not settings.parts or not names:
+        return {}
+    made = to_heads([_heads(have[name], settings) for name in names], settings.parts, settings.group)
+    return dict(zip(names, made, strict=True))
+
+
+def _attention(have: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+    """Attention's output for the tokens here, and its log-sum-exp."""
+    out, lse = attention_with_lse(have["q"], have["k"], _heads(have["v"], settings))
+    if settings.parts:
+        (out,) = to_tokens([out], settings.parts, settings.group)
+    return {"out": out, "lse": lse}
 
 
 def _ended(x, y, inputs: Inputs, settings: Settings):
@@ -171,11 +198,13 @@ def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor | No
     if inputs.given_out is None:
         needed = {*saved, "v", "q", "k", "rstd"}
         made = _made(inputs, settings, [name for name in _AXES if name in needed])
-        made["out"], made["lse"] = attention_with_lse(made["q"], made["k"], _heads(made["v"], settings))
+        made |= _exchanged(made, "qkv", settings)
+        made |= _attention(made, settings)
         out = made["out"]
     else:
         made, out = _made(inputs, settings, ["stats"]), inputs.given_out
-    results = {name: made[name] for name in saved if name in made}
+    # What was exchanged together lies in one buffer; what is saved must not hold the rest.
+    results = {name: made[name].contiguous() for name in saved if name in made}
     del made
     found, low = pieces(inputs.x, settings.chunk), low_ranks(inputs, "qkvo", settings.factors)[3]
     (matrix,) = ready((inputs.o,), settings.dtype, found)
@@ -226,8 +255,9 @@ def _backward(
     elif missing:
         missing += ["n"] if needs_n and not saved.n.numel() and single else []
         have |= _made(inputs, settings, missing)
+    have |= _exchanged(have, (name for name in "qkv" if not getattr(saved, name).numel()), settings)
     if not saved.lse.numel():
-        have["out"], have["lse"] = attention_with_lse(have["q"], have["k"], _heads(have["v"], settings))
+        have |= _attention(have, settings)
 
     last = GatedProduct(
         inputs.gate, inputs.o, inputs.o_bias, low[3], dtype, wants.o, wants.gate, wants.low_o
@@ -256,11 +286,15 @@ def _backward(
     dsum, da = together(ended, found, (1, 1))
     dsum, da = dtotal if next_weight is None else dsum, da.view(have["out"].shape)
     q, k, v, out, lse = (have.pop(name) for name in ("q", "k", "v", "out", "lse"))
+    if settings.parts:
+        out, da = to_heads([out, da], settings.parts, settings.group)
     backend, factor = backward_of("attention", q), q.shape[3] ** -0.5
     dq, dk, dv = torch.ops.prfl.attention_backward(
         da, None, q, k, _heads(v, settings), out, lse, factor, backend, True, True
     )
     del da, q, k, v, out, lse
+    if settings.parts:
+        dq, dk, dv = to_tokens([dq, dk, dv], settings.parts, settings.group)
     matrices = ready((inputs.q, inputs.k, inputs.v), dtype, found)
     n, repeated = have["n"], not (single or projected)
 
@@ -334,6 +368,7 @@ def modulated_attention(
     attention: tuple[Tensor, Tensor] | None = None,
     low: Mapping[str, LowRank] | None = None,
     chunk: int | None = None,
+    cut: Cut | None = None,
 ) -> SelfAttentionOutput:
     """The sublayer: x', and n' where there is norm = (weight [C], bias [C]) of the next one.
 
@@ -342,8 +377,9 @@ def modulated_attention(
     keep is a mode of KEEP or some of the names it stands for; without gradient nothing is saved. attention is
     what an earlier call with the same inputs returned under that name, not to be recomputed: with it
     nothing else is saved, as with keep "attention". low holds low-rank updates of "q", "k", "v" and "o";
-    chunk is the number of tokens (of all samples) to work on at a time, None for all. Raises ValueError for
-    another `keep`, or names in `low`, or a chunk below 1.
+    chunk is the number of tokens (of all samples) to work on at a time, None for all. With cut, x holds the
+    tokens cut.span of the sequence; every rank of the group must call. Raises ValueError for another `keep`,
+    or names in `low`, or a chunk below 1, or heads that the ranks do not divide.
     """
     op, names = "modulated_attention", kept("modulated_attention", KEEP, keep)
     lows, factors = flattened(op, low, "qkvo")
@@ -355,7 +391,9 @@ def modulated_attention(
     # What dW and the gradients of A and B take n for.
     trained = any(a is not None and a.requires_grad for a in (*weights[:6], *lows[:6]))
     keeps["normed"] &= trained or not keeps["projections"]
-    settings = Settings(grid, num_heads, eps, offset, dtype or x.dtype, factors, chunk)
+    parts, group = ((), "") if cut is None else (cut.parts, cut.group)
+    offset += 0 if cut is None else cut.span.start
+    settings = Settings(grid, num_heads, eps, offset, dtype or x.dtype, factors, chunk, parts, group)
     made = _OPERATION.call(*inputs, *settings, list(keeps.values()))
     if keeps["attention"]:
         attention = made[4:6]

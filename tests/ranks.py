@@ -1,0 +1,82 @@
+"""Runs functions on several processes that talk over gloo.
+
+The processes come from one server that has imported torch and the engine, and stay for many calls. A function
+must be importable by name. Where a rank fails or hangs, all end and the test gets the rank's traceback.
+"""
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+LIMIT = 60.0  # seconds for one call
+
+
+def _serve(rank: int, size: int, store: str, pipe) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=LIMIT)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    pipe.send((True, None))
+    while (call := pipe.recv()) is not None:
+        function, arguments = call
+        torch.manual_seed(0)
+        try:
+            found = True, function(*arguments)
+        except Exception:  # whatever a function under test raises belongs to the test
+            found = False, traceback.format_exc()
+        pipe.send(found)
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """`size` processes with a default process group."""
+
+    def __init__(self, size: int, preload: tuple[str, ...] = ()):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "prfl_engine.parallel", *preload])
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self._answers("the start")
+
+    def __call__(self, function: Callable, *arguments: Any) -> list[Any]:
+        """What function(*arguments) returns on every rank. RuntimeError where one raises, ends or hangs."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        return self._answers(function.__name__)
+
+    def _answers(self, what: str) -> list[Any]:
+        found = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                answered = pipe.poll(LIMIT)
+                ok, value = pipe.recv() if answered else (False, f"no answer in {LIMIT:g} s")
+            except EOFError:
+                ok, value = False, "the process has ended"
+            if not ok:
+                self.close()
+                raise RuntimeError(f"rank {rank} of {len(self._pipes)}, {what}: {value}")
+            found.append(value)
+        return found
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()

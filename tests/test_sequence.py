@@ -1,0 +1,57 @@
+"""A sequence cut over 2 and 4 ranks (gloo) gives the loss and every gradient of the whole one."""
+
+import pytest
+import sequence_cases as cases
+from ranks import Ranks
+from sequence_cases import EVEN, ODD
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request):
+    made = Ranks(request.param, ("sequence_cases",))
+    yield made
+    made.close()
+
+
+def check(results) -> None:
+    for loss, gradient, name in results:
+        assert loss < 1e-12
+        assert gradient < 1e-11, name
+
+
+@pytest.mark.parametrize(
+    "policy, keep, chunk",
+    [
+        ("none", "all", None),
+        ("none", "nothing", None),
+        ("none", "projections", None),
+        ("none", "projections", 7),
+        ("none", "nothing", 7),
+        ("full", "all", None),
+        ("attention", "all", 7),
+        (cases.OFFLOAD, "all", None),
+    ],
+)
+def test_flow_matching(ranks, policy, keep, chunk):
+    check(ranks(cases.flow_matching, "t2v", ODD, policy, keep, chunk))
+
+
+def test_flow_matching_of_an_image(ranks):
+    check(ranks(cases.flow_matching, "i2v", EVEN, "none", "all", None))
+
+
+@pytest.mark.parametrize("kind, shape, window, samples", [("t2v", EVEN, 1, 1), ("t2v", ODD, 3, 2), ("i2v", ODD, 2, 1)])
+def test_graded_steps(ranks, kind, shape, window, samples):
+    check(ranks(cases.graded, kind, shape, window, samples))
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_reward_training(ranks, kind):
+    check(ranks(cases.reward_training, kind, ODD))
+
+
+def test_refusals(ranks):
+    size = len(ranks(cases.refusal, 4))
+    assert set(ranks(cases.refusal, 3)) == {f"parallel.sequence: got {size}, want a divisor of the 3 heads"}
+    short = f"sequence: got 1 tokens for {size} ranks, want at least one each"
+    assert set(ranks(cases.refusal, 4, (16, 1, 2, 2))) == {short}
