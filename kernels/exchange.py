@@ -48,6 +48,11 @@ class SequenceGroup:
         parts = tuple(length // self.size + (r < length % self.size) for r in range(self.size))
         return Cut(parts, self.rank, self.name)
 
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks, in place and without gradient."""
+        dist.all_reduce(x, group=_GROUPS[self.name])
+        return x
+
     def stack(self, x: Tensor) -> Tensor:
         """[P, ...] of every rank's x [...], on every rank; its gradient as that of `gather`."""
         return gather(x[None, None], Cut((1,) * self.size, self.rank, self.name))[0]

@@ -2,13 +2,17 @@
 
 import torch
 import torch.distributed as dist
-from helpers import random_batch, tiny_config, tiny_model, tiny_reward, under
+from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward, under
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
-from prfl_engine import flow
-from prfl_engine.config import ChainConfig, LossConfig
+from prfl_engine import chain, flow
+from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.objectives import cross_entropy, graded_windows, noisy_reward, reward_loss, sft_loss
 from prfl_engine.parallel import cut_sequence
+from prfl_engine.rollout.accelerated import Rollout
+from prfl_kernels.sublayers.self_attention import KEEP
 
 EVEN, ODD = (16, 3, 8, 8), (16, 3, 6, 10)  # 48 and 45 tokens
 OFFLOAD = BlockPolicy({"input", "rotated"}, {"attention", "projections", "after_attention"})
@@ -60,7 +64,7 @@ def _mean_gradients(model) -> dict[str, torch.Tensor]:
 
 
 def _worst(run, make) -> tuple[float, float, str]:
-    """(difference of the loss, largest of a gradient relative to its tensor's norm, which one): cut and whole."""
+    """(difference of the loss, of the worst gradient relative to its tensor's norm, its name): cut and whole."""
     whole = make()
     want = run(*whole)
     gradients = {name: p.grad for name, p in whole[0].named_parameters() if p.grad is not None}
@@ -97,6 +101,69 @@ def reward_training(kind, shape):
         return [tiny_reward(_config(kind), blocks=2).double()]
 
     return _worst(lambda reward: _reward_training(reward, kind, shape), make)
+
+
+def rollout(precision: str, cache: float) -> tuple[float, float]:
+    """Relative distances of the latents of an accelerated rollout: cut from whole, whole from plain."""
+    torch.manual_seed(0)
+    settings = tiny_config(dim=256, num_heads=4, ffn_dim=256)
+    batch = random_batch(settings, 2, ODD)
+    noise, index = torch.randn_like(batch.latent), torch.tensor([5, 4])
+
+    def latents(config: RolloutConfig, cut: bool):
+        model = tiny_model(settings)
+        if cut:
+            cut_sequence(model, dist.group.WORLD)
+        schedule = flow.make_schedule(config.solver, config.steps, config.shift)
+        context = model.embed_context(batch.text).detach()
+        velocity = Rollout(model, config, schedule).stretches(batch, context)()
+        return chain.rollout(velocity, schedule, noise, index).x
+
+    accelerated = RolloutConfig(steps=6, precision=precision, cache=cache)
+    whole = latents(accelerated, False)
+    plain = latents(RolloutConfig(steps=6), False)
+    return relative(latents(accelerated, True), whole), relative(whole, plain)
+
+
+def fake_shapes() -> bool:
+    """Whether the fake of a cut self-attention sublayer makes what the operation makes, in all modes."""
+    model = tiny_model(_config("t2v")).double()
+    cut_sequence(model, dist.group.WORLD)
+    block, grid = model.blocks[0], (3, 3, 5)
+    cut = block.cut(grid)
+    x = torch.randn(2, cut.parts[cut.rank], 64, dtype=torch.float64, requires_grad=True)
+    e = torch.randn(2, 6, 64, dtype=torch.float64)
+
+    def saved(mode):
+        found = []
+
+        def pack(a):
+            found.append((tuple(a.shape), a.dtype))
+            return a
+
+        with saved_tensors_hooks(pack, lambda a: a):
+            made = block.attend(x, block.vectors(e), grid, mode)
+        sum(a.sum() for a in made[:2]).backward()
+        return found
+
+    for mode in KEEP:
+        want = saved(mode)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            if saved(mode) != want:
+                return False
+    return True
+
+
+def compiled() -> float:
+    """Relative distance of the gradient of a compiled cut model from that of a plain one."""
+    gradients = []
+    for backend in (None, "aot_eager"):
+        model = cut_sequence(tiny_model(_config("t2v")).double(), dist.group.WORLD)
+        if backend:
+            model.compile_blocks(backend)
+        _sft(model, "t2v", ODD, under())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return relative(*gradients)
 
 
 def refusal(heads: int, shape=ODD) -> str:

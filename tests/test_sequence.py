@@ -40,7 +40,9 @@ def test_flow_matching_of_an_image(ranks):
     check(ranks(cases.flow_matching, "i2v", EVEN, "none", "all", None))
 
 
-@pytest.mark.parametrize("kind, shape, window, samples", [("t2v", EVEN, 1, 1), ("t2v", ODD, 3, 2), ("i2v", ODD, 2, 1)])
+@pytest.mark.parametrize(
+    "kind, shape, window, samples", [("t2v", EVEN, 1, 1), ("t2v", ODD, 3, 2), ("i2v", ODD, 2, 1)]
+)
 def test_graded_steps(ranks, kind, shape, window, samples):
     check(ranks(cases.graded, kind, shape, window, samples))
 
@@ -48,6 +50,22 @@ def test_graded_steps(ranks, kind, shape, window, samples):
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
 def test_reward_training(ranks, kind):
     check(ranks(cases.reward_training, kind, ODD))
+
+
+@pytest.mark.parametrize("precision, cache", [("fp8", 0.0), ("same", 0.3), ("fp8", 0.3)])
+def test_accelerated_rollouts(ranks, precision, cache):
+    """Cut, a rollout makes the same choices: it is as the whole one, which differs from a plain one."""
+    for cut, accelerated in ranks(cases.rollout, precision, cache):
+        assert cut < 1e-3 < 5e-3 < accelerated
+
+
+def test_fakes(ranks):
+    assert all(ranks(cases.fake_shapes))
+
+
+@pytest.mark.parametrize("ranks", [2], indirect=True)
+def test_compiled_blocks(ranks):
+    assert max(ranks(cases.compiled)) < 1e-12
 
 
 def test_refusals(ranks):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prfl_kernels.attention.op import attention
-from prfl_kernels.exchange import SequenceGroup
+from prfl_kernels.exchange import Cut, SequenceGroup
 from prfl_kernels.jit import wide
 from prfl_kernels.linear import linear
 from prfl_kernels.norm.op import layer_norm, modulate
@@ -208,6 +208,10 @@ class Block(nn.Module):
         """Shift, scale and gate [B, C] of self-attention, then those of the FFN."""
         return (self.modulation.to(e_B6C.dtype) + e_B6C).unbind(1)
 
+    def cut(self, grid: Grid) -> Cut | None:
+        """How the tokens of a grid are cut over ranks, None if all of them are here."""
+        return None if self.sequence is None else self.sequence.cut(math.prod(grid))
+
     def attention_input(self, x_BLC: Tensor, e_B6C: Tensor) -> Tensor:
         """What the projections of self-attention read, [B, L, C] in the dtype of products."""
         shift, scale = self.vectors(e_B6C)[:2]
@@ -224,7 +228,7 @@ class Block(nn.Module):
             x_BLC, *vectors[:3], attn.weights(), grid, attn.num_heads,
             norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep,
             low=_updates(q=attn.q, k=attn.k, v=attn.v, o=attn.o), chunk=self.chunk, eps=self.eps,
-            dtype=self.dtype, cut=None if self.sequence is None else self.sequence.cut(math.prod(grid)),
+            dtype=self.dtype, cut=self.cut(grid),
         )  # fmt: skip
 
     def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, keep="all") -> Tensor:

@@ -75,7 +75,7 @@ class Rollout:
     def _velocity(self, batch: Batch, context: Tensor, accelerated: bool) -> chain.Velocity:
         model, run_blocks, cache = self.model, self.blocks[accelerated], None
         if accelerated and self.config.cache > 0:
-            cache = StepCache(self.config.cache, self.schedule.timesteps[-1].item())
+            cache = StepCache(self.config.cache, self.schedule.timesteps[-1].item(), model.sequence)
         if accelerated and self.fp8 is not None:
             self.fp8.follow(self.version)
 

@@ -22,6 +22,7 @@ from prfl_engine.errors import UserError
 from prfl_engine.model.layers import Block, Linear
 from prfl_engine.model.wan import WanTransformer
 from prfl_kernels.attention.fp8 import HEAD_DIMS, attention_fp8, quantize_values
+from prfl_kernels.exchange import Cut, to_heads, to_tokens
 from prfl_kernels.fp8.linear import MULTIPLE, fp8_linear
 from prfl_kernels.fp8.quantize import quantize_fp8
 from prfl_kernels.linear import linear
@@ -90,11 +91,24 @@ class Fp8Block:
     def _attend(self, n, block, grid):
         attn, (q, k, v) = block.self_attn, self.qkv(*n).chunk(3, -1)
         norms = attn.norm_q.weight, attn.norm_k.weight
-        q8, k8, q_scale, k_scale = qk_norm_rope_fp8(q, k, *norms, grid, attn.num_heads, block.eps)
-        values = quantize_values(v.unflatten(2, (attn.num_heads, -1)))
+        cut = block.cut(grid)
+        first = 0 if cut is None else cut.span.start
+        q8, k8, *scales = qk_norm_rope_fp8(q, k, *norms, grid, attn.num_heads, block.eps, first)
+        v = v.unflatten(2, (attn.num_heads, -1))
+        if cut is not None:
+            q8, k8 = (a.view(q8.dtype) for a in _to_heads([q8.view(torch.uint8), k8.view(torch.uint8)], cut))
+            scales = [a.squeeze(3) for a in _to_heads([a[..., None] for a in scales], cut)]
+            (v,) = _to_heads([v], cut)
+        values = quantize_values(v)
         del q, k, v, n
-        out, _ = attention_fp8(q8, q_scale, k8, k_scale, *values)
+        out, _ = attention_fp8(q8, scales[0], k8, scales[1], *values)
+        if cut is not None:
+            (out,) = to_tokens([out], cut.parts, cut.group)
         return self.o(*quantize_fp8(out.flatten(2)))
+
+
+def _to_heads(tensors: Sequence[Tensor], cut: Cut) -> list[Tensor]:
+    return [a.contiguous() for a in to_heads(tensors, cut.parts, cut.group)]
 
 
 class Fp8Blocks:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine.model.wan import RunBlocks
+from prfl_kernels.exchange import SequenceGroup
 
 
 @dataclass
@@ -37,8 +38,9 @@ class _Kept:
 class StepCache:
     """The residuals of the samples of one batch along one stretch of steps."""
 
-    def __init__(self, threshold: float, last_timestep: float):
-        self.threshold, self.last_timestep = threshold, last_timestep
+    def __init__(self, threshold: float, last_timestep: float, sequence: SequenceGroup | None = None):
+        """sequence: the ranks over which the tokens are cut; they all choose alike."""
+        self.threshold, self.last_timestep, self.sequence = threshold, last_timestep, sequence
         self.kept: dict[int, _Kept] = {}
         self.computed = self.reused = 0  # forwards of one sample
 
@@ -78,9 +80,9 @@ class StepCache:
             if b not in self.kept:
                 continue
             kept, m, before = self.kept[b], modulated[row], self.kept[b].modulated
-            kept.moved = kept.moved + (m - before).abs().sum(dtype=torch.float32) / before.abs().sum(
-                dtype=torch.float32
-            )
+            sums = torch.stack([a.abs().sum(dtype=torch.float32) for a in (m - before, before)])
+            change, size = sums if self.sequence is None else self.sequence.sum(sums)
+            kept.moved = kept.moved + change / size
             kept.modulated = m
             # not <: a NaN is computed
             flags[row] = ~(kept.moved < self.threshold) | (t[row] <= self.last_timestep)
