@@ -64,7 +64,7 @@ def _mean_gradients(model) -> dict[str, torch.Tensor]:
 
 
 def _worst(run, make) -> tuple[float, float, str]:
-    """(difference of the loss, of the worst gradient relative to its tensor's norm, its name): cut and whole."""
+    """(difference of the loss, that of the worst gradient relative to its norm, its name): cut and whole."""
     whole = make()
     want = run(*whole)
     gradients = {name: p.grad for name, p in whole[0].named_parameters() if p.grad is not None}
