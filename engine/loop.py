@@ -70,7 +70,7 @@ def fit(
 
 
 def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load, device) -> Progress:
-    """Load what a checkpoint holds besides the weights, which must be finite."""
+    """Load what a checkpoint holds in addition to the weights, which must be finite."""
     folder = begin.checkpoint
     if (name := not_finite(model)) is not None:
         raise UserError(f"{folder}: {name} is not finite, want a checkpoint with finite weights")
@@ -174,6 +174,7 @@ class Run:
 
     @property
     def out(self) -> Path:
+        """The folder of the run."""
         return Path(self.config.train.out)
 
     def check(self, metrics: MetricsWriter) -> None:
@@ -208,6 +209,7 @@ class Run:
             files.remove_folder(old)
 
     def write_weights(self, folder: Path) -> None:
+        """Write the trained weights, and the averaged ones to `folder`/ema."""
         self.save(folder, self.progress.step)
         if self.ema is not None:
             with self.ema.applied(torch.float32):
@@ -238,6 +240,7 @@ class Measured:
         self.event = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
 
     def read(self) -> dict[str, float]:
+        """The values by name, with lr; waits for the transfer."""
         if self.event is not None:
             self.event.synchronize()
         return dict(zip(self.names, self.numbers.tolist(), strict=True)) | {"lr": self.lr}
@@ -258,6 +261,8 @@ class Measurements:
         self.newest = newest  # since the last log: not every step has every loss
 
     def put(self, step: int, lr: float, norm: Tensor, values: dict[str, Tensor]) -> None:
+        """Start the transfer of a step's gradient norm and, where it is to be logged, of all values (0-dim)
+        since the last log."""
         self.newest |= values
         logs = (step + 1) % self.log_every == 0
         self.last = Measured(step, lr, {"grad_norm": norm} | (self.newest if logs else {}))
