@@ -134,7 +134,7 @@ def load_reward(
     """The reward model from its three official files.
 
     Either `folder`, which holds the transformer, query_attention*.ckpt and mlp*.ckpt, or the three
-    paths. num_heads, add_query and feature_layer None: as reward.json beside the transformer says, or
+    paths. num_heads, add_query and feature_layer None: as reward.json next to the transformer says, or
     without one the official 8, True and 8. The pooling and the MLP keep float32. Raises UserError where
     reward.json says otherwise, and where the files are not of one step.
     """
