@@ -163,7 +163,7 @@ def test_branches_that_are_run_again_keep_what_the_configuration_says():
 def test_kinds_that_all_move_something_want_that_much_of_the_host(kinds):
     """Five blocks and two of the reward model, of which the last one of each stays."""
     away = kinds[2:3]
-    with pytest.raises(UserError, match="model.host: got 0, want at least .*: every policy of att") as e:
+    with pytest.raises(UserError, match="model.host: got 0, want at least .*offload attention, input") as e:
         plan.choose(away, SETUP, 1e9, 0)
     least = float(str(e.value).split("at least ")[1].split(":")[0])
     assert 5 * away[0].host < least * 1e9 <= 5 * away[0].host + 1000

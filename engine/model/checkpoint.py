@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -222,7 +221,7 @@ def new_reward(
             raise UserError(
                 f"reward.blocks: got {blocks}, want 1 to the generator's {len(transformer.blocks)}"
             )
-        trunk = WanTransformer(replace(transformer.config), blocks, head=False)
+        trunk = WanTransformer(transformer.config, blocks, head=False)
         state = transformer.state_dict()
         trunk.load_state_dict({k: state[k] for k in trunk.state_dict()})
     pool = QueryPool(trunk.config.dim, num_queries, num_heads, dropout, add_query)

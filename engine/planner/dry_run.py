@@ -227,11 +227,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
 
 
 def _graded(
-    setup: Setup,
-    model: WanTransformer,
-    reward: RewardModel,
-    policies: list[BlockPolicy],
-    score_blocks: RunBlocks,
+    setup: Setup, model: WanTransformer, reward: RewardModel, policies: list[BlockPolicy], score: RunBlocks
 ) -> dict[str, Laps]:
     steps, last = setup.rollout.steps, index_range(setup.rollout)[1]
     config = replace(setup.chain, window=min(setup.window, 2))
@@ -245,7 +241,7 @@ def _graded(
             extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
         given = model, reward, _schedule(steps), batch, noise, torch.tensor(index), config
         stay, run_blocks = (lambda *_: lambda: lambda x, t, active: x.clone()), run_under(policies, watch)
-        for window in graded_windows(*given, stay, run_blocks, score_blocks):
+        for window in graded_windows(*given, stay, run_blocks, score):
             window.backward(torch.sigmoid(window.logit).mean())
             del window
         del extra
@@ -266,10 +262,7 @@ def _rollout_bytes(setup: Setup) -> int:
         with live:
             batch, noise, _ = _inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            extra = [
-                reward.transformer.embed_context(batch.text, batch.clip),
-                _ballast(_accelerated(setup)),
-            ]
+            extra = [reward.transformer.embed_context(batch.text, batch.clip), _ballast(_accelerated(setup))]
             forward = bind(model, batch, context.detach())
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:

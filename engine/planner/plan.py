@@ -281,8 +281,8 @@ def choose(
     fewest = int((count - 1) * blocks.host.min() + tails.host.min())
     if fewest > host:
         raise UserError(
-            f"model.host: got {host / 1e9:g}, want at least {_above(fewest)}: every policy of"
-            f" {', '.join(k.name for k in kinds)} puts that much on the host"
+            f"model.host: got {host / 1e9:g}, want at least {_above(fewest)}: each of the policies"
+            f" ({'; '.join(k.name for k in kinds)}) offloads that much"
         )
     room, host_room = (UNLIMITED if limit == float("inf") else math.floor(limit) for limit in (budget, host))
     row, bound = search(blocks, tails, count, room, host_room)
