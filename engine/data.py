@@ -1,8 +1,9 @@
 """Data in the official format: .list files of meta JSON paths, fp32 .npy arrays.
 
 Everything random about a sample (its place in the epoch, the dropped caption, the chosen caption,
-the loser of a pair) follows from the seed and the sample's position in the stream (seeds.py), never from
-the state of a worker. A stream that is started at position p goes on exactly as the one that reached p.
+the loser of a pair) follows from the seed and the sample's position in the sequence of micro-batches
+(seeds.py), never from the state of a worker. A sequence that is started at position p goes on exactly as one
+that reached p.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from prfl_engine.batch import Batch, collate, to_device
 from prfl_engine.errors import UserError, check, named
 from prfl_engine.failures import lost_worker
-from prfl_engine.inputs import beside, check_file, check_finite, read_array, read_json, read_lines
+from prfl_engine.inputs import check_file, check_finite, find_from, read_array, read_json, read_lines
 from prfl_engine.interrupt import quiet_children, shield
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.wan import WanConfig
@@ -45,7 +46,7 @@ def read_lists(paths: Sequence[str], field: str) -> list[Path]:
                 continue
             with named(f"{field}: {name}, line {number}"):
                 check(not line.startswith(("{", "[")), "JSON", line, "the path of a meta JSON")
-                found.append(check_file(beside(line, Path(name).parent), "a meta JSON"))
+                found.append(check_file(find_from(line, Path(name).parent), "a meta JSON"))
     if not found:
         raise UserError(f"{field}: {', '.join(paths)}: empty, want meta JSON paths")
     return found
@@ -85,6 +86,9 @@ class Reader:
             object.__setattr__(self, "null", read_text(self.null_text, self.config))
 
     def read(self, path: Path, rng: np.random.Generator) -> Batch:
+        """The sample of a meta JSON: latent [16, T, h, w], text [n, text_dim], and for an I2V model clip and
+        condition, float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. UserError
+        where a file or key is missing or holds something else."""
         c, meta = self.config, read_meta(path)
         patch_h, patch_w = c.patch_size[1:]
         latent = self._tensor(path, meta, LATENT_KEYS, (1, c.out_dim, None, None, None), "latent")
@@ -141,7 +145,7 @@ class Reader:
             raise UserError(f"{path}: got no {what}, want a key {' or '.join(keys)}")
         where, value = f"{path}: {key}", meta[key]
         check(isinstance(value, str) and value.strip() != "", where, value, f"the path of the {what}, a .npy")
-        return beside(value, path.parent), where
+        return find_from(value, path.parent), where
 
 
 def read_text(path: str | Path, config: WanConfig) -> Tensor:
@@ -168,8 +172,8 @@ def _read_tensor(path: str | Path, shape, what: str, longest: int | None = None)
     return tensor
 
 
-class Stream:
-    """An endless, reproducible stream of micro-batches; item p is the p-th micro-batch.
+class MicroBatches:
+    """The endless, reproducible sequence of micro-batches; item p is the p-th.
 
     Every epoch is a new permutation. A micro-batch holds samples of one latent shape; the last one
     of a shape in an epoch may be smaller. With `lose`, an item is a pair (winners, losers).
@@ -276,14 +280,14 @@ class Stream:
 
 
 class _Caught(Dataset):
-    """The items of a stream, or the UserError in place of one: raised in a worker, torch would rewrite it."""
+    """Micro-batches, or the UserError in place of one: raised in a worker, torch would rewrite it."""
 
-    def __init__(self, stream: Stream):
-        self.stream = stream
+    def __init__(self, batches: MicroBatches):
+        self.batches = batches
 
     def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch] | UserError:
         try:
-            return self.stream[position]
+            return self.batches[position]
         except UserError as error:
             return error
 

@@ -46,8 +46,8 @@ def check_file(path: str | Path, want: str) -> Path:
     return path
 
 
-def beside(path: str, folder: Path) -> Path:
-    """The path from the working directory if there is something, or else from `folder`, where that is."""
+def find_from(path: str, folder: Path) -> Path:
+    """A path from the working directory, or, where nothing is there and `folder` has it, from that."""
     other = folder / path
     return other if not os.path.exists(path) and os.path.exists(other) else Path(path)
 

@@ -36,6 +36,7 @@ class Interrupts:
             self.immediate = before
 
     def stopped(self, what: str) -> Stopped:
+        """The exception for the signal that has come; `what` says what was saved."""
         return Stopped(f"{self.asked.name}: stopped; {what}")
 
     def __call__(self, number: int, frame) -> None:

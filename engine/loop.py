@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prfl_engine import failures, files
 from prfl_engine.build import pick_device
 from prfl_engine.config import Config
-from prfl_engine.data import Stream
+from prfl_engine.data import MicroBatches
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.gpu import gpu_metrics
 from prfl_engine.inputs import make_folder
@@ -35,7 +35,7 @@ def fit(
     begin: Start,
     model: nn.Module,
     groups: list[tuple[nn.Module, float]],
-    stream: Stream,
+    batches: MicroBatches,
     backpropagate: Callable[..., Iterable[dict[str, Tensor]]],
     validate: Callable[[int], dict[str, float]] | None,
     save: Callable[[Path, int], None],
@@ -62,7 +62,7 @@ def fit(
             elif (name := not_finite(model)) is not None:
                 raise UserError(f"model to start from: {name} is not finite, want finite weights")
             trained = config, begin, model, optimizer, ema
-            Run(*trained, stream, backpropagate, validate, save, progress, signals).train(device)
+            Run(*trained, batches, backpropagate, validate, save, progress, signals).train(device)
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
             raise
@@ -70,7 +70,7 @@ def fit(
 
 
 def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load, device) -> Progress:
-    """Load what a checkpoint holds besides the weights, which must be finite."""
+    """Load what a checkpoint holds in addition to the weights, which must be finite."""
     folder = begin.checkpoint
     if (name := not_finite(model)) is not None:
         raise UserError(f"{folder}: {name} is not finite, want a checkpoint with finite weights")
@@ -100,7 +100,7 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: EMA | None
-    stream: Stream
+    batches: MicroBatches
     backpropagate: Callable[..., Iterable[dict[str, Tensor]]]
     validate: Callable[[int], dict[str, float]] | None
     save: Callable[[Path, int], None]
@@ -131,7 +131,7 @@ class Run:
     def steps(self, device: torch.device) -> None:
         """The steps from progress.step on, with their validations and checkpoints."""
         train, progress, optimizer, out = self.config.train, self.progress, self.optimizer, self.out
-        items = self.stream.loader(progress.step * train.accumulate, self.config.data.num_workers, device)
+        items = self.batches.loader(progress.step * train.accumulate, self.config.data.num_workers, device)
         start = progress.step + 1 if self.begin.checkpoint else 0
         with closing(items), MetricsWriter(out, train.tensorboard, train.wandb, start) as metrics:
             measurements = Measurements(metrics, train.log_every, progress.unlogged, self.bad_gradient)
@@ -174,6 +174,7 @@ class Run:
 
     @property
     def out(self) -> Path:
+        """The folder of the run."""
         return Path(self.config.train.out)
 
     def check(self, metrics: MetricsWriter) -> None:
@@ -208,6 +209,7 @@ class Run:
             files.remove_folder(old)
 
     def write_weights(self, folder: Path) -> None:
+        """Write the trained weights, and the averaged ones to `folder`/ema."""
         self.save(folder, self.progress.step)
         if self.ema is not None:
             with self.ema.applied(torch.float32):
@@ -224,7 +226,7 @@ class Run:
         if (name := not_finite(self.model)) is not None:
             cause = f"the weights were not finite: {name}"
         else:
-            cause = self.stream.suspects(range(step * (n := self.config.train.accumulate), (step + 1) * n))
+            cause = self.batches.suspects(range(step * (n := self.config.train.accumulate), (step + 1) * n))
         return TrainingError(f"step {step}: the norm of the gradient is {norm}; {cause}; {_last(self.out)}")
 
 
@@ -238,6 +240,7 @@ class Measured:
         self.event = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
 
     def read(self) -> dict[str, float]:
+        """The values by name, with lr; waits for the transfer."""
         if self.event is not None:
             self.event.synchronize()
         return dict(zip(self.names, self.numbers.tolist(), strict=True)) | {"lr": self.lr}
@@ -258,6 +261,8 @@ class Measurements:
         self.newest = newest  # since the last log: not every step has every loss
 
     def put(self, step: int, lr: float, norm: Tensor, values: dict[str, Tensor]) -> None:
+        """Start the transfer of a step's gradient norm and, where it is to be logged, of all values (0-dim)
+        since the last log."""
         self.newest |= values
         logs = (step + 1) % self.log_every == 0
         self.last = Measured(step, lr, {"grad_norm": norm} | (self.newest if logs else {}))

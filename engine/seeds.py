@@ -1,7 +1,7 @@
 """Random numbers by key: (purpose, seed, position) alone decides a draw.
 
 A position is that of a sample, so a draw does not depend on the batch that the sample is in. In training the
-i-th sample of micro-batch p is at position p * data.batch_size + i of the stream; a smaller batch leaves
+i-th sample of micro-batch p is at position p * data.batch_size + i; a smaller batch leaves
 positions unused. Keys are hashed to 128 bits. Noise comes from numpy: the seeds of torch's CPU generator have
 32 bits only.
 """

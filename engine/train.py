@@ -10,7 +10,7 @@ from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
 from prfl_engine.build import make_frozen_reward, make_policy, pick_device
 from prfl_engine.config import Config
-from prfl_engine.data import Reader, Stream, counted, fixed_batches, read_lists
+from prfl_engine.data import MicroBatches, Reader, counted, fixed_batches, read_lists
 from prfl_engine.errors import check
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
@@ -69,7 +69,7 @@ def train(config: Config) -> None:
         text_dropout=text_dropout,
         long_caption=c.data.long_caption,
     )
-    stream = Stream(reader, paths, c.data.batch_size, c.train.seed)
+    stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed)
     if c.model.budget is not None:
         shapes = ([reader.shape(p)[1:] for p in of] for of in (paths, held_out))
         made = fit_memory(c, policy, reward, *shapes)

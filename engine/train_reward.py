@@ -8,7 +8,7 @@ from torch import Tensor
 from prfl_engine import flow
 from prfl_engine.build import make_reward, pick_device
 from prfl_engine.config import Config
-from prfl_engine.data import Reader, Stream, fixed_batches, read_lists
+from prfl_engine.data import MicroBatches, Reader, fixed_batches, read_lists
 from prfl_engine.errors import UserError
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
@@ -76,7 +76,7 @@ def train_reward(config: Config) -> None:
     reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout)
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
-    stream = Stream(reader, win, c.data.batch_size, c.train.seed, lose)
+    batches = MicroBatches(reader, win, c.data.batch_size, c.train.seed, lose)
 
     run_blocks = run_under(of_config(c.model))
 
@@ -108,7 +108,7 @@ def train_reward(config: Config) -> None:
     heads = torch.nn.ModuleList([model.pool, model.mlp])
     model.train()
     fit(
-        c, begin, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], stream,
+        c, begin, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], batches,
         backpropagate, validate if c.eval.every else None,
         save=lambda folder, step: (save_adapted if adapted else save_reward)(model, folder, step),
         load=load,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import tiny_config, write_data
 
-from prfl_engine.data import Reader, Stream, label_of, read_lists, read_text
+from prfl_engine.data import MicroBatches, Reader, label_of, read_lists, read_text
 from prfl_engine.errors import UserError
 from prfl_engine.seeds import Purpose, seeded
 
@@ -225,7 +225,7 @@ def test_a_broken_sample_is_named_in_one_line(name, t2v):
 def test_an_error_of_a_worker_is_one_line(name, workers, t2v):
     config, paths, _ = t2v
     _, named = broken(name, t2v)
-    stream = Stream(Reader(config), paths[:1], 1, 0)
+    stream = MicroBatches(Reader(config), paths[:1], 1, 0)
     with pytest.raises(UserError) as caught:
         next(stream.loader(0, workers, torch.device("cpu")))
     message = str(caught.value)

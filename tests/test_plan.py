@@ -22,7 +22,7 @@ from prfl_kernels import extension
 LATENT = (1, 16, 3, 8, 8)
 ROLLOUT = RolloutConfig(steps=8)
 SETUP = Setup(tiny_config(num_layers=5), LATENT, torch.float32, reward=RewardSetup(2), rollout=ROLLOUT)
-NAMES = ("none", "attention", "attention and input away", "full, input away")
+NAMES = ("none", "attention", "offload attention, input", "offload input")
 built = pytest.mark.skipif(extension.absence("cpu", "cpu") is not None, reason="the kernels are not built")
 
 
@@ -49,7 +49,7 @@ def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
 
 
 @built
-@pytest.mark.parametrize("name, window", [("none", 1), ("attention and input away", 3)])
+@pytest.mark.parametrize("name, window", [("none", 1), ("offload attention, input", 3)])
 def test_a_dry_run_counts_the_bytes_of_a_real_step(name, window):
     """Real tensors and kernels, the states of sampler and window included; scalars are rounded up."""
     policy, setup = plan.KINDS[name], replace(SETUP, chain=ChainConfig(window=window))
@@ -89,7 +89,7 @@ def test_a_plan_is_that_of_brute_force(kinds):
     limit on the host."""
     setup, every = replace(SETUP, blocks=3), []
     for *blocks, reward in itertools.product(kinds, repeat=4):
-        away = sum(b.away for b in blocks[:-1]) + reward.away * (setup.reward_blocks - 1)
+        away = sum(b.host for b in blocks[:-1]) + reward.host * (setup.reward_blocks - 1)
         cost = sum(b.cost for b in blocks) + reward.reward_cost
         every.append((cost, away, plan.predicted_peak(blocks, reward)))
     peaks, hosts = sorted(peak for *_, peak in every), sorted(away for _, away, _ in every)
@@ -150,11 +150,11 @@ def test_a_validation_that_does_not_fit_is_refused_with_the_largest_batch_that_d
 
 def test_branches_that_are_run_again_keep_what_the_configuration_says():
     made = plan.kinds_of(replace(SETUP, keep="nothing"))
-    assert {policy.again for policy in made.values()} == {"nothing"}
+    assert {policy.rerun for policy in made.values()} == {"nothing"}
     held = {name: (p.keep, p.offload) for name, p in made.items()}
     assert held == {name: (p.keep, p.offload) for name, p in plan.KINDS.items()}
     lean, usual = (
-        plan.recomputed(replace(plan.KINDS["attention"], again=mode), SETUP, plan.Rates())
+        plan.recomputed(replace(plan.KINDS["attention"], rerun=mode), SETUP, plan.Rates())
         for mode in ("nothing", "all")
     )
     assert lean > usual
@@ -163,11 +163,11 @@ def test_branches_that_are_run_again_keep_what_the_configuration_says():
 def test_kinds_that_all_move_something_want_that_much_of_the_host(kinds):
     """Five blocks and two of the reward model, of which the last one of each stays."""
     away = kinds[2:3]
-    with pytest.raises(UserError, match="model.host: got 0, want at least .*: every policy of att") as e:
+    with pytest.raises(UserError, match="model.host: got 0, want at least .*offload attention, input") as e:
         plan.choose(away, SETUP, 1e9, 0)
     least = float(str(e.value).split("at least ")[1].split(":")[0])
-    assert 5 * away[0].away < least * 1e9 <= 5 * away[0].away + 1000
-    assert plan.choose(away, SETUP, 1e9, least * 1e9).host == 5 * away[0].away
+    assert 5 * away[0].host < least * 1e9 <= 5 * away[0].host + 1000
+    assert plan.choose(away, SETUP, 1e9, least * 1e9).host == 5 * away[0].host
 
 
 def test_a_plan_without_a_proof_says_how_far_off_it_may_be(kinds, monkeypatch):
@@ -188,17 +188,17 @@ def test_a_plan_without_a_proof_says_how_far_off_it_may_be(kinds, monkeypatch):
 def test_blocks_are_measured(model_type):
     config = tiny_config(model_type, num_layers=2)
     small = replace(SETUP, config=config, latent=(2, 16, 1, 4, 4), chunk=3)
-    found = plan.measure(small, torch.device("cpu"), ("none", "full, input away"), 1)
-    assert set(found["seconds"]) == {"none", "full, input away"} and found["tokens"] == 8
+    found = plan.measure(small, torch.device("cpu"), ("none", "offload input"), 1)
+    assert set(found["seconds"]) == {"none", "offload input"} and found["tokens"] == 8
 
 
 def test_measured_seconds_take_the_place_of_predicted_ones(tmp_path):
     small = replace(SETUP, config=tiny_config(num_layers=2), latent=(1, 16, 1, 4, 4), reward=RewardSetup(1))
     file = tmp_path / "costs.json"
-    file.write_text(json.dumps({"seconds": {"none": 3.0, "full, input away": 2.0}}))
+    file.write_text(json.dumps({"seconds": {"none": 3.0, "offload input": 2.0}}))
     given = replace(small, rollout=RolloutConfig(steps=5, samples=4), chain=ChainConfig(window=3))
     made = plan.plan(given, 1e9, measured=file)
-    assert [k.name for k in made.blocks] == ["full, input away"] * 2
+    assert [k.name for k in made.blocks] == ["offload input"] * 2
     # Of four samples three steps each and flow matching once, through two blocks; one block of the reward.
     assert made.seconds == 13 * 2 * 2.0 + 4 * 2.0
     for text, message in [

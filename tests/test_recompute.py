@@ -1,4 +1,4 @@
-"""Block policies: the same gradients whatever is kept, put away or made again, and the bytes they say."""
+"""Block policies: the same gradients whatever is saved, offloaded or recomputed, and the bytes they say."""
 
 import gc
 from itertools import combinations
@@ -14,19 +14,19 @@ from prfl_engine.config import ChainConfig, LoraConfig
 from prfl_engine.memory import recompute
 from prfl_engine.memory.host import HostStore, HostTensor, store_of
 from prfl_engine.memory.live_bytes import LiveBytes
-from prfl_engine.memory.policy import NAMES, STREAM, BlockPolicy, named
+from prfl_engine.memory.policy import BETWEEN, NAMES, BlockPolicy, named
 from prfl_engine.model import lora
 from prfl_engine.model.layers import Linear
 from prfl_engine.objectives import bind, graded_windows, sft_loss
 
 LATENT = (16, 3, 8, 8)  # 48 tokens
-INNER = tuple(n for n in NAMES if n not in STREAM)
+INNER = tuple(n for n in NAMES if n not in BETWEEN)
 POLICIES = {
     "none": named("none"),
     "full": named("full"),
     "attention": named("attention"),
     "full, little kept again": named("full", "nothing"),
-    "streams": BlockPolicy(STREAM),
+    "streams": BlockPolicy(BETWEEN),
     "no cross_normed": BlockPolicy(set(NAMES) - {"cross_normed"}),
     "no after_attention": BlockPolicy(set(NAMES) - {"after_attention"}),
     "no after_cross": BlockPolicy(set(NAMES) - {"after_cross"}),
@@ -35,9 +35,9 @@ POLICIES = {
     "input away": BlockPolicy((), {"input"}),
     "input and attention away": BlockPolicy((), {"input", "attention"}),
     "input kept, attention away": BlockPolicy({"input"}, {"attention"}),
-    "streams away": BlockPolicy(INNER, STREAM),
+    "streams away": BlockPolicy(INNER, BETWEEN),
     "all away": BlockPolicy((), NAMES),
-    "hidden away": BlockPolicy({*STREAM, "attention"}, {"hidden", "projections"}),
+    "hidden away": BlockPolicy({*BETWEEN, "attention"}, {"hidden", "projections"}),
 }
 
 
@@ -70,8 +70,8 @@ def test_no_policy_changes_a_gradient():
 @pytest.mark.parametrize("inner", [(), INNER, ("attention", "cross_attention", "hidden")], ids=len)
 def test_any_streams_may_be_held(inner):
     want = gradients("none", blocks=1)
-    for count in range(len(STREAM)):
-        for streams in combinations(STREAM[1:], count):
+    for count in range(len(BETWEEN)):
+        for streams in combinations(BETWEEN[1:], count):
             assert_same(gradients(BlockPolicy({"input", *streams, *inner}), blocks=1), want)
 
 
@@ -205,20 +205,20 @@ SMALL = 6 * 4 * C + 3 * 2 * 4 * TOKENS  # the six vectors of a block, and mean a
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_name_is_kept_and_put_away_with_the_bytes_that_it_says(name):
-    base = BlockPolicy(STREAM)
+    base = BlockPolicy(BETWEEN)
     device, host = a_block(base)
-    assert (device, host) == (sum(SIZES[k] for k in STREAM) + SMALL, 0)
-    keep = {*STREAM, name}
-    assert a_block(BlockPolicy(keep))[0] - device == (0 if name in STREAM else SIZES[name])
+    assert (device, host) == (sum(SIZES[k] for k in BETWEEN) + SMALL, 0)
+    keep = {*BETWEEN, name}
+    assert a_block(BlockPolicy(keep))[0] - device == (0 if name in BETWEEN else SIZES[name])
     away = a_block(BlockPolicy(keep - {name}, {name}))
     # lots of two blocks are on their way
     assert away[1] == SIZES[name]
-    assert away[0] == device - (SIZES[name] if name in STREAM else 0)
+    assert away[0] == device - (SIZES[name] if name in BETWEEN else 0)
 
 
 @pytest.mark.parametrize("name", ["after_attention", "cross_normed", "after_cross"])
 def test_a_stream_that_is_made_again_is_not_kept(name):
-    assert a_block(BlockPolicy(STREAM))[0] - a_block(BlockPolicy(set(STREAM) - {name}))[0] >= SIZES[name]
+    assert a_block(BlockPolicy(BETWEEN))[0] - a_block(BlockPolicy(set(BETWEEN) - {name}))[0] >= SIZES[name]
 
 
 def test_modes_keep_what_they_say():
@@ -255,7 +255,7 @@ def test_nothing_is_left_behind_without_the_garbage_collector():
 def test_the_backward_brings_back_one_block_ahead(monkeypatch):
     """Order of fetches: while a block's backward runs, the block before it is on its way already."""
     order = []
-    fetch, again = HostTensor.fetch, recompute.Run._again
+    fetch, again = HostTensor.fetch, recompute.Run._rerun
 
     def watched(away):
         if away.back is None:
@@ -264,7 +264,7 @@ def test_the_backward_brings_back_one_block_ahead(monkeypatch):
 
     monkeypatch.setattr(HostTensor, "fetch", watched)
     monkeypatch.setattr(
-        recompute.Run, "_again", lambda run, branch: (order.append(("again", id(run))), again(run, branch))
+        recompute.Run, "_rerun", lambda run, branch: (order.append(("again", id(run))), again(run, branch))
     )
     gradients(BlockPolicy((), {"input"}), blocks=4)
     kinds = [kind for kind, _ in order]

@@ -31,11 +31,11 @@ def totals(blocks: Blocks, tails: Tails, row: tuple[int, ...], tail: int) -> tup
     before = -1  # none
     for kind in inner:
         peaks.append(kept + blocks.peak[before, kind])
-        kept, before = kept + blocks.kept[kind], kind
+        kept, before = kept + blocks.saved[kind], kind
     peaks.append(kept + blocks.peak_last[before, row[-1]])
-    peaks.append(kept + blocks.kept_last[row[-1]] + tails.peak[tail])
+    peaks.append(kept + blocks.saved_last[row[-1]] + tails.peak[tail])
     cost = sum(blocks.cost[k] for k in row) + tails.cost[tail]
-    away = sum(blocks.away[k] for k in inner) + tails.away[tail]
+    away = sum(blocks.host[k] for k in inner) + tails.host[tail]
     return int(cost), int(away), int(np.max(peaks))
 
 
@@ -62,7 +62,7 @@ def test_the_row_is_that_of_brute_force(count, seeds, alike, first, monkeypatch)
             if not fitting:
                 assert found is None and bound == np.inf
                 continue
-            assert (found.cost, found.away, found.peak) == min(fitting)
+            assert (found.cost, found.host, found.peak) == min(fitting)
             assert totals(blocks, tails, tuple(found.kinds), found.tail) == min(fitting)
             assert bound == found.cost
 
@@ -118,7 +118,7 @@ def test_costs_that_differ_by_rounding_are_one():
     peak = np.zeros((3, 2, 1), np.int64)
     blocks = Blocks(np.array([10**9 + 1, 10**9]), np.array([0, 5]), zeros, peak, zeros, peak)
     tails = Tails(np.array([1]), np.array([0]), zeros[:1])
-    assert search.search(blocks, tails, 6, 10, search.UNLIMITED)[0].away == 0
+    assert search.search(blocks, tails, 6, 10, search.UNLIMITED)[0].host == 0
     dearer = blocks._replace(cost=np.array([10**9 + 10**5, 10**9]))
     assert search.search(dearer, tails, 6, 10, search.UNLIMITED)[0].kinds[:-1] == [1] * 5
 

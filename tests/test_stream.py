@@ -7,7 +7,7 @@ from helpers import tiny_config, write_data
 from test_data import LARGE, SMALL, read, same
 
 from prfl_engine.batch import collate
-from prfl_engine.data import Reader, Stream, fixed_batches, read_lists, read_text
+from prfl_engine.data import MicroBatches, Reader, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def streams(tmp_path, batch_size=2, count=7, dropout=0.4, **arguments):
     config = tiny_config()
     paths = read_lists([str(write_data(tmp_path, config, count, [SMALL, LARGE]))], "data.train")
     reader = Reader(config, None, str(tmp_path / "null.npy"), dropout, 0.5)
-    return lambda seed=0: Stream(reader, paths, batch_size, seed, **arguments)
+    return lambda seed=0: MicroBatches(reader, paths, batch_size, seed, **arguments)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
@@ -81,7 +81,7 @@ def test_pairs_share_a_shape(tmp_path):
     config = tiny_config()
     win = read_lists([str(write_data(tmp_path / "win", config, 4))], "data.train")
     lose = read_lists([str(write_data(tmp_path / "lose", config, 3, seed=5))], "data.lose")
-    stream = Stream(Reader(config, "motion_quality"), win, 2, 0, lose)
+    stream = MicroBatches(Reader(config, "motion_quality"), win, 2, 0, lose)
     losers = [np.load(tmp_path / f"lose/latent-{i}.npy")[0] for i in range(3)]
     seen = set()
     for winner, loser in take(stream, 0, 12):
@@ -97,7 +97,7 @@ def test_pairs_of_mixed_shapes(tmp_path):
     config = tiny_config()
     win = read_lists([str(write_data(tmp_path / "win", config, 4, [SMALL, LARGE]))], "data.train")
     lose = read_lists([str(write_data(tmp_path / "lose", config, 4, [SMALL, LARGE]))], "data.lose")
-    stream = Stream(Reader(config, "motion_quality"), win, 2, 0, lose)
+    stream = MicroBatches(Reader(config, "motion_quality"), win, 2, 0, lose)
     for winner, loser in take(stream, 0, 8):
         assert winner.latent.shape == loser.latent.shape
 
@@ -107,7 +107,7 @@ def test_pairs_without_a_loser_of_their_shape_are_refused(tmp_path):
     win = read_lists([str(write_data(tmp_path / "win", config, 2))], "data.train")
     lose = read_lists([str(write_data(tmp_path / "lose", config, 2, [LARGE]))], "data.lose")
     with pytest.raises(UserError, match="lose"):
-        take(Stream(Reader(config, "motion_quality"), win, 1, 0, lose), 0, 1)
+        take(MicroBatches(Reader(config, "motion_quality"), win, 1, 0, lose), 0, 1)
 
 
 def test_held_out_batches_are_in_order_whole_and_without_dropout(tmp_path):

@@ -154,13 +154,13 @@ def test_embeddings_are_frozen_unless_asked_for(model_type, recompute, tmp_path)
 
 def test_reward_training_drops_no_prompt_unless_asked_to(tmp_path, capsys, monkeypatch):
     config, seen = reward_run(tmp_path, "ce", train={"steps": 1}), []
-    stream = train_reward_module.Stream
+    make = train_reward_module.MicroBatches
 
     def watched(reader, *rest):
         seen.append(reader.text_dropout)
-        return stream(reader, *rest)
+        return make(reader, *rest)
 
-    monkeypatch.setattr(train_reward_module, "Stream", watched)
+    monkeypatch.setattr(train_reward_module, "MicroBatches", watched)
     run("train-reward", config, "data.null_text=null")
     run("train-reward", config, "data.text_dropout=0.25", f"train.out={tmp_path / 'dropping'}")
     assert seen == [0, 0.25]

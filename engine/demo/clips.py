@@ -127,6 +127,7 @@ class Window:
     mirrored: bool
 
     def caption(self) -> str:
+        """What the window shows, in words: shot, mirror, speed and pan."""
         panning = "panning right" if (self.pan[1] > 0) != self.mirrored else "panning left"
         parts = (SHOTS[self.shot].caption, "mirrored" * self.mirrored, SPEEDS[self.speed], panning)
         return " ".join(filter(None, parts))

@@ -113,6 +113,7 @@ class DCTCodec(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "DCTCodec":
+        """The codec whose mean and std `save` wrote. UserError for another file."""
         content = read_json(path, "a codec's JSON")
         try:
             mean, std = (torch.tensor(content[name], dtype=torch.float32) for name in ("mean", "std"))

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from prfl_engine.memory.host import HostTensor, store_of
-from prfl_engine.memory.policy import INNER, STREAM, BlockPolicy
+from prfl_engine.memory.policy import BETWEEN, INNER, BlockPolicy
 from prfl_engine.model.layers import Block
 from prfl_engine.model.wan import RunBlocks, plain_blocks
 from prfl_kernels.qk_norm_rope.rope import Grid
@@ -82,10 +82,10 @@ def run_under(
 class _Slot:
     """Replaces, in the graph, a tensor that an operation saved."""
 
-    __slots__ = ("run", "branch", "index", "name", "value", "view")
+    __slots__ = ("run", "sublayer", "index", "name", "value", "view")
 
-    def __init__(self, run: "Run", branch: str, index: int, value: Tensor):
-        self.run, self.branch, self.index, self.name, self.value = run, branch, index, "", value
+    def __init__(self, run: "Run", sublayer: str, index: int, value: Tensor):
+        self.run, self.sublayer, self.index, self.name, self.value = run, sublayer, index, "", value
         self.view = value.shape, value.stride()
 
 
@@ -107,41 +107,41 @@ class Run:
         """x' [B, L, C]. A block without a backward (frozen, with no trained parameter before it) saves
         nothing."""
         if self.policy.plain or not any(a.requires_grad for a in (x, e, context, *block.parameters())):
-            return block.compute(x, e, context, repeats, grid, self.policy.keeps)
+            return block.compute(x, e, context, repeats, grid, self.policy.saves)
         self.active, self.block, self.grid, self.context, self.repeats = True, block, grid, context, repeats
         self.vectors = block.vectors(e)
         # No tensor here has a graph: that of this block would hold itself.
-        self.streams: dict[str, Tensor | HostTensor] = {"input": x.detach()}
+        self.between: dict[str, Tensor | HostTensor] = {"input": x.detach()}
         # Which inputs take gradient decides what layers save, so a rerun asks for the same ones.
         self.graded = {"attend": x.requires_grad}
         self.attention: list[Tensor | HostTensor] = []  # output and log-sum-exp of self-attention, if saved
-        self.again: dict[tuple[str, int], Tensor] = {}  # what the rerun of a sublayer has saved
+        self.rerun_saves: dict[tuple[str, int], Tensor] = {}  # what the rerun of a sublayer has saved
         self.made: dict[str, Tensor] = {}  # residual-stream tensors that were recomputed
-        self.away: list[HostTensor] = []
+        self.offloaded: list[HostTensor] = []
         known = (context, *self.vectors, *block.parameters())
         self._known = {a.untyped_storage()._cdata for a in known}
-        held = self.policy.held
-        self.reruns = {"attend": "after_attention" not in held, "feed": False}
+        saved = self.policy.saved
+        self.reruns = {"attend": "after_attention" not in saved, "feed": False}
         # Layers that run one by one save everything: where nothing is to be saved, they are rerun.
-        whole = block.cross_attn.fused or any(name in held for name, _, _ in INNER["cross"])
-        self.reruns["cross"] = "after_cross" not in held or not whole
+        whole = block.cross_attn.fused or any(name in saved for name, _, _ in INNER["cross"])
+        self.reruns["cross"] = "after_cross" not in saved or not whole
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
         """The block's result; what each sublayer saved is kept, offloaded or dropped before the next one
         runs."""
-        keeps = self.policy.keeps
-        (after, n, _), slots = self._watched("attend", self._attend, x, keeps.attend)
+        saves = self.policy.saves
+        (after, n, _), slots = self._watched("attend", self._attend, x, saves.attend)
         self.graded["cross"] = n.requires_grad
-        self.streams |= {"after_attention": after.detach(), "cross_normed": n.detach()}
-        places = {a.untyped_storage()._cdata: name for name, a in self.streams.items()}
+        self.between |= {"after_attention": after.detach(), "cross_normed": n.detach()}
+        places = {a.untyped_storage()._cdata: name for name, a in self.between.items()}
         self._dispose("attend", slots, places)
         self.attention = [s.value for s in slots if s.name == "attention" and s.value is not None]
-        y, slots = self._watched("cross", self._cross, n, keeps.cross)
+        y, slots = self._watched("cross", self._cross, n, saves.cross)
         self._dispose("cross", slots, places)
         del n
-        self.streams = {k: a for k, a in self.streams.items() if k in self.policy.held}
-        out, slots = self._watched("feed", self.block.feed, after, y, self.vectors, keeps.feed)
+        self.between = {k: a for k, a in self.between.items() if k in self.policy.saved}
+        out, slots = self._watched("feed", self.block.feed, after, y, self.vectors, saves.feed)
         self._dispose("feed", slots, {})
         return out
 
@@ -151,56 +151,56 @@ class Run:
     def _cross(self, n, keep):
         return self.block.cross_attn(n, self.context, self.repeats, keep)
 
-    def _watched(self, branch: str, call: Callable, *arguments) -> tuple:
+    def _watched(self, sublayer: str, call: Callable, *arguments) -> tuple:
         """(what a sublayer returns, a slot for every tensor that its graph saves)."""
         slots: list[_Slot] = []
 
         def pack(a: Tensor) -> "_Slot | Tensor":
             if a.untyped_storage()._cdata in self._known:
                 return a
-            slots.append(_Slot(self, branch, len(slots), a.detach()))
+            slots.append(_Slot(self, sublayer, len(slots), a.detach()))
             return slots[-1]
 
         with saved_tensors_hooks(pack, _unpack):
             made = call(*arguments)
-        tail = [name for name, _, count in INNER[branch] for _ in range(count)]
-        if branch == "cross" and not self.block.cross_attn.fused:
+        tail = [name for name, _, count in INNER[sublayer] for _ in range(count)]
+        if sublayer == "cross" and not self.block.cross_attn.fused:
             tail = []  # tensors that separate layers save have no names
-        if branch == "feed" and slots:
+        if sublayer == "feed" and slots:
             slots[0].name = "after_cross"
         for slot, name in zip(reversed(slots), reversed(tail), strict=False):
             slot.name = name
         return made, slots
 
-    def _dispose(self, branch: str, slots: list[_Slot], places: dict[int, str]) -> None:
+    def _dispose(self, sublayer: str, slots: list[_Slot], places: dict[int, str]) -> None:
         """Keep, offload or drop what a sublayer has saved; places: names of residual-stream tensors by
         storage."""
-        held, offload, leaving = self.policy.held, self.policy.offload, []
+        saved, offload, leaving = self.policy.saved, self.policy.offload, []
         for slot in slots:
             if slot.value.numel():
                 slot.name = places.get(slot.value.untyped_storage()._cdata, slot.name)
-            if slot.name == "after_cross" and slot.name in held:
-                self.streams[slot.name] = slot.value
-            forgotten = slot.name not in held or not slot.value.numel()
-            if slot.name in STREAM or (self.reruns[branch] and forgotten):
+            if slot.name == "after_cross" and slot.name in saved:
+                self.between[slot.name] = slot.value
+            forgotten = slot.name not in saved or not slot.value.numel()
+            if slot.name in BETWEEN or (self.reruns[sublayer] and forgotten):
                 slot.value = None
             elif slot.name in offload and slot.value.numel():
                 leaving.append(slot)
-        streams = [k for k in self.streams if k in offload and isinstance(self.streams[k], Tensor)]
-        if not leaving and not streams:
+        between = [k for k in self.between if k in offload and isinstance(self.between[k], Tensor)]
+        if not leaving and not between:
             return
         store = store_of(self.context.device)
-        away = store.put([*(slot.value for slot in leaving), *(self.streams[k] for k in streams)])
-        for slot, a in zip(leaving, away, strict=False):
+        offloaded = store.put([*(slot.value for slot in leaving), *(self.between[k] for k in between)])
+        for slot, a in zip(leaving, offloaded, strict=False):
             slot.value = a
-        self.streams |= dict(zip(streams, away[len(leaving) :], strict=True))
-        self.away += away
+        self.between |= dict(zip(between, offloaded[len(leaving) :], strict=True))
+        self.offloaded += offloaded
 
     def fetch(self) -> None:
         """Start to copy back what is on the host."""
-        for a in self.away:
+        for a in self.offloaded:
             a.fetch()
-        self.away = []
+        self.offloaded = []
 
     def get(self, slot: _Slot) -> Tensor:
         """The tensor of `slot`, for the backward."""
@@ -208,32 +208,32 @@ class Run:
         if self.before is not None:
             self.before.fetch()
             self.before = None
-        if slot.name in STREAM:
-            stream = self._stream(slot.name)
+        if slot.name in BETWEEN:
+            value = self._between(slot.name)
             self.made.pop(slot.name, None)  # no later slot needs it
-            return stream if stream.shape == slot.view[0] else stream.as_strided(*slot.view)
+            return value if value.shape == slot.view[0] else value.as_strided(*slot.view)
         if slot.value is not None:
             return _here(slot.value)
-        key = slot.branch, slot.index
-        if key not in self.again:
-            self._again(slot.branch)
-        return self.again.pop(key)
+        key = slot.sublayer, slot.index
+        if key not in self.rerun_saves:
+            self._rerun(slot.sublayer)
+        return self.rerun_saves.pop(key)
 
-    def _stream(self, name: str) -> Tensor:
-        if name in self.streams:
-            return _here(self.streams[name])
-        if name == "cross_normed" and "after_attention" in self.streams:
-            return self.block.cross_input(self._stream("after_attention")).detach()
+    def _between(self, name: str) -> Tensor:
+        if name in self.between:
+            return _here(self.between[name])
+        if name == "cross_normed" and "after_attention" in self.between:
+            return self.block.cross_input(self._between("after_attention")).detach()
         if name == "after_cross":
             if "cross" not in self.made:
-                self._again("cross")
-            x = self._stream("after_attention")
+                self._rerun("cross")
+            x = self._between("after_attention")
             return (x + self.made.pop("cross")).to(x.dtype)
         if name not in self.made:
-            self._again("attend")
+            self._rerun("attend")
         return self.made[name]
 
-    def _again(self, branch: str) -> None:
+    def _rerun(self, sublayer: str) -> None:
         """Rerun a sublayer for what it saves and returns."""
         found: list[Tensor] = []
 
@@ -243,18 +243,18 @@ class Run:
             return 0  # never read: this graph has no backward
 
         # Outside of the hooks: cross-attention's input may have to be recomputed, by a norm that saves too.
-        x = self._stream("input" if branch == "attend" else "cross_normed").detach()
-        x.requires_grad_(self.graded[branch])
+        x = self._between("input" if sublayer == "attend" else "cross_normed").detach()
+        x.requires_grad_(self.graded[sublayer])
         with torch.enable_grad(), saved_tensors_hooks(pack, _unpack):
-            if branch == "attend":
+            if sublayer == "attend":
                 given = [_here(a) for a in self.attention] or None
-                made = self._attend(x, self.policy.again, given)
+                made = self._attend(x, self.policy.rerun, given)
                 self.made |= {"after_attention": made.x.detach(), "cross_normed": made.n.detach()}
             else:
-                self.made["cross"] = self._cross(x, self.policy.again).detach()
-        streams = {a.untyped_storage()._cdata for a in (x, *self.made.values())}
-        self.again |= {
-            (branch, i): a for i, a in enumerate(found) if a.untyped_storage()._cdata not in streams
+                self.made["cross"] = self._cross(x, self.policy.rerun).detach()
+        between = {a.untyped_storage()._cdata for a in (x, *self.made.values())}
+        self.rerun_saves |= {
+            (sublayer, i): a for i, a in enumerate(found) if a.untyped_storage()._cdata not in between
         }
 
 

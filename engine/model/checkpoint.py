@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -134,7 +133,7 @@ def load_reward(
     """The reward model from its three official files.
 
     Either `folder`, which holds the transformer, query_attention*.ckpt and mlp*.ckpt, or the three
-    paths. num_heads, add_query and feature_layer None: as reward.json beside the transformer says, or
+    paths. num_heads, add_query and feature_layer None: as reward.json next to the transformer says, or
     without one the official 8, True and 8. The pooling and the MLP keep float32. Raises UserError where
     reward.json says otherwise, and where the files are not of one step.
     """
@@ -222,7 +221,7 @@ def new_reward(
             raise UserError(
                 f"reward.blocks: got {blocks}, want 1 to the generator's {len(transformer.blocks)}"
             )
-        trunk = WanTransformer(replace(transformer.config), blocks, head=False)
+        trunk = WanTransformer(transformer.config, blocks, head=False)
         state = transformer.state_dict()
         trunk.load_state_dict({k: state[k] for k in trunk.state_dict()})
     pool = QueryPool(trunk.config.dim, num_queries, num_heads, dropout, add_query)

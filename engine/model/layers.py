@@ -30,7 +30,7 @@ class Linear(nn.Linear):
     autocast says.
 
     lora_A [r, in] and lora_B [out, r], where prfl_engine.model.lora has set them, are a low-rank update of
-    the weight, lora_scale * B A.
+    the weight, lora_scale * B A. prfl_kernels.sublayers.products adds it, here and in the fused sublayers.
     """
 
     compute_dtype: torch.dtype | None = None  # None: the dtype of the weights

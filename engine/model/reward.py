@@ -90,6 +90,7 @@ class MLP(nn.Module):
             nn.init.zeros_(fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, 1] of x [B, C]."""
         for fc in (self.fc1, self.fc2):
             x = linear(x, fc.weight, fc.bias).relu()
         return linear(x, self.fc3.weight, self.fc3.bias)

@@ -60,6 +60,7 @@ class WanConfig(Section, name=""):
 
     @property
     def image(self) -> bool:
+        """Whether the model takes a first frame (I2V)."""
         return self.model_type == "i2v"
 
     @classmethod
@@ -76,6 +77,7 @@ class WanConfig(Section, name=""):
             return cls(**known)
 
     def to_json(self, path: Path) -> None:
+        """Write config.json of a native checkpoint."""
         path.write_text(json.dumps({"_class_name": "WanModel", **asdict(self)}, indent=2) + "\n")
 
 

@@ -87,6 +87,7 @@ class Setup:
 
     @property
     def count(self) -> int:
+        """Blocks of the generator."""
         return self.config.num_layers if self.blocks is None else self.blocks
 
     @property
@@ -102,21 +103,22 @@ class Setup:
 
     @property
     def tokens(self) -> int:
+        """Video tokens of a micro-batch."""
         sizes = zip(self.latent[2:], self.config.patch_size, strict=True)
         return torch.Size(n // p for n, p in sizes).numel() * self.latent[0]
 
 
 class Numbers(NamedTuple):
-    """Bytes of one kind of block in one phase, each in addition to what is kept by then."""
+    """Bytes of one kind of block in one phase, each in addition to what has been saved by then."""
 
-    kept: int
-    kept_last: int
+    saved: int
+    saved_last: int
     forward: int  # most in the forward of a block, what a block of its kind before it offloads included
     forward_last: int  # without that
     backward: int  # and in its backward, without what the block before brings back
     backward_last: int
     head: int  # after the last block: head, loss, reward model
-    away: int  # on the host
+    host: int  # on the host
     leaving: int  # still on the device of what a block has offloaded, until the next block's forward is over
     start: int  # before the blocks, in addition to weights and gradients
     rest: int  # most before and after all blocks
@@ -131,6 +133,8 @@ class Laps:
         self.now, self.host, self.forward, self.backward = [], [], [], []
 
     def border(self, x: Tensor) -> None:
+        """Read the counter at the tokens x before a block or after the last, and again when their gradient
+        is there."""
         self.forward.append(self.live.lap())
         self.now.append(self.live.now)
         self.host.append(self.live.host_now)
@@ -205,7 +209,7 @@ def _counter(*modules: torch.nn.Module | None) -> LiveBytes:
 def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolicy) -> dict[str, Laps]:
     """The bytes of every pass with gradient through a generator of len(policies) blocks, by its name, in
     addition to weights and gradients. Of a window two steps are made and of several graded steps two; what
-    longer ones hold of the chain is allocated besides."""
+    longer ones hold of the chain is allocated in addition."""
     found: dict[str, Laps] = {}
     with fake_tensors():
         model, n = _generator(setup, len(policies)), setup.reward_blocks
@@ -223,11 +227,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
 
 
 def _graded(
-    setup: Setup,
-    model: WanTransformer,
-    reward: RewardModel,
-    policies: list[BlockPolicy],
-    score_blocks: RunBlocks,
+    setup: Setup, model: WanTransformer, reward: RewardModel, policies: list[BlockPolicy], score: RunBlocks
 ) -> dict[str, Laps]:
     steps, last = setup.rollout.steps, index_range(setup.rollout)[1]
     config = replace(setup.chain, window=min(setup.window, 2))
@@ -236,15 +236,15 @@ def _graded(
     names = ["graded step", *["window"] * (config.window - 1)]
     with _passes(_counter(model, reward), names) as (found, watch):
         batch, noise, _ = _inputs(setup.config, setup.latent)
-        besides = [_ballast(longer)]
+        extra = [_ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
-            besides.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
+            extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
         given = model, reward, _schedule(steps), batch, noise, torch.tensor(index), config
         stay, run_blocks = (lambda *_: lambda: lambda x, t, active: x.clone()), run_under(policies, watch)
-        for window in graded_windows(*given, stay, run_blocks, score_blocks):
+        for window in graded_windows(*given, stay, run_blocks, score):
             window.backward(torch.sigmoid(window.logit).mean())
             del window
-        del besides
+        del extra
     rollout = _rollout_bytes(replace(setup, blocks=None, keep="all", sft=True, validation=None))
     for laps in found.values():
         laps.rest, laps.peak = max(laps.rest, rollout), max(laps.peak, rollout)
@@ -262,10 +262,7 @@ def _rollout_bytes(setup: Setup) -> int:
         with live:
             batch, noise, _ = _inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            besides = [
-                reward.transformer.embed_context(batch.text, batch.clip),
-                _ballast(_accelerated(setup)),
-            ]
+            extra = [reward.transformer.embed_context(batch.text, batch.clip), _ballast(_accelerated(setup))]
             forward = bind(model, batch, context.detach())
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
@@ -279,7 +276,7 @@ def _rollout_bytes(setup: Setup) -> int:
                 way = chain.Chain(velocity, _schedule(setup.rollout.steps), noise)
                 for index in torch.tensor(drawn):
                     way.graded(index, setup.window)
-            del besides
+            del extra
     return live.peak - base
 
 
@@ -291,10 +288,10 @@ def _accelerated(setup: Setup) -> int:
     """Bytes that a rollout by `rollout.Rollout` holds in addition to a plain one: the first tokens, and with
     step caching what the blocks added and their first input."""
     values, r = setup.tokens * setup.config.dim, setup.rollout
-    stream, product = setup.residual_dtype.itemsize * values, setup.compute_dtype.itemsize * values
+    residual, product = setup.residual_dtype.itemsize * values, setup.compute_dtype.itemsize * values
     if r.cache > 0:
-        return 2 * stream + product
-    return stream if r.precision != "same" or r.cuda_graph else 0
+        return 2 * residual + product
+    return residual if r.precision != "same" or r.cuda_graph else 0
 
 
 def _farthest(setup: Setup) -> list[list[list[int]]]:
@@ -366,32 +363,32 @@ def validation_bytes(setup: Setup) -> int:
         live = _counter(model, reward)
         base = live.now - SCALARS
         with live:
-            besides = [_batch(setup.config, setup.latent), _ballast(ROUND * v.values)]
-            besides += [torch.empty(v.latent) for _ in range(v.kept - 1)]
-            besides += [_batch(setup.config, (v.read, *v.latent[1:]))] if v.read else []
+            extra = [_batch(setup.config, setup.latent), _ballast(ROUND * v.values)]
+            extra += [torch.empty(v.latent) for _ in range(v.kept - 1)]
+            extra += [_batch(setup.config, (v.read, *v.latent[1:]))] if v.read else []
             for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
                 batch, noise, sigma = _inputs(setup.config, v.latent)
                 sft_loss(model, batch, noise, sigma)
                 latent = chain.sample(bind(model, batch), _schedule(FULL_HISTORY + 1), noise)
-                besides += [latent] if v.kept else []
+                extra += [latent] if v.kept else []
                 if reward is not None:
                     scored = batch._replace(latent=latent)
                     noisy_reward(reward, scored, noise, sigma)
-            del besides, scored
+            del extra, scored
     return live.peak - base
 
 
 def numbers_of(laps: Laps, policy: BlockPolicy) -> Numbers:
     """The numbers of a policy from a dry run of BLOCKS blocks that have it."""
     now, n = laps.now, BLOCKS - 1
-    kept, away = now[n] - now[n - 1], laps.host[n] - laps.host[n - 1]
-    ahead = 0 if policy.plain else away
-    kept_last, leaving = now[n + 1] - now[0] - n * kept, now[n] - now[0] - n * kept
+    saved, host = now[n] - now[n - 1], laps.host[n] - laps.host[n - 1]
+    ahead = 0 if policy.plain else host
+    saved_last, leaving = now[n + 1] - now[0] - n * saved, now[n] - now[0] - n * saved
     return Numbers(
-        kept, kept_last,
-        laps.forward[n] - now[0] - (n - 1) * kept, laps.forward[n + 1] - now[0] - n * kept - leaving,
-        laps.backward[2] - now[0] - (n - 1) * kept - ahead,
-        laps.backward[1] - now[0] - n * kept - (0 if policy.staying().plain else away),
-        laps.backward[0] - now[0] - n * kept - kept_last, away, leaving,
+        saved, saved_last,
+        laps.forward[n] - now[0] - (n - 1) * saved, laps.forward[n + 1] - now[0] - n * saved - leaving,
+        laps.backward[2] - now[0] - (n - 1) * saved - ahead,
+        laps.backward[1] - now[0] - n * saved - (0 if policy.staying().plain else host),
+        laps.backward[0] - now[0] - n * saved - saved_last, host, leaving,
         now[0] - laps.base, laps.rest,
     )  # fmt: skip

@@ -55,11 +55,11 @@ KINDS = {
     "projections": named("none", "projections"),
     "residuals, attention": BlockPolicy({*_RESIDUALS, "attention", "cross_attention"}),
     "attention": named("attention"),
-    "attention, input away": BlockPolicy({"attention"}, {"input"}),
-    "attention and input away": BlockPolicy((), {"attention", "input"}),
-    "residuals and attention away": BlockPolicy((), {*_RESIDUALS, "attention"}),
+    "attention; offload input": BlockPolicy({"attention"}, {"input"}),
+    "offload attention, input": BlockPolicy((), {"attention", "input"}),
+    "offload residuals, attention": BlockPolicy((), {*_RESIDUALS, "attention"}),
     "full": named("full"),
-    "full, input away": BlockPolicy((), {"input"}),
+    "offload input": BlockPolicy((), {"input"}),
 }  # fmt: skip
 
 
@@ -86,24 +86,24 @@ class Kind:
     reward_cost: int
 
     @property
-    def away(self) -> int:
+    def host(self) -> int:
         """Bytes of a block on the host."""
-        return max(n.away for n in self.numbers.values())
+        return max(n.host for n in self.numbers.values())
 
     def block(self, phase: str, before: "Kind | None", last: bool) -> tuple[int, int]:
         """(bytes that a block of this kind saves, its peak in forward and backward in addition to what all
         blocks before it save). before: the kind of the block before it; None where it is the first, and then
-        what lives before and after all blocks counts too. If both offload
-        something, the peak in forward is an upper bound."""
+        what lives before and after all blocks counts too. If both offload something, the peak in forward is
+        an upper bound."""
         n, policy = self.numbers[phase], self.policy.staying() if last else self.policy
         leaving = 0 if before is None else before.numbers[phase].leaving
-        back = 0 if before is None or policy.plain else before.numbers[phase].away
+        back = 0 if before is None or policy.plain else before.numbers[phase].host
         if last:
-            kept, forward, backward = n.kept_last, n.forward_last + leaving, n.backward_last
+            saved, forward, backward = n.saved_last, n.forward_last + leaving, n.backward_last
         else:
-            kept, forward, backward = n.kept, n.forward + max(0, leaving - n.leaving), n.backward
+            saved, forward, backward = n.saved, n.forward + max(0, leaving - n.leaving), n.backward
         peak = n.start + max(forward, backward + back)
-        return kept, max(peak, n.rest) if before is None else peak
+        return saved, max(peak, n.rest) if before is None else peak
 
 
 def predicted_peak(kinds: list[Kind], reward: Kind) -> int:
@@ -111,11 +111,11 @@ def predicted_peak(kinds: list[Kind], reward: Kind) -> int:
     batch."""
     peak = 0
     for phase, n in reward.numbers.items():
-        kept, before = 0, None
+        saved, before = 0, None
         for i, kind in enumerate(kinds):
             more, here = kind.block(phase, before, i == len(kinds) - 1)
-            peak, kept, before = max(peak, kept + here), kept + more, kind
-        peak = max(peak, kept + n.start + n.head)
+            peak, saved, before = max(peak, saved + here), saved + more, kind
+        peak = max(peak, saved + n.start + n.head)
     return peak
 
 
@@ -125,26 +125,26 @@ def recomputed(policy: BlockPolicy, setup: Setup, rates: Rates) -> float:
     c, tokens = setup.config, setup.tokens
     values = tokens * c.dim
     product, attention = 2 * values * c.dim / rates.products, 4 * values / rates.attention
-    norm, norm_of_stream = 4 * values / rates.memory, 6 * values / rates.memory  # 16 bits; float32 in
+    norm, norm_of_residual = 4 * values / rates.memory, 6 * values / rates.memory  # 16 bits; float32 in
     cost = {
-        "normed": norm_of_stream, "projections": 3 * product, "rotated": 2 * norm,
+        "normed": norm_of_residual, "projections": 3 * product, "rotated": 2 * norm,
         "attention": attention * tokens / setup.latent[0],
         "after_attention": product + 10 * values / rates.memory,
-        "cross_normed": norm_of_stream, "cross_projections": product, "cross_queries": norm,
+        "cross_normed": norm_of_residual, "cross_projections": product, "cross_queries": norm,
         "cross_attention": attention * c.text_len, "after_cross": product,
-        "ffn_normed": norm_of_stream, "hidden": product * c.ffn_dim / c.dim,
+        "ffn_normed": norm_of_residual, "hidden": product * c.ffn_dim / c.dim,
     }  # fmt: skip
     twice = {  # by the rerun of a sublayer and by its backward
-        name for branch, stream in (("attend", "after_attention"), ("cross", "after_cross"))
-        if stream not in policy.held
-        for name, own, _ in INNER[branch]
-        if own not in KEEP[branch][policy.again] and not (name == "attention" and name in policy.held)
+        name for sublayer, result in (("attend", "after_attention"), ("cross", "after_cross"))
+        if result not in policy.saved
+        for name, own, _ in INNER[sublayer]
+        if own not in KEEP[sublayer][policy.rerun] and not (name == "attention" and name in policy.saved)
     }  # fmt: skip
-    return sum(cost[name] * (1 + (name in twice)) for name in NAMES if name not in policy.held)
+    return sum(cost[name] * (1 + (name in twice)) for name in NAMES if name not in policy.saved)
 
 
 def block_seconds(
-    policy: BlockPolicy, setup: Setup, away: int, rates: Rates, frozen: bool = False
+    policy: BlockPolicy, setup: Setup, host: int, rates: Rates, frozen: bool = False
 ) -> float:
     """Predicted seconds of forward and backward of one block; frozen: without weight gradients."""
     c, tokens = setup.config, setup.tokens
@@ -154,7 +154,7 @@ def block_seconds(
     backward = linear * (1 if frozen else 2) + 2.5 * pairs / rates.attention_backward
     backward += recomputed(policy, setup, rates)
     # Copies overlap with computation; what exceeds it is waited for.
-    return max(forward, away / rates.link) + max(backward, away / rates.link)
+    return max(forward, host / rates.link) + max(backward, host / rates.link)
 
 
 class Choice(NamedTuple):
@@ -205,7 +205,7 @@ class Plan:
 
 def kinds_of(setup: Setup) -> dict[str, BlockPolicy]:
     """KINDS as they are with setup.keep."""
-    return {name: replace(policy, again=setup.keep) for name, policy in KINDS.items()}
+    return {name: replace(policy, rerun=setup.keep) for name, policy in KINDS.items()}
 
 
 def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: Iterable[str]) -> list[Kind]:
@@ -215,8 +215,8 @@ def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: It
         policy = kinds_of(setup)[name]
         laps = dry_run(setup, [policy] * BLOCKS, policy)
         numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
-        away = next(iter(numbers.values())).away
-        seconds = [block_seconds(policy, setup, away, rates, f) for f in (setup.lora is not None, True)]
+        host = next(iter(numbers.values())).host
+        seconds = [block_seconds(policy, setup, host, rates, f) for f in (setup.lora is not None, True)]
         if measured:
             seconds = [measured[name]] * 2
         passes = setup.sft + graded * setup.window, graded * setup.reward_blocks
@@ -228,8 +228,8 @@ def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: It
 def plan(
     setup: Setup, budget: float, host: float = float("inf"), measured: str | Path | None = None
 ) -> Plan:
-    """The fastest policies whose step lives in `budget` bytes on the device (see Plan.bytes) and puts at most
-    `host` bytes on the host.
+    """The fastest policies whose step fits in `budget` bytes on the device (see Plan.bytes) and offloads at
+    most `host` bytes.
 
     measured: a JSON file of `measure`, in place of predicted seconds. Raises UserError, with the smallest
     budget that something fits, where nothing does, and with the largest eval.batch_size that fits where the
@@ -276,19 +276,19 @@ def choose(
     validation: int = 0,
 ) -> Plan:
     """`plan` from kinds and the bytes of a validation, which have been found already. Of equally fast lists
-    it is one that puts fewest bytes on the host, and of those one of the lowest peak."""
+    it is one that offloads fewest bytes, and of those one of the lowest peak."""
     count, (blocks, tails) = setup.count, _tables(kinds, setup)
-    fewest = int((count - 1) * blocks.away.min() + tails.away.min())
+    fewest = int((count - 1) * blocks.host.min() + tails.host.min())
     if fewest > host:
         raise UserError(
-            f"model.host: got {host / 1e9:g}, want at least {_above(fewest)}: every policy of"
-            f" {', '.join(k.name for k in kinds)} puts that much on the host"
+            f"model.host: got {host / 1e9:g}, want at least {_above(fewest)}: each of the policies"
+            f" ({'; '.join(k.name for k in kinds)}) offloads that much"
         )
-    room, away = (UNLIMITED if limit == float("inf") else math.floor(limit) for limit in (budget, host))
-    row, bound = search(blocks, tails, count, room, away)
+    room, host_room = (UNLIMITED if limit == float("inf") else math.floor(limit) for limit in (budget, host))
+    row, bound = search(blocks, tails, count, room, host_room)
     if row is None:
         # Where the search has no proof that nothing fits, the leanest list may.
-        row = least(blocks, tails, count, away)
+        row = least(blocks, tails, count, host_room)
         if row.peak > budget:
             raise UserError(
                 f"model.recompute: got auto:{budget / 1e9:g}, want at least"
@@ -301,7 +301,7 @@ def choose(
     def choice(name: str, blocks: list[Kind], reward: Kind) -> Choice:
         moving = (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))  # the last block offloads nothing
         seconds = sum(k.cost for k in blocks) + reward.reward_cost
-        return Choice(name, predicted_peak(blocks, reward), sum(k.away for k in moving), seconds / 1e12)
+        return Choice(name, predicted_peak(blocks, reward), sum(k.host for k in moving), seconds / 1e12)
 
     chosen = choice("chosen", found, reward)
     table = tuple(choice(k.name, [k] * count, k) for k in kinds)
@@ -313,18 +313,18 @@ def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
     """The kinds as `search` takes them: the reward model follows after the last block."""
     phases = list(kinds[0].numbers)
 
-    def kept_and_peaks(last: bool) -> tuple[np.ndarray, np.ndarray]:
+    def saved_and_peaks(last: bool) -> tuple[np.ndarray, np.ndarray]:
         made = [[[k.block(p, b, last) for p in phases] for k in kinds] for b in (*kinds, None)]
         table = np.array(made, np.int64)
         return table[-1, ..., 0], table[..., 1]
 
     blocks = Blocks(
-        np.array([k.cost for k in kinds]), np.array([k.away for k in kinds]),
-        *kept_and_peaks(False), *kept_and_peaks(True),
+        np.array([k.cost for k in kinds]), np.array([k.host for k in kinds]),
+        *saved_and_peaks(False), *saved_and_peaks(True),
     )  # fmt: skip
     heads = [[k.numbers[p].start + k.numbers[p].head for p in phases] for k in kinds]
     moving = max(0, setup.reward_blocks - 1)
-    tails = Tails(np.array([k.reward_cost for k in kinds]), moving * blocks.away, np.array(heads))
+    tails = Tails(np.array([k.reward_cost for k in kinds]), moving * blocks.host, np.array(heads))
     return blocks, tails
 
 
@@ -332,11 +332,11 @@ def _in_runs(kinds: list[Kind], reward: Kind) -> list[Kind]:
     """The list sorted so that equal kinds are adjacent, if its peak is no higher then. Sorted by peak minus
     saved bytes, descending: the best order if no block depends on the one before it."""
 
-    def behind(kind: Kind) -> tuple[int, str]:
+    def margin(kind: Kind) -> tuple[int, str]:
         alone = (kind.block(phase, kind, False) for phase in reward.numbers)
-        return min(kept - peak for kept, peak in alone), kind.name
+        return min(saved - peak for saved, peak in alone), kind.name
 
-    ordered = sorted(kinds[:-1], key=behind) + kinds[-1:]
+    ordered = sorted(kinds[:-1], key=margin) + kinds[-1:]
     return ordered if predicted_peak(ordered, reward) <= predicted_peak(kinds, reward) else kinds
 
 
@@ -364,7 +364,7 @@ def measure(
     setup: Setup, device: torch.device, names: Iterable[str] = tuple(KINDS), repeat: int = 3
 ) -> dict:
     """{"device", "tokens", "seconds": {kind: seconds}} of forward and backward of one block, the median of
-    differences between three blocks and one (so that what is put away travels), after a warm-up. Weights
+    differences between three blocks and one (so that what is offloaded is copied), after a warm-up. Weights
     have gradients."""
     c, found = setup.config, {}
     grid = tuple(n // p for n, p in zip(setup.latent[2:], c.patch_size, strict=True))

@@ -66,7 +66,7 @@ class SftSpec(Section, name="sft"):
 
 @dataclass(frozen=True)
 class Spec(Section, name=""):
-    """What a golden config.json says besides the model's hyper-parameters."""
+    """What a golden config.json says in addition to the model's hyper-parameters."""
 
     reward: RewardSpec
     rollout: RolloutSpec
