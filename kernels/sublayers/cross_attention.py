@@ -19,6 +19,7 @@ attention is saved once more for an image.
 """
 
 from collections.abc import Collection, Mapping
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,10 @@ WANTS = {
 }  # fmt: skip
 
 
+# The weights of the text's and of the image's keys and values, by the end of their names.
+_WEIGHTS = {end: attrgetter(*(f"{name}{end}" for name in ImageWeights._fields)) for end in ("", "_img")}
+
+
 class _Keys(NamedTuple):
     """One part of the context, with its projections [B, S, C]."""
 
@@ -100,11 +105,13 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _keys(inputs: Inputs, settings: Settings, saved=None) -> list[_Keys]:
     """The parts of the context, the text first; their projections are recomputed where they are not saved."""
     context, n = inputs.context, settings.image_tokens
-    parts = [("", context[:, n:], settings.repeats), ("_img", context[:, :n], 1)]
+    parts = [("", context, settings.repeats)]
+    if n:
+        parts = [("", context[:, n:], settings.repeats), ("_img", context[:, :n], 1)]
     made = []
-    for end, tokens, repeats in parts[: 2 if n else 1]:
+    for end, tokens, repeats in parts:
         tokens = tokens.to(settings.dtype)
-        w = ImageWeights(*(getattr(inputs, f"{name}{end}") for name in ImageWeights._fields))
+        w = ImageWeights._make(_WEIGHTS[end](inputs))
         if saved is not None and saved.k_in.numel():
             before, v = getattr(saved, f"k_in{end}"), getattr(saved, f"v_in{end}")
         else:

@@ -24,6 +24,8 @@ The update is never added to W for a forward in 16 bits: most of it would vanish
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -226,10 +228,13 @@ def low_rank_names(names: Iterable[str]) -> list[str]:
 
 def low_ranks(inputs: NamedTuple, names: Sequence[str], scales: Sequence[float]) -> list[LowRank | None]:
     """The updates of the weights NAME, which `inputs` of an operation has as NAME_down and NAME_up."""
-    return [
-        low_rank(getattr(inputs, f"{name}_down"), getattr(inputs, f"{name}_up"), scale)
-        for name, scale in zip(names, scales, strict=True)
-    ]
+    parts = _updates(names)(inputs)
+    return [low_rank(*parts[2 * i : 2 * i + 2], scale) for i, scale in enumerate(scales)]
+
+
+@cache
+def _updates(names: Sequence[str]) -> attrgetter:
+    return attrgetter(*low_rank_names(names))
 
 
 def flattened(
