@@ -84,11 +84,12 @@ def requires(
     return probe
 
 
-_compiled = requires(dtypes=extension.DTYPES, build=lambda device: extension.absence(CPU, device))
-
-
 def _cpu(device, dtype=None, head_dim=None, e4m3=False):
-    return "makes no e4m3" if e4m3 else _compiled(device, dtype)
+    if e4m3:
+        return "makes no e4m3"
+    if dtype is not None and dtype not in extension.DTYPES:
+        return f"has no {str(dtype).removeprefix('torch.')}"
+    return extension.absence(CPU, device)
 
 
 def _triton(device, dtype=None, head_dim=None, e4m3=False):
