@@ -4,7 +4,7 @@ An operation registers its implementations when its module is imported; `prfl_ke
 all. Each is a record that says what it is, what computes it and, by its probe, why it does not run here.
 By default the fused Triton kernels run on CUDA, the compiled C++ kernels on the CPU, and plain torch where
 neither is there and for float64 anywhere; an operation with more to choose from brings an order of its own.
-The CUDA C++ kernels run where they are asked for: they have not been measured beside the Triton ones.
+The CUDA C++ kernels run where they are asked for: they have not been compared with the Triton ones.
 `PRFL_KERNELS` or `configure` overrides that, for all operations ("reference") or for some
 ("triton,reward_pool=reference"); what cannot run raises when it is called, and is never replaced.
 """

@@ -31,7 +31,7 @@ from prfl_kernels.jit import wide
 from prfl_kernels.qk_norm_rope.op import rms_backward, rms_forward
 from prfl_kernels.sublayers import checks
 from prfl_kernels.sublayers.operation import Operation, Shape, tensors
-from prfl_kernels.sublayers.products import AttentionWeights, kept, linear, weight_gradients
+from prfl_kernels.sublayers.products import AttentionWeights, linear, saved_names, weight_gradients
 
 KEEP = {
     "nothing": (),
@@ -261,13 +261,13 @@ def cross_attention(
 ) -> Tensor:
     """The sublayer's output y [B, L, C] in dtype, to be added to the residual stream.
 
-    x [B, L, C] is the normed stream, context [B, S, C]; with `image` its first image_tokens tokens are those
-    of an image, and its last text token counts `repeats` times. Products and attention run in dtype (x.dtype
-    if None). keep is a mode of KEEP or some of the names it stands for; without gradient nothing is saved.
+    x [B, L, C] is the normed residual stream, context [B, S, C]; with `image` its first image_tokens tokens
+    are those of an image, and its last text token counts `repeats` times. Products and attention run in dtype
+    (x.dtype if None). keep is a mode of KEEP or some of the names it stands for; without gradient nothing is saved.
     Raises ValueError for another `keep`, for repeats below 1, and for image tokens without their weights or
     weights without tokens.
     """
-    names = kept("cross_attention", KEEP, keep)
+    names = saved_names("cross_attention", KEEP, keep)
     inputs = Inputs(x, context, *weights, *(image or (None,) * len(ImageWeights._fields)))
     graded = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs)
     settings = Settings(image_tokens, num_heads, eps, dtype or x.dtype, repeats)

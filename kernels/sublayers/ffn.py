@@ -39,11 +39,11 @@ from prfl_kernels.sublayers.products import (
     Product,
     Sums,
     flattened,
-    kept,
     linear,
     low_rank_names,
     low_ranks,
     ready,
+    saved_names,
 )
 
 KEEP = {"nothing": (), "attention": (), "projections": ("hidden",), "all": ("hidden", "normed")}
@@ -196,7 +196,8 @@ def modulated_ffn(
     number of tokens (of all samples) to work on at a time, None for all. Raises ValueError for another
     `keep`, or names in `low`, or a chunk below 1.
     """
-    names, lows, factors = kept("modulated_ffn", KEEP, keep), *flattened("modulated_ffn", low, ("w1", "w2"))
+    names = saved_names("modulated_ffn", KEEP, keep)
+    lows, factors = flattened("modulated_ffn", low, ("w1", "w2"))
     inputs = Inputs(x, y, shift, scale, gate, *weights, *lows)
     graded = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs)
     hidden = graded and "hidden" in names

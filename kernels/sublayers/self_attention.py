@@ -47,11 +47,11 @@ from prfl_kernels.sublayers.products import (
     Product,
     Sums,
     flattened,
-    kept,
     linear,
     low_rank_names,
     low_ranks,
     ready,
+    saved_names,
 )
 
 KEEP = {
@@ -345,7 +345,7 @@ def modulated_attention(
     chunk is the number of tokens (of all samples) to work on at a time, None for all. Raises ValueError for
     another `keep`, or names in `low`, or a chunk below 1.
     """
-    op, names = "modulated_attention", kept("modulated_attention", KEEP, keep)
+    op, names = "modulated_attention", saved_names("modulated_attention", KEEP, keep)
     lows, factors = flattened(op, low, "qkvo")
     inputs = Inputs(
         x, shift, scale, gate, *weights, *(norm or (None, None)), *lows, *(attention or (None, None))
