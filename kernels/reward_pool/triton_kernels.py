@@ -2,7 +2,8 @@
 
 Every program takes tiles of a run of tokens, makes a tile's scores from all its columns, and reads the tile
 a second time, now from the L2, for the pooled columns. Accumulators [N, C] of a run do not fit a program's
-registers; they too live in the L2 and are updated once a tile. A second kernel merges the runs, in a fixed order.
+registers; they too live in the L2 and are updated once a tile. A second kernel merges the runs, in a fixed
+order.
 """
 
 import torch

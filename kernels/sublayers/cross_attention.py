@@ -263,9 +263,9 @@ def cross_attention(
 
     x [B, L, C] is the normed residual stream, context [B, S, C]; with `image` its first image_tokens tokens
     are those of an image, and its last text token counts `repeats` times. Products and attention run in dtype
-    (x.dtype if None). keep is a mode of KEEP or some of the names it stands for; without gradient nothing is saved.
-    Raises ValueError for another `keep`, for repeats below 1, and for image tokens without their weights or
-    weights without tokens.
+    (x.dtype if None). keep is a mode of KEEP or some of the names it stands for; without gradient nothing is
+    saved. Raises ValueError for another `keep`, for repeats below 1, and for image tokens without their
+    weights or weights without tokens.
     """
     names = saved_names("cross_attention", KEEP, keep)
     inputs = Inputs(x, context, *weights, *(image or (None,) * len(ImageWeights._fields)))
