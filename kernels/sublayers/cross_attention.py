@@ -72,7 +72,7 @@ KEPT = {
     "projections": ("q_in", "k_in", "v_in", "k_in_img", "v_in_img"),
     "queries": ("q_normed", "rstd"),
 }
-RESULTS = ("y", *sum(KEPT.values(), ()))
+RESULTS = ("y?", *sum(KEPT.values(), ()))
 WANTS = {
     "x": ("x",), "context": ("context",), **{name: (name, f"{name}_bias") for name in "qkvo"},
     "norm_q": ("norm_q",), "norm_k": ("norm_k",), "k_img": ("k_img", "k_bias_img"),

@@ -77,7 +77,7 @@ class Settings(NamedTuple):
 
 # x', s, statistics [2, B, L] of s, h [B, L, F] and n [B, L, C].
 SAVES = {"residual": ("s",), "hidden": ("h",), "normed": ("n",)}
-RESULTS = ("out", "s", "stats", "h", "n")
+RESULTS = ("out?", "s?", "stats", "h", "n")
 WANTS = {
     "residual": ("x", "y"), "vectors": ("shift", "scale"), "gate": ("gate",), "w1": ("w1", "w1_bias"),
     "w2": ("w2", "w2_bias"), "low1": ("w1_down", "w1_up"), "low2": ("w2_down", "w2_up"),
@@ -120,7 +120,8 @@ def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor | No
         out = add_norm.forward(record("gated_add", s).forward, s, y, inputs.gate)[0]
         return out, s if saves.residual and inputs.y is not None else None, stats, h, n
 
-    return dict(zip(RESULTS, together(run, found, (1, 1, 2, 1, 1)), strict=True))
+    made = together(run, found, (1, 1, 2, 1, 1))
+    return dict(zip(("out", "s", "stats", "h", "n"), made, strict=True))
 
 
 def _save(inputs: Inputs, results) -> tuple[Inputs, NamedTuple]:

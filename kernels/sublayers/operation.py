@@ -2,7 +2,8 @@
 
     inputs    NamedTuple of Tensor or Tensor | None: what the gradients are of
     settings  NamedTuple of int, float, torch.dtype, tuples of them, or None: what is not a tensor
-    results   names: first the results proper, which take gradient, then what is saved
+    results   names: first the results proper, which take gradient, then what is saved; "NAME?" where the
+              backward may go without
     saves     {group: results}: what the forward saves for the backward if asked for the group
     wants     {group: inputs}: gradients that the backward computes if asked for the group; an input that is
               in no group takes no gradient
@@ -74,7 +75,8 @@ class Operation:
         proper: int = 1,
     ):
         self.name, self.inputs, self.settings, self.proper = name, inputs, settings, proper
-        self.results, self.saved_groups = namedtuple("Results", results), saves
+        names = [k.rstrip("?") for k in results]
+        self.results, self.saved_groups = namedtuple("Results", names), saves
         self.saves, self.wants = namedtuple("Saves", saves), namedtuple("Wants", wants)
         self.check, self.shapes, self.forward, self.save, self.backward = (
             check, shapes, forward, save, backward,
@@ -85,8 +87,8 @@ class Operation:
         self.group_of = [group_of.get(place) for place in range(len(inputs._fields))]
         self.end = len(inputs._fields)  # of the inputs among the arguments
         both = ", ".join(_arguments(inputs)), ", ".join(_arguments(settings))
-        given = ", ".join(f"Tensor{'?' * (proper > 1)} d{k}" for k in results[:proper])
-        saved = ", ".join(f"Tensor? saved_{k}" for k in results)
+        given = ", ".join(f"Tensor{'?' * (proper > 1)} d{k}" for k in names[:proper])
+        saved = ", ".join(f"Tensor{'?' * k.endswith('?')} saved_{k.rstrip('?')}" for k in results)
         register(
             f"{name}({both[0]}, {both[1]}, bool[] saves) -> ({', '.join(['Tensor'] * len(results))})",
             lambda *args: self._forward(*self._checked(args)),

@@ -89,7 +89,7 @@ KEPT = {
     "attention": ("out", "lse"), "projections": ("q_in", "k_in", "v"), "rotated": ("q", "k", "rstd"),
     "normed": ("n",),
 }  # fmt: skip
-RESULTS = ("total", "next_n", "next_stats", "stats", *sum(KEPT.values(), ()))
+RESULTS = ("total?", "next_n?", "next_stats", "stats", *sum(KEPT.values(), ()))
 WANTS = {
     "x": ("x",), "vectors": ("shift", "scale"), "gate": ("gate",), "norms": ("norm_q", "norm_k"),
     "next_norm": ("weight", "bias"), **{name: (name, f"{name}_bias") for name in "qkvo"},
@@ -356,7 +356,7 @@ def modulated_attention(
     trained = any(a is not None and a.requires_grad for a in (*weights[:6], *lows[:6]))
     keeps["normed"] &= trained or not keeps["projections"]
     settings = Settings(grid, num_heads, eps, offset, dtype or x.dtype, factors, chunk)
-    made = _OPERATION.call(*inputs, *settings, list(keeps.values()))
+    made = _OPERATION.results._make(_OPERATION.call(*inputs, *settings, list(keeps.values())))
     if keeps["attention"]:
-        attention = made[4:6]
-    return SelfAttentionOutput(made[0], None if norm is None else made[1], attention)
+        attention = made.out, made.lse
+    return SelfAttentionOutput(made.total, None if norm is None else made.next_n, attention)
