@@ -76,7 +76,7 @@ class Settings(NamedTuple):
 
 
 # x', s, statistics [2, B, L] of s, h [B, L, F] and n [B, L, C].
-SAVES = {"residual": ("s",), "hidden": ("h",), "normed": ("n",)}
+KEPT = {"residual": ("s",), "hidden": ("h",), "normed": ("n",)}
 RESULTS = ("out?", "s?", "stats", "h", "n")
 WANTS = {
     "residual": ("x", "y"), "vectors": ("shift", "scale"), "gate": ("gate",), "w1": ("w1", "w1_bias"),
@@ -171,7 +171,7 @@ def _backward(dout, inputs: Inputs, saved, settings: Settings, wants) -> dict[st
 
 
 _OPERATION = Operation(
-    "modulated_ffn", Inputs, Settings, RESULTS, SAVES, WANTS, checks.modulated_ffn, _shapes,
+    "modulated_ffn", Inputs, Settings, RESULTS, KEPT, WANTS, checks.modulated_ffn, _shapes,
     _forward, _save, _backward,
 )  # fmt: skip
 
