@@ -4,8 +4,8 @@
     dh = dg * gelu_tanh'(z),   d bias = sum over tokens of dh
 
 h [B, L, F] is the first product without its bias [F] (or None). Everything is computed in float32 and
-rounded once. The backward keeps h alone and makes g again, since the weight gradient of the second
-product needs it: 2 L F bytes less to keep, and one pass over memory for dh and g. Sums over tokens
+rounded once. Only h is saved; the backward recomputes g, since the weight gradient of the second product
+needs it: 2 L F bytes less to save, and one pass over memory for dh and g. Sums over tokens
 stay in registers over a run and are added by torch in a fixed order. Source: Hendrycks and Gimpel, "Gaussian
 Error Linear Units"; the tanh form is sigmoid(2 x) written out.
 """
@@ -26,7 +26,7 @@ CUBIC, TWO_K = 0.044715, 2 * math.sqrt(2 / math.pi)
 # Tokens and columns of a tile, warps, and runs of tokens: twice 16 bytes of bfloat16 a thread, many waves on
 # 132 SMs, partial sums under 1 % of the traffic.
 TILE = (8, 512, 8, 96)
-# What `prfl tune` tries beside it, by the bits of a value.
+# What `prfl tune` tries in addition to it, by the bits of a value.
 CANDIDATES = {
     "bias_gelu forward": {(16,): ((4, 512, 4, 192), (16, 512, 8, 96), (8, 1024, 8, 96))},
     "bias_gelu backward": {(16,): ((4, 512, 4, 192), (4, 1024, 8, 96), (8, 512, 8, 192))},

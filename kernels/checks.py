@@ -1,9 +1,9 @@
 """The words in which an operation says which arguments it takes.
 
-Every operation has one check, a function of the arguments of its schema, and its backward form has another.
-`checked` runs it before the implementation and before the fake: eager calls, torch.compile and fake tensors
-refuse the same arguments, and no implementation sees a tensor that does not fit. A refusal is a ValueError
-of one line with the operation, the argument, what it got and what it wants.
+Every operation and its backward form check their arguments first, whether tensors are real or fake: eager
+calls, torch.compile and fake tensors refuse the same arguments, and no implementation sees a tensor that does
+not fit. A refusal is a ValueError of one line with the operation, the argument, what it got and what it
+wants.
 
 Nothing broadcasts unless the docstring of an operation says so. Batches and sequences may be empty, rows may
 not.

@@ -57,7 +57,7 @@ def allocator(fill: Callable | None) -> Callable[..., Tensor]:
 
 def or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The tensors, and an empty one [0] for None, as the results of an operation."""
-    return tuple(like.new_empty(0) if a is None else a for a in tensors)
+    return tuple([like.new_empty(0) if a is None else a for a in tensors])
 
 
 def gradients_like(parameter: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ An operation registers its implementations when its module is imported; `prfl_ke
 all. Each is a record that says what it is, what computes it and, by its probe, why it does not run here.
 By default the fused Triton kernels run on CUDA, the compiled C++ kernels on the CPU, and plain torch where
 neither is there and for float64 anywhere; an operation with more to choose from brings an order of its own.
-The CUDA C++ kernels run where they are asked for: they have not been measured beside the Triton ones.
+The CUDA C++ kernels run where they are asked for: they have not been compared with the Triton ones.
 `PRFL_KERNELS` or `configure` overrides that, for all operations ("reference") or for some
 ("triton,reward_pool=reference"); what cannot run raises when it is called, and is never replaced.
 """
@@ -90,11 +90,12 @@ def _compiled(part: str) -> Callable[[str], str | None]:
     return lambda device: extension.absence(part, device)
 
 
-_on_cpu = requires(dtypes=extension.DTYPES, build=_compiled(CPU))
-
-
 def _cpu(device, dtype=None, head_dim=None, e4m3=False):
-    return "makes no e4m3" if e4m3 else _on_cpu(device, dtype)
+    if e4m3:
+        return "makes no e4m3"
+    if dtype is not None and dtype not in extension.DTYPES:
+        return f"has no {str(dtype).removeprefix('torch.')}"
+    return extension.absence(CPU, device)
 
 
 def _triton(device, dtype=None, head_dim=None, e4m3=False):

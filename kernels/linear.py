@@ -1,5 +1,5 @@
 """A linear layer as one operation: it computes in the dtype of its input whatever autocast says, in forward
-and backward, and keeps for the backward the weight as it is, not a copy in the dtype of the product.
+and backward, and saves for the backward the weight as it is, not a copy in the dtype of the product.
 
     y = x W^T + b + scale x A^T B^T        x [..., K]; W [N, K], b [N]; A [r, K], B [N, r] or neither
 

@@ -29,7 +29,7 @@ def reference(x, x_last, m0, m1, velocity, columns, x_next, x_c, m_t):
     sigma, a_x, a_l, a_0, a_1, a_t, b_x, b_t, b_0 = _columns(columns, x)
     prediction = x - sigma * velocity
     corrected = a_x * x + a_l * x_last + a_0 * m0 + a_1 * m1 + a_t * prediction
-    x_next.copy_(b_x * corrected + b_t * prediction + b_0 * m0)
+    torch.add(b_x * corrected + b_t * prediction, b_0 * m0, out=x_next)
     x_c.copy_(corrected)
     m_t.copy_(prediction)
 
@@ -47,10 +47,9 @@ def cuda(x, x_last, m0, m1, velocity, columns, *made):
     cuda_kernels.library().solver_step(*views, len(x), size, aligned, cuda_kernels._stream(x))
 
 
-def _columns(columns: Tensor, like: Tensor) -> list[Tensor]:
+def _columns(columns: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """The nine coefficients, each [B, 1, ...]."""
-    shape = (-1, *[1] * (like.dim() - 1))
-    return [c.view(shape) for c in columns.unbind(1)]
+    return columns.reshape(-1, 9, *[1] * (like.dim() - 1)).unbind(1)
 
 
 dispatch.register("solver_step", dispatch.common({REFERENCE: reference, CUDA: cuda}))

@@ -72,14 +72,14 @@ def _added_and_normed(base, dtype):
     return _op(run)
 
 
-def row_case(name, batch, length, width, stream=F32, branch=F32, parameters=F32):
-    x, y = normal(batch, length, width, dtype=stream), normal(batch, length, width, dtype=branch)
+def row_case(name, batch, length, width, residual=F32, update=F32, parameters=F32):
+    x, y = normal(batch, length, width, dtype=residual), normal(batch, length, width, dtype=update)
     gate, scale, shift = (normal(batch, width, dtype=parameters) for _ in range(3))
     weight, bias = normal(width, dtype=parameters), normal(width, dtype=parameters)
 
     def normed(base):
         # The reference in float64 gives float64.
-        return lambda x, a, b: formulas.layer_norm(x, a, b, base, EPS, x.dtype if x.dtype == F64 else branch)
+        return lambda x, a, b: formulas.layer_norm(x, a, b, base, EPS, x.dtype if x.dtype == F64 else update)
 
     def both(base):
         def run(x, y, gate, a, b):
@@ -89,12 +89,12 @@ def row_case(name, batch, length, width, stream=F32, branch=F32, parameters=F32)
         return run
 
     return {
-        "modulate": (_modulated(1.0, branch), normed(1.0), [x, scale, shift]),
-        "layer_norm": (_modulated(0.0, branch), normed(0.0), [x, weight, bias]),
+        "modulate": (_modulated(1.0, update), normed(1.0), [x, scale, shift]),
+        "layer_norm": (_modulated(0.0, update), normed(0.0), [x, weight, bias]),
         "add": (_op(_added), formulas.gated_add, [x, y, None]),
         "gated_add": (_op(_added), formulas.gated_add, [x, y, gate]),
-        "add_norm": (_added_and_normed(0.0, branch), both(0.0), [x, y, None, weight, bias]),
-        "gated_add_modulate": (_added_and_normed(1.0, branch), both(1.0), [x, y, gate, scale, shift]),
+        "add_norm": (_added_and_normed(0.0, update), both(0.0), [x, y, None, weight, bias]),
+        "gated_add_modulate": (_added_and_normed(1.0, update), both(1.0), [x, y, gate, scale, shift]),
     }[name]
 
 
@@ -174,7 +174,7 @@ def all_cases(**dtypes):
     """One case of every kernel, long enough for several runs of tokens."""
     for name in NAMES:
         yield row_case(name, 2, 71, 40, **dtypes)
-    dtype = dtypes.get("branch", F32)
+    dtype = dtypes.get("update", F32)
     yield rope_case(dtype=dtype)
     yield rms_case(2, 71, 40, dtype=dtype)
     yield pool_case(2, 1801, 40, 3, dtype)

@@ -13,8 +13,8 @@ pytestmark = [needs_triton, pytest.mark.usefixtures("triton")]
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def row_inputs(name, batch, length, width, stream=F32, branch=F32):
-    x, y = normal(batch, length, width, dtype=stream), normal(batch, length, width, dtype=branch)
+def row_inputs(name, batch, length, width, residual=F32, update=F32):
+    x, y = normal(batch, length, width, dtype=residual), normal(batch, length, width, dtype=update)
     gate, scale, shift = (normal(batch, width) for _ in range(3))
     weight, bias = normal(width), normal(width)
     return {
@@ -38,9 +38,9 @@ ALL = pytest.mark.parametrize("name", NAMES)
 
 @ALL
 @pytest.mark.parametrize("shape", [(2, 37, 96), (1, 1, 7), (3, 5, 130)])
-@pytest.mark.parametrize("stream, branch", [(F32, F32), (F32, BF16), (BF16, BF16)])
-def test_error_is_at_most_twice_that_of_torch(name, shape, stream, branch):
-    assert_as_good_as_torch(*row_inputs(name, *shape, stream, branch))
+@pytest.mark.parametrize("residual, update", [(F32, F32), (F32, BF16), (BF16, BF16)])
+def test_error_is_at_most_twice_that_of_torch(name, shape, residual, update):
+    assert_as_good_as_torch(*row_inputs(name, *shape, residual, update))
 
 
 @ALL
@@ -88,7 +88,7 @@ def test_only_the_gradients_asked_for_are_made(name):
 
 
 def test_nothing_is_kept_for_a_frozen_gate():
-    """Without d gate the branch output is not saved."""
+    """Without d gate the output of the sublayer is not saved."""
     _, (x, y, gate, scale, shift) = row_inputs("gated_add_modulate", 1, 5, 32)
     x.requires_grad_(), y.requires_grad_()
     kept = []

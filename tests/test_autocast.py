@@ -62,7 +62,7 @@ def projections(count):
     return [normal(*s) for s in ((C, C), (C,)) * count]
 
 
-def attention_branch(dtype):
+def attention_sublayer(dtype):
     def run(x, shift, scale, gate, norm_weight, norm_bias, down, up, *weights):
         made = modulated_attention(
             x, shift, scale, gate, AttentionWeights(*weights), GRID, HEADS, norm=(norm_weight, norm_bias),
@@ -76,7 +76,7 @@ def attention_branch(dtype):
     return run, [normal(B, L, C), *vectors, *norms[:2], *update, *projections(4), *norms[2:]]
 
 
-def ffn_branch(dtype):
+def ffn_sublayer(dtype):
     def run(x, y, shift, scale, gate, down, up, *weights):
         low = {"w1": LowRank(down, up, 2.0)}
         return modulated_ffn(x, y, shift, scale, gate, FFNWeights(*weights), dtype=dtype, low=low)
@@ -86,7 +86,7 @@ def ffn_branch(dtype):
     return run, [normal(B, L, C), normal(B, L, C, dtype=dtype), *vectors, *update, *weights]
 
 
-def cross_branch(dtype):
+def cross_sublayer(dtype):
     def run(x, context, *weights):
         whole, image = AttentionWeights(*weights[:10]), ImageWeights(*weights[10:])
         return cross_attention(x, context, whole, HEADS, image, 2, dtype=dtype, keep="nothing", repeats=3)
@@ -110,18 +110,18 @@ def fp8_chain(x, shift, scale, w, bias, norm_q, norm_k):
 
 
 # Name: what makes (a function of tensors with gradient, the tensors), with the dtypes that autocast leaves
-# around it: branches in 16 bits on a stream in float32, and all in float32.
+# around it: sublayers in 16 bits on a stream in float32, and all in float32.
 CASES = {
     "attention": lambda: (attention_with_lse, [normal(B, n, HEADS, 16) for n in (L, 5, 5)]),
     "attention in bfloat16": lambda: (
         attention_with_lse, [normal(B, n, HEADS, 16, dtype=BF16) for n in (L, 5, 5)]
     ),
-    "modulated_attention": lambda: attention_branch(F32),
-    "modulated_attention in bfloat16": lambda: attention_branch(BF16),
-    "modulated_ffn": lambda: ffn_branch(F32),
-    "modulated_ffn in bfloat16": lambda: ffn_branch(BF16),
-    "cross_attention": lambda: cross_branch(F32),
-    "cross_attention in bfloat16": lambda: cross_branch(BF16),
+    "modulated_attention": lambda: attention_sublayer(F32),
+    "modulated_attention in bfloat16": lambda: attention_sublayer(BF16),
+    "modulated_ffn": lambda: ffn_sublayer(F32),
+    "modulated_ffn in bfloat16": lambda: ffn_sublayer(BF16),
+    "cross_attention": lambda: cross_sublayer(F32),
+    "cross_attention in bfloat16": lambda: cross_sublayer(BF16),
     "linear": lambda: (
         linear_layer, [normal(B, L, C), normal(F, C), normal(F), normal(RANK, C), normal(F, RANK)]
     ),

@@ -96,7 +96,7 @@ def test_gelu_far_from_zero():
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("types", [{}, {"stream": F32, "branch": BF16}])
+@pytest.mark.parametrize("types", [{}, {"residual": F32, "update": BF16}])
 def test_results_do_not_depend_on_the_threads(types):
     threads = torch.get_num_threads()
     for kernel, _, inputs in all_cases(**types):

@@ -1,4 +1,4 @@
-"""The cross-attention branch as one operation: values, gradients, and exactly what it keeps."""
+"""The cross-attention sublayer as one operation: values, gradients, and exactly what it keeps."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fused import (
 )
 from helpers import randomize
 from rounding import longest_sum, rounding
-from test_branches import kept_bytes
+from test_sublayers import kept_bytes
 from torch.library import opcheck
 
 from prfl_engine.model.layers import IMAGE_TOKENS, CrossAttention, Linear

@@ -8,6 +8,8 @@ A row is read once, kept in registers while its largest value is found, and writ
 second read for the maximum. Everything is computed in float32. There is no backward.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,15 +62,20 @@ def launch(x: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
 dispatch.register("quantize_fp8", dispatch.common({REFERENCE: reference, TRITON: launch}, e4m3=True))
 
 
+def forward(fill: Callable[..., None] | None, x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """(e4m3 [..., C], float32 scales [...]), which fill(x, gelu, out, scale) computes unless it is None."""
+    out, scale = x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    if fill is not None and x.numel():
+        fill(x, gelu, out, scale)
+    return out, scale
+
+
 @operation("quantize_fp8", never, forbid_gradient("quantize_fp8"))
 def _quantize_fp8(fake: bool, x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     expect_float("quantize_fp8", "x", x.dtype)
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"quantize_fp8: got x {list(x.shape)}, want [..., C] with C > 0")
-    out, scale = x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[:-1], dtype=torch.float32)
-    if not fake and x.numel():
-        record("quantize_fp8", x).forward(x, gelu, out, scale)
-    return out, scale
+    return forward(None if fake else record("quantize_fp8", x).forward, x, gelu)
 
 
 def quantize_fp8(x: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,7 @@ def forward(fill, x, y=None, gate=None, scale=None, shift=None, base=0.0, eps=0.
     quant = new(x, batch, length, dtype=torch.float32) if fp8 else None
     stats = None if n is None or fp8 else new(x, 2, batch, length, dtype=wide(x.dtype))
     if fill is not None and x.numel():
-        mean, rstd = (None, None) if stats is None else stats
+        mean, rstd = (None, None) if stats is None else stats.unbind()
         gate, scale, shift = _vector(gate), _vector(scale), _vector(shift)
         fill(Forward(unit_last(x), unit_last(y), gate, scale, shift, total, n, quant, mean, rstd, base, eps))
     return total, n, quant, stats
@@ -132,7 +132,7 @@ def backward(fill, dn, dsum, x, y, gate, scale, stats, base, parameters, y_dtype
     sums = like.new_zeros(batch, 2 * parameters + wants_gate, width, dtype=dtype)
     if fill is not None and like.numel():
         rows, vectors = map(unit_last, (dn, dsum, x, y)), (_vector(gate), _vector(scale))
-        mean, rstd = (None, None) if stats is None else stats.contiguous()
+        mean, rstd = (None, None) if stats is None else stats.contiguous().unbind()
         fill(Backward(*rows, *vectors, mean, rstd, dx, dy, sums, base))
     dgate = dscale = dshift = None
     if parameters:  # a weight [C] is shared by the batch

@@ -2,7 +2,7 @@
 
 One pass over memory each way. The two-dimensional grid has one program for every run of `rows`
 tokens of a sample; gate, scale and shift stay in its registers. Sums over tokens (d scale, d shift,
-d gate) are kept in registers over the run and written once; torch adds the runs in a fixed order,
+d gate) stay in registers over the run and written once; torch adds the runs in a fixed order,
 so results are the same from run to run, without atomics. Everything is computed in float32.
 """
 
@@ -20,7 +20,7 @@ RUNS_WIDE, RUNS = 264, 528
 # Most warps of a program. Three accumulators and six rows of 5,120 in float32 fit the registers of
 # one SM with 8 warps (238 a thread); with 16 they spill.
 WARPS_FORWARD, WARPS_BACKWARD = 16, 8
-# (warps, runs) that `prfl tune` tries beside the default, by the width rounded up to a power of two.
+# (warps, runs) that `prfl tune` tries in addition to the default, by the width rounded up to a power of two.
 CANDIDATES = {
     "add_norm forward": {
         (2048,): ((8, 528), (8, 264), (4, 528)),

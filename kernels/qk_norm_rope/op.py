@@ -143,7 +143,7 @@ def backward(
 
 def _of_each(rstd: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """1/rms of q and of k, from [2, B, L], or from [1, B, L] without k."""
-    return (None, None) if rstd is None else (*rstd, None)[:2]
+    return (None, None) if rstd is None else (*rstd.unbind(), None)[:2]
 
 
 def _check(op, q, k, weight_q, weight_k, grid, num_heads, offset):

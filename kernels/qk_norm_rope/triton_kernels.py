@@ -1,7 +1,7 @@
 """RMSNorm and rotation in Triton: one pass over memory each way for q and k together.
 
 The two-dimensional grid has one program for every run of tokens of a sample, as in add_norm; sums over
-tokens (d weight) are kept in registers over the run and written once, torch adds the runs in a fixed order.
+tokens (d weight) stay in registers over the run and written once, torch adds the runs in a fixed order.
 A program reads the cosines of a token from a table [largest side, D/2] by its frame, row and column, so no
 table of the whole sequence is made. Everything is computed in float32, angles in float64; the result is
 rounded once.
@@ -18,7 +18,7 @@ from prfl_kernels.qk_norm_rope.rope import cos_sin, pairs_of
 
 # Most warps of a program, as in add_norm: a row of 5,120 in float32, and two accumulators of d weight.
 WARPS_FORWARD, WARPS_BACKWARD = 16, 8
-# (warps, runs) that `prfl tune` tries beside the default, by the padded width.
+# (warps, runs) that `prfl tune` tries in addition to the default, by the padded width.
 CANDIDATES = {
     "qk_norm_rope forward": {
         (2048,): ((8, 528), (8, 264), (4, 528)),

@@ -1,8 +1,9 @@
 """Pooling in Triton. The kernels read the features from memory once.
 
 Every program takes tiles of a run of tokens, makes a tile's scores from all its columns, and reads the tile
-again, now from the L2, for the pooled columns. Accumulators [N, C] of a run do not fit a program's registers;
-they too live in the L2 and are updated once a tile. A second kernel merges the runs, in a fixed order.
+a second time, now from the L2, for the pooled columns. Accumulators [N, C] of a run do not fit a program's
+registers; they too live in the L2 and are updated once a tile. A second kernel merges the runs, in a fixed
+order.
 """
 
 import torch
@@ -19,7 +20,7 @@ TILE_BYTES = 336 << 10
 # Columns of a step, most tokens of a tile, warps, stages of the copies in flight (20 KB of features
 # for few queries, what one SM needs to keep the memory busy), for up to 16 and up to 64 queries.
 FEW, MANY = (64, 64, 4, 6), (32, 16, 4, 3)
-# What `prfl tune` tries beside the default, by the queries rounded up to a power of two.
+# What `prfl tune` tries in addition to the default, by the queries rounded up to a power of two.
 _FEW = ((64, 64, 4, 4), (64, 64, 4, 8), (64, 64, 8, 6))
 CANDIDATES = {"reward_pool forward": {(16,): _FEW}, "reward_pool backward": {(16,): _FEW}}
 

@@ -44,11 +44,10 @@ def _linear(op: str, inputs, name: str, outputs: int, width: int, updates: bool 
 
 def _all(op: str, names: Sequence[str], given: Sequence[Tensor | None]) -> bool:
     """Whether all are given; ValueError for some of them."""
-    missing = [a is None for a in given]
-    if any(missing) and not all(missing):
-        there = ", ".join(name for name, a in zip(names, given, strict=True) if a is not None)
-        raise ValueError(f"{op}: got {there} alone, want all or none of {', '.join(names)}")
-    return not missing[0]
+    there = [name for name, a in zip(names, given, strict=True) if a is not None]
+    if there and len(there) < len(names):
+        raise ValueError(f"{op}: got {', '.join(there)} alone, want all or none of {', '.join(names)}")
+    return bool(there)
 
 
 def attention_shapes(x: Tensor, settings, parts: Sequence[int] = ()) -> tuple[Shape, Shape, Shape]:

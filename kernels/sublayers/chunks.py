@@ -1,6 +1,6 @@
 """Working through the tokens of a sequence in pieces, so that what is made on the way is never whole.
 
-A branch names its pieces once and runs the same function on each; with one piece nothing is copied.
+A sublayer names its pieces once and runs the same function on each; with one piece nothing is copied.
 """
 
 from collections.abc import Callable, Sequence

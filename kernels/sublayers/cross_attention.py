@@ -19,6 +19,7 @@ attention is saved once more for an image.
 """
 
 from collections.abc import Collection, Mapping
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from prfl_kernels.jit import wide
 from prfl_kernels.qk_norm_rope.op import rms_backward, rms_forward
 from prfl_kernels.sublayers import checks
 from prfl_kernels.sublayers.operation import Operation, Shape, tensors
-from prfl_kernels.sublayers.products import AttentionWeights, kept, linear, weight_gradients
+from prfl_kernels.sublayers.products import AttentionWeights, linear, saved_names, weight_gradients
 
 KEEP = {
     "nothing": (),
@@ -71,12 +72,16 @@ KEPT = {
     "projections": ("q_in", "k_in", "v_in", "k_in_img", "v_in_img"),
     "queries": ("q_normed", "rstd"),
 }
-RESULTS = ("y", *sum(KEPT.values(), ()))
+RESULTS = ("y?", *sum(KEPT.values(), ()))
 WANTS = {
     "x": ("x",), "context": ("context",), **{name: (name, f"{name}_bias") for name in "qkvo"},
     "norm_q": ("norm_q",), "norm_k": ("norm_k",), "k_img": ("k_img", "k_bias_img"),
     "v_img": ("v_img", "v_bias_img"), "norm_k_img": ("norm_k_img",),
 }  # fmt: skip
+
+
+# The weights of the text's and of the image's keys and values, by the end of their names.
+_WEIGHTS = {end: attrgetter(*(f"{name}{end}" for name in ImageWeights._fields)) for end in ("", "_img")}
 
 
 class _Keys(NamedTuple):
@@ -100,11 +105,13 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _keys(inputs: Inputs, settings: Settings, saved=None) -> list[_Keys]:
     """The parts of the context, the text first; their projections are recomputed where they are not saved."""
     context, n = inputs.context, settings.image_tokens
-    parts = [("", context[:, n:], settings.repeats), ("_img", context[:, :n], 1)]
+    parts = [("", context, settings.repeats)]
+    if n:
+        parts = [("", context[:, n:], settings.repeats), ("_img", context[:, :n], 1)]
     made = []
-    for end, tokens, repeats in parts[: 2 if n else 1]:
+    for end, tokens, repeats in parts:
         tokens = tokens.to(settings.dtype)
-        w = ImageWeights(*(getattr(inputs, f"{name}{end}") for name in ImageWeights._fields))
+        w = ImageWeights._make(_WEIGHTS[end](inputs))
         if saved is not None and saved.k_in.numel():
             before, v = getattr(saved, f"k_in{end}"), getattr(saved, f"v_in{end}")
         else:
@@ -254,13 +261,13 @@ def cross_attention(
 ) -> Tensor:
     """The sublayer's output y [B, L, C] in dtype, to be added to the residual stream.
 
-    x [B, L, C] is the normed stream, context [B, S, C]; with `image` its first image_tokens tokens are those
-    of an image, and its last text token counts `repeats` times. Products and attention run in dtype (x.dtype
-    if None). keep is a mode of KEEP or some of the names it stands for; without gradient nothing is saved.
-    Raises ValueError for another `keep`, for repeats below 1, and for image tokens without their weights or
-    weights without tokens.
+    x [B, L, C] is the normed residual stream, context [B, S, C]; with `image` its first image_tokens tokens
+    are those of an image, and its last text token counts `repeats` times. Products and attention run in dtype
+    (x.dtype if None). keep is a mode of KEEP or some of the names it stands for; without gradient nothing is
+    saved. Raises ValueError for another `keep`, for repeats below 1, and for image tokens without their
+    weights or weights without tokens.
     """
-    names = kept("cross_attention", KEEP, keep)
+    names = saved_names("cross_attention", KEEP, keep)
     inputs = Inputs(x, context, *weights, *(image or (None,) * len(ImageWeights._fields)))
     graded = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs)
     settings = Settings(image_tokens, num_heads, eps, dtype or x.dtype, repeats)

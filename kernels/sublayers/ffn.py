@@ -39,11 +39,11 @@ from prfl_kernels.sublayers.products import (
     Product,
     Sums,
     flattened,
-    kept,
     linear,
     low_rank_names,
     low_ranks,
     ready,
+    saved_names,
 )
 
 KEEP = {"nothing": (), "attention": (), "projections": ("hidden",), "all": ("hidden", "normed")}
@@ -76,8 +76,8 @@ class Settings(NamedTuple):
 
 
 # x', s, statistics [2, B, L] of s, h [B, L, F] and n [B, L, C].
-SAVES = {"residual": ("s",), "hidden": ("h",), "normed": ("n",)}
-RESULTS = ("out", "s", "stats", "h", "n")
+KEPT = {"residual": ("s",), "hidden": ("h",), "normed": ("n",)}
+RESULTS = ("out?", "s?", "stats", "h", "n")
 WANTS = {
     "residual": ("x", "y"), "vectors": ("shift", "scale"), "gate": ("gate",), "w1": ("w1", "w1_bias"),
     "w2": ("w2", "w2_bias"), "low1": ("w1_down", "w1_up"), "low2": ("w2_down", "w2_up"),
@@ -120,7 +120,8 @@ def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor | No
         out = add_norm.forward(record("gated_add", s).forward, s, y, inputs.gate)[0]
         return out, s if saves.residual and inputs.y is not None else None, stats, h, n
 
-    return dict(zip(RESULTS, together(run, found, (1, 1, 2, 1, 1)), strict=True))
+    made = together(run, found, (1, 1, 2, 1, 1))
+    return dict(zip(("out", "s", "stats", "h", "n"), made, strict=True))
 
 
 def _save(inputs: Inputs, results) -> tuple[Inputs, NamedTuple]:
@@ -170,7 +171,7 @@ def _backward(dout, inputs: Inputs, saved, settings: Settings, wants) -> dict[st
 
 
 _OPERATION = Operation(
-    "modulated_ffn", Inputs, Settings, RESULTS, SAVES, WANTS, checks.modulated_ffn, _shapes,
+    "modulated_ffn", Inputs, Settings, RESULTS, KEPT, WANTS, checks.modulated_ffn, _shapes,
     _forward, _save, _backward,
 )  # fmt: skip
 
@@ -196,7 +197,8 @@ def modulated_ffn(
     number of tokens (of all samples) to work on at a time, None for all. Raises ValueError for another
     `keep`, or names in `low`, or a chunk below 1.
     """
-    names, lows, factors = kept("modulated_ffn", KEEP, keep), *flattened("modulated_ffn", low, ("w1", "w2"))
+    names = saved_names("modulated_ffn", KEEP, keep)
+    lows, factors = flattened("modulated_ffn", low, ("w1", "w2"))
     inputs = Inputs(x, y, shift, scale, gate, *weights, *lows)
     graded = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs)
     hidden = graded and "hidden" in names

@@ -2,7 +2,8 @@
 
     inputs    NamedTuple of Tensor or Tensor | None: what the gradients are of
     settings  NamedTuple of int, float, torch.dtype, tuples of them, or None: what is not a tensor
-    results   names: first the results proper, which take gradient, then what is saved
+    results   names: first the results proper, which take gradient, then what is saved; "NAME?" where the
+              backward may go without
     saves     {group: results}: what the forward saves for the backward if asked for the group
     wants     {group: inputs}: gradients that the backward computes if asked for the group; an input that is
               in no group takes no gradient
@@ -74,18 +75,20 @@ class Operation:
         proper: int = 1,
     ):
         self.name, self.inputs, self.settings, self.proper = name, inputs, settings, proper
-        self.results, self.saved_groups = namedtuple("Results", results), saves
+        names = [k.rstrip("?") for k in results]
+        self.results, self.saved_groups = namedtuple("Results", names), saves
         self.saves, self.wants = namedtuple("Saves", saves), namedtuple("Wants", wants)
         self.check, self.shapes, self.forward, self.save, self.backward = (
             check, shapes, forward, save, backward,
         )  # fmt: skip
-        group_of = {k: group for group, names in wants.items() for k in names}
-        self.group_of = [group_of.get(k) for k in inputs._fields]
-        self.wanted_places = [[inputs._fields.index(k) for k in names] for names in wants.values()]
+        # Of every group of gradients the places of its inputs, and of every input the place of its group.
+        self.wanted = [[inputs._fields.index(k) for k in names] for names in wants.values()]
+        group_of = {place: group for group, places in enumerate(self.wanted) for place in places}
+        self.group_of = [group_of.get(place) for place in range(len(inputs._fields))]
         self.end = len(inputs._fields)  # of the inputs among the arguments
         both = ", ".join(_arguments(inputs)), ", ".join(_arguments(settings))
-        given = ", ".join(f"Tensor{'?' * (proper > 1)} d{k}" for k in results[:proper])
-        saved = ", ".join(f"Tensor? saved_{k}" for k in results)
+        given = ", ".join(f"Tensor{'?' * (proper > 1)} d{k}" for k in names[:proper])
+        saved = ", ".join(f"Tensor{'?' * k.endswith('?')} saved_{k.rstrip('?')}" for k in results)
         register(
             f"{name}({both[0]}, {both[1]}, bool[] saves) -> ({', '.join(['Tensor'] * len(results))})",
             lambda *args: self._forward(*self._checked(args)),
@@ -122,13 +125,11 @@ class Operation:
         for name, d in zip(names, gradients, strict=False):
             if d is not None:
                 expect(op, f"d{name}", d, (0,) if shapes[name] is None else shapes[name][0], x)
-        left_out = set()
-        for group in self.saved_groups.values():
-            if all(a is None or _missing(a) for a in (getattr(saved, k) for k in group)):
-                left_out.update(group)
+        there = {name for name, a in zip(names, saved, strict=True) if a is not None and not _missing(a)}
+        left_out = {name for group in self.saved_groups.values() if there.isdisjoint(group) for name in group}
         for name, a in zip(names, saved, strict=True):
-            if a is not None and shapes[name] is not None and name not in left_out:
-                expect(op, name, a, shapes[name][0], x, shapes[name][1])
+            if a is not None and name not in left_out and (shape := shapes[name]) is not None:
+                expect(op, name, a, shape[0], x, shape[1])
         return gradients, inputs, saved, settings, self.wants._make(args[-1])
 
     def _forward(self, inputs, settings, saves) -> tuple[Tensor, ...]:
@@ -154,15 +155,17 @@ class Operation:
         gradients, needs = gradients[: self.proper], ctx.needs_input_grad
         if all(d is None for d in gradients):
             return (None,) * len(needs)
-        wants = [any(needs[i] for i in places) for places in self.wanted_places]
+        wants = [any([needs[i] for i in places]) for places in self.wanted]
         made = self.call_backward(*gradients, *ctx.saved_tensors, *ctx.settings, wants)
-        found = zip(made, needs, self.group_of, strict=False)
-        return *(a if need and group else None for a, need, group in found), *[None] * (len(needs) - self.end)
+        made = [a if need else None for a, need in zip(made, self._wanted(needs, wants), strict=True)]
+        return *made, *[None] * (len(needs) - self.end)
 
-    def _wanted(self, inputs, wants) -> list[Tensor | None]:
-        """The inputs, None for those whose gradient is not computed."""
-        found = zip(inputs, self.group_of, strict=True)
-        return [a if group is not None and getattr(wants, group) else None for a, group in found]
+    def _wanted(self, values: Sequence, wants: Sequence[bool]) -> list:
+        """The values of the inputs, None for those whose gradient is not computed."""
+        return [
+            value if group is not None and wants[group] else None
+            for value, group in zip(values, self.group_of, strict=False)
+        ]
 
     def _backward(self, gradients, inputs, saved, settings, wants) -> tuple[Tensor, ...]:
         made = self.backward(*gradients, inputs, saved, settings, wants)

@@ -1,8 +1,8 @@
-"""What the fused branches share: linear layers and their gradients, with a low-rank update or without, the
-gradient of a gate without the branch's output, and the choice of what a branch keeps.
+"""What the sublayers share: linear layers and their gradients, with a low-rank update or without, the
+gradient of a gate without the sublayer's output, and the choice of what a sublayer saves.
 
-A branch ends with x' = x + gate * (a W^T + b), gate [B, N] per sample. From the gradient d of x' and
-the un-gated weight gradient G_b = d_b^T a_b of every sample b, kept in float32,
+A sublayer ends with x' = x + gate * (a W^T + b), gate [B, N] per sample. From the gradient d of x' and
+the un-gated weight gradient G_b = d_b^T a_b of every sample b, in float32,
 
     da = d (gate * W),   dW = sum_b gate_b * G_b,   db = sum_b gate_b * sum_l d
     d gate_b = rowsum(W * G_b) + b * sum_l d        (gate * scales rows)
@@ -14,7 +14,7 @@ A low-rank update (LoRA, Hu et al. 2021) adds s x A^T B^T to x W^T, A [r, K] and
 
     dB = s d^T u,   dA = s (d B)^T x,   dx += s (d B) A
 
-u costs L r K and is made again in backward, so that a trained update keeps x, as a trained W does, and
+u costs L r K and is recomputed in backward, so that a trained update saves x, as a trained W does, and
 nothing else; W frozen, its own gradient costs nothing. Under a gate B is gate * B, and with P_b = d_b^T u_b
 
     dB = s sum_b gate_b * P_b,   d gate_b += s rowsum(B * P_b)
@@ -24,6 +24,8 @@ The update is never added to W for a forward in 16 bits: most of it would vanish
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -226,10 +228,13 @@ def low_rank_names(names: Iterable[str]) -> list[str]:
 
 def low_ranks(inputs: NamedTuple, names: Sequence[str], scales: Sequence[float]) -> list[LowRank | None]:
     """The updates of the weights NAME, which `inputs` of an operation has as NAME_down and NAME_up."""
-    return [
-        low_rank(getattr(inputs, f"{name}_down"), getattr(inputs, f"{name}_up"), scale)
-        for name, scale in zip(names, scales, strict=True)
-    ]
+    parts = _updates(names)(inputs)
+    return [low_rank(*parts[2 * i : 2 * i + 2], scale) for i, scale in enumerate(scales)]
+
+
+@cache
+def _updates(names: Sequence[str]) -> attrgetter:
+    return attrgetter(*low_rank_names(names))
 
 
 def flattened(
@@ -249,8 +254,8 @@ def ready(weights: tuple[Tensor, ...], dtype: torch.dtype, found: list[slice]) -
     return weights if len(found) == 1 else tuple(a.to(dtype) for a in weights)
 
 
-def kept(op: str, modes: dict[str, tuple[str, ...]], keep: str | Collection[str]) -> Collection[str]:
-    """The names behind a mode, or the names themselves; ValueError for what is neither."""
+def saved_names(op: str, modes: dict[str, tuple[str, ...]], keep: str | Collection[str]) -> Collection[str]:
+    """The names that a mode stands for, or the names themselves; ValueError for what is neither."""
     names = modes.get(keep, ()) if isinstance(keep, str) else keep
     if keep not in modes if isinstance(keep, str) else not set(keep) <= set(modes["all"]):
         raise ValueError(f"{op}: got keep {keep!r}, want one of {', '.join(modes)} or of {modes['all']}")

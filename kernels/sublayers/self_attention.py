@@ -52,11 +52,11 @@ from prfl_kernels.sublayers.products import (
     Product,
     Sums,
     flattened,
-    kept,
     linear,
     low_rank_names,
     low_ranks,
     ready,
+    saved_names,
 )
 
 KEEP = {
@@ -97,7 +97,7 @@ KEPT = {
     "attention": ("out", "lse"), "projections": ("q_in", "k_in", "v"), "rotated": ("q", "k", "rstd"),
     "normed": ("n",),
 }  # fmt: skip
-RESULTS = ("total", "next_n", "next_stats", "stats", *sum(KEPT.values(), ()))
+RESULTS = ("total?", "next_n?", "next_stats", "stats", *sum(KEPT.values(), ()))
 WANTS = {
     "x": ("x",), "vectors": ("shift", "scale"), "gate": ("gate",), "norms": ("norm_q", "norm_k"),
     "next_norm": ("weight", "bias"), **{name: (name, f"{name}_bias") for name in "qkvo"},
@@ -381,7 +381,7 @@ def modulated_attention(
     tokens cut.span of the sequence; every rank of the group must call. Raises ValueError for another `keep`,
     or names in `low`, or a chunk below 1, or heads that the ranks do not divide.
     """
-    op, names = "modulated_attention", kept("modulated_attention", KEEP, keep)
+    op, names = "modulated_attention", saved_names("modulated_attention", KEEP, keep)
     lows, factors = flattened(op, low, "qkvo")
     inputs = Inputs(
         x, shift, scale, gate, *weights, *(norm or (None, None)), *lows, *(attention or (None, None))
@@ -394,7 +394,7 @@ def modulated_attention(
     parts, group = ((), "") if cut is None else (cut.parts, cut.group)
     offset += 0 if cut is None else cut.span.start
     settings = Settings(grid, num_heads, eps, offset, dtype or x.dtype, factors, chunk, parts, group)
-    made = _OPERATION.call(*inputs, *settings, list(keeps.values()))
+    made = _OPERATION.results._make(_OPERATION.call(*inputs, *settings, list(keeps.values())))
     if keeps["attention"]:
-        attention = made[4:6]
-    return SelfAttentionOutput(made[0], None if norm is None else made[1], attention)
+        attention = made.out, made.lse
+    return SelfAttentionOutput(made.total, None if norm is None else made.next_n, attention)

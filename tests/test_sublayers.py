@@ -1,4 +1,4 @@
-"""The attention and FFN branches as single operations: values, gradients, and exactly what they keep."""
+"""The attention and FFN sublayers as single operations: values, gradients, and exactly what they keep."""
 
 import math
 
@@ -17,8 +17,8 @@ from fused import (
 from rounding import longest_sum, rounding
 from torch.library import opcheck
 
-from prfl_kernels.sublayers import ffn as ffn_branch
-from prfl_kernels.sublayers import self_attention as attention_branch
+from prfl_kernels.sublayers import ffn as ffn_sublayer
+from prfl_kernels.sublayers import self_attention as attention_sublayer
 from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
 from prfl_kernels.sublayers.products import AttentionWeights
 from prfl_kernels.sublayers.self_attention import modulated_attention
@@ -116,8 +116,8 @@ def ffn_inputs(batch=2, dtype=F64, second=True):
     return [x, y if second else None, *vectors, *(a.to(dtype) for a in (*weights, normal(WIDTH)))]
 
 
-def branches(dtype=F64, batch=2):
-    """(operation of a mode and a dtype, formula of a dtype, inputs) of the branches in all their forms."""
+def sublayers(dtype=F64, batch=2):
+    """(operation of a mode and a dtype, formula of a dtype, inputs) of the sublayers in all their forms."""
     return {
         "attention": (attention_op, attention_formula, attention_inputs(batch, dtype, next_norm=False)),
         "attention, norm": (attention_op, attention_formula, attention_inputs(batch, dtype)),
@@ -126,14 +126,14 @@ def branches(dtype=F64, batch=2):
     }
 
 
-BRANCHES = pytest.mark.parametrize("name", branches(batch=1))
+SUBLAYERS = pytest.mark.parametrize("name", sublayers(batch=1))
 
 
-@BRANCHES
+@SUBLAYERS
 @MODES
 @pytest.mark.parametrize("batch", [1, 3])
 def test_values_and_gradients_are_those_of_the_formula(name, keep, batch):
-    op, formula, inputs = branches(batch=batch)[name]
+    op, formula, inputs = sublayers(batch=batch)[name]
     got, want = outputs_and_gradients(op(keep), inputs), outputs_and_gradients(formula(), inputs)
     for a, b in zip(sum(got, []), sum(want, []), strict=True):
         assert error(a, b) < 1e-12
@@ -148,7 +148,7 @@ def test_attention_of_an_earlier_call_is_taken_as_it_is(next_norm, monkeypatch):
     x.requires_grad_()
     earlier = modulated_attention(x, shift, scale, gate, weights, keep="attention", **how).attention
     assert [a.shape for a in earlier] == [(2, LENGTH, HEADS, 16), (2, HEADS, LENGTH)]
-    monkeypatch.setattr(attention_branch, "attention_with_lse", None)
+    monkeypatch.setattr(attention_sublayer, "attention_with_lse", None)
 
     def again(x, shift, scale, gate, *rest):
         w, how["norm"] = AttentionWeights(*rest[:10]), rest[10:] or None
@@ -160,28 +160,28 @@ def test_attention_of_an_earlier_call_is_taken_as_it_is(next_norm, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@BRANCHES
+@SUBLAYERS
 @MODES
 @pytest.mark.parametrize("low", [F32, BF16])
 def test_error_is_at_most_twice_that_of_torch(name, keep, low):
     """Parameters and stream in float32, products in `low`."""
-    op, formula, inputs = branches(F32, 1)[name]
+    op, formula, inputs = sublayers(F32, 1)[name]
     assert_as_good_as_torch(op(keep, low), inputs, formula(low), chain=CHAIN)
 
 
 @needs_triton
-@BRANCHES
+@SUBLAYERS
 @pytest.mark.parametrize("keep", ["nothing", "all"])
 @pytest.mark.parametrize("low", [F32, BF16])
 def test_on_the_triton_kernels(triton, name, keep, low):
-    op, formula, inputs = branches(F32, 2)[name]
+    op, formula, inputs = sublayers(F32, 2)[name]
     assert_as_good_as_torch(op(keep, low), inputs, formula(low), chain=CHAIN)
 
 
-@BRANCHES
+@SUBLAYERS
 @MODES
 def test_only_the_gradients_asked_for_are_made(name, keep):
-    op, _, inputs = branches(F32)[name]
+    op, _, inputs = sublayers(F32)[name]
     _, every = outputs_and_gradients(op(keep), inputs)
     for i, want in zip((i for i, a in enumerate(inputs) if a is not None), every, strict=True):
         _, (got,) = outputs_and_gradients(op(keep), inputs, wanted=[i])
@@ -219,7 +219,7 @@ LSE = 2 * HEADS * LENGTH * 4
         (("projections",), 3 * ROWS),
     ],
 )
-def test_the_attention_branch_keeps_what_it_says(keep, extra):
+def test_the_attention_sublayer_keeps_what_it_says(keep, extra):
     """Beside x, x' and the parameters: two statistics (of x and of x'), and the named parts."""
     assert kept_bytes(attention_op(keep, BF16), attention_inputs(dtype=F32)) == 2 * STATS + extra
 
@@ -227,7 +227,7 @@ def test_the_attention_branch_keeps_what_it_says(keep, extra):
 @pytest.mark.parametrize(
     "keep, extra", [("nothing", 0), ("attention", 0), ("projections", HIDDEN), ("all", HIDDEN + WIDTH)]
 )
-def test_the_ffn_branch_keeps_what_it_says(keep, extra):
+def test_the_ffn_sublayer_keeps_what_it_says(keep, extra):
     """Beside the parameters: the stream x + y in float32, its statistics, and the named parts."""
     inputs = ffn_inputs(dtype=F32)
     rows = 2 * inputs[0].shape[1]
@@ -247,17 +247,17 @@ def test_frozen_weights_keep_no_input_of_their_products():
     assert frozen == full - rows * 2 * WIDTH
 
 
-@BRANCHES
+@SUBLAYERS
 def test_without_gradient_nothing_is_kept(name):
-    op, _, inputs = branches(F32)[name]
+    op, _, inputs = sublayers(F32)[name]
     with torch.no_grad():
         assert kept_bytes(op("all"), inputs) == 0
 
 
-@BRANCHES
+@SUBLAYERS
 @pytest.mark.parametrize("keep", ["nothing", "all"])
 def test_strides_do_not_matter_and_runs_are_bit_identical(name, keep):
-    op, _, inputs = branches(F32)[name]
+    op, _, inputs = sublayers(F32)[name]
     want = outputs_and_gradients(op(keep), inputs)
     torch.testing.assert_close(outputs_and_gradients(op(keep), inputs), want, rtol=0, atol=0)
     got = outputs_and_gradients(op(keep), [a if a is None else strided(a) for a in inputs])
@@ -265,20 +265,20 @@ def test_strides_do_not_matter_and_runs_are_bit_identical(name, keep):
     assert_all_as_right(got, exact, want, rounding(CHAIN * longest_sum(inputs)))
 
 
-@BRANCHES
+@SUBLAYERS
 @pytest.mark.parametrize("keep", ["nothing", "all"])
 def test_empty_batch(name, keep):
-    op, _, inputs = branches(F32, 0)[name]
+    op, _, inputs = sublayers(F32, 0)[name]
     outputs, gradients = outputs_and_gradients(op(keep), inputs)
     assert all(not o.numel() for o in outputs)
     given = [a for a in inputs if a is not None]
     assert all(g.shape == a.shape and not g.any() for g, a in zip(gradients, given, strict=True))
 
 
-@BRANCHES
+@SUBLAYERS
 @MODES
 def test_no_graph_break(name, keep):
-    op, _, inputs = branches(F32)[name]
+    op, _, inputs = sublayers(F32)[name]
     compiled = torch.compile(op(keep), fullgraph=True, backend="aot_eager")
     assert_as_good_as_torch(compiled, inputs, op(keep), chain=CHAIN)
 
@@ -291,7 +291,7 @@ def updates(shapes):
 @pytest.mark.parametrize("next_norm", [True, False])
 @pytest.mark.parametrize("keep", [[True] * 4, [False] * 4])
 @pytest.mark.parametrize("chunk, low", [(None, False), (7, True)])
-def test_registration_of_the_attention_branch(keep, next_norm, chunk, low):
+def test_registration_of_the_attention_sublayer(keep, next_norm, chunk, low):
     inputs = [a.requires_grad_() for a in attention_inputs(1, F32, next_norm=next_norm)]
     inputs += [] if next_norm else [None, None]
     inputs += updates([(WIDTH, WIDTH)] * 4) if low else [None] * 8
@@ -302,7 +302,7 @@ def test_registration_of_the_attention_branch(keep, next_norm, chunk, low):
 @pytest.mark.parametrize("second", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("chunk, low", [(None, False), (7, True)])
-def test_registration_of_the_ffn_branch(keep, second, chunk, low):
+def test_registration_of_the_ffn_sublayer(keep, second, chunk, low):
     inputs = [a if a is None else a.requires_grad_() for a in ffn_inputs(1, F32, second)]
     inputs += updates([(HIDDEN, WIDTH), (WIDTH, HIDDEN)]) if low else [None] * 4
     settings = [[0.5, 2.0], 1e-6, BF16, chunk, [True, keep, keep]]
@@ -328,5 +328,5 @@ def test_an_unknown_mode_is_refused():
                 op(keep)(*inputs)
 
 
-def test_modes_of_both_branches_have_the_same_names():
-    assert list(attention_branch.KEEP) == list(ffn_branch.KEEP)
+def test_modes_of_both_sublayers_have_the_same_names():
+    assert list(attention_sublayer.KEEP) == list(ffn_sublayer.KEEP)

@@ -1,9 +1,9 @@
-"""The attention and FFN branches with low-rank updates of their weights, and a few tokens at a time."""
+"""The attention and FFN sublayers with low-rank updates of their weights, and a few tokens at a time."""
 
 import pytest
 import torch
 from fused import error, normal, outputs_and_gradients
-from test_branches import (
+from test_sublayers import (
     BF16,
     F32,
     F64,
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_kernels import dispatch, extension
 from prfl_kernels.jit import REGISTERED
-from prfl_kernels.sublayers import self_attention as attention_branch
+from prfl_kernels.sublayers import self_attention as attention_sublayer
 from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
 from prfl_kernels.sublayers.products import AttentionWeights, LowRank
 from prfl_kernels.sublayers.self_attention import modulated_attention
@@ -35,9 +35,9 @@ pytestmark = pytest.mark.usefixtures("reference")
 RANK = 3
 SCALES = {"q": 0.5, "k": 2.0, "v": 1.0, "o": 1.5, "w1": 0.5, "w2": 2.0}
 SHAPES = dict.fromkeys("qkvo", (WIDTH, WIDTH)) | {"w1": (HIDDEN, WIDTH), "w2": (WIDTH, HIDDEN)}
-BRANCHES = {"attention": "qkvo", "ffn": ("w1", "w2")}
+SUBLAYERS = {"attention": "qkvo", "ffn": ("w1", "w2")}
 CHUNKS = pytest.mark.parametrize("chunk", [None, 1, 7, 1000])
-BRANCH = pytest.mark.parametrize("name", BRANCHES)
+SUBLAYER = pytest.mark.parametrize("name", SUBLAYERS)
 
 
 def own_inputs(name, batch=2, dtype=F64):
@@ -51,7 +51,7 @@ def updates(names, dtype=F64):
 
 
 def operation(name, updated, keep="all", chunk=None, dtype=None, attention=None):
-    """The branch as a function of its own inputs and the updates of the weights `updated`."""
+    """The sublayer as a function of its own inputs and the updates of the weights `updated`."""
 
     def run(*inputs):
         own = len(inputs) - 2 * len(updated)
@@ -88,12 +88,12 @@ def formula(name, updated):
     return whole
 
 
-@BRANCH
+@SUBLAYER
 @MODES
 @CHUNKS
 @pytest.mark.parametrize("which", ["none", "all", "some"])
 def test_values_and_all_gradients_are_those_of_the_formula(name, keep, chunk, which):
-    names = {"none": (), "all": tuple(BRANCHES[name]), "some": (BRANCHES[name][-1],)}[which]
+    names = {"none": (), "all": tuple(SUBLAYERS[name]), "some": (SUBLAYERS[name][-1],)}[which]
     inputs = [*own_inputs(name), *updates(names)]
     got = outputs_and_gradients(operation(name, names, keep, chunk), inputs)
     want = outputs_and_gradients(formula(name, names), inputs)
@@ -101,11 +101,11 @@ def test_values_and_all_gradients_are_those_of_the_formula(name, keep, chunk, wh
         assert error(a, b) < 1e-12
 
 
-@BRANCH
+@SUBLAYER
 @MODES
 @pytest.mark.parametrize("chunk", [None, 7])
 def test_updates_alone_are_trained_with_the_same_gradients(name, keep, chunk):
-    names = tuple(BRANCHES[name])
+    names = tuple(SUBLAYERS[name])
     inputs = [*own_inputs(name), *updates(names)]
     run, last = operation(name, names, keep, chunk), len(inputs)
     wanted = [0, *range(last - 2 * len(names), last)]
@@ -115,11 +115,11 @@ def test_updates_alone_are_trained_with_the_same_gradients(name, keep, chunk):
         assert error(a, every[i]) < 1e-13
 
 
-@BRANCH
+@SUBLAYER
 @pytest.mark.parametrize("keep", ["nothing", "all"])
 def test_error_is_that_of_bfloat16_in_chunks_too(name, keep):
     """Against the formula in float64: no more than a few roundings of 8 bits."""
-    names = tuple(BRANCHES[name])
+    names = tuple(SUBLAYERS[name])
     inputs = [a.to(F32) for a in (*own_inputs(name), *updates(names))]
     want = outputs_and_gradients(formula(name, names), [a.double() for a in inputs])
     for chunk in (None, 7):
@@ -137,7 +137,7 @@ def test_attention_of_an_earlier_call_serves_with_updates_and_chunks(monkeypatch
     earlier = modulated_attention(
         *inputs[:4], AttentionWeights(*inputs[4:14]), GRID, HEADS, keep="attention", low=low, chunk=7
     ).attention
-    monkeypatch.setattr(attention_branch, "attention_with_lse", None)
+    monkeypatch.setattr(attention_sublayer, "attention_with_lse", None)
     again = operation("attention", names, "attention", 7, attention=tuple(a.detach() for a in earlier))
     for a, b in zip(sum(outputs_and_gradients(again, inputs), []), sum(want, []), strict=True):
         assert error(a, b) < 1e-12
@@ -159,10 +159,10 @@ class Products(TorchDispatchMode):
         return out
 
 
-@BRANCH
+@SUBLAYER
 def test_a_frozen_weight_costs_no_gradient_of_its_own(name):
     """Updates of rank r add products of L r N and L r K each, where the gradient of W takes L N K."""
-    names = tuple(BRANCHES[name])
+    names = tuple(SUBLAYERS[name])
     inputs = [*own_inputs(name), *updates(names)]
     flops = {}
     for case, wanted in (("x", [0]), ("updates", [0, *range(len(inputs) - 2 * len(names), len(inputs))])):
@@ -215,7 +215,7 @@ def test_chunks_bound_what_is_made_on_the_way(name, less):
 
 
 @pytest.mark.parametrize("keep, before", [("nothing", 0), ("attention", 0), ("projections", 2)])
-def test_with_chunks_attention_decides_the_peak_of_its_branch(keep, before):
+def test_with_chunks_attention_decides_the_peak_of_its_sublayer(keep, before):
     """The most that lives, in 16-bit rows of a token: x' (2), n' (1) and their gradients (3), and q, k, v, a
     and their gradients (8); besides them q and k before the norm, if kept, and no zeros for what is kept."""
     length, width, peaks = 2**15, 256, {}
@@ -251,7 +251,7 @@ def test_a_result_that_is_not_used_has_the_gradient_zero():
             assert error(a, b) < 1e-12
 
 
-@BRANCH
+@SUBLAYER
 def test_what_cannot_be_is_refused(name):
     inputs = [*own_inputs(name), *updates(("q",) if name == "ffn" else ("w1",))]
     names = ("q",) if name == "ffn" else ("w1",)
