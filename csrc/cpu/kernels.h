@@ -26,8 +26,8 @@ struct NormForward {
 struct NormBackward {
   View dn, dsum, x, y, gate, scale, mean, rstd;
   View dx, dy;
-  View part;  // float [batch, runs, slots, width]: d scale, d shift if `wants_parameters`, d gate if y and
-              // gate
+  // float [batch, runs, slots, width]: d scale, d shift if `wants_parameters`, d gate if y and gate
+  View part;
   View sums;  // float [batch, slots, width]: part summed over the runs
   Shape shape;
   int64_t runs;
@@ -97,8 +97,8 @@ struct RewardPoolBackward {
 };
 
 // attention: q, out, dout, dq [batch, queries, heads, dim]; k, v, dk, dv [batch, keys, heads, dim], all
-// of one type, with strides by sample, token and head. lse, dlse: float [batch, heads, queries]. last is
-// added to the scores of the last key: log n for one that stands for n.
+// of one type, with strides by sample, token and head. lse, dlse: float [batch, heads, queries]. `last` is
+// added to the scores of the last key: log n if that key stands for n equal keys, else 0.
 struct AttentionShape {
   int64_t batch, queries, keys, heads, dim;
 };

@@ -1,4 +1,4 @@
-// x' = x + gate y, then n = LN(x') (scale + base) + shift; both optional. One visit to memory a token:
+// x' = x + gate y, then n = LN(x') (scale + base) + shift; both optional. A token is read from memory once:
 // the later steps find its row in the first-level cache.
 #include <math.h>
 
@@ -12,9 +12,9 @@ template <class X, class Y, class Write>
 float add_row(const X* x, const Y* y, const float* gate, X* out, int64_t n, Write&& write) {
   vf total[4] = {};
   each<4>(n, [&](int64_t i, auto m, int k) {
-    vf branch = load(y + i, m);
-    if (gate != nullptr) branch *= load(gate + i, m);
-    vf a = rounded(load(x + i, m) + branch, X{});
+    vf added = load(y + i, m);
+    if (gate != nullptr) added *= load(gate + i, m);
+    vf a = rounded(load(x + i, m) + added, X{});
     write(out + i, a, m);
     total[k] += a;
   });

@@ -1,10 +1,10 @@
-// The kernel pair behind modulate, layer_norm and gated_add:
+// The kernel pair that modulate, layer_norm and the gated additions run on:
 //
 //   x' = x + gate y,   n = (x' - mean) rstd (scale + base) + shift
 //
-// A thread holds eight columns. Forward, a block makes one token; the loads of the others that are
-// resident hide its reductions. Backward, a block walks over a run of tokens with the sums for scale,
-// shift and gate in registers, and asks for the next token's rows before it reduces over this one's.
+// A thread holds eight columns. Forward, a block makes one token; the loads of the other
+// resident blocks hide its reductions. Backward, a block walks over a run of tokens with the sums for scale,
+// shift and gate in registers, and loads the next token's rows before it reduces over this one's.
 #include "norm.h"
 #include "ptx/vector.h"
 #include "reduce.h"
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>)
   }
 }
 
-// Rows of a token on their way.
+// Prefetched rows of a token.
 template <class X, class Y, class Dn>
 struct Incoming {
   Raw8<Dn> dn;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
   float* slots = reinterpret_cast<float*>(memory);
   const int64_t b = blockIdx.y, first = blockIdx.x * run, last = min(first + run, a.length);
   const int64_t width = kWidth ? kWidth : a.width;
-  // Four rows of float32 on their way would not fit the registers.
+  // Four prefetched rows of float32 would not fit the registers.
   constexpr bool kAllAhead = sizeof(X) + sizeof(Y) + sizeof(Dn) < 12;
   const Columns<kWidth> columns(width, a.aligned);
   ColumnSums sums;

@@ -149,7 +149,7 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
     qk_backward_kernel(const QkBackward a, int64_t run) {
   PRFL_SHARED(memory);
-  // Four rows of float32 on their way, besides those at work, would not fit the registers.
+  // Four prefetched rows of float32, in addition to those in use, would not fit the registers.
   constexpr bool kAhead = sizeof(T) == 2;
   const int64_t b = blockIdx.y, first = blockIdx.x * run, last = min(first + run, a.length);
   const int64_t width = kWidth ? kWidth : a.width;

@@ -185,7 +185,7 @@ __device__ __forceinline__ void differentiate(const PoolTiles<T, kGroups>& tiles
   for (int j = 0; j < 4; ++j) column[j] = ds[(m + 2 * t + j % 2 + j / 2 * 8) * kQueries + g4];
   FragmentB<3> weights;
   weights.set(column[0], column[1], column[2], column[3]);
-  FragmentA<kKept<T>> both;  // p beside ds
+  FragmentA<kKept<T>> both;  // p, then ds
   PRFL_UNROLL
   for (int i = 0; i < 4; ++i) {
     const float* from = i / 2 ? ds : p;
