@@ -1,10 +1,15 @@
-// What cpu/bind.cpp and cuda/bind.cpp share: how a tensor comes from Python.
+// What the bind files share: how a tensor comes from Python, and how the arguments of a launch do.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+#include <type_traits>
+#include <vector>
+
 #include "cpu/view.h"
 
+void bind_cpu(pybind11::module_& m);   // in cpu/bind.cpp
 void bind_cuda(pybind11::module_& m);  // in cuda/bind.cpp; there only where PRFL_CUDA is defined
 
 namespace pybind11::detail {
@@ -32,3 +37,65 @@ struct type_caster<prfl::View> {
 };
 
 }  // namespace pybind11::detail
+
+namespace prfl {
+
+// A launch takes keywords alone, one for every field of its struct of arguments `A`. A bind file lists the
+// fields once, and that list is the signature.
+template <class A>
+struct Field {
+  const char* name;
+  void (*fill)(A& arguments, pybind11::handle given);
+};
+
+inline void fill(View& member, pybind11::handle given) { member = given.cast<View>(); }
+
+template <class T>
+void fill(T*& member, pybind11::handle given) {
+  member = static_cast<T*>(given.cast<View>().data);
+}
+
+template <class T, std::enable_if_t<std::is_arithmetic_v<T>, int> = 0>
+void fill(T& member, pybind11::handle given) {
+  member = given.cast<T>();
+}
+
+// A tensor and its first strides.
+template <class T, class... Strides>
+void fill_strided(pybind11::handle given, T*& member, Strides&... strides) {
+  const View view = given.cast<View>();
+  member = static_cast<T*>(view.data);
+  int i = 0;
+  ((strides = view.stride[i++]), ...);
+}
+
+// In the list of a struct that is named A there. PRFL_FIELD(x) is the keyword x of the member x.
+#define PRFL_NAMED(name, member) {name, [](A& a, pybind11::handle given) { prfl::fill(a.member, given); }}
+#define PRFL_FIELD(member) PRFL_NAMED(#member, member)
+
+// The struct that the keywords make. TypeError names a keyword that is missing, unknown or of a wrong type.
+template <class A>
+A filled(const char* launch, const std::vector<Field<A>>& fields, const pybind11::dict& given) {
+  const std::string name = launch;
+  A arguments{};
+  for (const Field<A>& field : fields) {
+    if (!given.contains(field.name))
+      throw pybind11::type_error(name + ": got no argument " + field.name + ", want it");
+    const pybind11::object value = given[field.name];
+    try {
+      field.fill(arguments, value);
+    } catch (const pybind11::cast_error&) {
+      throw pybind11::type_error(name + ": got " + Py_TYPE(value.ptr())->tp_name + " for " + field.name);
+    }
+  }
+  if (given.size() == fields.size()) return arguments;
+  for (const auto& [key, value] : given) {
+    const std::string word = pybind11::cast<std::string>(key);
+    bool known = false;
+    for (const Field<A>& field : fields) known = known || word == field.name;
+    if (!known) throw pybind11::type_error(name + ": got " + word + ", which is none of its arguments");
+  }
+  return arguments;
+}
+
+}  // namespace prfl

@@ -19,7 +19,7 @@ from prfl_kernels import dispatch, tuning
 from prfl_kernels.checks import expect, expect_rows
 from prfl_kernels.declare import allocator, gradients_like, operation
 from prfl_kernels.dispatch import CPU, REFERENCE, TRITON, record
-from prfl_kernels.extension import empty, extension, runs, supported, view
+from prfl_kernels.extension import empty, launch, runs, supported
 from prfl_kernels.jit import jit, tl, triton, unit_last, wide
 
 CUBIC, TWO_K = 0.044715, 2 * math.sqrt(2 / math.pi)
@@ -57,7 +57,8 @@ def cpu_forward(h, bias, g):
     """Fill g by the compiled CPU kernel. ValueError for dtypes but float32 and bfloat16."""
     supported(h, bias)
     h, bias = unit_last(h), unit_last(bias)
-    extension().bias_gelu_forward(view(h), view(bias), view(g), *h.shape, torch.get_num_threads())
+    batch, length, width = h.shape
+    launch("bias_gelu_forward", h=h, bias=bias, g=g, batch=batch, length=length, width=width)
 
 
 def cpu_backward(dg, h, bias, dh, g, dbias):
@@ -66,9 +67,10 @@ def cpu_backward(dg, h, bias, dh, g, dbias):
     dg, h, bias = unit_last(dg.to(h.dtype)), unit_last(h), unit_last(bias)
     (batch, length, width), count = h.shape, runs(h.shape[1])
     part = None if dbias is None else empty(dbias, batch, count, width)
-    extension().bias_gelu_backward(
-        *map(view, (dg, h, bias, dh, g, part, dbias)), batch, length, width, count, torch.get_num_threads()
-    )
+    launch(
+        "bias_gelu_backward", dg=dg, h=h, bias=bias, dh=dh, g=g, part=part, dbias=dbias, batch=batch,
+        length=length, width=width, runs=count,
+    )  # fmt: skip
 
 
 @jit

@@ -10,7 +10,7 @@ best one that the processor takes runs.
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -51,7 +51,7 @@ class _Nothing:
     """Stands in for the extension in a dry run: every kernel does nothing."""
 
     def __getattr__(self, name: str):
-        return lambda *_: None
+        return lambda *_, **__: None
 
 
 _dry: list[_Nothing] = []
@@ -101,7 +101,28 @@ def absence(part: str, device_type: str) -> str | None:
         if capability < (9, 0):
             built = module.cuda_architectures
             return f"is built for {built}, this GPU is sm_{capability[0]}{capability[1]}"
+        return _driver_absence(module, compiles=capability != (9, 0))
     return None
+
+
+def _driver_absence(module: ModuleType, compiles: bool) -> str | None:
+    """Why the driver does not run what the module is built with; None if it does.
+
+    The module has a CUDA runtime of its own, linked in, so torch's may be any. A driver runs code that a
+    newer release of its major version compiled, but `compiles` PTX (for a GPU other than sm_90) only of
+    releases that it supports (CUDA Compatibility Guide, minor version compatibility).
+    """
+    built, driver = module.cuda_version, module.cuda_driver_version()
+    if not driver:
+        return "needs an NVIDIA driver"
+    if driver >= built or (driver // 1000 == built // 1000 and not compiles):
+        return None
+    return f"is built with CUDA {_release(built)}, the driver supports {_release(driver)}"
+
+
+def _release(version: int) -> str:
+    """12080 as 12.8."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def isas() -> list[str]:
@@ -131,7 +152,9 @@ def report() -> list[tuple[str, str, str]]:
     else:
         rows.append(("cpu", "no", why))
     why = absence("cuda", "cuda")
-    built = f"built for {module.cuda_architectures}" if module and module.cuda_architectures else ""
+    built = ""
+    if module and module.cuda_architectures:
+        built = f"built for {module.cuda_architectures} with CUDA {_release(module.cuda_version)}"
     rows.append(("cuda", "no" if why else "yes", "; ".join(filter(None, (built, why)))))
     return rows
 
@@ -143,6 +166,20 @@ def view(a: Tensor | None) -> View:
     the view does, and a view of a temporary tensor is safe.
     """
     return None if a is None or _dry else (a, a.data_ptr(), CODES[a.dtype], *a.stride()[:-1])
+
+
+def keywords(arguments: dict[str, Tensor | float | None], view: Callable = view) -> dict[str, View | float]:
+    """The arguments of a launch as _C takes them: tensors and None by `view`, numbers as they are."""
+    return {name: a if isinstance(a, (int, float)) else view(a) for name, a in arguments.items()}
+
+
+def launch(name: str, **arguments: Tensor | float | None) -> None:
+    """Run a launcher of csrc/cpu/bind.cpp on torch's threads.
+
+    `arguments` are its keywords but `threads`: tensors, None for an absent one, and numbers. Raises TypeError
+    for a keyword that is missing, unknown or of a wrong type.
+    """
+    getattr(extension(), name)(**keywords(arguments), threads=torch.get_num_threads())
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -39,12 +39,15 @@ def cuda(x, x_last, m0, m1, velocity, columns, *made):
     bfloat16."""
     if x.dtype != torch.float32:
         raise ValueError(f"solver_step: got {x.dtype} for cuda, want float32")
-    cuda_kernels._supported("solver_step", velocity)
+    cuda_kernels.supported("solver_step", velocity)
+    names = "x", "x_last", "m0", "m1", "velocity", "columns", "x_next", "x_c", "m_t"
     held = [a.contiguous() for a in (x, x_last, m0, m1, velocity, columns.float())]
-    size = x[0].numel()
-    aligned = size % 8 == 0 and all(a.data_ptr() % cuda_kernels.VECTOR == 0 for a in (*held, *made))
-    views = (cuda_kernels._view(a.view(-1)) for a in (*held, *made))
-    cuda_kernels.library().solver_step(*views, len(x), size, aligned, cuda_kernels._stream(x))
+    tensors = {name: a.view(len(x), -1) for name, a in zip(names, (*held, *made), strict=True)}
+    size, rows = x[0].numel(), [a for name, a in tensors.items() if name != "columns"]
+    cuda_kernels.launch(
+        "solver_step", **tensors, batch=len(x), size=size, bf16=velocity.dtype == torch.bfloat16,
+        aligned=cuda_kernels.aligned(size, *rows),
+    )  # fmt: skip
 
 
 def _columns(columns: Tensor, like: Tensor) -> tuple[Tensor, ...]:

@@ -72,8 +72,8 @@ def _objects() -> dict[str, Path]:
     state = repr([FLAGS, headers(), *((p.name, p.read_text()) for p in files)])
     folder = ROOT / "build" / f"sim-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    names = ["cuda/bind.cpp", *sources(), "sim/cusim.cpp", "sim/hopper.cpp"]
-    objects = {name: folder / f"{Path(name).name}.o" for name in names}
+    names = ["cuda/bind.cpp", *sources(), "sim/bind.cpp", "sim/cusim.cpp", "sim/hopper.cpp"]
+    objects = {name: folder / f"{name.replace('/', '-')}.o" for name in names}
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "done").exists():
@@ -85,7 +85,7 @@ def _objects() -> dict[str, Path]:
 
 
 def build() -> ModuleType:
-    """The module of csrc/cuda/bind.cpp on the simulation."""
+    """The module of csrc/sim/bind.cpp."""
     objects = _objects()
     return _load(list(objects.values()), next(iter(objects.values())).parent)
 
@@ -104,19 +104,17 @@ def build_faulty(folder: Path, victim: str, file: str, old: str, new: str) -> Mo
 class Watched:
     """A built module whose launches may access nothing but the tensors that they are given.
 
-    traffic: (bytes read, bytes written) of every tensor of the last call, in the order in which they were
-    given; launches: the shapes of what it launched.
+    traffic: (bytes read, bytes written) of every tensor of the last call, by its keyword; launches: the
+    shapes of what it launched.
     """
 
     def __init__(self, module: ModuleType):
         self.module = module
-        self.given: list[int] = []
-        self.traffic: list[tuple[int, int]] = []
+        self.traffic: dict[str, tuple[int, int]] = {}
         self.launches: list[tuple[int, ...]] = []
 
     def give(self, a) -> None:
         """Allow a tensor to the next launch."""
-        self.given.append(0 if a is None else a.data_ptr())
         if a is not None and a.numel():
             span = 1 + sum((n - 1) * s for n, s in zip(a.shape, a.stride(), strict=True))
             self.module.watch(a.data_ptr(), span * a.element_size())
@@ -126,13 +124,13 @@ class Watched:
         if not name.endswith(("_forward", "_backward", "_step")):
             return found
 
-        def launch(*arguments):
+        def launch(**arguments):
             try:
-                found(*arguments)
-                self.traffic = [self.module.traffic(p) for p in self.given]
+                found(**arguments)
+                views = {word: a for word, a in arguments.items() if isinstance(a, tuple)}
+                self.traffic = {word: self.module.traffic(a[1]) for word, a in views.items()}
                 self.launches = self.module.launches()
             finally:
                 self.module.unwatch()
-                self.given = []
 
         return launch

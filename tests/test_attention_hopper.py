@@ -105,7 +105,9 @@ def test_a_launch_that_cannot_be_has_its_numbers(kernels):
     odd = (*k[:3], 512, 129, 128)  # rows 258 bytes apart
     message = "attention_hopper: cuTensorMapEncodeTiled got k of sizes 1 4 1 128, strides 512 129 128"
     with pytest.raises(RuntimeError, match=message):
-        kernels.attention_hopper_forward(q, odd, v, q, q, 1, 3, 4, 1, SCALE, 0)
+        kernels.attention_hopper_forward(
+            q=q, k=odd, v=v, out=q, lse=q, batch=1, queries=3, keys=4, heads=1, scale=SCALE, stream=0
+        )
 
 
 # -- behind the dispatcher

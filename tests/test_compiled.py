@@ -4,13 +4,17 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cpu_cases import all_cases
 from fused import outputs_and_gradients
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from prfl_kernels import cuda_kernels
 from prfl_kernels import extension as compiled
 
 if why := compiled.absence("cpu", "cpu"):
@@ -58,6 +62,91 @@ def test_without_the_extension_the_reason_is_given(monkeypatch):
     assert {state for _, state, _ in compiled.report()} == {"no"}
     with pytest.raises(ValueError, match="is not built"):
         compiled.extension()
+
+
+@pytest.mark.parametrize("built, driver, capability, why", [
+    (13000, 12080, (9, 0), "is built with CUDA 13.0, the driver supports 12.8"),
+    (12040, 13000, (9, 0), None),
+    (12080, 12040, (9, 0), None),  # an older driver of the same major version runs its machine code
+    (12080, 12040, (10, 0), "is built with CUDA 12.8, the driver supports 12.4"),  # but not its PTX
+    (13000, 13000, (10, 0), None),
+    (13000, 0, (9, 0), "needs an NVIDIA driver"),
+    (13000, 13000, (8, 0), "is built for sm_90a, this GPU is sm_80"),
+])  # fmt: skip
+def test_cuda_kernels_are_absent_where_the_driver_does_not_fit(built, driver, capability, why, monkeypatch):
+    module = SimpleNamespace(
+        cuda_architectures="sm_90a", cuda_version=built, cuda_driver_version=lambda: driver
+    )
+    monkeypatch.setattr(compiled, "_load", lambda: (module, ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert compiled.absence("cuda", "cuda") == why
+
+
+with_cuda = pytest.mark.skipif(not compiled.extension().cuda_architectures, reason="built without nvcc")
+
+
+@with_cuda
+def test_the_report_has_the_version_of_cuda():
+    module = compiled.extension()
+    assert module.cuda_version >= 12040 and module.cuda_driver_version() >= 0
+    assert f"with CUDA {module.cuda_version // 1000}." in compiled.report()[2][2]
+
+
+@with_cuda
+def test_a_driver_without_tensor_maps_is_an_error():
+    if compiled.extension().cuda_driver_version():
+        pytest.skip("this driver has them")
+    q = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16)
+    sizes = dict(batch=1, queries=1, keys=1, heads=1, scale=1.0)
+    with pytest.raises(RuntimeError, match="^cuTensorMapEncodeTiled: got .* CUDA driver"):
+        cuda_kernels.launch("attention_hopper_forward", q=q, k=q, v=q, out=q, lse=q.float(), **sizes)
+
+
+# -- launches
+
+
+def test_arguments_of_a_launch_go_by_name():
+    h = torch.randn(1, 2, 8)
+    given = dict(h=h, bias=h[0, 0], g=torch.empty_like(h), batch=1, length=2, width=8)
+    compiled.launch("bias_gelu_forward", **given)
+    torch.testing.assert_close(given["g"], torch.nn.functional.gelu(h + h[0, 0], approximate="tanh"))
+    wrong = [
+        ({name: a for name, a in given.items() if name != "bias"}, "got no argument bias"),
+        (given | {"bais": None}, "got bais, which is none of its arguments"),
+        (given | {"width": 8.5}, "got float for width"),
+        (given | {"h": 3}, "got int for h"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(TypeError, match=f"^bias_gelu_forward: {message}"):
+            compiled.launch("bias_gelu_forward", **arguments)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        compiled.extension().bias_gelu_forward(h)
+
+
+def test_cuda_launches_run_on_the_device_of_their_tensors(monkeypatch):
+    """Whatever device is current: its guard, and its own current stream."""
+    seen = []
+
+    @contextmanager
+    def guard(device):
+        seen.append(f"enter {device}")
+        yield
+        seen.append(f"leave {device}")
+
+    library = SimpleNamespace(kernel=lambda **given: seen.append((given["x"].device.index, given["stream"])))
+    monkeypatch.setattr(cuda_kernels, "library", lambda: library)
+    monkeypatch.setattr(cuda_kernels, "_view", lambda a: a)
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    streams = {0: SimpleNamespace(cuda_stream=70), 1: SimpleNamespace(cuda_stream=71)}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device.index])
+    with FakeTensorMode():
+        here, there = torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1")
+    cuda_kernels.launch("kernel", x=there, y=None, z=there, n=3)
+    assert seen == ["enter cuda:1", (1, 71), "leave cuda:1"]
+    with pytest.raises(ValueError, match="^kernel: got x on cuda:1 and z on cuda:0, want one device$"):
+        cuda_kernels.launch("kernel", x=there, y=None, z=here)
+    assert len(seen) == 3
 
 
 def test_loops_run_on_the_threads_of_torch():

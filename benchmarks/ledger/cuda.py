@@ -6,7 +6,8 @@ count for every argument: whole arrays once, and what is read for every token or
 again (tests/test_ledger_cuda.py compares with what the kernels access in simulation).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,17 +17,7 @@ from torch import Tensor
 
 from prfl_bench.ledger import sass
 from prfl_bench.ledger import table as ledger_rows
-from prfl_bench.ledger.nvcc import (
-    NORM_BACKWARD,
-    NORM_FORWARD,
-    POOL_BACKWARD,
-    POOL_FORWARD,
-    QK_BACKWARD,
-    QK_FORWARD,
-    SOLVER,
-    absence,
-    compiled,
-)
+from prfl_bench.ledger.nvcc import absence, compiled
 from prfl_bench.operations import LAUNCHES as TRITON_LAUNCHES
 from prfl_bench.operations import OPERATIONS as ALL_OPERATIONS
 from prfl_bench.operations import Launch as Pass
@@ -75,13 +66,13 @@ class Launch(NamedTuple):
     tensor_flops: int = 0
 
 
-def _arguments(names: str, tensors: Iterable[Tensor | None], written: str, **times: float) -> list[Argument]:
-    """Of the tensors that are there: written ones once, the others read as often as `times` says, or once."""
+def _arguments(given: Mapping[str, object], written: str, **times: float) -> list[Argument]:
+    """Of the tensors of a launch: written ones once, the others read as often as `times` says, or once."""
     return [
         Argument(name, a, 0, a.nbytes) if name in written.split()
         else Argument(name, a, int(times.get(name, 1) * a.nbytes))
-        for name, a in zip(names.split(), tensors, strict=True)
-        if a is not None
+        for name, a in given.items()
+        if isinstance(a, Tensor)
     ]  # fmt: skip
 
 
@@ -92,7 +83,7 @@ _TYPE = list(_TYPES.values())
 class Recorder:
     """Stands for the compiled library: launches nothing, and keeps what would have been launched."""
 
-    reward_pool_queries, reward_pool_width, norm_width = 8, 5120, 5120
+    reward_pool_queries, reward_pool_width, row_width = 8, 5120, 5120
 
     def __init__(self):
         self.launches: list[Launch] = []
@@ -110,122 +101,108 @@ class Recorder:
     def reward_pool_runs(self, batch: int, length: int, width: int, bf16: bool) -> int:
         return self.pool_geometry(batch, length, width, bf16)[1]
 
-    def add_norm_runs(self, batch: int, length: int, width: int) -> int:
+    def row_runs(self, batch: int, length: int, width: int) -> int:
         run = -(-length // max(1, (132 if width > 2560 else 396) // batch))
         return -(-length // run)
 
-    def _pool(self, kernel: str, arguments: list[Argument], products: int, batch, length, width) -> None:
-        x = arguments[0].tensor
-        bf16 = x.dtype == torch.bfloat16
-        ranks, runs, shared = self.pool_geometry(batch, length, width, bf16)
-        name = f"{kernel}<{_TYPES[x.dtype]}, {5 if ranks == 8 else 3}>"
-        flops = 2 * batch * length * width * 8 * products
-        grid = (ranks * runs, batch, 1)
+    def _pool(self, kernel: str, arguments: list[Argument], products: int, given: dict) -> None:
+        bf16, sizes = given["bf16"], (given["batch"], given["length"], given["width"])
+        ranks, runs, shared = self.pool_geometry(*sizes, bf16)
+        name = f"{kernel}<{_TYPES[given['x'].dtype]}, {5 if ranks == 8 else 3}>"
+        flops = 2 * math.prod(sizes) * 8 * products
+        grid = (ranks * runs, given["batch"], 1)
         self.launches.append(Launch("reward_pool", name, grid, 256, shared, ranks, arguments, flops))
 
-    def reward_pool_forward(self, *given) -> None:
-        *tensors, batch, length, width, queries, _ = given
-        x, u, pooled, lse, scores, top, total, acc = tensors
-        bf16 = x.dtype == torch.bfloat16
-        runs = self.reward_pool_runs(batch, length, width, bf16)
-        kept = [a for a in _arguments(POOL_FORWARD, tensors, "scores top total acc", u=batch * runs)
+    def reward_pool_forward(self, **given) -> None:
+        batch, width, bf16 = given["batch"], given["width"], given["bf16"]
+        runs = self.reward_pool_runs(batch, given["length"], width, bf16)
+        kept = [a for a in _arguments(given, "scores top total acc", u=batch * runs)
                 if a.name not in ("pooled", "lse")]  # fmt: skip
-        self._pool("pool_forward", kept, 2 * (3 if bf16 else 6), batch, length, width)
+        self._pool("pool_forward", kept, 2 * (3 if bf16 else 6), given)
         blocks = -(-width // 1024)
         # Every thread reads the maxima and sums of the runs, the maxima twice.
         times = {"top": 2 * blocks * 256, "total": blocks * 256}
-        merged = _arguments("pooled lse top total acc", (pooled, lse, top, total, acc), "pooled lse", **times)
-        self.launches.append(Launch("reward_pool", "pool_merge", (blocks, queries, batch), 256, 0, 1, merged))
+        merged = {name: given[name] for name in ("pooled", "lse", "top", "total", "acc")}
+        arguments, grid = _arguments(merged, "pooled lse", **times), (blocks, given["queries"], batch)
+        self.launches.append(Launch("reward_pool", "pool_merge", grid, 256, 0, 1, arguments))
 
-    def reward_pool_backward(self, *given) -> None:
-        *tensors, batch, length, width, queries, _ = given
-        bf16 = tensors[0].dtype == torch.bfloat16
-        ranks, runs, _ = self.pool_geometry(batch, length, width, bf16)
+    def reward_pool_backward(self, **given) -> None:
+        batch, bf16 = given["batch"], given["bf16"]
+        ranks, runs, _ = self.pool_geometry(batch, given["length"], given["width"], bf16)
         # Two layouts of dpooled; every block of a cluster wants all scores of its tokens.
         times = {"u": batch * runs, "dpooled": 2 * runs, "scores": ranks, "lse": ranks * runs * 256 // 8}
         times["delta"] = times["lse"] = times["lse"] if bf16 else times["lse"] // 2
-        arguments = _arguments(POOL_BACKWARD, tensors, "dx part", **times)
+        arguments = _arguments(given, "dx part", **times)
         made = {a.name for a in arguments}
         products = (3 if bf16 else 6) * (1 + ("part" in made) + ("dx" in made)) + (3 if "dx" in made else 0)
         products += 3 if "dx" in made and not bf16 else 0
-        self._pool("pool_backward", arguments, products, batch, length, width)
+        self._pool("pool_backward", arguments, products, given)
 
-    def _rows(self, source: str, kernel: str, arguments: list[Argument], blocks, batch, width) -> None:
-        grid, threads = (blocks, batch, 1), -(-width // 256) * 32
+    def _rows(self, source: str, kernel: str, arguments: list[Argument], blocks: int, given: dict) -> None:
+        grid, threads = (blocks, given["batch"], 1), -(-given["width"] // 256) * 32
         self.launches.append(Launch(source, kernel, grid, threads, 4 * 20 * 4, 1, arguments))
 
-    def add_norm_forward(self, *given) -> None:
-        *tensors, batch, length, width, _, _, branch, aligned, _ = given
-        tokens = {name: batch * length * width * 4 // a.nbytes
-                  for name, a in zip(NORM_FORWARD.split()[2:5], tensors[2:5], strict=True) if a is not None}
-        arguments = _arguments(NORM_FORWARD, tensors, "sum n quant mean rstd", **tokens)
-        types = f"{_TYPES[tensors[0].dtype]}, {_TYPE[branch]}, {_special(width, aligned)}"
-        kernel = f"add_norm_forward_kernel<{types}>"
-        self._rows("add_norm", kernel, arguments, length, batch, width)
+    def _norm(self, way: str, kinds: str, written: str, blocks: int, given: dict, **times: float) -> None:
+        """Every token reads the vectors of its sample."""
+        values = given["batch"] * given["length"] * given["width"]
+        times |= {name: values * 4 // given[name].nbytes
+                  for name in ("gate", "scale", "shift") if given.get(name) is not None}  # fmt: skip
+        types = ", ".join(_TYPE[given[kind]] for kind in kinds.split())
+        kernel = f"norm_{way}_kernel<{types}, {_special(given['width'], given['aligned'])}>"
+        self._rows("norm", kernel, _arguments(given, written, **times), blocks, given)
 
-    def add_norm_backward(self, *given) -> None:
-        *tensors, batch, length, width, _, stream, branch, grad, aligned, _, _, _ = given
-        tokens = {name: batch * length * width * 4 // a.nbytes
-                  for name, a in zip(("gate", "scale"), tensors[4:6], strict=True) if a is not None}
-        threads = -(-width // 256) * 32
-        arguments = _arguments(NORM_BACKWARD, tensors, "dx dy part", mean=threads, rstd=threads, **tokens)
-        types = f"{_TYPE[stream]}, {_TYPE[branch]}, {_TYPE[grad]}, {_special(width, aligned)}"
-        runs = self.add_norm_runs(batch, length, width)
-        self._rows("add_norm", f"add_norm_backward_kernel<{types}>", arguments, runs, batch, width)
+    def norm_forward(self, **given) -> None:
+        self._norm("forward", "x_kind y_kind", "total n quant mean rstd", given["length"], given)
 
-    def _turned(self, tensors, batch: int, length: int, width: int) -> dict[str, float]:
-        """How often the tables are read: a value for every pair of every token."""
-        tables = {} if tensors[-1] is None else {"cos": tensors[-2], "sin": tensors[-1]}
-        return {name: batch * length * width * 2 / a.nbytes for name, a in tables.items()}
+    def norm_backward(self, **given) -> None:
+        runs = self.row_runs(given["batch"], given["length"], given["width"])
+        threads = -(-given["width"] // 256) * 32
+        kinds, times = "x_kind y_kind dn_kind", {"mean": threads, "rstd": threads}
+        self._norm("backward", kinds, "dx dy part", runs, given, **times)
 
-    def qk_norm_rope_forward(self, *given) -> None:
-        *tensors, batch, length, width, places, _, aligned, _ = given
-        times = self._turned(tensors, batch, length, width)
-        times |= {"weight_q": batch * length, "weight_k": batch * length}
-        arguments = _arguments(QK_FORWARD, tensors, "out_q out_k quant_q quant_k rstd_q rstd_k", **times)
-        fits = aligned and (tensors[-1] is None or places[0] == 128)
-        kernel = f"qk_forward_kernel<{_TYPES[tensors[0].dtype]}, {_special(width, fits)}>"
-        self._rows("qk_norm_rope", kernel, arguments, length, batch, width)
+    def _qk(self, way: str, written: str, blocks: int, given: dict, **times: float) -> None:
+        """Every token reads the weights, and of the tables a value for every pair."""
+        tokens, cos = given["batch"] * given["length"], given["cos"]
+        times |= {"weight_q": tokens, "weight_k": tokens}
+        if cos is not None:
+            times |= dict.fromkeys(("cos", "sin"), tokens * given["width"] * 2 / cos.nbytes)
+        fits = given["aligned"] and (cos is None or given["head_dim"] == 128)
+        kernel = f"qk_{way}_kernel<{_TYPES[given['q'].dtype]}, {_special(given['width'], fits)}>"
+        self._rows("qk_norm_rope", kernel, _arguments(given, written, **times), blocks, given)
 
-    def qk_norm_rope_backward(self, *given) -> None:
-        *tensors, batch, length, width, places, aligned, _ = given
-        times = self._turned(tensors, batch, length, width)
-        threads = -(-width // 256) * 32
-        times |= {"weight_q": batch * length, "weight_k": batch * length}
-        times |= {"rstd_q": threads, "rstd_k": threads}
-        arguments = _arguments(QK_BACKWARD, tensors, "out_q out_k part", **times)
-        fits = aligned and (tensors[-1] is None or places[0] == 128)
-        kernel = f"qk_backward_kernel<{_TYPES[tensors[0].dtype]}, {_special(width, fits)}>"
-        runs = self.add_norm_runs(batch, length, width)
-        self._rows("qk_norm_rope", kernel, arguments, runs, batch, width)
+    def qk_norm_rope_forward(self, **given) -> None:
+        self._qk("forward", "out_q out_k quant_q quant_k rstd_q rstd_k", given["length"], given)
 
-    def solver_step(self, *given) -> None:
-        *tensors, batch, size, aligned, _ = given
+    def qk_norm_rope_backward(self, **given) -> None:
+        runs = self.row_runs(given["batch"], given["length"], given["width"])
+        threads = -(-given["width"] // 256) * 32
+        self._qk("backward", "dq dk part", runs, given, rstd_q=threads, rstd_k=threads)
+
+    def solver_step(self, **given) -> None:
+        size, aligned = given["size"], given["aligned"]
         blocks = -(-size // 2048)
         threads = -(-size // 8) if aligned else blocks * 256
-        arguments = _arguments(SOLVER, tensors, "x_next x_c m_t", columns=threads)
-        kernel = f"solver_step_kernel<{_TYPES[tensors[4].dtype]}, {str(aligned).lower()}>"
-        self.launches.append(Launch("solver_step", kernel, (blocks, batch, 1), 256, 0, 1, arguments))
+        arguments = _arguments(given, "x_next x_c m_t", columns=threads)
+        kernel = f"solver_step_kernel<{_TYPES[given['velocity'].dtype]}, {str(aligned).lower()}>"
+        grid = (blocks, given["batch"], 1)
+        self.launches.append(Launch("solver_step", kernel, grid, 256, 0, 1, arguments))
 
-    def attention_hopper_forward(self, *given) -> None:
-        *tensors, batch, queries, keys, heads, _, _ = given
-        self._attention("Bf16", "q k v out lse", tensors, (batch, queries, keys, heads))
+    def attention_hopper_forward(self, **given) -> None:
+        self._attention("Bf16", given)
 
-    def attention_hopper_fp8_forward(self, *given) -> None:
-        *tensors, batch, queries, keys, heads, _, _ = given
-        names = "q q_scale k k_scale v v_scale out lse"
-        self._attention("E4m3", names, tensors, (batch, queries, keys, heads))
+    def attention_hopper_fp8_forward(self, **given) -> None:
+        self._attention("E4m3", given)
 
-    def _attention(self, kind: str, names: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
+    def _attention(self, kind: str, given: dict) -> None:
         """As attention_hopper.cu: a block has 128 queries; the two of a cluster read keys and values once."""
-        batch, queries, keys, heads = sizes
+        batch, queries, keys, heads = (given[size] for size in ("batch", "queries", "keys", "heads"))
         tiles, block, shared = -(-queries // 128), *ATTENTION_TILES[kind]
         ranks = 2 if tiles % 2 == 0 or tiles > 32 else 1
         columns = -(-tiles // ranks) * ranks
         times = {"k": columns // ranks, "v": columns // ranks, "k_scale": columns}
         # Four threads share a row; every consuming thread reads a quarter of v's scales.
         times |= {"q_scale": 4, "v_scale": columns * 2 * 128 // 4}
-        arguments = _arguments(names, tensors, "out lse", **times)
+        arguments = _arguments(given, "out lse", **times)
         flops = 4 * batch * heads * columns * 128 * -(-keys // block) * block * attention_hopper.HEAD_DIM
         kernel, grid = f"attention_hopper_kernel<{kind}>", (columns, heads, batch)
         self.launches.append(
@@ -320,7 +297,7 @@ def _row(entry: Pass, s: Shape) -> dict:
 
 def collect(quick: bool) -> list[dict]:
     """Rows like those of ledger.collect, of every operation and shape; quick: at 32,760 tokens alone."""
-    sources = ("attention_hopper", "add_norm", "qk_norm_rope", "reward_pool", "solver_step")
+    sources = ("attention_hopper", "norm", "qk_norm_rope", "reward_pool", "solver_step")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compiled, sources))
     return [_row(entry, s) for entry, s in cases(quick, ENTRIES)]

@@ -22,15 +22,15 @@ OPCODES = (*sass.OPCODES, "UBLKCP", "LDSM", "USETMAXREG")
 # In the order of the pointers in the launchers' structs.
 POOL_FORWARD = "x u pooled lse scores top total acc"
 POOL_BACKWARD = "x u dpooled scores lse delta dx part"
-NORM_FORWARD = "x y gate scale shift sum n quant mean rstd"
+NORM_FORWARD = "x y gate scale shift total n quant mean rstd"
 NORM_BACKWARD = "dn dsum x y gate scale mean rstd dx dy part"
 QK_FORWARD = "q k weight_q weight_k out_q out_k quant_q quant_k rstd_q rstd_k cos sin"
-QK_BACKWARD = "dq dk q k weight_q weight_k rstd_q rstd_k out_q out_k part cos sin"
+QK_BACKWARD = "dout_q dout_k q k weight_q weight_k rstd_q rstd_k dq dk part cos sin"
 SOLVER = "x x_last m0 m1 velocity columns x_next x_c m_t"
 ATTENTION = "lse q_scale k_scale v_scale"  # q, k, v and out are reached by tensor maps, before these
 NAMES = {
     "pool_forward": POOL_FORWARD, "pool_merge": POOL_FORWARD, "pool_backward": POOL_BACKWARD,
-    "add_norm_forward_kernel": NORM_FORWARD, "add_norm_backward_kernel": NORM_BACKWARD,
+    "norm_forward_kernel": NORM_FORWARD, "norm_backward_kernel": NORM_BACKWARD,
     "qk_forward_kernel": QK_FORWARD, "qk_backward_kernel": QK_BACKWARD, "solver_step_kernel": SOLVER,
     "attention_hopper_kernel": ATTENTION,
 }  # fmt: skip

@@ -1,129 +1,127 @@
-// prfl_kernels._C. No torch header: a tensor comes as (tensor, address, dtype code, strides of all dimensions
-// but the last, which is 1) or None, so that one build serves every torch. Shapes are checked in Python.
+// The CPU kernels for Python, each with its arguments by name. They run without the GIL.
 #include "bind.h"
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <tuple>
-
 #include "cpu/isa.h"
+#include "cpu/kernels.h"
 #include "cpu/memory.h"
-#include "cpu/parallel.h"
 
 namespace py = pybind11;
-using prfl::View;
+using prfl::Field;
+using prfl::kernels;
 
-// The kernels run without the GIL.
-template <class Arguments>
-static void run(void (*kernel)(const Arguments&), const Arguments& arguments) {
-  py::gil_scoped_release unlocked;
-  kernel(arguments);
+namespace {
+
+// `kernel` is a member of the table of the instruction set that runs.
+template <class A>
+void def_launch(py::module_& m, const char* name, void (*prfl::Kernels::*kernel)(const A&),
+                const std::vector<Field<A>>& fields) {
+  m.def(name, [=](const py::kwargs& given) {
+    const A arguments = prfl::filled(name, fields, given);
+    py::gil_scoped_release unlocked;
+    (kernels().*kernel)(arguments);
+  });
 }
 
-static void bind_cpu(py::module_& m) {
-  using Size = int64_t;
-  using prfl::kernels;
-  using Place = std::tuple<Size, Size, Size, Size, Size, Size, Size>;  // of Rope, after its tables
-  auto shape = [](Size batch, Size length, Size width) { return prfl::Shape{batch, length, width}; };
-  auto rope = [](View cos, View sin, const Place& place) {
-    return std::apply([&](auto... n) { return prfl::Rope{cos, sin, n...}; }, place);
-  };
-  m.def("advise_huge_pages", [](uintptr_t address, Size bytes) {
+#define FIELD PRFL_FIELD
+#define SHAPE \
+  PRFL_NAMED("batch", shape.batch), PRFL_NAMED("length", shape.length), PRFL_NAMED("width", shape.width)
+// q's, then k's.
+#define PAIR(member) PRFL_NAMED(#member "_q", member[0]), PRFL_NAMED(#member "_k", member[1])
+#define ROPE                                                                                 \
+  PRFL_NAMED("cos", rope.cos), PRFL_NAMED("sin", rope.sin), PRFL_NAMED("heads", rope.heads), \
+      PRFL_NAMED("head_dim", rope.head_dim), PRFL_NAMED("frames", rope.frames),              \
+      PRFL_NAMED("frames_rows", rope.frames_rows), PRFL_NAMED("rows", rope.rows),            \
+      PRFL_NAMED("columns", rope.columns), PRFL_NAMED("offset", rope.offset)
+#define ATTENTION_SHAPE                                                                                   \
+  PRFL_NAMED("batch", shape.batch), PRFL_NAMED("queries", shape.queries), PRFL_NAMED("keys", shape.keys), \
+      PRFL_NAMED("heads", shape.heads), PRFL_NAMED("dim", shape.dim)
+
+void bind_norm_forward(py::module_& m) {
+  using A = prfl::NormForward;
+  def_launch<A>(m, "norm_forward", &prfl::Kernels::norm_forward,
+                {FIELD(x), FIELD(y), FIELD(gate), FIELD(scale), FIELD(shift), FIELD(total), FIELD(n),
+                 FIELD(mean), FIELD(rstd), SHAPE, FIELD(base), FIELD(eps), FIELD(threads)});
+}
+
+void bind_norm_backward(py::module_& m) {
+  using A = prfl::NormBackward;
+  def_launch<A>(m, "norm_backward", &prfl::Kernels::norm_backward,
+                {FIELD(dn), FIELD(dsum), FIELD(x), FIELD(y), FIELD(gate), FIELD(scale), FIELD(mean),
+                 FIELD(rstd), FIELD(dx), FIELD(dy), FIELD(part), FIELD(sums), SHAPE, FIELD(runs), FIELD(base),
+                 FIELD(wants_parameters), FIELD(threads)});
+}
+
+void bind_qk_norm_rope_forward(py::module_& m) {
+  using A = prfl::QkNormRopeForward;
+  def_launch<A>(m, "qk_norm_rope_forward", &prfl::Kernels::qk_norm_rope_forward,
+                {PRFL_NAMED("q", x[0]), PRFL_NAMED("k", x[1]), PAIR(weight), PAIR(out), PAIR(rstd), SHAPE,
+                 ROPE, FIELD(eps), FIELD(threads)});
+}
+
+void bind_qk_norm_rope_backward(py::module_& m) {
+  using A = prfl::QkNormRopeBackward;
+  def_launch<A>(
+      m, "qk_norm_rope_backward", &prfl::Kernels::qk_norm_rope_backward,
+      {PRFL_NAMED("dout_q", d[0]), PRFL_NAMED("dout_k", d[1]), PRFL_NAMED("q", x[0]), PRFL_NAMED("k", x[1]),
+       PAIR(weight), PAIR(rstd), PRFL_NAMED("dq", dx[0]), PRFL_NAMED("dk", dx[1]), FIELD(part),
+       FIELD(dweight), SHAPE, ROPE, FIELD(runs), FIELD(threads)});
+}
+
+void bind_bias_gelu_forward(py::module_& m) {
+  using A = prfl::BiasGeluForward;
+  def_launch<A>(m, "bias_gelu_forward", &prfl::Kernels::bias_gelu_forward,
+                {FIELD(h), FIELD(bias), FIELD(g), SHAPE, FIELD(threads)});
+}
+
+void bind_bias_gelu_backward(py::module_& m) {
+  using A = prfl::BiasGeluBackward;
+  def_launch<A>(m, "bias_gelu_backward", &prfl::Kernels::bias_gelu_backward,
+                {FIELD(dg), FIELD(h), FIELD(bias), FIELD(dh), FIELD(g), FIELD(part), FIELD(dbias), SHAPE,
+                 FIELD(runs), FIELD(threads)});
+}
+
+void bind_reward_pool_forward(py::module_& m) {
+  using A = prfl::RewardPoolForward;
+  def_launch<A>(m, "reward_pool_forward", &prfl::Kernels::reward_pool_forward,
+                {FIELD(x), FIELD(u), FIELD(part), FIELD(top), FIELD(total), FIELD(pooled), FIELD(lse),
+                 FIELD(scores), SHAPE, FIELD(queries), FIELD(wanted), FIELD(runs), FIELD(threads)});
+}
+
+void bind_reward_pool_backward(py::module_& m) {
+  using A = prfl::RewardPoolBackward;
+  def_launch<A>(m, "reward_pool_backward", &prfl::Kernels::reward_pool_backward,
+                {FIELD(x), FIELD(u), FIELD(dpooled), FIELD(delta), FIELD(scores), FIELD(lse), FIELD(dx),
+                 FIELD(part), FIELD(du), SHAPE, FIELD(queries), FIELD(wanted), FIELD(runs), FIELD(threads)});
+}
+
+void bind_attention_forward(py::module_& m) {
+  using A = prfl::AttentionForward;
+  def_launch<A>(m, "attention_forward", &prfl::Kernels::attention_forward,
+                {FIELD(q), FIELD(k), FIELD(v), FIELD(out), FIELD(lse), ATTENTION_SHAPE, FIELD(scale),
+                 FIELD(last), FIELD(threads)});
+}
+
+void bind_attention_backward(py::module_& m) {
+  using A = prfl::AttentionBackward;
+  def_launch<A>(m, "attention_backward", &prfl::Kernels::attention_backward,
+                {FIELD(dout), FIELD(dlse), FIELD(q), FIELD(k), FIELD(v), FIELD(out), FIELD(lse), FIELD(dq),
+                 FIELD(dk), FIELD(dv), ATTENTION_SHAPE, FIELD(scale), FIELD(last), FIELD(threads)});
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& m) {
+  m.def("advise_huge_pages", [](uintptr_t address, int64_t bytes) {
     prfl::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
   });
-  m.def("add_norm_forward", [=](View x, View y, View gate, View scale, View shift, View sum, View n,
-                                View mean, View rstd, Size batch, Size length, Size width, float base,
-                                float eps, int threads) {
-    run(kernels().add_norm_forward,
-        {x, y, gate, scale, shift, sum, n, mean, rstd, shape(batch, length, width), base, eps, threads});
-  });
-  m.def("add_norm_backward", [=](View dn, View dsum, View x, View y, View gate, View scale, View mean,
-                                 View rstd, View dx, View dy, View part, View sums, Size batch, Size length,
-                                 Size width, Size runs, float base, bool parameters, int threads) {
-    run(kernels().add_norm_backward, {dn, dsum, x, y, gate, scale, mean, rstd, dx, dy, part, sums,
-                                      shape(batch, length, width), runs, base, parameters, threads});
-  });
-  m.def("qk_norm_rope_forward", [=](View q, View k, View weight_q, View weight_k, View out_q, View out_k,
-                                    View rstd_q, View rstd_k, View cos, View sin, const Place& place,
-                                    Size batch, Size length, Size width, float eps, int threads) {
-    run(kernels().qk_norm_rope_forward, {{q, k},
-                                         {weight_q, weight_k},
-                                         {out_q, out_k},
-                                         {rstd_q, rstd_k},
-                                         shape(batch, length, width),
-                                         rope(cos, sin, place),
-                                         eps,
-                                         threads});
-  });
-  m.def("qk_norm_rope_backward",
-        [=](View dq, View dk, View q, View k, View weight_q, View weight_k, View rstd_q, View rstd_k,
-            View out_q, View out_k, View part, View dweight, View cos, View sin, const Place& place,
-            Size batch, Size length, Size width, Size runs, int threads) {
-          run(kernels().qk_norm_rope_backward, {{dq, dk},
-                                                {q, k},
-                                                {weight_q, weight_k},
-                                                {rstd_q, rstd_k},
-                                                {out_q, out_k},
-                                                part,
-                                                dweight,
-                                                shape(batch, length, width),
-                                                rope(cos, sin, place),
-                                                runs,
-                                                threads});
-        });
-  m.def("bias_gelu_forward",
-        [=](View h, View bias, View g, Size batch, Size length, Size width, int threads) {
-          run(kernels().bias_gelu_forward, {h, bias, g, shape(batch, length, width), threads});
-        });
-  m.def("bias_gelu_backward", [=](View dg, View h, View bias, View dh, View g, View part, View dbias,
-                                  Size batch, Size length, Size width, Size runs, int threads) {
-    run(kernels().bias_gelu_backward,
-        {dg, h, bias, dh, g, part, dbias, shape(batch, length, width), runs, threads});
-  });
-  m.def("reward_pool_forward",
-        [=](View x, View u, View part, View top, View total, View pooled, View lse, View scores, Size batch,
-            Size length, Size width, Size queries, Size wanted, Size runs, int threads) {
-          run(kernels().reward_pool_forward, {x, u, part, top, total, pooled, lse, scores,
-                                              shape(batch, length, width), queries, wanted, runs, threads});
-        });
-  m.def("reward_pool_backward",
-        [=](View x, View u, View dpooled, View delta, View scores, View lse, View dx, View part, View du,
-            Size batch, Size length, Size width, Size queries, Size wanted, Size runs, int threads) {
-          run(kernels().reward_pool_backward, {x, u, dpooled, delta, scores, lse, dx, part, du,
-                                               shape(batch, length, width), queries, wanted, runs, threads});
-        });
-  using Sizes = std::tuple<Size, Size, Size, Size, Size>;  // of AttentionShape
-  auto sized = [](const Sizes& sizes) {
-    return std::apply([](auto... n) { return prfl::AttentionShape{n...}; }, sizes);
-  };
-  m.def("attention_forward",
-        [sized](View q, View k, View v, View out, View lse, const Sizes& sizes, float scale, float last,
-                int threads) {
-          run(kernels().attention_forward, {q, k, v, out, lse, sized(sizes), scale, last, threads});
-        });
-  m.def("attention_backward",
-        [sized](View dout, View dlse, View q, View k, View v, View out, View lse, View dq, View dk, View dv,
-                const Sizes& sizes, float scale, float last, int threads) {
-          run(kernels().attention_backward,
-              {dout, dlse, q, k, v, out, lse, dq, dk, dv, sized(sizes), scale, last, threads});
-        });
-}
-
-PYBIND11_MODULE(_C, m) {
-  m.attr("cuda_architectures") = PRFL_CUDA_ARCHITECTURES;  // "" where it is not built
-  m.attr("cuda_reason") = PRFL_CUDA_REASON;                // why not
-  m.attr("isas_left_out") = PRFL_ISAS_LEFT_OUT;            // the compiler does not know their flags
-  m.def("isas", [] {  // [(instruction set, whether it runs on this processor)], poorest first
-    std::vector<std::pair<std::string, bool>> found;
-    for (const prfl::Build& build : prfl::builds()) found.emplace_back(build.name, build.runs_here);
-    return found;
-  });
-  m.def("active_isa", [] { return std::string(prfl::active().name); });
-  m.def("use_isa", &prfl::use_isa);
-  m.def("openmp_runtime", &prfl::openmp_runtime);
-  bind_cpu(m);
-#ifdef PRFL_CUDA
-  bind_cuda(m);
-#endif
+  bind_norm_forward(m);
+  bind_norm_backward(m);
+  bind_qk_norm_rope_forward(m);
+  bind_qk_norm_rope_backward(m);
+  bind_bias_gelu_forward(m);
+  bind_bias_gelu_backward(m);
+  bind_reward_pool_forward(m);
+  bind_reward_pool_backward(m);
+  bind_attention_forward(m);
+  bind_attention_backward(m);
 }

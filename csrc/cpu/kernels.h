@@ -1,6 +1,6 @@
 // What the CPU kernels take, and the table of them that every instruction set fills.
 // To add one: its arguments and a line of PRFL_CPU_KERNELS here, a file that defines it inside
-// namespace prfl::PRFL_ISA, a line in sources.txt, a call in bind.cpp.
+// namespace prfl::PRFL_ISA, a line in sources.txt, its fields in bind.cpp.
 #pragma once
 
 #include "view.h"
@@ -13,25 +13,26 @@ struct Shape {
   int64_t batch, length, width;
 };
 
-// add_norm: sum = x + gate y and n = LN(sum) (scale + base) + shift, in x's and n's type.
-struct AddNormForward {
+// norm: total = x + gate y and n = LN(total) (scale + base) + shift, in x's and n's type.
+struct NormForward {
   View x, y, gate, scale, shift;
-  View sum, n;
+  View total, n;
   View mean, rstd;  // float [batch, length]
   Shape shape;
   float base, eps;
   int threads;
 };
 // dsum and dx have x's type, dy has y's.
-struct AddNormBackward {
+struct NormBackward {
   View dn, dsum, x, y, gate, scale, mean, rstd;
   View dx, dy;
-  View part;  // float [batch, runs, slots, width]: d scale, d shift if `parameters`, d gate if y and gate
+  // float [batch, runs, slots, width]: d scale, d shift if `wants_parameters`, d gate if y and gate
+  View part;
   View sums;  // float [batch, slots, width]: part summed over the runs
   Shape shape;
   int64_t runs;
   float base;
-  bool parameters;
+  bool wants_parameters;
   int threads;
 };
 
@@ -89,15 +90,15 @@ struct RewardPoolForward {
 };
 struct RewardPoolBackward {
   View x, u, dpooled, delta, scores, lse;  // dpooled: float [batch, queries, width]
-  View dx, part, du;  // part as above, or absent with du: float [wanted, width]
+  View dx, part, du;                       // part as above, or absent with du: float [wanted, width]
   Shape shape;
   int64_t queries, wanted, runs;
   int threads;
 };
 
 // attention: q, out, dout, dq [batch, queries, heads, dim]; k, v, dk, dv [batch, keys, heads, dim], all
-// of one type, with strides by sample, token and head. lse, dlse: float [batch, heads, queries]. last is
-// added to the scores of the last key: log n for one that stands for n.
+// of one type, with strides by sample, token and head. lse, dlse: float [batch, heads, queries]. `last` is
+// added to the scores of the last key: log n if that key stands for n equal keys, else 0.
 struct AttentionShape {
   int64_t batch, queries, keys, heads, dim;
 };
@@ -115,16 +116,16 @@ struct AttentionBackward {
   int threads;
 };
 
-#define PRFL_CPU_KERNELS(KERNEL)                     \
-  KERNEL(attention_forward, AttentionForward)        \
-  KERNEL(attention_backward, AttentionBackward)      \
-  KERNEL(add_norm_forward, AddNormForward)           \
-  KERNEL(add_norm_backward, AddNormBackward)         \
-  KERNEL(qk_norm_rope_forward, QkNormRopeForward)    \
-  KERNEL(qk_norm_rope_backward, QkNormRopeBackward)  \
-  KERNEL(bias_gelu_forward, BiasGeluForward)         \
-  KERNEL(bias_gelu_backward, BiasGeluBackward)       \
-  KERNEL(reward_pool_forward, RewardPoolForward)     \
+#define PRFL_CPU_KERNELS(KERNEL)                    \
+  KERNEL(attention_forward, AttentionForward)       \
+  KERNEL(attention_backward, AttentionBackward)     \
+  KERNEL(norm_forward, NormForward)                 \
+  KERNEL(norm_backward, NormBackward)               \
+  KERNEL(qk_norm_rope_forward, QkNormRopeForward)   \
+  KERNEL(qk_norm_rope_backward, QkNormRopeBackward) \
+  KERNEL(bias_gelu_forward, BiasGeluForward)        \
+  KERNEL(bias_gelu_backward, BiasGeluBackward)      \
+  KERNEL(reward_pool_forward, RewardPoolForward)    \
   KERNEL(reward_pool_backward, RewardPoolBackward)
 
 struct Kernels {

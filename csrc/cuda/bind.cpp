@@ -1,257 +1,147 @@
-// The launchers of csrc/cuda for Python. Tensors come as in cpu/bind.cpp, the stream as its address; also
-// part of the module that the tests build on cusim.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <tuple>
-
+// The launchers of this folder for Python, each with its arguments by name and the stream as its address.
+// Part of prfl_kernels._C, and of the module that the tests build on cusim.
 #include "bind.h"
-#include "cuda/add_norm.h"
+
 #include "cuda/attention_hopper.h"
+#include "cuda/norm.h"
 #include "cuda/qk_norm_rope.h"
 #include "cuda/reward_pool.h"
 #include "cuda/solver_step.h"
 
 namespace py = pybind11;
-using prfl::DType;
+using prfl::Field;
 using prfl::View;
 using Size = int64_t;
 
 namespace {
 
-cudaStream_t at(Size stream) { return reinterpret_cast<cudaStream_t>(stream); }
+// Without the GIL; what `given` holds stays alive.
+template <class A, class Run>
+void def_launch(py::module_& m, const char* name, Run run, const std::vector<Field<A>>& fields) {
+  m.def(name, [=](const py::kwargs& given) {
+    if (!given.contains("stream"))
+      throw py::type_error(std::string(name) + ": got no argument stream, want it");
+    const py::object stream = given.attr("pop")("stream");
+    const A arguments = prfl::filled(name, fields, given);
+    const auto handle = reinterpret_cast<cudaStream_t>(stream.cast<Size>());
+    py::gil_scoped_release unlocked;
+    run(arguments, handle);
+  });
+}
+
+#define FIELD PRFL_FIELD
+// A tensor whose strides are members too: by sample, or by sample and token.
+#define VECTOR(member) \
+  {#member, [](A& a, py::handle given) { prfl::fill_strided(given, a.member, a.member##_b); }}
+#define ROWS(member) \
+  {#member, [](A& a, py::handle given) { prfl::fill_strided(given, a.member, a.member##_b, a.member##_l); }}
 
 void bind_attention(py::module_& m) {
-  using namespace prfl::cuda;
-  const auto sequence = [](const View& a, Size length) {
-    return Sequence{a.data, length, {a.stride[0], a.stride[1], a.stride[2]}};
+  struct A {
+    View q, k, v, out, lse, q_scale, k_scale, v_scale;
+    Size batch, queries, keys, heads;
+    float scale;
+
+    static prfl::cuda::Sequence sequence(const View& a, Size length) {
+      return {a.data, length, {a.stride[0], a.stride[1], a.stride[2]}};
+    }
   };
-  m.def("attention_hopper_forward", [=](View q, View k, View v, View out, View lse, Size batch, Size queries,
-                                        Size keys, Size heads, float scale, Size stream) {
-    py::gil_scoped_release unlocked;
-    attention_hopper_forward(sequence(q, queries), sequence(k, keys), sequence(v, keys), out.data,
-                             lse.at<float>(), batch, heads, scale, at(stream));
-  });
-  m.def("attention_hopper_fp8_forward",
-        [=](View q, View q_scale, View k, View k_scale, View v, View v_scale, View out, View lse, Size batch,
-            Size queries, Size keys, Size heads, float scale, Size stream) {
-          py::gil_scoped_release unlocked;
-          attention_hopper_fp8_forward(sequence(q, queries), q_scale.at<float>(), sequence(k, keys),
-                                       k_scale.at<float>(), v.data, v_scale.at<float>(), out.data,
-                                       lse.at<float>(), batch, heads, scale, at(stream));
-        });
+  const std::vector<Field<A>> common = {FIELD(q),     FIELD(k),     FIELD(v),       FIELD(out),
+                                        FIELD(lse),   FIELD(batch), FIELD(queries), FIELD(keys),
+                                        FIELD(heads), FIELD(scale)};
+  std::vector<Field<A>> fp8 = {FIELD(q_scale), FIELD(k_scale), FIELD(v_scale)};
+  fp8.insert(fp8.end(), common.begin(), common.end());
+  const auto forward = [](const A& a, cudaStream_t stream) {
+    prfl::cuda::attention_hopper_forward(A::sequence(a.q, a.queries), A::sequence(a.k, a.keys),
+                                         A::sequence(a.v, a.keys), a.out.data, a.lse.at<float>(), a.batch,
+                                         a.heads, a.scale, stream);
+  };
+  const auto forward_fp8 = [](const A& a, cudaStream_t stream) {
+    prfl::cuda::attention_hopper_fp8_forward(
+        A::sequence(a.q, a.queries), a.q_scale.at<float>(), A::sequence(a.k, a.keys), a.k_scale.at<float>(),
+        a.v.data, a.v_scale.at<float>(), a.out.data, a.lse.at<float>(), a.batch, a.heads, a.scale, stream);
+  };
+  def_launch<A>(m, "attention_hopper_forward", forward, common);
+  def_launch<A>(m, "attention_hopper_fp8_forward", forward_fp8, fp8);
 }
 
-void bind_reward_pool(py::module_& m) {
-  using namespace prfl::cuda;
-  m.attr("reward_pool_queries") = kPoolQueries;
-  m.attr("reward_pool_width") = kPoolWidth;
-  m.def("reward_pool_runs", &reward_pool_runs);
-  m.def("reward_pool_forward", [](View x, View u, View pooled, View lse, View scores, View top, View total,
-                                  View acc, Size batch, Size length, Size width, Size queries, Size stream) {
-    py::gil_scoped_release unlocked;
-    reward_pool_forward({x.data, u.at<float>(), pooled.at<float>(), lse.at<float>(), scores.at<float>(),
-                         top.at<float>(), total.at<float>(), acc.at<float>(), x.stride[0], x.stride[1], batch,
-                         length, width, queries, x.dtype == DType::bf16},
-                        at(stream));
-  });
-  m.def("reward_pool_backward",
-        [](View x, View u, View dpooled, View scores, View lse, View delta, View dx, View part, Size batch,
-           Size length, Size width, Size queries, Size stream) {
-          py::gil_scoped_release unlocked;
-          reward_pool_backward({x.data, u.at<float>(), dpooled.at<float>(), scores.at<float>(),
-                                lse.at<float>(), delta.at<float>(), dx.data, part.at<float>(), x.stride[0],
-                                x.stride[1], batch, length, width, queries, x.dtype == DType::bf16},
-                               at(stream));
-        });
+void bind_norm_forward(py::module_& m) {
+  using A = prfl::cuda::NormForward;
+  def_launch<A>(m, "norm_forward", prfl::cuda::norm_forward,
+                {ROWS(x), ROWS(y), VECTOR(gate), VECTOR(scale), VECTOR(shift), FIELD(total), FIELD(n),
+                 FIELD(quant), FIELD(mean), FIELD(rstd), FIELD(batch), FIELD(length), FIELD(width),
+                 FIELD(eps), FIELD(base), FIELD(x_kind), FIELD(y_kind), FIELD(n_kind), FIELD(aligned)});
 }
 
-void bind_add_norm(py::module_& m) {
-  using namespace prfl::cuda;
-  m.attr("norm_width") = kNormWidth;
-  m.def("add_norm_runs", &add_norm_runs);
-  m.def("add_norm_forward", [](View x, View y, View gate, View scale, View shift, View sum, View n,
-                               View quant, View mean, View rstd, Size batch, Size length, Size width,
-                               float eps, float base, int branch, bool aligned, Size stream) {
-    py::gil_scoped_release unlocked;
-    add_norm_forward({x.data,
-                      y.data,
-                      gate.at<float>(),
-                      scale.at<float>(),
-                      shift.at<float>(),
-                      sum.data,
-                      n.data,
-                      quant.at<float>(),
-                      mean.at<float>(),
-                      rstd.at<float>(),
-                      x.stride[0],
-                      x.stride[1],
-                      y.stride[0],
-                      y.stride[1],
-                      gate.stride[0],
-                      scale.stride[0],
-                      shift.stride[0],
-                      batch,
-                      length,
-                      width,
-                      eps,
-                      base,
-                      int(x.dtype),
-                      branch,
-                      int(n.dtype),
-                      aligned},
-                     at(stream));
-  });
-  m.def("add_norm_backward",
-        [](View dn, View dsum, View x, View y, View gate, View scale, View mean, View rstd, View dx, View dy,
-           View part, Size batch, Size length, Size width, float base, int kind, int branch, int grad,
-           bool aligned, bool parameters, bool wants_gate, Size stream) {
-          py::gil_scoped_release unlocked;
-          add_norm_backward({dn.data,
-                             dsum.data,
-                             x.data,
-                             y.data,
-                             gate.at<float>(),
-                             scale.at<float>(),
-                             mean.at<float>(),
-                             rstd.at<float>(),
-                             dx.data,
-                             dy.data,
-                             part.at<float>(),
-                             dn.stride[0],
-                             dn.stride[1],
-                             dsum.stride[0],
-                             dsum.stride[1],
-                             x.stride[0],
-                             x.stride[1],
-                             y.stride[0],
-                             y.stride[1],
-                             gate.stride[0],
-                             scale.stride[0],
-                             batch,
-                             length,
-                             width,
-                             base,
-                             kind,
-                             branch,
-                             grad,
-                             aligned,
-                             parameters,
-                             wants_gate},
-                            at(stream));
-        });
+void bind_norm_backward(py::module_& m) {
+  using A = prfl::cuda::NormBackward;
+  def_launch<A>(m, "norm_backward", prfl::cuda::norm_backward,
+                {ROWS(dn),         ROWS(dsum),    ROWS(x),        ROWS(y),        VECTOR(gate),
+                 VECTOR(scale),    FIELD(mean),   FIELD(rstd),    FIELD(dx),      FIELD(dy),
+                 FIELD(part),      FIELD(batch),  FIELD(length),  FIELD(width),   FIELD(base),
+                 FIELD(x_kind),    FIELD(y_kind), FIELD(dn_kind), FIELD(aligned), FIELD(wants_parameters),
+                 FIELD(wants_gate)});
 }
 
-// (head_dim, frame pairs, row pairs, rows, columns, offset)
-using Places = std::tuple<int, int, int, int, int, int>;
+// What both directions of qk_norm_rope have.
+#define ROTATION                                                                                  \
+  PRFL_NAMED("cos", rotation.cos), PRFL_NAMED("sin", rotation.sin),                               \
+      PRFL_NAMED("head_dim", rotation.head_dim), PRFL_NAMED("frame_pairs", rotation.frame_pairs), \
+      PRFL_NAMED("row_pairs", rotation.row_pairs), PRFL_NAMED("rows", rotation.rows),             \
+      PRFL_NAMED("columns", rotation.columns), PRFL_NAMED("offset", rotation.offset)
 
-prfl::cuda::Rotation rotation(View cos, View sin, const Places& p) {
-  const auto [head_dim, frame_pairs, row_pairs, rows, columns, offset] = p;
-  return {cos.at<float>(), sin.at<float>(), head_dim, frame_pairs, row_pairs, rows, columns, offset};
+void bind_qk_norm_rope_forward(py::module_& m) {
+  using A = prfl::cuda::QkForward;
+  def_launch<A>(m, "qk_norm_rope_forward", prfl::cuda::qk_norm_rope_forward,
+                {ROWS(q), ROWS(k), FIELD(weight_q), FIELD(weight_k), FIELD(out_q), FIELD(out_k),
+                 FIELD(quant_q), FIELD(quant_k), FIELD(rstd_q), FIELD(rstd_k), FIELD(batch), FIELD(length),
+                 FIELD(width), ROTATION, FIELD(eps), FIELD(q_kind), FIELD(out_kind), FIELD(aligned)});
 }
 
-void bind_qk_norm_rope(py::module_& m) {
-  using namespace prfl::cuda;
-  m.def("qk_norm_rope_forward",
-        [](View q, View k, View weight_q, View weight_k, View out_q, View out_k, View quant_q, View quant_k,
-           View rstd_q, View rstd_k, View cos, View sin, Size batch, Size length, Size width, Places places,
-           float eps, bool aligned, Size stream) {
-          py::gil_scoped_release unlocked;
-          qk_norm_rope_forward({q.data,
-                                k.data,
-                                weight_q.at<float>(),
-                                weight_k.at<float>(),
-                                out_q.data,
-                                out_k.data,
-                                quant_q.at<float>(),
-                                quant_k.at<float>(),
-                                rstd_q.at<float>(),
-                                rstd_k.at<float>(),
-                                q.stride[0],
-                                q.stride[1],
-                                k.stride[0],
-                                k.stride[1],
-                                batch,
-                                length,
-                                width,
-                                rotation(cos, sin, places),
-                                eps,
-                                int(q.dtype),
-                                int(out_q.dtype),
-                                aligned},
-                               at(stream));
-        });
-  m.def("qk_norm_rope_backward",
-        [](View dq, View dk, View q, View k, View weight_q, View weight_k, View rstd_q, View rstd_k,
-           View out_q, View out_k, View part, View cos, View sin, Size batch, Size length, Size width,
-           Places places, bool aligned, Size stream) {
-          py::gil_scoped_release unlocked;
-          qk_norm_rope_backward({dq.data,
-                                 dk.data,
-                                 q.data,
-                                 k.data,
-                                 weight_q.at<float>(),
-                                 weight_k.at<float>(),
-                                 rstd_q.at<float>(),
-                                 rstd_k.at<float>(),
-                                 out_q.data,
-                                 out_k.data,
-                                 part.at<float>(),
-                                 dq.stride[0],
-                                 dq.stride[1],
-                                 dk.stride[0],
-                                 dk.stride[1],
-                                 q.stride[0],
-                                 q.stride[1],
-                                 k.stride[0],
-                                 k.stride[1],
-                                 batch,
-                                 length,
-                                 width,
-                                 rotation(cos, sin, places),
-                                 int(q.dtype),
-                                 aligned},
-                                at(stream));
-        });
+void bind_qk_norm_rope_backward(py::module_& m) {
+  using A = prfl::cuda::QkBackward;
+  def_launch<A>(m, "qk_norm_rope_backward", prfl::cuda::qk_norm_rope_backward,
+                {ROWS(dout_q), ROWS(dout_k), ROWS(q), ROWS(k), FIELD(weight_q), FIELD(weight_k),
+                 FIELD(rstd_q), FIELD(rstd_k), FIELD(dq), FIELD(dk), FIELD(part), FIELD(batch), FIELD(length),
+                 FIELD(width), ROTATION, FIELD(q_kind), FIELD(aligned)});
+}
+
+void bind_reward_pool_forward(py::module_& m) {
+  using A = prfl::cuda::PoolForward;
+  def_launch<A>(m, "reward_pool_forward", prfl::cuda::reward_pool_forward,
+                {ROWS(x), FIELD(u), FIELD(pooled), FIELD(lse), FIELD(scores), FIELD(top), FIELD(total),
+                 FIELD(acc), FIELD(batch), FIELD(length), FIELD(width), FIELD(queries), FIELD(bf16)});
+}
+
+void bind_reward_pool_backward(py::module_& m) {
+  using A = prfl::cuda::PoolBackward;
+  def_launch<A>(m, "reward_pool_backward", prfl::cuda::reward_pool_backward,
+                {ROWS(x), FIELD(u), FIELD(dpooled), FIELD(scores), FIELD(lse), FIELD(delta), FIELD(dx),
+                 FIELD(part), FIELD(batch), FIELD(length), FIELD(width), FIELD(queries), FIELD(bf16)});
 }
 
 void bind_solver_step(py::module_& m) {
-  m.def("solver_step", [](View x, View x_last, View m0, View m1, View velocity, View columns, View x_next,
-                          View x_c, View m_t, Size batch, Size size, bool aligned, Size stream) {
-    py::gil_scoped_release unlocked;
-    prfl::cuda::solver_step({x.at<float>(), x_last.at<float>(), m0.at<float>(), m1.at<float>(), velocity.data,
-                             columns.at<float>(), x_next.at<float>(), x_c.at<float>(), m_t.at<float>(), batch,
-                             size, velocity.dtype == DType::bf16, aligned},
-                            at(stream));
-  });
+  using A = prfl::cuda::SolverStep;
+  def_launch<A>(
+      m, "solver_step", prfl::cuda::solver_step,
+      {FIELD(x), FIELD(x_last), FIELD(m0), FIELD(m1), FIELD(velocity), FIELD(columns), FIELD(x_next),
+       FIELD(x_c), FIELD(m_t), FIELD(batch), FIELD(size), FIELD(bf16), FIELD(aligned)});
 }
 
 }  // namespace
 
 void bind_cuda(py::module_& m) {
-  bind_reward_pool(m);
-  bind_add_norm(m);
-  bind_qk_norm_rope(m);
-  bind_solver_step(m);
+  m.attr("row_width") = prfl::cuda::kRowWidth;
+  m.attr("reward_pool_queries") = prfl::cuda::kPoolQueries;
+  m.attr("reward_pool_width") = prfl::cuda::kPoolWidth;
+  m.def("row_runs", &prfl::cuda::row_runs);
+  m.def("reward_pool_runs", &prfl::cuda::reward_pool_runs);
   bind_attention(m);
+  bind_norm_forward(m);
+  bind_norm_backward(m);
+  bind_qk_norm_rope_forward(m);
+  bind_qk_norm_rope_backward(m);
+  bind_reward_pool_forward(m);
+  bind_reward_pool_backward(m);
+  bind_solver_step(m);
 }
-
-#ifdef CUSIM
-// The module of the tests: the launchers on cusim, and what the tests ask of it.
-#include "sim/cusim.h"
-
-PYBIND11_MODULE(prfl_sim, m) {
-  bind_cuda(m);
-  m.def("watch", [](Size base, Size bytes) { cusim::watch(reinterpret_cast<void*>(base), bytes); });
-  m.def("unwatch", &cusim::unwatch);
-  m.def("load_early", &cusim::load_early);
-  m.def("traffic", [](Size base) { return cusim::traffic(reinterpret_cast<void*>(base)); });
-  // The launches since the last unwatch: (blocks along x, y, threads, bytes of shared memory, cluster).
-  m.def("launches", [] {
-    std::vector<std::tuple<unsigned, unsigned, unsigned, size_t, unsigned>> found;
-    for (const cusim::Launch& l : cusim::launches())
-      found.emplace_back(l.grid.x, l.grid.y, l.block.x, l.shared, l.cluster.x);
-    return found;
-  });
-}
-#endif

@@ -17,7 +17,7 @@ constexpr int kWarps = 8, kThreads = kWarps * kWarp, kRanks = 8, kStages = 4, kQ
 template <class T>
 constexpr int kTokens = sizeof(T) == 2 ? 32 : 16;  // of a tile: 40 KB of a slice of 640 columns
 
-// Bytes behind a row of a slice, so that the rows of a matrix lie in different banks.
+// Padding bytes after a row of a slice, so that the rows of a matrix lie in different banks.
 constexpr int kPad = 16;
 
 __host__ __device__ inline int slice_columns(int64_t width, int ranks) {
@@ -70,7 +70,7 @@ struct PoolTiles {
   }
   __device__ __forceinline__ int rows(int tile) const { return min(kTokens<T>, tokens - tile * kTokens<T>); }
 
-  // First column in the slice of a group of this warp; groups behind the slice's end do not exist.
+  // First column in the slice of a group of this warp; groups after the slice's end do not exist.
   __device__ __forceinline__ int group(int g) const { return (g * kWarps + warp_id()) * kGroup; }
   __device__ __forceinline__ bool exists(int g) const { return group(g) < columns; }
 

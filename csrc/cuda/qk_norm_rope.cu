@@ -4,10 +4,10 @@
 //
 // A thread holds eight columns of q and of k: four pairs of one head. Forward, a block makes one token;
 // backward it walks over a run of tokens with the sums for the weights in registers.
+#include "ptx/vector.h"
 #include "qk_norm_rope.h"
 #include "reduce.h"
 #include "rows.h"
-#include "ptx/vector.h"
 
 namespace prfl::cuda {
 namespace {
@@ -47,14 +47,10 @@ __device__ __forceinline__ void turn(const Angles& angles, float sign, float (&x
 template <int kWidth>
 __device__ __forceinline__ void store_heads(const Columns<kWidth>& columns, int head_dim, int64_t token,
                                             int64_t width, float (&x)[8], void* out, float* quant) {
-  float most = 0.0f;
-  PRFL_UNROLL
-  for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(x[i]));
+  float most = largest8(x);
   for (int step = (kWidth ? 128 : head_dim) / 16; step > 0; step /= 2)
     most = fmaxf(most, __shfl_xor_sync(~0u, most, step));
-  const float scale = most > 0.0f ? most / kE4m3Max : 1.0f;
-  PRFL_UNROLL
-  for (int i = 0; i < 8; ++i) x[i] /= scale;
+  const float scale = scale_to_e4m3(x, most);
   columns.store_e4m3(static_cast<uint8_t*>(out) + token * width, x);
   if (columns.count && columns.first % head_dim == 0)
     put(quant + (token * width + columns.first) / head_dim, scale);
@@ -69,7 +65,7 @@ __device__ __forceinline__ void store_row(const QkForward& a, const Columns<kWid
   PRFL_UNROLL
   for (int i = 0; i < 8; ++i) x[i] *= rstd * w[i];
   if (a.rotation.cos != nullptr) turn(angles, 1.0f, x);
-  if (a.out == kE4m3)
+  if (a.out_kind == kE4m3)
     store_heads(columns, a.rotation.head_dim, token, width, x, out, quant);
   else
     columns.store(static_cast<T*>(out) + token * width, x);
@@ -140,11 +136,11 @@ __device__ __forceinline__ void store_dx(const Columns<kWidth>& columns, void* o
 template <class T, int kWidth>
 __device__ __forceinline__ void fetch(const QkBackward& a, const Columns<kWidth>& columns, int64_t b,
                                       int64_t l, Pair<T>& q, Pair<T>& k) {
-  q.d = columns.load(static_cast<const T*>(a.dq) + b * a.dq_b + l * a.dq_l);
+  q.d = columns.load(static_cast<const T*>(a.dout_q) + b * a.dout_q_b + l * a.dout_q_l);
   q.x = columns.load(static_cast<const T*>(a.q) + b * a.q_b + l * a.q_l);
   q.rstd = get(a.rstd_q + b * a.length + l);
   if (a.k == nullptr) return;
-  k.d = columns.load(static_cast<const T*>(a.dk) + b * a.dk_b + l * a.dk_l);
+  k.d = columns.load(static_cast<const T*>(a.dout_k) + b * a.dout_k_b + l * a.dout_k_l);
   k.x = columns.load(static_cast<const T*>(a.k) + b * a.k_b + l * a.k_l);
   k.rstd = get(a.rstd_k + b * a.length + l);
 }
@@ -153,7 +149,7 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
     qk_backward_kernel(const QkBackward a, int64_t run) {
   PRFL_SHARED(memory);
-  // Four rows of float32 on their way, besides those at work, would not fit the registers.
+  // Four prefetched rows of float32, in addition to those in use, would not fit the registers.
   constexpr bool kAhead = sizeof(T) == 2;
   const int64_t b = blockIdx.y, first = blockIdx.x * run, last = min(first + run, a.length);
   const int64_t width = kWidth ? kWidth : a.width;
@@ -174,60 +170,48 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
     float means[2] = {dot8(g_q, x_q), dot8(g_k, x_k)};
     block_sum(means, reinterpret_cast<float*>(memory) + 2 * kSlots * ((l - first) % 2));
     const int64_t out = (b * a.length + l) * width;
-    store_dx<T>(columns, static_cast<T*>(a.out_q) + out, q.rstd, means[0] / width, x_q, g_q);
-    if (a.k != nullptr)
-      store_dx<T>(columns, static_cast<T*>(a.out_k) + out, k.rstd, means[1] / width, x_k, g_k);
+    store_dx<T>(columns, static_cast<T*>(a.dq) + out, q.rstd, means[0] / width, x_q, g_q);
+    if (a.k != nullptr) store_dx<T>(columns, static_cast<T*>(a.dk) + out, k.rstd, means[1] / width, x_k, g_k);
   }
   if (a.part == nullptr) return;
   float* part = a.part + (b * gridDim.x + blockIdx.x) * 2 * width;
   columns.store(part, dweight_q), columns.store(part + width, dweight_k);
 }
 
-template <class T, int kWidth>
-void forward(const QkForward& a, cudaStream_t stream) {
-  launch("qk_norm_rope forward", qk_forward_kernel<T, kWidth>, row_shape(a.length, a.batch, a.width), stream,
-         a);
-}
-
-template <class T, int kWidth>
-void backward(const QkBackward& a, cudaStream_t stream) {
-  const int64_t run = run_length(a.batch, a.length, a.width);
-  launch("qk_norm_rope backward", qk_backward_kernel<T, kWidth>,
-         row_shape((a.length + run - 1) / run, a.batch, a.width), stream, a, run);
-}
-
 // The width to specialise for: heads of 128 where there is a rotation or a scale a head.
 template <class Arguments>
 int64_t checked(const Arguments& a) {
-  if (a.width < 1 || a.width > kNormWidth)
+  if (a.width < 1 || a.width > kRowWidth)
     throw std::runtime_error("qk_norm_rope: got width " + std::to_string(a.width) + ", want 1 to 5120");
   return a.aligned && (a.rotation.cos == nullptr || a.rotation.head_dim == 128) ? a.width : 0;
 }
 
 template <class T>
-auto forward_of(int64_t width) {
-  return width == 5120 ? forward<T, 5120> : width == 1536 ? forward<T, 1536> : forward<T, 0>;
+void forward(const QkForward& a, cudaStream_t stream) {
+  with_width(checked(a), [&](auto width) {
+    launch_tokens("qk_norm_rope forward", qk_forward_kernel<T, width()>, a, stream);
+  });
 }
 
 template <class T>
-auto backward_of(int64_t width) {
-  return width == 5120 ? backward<T, 5120> : width == 1536 ? backward<T, 1536> : backward<T, 0>;
+void backward(const QkBackward& a, cudaStream_t stream) {
+  with_width(checked(a), [&](auto width) {
+    launch_runs("qk_norm_rope backward", qk_backward_kernel<T, width()>, a, stream);
+  });
 }
 
 }  // namespace
 
 void qk_norm_rope_forward(const QkForward& a, cudaStream_t stream) {
-  const int64_t width = checked(a);
   const int d = a.rotation.head_dim;
-  if (a.out == kE4m3 && (d < 8 || d > 256 || d & (d - 1)))
+  if (a.out_kind == kE4m3 && (d < 8 || d > 256 || d & (d - 1)))
     throw std::runtime_error("qk_norm_rope: got heads of " + std::to_string(d) +
                              " for e4m3, want a power of two from 8 to 256");
-  (a.kind == kBfloat16 ? forward_of<bf16>(width) : forward_of<float>(width))(a, stream);
+  (a.q_kind == kBfloat16 ? forward<bf16> : forward<float>)(a, stream);
 }
 
 void qk_norm_rope_backward(const QkBackward& a, cudaStream_t stream) {
-  const int64_t width = checked(a);
-  (a.kind == kBfloat16 ? backward_of<bf16>(width) : backward_of<float>(width))(a, stream);
+  (a.q_kind == kBfloat16 ? backward<bf16> : backward<float>)(a, stream);
 }
 
 }  // namespace prfl::cuda

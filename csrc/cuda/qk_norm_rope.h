@@ -3,7 +3,7 @@
 #pragma once
 #include <driver_types.h>
 
-#include <cstdint>
+#include "row_launch.h"
 
 namespace prfl::cuda {
 
@@ -24,23 +24,22 @@ struct QkForward {
   int64_t q_b, q_l, k_b, k_l, batch, length, width;
   Rotation rotation;
   float eps;
-  int kind, out;  // kinds (of add_norm.h) of q and k, of the results
-  bool aligned;   // all rows begin at multiples of 16 bytes, width is a multiple of 8
+  int q_kind, out_kind;  // of q and k, of the results
+  bool aligned;          // all rows begin at multiples of 16 bytes, width is a multiple of 8
 };
 
 struct QkBackward {
-  const void *dq, *dk, *q, *k;
+  const void *dout_q, *dout_k, *q, *k;
   const float *weight_q, *weight_k, *rstd_q, *rstd_k;
-  void *out_q, *out_k;
-  float *part;  // sums for the weights, [batch, runs, 2, width], or null
-  int64_t dq_b, dq_l, dk_b, dk_l, q_b, q_l, k_b, k_l, batch, length, width;
+  void *dq, *dk;
+  float* part;  // sums for the weights, [batch, runs, 2, width], or null
+  int64_t dout_q_b, dout_q_l, dout_k_b, dout_k_l, q_b, q_l, k_b, k_l, batch, length, width;
   Rotation rotation;
-  int kind;
+  int q_kind;
   bool aligned;
 };
 
-// The runs of tokens are those of add_norm.h.
-void qk_norm_rope_forward(const QkForward &arguments, cudaStream_t stream);
-void qk_norm_rope_backward(const QkBackward &arguments, cudaStream_t stream);
+void qk_norm_rope_forward(const QkForward& arguments, cudaStream_t stream);
+void qk_norm_rope_backward(const QkBackward& arguments, cudaStream_t stream);
 
 }  // namespace prfl::cuda

@@ -19,7 +19,7 @@ __device__ __forceinline__ float over_warp(float value, Join join) {
 }
 
 // Every thread gets each of `values` joined over the block. `slots` holds kValues floats a warp in
-// shared memory, and may be used again after the next but one reduction or barrier of the block.
+// shared memory, and may be reused after the second reduction or barrier of the block from here.
 template <int kValues, class Join>
 __device__ __forceinline__ void over_block(float (&values)[kValues], Join join, float empty, float* slots) {
   const int warps = (blockDim.x + kWarp - 1) / kWarp, lane = lane_id();

@@ -8,6 +8,8 @@
 // waits for the scores of a tile it computes those of the next. dx replaces the tile in its stage and
 // leaves through the bulk copy engine. The runs (16 for 5,120 columns) are merged by a second kernel
 // in a fixed order. Products run on the tensor cores to float32 accuracy.
+#include <algorithm>
+
 #include "launch.h"
 #include "pool_tiles.h"
 #include "reward_pool.h"
@@ -28,6 +30,18 @@ Geometry geometry(int64_t batch, int64_t length, int64_t width, bool is_bf16) {
   const int64_t most = std::max<int64_t>(1, 128 / ranks / batch);
   const int64_t run = (tiles + most - 1) / most * tokens;
   return {int(ranks), (length + run - 1) / run, run};
+}
+
+// Writes a group of columns of sums [queries, width], as the products leave them in the lanes.
+template <class T, int kGroups>
+__device__ __forceinline__ void put_sums(const PoolTiles<T, kGroups>& tiles, int g, const float (&sums)[4],
+                                         float* out, int64_t width, int64_t queries) {
+  const int g4 = lane_id() / 4, t = lane_id() % 4;
+  PRFL_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const int query = 2 * t + j % 2, c = tiles.group(g) + g4 + j / 2 * 8;
+    if (query < queries && c < tiles.columns) put(out + query * width + tiles.column + c, sums[j]);
+  }
 }
 
 template <class T, int kGroups>
@@ -100,14 +114,7 @@ __global__ void __launch_bounds__(kThreads, 1) pool_forward(const PoolForward a,
   if (tiles.rank == 0 && warp_id() == 0 && t == 0 && g4 < a.queries)
     put(a.top + slot + g4, top), put(a.total + slot + g4, total);
   PRFL_UNROLL
-  for (int g = 0; g < kGroups; ++g) {
-    PRFL_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int query = 2 * t + j % 2, c = tiles.group(g) + g4 + j / 2 * 8;
-      if (query < a.queries && c < tiles.columns)
-        put(a.acc + (slot + query) * a.width + tiles.column + c, acc[g][j]);
-    }
-  }
+  for (int g = 0; g < kGroups; ++g) put_sums(tiles, g, acc[g], a.acc + slot * a.width, a.width, a.queries);
 }
 
 // Joins the runs: four columns a thread; grid (columns, queries, batch).
@@ -178,7 +185,7 @@ __device__ __forceinline__ void differentiate(const PoolTiles<T, kGroups>& tiles
   for (int j = 0; j < 4; ++j) column[j] = ds[(m + 2 * t + j % 2 + j / 2 * 8) * kQueries + g4];
   FragmentB<3> weights;
   weights.set(column[0], column[1], column[2], column[3]);
-  FragmentA<kKept<T>> both;  // p beside ds
+  FragmentA<kKept<T>> both;  // p, then ds
   PRFL_UNROLL
   for (int i = 0; i < 4; ++i) {
     const float* from = i / 2 ? ds : p;
@@ -255,16 +262,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   bulk_wait_read<0>();
   if (a.part == nullptr) return;
   const int64_t slot = (b * runs + blockIdx.x / tiles.ranks) * a.queries;
-  const int g4 = lane_id() / 4, t = lane_id() % 4;
   PRFL_UNROLL
-  for (int g = 0; g < kGroups; ++g) {
-    PRFL_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int q = 2 * t + j % 2, c = tiles.group(g) + g4 + j / 2 * 8;
-      if (q < a.queries && c < tiles.columns)
-        put(a.part + (slot + q) * a.width + tiles.column + c, state.du[g][j]);
-    }
-  }
+  for (int g = 0; g < kGroups; ++g)
+    put_sums(tiles, g, state.du[g], a.part + slot * a.width, a.width, a.queries);
 }
 
 template <class T>

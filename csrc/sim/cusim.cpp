@@ -202,7 +202,7 @@ void prepare(uint3 first, unsigned threads) {
     if (t == 0) {
       b.index = make_uint3(first.x + rank, first.y, first.z);
       b.warps.resize((threads + kWarp - 1) / kWarp);
-      // The exact size, so that AddressSanitizer's red zone begins right behind it.
+      // The exact size, so that AddressSanitizer's red zone begins right after it.
       if (now.shared && posix_memalign(reinterpret_cast<void**>(&b.shared), 1024, now.shared))
         throw std::runtime_error("cusim: no memory");
       if (b.shared) std::memset(b.shared, 0xff, now.shared);

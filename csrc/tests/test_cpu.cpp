@@ -98,18 +98,18 @@ static void test_bias_gelu(const Sizes& s) {
   expect_close(dbias, summed, 1e-5, "bias_gelu dbias");
 }
 
-static void test_add_norm(const Sizes& s) {
+static void test_norm(const Sizes& s) {
   const int64_t runs = 2;
   Floats x = random(s.values(), 1), y = random(s.values(), 2), gate = random(s.batch * s.width, 3);
   Floats scale = random(s.batch * s.width, 4), shift = random(s.batch * s.width, 5);
   Floats total(s.values()), n(s.values()), mean(s.rows()), rstd(s.rows());
   View gates = view(gate, s.width), scales = view(scale, s.width), shifts = view(shift, s.width);
   View means = view(mean, s.length), rstds = view(rstd, s.length);
-  prfl::kernels().add_norm_forward({s.view3(x), s.view3(y), gates, scales, shifts, s.view3(total), s.view3(n),
-                                    means, rstds, s.shape(), 1.0f, 1e-6f, 2});
+  prfl::kernels().norm_forward({s.view3(x), s.view3(y), gates, scales, shifts, s.view3(total), s.view3(n),
+                                means, rstds, s.shape(), 1.0f, 1e-6f, 2});
   auto parameter = [&](int64_t i) { return i / (s.length * s.width) * s.width + i % s.width; };
   expect_close(
-      total, [&](int64_t i) { return x[i] + double(gate[parameter(i)]) * y[i]; }, 1e-6, "add_norm sum");
+      total, [&](int64_t i) { return x[i] + double(gate[parameter(i)]) * y[i]; }, 1e-6, "norm total");
   std::vector<double> hat(s.values());
   for (int64_t r = 0; r < s.rows(); r++) {
     const float* row = total.data() + r * s.width;
@@ -119,13 +119,13 @@ static void test_add_norm(const Sizes& s) {
     for (int64_t c = 0; c < s.width; c++) hat[r * s.width + c] = (row[c] - m) / std::sqrt(v + 1e-6);
   }
   auto normed = [&](int64_t i) { return hat[i] * (1.0 + scale[parameter(i)]) + shift[parameter(i)]; };
-  expect_close(n, normed, 1e-5, "add_norm n");
+  expect_close(n, normed, 1e-5, "norm n");
 
   Floats dn = random(s.values(), 6), dsum = random(s.values(), 7), dx(s.values()), dy(s.values());
   Floats part(s.batch * runs * 3 * s.width), sums(s.batch * 3 * s.width);
-  prfl::kernels().add_norm_backward({s.view3(dn), s.view3(dsum), s.view3(total), s.view3(y), gates, scales,
-                                     means, rstds, s.view3(dx), s.view3(dy), view(part), view(sums),
-                                     s.shape(), runs, 1.0f, true, 2});
+  prfl::kernels().norm_backward({s.view3(dn), s.view3(dsum), s.view3(total), s.view3(y), gates, scales, means,
+                                 rstds, s.view3(dx), s.view3(dy), view(part), view(sums), s.shape(), runs,
+                                 1.0f, true, 2});
   std::vector<double> want(s.values());
   for (int64_t r = 0; r < s.rows(); r++) {
     double mg = 0, mgx = 0;
@@ -137,8 +137,8 @@ static void test_add_norm(const Sizes& s) {
     for (int64_t i = r * s.width; i < (r + 1) * s.width; i++)
       want[i] = (g(i) - mg - hat[i] * mgx) * rstd[r] + dsum[i];
   }
-  if (s.width > 1) expect_close(dx, [&](int64_t i) { return want[i]; }, 1e-5, "add_norm dx");
-  expect_close(dy, [&](int64_t i) { return dx[i] * double(gate[parameter(i)]); }, 1e-6, "add_norm dy");
+  if (s.width > 1) expect_close(dx, [&](int64_t i) { return want[i]; }, 1e-5, "norm dx");
+  expect_close(dy, [&](int64_t i) { return dx[i] * double(gate[parameter(i)]); }, 1e-6, "norm dy");
   auto summed = [&](int64_t k) {
     const int64_t b = k / (3 * s.width), slot = k / s.width % 3, c = k % s.width;
     double total = 0;
@@ -148,7 +148,7 @@ static void test_add_norm(const Sizes& s) {
     }
     return total;
   };
-  expect_close(sums, summed, 1e-5, "add_norm sums");
+  expect_close(sums, summed, 1e-5, "norm sums");
 }
 
 static void test_qk_norm_rope(int64_t batch, int64_t length, int64_t heads, int64_t dim) {
@@ -265,8 +265,7 @@ static void test_reward_pool(const Sizes& s, int64_t wanted) {
   expect_close(dx, features, 1e-5, "pool dx");
   auto queried = [&](int64_t i) {
     double sum = 0;
-    for (int64_t row = 0; row < s.rows(); row++)
-      sum += ds(row, i / s.width) * x[row * s.width + i % s.width];
+    for (int64_t row = 0; row < s.rows(); row++) sum += ds(row, i / s.width) * x[row * s.width + i % s.width];
     return sum;
   };
   expect_close(du, queried, 1e-5, "pool du");
@@ -314,9 +313,9 @@ static void test_attention(const prfl::AttentionShape& s, prfl::DType dtype, int
   const View out_view = out.view(s, s.queries), lse_view = view(lse, s.heads * s.queries, s.queries);
   prfl::kernels().attention_forward({q_in, k_in, v_in, out_view, lse_view, s, scale, last, 3});
   const View dlse_view = view(dlse, s.heads * s.queries, s.queries);
-  prfl::kernels().attention_backward({dout.view(s, s.queries), dlse_view, q_in, k_in, v_in, out_view, lse_view,
-                                      dq.view(s, s.queries), dk.view(s, s.keys), dv.view(s, s.keys), s, scale,
-                                      last, 3});
+  prfl::kernels().attention_backward({dout.view(s, s.queries), dlse_view, q_in, k_in, v_in, out_view,
+                                      lse_view, dq.view(s, s.queries), dk.view(s, s.keys), dv.view(s, s.keys),
+                                      s, scale, last, 3});
 
   std::vector<double> want_lse(rows), want_out(q_size), want_dq(q_size), want_dk(k_size), want_dv(k_size);
   for (int64_t row = 0; row < rows; row++) {
@@ -366,7 +365,7 @@ int main() {
     for (int64_t width : {1, 3, 16, 17, 130}) {
       const Sizes sizes{2, 5, width};
       test_bias_gelu(sizes);
-      test_add_norm(sizes);
+      test_norm(sizes);
       test_reward_pool({2, 35, width}, width == 16 ? 11 : 3);
     }
     for (int64_t dim : {2, 12, 32, 34}) test_qk_norm_rope(2, 6, 3, dim);
@@ -375,7 +374,7 @@ int main() {
       test_attention({1, 140, 261, 1, 16}, dtype);  // two blocks of queries and of keys
       test_attention({1, 140, 261, 1, 16}, dtype, 435);
       test_attention({1, 21, 256, 2, 16}, dtype, 2);  // a whole block, or one and a rest
-      test_attention({1, 3, 5, 1, 256}, dtype);     // the largest head dim
+      test_attention({1, 3, 5, 1, 256}, dtype);       // the largest head dim
     }
   }
   std::printf("%d failures, OpenMP runtime '%s'\n", failures, prfl::openmp_runtime().c_str());

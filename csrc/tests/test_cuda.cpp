@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/add_norm.h"
 #include "cuda/attention_hopper.h"
+#include "cuda/norm.h"
 #include "cuda/qk_norm_rope.h"
 #include "cuda/reward_pool.h"
 #include "cuda/solver_step.h"
@@ -78,95 +78,52 @@ static void test_reward_pool(int64_t b, int64_t l, int64_t c, int64_t n, bool bf
   for (int64_t i = 0; i < n * c; ++i) floats(u)[i] /= std::sqrt(float(c));
   Bytes top(b * runs * n * 4), total(top), acc(b * runs * n * c * 4), part(acc), dx(x.size());
   Bytes g = random(b * n * c), delta = random(b * n);
-  check("reward_pool forward", {{&pooled, false}, {&lse, false}, {&scores, false}}, [&] {
-    reward_pool_forward({x.data(), floats(u), floats(pooled), floats(lse), floats(scores), floats(top),
-                         floats(total), floats(acc), l * c, c, b, l, c, n, bf16},
-                        nullptr);
-  });
-  check("reward_pool backward", {{&dx, bf16}, {&part, false}}, [&] {
-    reward_pool_backward({x.data(), floats(u), floats(g), floats(scores), floats(lse), floats(delta),
-                          dx.data(), floats(part), l * c, c, b, l, c, n, bf16},
-                         nullptr);
-  });
+  PoolForward f{};
+  f.x = x.data(), f.x_b = l * c, f.x_l = c, f.u = floats(u);
+  f.pooled = floats(pooled), f.lse = floats(lse), f.scores = floats(scores);
+  f.top = floats(top), f.total = floats(total), f.acc = floats(acc);
+  f.batch = b, f.length = l, f.width = c, f.queries = n, f.bf16 = bf16;
+  check("reward_pool forward", {{&pooled, false}, {&lse, false}, {&scores, false}},
+        [&] { reward_pool_forward(f, nullptr); });
+  PoolBackward d{};
+  d.x = x.data(), d.x_b = l * c, d.x_l = c, d.u = floats(u), d.dpooled = floats(g), d.delta = floats(delta);
+  d.lse = floats(lse), d.scores = floats(scores), d.dx = dx.data(), d.part = floats(part);
+  d.batch = b, d.length = l, d.width = c, d.queries = n, d.bf16 = bf16;
+  check("reward_pool backward", {{&dx, bf16}, {&part, false}}, [&] { reward_pool_backward(d, nullptr); });
 }
 
-static void test_add_norm(int64_t b, int64_t l, int64_t c, bool bf16) {
+static void test_norm(int64_t b, int64_t l, int64_t c, bool bf16) {
   const int kind = bf16 ? kBfloat16 : kFloat32;
   const bool aligned = c % 8 == 0;
-  const int64_t runs = add_norm_runs(b, l, c);
+  const int64_t runs = row_runs(b, l, c);
   Bytes x = random(b * l * c, bf16), y = random(b * l * c, bf16), dn = random(b * l * c, bf16);
   Bytes gate = random(b * c), scale = random(b * c), shift = random(b * c), mean(b * l * 4), rstd(mean),
         quant(mean);
   Bytes sum(x.size()), n(x.size()), small(b * l * c), dx(x.size()), dy(x.size()), part(b * runs * 3 * c * 4);
-  AddNormForward f{x.data(),
-                   y.data(),
-                   floats(gate),
-                   floats(scale),
-                   floats(shift),
-                   sum.data(),
-                   n.data(),
-                   floats(quant),
-                   floats(mean),
-                   floats(rstd),
-                   l * c,
-                   c,
-                   l * c,
-                   c,
-                   c,
-                   c,
-                   c,
-                   b,
-                   l,
-                   c,
-                   1e-6f,
-                   1.0f,
-                   kind,
-                   kind,
-                   kind,
-                   aligned};
-  check("add_norm forward", {{&sum, bf16}, {&n, bf16}, {&mean, false}, {&rstd, false}},
-        [&] { add_norm_forward(f, nullptr); });
-  AddNormForward fp8 = f;
-  fp8.n = small.data(), fp8.out = kE4m3, fp8.mean = fp8.rstd = nullptr;
-  check("add_norm forward in e4m3", {{&sum, bf16}, {&quant, false}}, [&] { add_norm_forward(fp8, nullptr); });
-  check("add_norm backward", {{&dx, bf16}, {&dy, bf16}, {&part, false}}, [&] {
-    add_norm_backward({dn.data(),
-                       x.data(),
-                       sum.data(),
-                       y.data(),
-                       floats(gate),
-                       floats(scale),
-                       floats(mean),
-                       floats(rstd),
-                       dx.data(),
-                       dy.data(),
-                       floats(part),
-                       l * c,
-                       c,
-                       l * c,
-                       c,
-                       l * c,
-                       c,
-                       l * c,
-                       c,
-                       c,
-                       c,
-                       b,
-                       l,
-                       c,
-                       1.0f,
-                       kind,
-                       kind,
-                       kind,
-                       aligned,
-                       true,
-                       true},
-                      nullptr);
-  });
+  NormForward f{};
+  f.x = x.data(), f.x_b = l * c, f.x_l = c, f.y = y.data(), f.y_b = l * c, f.y_l = c;
+  f.gate = floats(gate), f.scale = floats(scale), f.shift = floats(shift);
+  f.gate_b = f.scale_b = f.shift_b = c;
+  f.total = sum.data(), f.n = n.data(), f.mean = floats(mean), f.rstd = floats(rstd);
+  f.batch = b, f.length = l, f.width = c, f.eps = 1e-6f, f.base = 1.0f;
+  f.x_kind = f.y_kind = f.n_kind = kind, f.aligned = aligned;
+  check("norm forward", {{&sum, bf16}, {&n, bf16}, {&mean, false}, {&rstd, false}},
+        [&] { norm_forward(f, nullptr); });
+  NormForward fp8 = f;
+  fp8.n = small.data(), fp8.n_kind = kE4m3, fp8.quant = floats(quant), fp8.mean = fp8.rstd = nullptr;
+  check("norm forward in e4m3", {{&sum, bf16}, {&quant, false}}, [&] { norm_forward(fp8, nullptr); });
+  NormBackward d{};
+  d.dn = dn.data(), d.dn_b = l * c, d.dn_l = c, d.dsum = x.data(), d.dsum_b = l * c, d.dsum_l = c;
+  d.x = sum.data(), d.x_b = l * c, d.x_l = c, d.y = y.data(), d.y_b = l * c, d.y_l = c;
+  d.gate = floats(gate), d.scale = floats(scale), d.gate_b = d.scale_b = c;
+  d.mean = floats(mean), d.rstd = floats(rstd), d.dx = dx.data(), d.dy = dy.data(), d.part = floats(part);
+  d.batch = b, d.length = l, d.width = c, d.base = 1.0f, d.x_kind = d.y_kind = d.dn_kind = kind;
+  d.aligned = aligned, d.wants_parameters = d.wants_gate = true;
+  check("norm backward", {{&dx, bf16}, {&dy, bf16}, {&part, false}}, [&] { norm_backward(d, nullptr); });
 }
 
 static void test_qk_norm_rope(int64_t b, int64_t l, int heads, int d, bool bf16) {
-  const int64_t c = heads * d, runs = add_norm_runs(b, l, c);
+  const int64_t c = heads * d, runs = row_runs(b, l, c);
   const int kind = bf16 ? kBfloat16 : kFloat32;
   const bool aligned = c % 8 == 0;
   Bytes q = random(b * l * c, bf16), k = random(b * l * c, bf16), dq = random(b * l * c, bf16), dk = dq;
@@ -174,75 +131,38 @@ static void test_qk_norm_rope(int64_t b, int64_t l, int heads, int d, bool bf16)
   Bytes out_q(q.size()), out_k(q.size()), small_q(b * l * c), small_k(small_q);
   Bytes quant_q(b * l * heads * 4), quant_k(quant_q), part(b * runs * 2 * c * 4);
   const Rotation r{floats(cos), floats(sin), d, d / 2 - 2 * (d / 6), d / 6, 1, 1, 0};
-  QkForward f{q.data(),
-              k.data(),
-              floats(w),
-              floats(w),
-              out_q.data(),
-              out_k.data(),
-              nullptr,
-              nullptr,
-              floats(rstd_q),
-              floats(rstd_k),
-              l * c,
-              c,
-              l * c,
-              c,
-              b,
-              l,
-              c,
-              r,
-              1e-6f,
-              kind,
-              kind,
-              aligned};
+  QkForward f{};
+  f.q = q.data(), f.q_b = l * c, f.q_l = c, f.k = k.data(), f.k_b = l * c, f.k_l = c;
+  f.weight_q = f.weight_k = floats(w), f.out_q = out_q.data(), f.out_k = out_k.data();
+  f.rstd_q = floats(rstd_q), f.rstd_k = floats(rstd_k), f.rotation = r;
+  f.batch = b, f.length = l, f.width = c, f.eps = 1e-6f, f.q_kind = f.out_kind = kind, f.aligned = aligned;
   check("qk_norm_rope forward", {{&out_q, bf16}, {&out_k, bf16}, {&rstd_q, false}, {&rstd_k, false}},
         [&] { qk_norm_rope_forward(f, nullptr); });
   f.out_q = small_q.data(), f.out_k = small_k.data(), f.quant_q = floats(quant_q),
   f.quant_k = floats(quant_k);
-  f.out = kE4m3, f.rstd_q = f.rstd_k = nullptr;
+  f.out_kind = kE4m3, f.rstd_q = f.rstd_k = nullptr;
   if ((d & (d - 1)) == 0)
     check("qk_norm_rope forward in e4m3", {{&quant_q, false}, {&quant_k, false}},
           [&] { qk_norm_rope_forward(f, nullptr); });
-  check("qk_norm_rope backward", {{&out_q, bf16}, {&out_k, bf16}, {&part, false}}, [&] {
-    qk_norm_rope_backward({dq.data(),
-                           dk.data(),
-                           q.data(),
-                           k.data(),
-                           floats(w),
-                           floats(w),
-                           floats(rstd_q),
-                           floats(rstd_k),
-                           out_q.data(),
-                           out_k.data(),
-                           floats(part),
-                           l * c,
-                           c,
-                           l * c,
-                           c,
-                           l * c,
-                           c,
-                           l * c,
-                           c,
-                           b,
-                           l,
-                           c,
-                           r,
-                           kind,
-                           aligned},
-                          nullptr);
-  });
+  QkBackward g{};
+  g.dout_q = dq.data(), g.dout_q_b = l * c, g.dout_q_l = c, g.dout_k = dk.data(), g.dout_k_b = l * c;
+  g.dout_k_l = c, g.q = q.data(), g.q_b = l * c, g.q_l = c, g.k = k.data(), g.k_b = l * c, g.k_l = c;
+  g.weight_q = g.weight_k = floats(w), g.rstd_q = floats(rstd_q), g.rstd_k = floats(rstd_k);
+  g.dq = out_q.data(), g.dk = out_k.data(), g.part = floats(part), g.rotation = r;
+  g.batch = b, g.length = l, g.width = c, g.q_kind = kind, g.aligned = aligned;
+  check("qk_norm_rope backward", {{&out_q, bf16}, {&out_k, bf16}, {&part, false}},
+        [&] { qk_norm_rope_backward(g, nullptr); });
 }
 
 static void test_solver_step(int64_t b, int64_t n, bool bf16) {
   Bytes x = random(b * n), last = random(b * n), m0 = random(b * n), m1 = random(b * n),
         v = random(b * n, bf16);
   Bytes columns = random(b * 9), next(b * n * 4), corrected(next), m(next);
-  check("solver_step", {{&next, false}, {&corrected, false}, {&m, false}}, [&] {
-    solver_step({floats(x), floats(last), floats(m0), floats(m1), v.data(), floats(columns), floats(next),
-                 floats(corrected), floats(m), b, n, bf16, n % 8 == 0},
-                nullptr);
-  });
+  SolverStep a{};
+  a.x = floats(x), a.x_last = floats(last), a.m0 = floats(m0), a.m1 = floats(m1), a.velocity = v.data();
+  a.columns = floats(columns), a.x_next = floats(next), a.x_c = floats(corrected), a.m_t = floats(m);
+  a.batch = b, a.size = n, a.bf16 = bf16, a.aligned = n % 8 == 0;
+  check("solver_step", {{&next, false}, {&corrected, false}, {&m, false}}, [&] { solver_step(a, nullptr); });
 }
 
 static void test_attention(int64_t b, int64_t lq, int64_t lk, int64_t h) {
@@ -275,8 +195,8 @@ int main(int argc, char** argv) {
     // Empty slices of columns; more tiles in a run than stages, or two.
     test_reward_pool(1, races ? (bf16 ? 1100 : 550) : 16 * 32 * 6 - 5, 72, 3, bf16);
     if (!races) test_reward_pool(2, 21, 1600, 8, bf16);  // clusters of 8
-    test_add_norm(1, 5, 1536, bf16);
-    test_add_norm(races ? 99 : 3, races ? 8 : 140, 130, bf16);  // runs of two tokens
+    test_norm(1, 5, 1536, bf16);
+    test_norm(races ? 99 : 3, races ? 8 : 140, 130, bf16);  // runs of two tokens
     test_qk_norm_rope(1, 5, 12, 128, bf16);
     test_qk_norm_rope(races ? 99 : 3, races ? 8 : 140, 2, 12, bf16);
     test_solver_step(2, 2056, bf16);

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prfl_kernels import extension as compiled
 from prfl_kernels.dispatch import CPU, Implementation, requires
-from prfl_kernels.extension import extension, view
+from prfl_kernels.extension import launch
 from prfl_kernels.jit import unit_last
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -33,8 +33,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"attention: got {q.dtype}, want bfloat16 or float32 for cpu")
 
 
-def _shape(q: Tensor, k: Tensor) -> tuple[int, ...]:
-    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]
+def _numbers(q: Tensor, k: Tensor, scale: float, repeats: int) -> dict[str, float]:
+    """Sizes, and what both directions do to the scores."""
+    batch, queries, heads, dim = q.shape
+    return dict(
+        batch=batch, queries=queries, keys=k.shape[1], heads=heads, dim=dim, scale=scale,
+        last=math.log(repeats),
+    )  # fmt: skip
 
 
 def forward(
@@ -46,9 +51,7 @@ def forward(
     q, k, v = (unit_last(a) for a in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    threads = torch.get_num_threads()
-    held = map(view, (q, k, v, out, lse))
-    extension().attention_forward(*held, _shape(q, k), scale, math.log(repeats), threads)
+    launch("attention_forward", q=q, k=k, v=v, out=out, lse=lse, **_numbers(q, k, scale, repeats))
     return out, lse
 
 
@@ -70,9 +73,10 @@ def backward(
     dout, dlse, q, k, v, out, lse = (unit_last(a) for a in (dout, dlse, q, k, v, out, lse))
     dq = q.new_empty(q.shape) if wants_q else None
     dk, dv = (k.new_empty(k.shape) if wants_kv else None for _ in range(2))
-    held = map(view, (dout, dlse, q, k, v, out, lse, dq, dk, dv))
-    threads = torch.get_num_threads()
-    extension().attention_backward(*held, _shape(q, k), scale, math.log(repeats), threads)
+    launch(
+        "attention_backward", dout=dout, dlse=dlse, q=q, k=k, v=v, out=out, lse=lse, dq=dq, dk=dk, dv=dv,
+        **_numbers(q, k, scale, repeats),
+    )  # fmt: skip
     return dq, dk, dv
 
 

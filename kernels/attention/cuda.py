@@ -19,11 +19,6 @@ from prfl_kernels.dispatch import CUDA, Implementation, requires
 HEAD_DIM = 128
 
 
-def _launch(name: str, held: tuple[Tensor, ...], sizes: tuple[int, ...], scale: float) -> None:
-    launch = getattr(cuda_kernels.library(), name)
-    launch(*map(cuda_kernels._view, held), *sizes, scale, cuda_kernels._stream(held[0]))
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out [B, Lq, H, 128], lse [B, H, Lq]) in bfloat16, of at least one query and key; scale > 0."""
     for a in (q, k, v):
@@ -35,7 +30,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     batch, queries, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
-    _launch("attention_hopper_forward", (q, k, v, out, lse), (batch, queries, k.shape[1], heads), scale)
+    cuda_kernels.launch(
+        "attention_hopper_forward", q=q, k=k, v=v, out=out, lse=lse, batch=batch, queries=queries,
+        keys=k.shape[1], heads=heads, scale=scale,
+    )  # fmt: skip
     return out, lse
 
 
@@ -58,8 +56,11 @@ def launch_forward_fp8(
     # By head, so that a block's scales are one run of memory; padding is any finite number.
     by_head = k_scale.new_ones(batch, heads, v8.shape[3])
     by_head[..., : k8.shape[1]] = k_scale.mT
-    inputs = q8, q_scale.contiguous(), k8, by_head, v8.contiguous(), v_scale.contiguous()
-    _launch("attention_hopper_fp8_forward", (*inputs, out, lse), (batch, queries, k8.shape[1], heads), scale)
+    cuda_kernels.launch(
+        "attention_hopper_fp8_forward", q=q8, q_scale=q_scale.contiguous(), k=k8, k_scale=by_head,
+        v=v8.contiguous(), v_scale=v_scale.contiguous(), out=out, lse=lse, batch=batch, queries=queries,
+        keys=k8.shape[1], heads=heads, scale=scale,
+    )  # fmt: skip
     return out, lse
 
 

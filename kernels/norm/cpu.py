@@ -1,20 +1,20 @@
-"""The fused addition and LayerNorm in C++ for the CPU (csrc/cpu/add_norm.cpp).
+"""The fused addition and LayerNorm in C++ for the CPU (csrc/cpu/norm.cpp).
 
 float32 and bfloat16, float32 inside, no fp8. Sums over tokens are made over a number of runs that depends on
 the shapes alone and then added in order, so results are the same bits for any number of threads.
 """
 
-import torch
-
-from prfl_kernels.extension import empty, extension, runs, supported, view
+from prfl_kernels.extension import empty, launch, runs, supported
 from prfl_kernels.norm.launch import Backward, Forward
 
 
 def forward(a: Forward) -> None:
     """Fill a launch. ValueError for dtypes but float32 and bfloat16."""
     supported(a.x, a.y, a.gate, a.scale, a.shift, a.n)
-    tensors = a.x, a.y, a.gate, a.scale, a.shift, a.total, a.n, a.mean, a.rstd
-    extension().add_norm_forward(*map(view, tensors), *a.x.shape, a.base, a.eps, torch.get_num_threads())
+    given = a._asdict()
+    del given["quant"]
+    batch, length, width = a.x.shape
+    launch("norm_forward", **given, batch=batch, length=length, width=width)
 
 
 def backward(a: Backward) -> None:
@@ -27,7 +27,7 @@ def backward(a: Backward) -> None:
     (batch, length, width), slots = a.rows.shape, a.sums.shape[1]
     count = runs(length)
     part = empty(a.sums, batch, count, slots, width) if slots else None
-    extension().add_norm_backward(
-        *map(view, (*a.inputs, a.dx, a.dy, part, a.sums)), batch, length, width, count, a.base,
-        a.wants_parameters, torch.get_num_threads(),
+    launch(
+        "norm_backward", **a._asdict(), part=part, batch=batch, length=length, width=width, runs=count,
+        wants_parameters=a.wants_parameters,
     )  # fmt: skip

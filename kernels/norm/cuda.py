@@ -1,7 +1,7 @@
-"""The fused addition and LayerNorm in CUDA C++ (csrc/cuda/add_norm.cu).
+"""The fused addition and LayerNorm in CUDA C++ (csrc/cuda/norm.cu).
 
-Rows in float32 or bfloat16, beside a bfloat16 residual stream in bfloat16 alone; C up to 5120, quick for 1536
-and 5120. ValueError for anything else.
+Rows in float32 or bfloat16, next to a bfloat16 residual in bfloat16 alone; C up to 5120, quick for 1536 and
+5120. ValueError for anything else.
 """
 
 import torch
@@ -21,13 +21,14 @@ def _f32(a: Tensor | None, batch: int) -> Tensor | None:
 def forward(a: Forward) -> None:
     """Fill a launch."""
     batch, length, width = a.x.shape
-    branch = (a.x if a.y is None else a.y).dtype
-    cuda_kernels._supported("add_norm", a.x, a.y)
-    cuda_kernels._narrow("add_norm", width, a.x.dtype, branch)
+    y = a.x if a.y is None else a.y
+    cuda_kernels.supported("norm", a.x, y)
+    cuda_kernels.narrow("norm", width, a.x.dtype, y.dtype)
     a = a._replace(**{name: _f32(getattr(a, name), batch) for name in ("gate", "scale", "shift")})
-    cuda_kernels.library().add_norm_forward(
-        *map(cuda_kernels._view, a.tensors), batch, length, width, a.eps, a.base, CODES[branch],
-        cuda_kernels._aligned(width, *a.tensors[:7]), cuda_kernels._stream(a.x),
+    cuda_kernels.launch(
+        "norm_forward", **a._asdict(), batch=batch, length=length, width=width, x_kind=CODES[a.x.dtype],
+        y_kind=CODES[y.dtype], n_kind=CODES[a.x.dtype if a.n is None else a.n.dtype],
+        aligned=cuda_kernels.aligned(width, a.x, a.y, a.gate, a.scale, a.shift, a.total, a.n),
     )  # fmt: skip
 
 
@@ -35,17 +36,19 @@ def backward(a: Backward) -> None:
     """Fill a launch."""
     batch, length, width = a.rows.shape
     residual = (a.dsum if a.x is None else a.x).dtype
-    grad = residual if a.dn is None else a.dn.dtype
-    branch = grad if a.dy is None else a.dy.dtype
-    cuda_kernels._supported("add_norm", a.dn, a.dsum, a.x, a.y)
-    cuda_kernels._narrow("add_norm", width, residual, branch, grad)
+    dn = residual if a.dn is None else a.dn.dtype
+    y = dn if a.dy is None else a.dy.dtype
+    cuda_kernels.supported("norm", a.dn, a.dsum, a.x, a.y)
+    cuda_kernels.narrow("norm", width, residual, y, dn)
     a = a._replace(gate=_f32(a.gate, batch), scale=_f32(a.scale, batch))
-    runs = cuda_kernels.library().add_norm_runs(batch, length, width)
-    part = a.sums.new_empty(batch, runs, *a.sums.shape[1:])
-    aligned = cuda_kernels._aligned(width, *a.inputs[:6], a.dx, a.dy)
-    cuda_kernels.library().add_norm_backward(
-        *map(cuda_kernels._view, (*a.inputs, a.dx, a.dy, part)), batch, length, width, a.base,
-        CODES[residual], CODES[branch], CODES[grad], aligned, a.wants_parameters, a.wants_gate,
-        cuda_kernels._stream(a.rows),
+    given = a._asdict()
+    sums = given.pop("sums")
+    runs = cuda_kernels.library().row_runs(batch, length, width)
+    part = sums.new_empty(batch, runs, *sums.shape[1:])
+    cuda_kernels.launch(
+        "norm_backward", **given, part=part, batch=batch, length=length, width=width,
+        x_kind=CODES[residual], y_kind=CODES[y], dn_kind=CODES[dn],
+        wants_parameters=a.wants_parameters, wants_gate=a.wants_gate,
+        aligned=cuda_kernels.aligned(width, a.dn, a.dsum, a.x, a.y, a.gate, a.scale, a.dx, a.dy),
     )  # fmt: skip
-    torch.sum(part, 1, out=a.sums)
+    torch.sum(part, 1, out=sums)

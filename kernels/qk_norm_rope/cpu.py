@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from prfl_kernels.extension import empty, extension, is_dry, runs, supported, view
+from prfl_kernels.extension import empty, is_dry, launch, runs, supported
 from prfl_kernels.jit import unit_last
 from prfl_kernels.qk_norm_rope.launch import Backward, Forward
 from prfl_kernels.qk_norm_rope.rope import Grid, cos_sin, pairs_of
@@ -22,17 +22,23 @@ def _turns(head_dim: int, grid: Grid) -> tuple[Tensor, Tensor]:
         return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
 
 
-def _rope(a: Forward | Backward) -> tuple:
-    """(cosines, sines, (heads, head_dim, first channels of rows and columns, rows, columns, offset))."""
-    head_dim = a.q.shape[2] // a.num_heads
-    if a.grid is None:
-        return None, None, (a.num_heads, head_dim, 0, 0, 1, 1, a.offset)
-    if is_dry():  # tables are cached: a fake one must not be
-        return None, None, ()
-    frames, rows, _ = pairs_of(head_dim)
-    channels = 2 * frames, 2 * (frames + rows)
-    tables = map(view, _turns(head_dim, tuple(a.grid)))
-    return *tables, (a.num_heads, head_dim, *channels, *a.grid[1:], a.offset)
+def _common(a: Forward | Backward) -> dict[str, Tensor | int | None]:
+    """What both directions take: q and k, weights, sizes and the rotation, with the first channels of a head
+    that turn with the row and with the column."""
+    batch, length, width = a.q.shape
+    head_dim = width // a.num_heads
+    cos = sin = None
+    frames, frames_rows, rows, columns = 0, 0, 1, 1
+    if a.grid is not None and not is_dry():  # tables are cached: a fake one must not be
+        frame_pairs, row_pairs, _ = pairs_of(head_dim)
+        frames, frames_rows = 2 * frame_pairs, 2 * (frame_pairs + row_pairs)
+        cos, sin = _turns(head_dim, tuple(a.grid))
+        _, rows, columns = a.grid
+    return dict(
+        q=a.q, k=a.k, weight_q=a.weight_q, weight_k=a.weight_k, rstd_q=a.rstd_q, rstd_k=a.rstd_k,
+        batch=batch, length=length, width=width, cos=cos, sin=sin, heads=a.num_heads, head_dim=head_dim,
+        frames=frames, frames_rows=frames_rows, rows=rows, columns=columns, offset=a.offset,
+    )  # fmt: skip
 
 
 def forward(a: Forward) -> None:
@@ -40,23 +46,19 @@ def forward(a: Forward) -> None:
     if a.fp8:
         raise ValueError("qk_norm_rope: got fp8 for the compiled CPU kernel, want bfloat16 or float32")
     supported(a.q, a.k, a.weight_q, a.weight_k)
-    out = (x if x is None else x.flatten(2) for x in (a.out_q, a.out_k))
-    tensors = a.q, a.k, a.weight_q, a.weight_k, *out, a.rstd_q, a.rstd_k
-    extension().qk_norm_rope_forward(
-        *map(view, tensors), *_rope(a), *a.q.shape, a.eps, torch.get_num_threads()
-    )
+    out_q, out_k = (x if x is None else x.flatten(2) for x in (a.out_q, a.out_k))
+    launch("qk_norm_rope_forward", **_common(a), out_q=out_q, out_k=out_k, eps=a.eps)
 
 
 def backward(a: Backward) -> None:
     """Fill a launch. ValueError for dtypes but float32 and bfloat16."""
     supported(a.q, a.k, a.weight_q, a.weight_k)
     # Heads keep their stride: attention may hand its gradient back transposed.
-    dout = (d if d is None else unit_last(d.to(a.q.dtype)) for d in (a.dout_q, a.dout_k))
+    dout_q, dout_k = (d if d is None else unit_last(d.to(a.q.dtype)) for d in (a.dout_q, a.dout_k))
     batch, length, width = a.q.shape
     count = runs(length)
     part = None if a.dweight is None else empty(a.dweight, batch, count, 2, width)
-    inputs = *dout, a.q, a.k, a.weight_q, a.weight_k, a.rstd_q, a.rstd_k
-    extension().qk_norm_rope_backward(
-        *map(view, (*inputs, a.dq, a.dk, part, a.dweight)), *_rope(a), *a.q.shape, count,
-        torch.get_num_threads(),
+    launch(
+        "qk_norm_rope_backward", **_common(a), dout_q=dout_q, dout_k=dout_k, dq=a.dq, dk=a.dk, part=part,
+        dweight=a.dweight, runs=count,
     )  # fmt: skip

@@ -8,52 +8,56 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cuda_kernels as cuda
+from prfl_kernels.extension import CODES
 from prfl_kernels.qk_norm_rope.launch import Backward, Forward
 from prfl_kernels.qk_norm_rope.rope import cos_sin, pairs_of
 
 
-def _turns(a: Forward | Backward) -> tuple:
-    """(cosines, sines, places) of a rotation, as the kernels take them."""
-    head_dim = a.q.shape[2] // a.num_heads
-    if a.grid is None:
-        return None, None, (head_dim, 0, 0, 1, 1, 0)
-    tables = cos_sin(head_dim, tuple(a.grid), False, a.q.device, torch.float32)
-    return *tables, (head_dim, *pairs_of(head_dim)[:2], *a.grid[1:], a.offset)
-
-
-def _floats(*weights: Tensor | None) -> list[Tensor | None]:
-    return [a if a is None else a.float().contiguous() for a in weights]
+def _common(a: Forward | Backward) -> dict[str, Tensor | int | None]:
+    """What both directions take: q and k, weights, sizes and the rotation."""
+    weight_q, weight_k = (w if w is None else w.float().contiguous() for w in (a.weight_q, a.weight_k))
+    batch, length, width = a.q.shape
+    head_dim = width // a.num_heads
+    cos = sin = None
+    frame_pairs, row_pairs, rows, columns, offset = 0, 0, 1, 1, 0
+    if a.grid is not None:
+        cos, sin = cos_sin(head_dim, tuple(a.grid), False, a.q.device, torch.float32)
+        frame_pairs, row_pairs, _ = pairs_of(head_dim)
+        (_, rows, columns), offset = a.grid, a.offset
+    return dict(
+        q=a.q, k=a.k, weight_q=weight_q, weight_k=weight_k, rstd_q=a.rstd_q, rstd_k=a.rstd_k, batch=batch,
+        length=length, width=width, cos=cos, sin=sin, head_dim=head_dim, frame_pairs=frame_pairs,
+        row_pairs=row_pairs, rows=rows, columns=columns, offset=offset, q_kind=CODES[a.q.dtype],
+    )  # fmt: skip
 
 
 def forward(a: Forward) -> None:
     """Fill a launch."""
-    cuda._supported("qk_norm_rope", a.q, a.k)
-    (batch, length, width), head_dim = a.q.shape, a.out_q.shape[3]
-    cuda._narrow("qk_norm_rope", width, a.q.dtype, a.q.dtype if a.k is None else a.k.dtype)
+    cuda.supported("qk_norm_rope", a.q, a.k)
+    width, head_dim = a.q.shape[2], a.out_q.shape[3]
+    cuda.narrow("qk_norm_rope", width, a.q.dtype, a.q.dtype if a.k is None else a.k.dtype)
     if a.fp8 and (head_dim & (head_dim - 1) or not 8 <= head_dim <= 256):
         raise ValueError(f"qk_norm_rope: got heads of {head_dim} for fp8, want a power of two from 8 to 256")
-    cos, sin, places = _turns(a)
-    rows = a.q, a.k, *_floats(a.weight_q, a.weight_k), a.out_q, a.out_k
-    tensors = *rows, a.quant_q, a.quant_k, a.rstd_q, a.rstd_k, cos, sin
-    cuda.library().qk_norm_rope_forward(
-        *map(cuda._view, tensors), batch, length, width, places, a.eps, cuda._aligned(width, *rows),
-        cuda._stream(a.q),
+    given = _common(a)
+    rows = a.q, a.k, given["weight_q"], given["weight_k"], a.out_q, a.out_k
+    cuda.launch(
+        "qk_norm_rope_forward", **given, out_q=a.out_q, out_k=a.out_k, quant_q=a.quant_q, quant_k=a.quant_k,
+        eps=a.eps, out_kind=CODES[a.out_q.dtype], aligned=cuda.aligned(width, *rows),
     )  # fmt: skip
 
 
 def backward(a: Backward) -> None:
     """Fill a launch."""
-    cuda._supported("qk_norm_rope", a.dout_q, a.dout_k, a.q, a.k)
+    cuda.supported("qk_norm_rope", a.dout_q, a.dout_k, a.q, a.k)
     batch, length, width = a.q.shape
-    runs = cuda.library().add_norm_runs(batch, length, width)
+    runs = cuda.library().row_runs(batch, length, width)
     part = None if a.dweight is None else a.dweight.new_empty(batch, runs, 2, width)
-    dout = (d if d is None else d.flatten(2) for d in (a.dout_q, a.dout_k))
-    cos, sin, places = _turns(a)
-    inputs = *dout, a.q, a.k, *_floats(a.weight_q, a.weight_k)
-    tensors = *inputs, a.rstd_q, a.rstd_k, a.dq, a.dk, part, cos, sin
-    cuda.library().qk_norm_rope_backward(
-        *map(cuda._view, tensors), batch, length, width, places, cuda._aligned(width, *inputs, a.dq, a.dk),
-        cuda._stream(a.q),
+    dout_q, dout_k = (d if d is None else d.flatten(2) for d in (a.dout_q, a.dout_k))
+    given = _common(a)
+    rows = dout_q, dout_k, a.q, a.k, given["weight_q"], given["weight_k"], a.dq, a.dk
+    cuda.launch(
+        "qk_norm_rope_backward", **given, dout_q=dout_q, dout_k=dout_k, dq=a.dq, dk=a.dk, part=part,
+        aligned=cuda.aligned(width, *rows),
     )  # fmt: skip
     if part is not None:
         torch.sum(part, (0, 1), out=a.dweight)

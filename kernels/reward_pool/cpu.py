@@ -3,11 +3,10 @@
 float32 and bfloat16, float32 inside. Results are the same bits for any number of threads.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prfl_kernels.extension import empty, extension, supported, view
+from prfl_kernels.extension import empty, launch, supported
 from prfl_kernels.reward_pool.launch import Backward, Forward
 
 RUNS, GROUP = 64, 8  # queries are handled in groups of this many
@@ -24,25 +23,33 @@ def _runs(x: Tensor, queries: int) -> int:
     return max(1, min(RUNS, x.shape[1] * x.element_size() // (100 * queries)))
 
 
-def forward(a: Forward) -> None:
-    """Fill a launch. ValueError for features but float32 and bfloat16."""
+def _common(a: Forward | Backward) -> dict[str, Tensor | int]:
+    """What both directions take: x, u in whole groups of queries, and sizes."""
     supported(a.x)
     (batch, length, width), u = a.x.shape, _grouped(a.u)
-    runs = _runs(a.x, len(u))
-    part, top, total = (empty(u, batch, runs, len(u), *rest) for rest in ((width,), (), ()))
-    extension().reward_pool_forward(
-        *map(view, (a.x, u, part, top, total, a.pooled, a.lse, a.scores)), batch, length, width, len(u),
-        len(a.u), runs, torch.get_num_threads(),
+    return dict(
+        x=a.x, u=u, batch=batch, length=length, width=width, queries=len(u), wanted=len(a.u),
+        runs=_runs(a.x, len(u)),
+    )  # fmt: skip
+
+
+def forward(a: Forward) -> None:
+    """Fill a launch. ValueError for features but float32 and bfloat16."""
+    given = _common(a)
+    sizes = given["batch"], given["runs"], given["queries"]
+    part, top, total = (empty(given["u"], *sizes, *rest) for rest in ((given["width"],), (), ()))
+    launch(
+        "reward_pool_forward", **given, part=part, top=top, total=total, pooled=a.pooled, lse=a.lse,
+        scores=a.scores,
     )  # fmt: skip
 
 
 def backward(a: Backward) -> None:
     """Fill a launch. ValueError for features but float32 and bfloat16."""
-    supported(a.x)
-    (batch, length, width), u = a.x.shape, _grouped(a.u)
-    runs = _runs(a.x, len(u))
-    part = None if a.du is None else empty(u, batch, runs, *u.shape)
-    extension().reward_pool_backward(
-        *map(view, (a.x, u, _grouped(a.dpooled), a.delta, a.scores, a.lse, a.dx, part, a.du)), batch,
-        length, width, len(u), len(a.u), runs, torch.get_num_threads(),
+    given = _common(a)
+    u = given["u"]
+    part = None if a.du is None else empty(u, given["batch"], given["runs"], *u.shape)
+    launch(
+        "reward_pool_backward", **given, dpooled=_grouped(a.dpooled), delta=a.delta, scores=a.scores,
+        lse=a.lse, dx=a.dx, part=part, du=a.du,
     )  # fmt: skip

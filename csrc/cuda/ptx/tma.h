@@ -1,5 +1,5 @@
 // The copy engine on tensors (TMA): tokens of one head of [B, L, H, D], D contiguous, to and from tiles in
-// shared memory. A tile is one or more panels of 128 bytes a token, one behind the other, each in the
+// shared memory. A tile is one or more panels of 128 bytes a token, one after the other, each in the
 // 128-byte swizzle that wgmma reads. Tokens past the end of a sample are read as zeros and not written.
 // A tensor map has five dimensions, (bytes of a panel, L, panels, H, B): one instruction moves a tile.
 #pragma once
@@ -50,17 +50,28 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* ti
       "r"(shared_address(tile)), "r"(0), "r"(row), "r"(panel), "r"(head), "r"(batch)
       : "memory");
 }
+
+// Of the driver, which is asked at run time and once: the library has to load where there is none. Throws
+// std::runtime_error if the driver does not have it.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
-  // Asked of the driver at run time: the library has to load where there is none.
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult state{};
-#if CUDART_VERSION >= 12050
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &state);
+  static void* const found = [] {
+    const char* name = "cuTensorMapEncodeTiled";
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult state{};
+#if CUDART_VERSION >= 12050  // the other is gone in CUDA 13
+    const cudaError_t got = cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &state);
 #else
-  cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &state);
+    const cudaError_t got = cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &state);
 #endif
-  return state == cudaDriverEntryPointSuccess ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found)
-                                              : nullptr;
+    if (got != cudaSuccess)
+      throw std::runtime_error(std::string(name) + ": got " + cudaGetErrorString(got) +
+                               " from the CUDA driver");
+    if (state != cudaDriverEntryPointSuccess)
+      throw std::runtime_error(std::string(name) +
+                               ": got a CUDA driver without it, want one for CUDA 12.0 or newer");
+    return entry;
+  }();
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 
 #else
@@ -105,19 +116,16 @@ inline CUtensorMap tensor_map(const char* kernel, const char* name, const Rows& 
   const cuuint32_t box[5] = {cuuint32_t(width), cuuint32_t(rows), cuuint32_t(panels ? panels : all), 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   CUtensorMap map;
-  const auto encode = tensor_map_encoder();
-  const CUresult got = encode ? encode(&map, a.type, 5, const_cast<void*>(a.data), sizes, strides, box, steps,
-                                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
-                              : CUDA_ERROR_NOT_FOUND;  // no driver, or one older than CUDA 12
+  const CUresult got = tensor_map_encoder()(
+      &map, a.type, 5, const_cast<void*>(a.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (got == CUDA_SUCCESS) return map;
   std::string text = std::string(kernel) + ": cuTensorMapEncodeTiled got " + name + " of sizes";
   for (int64_t n : {a.batch, a.length, a.heads, a.dim}) text += " " + std::to_string(n);
   text += ", strides";
   for (int64_t n : {a.batch_stride, a.length_stride, a.head_stride}) text += " " + std::to_string(n);
   text += " of " + std::to_string(a.bytes) + " bytes and boxes of " + std::to_string(rows) + " rows";
-  throw std::runtime_error(
-      text + (encode ? ", and failed with " + std::to_string(got) : ", and the driver does not have it"));
+  throw std::runtime_error(text + ", and failed with " + std::to_string(got));
 }
 
 }  // namespace prfl::cuda

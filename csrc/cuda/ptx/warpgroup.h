@@ -12,7 +12,7 @@ enum class NamedBarrier : int {};
 #ifndef CUSIM
 
 // The number of this thread's warp group, which the compiler then knows to be the same in all of a warp:
-// otherwise it serialises products behind a branch on it.
+// otherwise it serialises products after a branch on it.
 __device__ __forceinline__ int warpgroup_id() { return __shfl_sync(~0u, threadIdx.x / kWarpGroup, 0); }
 
 // All threads of a warp group give registers back, or wait for more: they have N each from here on.

@@ -1,4 +1,4 @@
-// x' = x + gate y, then n = LN(x') (scale + base) + shift; both optional. One visit to memory a token:
+// x' = x + gate y, then n = LN(x') (scale + base) + shift; both optional. A token is read from memory once:
 // the later steps find its row in the first-level cache.
 #include <math.h>
 
@@ -12,9 +12,9 @@ template <class X, class Y, class Write>
 float add_row(const X* x, const Y* y, const float* gate, X* out, int64_t n, Write&& write) {
   vf total[4] = {};
   each<4>(n, [&](int64_t i, auto m, int k) {
-    vf branch = load(y + i, m);
-    if (gate != nullptr) branch *= load(gate + i, m);
-    vf a = rounded(load(x + i, m) + branch, X{});
+    vf added = load(y + i, m);
+    if (gate != nullptr) added *= load(gate + i, m);
+    vf a = rounded(load(x + i, m) + added, X{});
     write(out + i, a, m);
     total[k] += a;
   });
@@ -39,18 +39,18 @@ float squares(const X* x, float mean, int64_t n) {
 }
 
 template <class X, class Y, class N>
-void forward(const AddNormForward& a) {
+void forward(const NormForward& a) {
   const int64_t width = a.shape.width;
   over_tokens(a.shape, a.threads, [&](int64_t b, int64_t l0, int64_t l1) {
     Scratch room(3 * width);
     const float* gate = float_row(a.gate, b, width, room);
     const float* scale = float_row(a.scale, b, width, room + width);
     const float* shift = float_row(a.shift, b, width, room + 2 * width);
-    const Writer<X> write_sum(a.n ? View{} : a.sum, a.shape);  // the norm reads it again
+    const Writer<X> write_sum(a.n ? View{} : a.total, a.shape);  // the norm reads it again
     const Writer<N> write(a.n, a.shape);
     for (int64_t l = l0; l < l1; l++) {
       const X* x = a.x.at<X>(b, l);
-      X* out = a.y ? a.sum.at<X>(b, l) : nullptr;
+      X* out = a.y ? a.total.at<X>(b, l) : nullptr;
       const float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, width, write_sum) : row_sum(x, width);
       if (!a.n) continue;
       const X* row = a.y ? out : x;
@@ -94,7 +94,7 @@ struct Rows {
 //   g = dn (scale + base);  dx' = rstd (g - mean(g) - x_hat mean(g x_hat)) + d sum
 //   dy = gate dx',  d gate = sum y dx',  d scale = sum dn x_hat,  d shift = sum dn
 template <int T, class X, class Y, class N>
-void backward_tokens(const AddNormBackward& a, int64_t b, int64_t l, int64_t l1, const float* scale,
+void backward_tokens(const NormBackward& a, int64_t b, int64_t l, int64_t l1, const float* scale,
                      const float* gate, const Sums& sums) {
   const int64_t width = a.shape.width;
   const bool norm = bool(a.dn), more = l + 2 * T <= l1;
@@ -148,9 +148,9 @@ void backward_tokens(const AddNormBackward& a, int64_t b, int64_t l, int64_t l1,
 }
 
 template <class X, class Y, class N>
-void backward(const AddNormBackward& a) {
+void backward(const NormBackward& a) {
   const int64_t width = a.shape.width;
-  const int64_t slots = 2 * a.parameters + (a.y && a.gate);
+  const int64_t slots = 2 * a.wants_parameters + (a.y && a.gate);
   over_runs(a.shape, a.runs, a.threads, [&](int64_t b, int64_t r, int64_t l0, int64_t l1) {
     Scratch room(2 * width);
     const float* gate = float_row(a.gate, b, width, room);
@@ -159,7 +159,7 @@ void backward(const AddNormBackward& a) {
     if (slots > 0) {
       float* part = a.part.at<float>() + (b * a.runs + r) * slots * width;
       memset(part, 0, slots * width * sizeof(float));
-      if (a.parameters) sums.scale = part, sums.shift = part + width;
+      if (a.wants_parameters) sums.scale = part, sums.shift = part + width;
       if (a.y && a.gate) sums.gate = part + (slots - 1) * width;
     }
     constexpr int T = 4;
@@ -176,12 +176,12 @@ void backward(const AddNormBackward& a) {
 
 }  // namespace
 
-void add_norm_forward(const AddNormForward& a) {
+void norm_forward(const NormForward& a) {
   with_types(a.x.dtype, a.y.dtype, a.n.dtype,
              [&](auto x, auto y, auto n) { forward<decltype(x), decltype(y), decltype(n)>(a); });
 }
 
-void add_norm_backward(const AddNormBackward& a) {
+void norm_backward(const NormBackward& a) {
   const DType x = a.dn ? a.x.dtype : a.dsum.dtype;
   const DType y = a.dy ? a.dy.dtype : a.y.dtype;
   with_types(x, y, a.dn.dtype,

@@ -1,0 +1,36 @@
+// Launchers of norm.cu. Rows [batch, length, width] have strides in elements (_b, _l) and contiguous
+// columns; results are contiguous. gate, scale and shift are float32 [batch, width] with the stride _b.
+// Null pointers where an input is absent or a result is not wanted.
+#pragma once
+#include <driver_types.h>
+
+#include "row_launch.h"
+
+namespace prfl::cuda {
+
+struct NormForward {
+  const void *x, *y;
+  const float *gate, *scale, *shift;
+  void *total, *n;             // total = x + gate y
+  float *quant, *mean, *rstd;  // [batch, length]
+  int64_t x_b, x_l, y_b, y_l, gate_b, scale_b, shift_b, batch, length, width;
+  float eps, base;
+  int x_kind, y_kind, n_kind;  // of x and total, of y, of n
+  bool aligned;                // all rows begin at multiples of 16 bytes, width is a multiple of 8
+};
+
+struct NormBackward {
+  const void *dn, *dsum, *x, *y;  // dsum is the gradient of total
+  const float *gate, *scale, *mean, *rstd;
+  void *dx, *dy;
+  float* part;  // [batch, runs, d scale | d shift | d gate as wanted, width]
+  int64_t dn_b, dn_l, dsum_b, dsum_l, x_b, x_l, y_b, y_l, gate_b, scale_b, batch, length, width;
+  float base;
+  int x_kind, y_kind, dn_kind;  // of x, dsum and dx, of y and dy, of dn
+  bool aligned, wants_parameters, wants_gate;
+};
+
+void norm_forward(const NormForward& arguments, cudaStream_t stream);
+void norm_backward(const NormBackward& arguments, cudaStream_t stream);
+
+}  // namespace prfl::cuda
