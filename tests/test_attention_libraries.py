@@ -239,6 +239,22 @@ def test_the_cuda_forward_pairs_with_the_backward_of_others(backward, monkeypatc
     assert seen
 
 
+def test_the_default_backward_is_found_under_compile_too(monkeypatch):
+    """fa3 and cudnn do not run on a CPU; what follows in the list does."""
+    cuda = RECORDS["cuda"]._replace(forward=reference_forward, probe=lambda *_: None)
+    seen = []
+    triton = RECORDS["triton"]._replace(
+        backward=lambda *a: seen.append(a) or reference_backward(*a), probe=lambda *_: None
+    )
+    monkeypatch.setitem(RECORDS, "cuda", cuda)
+    monkeypatch.setitem(RECORDS, "triton", triton)
+    dispatch.configure("attention=cuda")
+    torch.compiler.reset()
+    compiled = torch.compile(attention_with_lse, fullgraph=True, backend="aot_eager")
+    assert_as_good_as_torch(compiled, [normal(1, n, 1, 16).cpu() for n in (5, 7, 7)], formula(1))
+    assert seen
+
+
 def test_the_doctor_shows_both_choices_with_their_reasons(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
