@@ -15,12 +15,12 @@ import math
 import torch
 from torch import Tensor
 
-from prfl_kernels import dispatch, tuning
+from prfl_kernels import dispatch, extension, tuning
 from prfl_kernels.checks import expect, expect_rows
 from prfl_kernels.declare import allocator, gradients_like, operation
 from prfl_kernels.dispatch import CPU, REFERENCE, TRITON, record
-from prfl_kernels.extension import empty, launch, runs, supported
-from prfl_kernels.jit import jit, tl, triton, unit_last, wide
+from prfl_kernels.extension import empty, runs, supported
+from prfl_kernels.jit import jit, launch, tl, triton, unit_last, wide
 
 CUBIC, TWO_K = 0.044715, 2 * math.sqrt(2 / math.pi)
 # Tokens and columns of a tile, warps, and runs of tokens: twice 16 bytes of bfloat16 a thread, many waves on
@@ -58,7 +58,7 @@ def cpu_forward(h, bias, g):
     supported(h, bias)
     h, bias = unit_last(h), unit_last(bias)
     batch, length, width = h.shape
-    launch("bias_gelu_forward", h=h, bias=bias, g=g, batch=batch, length=length, width=width)
+    extension.launch("bias_gelu_forward", h=h, bias=bias, g=g, batch=batch, length=length, width=width)
 
 
 def cpu_backward(dg, h, bias, dh, g, dbias):
@@ -67,7 +67,7 @@ def cpu_backward(dg, h, bias, dh, g, dbias):
     dg, h, bias = unit_last(dg.to(h.dtype)), unit_last(h), unit_last(bias)
     (batch, length, width), count = h.shape, runs(h.shape[1])
     part = None if dbias is None else empty(dbias, batch, count, width)
-    launch(
+    extension.launch(
         "bias_gelu_backward", dg=dg, h=h, bias=bias, dh=dh, g=g, part=part, dbias=dbias, batch=batch,
         length=length, width=width, runs=count,
     )  # fmt: skip
@@ -147,8 +147,9 @@ def _plan(kernel: str, h: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dic
 
 def triton_forward(h, bias, g):
     """Fill g by the Triton kernel."""
+    h, bias = h.contiguous(), None if bias is None else bias.contiguous()
     grid, constants, options = _plan("bias_gelu forward", h)
-    _forward[grid](h.contiguous(), None if bias is None else bias.contiguous(), g, *constants, **options)
+    launch(_forward, grid, h, bias, g, *constants, **options)
 
 
 def triton_backward(dg, h, bias, dh, g, dbias):
@@ -156,7 +157,7 @@ def triton_backward(dg, h, bias, dh, g, dbias):
     dg, h, bias = dg.contiguous(), h.contiguous(), None if bias is None else bias.contiguous()
     grid, constants, options = _plan("bias_gelu backward", h)
     part = None if dbias is None else dbias.new_empty(grid[1], len(dbias))
-    _backward[grid](dg, h, bias, dh, g, part, *constants, **options)
+    launch(_backward, grid, dg, h, bias, dh, g, part, *constants, **options)
     if dbias is not None:
         torch.sum(part, 0, out=dbias)
 

@@ -5,6 +5,7 @@ the kernel alone and `dispatch` never chooses it.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import SimpleNamespace
 
@@ -22,7 +23,8 @@ except ModuleNotFoundError:
 
 
 __all__ = [
-    "REGISTERED", "INTERPRETED", "LIBRARY", "absence", "jit", "register", "tl", "triton", "unit_last", "wide",
+    "REGISTERED", "INTERPRETED", "LIBRARY", "absence", "jit", "launch", "on", "register", "tl", "triton",
+    "unit_last", "wide",
 ]  # fmt: skip
 
 # Kernels run as Python on the CPU when TRITON_INTERPRET=1 was set before this import.
@@ -39,6 +41,29 @@ def absence(device_type: str) -> str | None:
     if device_type != "cuda":
         return "needs a cuda device (or TRITON_INTERPRET=1 in the environment)"
     return "triton is not installed" if triton is None else None
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], *arguments, **options) -> None:
+    """kernel[grid](*arguments, **options) on the device of its tensors: the one way to launch a kernel.
+
+    Triton itself launches on the current device, wherever the tensors are. Raises ValueError for tensors of
+    several devices.
+    """
+    tensors = (getattr(a, "base", a) for a in arguments)  # a descriptor's tensor is its base
+    devices = list(dict.fromkeys(a.device for a in tensors if isinstance(a, torch.Tensor)))
+    if len(devices) != 1:
+        found = " and ".join(map(str, devices)) or "no device"
+        raise ValueError(f"kernels: {kernel.__name__} got tensors on {found}, want one device")
+    with on(devices[0]):
+        kernel[grid](*arguments, **options)
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """A block in which a CUDA device is the current one. Other devices, and fake tensors of a machine that
+    does not use CUDA, need none."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return nullcontext()
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

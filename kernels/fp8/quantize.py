@@ -20,7 +20,7 @@ from prfl_kernels.checks import expect_float
 from prfl_kernels.declare import operation
 from prfl_kernels.dispatch import REFERENCE, TRITON, record
 from prfl_kernels.fp8.e4m3 import E4M3, forbid_gradient, never, quantize_rows, row_scales
-from prfl_kernels.jit import jit, tl, triton
+from prfl_kernels.jit import jit, launch, tl, triton
 
 # Values of a row for a warp: 32 a thread, two stores of 16 bytes. A row of 13,824 takes 16 warps.
 LANES, WARPS = 1024, 16
@@ -49,17 +49,18 @@ def _kernel(
     tl.store(out_ptr + row * C + o_c, (z / scale).to(out_ptr.dtype.element_ty), mask=m_c)
 
 
-def launch(x: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
+def triton_fill(x: Tensor, gelu: bool, out: Tensor, scale: Tensor) -> None:
     """Fill out and scale by the Triton kernel."""
     block = triton.next_power_of_2(x.shape[-1])
     warps = min(WARPS, max(1, block // LANES))
-    _kernel[(scale.numel(),)](
+    launch(
+        _kernel, (scale.numel(),),
         x.contiguous(), out, scale, x.shape[-1], block, gelu, CUBIC, TWO_K, num_warps=warps,
         enable_fp_fusion=True,
     )  # fmt: skip
 
 
-dispatch.register("quantize_fp8", dispatch.common({REFERENCE: reference, TRITON: launch}, e4m3=True))
+dispatch.register("quantize_fp8", dispatch.common({REFERENCE: reference, TRITON: triton_fill}, e4m3=True))
 
 
 def forward(fill: Callable[..., None] | None, x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
