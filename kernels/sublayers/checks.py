@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 from torch import Tensor
 
@@ -31,15 +32,19 @@ def _vectors(op: str, inputs) -> None:
 
 def _linear(op: str, inputs, name: str, outputs: int, width: int, updates: bool = True) -> None:
     """Weight [N, K] and bias [N] of this name, and if `updates` its update (A [r, K], B [N, r]) or none."""
-    x, bias = inputs.x, f"{name}_bias"
+    x, (bias, *names) = inputs.x, _names(name)
     expect_matrix(op, name, getattr(inputs, name), (outputs, width), x)
     expect(op, bias, getattr(inputs, bias), (outputs,), x)
-    names = f"{name}_down", f"{name}_up"
     if updates and _all(op, names, low := [getattr(inputs, k) for k in names]):
         down, up = low
         rank = down.shape[0] if down.dim() == 2 else 1
         expect(op, names[0], down, (rank, width), x)
         expect(op, names[1], up, (outputs, rank), x)
+
+
+@cache
+def _names(weight: str) -> tuple[str, str, str]:
+    return f"{weight}_bias", f"{weight}_down", f"{weight}_up"
 
 
 def _all(op: str, names: Sequence[str], given: Sequence[Tensor | None]) -> bool:
