@@ -47,14 +47,20 @@ def launch(kernel: Callable, grid: tuple[int, ...], *arguments, **options) -> No
     """kernel[grid](*arguments, **options) on the device of its tensors: the one way to launch a kernel.
 
     Triton itself launches on the current device, wherever the tensors are. Raises ValueError for tensors of
-    several devices.
+    several devices, or none.
     """
-    tensors = (getattr(a, "base", a) for a in arguments)  # a descriptor's tensor is its base
-    devices = list(dict.fromkeys(a.device for a in tensors if isinstance(a, torch.Tensor)))
-    if len(devices) != 1:
-        found = " and ".join(map(str, devices)) or "no device"
-        raise ValueError(f"kernels: {kernel.__name__} got tensors on {found}, want one device")
-    with on(devices[0]):
+    device = None
+    for a in arguments:
+        if not isinstance(a, torch.Tensor):
+            a = getattr(a, "base", None)  # a descriptor's tensor
+        if a is not None and a.device != device:
+            if device is not None:
+                both = f"{device} and {a.device}"
+                raise ValueError(f"kernels: {kernel.__name__} got tensors on {both}, want one device")
+            device = a.device
+    if device is None:
+        raise ValueError(f"kernels: {kernel.__name__} got no tensor, want at least one")
+    with on(device):
         kernel[grid](*arguments, **options)
 
 

@@ -60,6 +60,8 @@ def test_tensors_of_several_devices_are_refused(current, wrap):
         launch(kernel, (1,), a, wrap(b))
     with pytest.raises(ValueError, match="got tensors on cuda:0 and cpu"):
         launch(kernel, (1,), wrap(a), torch.empty(3))
+    with pytest.raises(ValueError, match="^kernels: kernel got no tensor, want at least one$"):
+        launch(kernel, (1,), 5, None)
     assert not kernel.launches
 
 
