@@ -125,7 +125,7 @@ def test_slots_may_lie_where_queued_work_still_reads(monkeypatch):
     assert torch.equal(read[0], torch.full((4,), 7.0))
 
 
-AWAY = [name for name, policy in POLICIES.items() if policy.offload]
+OFFLOADED = [name for name, policy in POLICIES.items() if policy.offload]
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_a_tensor_comes_back_as_it_was(shape):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("name", AWAY)
+@pytest.mark.parametrize("name", OFFLOADED)
 def test_backward_waits_for_what_comes_back(name, eager, streams):
     want = gradients("none")
     _, store = streams(eager)
@@ -175,7 +175,7 @@ def test_backward_waits_for_what_comes_back(name, eager, streams):
 def test_a_backward_that_does_not_wait_is_noticed(streams, monkeypatch):
     streams(False)
     monkeypatch.setattr(Stream, "wait_event", lambda self, event: None)
-    assert not gradients(POLICIES["all away"])["x"].isfinite().all()
+    assert not gradients(POLICIES["all offloaded"])["x"].isfinite().all()
 
 
 def test_device_memory_is_let_go_of_when_it_has_been_copied(streams):

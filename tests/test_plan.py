@@ -203,7 +203,9 @@ def test_measured_seconds_take_the_place_of_predicted_ones(tmp_path):
     assert made.seconds == 13 * 2 * 2.0 + 4 * 2.0
     for text, message in [
         ("{}", "holds no measured seconds"),
-        ('{"seconds": {"some": 1.0}}', "names no kind"),
+        ('{"seconds": []}', "holds no measured seconds"),
+        ('{"seconds": {}}', "names no kind"),
+        ('{"seconds": {"none": 1.0, "some": 1.0}}', "names 'some', want some of 'none', "),
         ('{"seconds": {"none": -1.0}}', "got -1.0 seconds of 'none'"),
         ('{"seconds": {"none": NaN}}', "got nan seconds"),
     ]:

@@ -25,19 +25,19 @@ POLICIES = {
     "none": named("none"),
     "full": named("full"),
     "attention": named("attention"),
-    "full, little kept again": named("full", "nothing"),
-    "streams": BlockPolicy(BETWEEN),
+    "full, little saved in a rerun": named("full", "nothing"),
+    "between": BlockPolicy(BETWEEN),
     "no cross_normed": BlockPolicy(set(NAMES) - {"cross_normed"}),
     "no after_attention": BlockPolicy(set(NAMES) - {"after_attention"}),
     "no after_cross": BlockPolicy(set(NAMES) - {"after_cross"}),
     "only after_attention": BlockPolicy({"input", "after_attention"}),
     "hidden and attentions": BlockPolicy({"input", "attention", "cross_attention", "hidden"}),
-    "input away": BlockPolicy((), {"input"}),
-    "input and attention away": BlockPolicy((), {"input", "attention"}),
-    "input kept, attention away": BlockPolicy({"input"}, {"attention"}),
-    "streams away": BlockPolicy(INNER, BETWEEN),
-    "all away": BlockPolicy((), NAMES),
-    "hidden away": BlockPolicy({*BETWEEN, "attention"}, {"hidden", "projections"}),
+    "input offloaded": BlockPolicy((), {"input"}),
+    "input and attention offloaded": BlockPolicy((), {"input", "attention"}),
+    "input kept, attention offloaded": BlockPolicy({"input"}, {"attention"}),
+    "between offloaded": BlockPolicy(INNER, BETWEEN),
+    "all offloaded": BlockPolicy((), NAMES),
+    "hidden offloaded": BlockPolicy({*BETWEEN, "attention"}, {"hidden", "projections"}),
 }
 
 
@@ -68,7 +68,7 @@ def test_no_policy_changes_a_gradient():
 
 
 @pytest.mark.parametrize("inner", [(), INNER, ("attention", "cross_attention", "hidden")], ids=len)
-def test_any_streams_may_be_held(inner):
+def test_any_tensors_between_sublayers_may_be_saved(inner):
     want = gradients("none", blocks=1)
     for count in range(len(BETWEEN)):
         for streams in combinations(BETWEEN[1:], count):
@@ -77,17 +77,17 @@ def test_any_streams_may_be_held(inner):
 
 def test_nor_with_an_image():
     want = gradients("none", "i2v", blocks=2)
-    for name in ("full", "hidden and attentions", "streams", "all away"):
+    for name in ("full", "hidden and attentions", "between", "all offloaded"):
         assert_same(gradients(POLICIES[name], "i2v", blocks=2), want)
 
 
 def test_blocks_may_have_policies_of_their_own():
     want = gradients("none")
-    assert_same(gradients([POLICIES[k] for k in ("input away", "none", "attention")]), want)
-    assert_same(gradients([POLICIES[k] for k in ("streams", "all away", "full")]), want)
+    assert_same(gradients([POLICIES[k] for k in ("input offloaded", "none", "attention")]), want)
+    assert_same(gradients([POLICIES[k] for k in ("between", "all offloaded", "full")]), want)
 
 
-@pytest.mark.parametrize("name", ["full", "attention", "input and attention away", "streams"])
+@pytest.mark.parametrize("name", ["full", "attention", "input and attention offloaded", "between"])
 def test_frozen_weights_and_layers_one_by_one(name):
     """Adapters: cross-attention runs layer by layer, and all but one linear layer is frozen."""
 
@@ -126,17 +126,19 @@ def test_updates_with_nothing_trained_before_them(targets):
 
 
 def test_blocks_without_a_backward_move_nothing(monkeypatch):
-    monkeypatch.setattr(HostStore, "put", lambda *_: pytest.fail("put away for nothing"))
+    monkeypatch.setattr(HostStore, "put", lambda *_: pytest.fail("offloaded for nothing"))
     config = tiny_config(num_layers=2)
     model, batch = tiny_model(config).requires_grad_(False), random_batch(config, 1, LATENT)
     made = []
-    for name in ("none", "all away"):
+    for name in ("none", "all offloaded"):
         velocity = bind(model, batch, run_blocks=under(POLICIES[name]))
         made.append(velocity(batch.latent, torch.tensor([500.0]), torch.arange(1)))
     assert torch.equal(*made)
 
 
-@pytest.mark.parametrize("name", ["full", "attention", "input away", "streams away", "all away"])
+@pytest.mark.parametrize(
+    "name", ["full", "attention", "input offloaded", "between offloaded", "all offloaded"]
+)
 def test_windows_a_frozen_reward_and_flow_matching(name):
     config = tiny_config(num_layers=3)
     found = []
@@ -204,28 +206,28 @@ SMALL = 6 * 4 * C + 3 * 2 * 4 * TOKENS  # the six vectors of a block, and mean a
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_name_is_kept_and_put_away_with_the_bytes_that_it_says(name):
+def test_each_name_is_saved_and_offloaded_with_the_bytes_that_it_says(name):
     base = BlockPolicy(BETWEEN)
     device, host = a_block(base)
     assert (device, host) == (sum(SIZES[k] for k in BETWEEN) + SMALL, 0)
     keep = {*BETWEEN, name}
     assert a_block(BlockPolicy(keep))[0] - device == (0 if name in BETWEEN else SIZES[name])
     away = a_block(BlockPolicy(keep - {name}, {name}))
-    # lots of two blocks are on their way
+    # batches of copies of two blocks are on their way
     assert away[1] == SIZES[name]
     assert away[0] == device - (SIZES[name] if name in BETWEEN else 0)
 
 
 @pytest.mark.parametrize("name", ["after_attention", "cross_normed", "after_cross"])
-def test_a_stream_that_is_made_again_is_not_kept(name):
+def test_a_tensor_between_sublayers_that_is_recomputed_is_not_saved(name):
     assert a_block(BlockPolicy(BETWEEN))[0] - a_block(BlockPolicy(set(BETWEEN) - {name}))[0] >= SIZES[name]
 
 
 def test_modes_keep_what_they_say():
-    kept = {name: a_block(POLICIES[name])[0] for name in ("none", "attention", "full", "input away")}
+    kept = {name: a_block(POLICIES[name])[0] for name in ("none", "attention", "full", "input offloaded")}
     assert kept["full"] <= ROW + SMALL
     assert kept["attention"] - kept["full"] == SIZES["attention"]
-    assert kept["input away"] == kept["full"] - ROW
+    assert kept["input offloaded"] == kept["full"] - ROW
     assert kept["none"] == sum(SIZES.values()) + SMALL
 
 
@@ -255,21 +257,21 @@ def test_nothing_is_left_behind_without_the_garbage_collector():
 def test_the_backward_brings_back_one_block_ahead(monkeypatch):
     """Order of fetches: while a block's backward runs, the block before it is on its way already."""
     order = []
-    fetch, again = HostTensor.fetch, recompute.Run._rerun
+    fetch, rerun = HostTensor.fetch, recompute.Run._rerun
 
-    def watched(away):
-        if away.back is None:
-            order.append(("fetch", away.host[0].data_ptr()))
-        fetch(away)
+    def watched(stored):
+        if stored.back is None:
+            order.append(("fetch", stored.host[0].data_ptr()))
+        fetch(stored)
 
     monkeypatch.setattr(HostTensor, "fetch", watched)
     monkeypatch.setattr(
-        recompute.Run, "_rerun", lambda run, branch: (order.append(("again", id(run))), again(run, branch))
+        recompute.Run, "_rerun", lambda run, name: (order.append(("rerun", id(run))), rerun(run, name))
     )
     gradients(BlockPolicy((), {"input"}), blocks=4)
     kinds = [kind for kind, _ in order]
-    # the last block keeps its input: its two branches run again behind the first fetch
-    assert kinds == ["fetch", "again", "again"] * 3 + ["again"] * 2
+    # the last block keeps its input: its two sublayers are rerun after the first fetch
+    assert kinds == ["fetch", "rerun", "rerun"] * 3 + ["rerun"] * 2
     assert len({place for kind, place in order if kind == "fetch"}) == 3
 
 
@@ -287,8 +289,8 @@ def test_at_most_two_batches_of_copies_are_on_their_way(monkeypatch):
     assert sizes == [1, 2, 2, 2, 2] and not store._leaving
 
 
-def test_what_a_block_puts_away_has_left_when_the_next_one_is_over(monkeypatch):
-    """Also where that one puts nothing away. In the end all of a model's blocks have let go."""
+def test_what_a_block_offloads_has_left_when_the_next_one_is_over(monkeypatch):
+    """Also where that one offloads nothing. In the end all of a model's blocks have let go."""
     store, left = store_of(torch.device("cpu")), []
     run = recompute.Run.__call__
 
@@ -318,9 +320,9 @@ class Count(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "name, attend, cross, feed",
-    [("none", 3, 3, 3), ("full", 6, 6, 3), ("attention", 6, 6, 3), ("streams", 3, 3, 3)],
+    [("none", 3, 3, 3), ("full", 6, 6, 3), ("attention", 6, 6, 3), ("between", 3, 3, 3)],
 )
-def test_branches_run_again_only_for_streams_and_the_ffn_never(name, attend, cross, feed):
+def test_sublayers_are_rerun_only_for_tensors_between_them_and_the_ffn_never(name, attend, cross, feed):
     with Count() as count:
         gradients(POLICIES[name])
     assert count.calls["modulated_attention"] == attend
@@ -328,12 +330,12 @@ def test_branches_run_again_only_for_streams_and_the_ffn_never(name, attend, cro
     assert count.calls["modulated_ffn"] == feed
 
 
-def test_attention_that_is_held_is_not_computed_again(monkeypatch):
+def test_attention_that_is_saved_is_not_recomputed(monkeypatch):
     from prfl_kernels.sublayers import self_attention
 
     calls, real = [], self_attention.attention_with_lse
     monkeypatch.setattr(self_attention, "attention_with_lse", lambda *a: calls.append(1) or real(*a))
-    for name, want in (("full", 6), ("attention", 3), ("input and attention away", 3), ("streams", 6)):
+    for name, want in (("full", 6), ("attention", 3), ("input and attention offloaded", 3), ("between", 6)):
         calls.clear()
         gradients(POLICIES[name])
         assert len(calls) == want, name

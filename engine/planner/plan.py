@@ -349,11 +349,13 @@ def _read(path: str | Path) -> dict[str, float]:
     """Seconds of every kind, as `measure` returns them."""
     try:
         seconds = json.loads(Path(path).read_text())["seconds"]
-        found = {name: float(seconds[name]) for name in KINDS if name in seconds}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = {name: float(value) for name, value in seconds.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"model.costs: {path} holds no measured seconds: {error!r}") from None
-    if not found:
-        raise UserError(f"model.costs: {path} names no kind, want some of {', '.join(KINDS)}")
+    unknown = sorted(found.keys() - KINDS.keys())
+    if unknown or not found:
+        names = repr(unknown[0]) if unknown else "no kind"
+        raise UserError(f"model.costs: {path} names {names}, want some of {', '.join(map(repr, KINDS))}")
     for name, value in found.items():
         if not 0 < value < float("inf"):
             raise UserError(f"model.costs: got {value} seconds of {name!r} in {path}, want more than none")
