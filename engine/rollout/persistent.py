@@ -98,7 +98,7 @@ class Persistent:
 
     def _grade(self, chains: list[PooledChain], turns: list[Turn], step: int) -> GradedWindow:
         """The window of these chains up to the steps of their turns, whose results they take."""
-        prompts = [Batch(*(None if a is None else a[0] for a in chain.prompt)) for chain in chains]
+        prompts = [Batch(*(None if a is None else a[0] for a in self.pool.prompt(c))) for c in chains]
         grading, states = Grading(self.grader, collate(prompts)), []
         for chain in chains:
             known = self.pool.get(chain)
@@ -144,9 +144,9 @@ class Persistent:
         """(the states of a chain as the present weights make them from its noise, without acceleration; the
         relative L2 distance of its newest latent from theirs)."""
         g, index = self.grader, torch.tensor([chain.numbers.index])
-        old = self.pool.get(chain)[-1].x
-        context = g.model.embed_context(chain.prompt.text, chain.prompt.clip)
-        velocity = bind(g.model, chain.prompt, context, g.run_blocks)
+        old, prompt = self.pool.get(chain)[-1].x, self.pool.prompt(chain)
+        context = g.model.embed_context(prompt.text, prompt.clip)
+        velocity = bind(g.model, prompt, context, g.run_blocks)
         way = Chain(velocity, g.schedule, self.noise(old, chain.numbers.position))
         way.advance_to(index, (index - (g.window - 1)).clamp(min=0))
         states = [state for state in way.states[0] if state is not None]
@@ -190,7 +190,7 @@ class Births:
         position = (self.key * c.rollout.samples + self.used[row]) * c.data.batch_size + row
         self.used[row] += 1
         latent, *prompt = (None if a is None else a[row : row + 1] for a in self.batch)
-        prompt = Batch(latent.new_empty(1, 0), *(None if a is None else a.clone() for a in prompt))
+        prompt = Batch(torch.empty(1, 0), *(None if a is None else pool.hold(a) for a in prompt))
         chain = PooledChain(Numbers(lap, 0, position, self.sources[row], self.step), prompt, [])
         pool.put(chain, [init_state(self.owner.noise(latent, position))])
         return chain

@@ -18,7 +18,7 @@ from prfl_engine.batch import Batch
 from prfl_engine.errors import UserError
 from prfl_engine.flow import SolverState
 from prfl_engine.inputs import open_tensors, read_tensors
-from prfl_engine.memory.host import Away, store_of
+from prfl_engine.memory.live_bytes import host_memory
 from prfl_engine.metrics import note
 from prfl_engine.rollout.turns import Turn
 
@@ -41,7 +41,8 @@ class Finite:
     """Whether the states after a window [B] are finite: known on the device now, on the host later."""
 
     def __init__(self, states: list[SolverState]):
-        flags = torch.stack([torch.stack([a.isfinite().all() for a in s]).all() for s in states])
+        ends = [torch.stack([end for a in s for end in torch.aminmax(a.detach())]) for s in states]
+        flags = torch.stack(ends).isfinite().all(1)
         self.flags = flags.to("cpu", non_blocking=True)
         self.event = torch.cuda.current_stream(flags.device).record_event() if flags.is_cuda else None
 
@@ -57,7 +58,7 @@ class PooledChain:
 
     numbers: Numbers
     prompt: Batch  # without a latent
-    states: list[SolverState] | list[list[Away]]  # the last ones, the newest before step numbers.index
+    states: list[SolverState]  # the last ones, the newest before step numbers.index
     finite: Callable[[], bool] = field(default=lambda: True)
 
 
@@ -80,7 +81,7 @@ class Pool:
         is not read."""
         self.chains: list[PooledChain | None] = [None] * slots
         self.counts, self.device, self.settings = Counts(), device, settings
-        self.store = store_of(device) if on_host else None
+        self.on_host = on_host
 
     def take(self, turn: Turn) -> tuple[PooledChain | None, PooledChain | None]:
         """(the chain of the turn's slot that goes on in its lap, the one that has finished before it). A
@@ -102,16 +103,27 @@ class Pool:
 
     def put(self, chain: PooledChain, states: list[SolverState]) -> None:
         """Give a chain its new states; the tensors are copied, since they may be parts of larger ones."""
-        if self.store is None:
-            chain.states = [SolverState(*(a.detach().clone() for a in s)) for s in states]
-        else:
-            chain.states = [self.store.put([a.detach().contiguous() for a in s]) for s in states]
+        chain.states = [SolverState(*map(self.hold, state)) for state in states]
 
     def get(self, chain: PooledChain) -> list[SolverState]:
         """The states of a chain, on the device."""
-        if self.store is None:
-            return chain.states
-        return [SolverState(*(a.get() for a in s)) for s in chain.states]
+        return [SolverState(*map(self._bring, state)) for state in chain.states]
+
+    def prompt(self, chain: PooledChain) -> Batch:
+        """The prompt of a chain, on the device."""
+        return Batch(*(None if a is None else self._bring(a) for a in chain.prompt))
+
+    def hold(self, a: Tensor) -> Tensor:
+        """A copy of a tensor in the pool's place."""
+        if not self.on_host:
+            return a.detach().to(self.device, copy=True)
+        with host_memory():
+            held = torch.empty(a.shape, dtype=a.dtype, device="cpu", pin_memory=self.device.type == "cuda")
+        return held.copy_(a.detach(), non_blocking=True)
+
+    def _bring(self, a: Tensor) -> Tensor:
+        # In the order of the stream: after the copy to the host that may still be under way.
+        return a.to(self.device, non_blocking=True)
 
     def alive(self) -> list[PooledChain]:
         return [chain for chain in self.chains if chain is not None]
@@ -123,15 +135,15 @@ class Pool:
         tensors: dict[str, Tensor] = {}
         for slot in range(len(self.chains)):
             self._check(slot)
-        if self.store is not None and self.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the copies to the host have ended
         held = {slot: chain for slot, chain in enumerate(self.chains) if chain is not None}
         for slot, chain in held.items():
             for i, state in enumerate(chain.states):
                 parts = zip(SolverState._fields, state, strict=True)
-                tensors |= {f"{slot}.{i}.{k}": _on_host(a) for k, a in parts}
+                tensors |= {f"{slot}.{i}.{k}": a.cpu() for k, a in parts}
             prompt = chain.prompt._asdict()
-            tensors |= {f"{slot}.{k}": prompt[k].cpu().contiguous() for k in PROMPT if prompt[k] is not None}
+            tensors |= {f"{slot}.{k}": prompt[k].cpu() for k in PROMPT if prompt[k] is not None}
         numbers = {slot: asdict(chain.numbers) for slot, chain in held.items()}
         said = {"settings": self.settings, "counts": asdict(self.counts), "chains": numbers}
         save_file(tensors, folder / FILE, {"pool": json.dumps(said)})
@@ -175,19 +187,12 @@ class Pool:
                 shape = shape or parts[0].shape
                 if any(a.shape != shape or a.dim() != 5 or len(a) != 1 for a in parts):
                     raise LookupError
-                states.append(SolverState(*(a.to(self.device) for a in parts)))
+                states.append(SolverState(*parts))
             prompt = [tensors.pop(f"{slot}.{k}", None) for k in PROMPT]
             if not states or prompt[0] is None or self.chains[slot] is not None:
                 raise LookupError
         except LookupError:
             raise UserError(f"{path}: slot {slot} holds no whole chain, want the file as written") from None
-        prompt = [None if a is None else a.to(self.device) for a in prompt]
-        chain = self.chains[slot] = PooledChain(numbers, Batch(states[0].x.new_empty(1, 0), *prompt), [])
+        prompt = [None if a is None else self.hold(a) for a in prompt]
+        chain = self.chains[slot] = PooledChain(numbers, Batch(torch.empty(1, 0), *prompt), [])
         self.put(chain, states)
-
-
-def _on_host(a: Tensor | Away) -> Tensor:
-    """A tensor of a state in one piece on the host."""
-    if isinstance(a, Away):
-        return torch.cat(a.host).view(a.shape)
-    return a.cpu().contiguous()
