@@ -29,7 +29,7 @@ def advance(
 
 
 class Chain:
-    """The states of a batch on its way from noise: of every sample, before each of its steps.
+    """The states of a batch on its way from noise or from any state: of every sample, before each step.
 
     Samples may be at different steps; all that have to advance do so together in one call.
     """
@@ -38,18 +38,21 @@ class Chain:
         self,
         velocity: Velocity,
         schedule: flow.Schedule,
-        noise: Tensor,
+        start: Tensor | list[list[flow.SolverState | None]],
         stretch: Callable[[], Velocity] | None = None,
     ):
-        """noise [B, C, T, H, W]; it is not changed.
+        """start: noise [B, C, T, H, W], which is not changed; or the known states of every sample, in the
+        form of `states`.
 
         velocity makes the steps of windows. For every stretch of steps before a window, stretch() gives the
         velocity (None: the same one).
         """
         self.velocity, self.schedule, self.stretch = velocity, schedule, stretch
-        start = flow.init_state(noise.detach())
+        if isinstance(start, Tensor):
+            first = flow.init_state(start.detach())
+            start = [[first.select(slice(b, b + 1))] for b in range(len(start))]
         # states[b][i]: the state [1, ...] of sample b before step i, None where it was dropped.
-        self.states = [[start.select(slice(b, b + 1))] for b in range(len(noise))]
+        self.states = start
 
     def at(self, index: Tensor, active: Tensor) -> flow.SolverState:
         """The states of the samples `active` [N] before their steps index [N]."""

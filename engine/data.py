@@ -202,14 +202,13 @@ class MicroBatches:
 
     def samples(self, position: int) -> list[list[tuple[Path, Batch]]]:
         """(meta path, sample) of the samples of item `position`; with `lose`, of winners and of losers."""
-        epoch, place = divmod(position, self.batches_per_epoch)
-        picked = [self.paths[i] for i in self._plan(epoch)[place]]
+        picked = [self.paths[i] for i in self.picked(position)]
         at = self.seed, position * self.batch_size, len(picked)
         draws = each(Purpose.CAPTION, *at)
         samples = [(p, self.reader.read(p, rng)) for p, rng in zip(picked, draws, strict=True)]
         if self.lose is None:
             return [samples]
-        shape = self._shapes[self._plan(epoch)[place][0]]
+        shape = self._shapes[self.picked(position)[0]]
         fitting = self._lose_by_shape.get(shape)
         if fitting is None:
             raise UserError(
@@ -217,6 +216,16 @@ class MicroBatches:
             )
         draws = [(fitting[rng.integers(len(fitting))], rng) for rng in each(Purpose.LOSER, *at)]
         return [samples, [(p, self.reader.read(p, rng)) for p, rng in draws]]
+
+    def picked(self, position: int) -> list[int]:
+        """Which of `paths` the samples of item `position` are; with `lose`, the winners."""
+        epoch, place = divmod(position, self.batches_per_epoch)
+        return self._plan(epoch)[place]
+
+    @property
+    def shapes(self) -> set[tuple[int, ...]]:
+        """The shapes of latents that may have to share a micro-batch; batches of one sample mix nothing."""
+        return set(self._shapes)
 
     def suspects(self, positions: Iterable[int]) -> str:
         """Which samples of these items hold a value that is not finite, or else what samples they are."""

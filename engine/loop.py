@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,20 @@ from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_fini
 from prfl_engine.resume import Progress, Start, read_state, save_state, write_run
 
 
+class Carried(Protocol):
+    """What a run carries from step to step in addition to weights and optimizer, such as a pool of chains."""
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint."""
+
+    def load(self, folder: Path) -> None:
+        """Read it from a checkpoint; UserError where it does not fit."""
+
+    def lost(self, step: int) -> bool:
+        """Whether it explains that the gradient of optimizer step `step` is not finite. The update was
+        skipped, so the run can go on without what was lost."""
+
+
 def fit(
     config: Config,
     begin: Start,
@@ -40,6 +55,7 @@ def fit(
     validate: Callable[[int], dict[str, float]] | None,
     save: Callable[[Path, int], None],
     load: Callable[[Path], dict[str, Tensor]],
+    carried: Carried | None = None,
 ) -> None:
     """Train `model` for config.train.steps optimizer steps, from where `begin` says.
 
@@ -47,7 +63,7 @@ def fit(
     and yields the metrics of each. `key` is an integer that no other micro-batch has.
     validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
     save(folder, step) writes the trained parameters, load(folder) reads them back in float32, under
-    their names in the model.
+    their names in the model. What is `carried` is in every checkpoint, too.
 
     SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises UserError before anything is written,
     TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
@@ -59,10 +75,13 @@ def fit(
             ema = EMA(model, config.train.ema) if config.train.ema > 0 else None
             if begin.checkpoint is not None:
                 progress = _load(config, begin, model, optimizer, ema, load, device)
+                if carried is not None:
+                    carried.load(begin.checkpoint)
             elif (name := not_finite(model)) is not None:
                 raise UserError(f"model to start from: {name} is not finite, want finite weights")
             trained = config, begin, model, optimizer, ema
-            Run(*trained, batches, backpropagate, validate, save, progress, signals).train(device)
+            run = Run(*trained, batches, backpropagate, validate, save, progress, signals, carried)
+            run.train(device)
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
             raise
@@ -106,6 +125,7 @@ class Run:
     save: Callable[[Path, int], None]
     progress: Progress
     signals: Interrupts
+    carried: Carried | None
 
     def train(self, device: torch.device) -> None:
         """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
@@ -205,6 +225,8 @@ class Run:
             self.write_weights(folder)
             save_state(folder, self.progress, self.optimizer, device)
             write_run(folder, self.config, self.begin.sources)
+            if self.carried is not None:
+                self.carried.save(folder)
         for old in files.checkpoints(self.out)[: -self.config.train.keep]:
             files.remove_folder(old)
 
@@ -221,13 +243,17 @@ class Run:
             step = self.progress.step - 1
             raise TrainingError(f"step {step}: {name} is not finite after the update; {_last(self.out)}")
 
-    def bad_gradient(self, step: int, norm: float) -> TrainingError:
-        """The error for a norm that is not finite, with what may be its cause."""
+    def bad_gradient(self, step: int, norm: float) -> None:
+        """TrainingError for a norm that is not finite, with what may be its cause; none where what is carried
+        explains it."""
         if (name := not_finite(self.model)) is not None:
             cause = f"the weights were not finite: {name}"
+        elif self.carried is not None and self.carried.lost(step):
+            note(f"step {step}: the norm of the gradient is {norm}, as a chain was not finite: no update")
+            return
         else:
             cause = self.batches.suspects(range(step * (n := self.config.train.accumulate), (step + 1) * n))
-        return TrainingError(f"step {step}: the norm of the gradient is {norm}; {cause}; {_last(self.out)}")
+        raise TrainingError(f"step {step}: the norm of the gradient is {norm}; {cause}; {_last(self.out)}")
 
 
 class Measured:
@@ -254,7 +280,7 @@ class Measurements:
         metrics: MetricsWriter,
         log_every: int,
         newest: dict[str, Tensor],
-        bad_gradient: Callable[[int, float], TrainingError],
+        bad_gradient: Callable[[int, float], None],
     ):
         self.metrics, self.log_every, self.bad_gradient = metrics, log_every, bad_gradient
         self.last: Measured | None = None
@@ -270,12 +296,13 @@ class Measurements:
             self.newest = {}
 
     def settle(self) -> None:
-        """Wait for the last step's values: TrainingError if its gradient was not finite, else log them."""
+        """Wait for the last step's values and log them; bad_gradient is called if its gradient was not
+        finite."""
         if self.last is None:
             return
         step, values = self.last.step, self.last.read()
         self.last = None
         if not math.isfinite(values["grad_norm"]):
-            raise self.bad_gradient(step, values["grad_norm"])
+            self.bad_gradient(step, values["grad_norm"])
         if (step + 1) % self.log_every == 0:
             self.metrics.log(step + 1, values | gpu_metrics(), "train")

@@ -1,6 +1,8 @@
 """The losses: flow matching, the reward of a graded denoising step, and those of reward training."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +100,49 @@ class GradedWindow:
             self._context.backward(gradient, retain_graph=True)
 
 
+@dataclass(frozen=True)
+class Grader:
+    """What grades denoising steps: the models, the schedule, and how their blocks run; see graded_windows."""
+
+    model: WanTransformer
+    reward: RewardModel
+    schedule: flow.Schedule
+    config: ChainConfig = ChainConfig()
+    stretches: Callable[[Batch, Tensor], Callable[[], chain.Velocity]] | None = None
+    run_blocks: RunBlocks = plain_blocks
+    score_blocks: RunBlocks = plain_blocks
+
+    @property
+    def window(self) -> int:
+        """Steps with gradient in the longest window."""
+        return len(self.schedule) if self.config.window == "all" else self.config.window
+
+
+class Grading:
+    """A grader with the context of a batch, which is embedded once for all of its graded steps."""
+
+    def __init__(self, grader: Grader, batch: Batch):
+        g = self.grader = grader
+        self.condition = batch.condition
+        self.context = g.model.embed_context(batch.text, batch.clip)
+        self.leaf = self.context.detach().requires_grad_(self.context.requires_grad)
+        self.scored = g.reward.transformer.embed_context(batch.text, batch.clip)
+        self.velocity = bind(g.model, batch, self.leaf, g.run_blocks)
+        self.stretch = None if g.stretches is None else g.stretches(batch, self.leaf)
+
+    def way(self, start: Tensor | list[list[flow.SolverState | None]]) -> chain.Chain:
+        """The chain of the batch from `start`, as chain.Chain takes it."""
+        return chain.Chain(self.velocity, self.grader.schedule, start, self.stretch)
+
+    def grade(self, way: chain.Chain, index: Tensor) -> GradedWindow:
+        """The window that ends with steps index [B] of a chain of `way`."""
+        g = self.grader
+        window = way.graded(index, g.window, g.config.detach_input)
+        t = g.schedule.timesteps[index + 1].to(window.x.device, non_blocking=True)
+        logit = g.reward.score(window.x, t, self.scored, self.condition, g.score_blocks)
+        return GradedWindow(window, logit, self.context, self.leaf)
+
+
 def graded_windows(
     model: WanTransformer,
     reward: RewardModel,
@@ -124,22 +169,10 @@ def graded_windows(
     (`rollout.Rollout`); run_blocks runs the blocks of the generator in windows, score_blocks those of the
     reward model.
     """
-    context = model.embed_context(batch.text, batch.clip)
-    leaf = context.detach().requires_grad_(context.requires_grad)
-    scored = reward.transformer.embed_context(batch.text, batch.clip)
-    steps = len(schedule) if config.window == "all" else config.window
-    way = chain.Chain(
-        bind(model, batch, leaf, run_blocks), schedule, noise,
-        None if stretches is None else stretches(batch, leaf),
-    )  # fmt: skip
-
-    def grade(index: Tensor) -> GradedWindow:
-        window = way.graded(index, steps, config.detach_input)
-        t = schedule.timesteps[index + 1].to(noise.device, non_blocking=True)
-        logit = reward.score(window.x, t, scored, batch.condition, score_blocks)
-        return GradedWindow(window, logit, context, leaf)
-
-    yield from map(grade, indices)  # no window lives here while the next is made
+    grader = Grader(model, reward, schedule, config, stretches, run_blocks, score_blocks)
+    grading = Grading(grader, batch)
+    way = grading.way(noise)
+    yield from map(partial(grading.grade, way), indices)  # no window lives here while the next is made
 
 
 def stratified_indices(first: int, last: int, uniform: Tensor) -> Tensor:

@@ -51,10 +51,11 @@ KINDS = {
     },
     "rollout": {
         "score": "solver steps shift",
-        "free": "range samples precision cache probe_every max_drift cuda_graph",
+        # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
+        "free": "mode pool pool_place stride range samples precision cache probe_every max_drift cuda_graph",
     },
     "chain": {"free": "window detach_input"},
-    "loss": {"free": "form weight target sft_weight alternate"},
+    "loss": {"free": "form weight target sft_weight sft_every alternate"},
     "optim": {
         "state": "name rounding grad_dtype in_backward offload",
         "free": "lr lr_head betas eps weight_decay schedule warmup clip",

@@ -28,6 +28,9 @@ class Purpose(Enum):
     SFT_NOISE = auto()  # noise of flow matching
     ROLLOUT_INDEX = auto()  # graded steps of a rollout
     ROLLOUT_NOISE = auto()  # noise that a rollout starts from
+    POOL_PLACE = auto()  # where in the range a slot of a pool of chains starts (slot)
+    POOL_ORDER = auto()  # the order in which the slots of a stratum are drawn (round and stratum)
+    POOL_JUMP = auto()  # how far a round of draws runs ahead (round)
     REWARD_LEVEL = auto()  # noise level of reward training
     REWARD_NOISE = auto()  # noise of reward training
     DRIFT = auto()  # noise of the rollout whose drift is measured (0)

@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
 from prfl_engine.build import make_frozen_reward, make_policy, pick_device
-from prfl_engine.config import Config
+from prfl_engine.config import Config, LossConfig
 from prfl_engine.data import MicroBatches, Reader, counted, fixed_batches, read_lists
-from prfl_engine.errors import check
+from prfl_engine.errors import UserError, check
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
@@ -20,20 +19,21 @@ from prfl_engine.model.checkpoint import load_transformer, save_transformer
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
+    Grader,
     bind,
-    graded_windows,
     index_range,
     noisy_reward,
     reward_loss,
     sft_loss,
-    stratified_indices,
 )
 from prfl_engine.planner.fit_memory import fit_memory
 from prfl_engine.resume import prepare_out
 from prfl_engine.rollout.accelerated import make_rollout
 from prfl_engine.rollout.drift import DriftMeter
+from prfl_engine.rollout.fresh import Fresh
+from prfl_engine.rollout.persistent import Persistent
 from prfl_engine.sample import write_samples
-from prfl_engine.seeds import Purpose, each, integers, noise_like
+from prfl_engine.seeds import Purpose, integers, noise_like
 from prfl_engine.validation import finite
 
 
@@ -47,16 +47,23 @@ def check_one_backward(config: Config) -> None:
         check(c.chain.window == 1, "chain.window", c.chain.window, f"1 {want}")
 
 
+def due(loss: LossConfig, step: int) -> tuple[bool, bool]:
+    """(flow matching?, reward?) in optimizer step `step`, counted from 0."""
+    if loss.alternate:
+        return step % 2 == 0, step % 2 == 1
+    return loss.sft_weight > 0 and step % loss.sft_every == 0, loss.weight > 0
+
+
 def train(config: Config) -> None:
     """Run PRFL as the configuration says; results go to config.train.out."""
     device, c = pick_device(config), config
-    use_reward, use_sft = c.loss.weight > 0, c.loss.sft_weight > 0
+    use_reward = c.loss.weight > 0
+    persists = use_reward and c.rollout.mode == "persistent"
     text_dropout = c.data.dropout(0.1)
     if c.optim.in_backward:
         check_one_backward(c)
     schedule = flow.make_schedule(c.rollout.solver, c.rollout.steps, c.rollout.shift)
     sigmas = flow.train_sigmas(c.rollout.shift)
-    start, last = index_range(c.rollout)
     paths = read_lists(c.data.train, "data.train")
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
     begin = prepare_out(c, {"data.train": paths})
@@ -70,6 +77,9 @@ def train(config: Config) -> None:
         long_caption=c.data.long_caption,
     )
     stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed)
+    if persists and len(stream.shapes) > 1:
+        want = "one with rollout.mode persistent and data.batch_size > 1"
+        raise UserError(f"data.train: got latents of {len(stream.shapes)} shapes, want {want}")
     if c.model.budget is not None:
         shapes = ([reader.shape(p)[1:] for p in of] for of in (paths, held_out))
         made = fit_memory(c, policy, reward, *shapes)
@@ -77,16 +87,21 @@ def train(config: Config) -> None:
         run_blocks, score_blocks = run_under(made.policies), run_under(made.reward.policy)
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))
-    rollout = make_rollout(policy, c.rollout, schedule, device) if use_reward else None
-    meter = None
-    if rollout is not None and rollout.approximate:
-        sample = Batch(*(None if a is None else a[:1] for a in stream[0]))
-        meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
+    graded, meter = None, None
+    if use_reward:
+        rollout = make_rollout(policy, c.rollout, schedule, device)
+        if rollout is not None and rollout.approximate:
+            sample = Batch(*(None if a is None else a[:1] for a in stream[0]))
+            last = index_range(c.rollout)[1]
+            meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
+        stretches = rollout and rollout.stretches
+        grader = Grader(policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks)
+        graded = Persistent(grader, c, meter, stream.picked) if persists else Fresh(grader, c, meter)
 
     def backpropagate(batch: Batch, key: int, share: float):
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
-        turn = key // c.train.accumulate % 2 if c.loss.alternate else None  # even steps: flow matching
-        if use_sft and turn != 1:
+        sft_due, reward_due = due(c.loss, key // c.train.accumulate)
+        if sft_due:
             sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
             sigma = sigma.to(device, non_blocking=True)
             noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
@@ -95,23 +110,15 @@ def train(config: Config) -> None:
             values = {"sft_loss": loss.detach()}
             del loss  # its graph would live as long as the next forward
             yield values
-        if use_reward and turn != 0:
-            uniform = [rng.random(c.rollout.samples) for rng in each(Purpose.ROLLOUT_INDEX, *at, n)]
-            indices = stratified_indices(start, last, torch.from_numpy(np.stack(uniform, 1)))
-            noise = noise_like(batch.latent, Purpose.ROLLOUT_NOISE, *at)
-            part, extra = 1 / c.rollout.samples, {}
-            if meter is not None:
-                meter.begin(key // c.train.accumulate)
-                extra = meter.values()
-            given = policy, reward, schedule, batch, noise, indices, c.chain
-            for window in graded_windows(*given, rollout and rollout.stretches, run_blocks, score_blocks):
+        if reward_due:
+            part = 1 / c.rollout.samples
+            for window, extra in graded.windows(batch, key):
                 loss = part * reward_loss(window.logit, c.loss).mean()
                 window.backward(share * loss)
                 reward_now = part * torch.sigmoid(window.logit).mean()
                 values = {"reward_loss": loss.detach(), "reward": reward_now} | extra
                 del loss, window  # their graph holds the state before a window
                 yield values
-                extra = {}  # once for every micro-batch
 
     def validate(step: int) -> dict[str, float]:
         return evaluate_policy(c, policy, reward, schedule, held_out, step)
@@ -126,7 +133,7 @@ def train(config: Config) -> None:
 
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
-        validate if c.eval.every else None, save, load,
+        validate if c.eval.every else None, save, load, graded if persists else None,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from prfl_engine.cli import main
 from prfl_engine.errors import UserError
 from prfl_engine.interrupt import Stopped, interrupts
 from prfl_engine.model import checkpoint
+from prfl_engine.rollout import fresh as fresh_module
 
 LONG = ["train.steps=100000", "train.save_every=100000", "loss.weight=0"]
 
@@ -172,7 +173,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "graded_windows", killed)
+        patch.setattr(fresh_module, "graded_windows", killed)
         for _ in range(2):
             with pytest.raises(Killed):
                 main(["train", str(config), "eval.every=1", "train.resume=auto"])
@@ -211,7 +212,7 @@ NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocato
     (os, "fsync", no_space, "No space left"),
     (loop, "update", torn(NO_MEMORY), "out of memory: "),
     (loop, "update", torn(torch.OutOfMemoryError("CUDA out of memory. Tried")), "out of memory: CUDA"),
-    (train_module, "graded_windows", torn(MemoryError("Unable to allocate 8 PiB")), "Unable to allocate"),
+    (fresh_module, "graded_windows", torn(MemoryError("Unable to allocate 8 PiB")), "Unable to allocate"),
 ], ids=range(8))  # fmt: skip
 def test_a_failure_of_the_machine_is_one_line(module, name, broken, needle, tmp_path, monkeypatch, capsys):
     config = write_run(tmp_path)

@@ -8,12 +8,12 @@ from no_sync import NoBlockingCopy, NoSync
 from training_runs import assert_equal, content, interrupt, values
 
 from prfl_engine import chain, flow
-from prfl_engine import train as train_module
 from prfl_engine.cli import main
 from prfl_engine.config import ChainConfig, RolloutConfig
 from prfl_engine.model.checkpoint import save_transformer
 from prfl_engine.objectives import bind, graded_windows
 from prfl_engine.rollout import accelerated as module
+from prfl_engine.rollout import fresh as fresh_module
 from prfl_engine.rollout.accelerated import Rollout, make_rollout
 from prfl_engine.rollout.drift import DriftMeter
 
@@ -275,7 +275,7 @@ def test_a_stopped_accelerated_run_goes_on_to_the_bit(fields, tmp_path, monkeypa
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["train", str(config), f"train.out={whole}", *options]) == 0
     with monkeypatch.context() as patch:
-        interrupt(patch, train_module, "graded_windows", 10)  # in the fifth step
+        interrupt(patch, fresh_module, "graded_windows", 10)  # in the fifth step
         assert main(["train", str(config), f"train.out={cut}", *options]) == 130
     assert main(["train", str(config), f"train.out={cut}", *options, "train.resume=true"]) == 0
     assert_equal(content(cut / "checkpoint-6"), content(whole / "checkpoint-6"))

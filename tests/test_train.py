@@ -13,6 +13,7 @@ from prfl_engine import train as train_module
 from prfl_engine.cli import main
 from prfl_engine.config import OptimConfig
 from prfl_engine.optim.optimizer import EMA, lr_factor
+from prfl_engine.rollout import fresh as fresh_module
 
 
 def gradient_sum(out, step):
@@ -83,7 +84,7 @@ def test_the_first_adamw_step(tmp_path):
 def test_levels_and_indices_are_drawn_for_every_sample(tmp_path, monkeypatch):
     config = write_run(tmp_path, rollout={"steps": 6})
     levels, indices = [], []
-    sft_loss, graded_windows = train_module.sft_loss, train_module.graded_windows
+    sft_loss, graded_windows = train_module.sft_loss, fresh_module.graded_windows
 
     def sft(model, batch, noise, sigma, *rest):
         levels.extend(sigma.tolist())
@@ -94,7 +95,7 @@ def test_levels_and_indices_are_drawn_for_every_sample(tmp_path, monkeypatch):
         return graded_windows(model, reward, schedule, batch, noise, drawn, *rest)
 
     monkeypatch.setattr(train_module, "sft_loss", sft)
-    monkeypatch.setattr(train_module, "graded_windows", graded)
+    monkeypatch.setattr(fresh_module, "graded_windows", graded)
     run("train", config, "train.steps=10", "train.accumulate=2", "data.batch_size=2")
     assert len(levels) == len(indices) == 40
     # 40 of 1000 levels: 0.8 coincidences on average.

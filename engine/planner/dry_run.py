@@ -84,6 +84,7 @@ class Setup:
     keep: str = "all"  # what a rerun sublayer saves until its backward, as model.keep
     lora: LoraConfig | None = None  # None: all weights are trained
     validation: Validation | None = None
+    pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
 
     @property
     def count(self) -> int:
@@ -143,10 +144,10 @@ class Laps:
 
 
 @contextmanager
-def _passes(live: LiveBytes, names: list[str]) -> Iterator[tuple[dict[str, Laps], Callable]]:
+def _passes(pool: int, live: LiveBytes, names: list[str]) -> Iterator[tuple[dict[str, Laps], Callable]]:
     """({name: its laps}, the watch of `run_under`) for the passes of the generator with gradient in this
-    block, in their order. live counts what comes in addition to now."""
-    found, ahead, base = {}, iter(names), live.now - SCALARS
+    block, in their order. live counts what comes in addition to now and to `pool` bytes."""
+    found, ahead, base = {}, iter(names), live.now - SCALARS - pool
 
     def begin() -> Callable[[Tensor], None]:
         laps = found[next(ahead)] = Laps(live, base)
@@ -217,7 +218,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         if setup.sft:
-            with _passes(_counter(model, reward), ["flow matching"]) as (laps, watch):
+            with _passes(setup.pool, _counter(model, reward), ["flow matching"]) as (laps, watch):
                 batch, noise, sigma = _inputs(setup.config, setup.latent)
                 sft_loss(model, batch, noise, sigma, run_under(policies, watch)).mean().backward()
             found |= laps
@@ -229,12 +230,14 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
 def _graded(
     setup: Setup, model: WanTransformer, reward: RewardModel, policies: list[BlockPolicy], score: RunBlocks
 ) -> dict[str, Laps]:
+    if setup.rollout.mode == "persistent":  # every window has a chain of its own
+        setup = replace(setup, rollout=replace(setup.rollout, samples=1))
     steps, last = setup.rollout.steps, index_range(setup.rollout)[1]
     config = replace(setup.chain, window=min(setup.window, 2))
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
     longer = _longest(setup) - _held(setup, index, config.window)
     names = ["graded step", *["window"] * (config.window - 1)]
-    with _passes(_counter(model, reward), names) as (found, watch):
+    with _passes(setup.pool, _counter(model, reward), names) as (found, watch):
         batch, noise, _ = _inputs(setup.config, setup.latent)
         extra = [_ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
@@ -258,7 +261,7 @@ def _rollout_bytes(setup: Setup) -> int:
     with fake_tensors():
         model, reward = _generator(setup, 2), _reward(setup, 1)
         live = _counter(model, reward)
-        base = live.now - SCALARS
+        base = live.now - SCALARS - setup.pool
         with live:
             batch, noise, _ = _inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
@@ -361,7 +364,7 @@ def validation_bytes(setup: Setup) -> int:
         if v.scored:
             reward = _reward(setup, 2)
         live = _counter(model, reward)
-        base = live.now - SCALARS
+        base = live.now - SCALARS - setup.pool
         with live:
             extra = [_batch(setup.config, setup.latent), _ballast(ROUND * v.values)]
             extra += [torch.empty(v.latent) for _ in range(v.kept - 1)]

@@ -4,13 +4,16 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from prfl_engine.config import Config
+from prfl_engine.flow import SolverState
+from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.planner.dry_run import RewardSetup, Setup, Validation
+from prfl_engine.planner.dry_run import ROUND, RewardSetup, Setup, Validation
 from prfl_engine.planner.plan import Plan, plan
 
 
@@ -43,8 +46,24 @@ def fit_memory(
         c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, len(model.blocks), c.model.chunk,
         c.model.keep, c.lora if c.lora.rank else None, validation,
     )  # fmt: skip
+    if setup.reward_blocks and c.rollout.mode == "persistent":
+        setup = replace(setup, pool=_pool(setup, c.pool if c.rollout.pool_place == "device" else 0))
     host = float("inf") if config.model.host is None else 1e9 * config.model.host
     return plan(setup, config.model.budget, host, config.model.costs)
+
+
+def _pool(setup: Setup, chains: int) -> int:
+    """Bytes of so many chains that persist on the device, the states that a window needs and the prompt; and
+    of the prompts of those that are graded."""
+    c, (size, *shape) = setup.config, setup.latent
+    states = [math.prod(shape)] * (len(SolverState._fields) * setup.window)
+    prompt = [c.text_len * c.text_dim]
+    prompt += [IMAGE_TOKENS * IMAGE_DIM, 20 * math.prod(shape[1:])] if c.image else []
+
+    def rounded(values: list[int]) -> int:
+        return sum(-(-4 * n // ROUND) * ROUND for n in values)
+
+    return chains * rounded(states + prompt) + size * rounded(prompt)
 
 
 def _validation(

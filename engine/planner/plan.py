@@ -10,13 +10,12 @@ and after all of them, and
 so the peak of any list of kinds follows from the numbers of each kind, and `search` finds the fastest list
 that fits. Bytes are those in addition to weights, gradients and optimizer states, the batch included, in the
 worst of: flow matching; the steps of a rollout without gradient; the graded step with its reward; the steps
-of its window. The bytes of a validation (samples, their rewards, flow matching, without gradient) do not
-depend on policies and have to fit as well. No gradients exist in a validation; this is not deducted, so that
-averaged weights fit in. Not counted: work space inside attention libraries, the allocator's own memory, the
-e4m3 copy of the weights and the CUDA graph of an accelerated rollout, the optimizer's blocks in transit, the
-moving average of the weights. Seconds are predicted by a roofline, or taken from a table measured by
-`measure`.
-"""
+of its window. Chains that persist on the device are in all of them. The bytes of a validation (samples, their
+rewards, flow matching, without gradient) do not depend on policies and have to fit as well. No gradients
+exist in a validation; this is not deducted, so that averaged weights fit in. Not counted: work space inside
+attention libraries, the allocator's own memory, the e4m3 copy of the weights and the CUDA graph of an
+accelerated rollout, the optimizer's blocks in transit, the moving average of the weights. Seconds are
+predicted by a roofline, or taken from a table measured by `measure`. """
 
 import itertools
 import json
@@ -180,6 +179,7 @@ class Plan:
     table: tuple[Choice, ...]  # one kind for all blocks, for comparison
     source: str
     validation: int = 0  # most bytes of a validation, in addition to the same
+    pool: int = 0  # bytes of chains that persist and of their prompts, in both of them
 
     @property
     def policies(self) -> list[BlockPolicy]:
@@ -200,6 +200,8 @@ class Plan:
             lines.append(f"{c.name:32}{sizes}{c.seconds:10.4f} s")
         if self.validation:
             lines.append(f"{'validation':32}{self.validation / 1e9:9.3f} GB")
+        if self.pool:
+            lines.append(f"{'of both, chains that persist':32}{self.pool / 1e9:9.3f} GB")
         return "\n".join(lines)
 
 
@@ -306,7 +308,7 @@ def choose(
     chosen = choice("chosen", found, reward)
     table = tuple(choice(k.name, [k] * count, k) for k in kinds)
     what = reward, setup.reward_blocks, *chosen[1:]
-    return Plan(tuple(found), *what, bound / 1e12, table, source, validation)
+    return Plan(tuple(found), *what, bound / 1e12, table, source, validation, setup.pool)
 
 
 def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:

@@ -1,0 +1,196 @@
+"""Graded steps of chains that persist: training without a rollout for every graded step.
+
+A graded step is a denoising step, and its detached result is the state before the next one. So a chain that
+lives on from one optimizer step to the next, and is graded at every step on its way, needs no other forwards.
+Its earlier steps were made by weights a few updates older; docs/persistent.md says what that costs.
+
+A pool of chains (pool.py) stands beside the data stream, and `turns.Turns` decides which of them are drawn.
+Each is rolled out to its place once, when its slot is drawn for the first time: the first round of a run is
+made of fresh rollouts. A chain that has passed the range is replaced by a sample of the micro-batch that
+draws its slot, from that sample's own noise; steps before the range are made then, accelerated where that is
+configured.
+
+Every `rollout.probe_every` optimizer steps a chain that has just finished is rolled out again, plainly, by
+the present weights. The relative L2 distance of the two latents is the drift. Above `rollout.max_drift` the
+oldest chains of the pool are rolled out again to where they are, until one of them was closer than that.
+
+Data-parallel ranks: each owns a pool of the same seed, so all make the same forwards, see turns.py. What a
+rank finds out by itself, `Finite` and the drift, has to be agreed on before it is acted upon (the maximum
+over ranks). """
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prfl_engine.batch import Batch, collate
+from prfl_engine.chain import Chain
+from prfl_engine.config import Config
+from prfl_engine.errors import check
+from prfl_engine.flow import SolverState, init_state
+from prfl_engine.metrics import note
+from prfl_engine.objectives import GradedWindow, Grader, Grading, bind, index_range
+from prfl_engine.rollout.drift import DriftMeter
+from prfl_engine.rollout.pool import Finite, Numbers, Pool, PooledChain
+from prfl_engine.rollout.turns import Turn, Turns
+from prfl_engine.seeds import Purpose, noise_like
+
+
+class Persistent:
+    """Where graded steps come from, with `rollout.mode` persistent. A run carries it from step to step."""
+
+    def __init__(
+        self,
+        grader: Grader,
+        config: Config,
+        meter: DriftMeter | None,
+        sources: Callable[[int], list[int]],
+    ):
+        """sources(key): the numbers of the samples of micro-batch `key` in the data (`data.Stream.picked`).
+        UserError where the configuration does not fit."""
+        r, device = config.rollout, next(grader.model.parameters()).device
+        steps = index_range(r)
+        most = steps[1] + 1 - steps[0]
+        check(r.stride <= most, "rollout.stride", r.stride, f"at most {most}, the steps of rollout.range")
+        self.grader, self.config, self.meter, self.sources = grader, config, meter, sources
+        size, seed = config.data.batch_size, config.train.seed
+        self.turns = Turns(steps, config.pool, config.graded, size, r.stride, seed)
+        names = "solver", "steps", "shift", "samples", "stride"
+        settings = {f"rollout.{name}": getattr(r, name) for name in names}
+        settings |= {"rollout.range": list(steps), "rollout.pool": config.pool, "chain.window": grader.window}
+        self.pool = Pool(config.pool, device, r.pool_place == "host", settings)
+        self._recent: dict[int, list[Callable[[], bool]]] = {}  # of the last optimizer steps, see `lost`
+
+    def windows(self, batch: Batch, key: int) -> Iterator[tuple[GradedWindow, dict[str, Tensor]]]:
+        """The rollout.samples windows of micro-batch `key`, each of as many chains as it has samples and with
+        metrics to add up. Backpropagate a window before taking the next one."""
+        c, counts, device = self.config, self.pool.counts, batch.latent.device
+        step, values = key // c.train.accumulate, {}
+        if self.meter is not None:
+            self.meter.begin(step)
+            values = self.meter.values()
+        births = Births(self, batch, key, step)
+        for part in range(c.rollout.samples):
+            turns = [self.turns[counts.drawn + row] for row in range(len(batch.latent))]
+            counts.drawn += len(turns)
+            chains = [self._chain(turn, births, step) for turn in turns]
+            window = self._grade(chains, turns, step)
+            ages = sum(step - chain.numbers.birth for chain in chains)
+            now = {"chain_age": ages / len(chains) / c.rollout.samples}
+            if part == 0:  # once for every micro-batch
+                now |= {"chain_dropped": counts.dropped, "chain_renewed": counts.renewed}
+                now |= {} if counts.drift is None else {"chain_drift": counts.drift}
+            yield window, values | {k: torch.full((), float(v), device=device) for k, v in now.items()}
+            del window  # its graph holds the states before it
+            values = {}
+
+    def _chain(self, turn: Turn, births: "Births", step: int) -> PooledChain:
+        """The chain of a turn: the slot's own, or a new one."""
+        chain, finished = self.pool.take(turn)
+        if finished is not None and step // self.config.rollout.probe_every > self.pool.counts.probed:
+            self._probe(finished, step)
+        if chain is None:
+            chain = self.pool.chains[turn.slot] = births.make(turn.lap)
+        return chain
+
+    def _grade(self, chains: list[PooledChain], turns: list[Turn], step: int) -> GradedWindow:
+        """The window of these chains up to the steps of their turns, whose results they take."""
+        prompts = [Batch(*(None if a is None else a[0] for a in self.pool.prompt(c))) for c in chains]
+        grading, states = Grading(self.grader, collate(prompts)), []
+        for chain in chains:
+            known = self.pool.get(chain)
+            states.append([None] * (chain.numbers.index + 1 - len(known)) + known)
+        way = grading.way(states)
+        window = grading.grade(way, torch.tensor([turn.index for turn in turns]))
+        finite = Finite([held[-1] for held in way.states])
+        self._recent = {s: found for s, found in self._recent.items() if s >= step - 1}
+        recent = self._recent.setdefault(step, [])
+        for row, (chain, turn, held) in enumerate(zip(chains, turns, way.states, strict=True)):
+            chain.numbers.index, chain.finite = turn.index + 1, partial(finite.__getitem__, row)
+            known = [state for state in held if state is not None]
+            self.pool.put(chain, known[-self.grader.window :])
+            if chain.numbers.birth < step:
+                recent.append(chain.finite)
+        return window
+
+    # Staleness.
+
+    def _probe(self, finished: PooledChain, step: int) -> None:
+        """Measure the drift of a chain that has finished; above the bound, renew the oldest ones."""
+        r, counts = self.config.rollout, self.pool.counts
+        counts.probed = step // r.probe_every
+        _, counts.drift = self._rolled(finished)
+        drift, before = counts.drift, counts.renewed
+        oldest = sorted(self.pool.alive(), key=lambda chain: (chain.numbers.birth, chain.numbers.position))
+        for chain in oldest:
+            if drift <= r.max_drift:
+                break
+            if chain.finite():
+                states, drift = self._rolled(chain)
+                self.pool.put(chain, states)
+                chain.numbers.birth = step
+                counts.renewed += 1
+        if counts.renewed > before:
+            note(
+                f"step {step}: chain drift {counts.drift:.3g}, rollout.max_drift {r.max_drift:g}: "
+                f"{counts.renewed - before} of {len(oldest)} chains rolled out again"
+            )
+
+    @torch.no_grad()
+    def _rolled(self, chain: PooledChain) -> tuple[list[SolverState], float]:
+        """(the states of a chain as the present weights make them from its noise, without acceleration; the
+        relative L2 distance of its newest latent from theirs)."""
+        g, index = self.grader, torch.tensor([chain.numbers.index])
+        old, prompt = self.pool.get(chain)[-1].x, self.pool.prompt(chain)
+        context = g.model.embed_context(prompt.text, prompt.clip)
+        velocity = bind(g.model, prompt, context, g.run_blocks)
+        way = Chain(velocity, g.schedule, self.noise(old, chain.numbers.position))
+        way.advance_to(index, (index - (g.window - 1)).clamp(min=0))
+        states = [state for state in way.states[0] if state is not None]
+        new = states[-1].x
+        return states, ((old - new).norm() / new.norm()).item()
+
+    def noise(self, like: Tensor, position: int) -> Tensor:
+        """The noise [1, C, T, H, W] of the chain that is keyed by `position`, in the dtype of `like`."""
+        return noise_like(like, Purpose.ROLLOUT_NOISE, self.config.train.seed, position).to(like.dtype)
+
+    # What `loop.fit` carries from step to step.
+
+    def save(self, folder: Path) -> None:
+        """Write the pool into a checkpoint."""
+        self.pool.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Read the pool of a checkpoint; UserError where it does not fit."""
+        self.pool.load(folder)
+
+    def lost(self, step: int) -> bool:
+        """Whether a chain that was graded in optimizer step `step` (the last one or the one before) is not
+        finite. Only chains with a history count: what the present weights have made from noise by themselves
+        is no fault of the pool."""
+        return not all(finite() for finite in self._recent.get(step, []))
+
+
+class Births:
+    """New chains from the samples of one micro-batch, each sample once before any is taken twice."""
+
+    def __init__(self, owner: Persistent, batch: Batch, key: int, step: int):
+        self.owner, self.batch, self.key, self.step = owner, batch, key, step
+        self.sources, self.used = owner.sources(key), [0] * len(batch.latent)
+
+    def make(self, lap: int) -> PooledChain:
+        """A chain at its noise. Of the samples at hand it takes one that fewest chains of the pool have."""
+        c, pool = self.owner.config, self.owner.pool
+        held = Counter(chain.numbers.source for chain in pool.alive())
+        row = min(range(len(self.used)), key=lambda row: (self.used[row], held[self.sources[row]], row))
+        # With one window a micro-batch this is the position of the sample in the stream.
+        position = (self.key * c.rollout.samples + self.used[row]) * c.data.batch_size + row
+        self.used[row] += 1
+        latent, *prompt = (None if a is None else a[row : row + 1] for a in self.batch)
+        prompt = Batch(torch.empty(1, 0), *(None if a is None else pool.hold(a) for a in prompt))
+        chain = PooledChain(Numbers(lap, 0, position, self.sources[row], self.step), prompt, [])
+        pool.put(chain, [init_state(self.owner.noise(latent, position))])
+        return chain
