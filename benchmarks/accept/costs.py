@@ -1,0 +1,24 @@
+"""Seconds that rows are predicted to take on an H200: what decides how many minutes a run is given."""
+
+from prfl_bench.operations import Operation
+from prfl_bench.shapes import Shape
+from prfl_engine.planner.plan import Rates
+
+RATES = Rates()
+TRITON, INDUCTOR = 2.0, 9.0  # seconds to compile a kernel; a function, forward or backward, by torch.compile
+CASE = 1.5  # of a small correctness case, most of it compilation
+ASSUMPTIONS = (
+    f"Predicted, not measured: products at {RATES.products / 1e12:.0f} TFLOP/s, attention at"
+    f" {RATES.attention / 1e12:.0f} forward and {RATES.attention_backward / 1e12:.0f} backward, memory at"
+    f" {RATES.memory / 1e12:.1f} TB/s, the host link at {RATES.link / 1e9:.0f} GB/s (the planner's rates of an H100;"
+    f" an H200 has faster memory); {TRITON:.0f} s to compile a Triton kernel, {INDUCTOR:.0f} s for torch.compile,"
+    f" {CASE:.1f} s for a small correctness case."
+)
+
+
+def seconds_of(entry: Operation, s: Shape, moved: tuple[int, int]) -> tuple[float, float]:
+    """Predicted seconds of a forward and a backward: the longer of its bytes and its FLOPs."""
+    attention = entry.kind == "attention" or entry.op == "attention"
+    rates = (RATES.attention, RATES.attention_backward) if attention else (RATES.products,) * 2
+    passes = zip(moved, entry.flops(s), rates, strict=True)
+    return tuple(max(b / RATES.memory, flops / rate) for b, flops, rate in passes)
