@@ -170,19 +170,18 @@ def _doctor(args) -> int:
 
     from prfl_engine.tools.doctor import columns, render, report
 
-    found, rows = report(), []
-    if args.selftest:
-        from prfl_bench.selftest import selftest
+    found = report()
+    if not args.selftest:
+        print(json.dumps(found, indent=2) if args.json else render(found))
+        return 0
+    from prfl_bench import selftest
 
-        rows = list(selftest())
+    rows = list(selftest.selftest())
     if args.json:
-        found["selftest"] = [row._asdict() for row in rows]
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found | {"selftest": [row._asdict() for row in rows]}, indent=2))
     else:
-        print(render(found))
-        cells = [(f"{row.op} {row.implementation}", row.state, row.detail) for row in rows]
-        print("\n".join(["", "Self-test", *columns(cells)] if rows else []), end="\n" if rows else "")
-    return int(any(row.state == "FAILED" for row in rows))
+        print("\n".join([render(found), "", "Self-test", *columns(selftest.summary(rows))]))
+    return int(any(row.state == selftest.FAILED for row in rows))
 
 
 def _kernels(args) -> None:

@@ -31,7 +31,8 @@ class Implementation(NamedTuple):
 
     probe(device type, dtype, head dim, whether results are e4m3) is why it does not run, to follow "it", or
     None; so is what is not known of the last three (False), and no reason against. The head dim is the last
-    dimension of the first input.
+    dimension of the first input. doubt(device type, whether the backward is meant) is why it is no default
+    although it runs, or None: it is then chosen by name alone.
     """
 
     name: str
@@ -39,7 +40,8 @@ class Implementation(NamedTuple):
     probe: Callable[..., str | None]
     forward: Callable
     backward: Callable | None = None
-    backwards: tuple[str, ...] = ()  # without a backward: whose backward fits this forward, the best first
+    backwards: tuple[str, ...] = ()  # whose backward follows this forward by default, the best first; () own
+    doubt: Callable[[str, bool], str | None] = lambda device, backward: None
 
 
 Order = Callable[[str, torch.dtype | None], tuple[tuple[str, ...], str]]
@@ -83,8 +85,12 @@ def requires(
     return probe
 
 
+def _compiled(part: str) -> Callable[[str], str | None]:
+    return lambda device: extension.absence(part, device)
+
+
 def _cpu(device, dtype=None, head_dim=None, e4m3=False):
-    compiled = requires(dtypes=extension.DTYPES, build=lambda device: extension.absence(CPU, device))
+    compiled = requires(dtypes=extension.DTYPES, build=_compiled(CPU))
     return "makes no e4m3" if e4m3 else compiled(device, dtype)
 
 
@@ -101,7 +107,7 @@ _COMMON = {
     CPU: ("compiled C++ kernel", _cpu),
     TRITON: ("fused Triton kernel", _triton),
     SCALED_MM: ("torch._scaled_mm with row-wise scales", requires("cuda", build=lambda _: _lacks_e4m3())),
-    CUDA: ("own CUDA C++ kernel", requires(build=lambda device: extension.absence(CUDA, device))),
+    CUDA: ("own CUDA C++ kernel", requires(dtypes=extension.DTYPES, build=_compiled(CUDA))),
 }
 
 
@@ -192,16 +198,26 @@ def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
 def backward_of(op: str, x: Tensor, forward: str | None = None) -> str:
     """The implementation whose backward follows the forward of `forward`, or of `implementation`, for x.
 
-    It is the one chosen for OPERATION_backward, else `forward` itself, else the first of its `backwards` that
-    runs. Raises ValueError if there is none."""
+    It is the one chosen for OPERATION_backward, else the first of the `backwards` of `forward` that is a
+    default, else `forward` itself. Raises ValueError if there is none."""
     if x.dtype == torch.float64:
         return REFERENCE
     facts, forward = (x.device.type, x.dtype, x.shape[-1]), forward or implementation(op, x)
     names = _followers(op, forward, _choice)
     if names == (forward,):
         return forward
-    choice = next((name for name in names if not absence(op, name, *facts)), names[-1])
-    return runnable(f"{op}_backward", choice, *facts)
+    return runnable(f"{op}_backward", _follower(op, names, *facts)[0], *facts)
+
+
+def _follower(op: str, names: tuple[str, ...], *facts) -> tuple[str, dict[str, str]]:
+    """(the first of `names` whose backward is a default, else the last, {each one passed over: why})."""
+    passed: dict[str, str] = {}
+    for name in names:
+        why = _unfit(op, name, True, *facts)
+        if why is None:
+            return name, passed
+        passed[name] = why
+    return names[-1], passed
 
 
 @torch.compiler.assume_constant_result  # of the names, not of the tensors
@@ -233,12 +249,18 @@ def absence(op: str, choice: str, *facts) -> str | None:
     return own[choice].probe(*facts)
 
 
+@torch.compiler.assume_constant_result  # of the machine, not of the tensors
+def _unfit(op: str, name: str, backward: bool, device: str, *facts) -> str | None:
+    """Why implementation `name`, or its backward, is no default; None if it is."""
+    return absence(op, name, device, *facts) or OPERATIONS[op][name].doubt(device, backward)
+
+
 def default(op: str, device: str, *facts) -> tuple[str, dict[str, str]]:
     """(the implementation that runs where none is chosen, {each better one: why not it}); facts as for
     `absence`, without a dtype for bfloat16."""
     passed: dict[str, str] = {}
     for name in _orders[op](device, facts[0] if facts else None)[0]:
-        why = absence(op, name, device, *facts)
+        why = _unfit(op, name, False, device, *facts)
         if why is None:
             return name, passed
         passed[name] = why
@@ -266,9 +288,14 @@ def _reasoned(op: str, device: str) -> tuple[str, str]:
     chosen = _parsed(_choice).get(op)
     choice, passed = (chosen, {}) if chosen else default(op, device)
     notes = [OPERATIONS[op][choice].reason]
-    if (names := _followers(op, choice, _choice)) != (choice,):
-        notes.append(f"backward by {' or '.join(names)}")
+    names = _followers(op, choice, _choice)
+    follower, better = _follower(op, names, device)
+    if better or names != (choice,):
+        reasons = ", ".join(f"{name} {why}" for name, why in better.items())
+        notes.append(f"backward by {follower}{reasons and f' ({reasons})'}")
     if chosen:
+        doubt = OPERATIONS[op][choice].doubt(device, False)
+        notes += filter(None, [doubt and f"{choice} {doubt}"])
         return choice, "; ".join([*notes, "chosen by configuration or PRFL_KERNELS"])
     notes += [f"the default on {device}", *(f"{name} {why}" for name, why in passed.items())]
     notes += filter(None, [_orders[op](device, None)[1]])

@@ -64,8 +64,10 @@ def launch_forward_fp8(
 
 
 # Written for capability 9.0 alone.
-_on_hopper = partial(requires, "cuda", (9, 9), build=lambda device: compiled.absence(CUDA, device))
-_forward, _backwards = forward_with_repeats(forward), ("fa3", "cudnn", "triton")
+_on_hopper = partial(
+    requires, "cuda", (9, 9), head_dims=(HEAD_DIM,), build=lambda device: compiled.absence(CUDA, device)
+)
+_forward, _backwards = forward_with_repeats(forward), ("fa3", "fa3_hub", "cudnn", "triton")
 _what, _probe = "own CUDA C++ kernel", _on_hopper(dtypes=(torch.bfloat16,))
 IMPLEMENTATION = Implementation(CUDA, _what, _probe, _forward, backwards=_backwards)
 IMPLEMENTATION_FP8 = Implementation(CUDA, _what, _on_hopper(), launch_forward_fp8)

@@ -30,7 +30,7 @@ from prfl_kernels.checks import checked, expect, expect_float, expect_rank
 from prfl_kernels.jit import register, unit_last, wide
 
 # On CUDA the first that runs; "cuda" is no default before it has been measured on a GPU.
-ORDER = ("fa3", "fa4", "cudnn", "fa2", "triton", "sdpa")
+ORDER = ("fa3", "fa3_hub", "fa4", "cudnn", "fa2", "triton", "sdpa")
 CPU_ORDER = ("cpu", "sdpa")
 # In bfloat16 where torch's products use AMX: ours, which do not, take 3.8 times (1,080 tokens) to 5 times as
 # long there (4,096) forward, and 2.1 to 2.3 times backward. In float32 they have not been compared there.

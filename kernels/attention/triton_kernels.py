@@ -331,5 +331,5 @@ def backward(
     return dq, dk, dv
 
 
-_probe = requires(capabilities=(8, math.inf), dtypes=DTYPES, build=absence)
+_probe = requires(capabilities=(8, math.inf), dtypes=DTYPES, head_dims=HEAD_DIMS, build=absence)
 IMPLEMENTATION = Implementation(TRITON, "own Triton kernels", _probe, forward, backward)
