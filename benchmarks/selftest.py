@@ -117,8 +117,8 @@ def cases(device: str = "") -> list[Case]:
             if name == dispatch.REFERENCE:
                 continue
             forms = [o for o in OPERATIONS.values() if o.op == op]
-            claimed = [case for o in forms for case in _of(o, record, device) if _refusal(case) is None]
-            found += claimed or [next(_of(forms[0], record._replace(backwards=()), device))]
+            claimed = [case for o in forms for case in candidates(o, record, device) if _refusal(case) is None]
+            found += claimed or [next(candidates(forms[0], record._replace(backwards=()), device))]
     return found
 
 
@@ -170,7 +170,7 @@ def summary(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def _of(operation: Operation, record: dispatch.Implementation, device: str) -> Iterator[Case]:
+def candidates(operation: Operation, record: dispatch.Implementation, device: str) -> Iterator[Case]:
     """All cases of an operation for an implementation, claimed or not."""
     built = record.name == dispatch.CPU and extension.absence("cpu", device) is None
     for size, shape in _sizes(operation, device):

@@ -1,17 +1,29 @@
 """Every implementation of every operation against float64 or float32: the cases of the self-test."""
 
+from functools import cache, partial
+
 from prfl_bench import selftest
-from prfl_bench.accept.costs import CASE
-from prfl_bench.accept.row import Context, Outcome, Row
+from prfl_bench.accept.costs import TRITON
+from prfl_bench.accept.row import REFUSED, Context, Outcome, Row
 from prfl_kernels import dispatch
 
 FIRST = ("attention", "gated_add_modulate", "modulate", "qk_norm_rope", "bias_gelu", "reward_pool")
-CASES, SMALL_CASE = 10, 0.15  # of an implementation of an operation, about; seconds of one on a CPU
+COMPILED = (dispatch.TRITON,)  # what compiles for every case; the others compute at once
+CASE, SMALL_CASE = 0.3, 0.12  # seconds of a case without, on a GPU and on a CPU core
+
+
+@cache
+def cases(device: str) -> dict[str, selftest.Case]:
+    return {case.name: case for case in selftest.cases(device)}
 
 
 def run(context: Context) -> Outcome:
-    row = selftest.run(selftest.case(context.part, context.device))
-    return Outcome(row.state, row.detail, {"error": row.error, "op": row.op, "implementation": row.implementation})
+    if not context.part:
+        return Outcome(REFUSED, "there is no case of it")
+    row = selftest.run(cases(context.device)[context.part])
+    return Outcome(
+        row.state, row.detail, {"error": row.error, "op": row.op, "implementation": row.implementation}
+    )
 
 
 def rows() -> list[Row]:
@@ -19,16 +31,24 @@ def rows() -> list[Row]:
     dispatch.complete()
     ops = sorted(dispatch.OPERATIONS, key=lambda op: FIRST.index(op) if op in FIRST else len(FIRST))
     return [
-        Row(
-            f"correct/{op}/{name}", run, CASES * CASE, CASES * SMALL_CASE, alone=False,
-            parts=lambda device, op=op, name=name: names(device, op, name),
-        )
-        for op in ops
-        for name in dispatch.OPERATIONS[op]
-        if name != dispatch.REFERENCE
+        _row(op, record) for op in ops for record in dispatch.OPERATIONS[op].values()
+        if record.name != dispatch.REFERENCE
     ]  # fmt: skip
+
+
+def _row(op: str, record: dispatch.Implementation) -> Row:
+    own = [o for o in selftest.OPERATIONS.values() if o.op == op]
+    # On a CPU alone it has no case on a GPU but the one that is refused, and the other way round.
+    every = {d: sum(1 for o in own for _ in selftest.candidates(o, record, d)) for d in ("cuda", "cpu")}
+    count = 1 if record.name == dispatch.CPU else every["cuda"]
+    small = every["cpu"] if record.name in (dispatch.CPU, "sdpa") else 1
+    each = CASE + TRITON * (record.name in COMPILED)
+    return Row(f"correct/{op}/{record.name}", run, count * each, small * SMALL_CASE, alone=False,
+               parts=partial(names, op=op, implementation=record.name))  # fmt: skip
 
 
 def names(device: str, op: str, implementation: str) -> list[str]:
     """The cases of an implementation on this machine."""
-    return [c.name for c in selftest.cases(device) if (c.op, c.implementation) == (op, implementation)]
+    return [c.name for c in cases(device).values() if (c.op, c.implementation) == (op, implementation)] or [
+        ""
+    ]

@@ -96,7 +96,9 @@ class Worker:
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         with self.log.open("rb") as log:
             log.seek(self.began)
-            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+            lines = [
+                line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()
+            ]
         fatal = [line for line in lines if line.startswith("Fatal") or "Error" in line]
         last = (fatal or lines or [""])[-1]
         return f"{how}: {last}"[:400] if last else how

@@ -48,7 +48,9 @@ def build(context: Context) -> Outcome:
     module = Path(extension.extension().__file__)
     newest = max((ROOT / "csrc").rglob("*"), key=lambda path: path.stat().st_mtime if path.is_file() else 0)
     if newest.stat().st_mtime > module.stat().st_mtime:
-        return Outcome(FAILED, f"{module.name} is older than {newest.relative_to(ROOT)}: install again", values)
+        return Outcome(
+            FAILED, f"{module.name} is older than {newest.relative_to(ROOT)}: install again", values
+        )
     return Outcome(RAN, values[context.device][1], values)
 
 
@@ -63,7 +65,10 @@ def rates(context: Context) -> Outcome:
             "from the host": lambda: lambda: there.copy_(host, non_blocking=True),
         }
         found |= {way: LINK_BYTES / t.least for way, t in timing.measure(ways, "cuda", REPEAT).items()}
-    shown = [f"{name} {rate / 1e9:,.0f} {'GFLOP/s' if name in ('product', 'fp8') else 'GB/s'}" for name, rate in found.items()]
+    shown = [
+        f"{name} {rate / 1e9:,.0f} {'GFLOP/s' if name in ('product', 'fp8') else 'GB/s'}"
+        for name, rate in found.items()
+    ]
     return Outcome(RAN, ", ".join(shown), found)
 
 

@@ -50,7 +50,9 @@ def graphs(context: Context, frames: int) -> Outcome:
     tokens = latent[2] * latent[3] * latent[4] // 4
     told = f"{tokens} tokens, a step {1e3 * seconds['launched']:.1f} ms launched, {1e3 * seconds['replayed']:.1f} ms replayed"
     values = {"tokens": tokens, "gain": gain, "same": same} | {f"ms {k}": 1e3 * v for k, v in seconds.items()}
-    return Outcome(RAN if same else FAILED, f"{told}, {'the same bits' if same else 'another result'}", values)
+    return Outcome(
+        RAN if same else FAILED, f"{told}, {'the same bits' if same else 'another result'}", values
+    )
 
 
 def synchronize(device: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 from prfl_engine.errors import UserError
@@ -18,15 +19,20 @@ class Journal:
 
     def __init__(self, folder: Path, machine: dict | None):
         self.path, self.results = folder / FILE, {}
-        self.machine = machine or {}
+        self.machine, self.date = machine or {}, time.strftime("%Y-%m-%d")
         whole = self._read() if self.path.exists() else 0
         if machine is not None and self.machine != machine:
             other = {k: v for k, v in self.machine.items() if machine.get(k) != v}
             raise UserError(f"--out: {folder} holds results of {other}, want another folder for this machine")
         if machine is not None and whole == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"--out: {folder}: {error.strerror}, want a folder that can be made"
+                ) from None
             self.path.write_bytes(b"")
-            self._append({"machine": machine})
+            self._append({"machine": machine, "date": self.date})
         elif machine is not None:
             os.truncate(self.path, whole)
 
@@ -41,7 +47,7 @@ class Journal:
             if held is None:
                 break
             if "machine" in held:
-                self.machine = held["machine"]
+                self.machine, self.date = held["machine"], held["date"]
             else:
                 self.results[held["name"]] = held
             whole += len(line)

@@ -20,7 +20,7 @@ MEMORY = (
     "gated_add", "gated_add_modulate_fp8", "quantize_fp8, gelu", "qk_norm_rope_fp8", "solver_step", "modulate_fp8",
     "gated_add_norm_fp8", "quantize_fp8", "layer_norm", "query_pool",
 )  # fmt: skip
-ATTENTION = ("cudnn", "triton", "cuda", "fa3", "sdpa", "fa4", "fa2", "xformers")
+ATTENTION = ("cudnn", "triton", "cuda", "fa3", "fa3_hub", "sdpa", "fa4", "fa2", "xformers")
 ATTENTION_FP8 = ("cuda", "triton")
 COMPILED_ON_CPU = ("modulate",)  # torch.compile takes half a minute for each
 REPEAT, SMALL_REPEAT = 12, 3
@@ -38,11 +38,11 @@ def shape(context: Context, model: str, tokens: int) -> Shape:
 
 def running(context: Context, entry: Operation) -> tuple[list[str], list[str]]:
     """(back ends of an operation that run here and were not found wrong, why not of the others)."""
-    good, reasons = [], []
+    good, reasons, e4m3 = [], [], "_fp8" in entry.name
     for name in dispatch.OPERATIONS[entry.op]:
         if name == dispatch.REFERENCE:
             continue
-        why = dispatch.absence(entry.op, name, context.device, torch.bfloat16)
+        why = dispatch.absence(entry.op, name, context.device, torch.bfloat16, False, e4m3)
         why = why or ("was found wrong before" if context.bad(f"correct/{entry.op}/{name}") else None)
         if why is None:
             good.append(name)
@@ -114,7 +114,9 @@ def attention_row(kind: str, model: str, tokens: int, backend: str) -> Row:
     forward, backward = seconds_of(entry, s, (0, 0))
     repeat = REPEAT // 3 if tokens > 40_000 else REPEAT
     gradient = bool(entry.wanted)
-    seconds = 3 * TRITON + (repeat + 4) * (forward * (2 + gradient) + backward) + 4 * forward + s.tokens * 5e-5
+    seconds = (
+        3 * TRITON + (repeat + 4) * (forward * (2 + gradient) + backward) + 4 * forward + s.tokens * 5e-5
+    )
     run = partial(attention, kind=name, model=model, tokens=tokens, backend=backend)
     return Row(f"attention/{kind}/{model}/{tokens}/{backend}", run, seconds, 0.7)
 
@@ -126,8 +128,3 @@ def memory_rows(model: str, tokens: int) -> list[Row]:
 def attention_rows(kind: str, model: str, tokens: int) -> list[Row]:
     backends = ATTENTION_FP8 if kind.startswith("fp8") else ATTENTION
     return [attention_row(kind, model, tokens, backend) for backend in backends]
-
-
-def cpu_rows() -> list[Row]:
-    """What stands for a GPU's back ends where there is none."""
-    return [attention_row("self", "14B", 32760, backend) for backend in ("cpu",)]

@@ -57,27 +57,26 @@ class Run:
 
     def run(self) -> None:
         """All rows that fit; the others are in `not_run`, with the reason."""
-        kept: Worker | None = None
-        try:
-            for (alone, environment), rows in itertools.groupby(
-                self.rows, lambda r: (r.alone, tuple(self._environment(r).items()))
-            ):
-                if kept is not None and tuple(kept.environment.items()) != environment:
-                    kept.close()
-                    kept = None
-                kept = kept or self._worker(dict(environment))
-                tasks = [task for row in rows for task in self._tasks(kept, row)]
-                if alone or len(tasks) < 2 or workers_for(self.device) == 1:
-                    for task in tasks:
-                        self._one(kept, task)
-                else:
-                    self._together(kept, tasks)
-        finally:
-            if kept is not None:
+        # Its threads live as long as the run, since a worker ends with the thread that started it.
+        with ThreadPoolExecutor(workers_for(self.device)) as self.pool:
+            kept = self._worker({})
+            try:
+                for (alone, environment), rows in itertools.groupby(self.rows, self._kind):
+                    if kept.environment != dict(environment):
+                        kept.close()
+                        kept = self._worker(dict(environment))
+                    tasks = [task for row in rows for task in self._tasks(kept, row)]
+                    if alone or workers_for(self.device) == 1:
+                        for task in tasks:
+                            self._one(kept, task)
+                    else:
+                        self._together(kept, tasks)
+            finally:
                 kept.close()
 
-    def _environment(self, row: Row) -> dict[str, str]:
-        return dict(row.environment) if self.device == "cpu" else {}
+    def _kind(self, row: Row) -> tuple[bool, tuple]:
+        """What rows have in common that run one after another in one process."""
+        return row.alone, tuple(row.environment.items()) if self.device == "cpu" else ()
 
     def _worker(self, environment: dict[str, str]) -> Worker:
         return Worker(self.source, self.device, self.log, environment)
@@ -110,9 +109,8 @@ class Run:
 
         count = min(workers_for(self.device), len(tasks))
         more = [self._worker(kept.environment) for _ in range(count - 1)]
-        with ThreadPoolExecutor(count) as pool:
-            for done in [pool.submit(work, worker) for worker in (kept, *more)]:
-                done.result()
+        for done in [self.pool.submit(work, worker) for worker in (kept, *more)]:
+            done.result()
 
     def left(self) -> float:
         return self.end - time.monotonic()

@@ -73,7 +73,9 @@ def jobs(context: Context) -> dict[str, Job]:
         "step/1.3B/full": Job(one, "full"),
         "step/1.3B/offload": Job(one, "attention and input away"),
         "step/1.3B/four-samples": Job(replace(one, rollout=FOUR), "attention"),
-        "step/1.3B/fp8-rollout": Job(replace(one, rollout=replace(ONE, precision="fp8")), "attention", like=base),
+        "step/1.3B/fp8-rollout": Job(
+            replace(one, rollout=replace(ONE, precision="fp8")), "attention", like=base
+        ),
     }
     for choice in ("attention=triton", "attention=cuda", "attention=fa3", "cuda", "reference,attention=sdpa"):
         found[f"step/1.3B/{choice}"] = Job(one, "attention", choice, like=base)
@@ -95,7 +97,9 @@ def predict(context: Context, name: str) -> Outcome:
     (kind,) = make_kinds(setup, RATES, {}, [job.kind])
     peak = predicted_peak([kind] * setup.count, kind)
     host = kind.away * (setup.count - 1)
-    seconds = (setup.count * kind.cost + kind.reward_cost) / 1e12 + setup.count * forwards(setup) * ahead(setup)
+    seconds = (setup.count * kind.cost + kind.reward_cost) / 1e12 + setup.count * forwards(setup) * ahead(
+        setup
+    )
     told = f"{peak / 1e9:.2f} GB, {host / 1e9:.2f} GB on the host, {seconds:.2f} s without the optimizer"
     return Outcome(RAN, told, {"bytes": peak, "host": host, "seconds": seconds})
 
@@ -151,7 +155,9 @@ class Step:
         """Take the step up to the optimizer; yields the losses, detached."""
         setup, device = self.job.setup, self.device
         batch, noise = batch_of(setup.config, setup.latent, device)
-        loss = sft_loss(self.policy, batch, noise, torch.full((1,), 0.6, device=device), self.run_blocks).mean()
+        loss = sft_loss(
+            self.policy, batch, noise, torch.full((1,), 0.6, device=device), self.run_blocks
+        ).mean()
         lap(PHASES[0])
         loss.backward()
         lap(PHASES[2])
@@ -159,7 +165,9 @@ class Step:
         del loss
         rest = self.schedule, batch, noise, indices(setup.rollout), setup.chain
         stretches = self.rollout and self.rollout.stretches
-        for window in graded_windows(self.policy, self.reward, *rest, stretches, self.run_blocks, self.score_blocks):
+        for window in graded_windows(
+            self.policy, self.reward, *rest, stretches, self.run_blocks, self.score_blocks
+        ):
             loss = reward_loss(window.logit, LossConfig()).mean() / setup.rollout.samples
             lap(PHASES[1])
             window.backward(loss)
@@ -264,7 +272,13 @@ def measure(context: Context, name: str) -> Outcome:
     if not all(torch.tensor(losses).isfinite()):
         raise ArithmeticError(f"the losses are {losses}")
     total = sum(seconds.values())
-    values = {"bytes": size, "seconds": total - seconds["optimizer"], "step": total, "phases": seconds, "waits": waited}
+    values = {
+        "bytes": size,
+        "seconds": total - seconds["optimizer"],
+        "step": total,
+        "phases": seconds,
+        "waits": waited,
+    }
     if step.rollout is not None:
         batch, noise = batch_of(job.setup.config, job.setup.latent, context.device)
         with torch.no_grad():

@@ -19,7 +19,9 @@ WORTH = 0.02  # a candidate becomes the constant if it is faster by more than th
 def choices(small: bool) -> dict[str, tuple]:
     """{name: what `tune.choices` gives} of every choice; in the small form of one tiny launch a kernel."""
     models, tokens = (["1.3B"], SMALL_TOKENS) if small else ([MODEL], TOKENS)
-    found = {f"{one.kernel} {one.key}": (name, bind, one) for name, bind, one in tune.choices(models, [tokens], 1)}
+    found = {
+        f"{one.kernel} {one.key}": (name, bind, one) for name, bind, one in tune.choices(models, [tokens], 1)
+    }
     if not small:
         return found
     kernels: dict[str, str] = {}
@@ -48,8 +50,18 @@ def run(context: Context) -> Outcome:
     gain = ran[one.default] / ran[best] - 1
     kept = best if gain > WORTH else one.default
     rows = [{"tile": list(c), "ms": None if t is None else 1e3 * t} for c, t in times.items()]
-    told = f"default {one.default}" if kept == one.default else f"{best} is {100 * gain:.0f} % faster than {one.default}"
-    values = {"kernel": one.kernel, "key": list(one.key), "default": list(one.default), "best": list(kept), "rows": rows}
+    told = (
+        f"default {one.default}"
+        if kept == one.default
+        else f"{best} is {100 * gain:.0f} % faster than {one.default}"
+    )
+    values = {
+        "kernel": one.kernel,
+        "key": list(one.key),
+        "default": list(one.default),
+        "best": list(kept),
+        "rows": rows,
+    }
     return Outcome(RAN, told, values | {"timed": not context.small})
 
 

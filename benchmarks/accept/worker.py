@@ -1,10 +1,10 @@
-"""The process that runs rows one after another: started by `crew`, ended by a fault without harm to the others.
+"""The process that runs rows one after another: `crew` starts it, and starts another when it dies or hangs.
 
     python -m prfl_bench.accept.worker DESCRIPTOR MODULE:FUNCTION DEVICE
 
-It reads {"row", "part", "known"} from the connection of that descriptor and answers with the outcome, or with the
-names of the row's parts where "known" is missing; FUNCTION() of MODULE gives the rows. After a fault of the device,
-which ends every later call of this process, it says so and ends.
+It reads {"row", "part", "known"} from the connection of that descriptor and answers with the outcome, or with
+the names of the row's parts where "known" is missing; FUNCTION(device) of MODULE gives the rows. After a fault
+of the device, which ends every later call of this process, it says so and ends.
 """
 
 import ctypes
@@ -25,10 +25,10 @@ from prfl_kernels import dispatch, extension
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
-def rows_of(source: str) -> list[Row]:
+def rows_of(source: str, device: str) -> list[Row]:
     """The rows of MODULE:FUNCTION."""
     module, _, function = source.partition(":")
-    return getattr(import_module(module), function)()
+    return getattr(import_module(module), function)(device)
 
 
 def run(row: Row, context: Context) -> tuple[Outcome, bool]:
@@ -75,7 +75,7 @@ def main(descriptor: str, source: str, device: str) -> None:
     pipe = Connection(int(descriptor))
     if device == "cpu":
         extension.keep_freed_memory()
-    rows = {row.name: row for row in rows_of(source)}
+    rows = {row.name: row for row in rows_of(source, device)}
     pipe.send_bytes(b"ready")
     while True:
         try:
