@@ -117,7 +117,8 @@ def cases(device: str = "") -> list[Case]:
             if name == dispatch.REFERENCE:
                 continue
             forms = [o for o in OPERATIONS.values() if o.op == op]
-            claimed = [case for o in forms for case in candidates(o, record, device) if _refusal(case) is None]
+            every = (case for o in forms for case in candidates(o, record, device))
+            claimed = [case for case in every if _refusal(case) is None]
             found += claimed or [next(candidates(forms[0], record._replace(backwards=()), device))]
     return found
 

@@ -1,7 +1,8 @@
 """The constants that the results propose: tiles, as `prfl tune` stores them, and default back ends.
 
-The tiles are the CANDIDATES and constants of the kernels' modules; in the folder PRFL_TUNING the file takes their
-place for its GPU (kernels/tuning.py). Default back ends stand in kernels/dispatch.py and kernels/attention/op.py.
+Tiles are constants of the kernels' modules, beside their CANDIDATES; in the folder PRFL_TUNING the file takes
+their place for its GPU (kernels/tuning.py). Default back ends stand in kernels/dispatch.py and
+kernels/attention/op.py.
 """
 
 from prfl_bench.accept.results import Results
@@ -15,11 +16,13 @@ def proposed(results: Results) -> dict:
     tiles = [r["values"] for r in results.stage("tiles/") if r["state"] == RAN and r["values"]["timed"]]
     changed = [t for t in tiles if t["best"] != t["default"]]
     return {
-        "gpu": results.machine["name"], "torch": results.machine["torch"], "triton": results.machine["triton"],
+        "gpu": results.machine["name"],
+        "torch": results.machine["torch"],
+        "triton": results.machine["triton"],
         "choices": [{"kernel": t["kernel"], "key": t["key"], "choice": t["best"]} for t in tiles],
         "changed": [{k: t[k] for k in ("kernel", "key", "default", "best")} for t in changed],
         "defaults": defaults(results),
-    }  # fmt: skip
+    }
 
 
 def defaults(results: Results) -> list[dict]:

@@ -31,9 +31,11 @@ def rows() -> list[Row]:
     dispatch.complete()
     ops = sorted(dispatch.OPERATIONS, key=lambda op: FIRST.index(op) if op in FIRST else len(FIRST))
     return [
-        _row(op, record) for op in ops for record in dispatch.OPERATIONS[op].values()
+        _row(op, record)
+        for op in ops
+        for record in dispatch.OPERATIONS[op].values()
         if record.name != dispatch.REFERENCE
-    ]  # fmt: skip
+    ]
 
 
 def _row(op: str, record: dispatch.Implementation) -> Row:
@@ -43,8 +45,14 @@ def _row(op: str, record: dispatch.Implementation) -> Row:
     count = 1 if record.name == dispatch.CPU else every["cuda"]
     small = every["cpu"] if record.name in (dispatch.CPU, "sdpa") else 1
     each = CASE + TRITON * (record.name in COMPILED)
-    return Row(f"correct/{op}/{record.name}", run, count * each, small * SMALL_CASE, alone=False,
-               parts=partial(names, op=op, implementation=record.name))  # fmt: skip
+    return Row(
+        f"correct/{op}/{record.name}",
+        run,
+        count * each,
+        small * SMALL_CASE,
+        alone=False,
+        parts=partial(names, op=op, implementation=record.name),
+    )
 
 
 def names(device: str, op: str, implementation: str) -> list[str]:

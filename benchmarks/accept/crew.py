@@ -31,17 +31,21 @@ class Worker:
         with self.log.open("ab") as log:
             self.began = log.tell()
             self.process = subprocess.Popen(
-                [*self.command, str(theirs.fileno()), *self.arguments], stdin=subprocess.DEVNULL, stderr=log,
-                stdout=log, pass_fds=[theirs.fileno()], env=os.environ | self.environment,
+                [*self.command, str(theirs.fileno()), *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                stdout=log,
+                pass_fds=[theirs.fileno()],
+                env=os.environ | self.environment,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         theirs.close()
         if self._answer(START) == b"ready":
             return None
         return f"a worker did not start: {self._end()}"
 
     def parts(self, row: Row) -> list[str]:
-        """The names of the row's parts on this machine; [""] for a row without, or where it cannot be asked."""
+        """The names of the row's parts on this machine; [""] for a row without, or if no worker answers."""
         if row.parts is None or self.start() is not None:
             return [""]
         self.pipe.send_bytes(json.dumps({"row": row.name}).encode())

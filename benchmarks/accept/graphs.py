@@ -1,4 +1,4 @@
-"""Steps of a rollout launched one by one, and replayed as a CUDA graph: the same bits, and the time of each."""
+"""Steps of a rollout launched one by one, and replayed as a CUDA graph: the same bits, and the time."""
 
 import time
 from functools import partial
@@ -48,7 +48,8 @@ def graphs(context: Context, frames: int) -> Outcome:
     same = torch.equal(ends["launched"], ends["replayed"])
     gain = seconds["launched"] / seconds["replayed"]
     tokens = latent[2] * latent[3] * latent[4] // 4
-    told = f"{tokens} tokens, a step {1e3 * seconds['launched']:.1f} ms launched, {1e3 * seconds['replayed']:.1f} ms replayed"
+    each = ", ".join(f"{1e3 * time:.1f} ms {way}" for way, time in seconds.items())
+    told = f"{tokens} tokens, a step {each}"
     values = {"tokens": tokens, "gain": gain, "same": same} | {f"ms {k}": 1e3 * v for k, v in seconds.items()}
     return Outcome(
         RAN if same else FAILED, f"{told}, {'the same bits' if same else 'another result'}", values

@@ -16,10 +16,24 @@ from prfl_kernels import dispatch
 ENTRIES = {entry.name: entry for entry in OPERATIONS if entry.call}
 # By how much of a step they are; without the sublayers and the linear layer, whose time is that of products.
 MEMORY = (
-    "gated_add_modulate", "qk_norm_rope", "bias_gelu", "gated_add_norm", "modulate", "reward_pool", "rms_norm",
-    "gated_add", "gated_add_modulate_fp8", "quantize_fp8, gelu", "qk_norm_rope_fp8", "solver_step", "modulate_fp8",
-    "gated_add_norm_fp8", "quantize_fp8", "layer_norm", "query_pool",
-)  # fmt: skip
+    "gated_add_modulate",
+    "qk_norm_rope",
+    "bias_gelu",
+    "gated_add_norm",
+    "modulate",
+    "reward_pool",
+    "rms_norm",
+    "gated_add",
+    "gated_add_modulate_fp8",
+    "quantize_fp8, gelu",
+    "qk_norm_rope_fp8",
+    "solver_step",
+    "modulate_fp8",
+    "gated_add_norm_fp8",
+    "quantize_fp8",
+    "layer_norm",
+    "query_pool",
+)
 ATTENTION = ("cudnn", "triton", "cuda", "fa3", "fa3_hub", "sdpa", "fa4", "fa2", "xformers")
 ATTENTION_FP8 = ("cuda", "triton")
 COMPILED_ON_CPU = ("modulate",)  # torch.compile takes half a minute for each
@@ -42,7 +56,7 @@ def running(context: Context, entry: Operation) -> tuple[list[str], list[str]]:
     for name in dispatch.OPERATIONS[entry.op]:
         if name == dispatch.REFERENCE:
             continue
-        why = dispatch.absence(entry.op, name, context.device, torch.bfloat16, False, e4m3)
+        why = dispatch.absence(entry.op, name, context.device, torch.bfloat16, None, e4m3)
         why = why or ("was found wrong before" if context.bad(f"correct/{entry.op}/{name}") else None)
         if why is None:
             good.append(name)
@@ -102,10 +116,14 @@ def memory_row(name: str, model: str, tokens: int) -> Row:
     entry, s = ENTRIES[name], shapes.wan(model, tokens)
     passes = 2 if entry.wanted else 1
     each = sum(seconds_of(entry, s, bench_kernels.traffic(entry, s))[:passes])
-    # Two back ends and two peers, of which eager moves several times the bytes; a flush of the cache for each.
+    # Two back ends and two peers, of which eager moves several times the bytes; a flush of the cache each.
     seconds = passes * (INDUCTOR + 2 * TRITON) + (REPEAT + 2) * (8 * each + 4 * 1e-3)
-    return Row(f"memory/{name.replace(', ', '-')}/{model}/{tokens}", partial(memory, name=name, model=model, tokens=tokens),
-               seconds, 15 if name in COMPILED_ON_CPU else 0.6)  # fmt: skip
+    return Row(
+        f"memory/{name.replace(', ', '-')}/{model}/{tokens}",
+        partial(memory, name=name, model=model, tokens=tokens),
+        seconds,
+        15 if name in COMPILED_ON_CPU else 0.6,
+    )
 
 
 def attention_row(kind: str, model: str, tokens: int, backend: str) -> Row:

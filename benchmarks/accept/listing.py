@@ -31,7 +31,8 @@ def _all() -> list[Row]:
         *(row for row in large if row.alone),
         *kernels.attention_rows("self", "1.3B", 32760),
         *sanitizer.rows()[:1],
-        graphs.row(1), graphs.row(21),
+        graphs.row(1),
+        graphs.row(21),
         *kernels.attention_rows("fp8-self", "14B", 32760),
         *memory[5:],
         tiles.row("norms"),
@@ -44,16 +45,17 @@ def _all() -> list[Row]:
         *kernels.attention_rows("fp8-self", "14B", 75600),
         *kernels.attention_rows("self", "1.3B", 75600),
         *kernels.memory_rows("14B", 75600),
-    ]  # fmt: skip
+    ]
 
 
 def _small() -> list[Row]:
     """On a CPU one shape stands for all: small ones do not tell them apart."""
     one = ("attention/self/14B/32760", "attention/fp8-self/14B/32760", "memory/")
     kept = [
-        row for row in _all()
+        row
+        for row in _all()
         if row.stage not in ("attention", "memory") or (row.name.startswith(one) and "/14B/32760" in row.name)
-    ]  # fmt: skip
+    ]
     first = next(i for i, row in enumerate(kept) if row.stage == "attention")
     return [*kept[:first], kernels.attention_row("self", "14B", 32760, "cpu"), *kept[first:]]
 

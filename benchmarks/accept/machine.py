@@ -25,9 +25,12 @@ def identity() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         triton = "none"
     return {
-        "device": device(), "name": machine(device()), "torch": torch.__version__, "triton": triton,
+        "device": device(),
+        "name": machine(device()),
+        "torch": torch.__version__,
+        "triton": triton,
         "sources": sources(),
-    }  # fmt: skip
+    }
 
 
 @cache

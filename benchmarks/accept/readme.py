@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> None:
     for path in map(Path, arguments):
         if not read(path).on_gpu:
             raise UserError(f"{path}: got results of a CPU, want those of a GPU")
+        FOLDER.mkdir(exist_ok=True)
         shutil.copy(path, FOLDER / path.name)
     README.write_text(rewritten(README.read_text(), newest()))
 

@@ -1,6 +1,7 @@
 """What a run has found, as one HTML page and one JSON file."""
 
 import json
+from collections.abc import Iterable
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -23,12 +24,17 @@ def write(folder: Path, results: Results) -> list[Path]:
     held.write_text(
         json.dumps(
             {
-                "machine": results.machine, "date": results.date, "rows": list(results.rows.values()),
-                "not_run": results.not_run, "claims": [v._asdict() for v in found],
+                "machine": results.machine,
+                "date": results.date,
+                "rows": list(results.rows.values()),
+                "not_run": results.not_run,
+                "claims": [v._asdict() for v in found],
                 "tables": [table._asdict() for table in made],
-            }, indent=1,
-        ) + "\n"
-    )  # fmt: skip
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     constants.write_text(json.dumps(proposed(results), indent=1) + "\n")
     return [page, held, constants]
 
@@ -57,20 +63,23 @@ def html(results: Results, found: list[Verdict], made: list[Table]) -> str:
     if not results.on_gpu:
         parts.append("<p>These are the small forms of all rows, on a CPU. They say nothing of a GPU.</p>")
     if bad:
-        parts += ["<h2>What went wrong</h2>", rows_table(bad)]
+        parts += ["<h2>What went wrong</h2>", rows_table(bad, whole=True)]
     parts += ["<h2>What README and docs say of a GPU</h2>", claims_table(found)]
     for table in made:
         parts += [f"<h3>{escape(table.title)}</h3>", plain_table(table.head, table.rows)]
     parts += defaults_table(proposed(results))
     parts.append("<h2>All rows</h2>")
-    for stage, rows in groupby(sorted(results.rows.values(), key=lambda r: list(STAGES).index(r["stage"])),
-                               key=lambda r: r["stage"]):  # fmt: skip
+    for stage, rows in groupby(
+        sorted(results.rows.values(), key=lambda r: list(STAGES).index(r["stage"])), key=lambda r: r["stage"]
+    ):
         parts.append(stage_section(stage, list(rows)))
     if results.not_run:
         rows = [[escape(name), escape(why)] for name, why in results.not_run.items()]
         parts += [f"<h2>Not run ({len(rows)})</h2>", box(["row", "why"], rows)]
-    return f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>" \
-           f"<title>Acceptance run on {escape(m['name'])}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"  # fmt: skip
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>Acceptance run on {escape(m['name'])}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
+    )
 
 
 def stage_section(stage: str, rows: list[dict]) -> str:
@@ -82,14 +91,17 @@ def stage_section(stage: str, rows: list[dict]) -> str:
     return f"<details{state}><summary>{head}</summary>{rows_table(rows)}</details>"
 
 
-def rows_table(rows: list[dict]) -> str:
+def rows_table(rows: list[dict], whole: bool = False) -> str:
+    """whole: with the stage in the names."""
     cells = [
         [
-            f"<span class=name>{escape(r['name'].split('/', 1)[1])}</span>", badge(r["state"]),
-            f"{r['seconds']:.1f}", f"{escape(r['detail'])}{bars(r)}",
+            f"<span class=name>{escape(r['name'] if whole else r['name'].split('/', 1)[1])}</span>",
+            badge(r["state"]),
+            f"{r['seconds']:.1f}",
+            f"{escape(r['detail'])}{bars(r)}",
         ]
         for r in rows
-    ]  # fmt: skip
+    ]
     return box(["row", "state", "seconds", "found"], cells, numeric=(2,))
 
 
@@ -101,7 +113,8 @@ def bars(row: dict) -> str:
     lines = []
     for r in timed:
         share = max(0.0, min(1.0, r["roofline"]))
-        label = f"{r['pass']} {r['backend']}: {r['ms']['median']:.3g} ms, {100 * r['roofline']:.0f} % of the roofline"
+        time = f"{r['pass']} {r['backend']}: {r['ms']['median']:.3g} ms"
+        label = f"{time}, {100 * r['roofline']:.0f} % of the roofline"
         peers = ", ".join(f"{n} {p['ms']:.3g} ms" for n, p in r["peers"].items() if p)
         lines.append(
             f"<div class=bar><i style='width:{100 * share:.0f}%'></i></div>"
@@ -113,8 +126,16 @@ def bars(row: dict) -> str:
 def claims_table(found: list[Verdict]) -> str:
     order = (FAILS, HOLDS)
     ranked = sorted(found, key=lambda v: order.index(v.verdict) if v.verdict in order else len(order))
-    rows = [[escape(v.file), escape(v.text), escape(v.measured) or "–", badge(v.verdict)] for v in ranked]
-    return box(["where", "claim", "measured", "verdict"], rows)
+    rows = [
+        [
+            escape(v.file),
+            f"{escape(v.text)}<br><small>{escape(v.means)}</small>",
+            escape(v.measured) or "–",
+            badge(v.verdict),
+        ]
+        for v in ranked
+    ]
+    return box(["where", "claim, and what is judged", "measured", "verdict"], rows)
 
 
 def defaults_table(constants: dict) -> list[str]:
@@ -122,23 +143,27 @@ def defaults_table(constants: dict) -> list[str]:
         [d["op"], str(d["now"]), d["best"], ", ".join(f"{b} {ms:.3g}" for b, ms in d["ms"].items())]
         for d in constants["defaults"]
     ]
-    parts = ["<h3>Default back ends: now, and the fastest measured (ms, forward and backward)</h3>",
-             plain_table(["operation", "now", "fastest", "ms"], rows)] if rows else []  # fmt: skip
+    parts = (
+        [
+            "<h3>Default back ends: now, and the fastest measured (ms, forward and backward)</h3>",
+            plain_table(["operation", "now", "fastest", "ms"], rows, ()),
+        ]
+        if rows
+        else []
+    )
     tiles = [[t["kernel"], str(t["key"]), str(t["default"]), str(t["best"])] for t in constants["changed"]]
     if tiles:
         parts += [
             "<h3>Tiles that beat the constants</h3>",
-            plain_table(["kernel", "key", "now", "best"], tiles),
+            plain_table(["kernel", "key", "now", "best"], tiles, ()),
         ]
     return parts
 
 
-def plain_table(head: list[str], rows: list[list[str]]) -> str:
-    return box(
-        [escape(h) for h in head],
-        [[escape(cell) for cell in row] for row in rows],
-        numeric=range(1, len(head)),
-    )
+def plain_table(head: list[str], rows: list[list[str]], numeric: Iterable[int] | None = None) -> str:
+    """numeric: the columns of numbers, None: all but the first."""
+    numeric = range(1, len(head)) if numeric is None else numeric
+    return box([escape(h) for h in head], [[escape(cell) for cell in row] for row in rows], numeric)
 
 
 def box(head: list[str], rows: list[list[str]], numeric=()) -> str:
@@ -148,7 +173,8 @@ def box(head: list[str], rows: list[list[str]], numeric=()) -> str:
         return "".join(f"<{tag}{' class=n' if i in numeric else ''}>{c}</{tag}>" for i, c in enumerate(row))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f"<div class=box><table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table></div>"
+    titles = cells("th", head)
+    return f"<div class=box><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def css(state: str) -> str:
@@ -160,11 +186,13 @@ def badge(state: str) -> str:
 
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;background:#fff;max-width:1100px;margin:0 auto;padding:24px 16px 64px}
+body{font:15px/1.5 system-ui,sans-serif;color:#1c2430;background:#fff}
+body{max-width:1100px;margin:0 auto;padding:24px 16px 64px}
 h1{font-size:24px;margin:0 0 4px}h2{font-size:19px;margin:36px 0 8px}h3{font-size:15px;margin:24px 0 6px}
 .facts,.count,small{color:#5a6675}.count{font-weight:400;font-size:13px;margin-left:8px}
 .tiles{display:flex;flex-wrap:wrap;gap:8px;margin:16px 0}
-.tile{border:1px solid #dde3ea;border-radius:6px;padding:8px 14px;min-width:76px}.tile b{display:block;font-size:22px}
+.tile{border:1px solid #dde3ea;border-radius:6px;padding:8px 14px;min-width:76px}
+.tile b{display:block;font-size:22px}
 .tile.good b{color:#176b3a}.tile.bad b{color:#b3261e}.tile.none b{color:#5a6675}
 .box{overflow-x:auto;border:1px solid #dde3ea;border-radius:6px}
 table{border-collapse:collapse;width:100%;font-size:13.5px}

@@ -79,5 +79,5 @@ def read(path: Path) -> Results:
 
 def newest(folder: Path = FOLDER) -> Results | None:
     """Those of the newest file measured on a GPU, None where there is none."""
-    found = (read(path) for path in sorted(folder.glob("*.json"), reverse=True))
+    found = (read(path) for path in sorted(folder.glob("[0-9]*.json"), reverse=True))
     return next((results for results in found if results.on_gpu), None)

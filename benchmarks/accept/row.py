@@ -53,8 +53,8 @@ class Context(NamedTuple):
 class Row(NamedTuple):
     """name: STAGE/... ; seconds: predicted on an H200; small: on two CPU cores, in the small form.
 
-    A row that is not `alone` measures no time, so others may run beside it. parts(device) are the names of what it
-    consists of on this machine, each run by itself, with a result of its own: NAME/PART.
+    A row that is not `alone` measures no time, so others may run beside it. parts(device) are the names of what
+    it consists of on this machine, each run by itself, with a result of its own: NAME/PART.
     """
 
     name: str

@@ -25,8 +25,10 @@ def chosen(rows: list[Row], only: Iterable[str]) -> list[Row]:
     taken: set[str] = set()
     for wanted in (only := list(only)):
         found = [
-            r.name for r in rows if r.name == wanted or r.name.startswith(f"{wanted}/") or fnmatchcase(r.name, wanted)
-        ]  # fmt: skip
+            r.name
+            for r in rows
+            if r.name == wanted or r.name.startswith(f"{wanted}/") or fnmatchcase(r.name, wanted)
+        ]
         if not found:
             stages = ", ".join(STAGES)
             raise UserError(f"--only: got {wanted!r}, want a row of `prfl accept --list` or one of {stages}")
@@ -35,18 +37,24 @@ def chosen(rows: list[Row], only: Iterable[str]) -> list[Row]:
 
 
 def workers_for(device: str) -> int:
-    """How many workers run beside each other what is not timed."""
+    """How many workers run beside each other what is not timed. On a CPU one: it has all cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_WORKERS, cores // 2)) if device == "cuda" else min(2, cores)
+    return max(1, min(MOST_WORKERS, cores // 2)) if device == "cuda" else 1
 
 
 class Run:
     """One call of the command on the rows of `source`."""
 
     def __init__(
-        self, rows: list[Row], device: str, out: Path, journal: Journal, minutes: float,
-        say: Callable[[str], None], source: str = SOURCE,
-    ):  # fmt: skip
+        self,
+        rows: list[Row],
+        device: str,
+        out: Path,
+        journal: Journal,
+        minutes: float,
+        say: Callable[[str], None],
+        source: str = SOURCE,
+    ):
         self.rows, self.device, self.journal, self.say = rows, device, journal, say
         self.log, self.source = out / LOG, source
         self.begin = time.monotonic()
@@ -136,8 +144,9 @@ class Run:
             self.journal.add(result)
             before = self.spent.get(task.row.stage, (0.0, 0.0))
             self.spent[task.row.stage] = [
-                before[0] + task.cost(self.device), before[1] + result["seconds"],
-            ]  # fmt: skip
+                before[0] + task.cost(self.device),
+                before[1] + result["seconds"],
+            ]
             self.say(line(result, time.monotonic() - self.begin))
 
 

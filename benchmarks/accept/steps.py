@@ -1,6 +1,6 @@
 """A PRFL step at full width: its bytes and seconds beside what the planner predicts.
 
-Every job has a row that predicts, which needs no GPU, and one that measures; the report sets them side by side.
+Every job has a row that predicts, which needs no GPU, and one that measures; the report compares them.
 Bytes are those of a step before the optimizer, in addition to weights, gradients and optimizer states, as the
 planner counts them: by torch's allocator on CUDA, by LiveBytes on a CPU.
 """
@@ -80,9 +80,12 @@ def jobs(context: Context) -> dict[str, Job]:
     for choice in ("attention=triton", "attention=cuda", "attention=fa3", "cuda", "reference,attention=sdpa"):
         found[f"step/1.3B/{choice}"] = Job(one, "attention", choice, like=base)
     big = replace(
-        one, config=config_of(context, "t2v-14b"), weight_dtype=torch.bfloat16,
-        blocks=6 if context.small else 8, chunk=64 if context.small else 8192,
-    )  # fmt: skip
+        one,
+        config=config_of(context, "t2v-14b"),
+        weight_dtype=torch.bfloat16,
+        blocks=6 if context.small else 8,
+        chunk=64 if context.small else 8192,
+    )
     states = OptimConfig(offload="states", rounding="stochastic")
     rank = replace(LORA, rank=8) if context.small else LORA
     found["large/14B/lora"] = Job(replace(big, lora=rank, rollout=FOUR), "attention")

@@ -29,6 +29,8 @@ def tables(results: Results | None) -> list[Table]:
     if results is None:
         return [_predicted_attention(), _predicted_memory(), _predicted_steps()]
     made = [attention(results), memory(results), training(results)]
+    if not results.on_gpu:
+        made = [table._replace(title=f"In the small form: {table.title}") for table in made]
     return [table for table in made if table.rows]
 
 
@@ -60,10 +62,8 @@ def _rates(passes: dict[str, dict] | None) -> str:
 
 def memory(results: Results, model: str = "14B", tokens: int = 32760) -> Table:
     """Milliseconds, forward / backward, of every back end."""
-    rows, names = [], []
-    found = results.memory(model, tokens)
-    for passes in found.values():
-        names += [r["backend"] for r in passes if r["backend"] not in names]
+    rows, found = [], results.memory(model, tokens)
+    names = list(dict.fromkeys(r["backend"] for passes in found.values() for r in passes))
     for op, passes in found.items():
         cells = []
         for backend in names:
@@ -104,7 +104,7 @@ def _predicted_attention() -> Table:
         forward, backward = seconds_of(entry, s, (0, 0))
         cells.append(f"{1e3 * forward:,.3g} / {1e3 * backward:,.3g}")
     rates = f"{RATES.attention / 1e12:.0f} and {RATES.attention_backward / 1e12:.0f} TFLOP/s"
-    title = f"Self-attention, ms forward / backward, {PREDICTED} from FLOPs at {rates} (published of FlashAttention-3)."
+    title = f"Self-attention, ms forward / backward, {PREDICTED} from FLOPs at {rates}."
     return Table(title, ["", *(shape_title(*s) for s in SHAPES)], [[PREDICTED, *cells]])
 
 
@@ -115,8 +115,8 @@ def _predicted_memory(model: str = "14B", tokens: int = 32760) -> Table:
         each = seconds_of(entry, s, bench_kernels.traffic(entry, s))
         rows.append([name, both(f"{1e3 * each[0]:.3g}", f"{1e3 * each[1]:.3g}" if entry.wanted else "")])
     title = (
-        f"Memory-bound operations at {shape_title(model, tokens)}, ms forward / backward, {PREDICTED} from their bytes"
-        f" at {RATES.memory / 1e12:.1f} TB/s."
+        f"Memory-bound operations at {shape_title(model, tokens)}, ms forward / backward, {PREDICTED} from their"
+        f" bytes at {RATES.memory / 1e12:.1f} TB/s."
     )
     return Table(title, ["operation", PREDICTED], rows)
 

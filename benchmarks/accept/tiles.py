@@ -10,8 +10,11 @@ from prfl_kernels import jit
 MODEL, TOKENS, SMALL_TOKENS = "14B", 32760, 40
 PARTS = 6  # choices of a row on a CPU, where the interpreter runs them
 # Kernels by what a step spends in them.
-GROUPS = {"attention": ("attention forward", "attention keys", "attention queries"), "norms": ("add_norm", "qk_norm_rope"),
-          "others": ("reward_pool", "bias_gelu", "attention_fp8")}  # fmt: skip
+GROUPS = {
+    "attention": ("attention forward", "attention keys", "attention queries"),
+    "norms": ("add_norm", "qk_norm_rope"),
+    "others": ("reward_pool", "bias_gelu", "attention_fp8"),
+}
 WORTH = 0.02  # a candidate becomes the constant if it is faster by more than that
 
 
@@ -68,6 +71,10 @@ def run(context: Context) -> Outcome:
 def row(group: str) -> Row:
     count = {"attention": 6, "norms": 20, "others": 8}[group]
     return Row(
-        f"tiles/{group}", run, count * 4 * (TRITON + 1), 4, parts=lambda device: names(device, group),
+        f"tiles/{group}",
+        run,
+        count * 4 * (TRITON + 1),
+        4,
+        parts=lambda device: names(device, group),
         environment={"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+    )

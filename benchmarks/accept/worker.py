@@ -3,8 +3,8 @@
     python -m prfl_bench.accept.worker DESCRIPTOR MODULE:FUNCTION DEVICE
 
 It reads {"row", "part", "known"} from the connection of that descriptor and answers with the outcome, or with
-the names of the row's parts where "known" is missing; FUNCTION(device) of MODULE gives the rows. After a fault
-of the device, which ends every later call of this process, it says so and ends.
+the names of the row's parts where "known" is missing; FUNCTION(device) of MODULE gives the rows. After a
+fault of the device, which ends every later call of this process, it says so and ends.
 """
 
 import ctypes
