@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     accept.add_argument("--minutes", type=float, default=8, help="default: %(default)s; 0: the report alone")
     accept.add_argument("--out", default="runs/accept", metavar="DIR", help="default: %(default)s")
     accept.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows or stages, patterns too")
-    accept.add_argument("--list", action="store_true", help="print the rows with predicted seconds, run nothing")
+    accept.add_argument("--list", action="store_true", help="print rows and predicted seconds, run nothing")
     golden = command("golden", _golden, "Compute the values of a golden folder.", config=False)
     golden.add_argument("folder", metavar="DIR")
     golden.add_argument("--out", required=True, metavar="FILE", help=".safetensors to write")

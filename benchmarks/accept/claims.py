@@ -311,8 +311,8 @@ CLAIMS = (
     ),
     Claim(
         "docs/training.md",
-        "Predicted for 14B at 75,600 tokens with a reward model of 8 blocks, in addition to weights, gradients"
-        " and states",
+        "Predicted for 14B at 75,600 tokens with a reward model of 8 blocks, in addition to weights,"
+        " gradients and states",
         "The bytes of all steps are at most a tenth above the planner's",
         partial(jobs_bytes, names=(*STEPS, *LARGE)),
     ),

@@ -12,8 +12,8 @@ TRITON, INDUCTOR = (
 ASSUMPTIONS = (
     f"Predicted, not measured: products at {RATES.products / 1e12:.0f} TFLOP/s, attention at"
     f" {RATES.attention / 1e12:.0f} forward and {RATES.attention_backward / 1e12:.0f} backward, memory at"
-    f" {RATES.memory / 1e12:.1f} TB/s, the host link at {RATES.link / 1e9:.0f} GB/s (the planner's rates of an"
-    f" H100; an H200 has faster memory); {TRITON:.0f} s to compile an operation by Triton,"
+    f" {RATES.memory / 1e12:.1f} TB/s, the host link at {RATES.link / 1e9:.0f} GB/s (the planner's rates of"
+    f" an H100; an H200 has faster memory); {TRITON:.0f} s to compile an operation by Triton,"
     f" {INDUCTOR:.0f} s by torch.compile."
 )
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
 
 from prfl_bench.accept.row import DIED, HUNG, Row, Task
 
+ALWAYS = {"PRFL_TUNING": ""}  # the constants run, not what was tuned here before
 START = 180.0  # seconds that a process may take to import torch and to find the device
 
 
@@ -36,7 +38,7 @@ class Worker:
                 stderr=log,
                 stdout=log,
                 pass_fds=[theirs.fileno()],
-                env=os.environ | self.environment,
+                env=os.environ | ALWAYS | self.environment,
                 start_new_session=True,
             )
         theirs.close()
@@ -87,14 +89,10 @@ class Worker:
     def _end(self) -> str:
         """End the process and all that it started; how it ended, and the last line that it wrote."""
         process, self.process = self.process, None
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         code = process.wait()
         self.pipe.close()
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name

@@ -1,13 +1,15 @@
 """Times of kernels at the shapes of Wan: those bound by memory in GB/s, attention in TFLOP/s, by back end."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from prfl_bench import bench_kernels, gates, shapes
+from prfl_bench import bench_kernels, shapes
 from prfl_bench.accept.costs import INDUCTOR, TRITON, seconds_of
 from prfl_bench.accept.environment import limits_of
-from prfl_bench.accept.row import FAILED, RAN, REFUSED, Context, Outcome, Row
+from prfl_bench.accept.row import BAD, FAILED, RAN, REFUSED, Context, Outcome, Row
 from prfl_bench.operations import OPERATIONS, Operation
 from prfl_bench.shapes import Shape
 from prfl_bench.timing import compile_absence
@@ -57,12 +59,26 @@ def running(context: Context, entry: Operation) -> tuple[list[str], list[str]]:
         if name == dispatch.REFERENCE:
             continue
         why = dispatch.absence(entry.op, name, context.device, torch.bfloat16, None, e4m3)
-        why = why or ("was found wrong before" if context.bad(f"correct/{entry.op}/{name}") else None)
+        why = why or ("was found wrong" if wrong(context, entry, name) else None)
         if why is None:
             good.append(name)
         else:
             reasons.append(f"{name} {why}")
     return good, reasons
+
+
+def wrong(context: Context, entry: Operation, backend: str) -> bool:
+    """Whether a correctness row of this operation in bfloat16 went wrong."""
+    start = f"correct/{entry.op}/{backend}/{slug(entry.name)}/"
+    return any(
+        name.startswith(start) and "/bfloat16" in name and result["state"] in BAD
+        for name, result in context.known.items()
+    )
+
+
+def slug(name: str) -> str:
+    """An operation's name as rows have it."""
+    return name.replace(", ", "-").replace(" ", "-")
 
 
 def memory(context: Context, name: str, model: str, tokens: int) -> Outcome:
@@ -105,11 +121,21 @@ def disagreement(entry: Operation, s: Shape, backend: str) -> float:
     """The largest relative distance of outputs and gradients from those of scaled_dot_product_attention."""
     torch.manual_seed(0)
     inputs = entry.inputs(s)
+    peer = entry.peers["sdpa"]
+
+    def results(function: Callable) -> list[Tensor]:
+        given = [a.detach().requires_grad_(i in entry.wanted) for i, a in enumerate(inputs)]
+        with torch.set_grad_enabled(bool(entry.wanted)):
+            out = function(*given)
+        if not entry.wanted:
+            return [out]
+        generator = torch.Generator(s.device).manual_seed(0)
+        direction = torch.randn(out.shape, generator=generator, device=s.device).to(out.dtype)
+        return [out.detach(), *torch.autograd.grad(out, given, direction)]
+
     dispatch.configure(f"{entry.op}={backend}")
-    got = gates.results(partial(entry.call, s), inputs, entry.wanted)
-    sdpa = entry.peers["sdpa"]
-    want = gates.results(lambda *a: sdpa(s, *entry.prepare(s, *a)), inputs, entry.wanted)
-    return max(gates.error(a, b) for a, b in zip(got, want, strict=True))
+    got, want = results(partial(entry.call, s)), results(lambda *a: peer(s, *entry.prepare(s, *a)))
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
 
 
 def memory_row(name: str, model: str, tokens: int) -> Row:
@@ -119,7 +145,7 @@ def memory_row(name: str, model: str, tokens: int) -> Row:
     # Two back ends and two peers, of which eager moves several times the bytes; a flush of the cache each.
     seconds = passes * (INDUCTOR + 2 * TRITON) + (REPEAT + 2) * (8 * each + 4 * 1e-3)
     return Row(
-        f"memory/{name.replace(', ', '-')}/{model}/{tokens}",
+        f"memory/{slug(name)}/{model}/{tokens}",
         partial(memory, name=name, model=model, tokens=tokens),
         seconds,
         15 if name in COMPILED_ON_CPU else 0.6,
@@ -132,9 +158,7 @@ def attention_row(kind: str, model: str, tokens: int, backend: str) -> Row:
     forward, backward = seconds_of(entry, s, (0, 0))
     repeat = REPEAT // 3 if tokens > 40_000 else REPEAT
     gradient = bool(entry.wanted)
-    seconds = (
-        3 * TRITON + (repeat + 4) * (forward * (2 + gradient) + backward) + 4 * forward + s.tokens * 5e-5
-    )
+    seconds = 3 * TRITON + (repeat + 4) * (forward * (2 + gradient) + backward) + 4 * forward
     run = partial(attention, kind=name, model=model, tokens=tokens, backend=backend)
     return Row(f"attention/{kind}/{model}/{tokens}/{backend}", run, seconds, 0.7)
 

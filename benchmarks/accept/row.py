@@ -44,17 +44,12 @@ class Context(NamedTuple):
         """Those of an earlier row, none where it did not run."""
         return self.known.get(name, {}).get("values", {})
 
-    def bad(self, prefix: str) -> bool:
-        """Whether a row of that name, or of one that continues it after a slash or space, went wrong."""
-        names = (n for n, result in self.known.items() if result["state"] in BAD)
-        return any(n == prefix or n.startswith((f"{prefix}/", f"{prefix} ")) for n in names)
-
 
 class Row(NamedTuple):
     """name: STAGE/... ; seconds: predicted on an H200; small: on two CPU cores, in the small form.
 
-    A row that is not `alone` measures no time, so others may run beside it. parts(device) are the names of what
-    it consists of on this machine, each run by itself, with a result of its own: NAME/PART.
+    A row that is not `alone` measures no time, so others may run beside it. parts(device) are the names of
+    what it consists of on this machine, each run by itself, with a result of its own: NAME/PART.
     """
 
     name: str

@@ -79,6 +79,9 @@ class Run:
                             self._one(kept, task)
                     else:
                         self._together(kept, tasks)
+            except BaseException:
+                self.end = 0.0  # what other threads have not begun is not run
+                raise
             finally:
                 kept.close()
 

@@ -30,7 +30,6 @@ from prfl_engine.objectives import graded_windows, index_range, reward_loss, sft
 from prfl_engine.optim.optimizer import make_optimizer, update
 from prfl_engine.planner import dry_run
 from prfl_engine.planner.dry_run import ROUND, RewardSetup, Setup
-from prfl_engine.planner.fake import default_dtype
 from prfl_engine.planner.plan import block_seconds, kinds_of, make_kinds, predicted_peak
 from prfl_engine.rollout.accelerated import make_rollout
 from prfl_kernels import dispatch
@@ -137,7 +136,7 @@ class Step:
     def __init__(self, job: Job, device: str):
         setup = job.setup
         torch.manual_seed(0)
-        with torch.device(device), default_dtype(setup.weight_dtype):
+        with torch.device(device):
             self.policy = dry_run.generator(setup, setup.count)
             self.reward = dry_run.reward_model(setup, setup.reward_blocks)
         # Drawn as zero, which would hide the gradients of everything before.
@@ -304,7 +303,7 @@ def predicting(name: str) -> str:
 
 def parameter_bytes(job: Job) -> int:
     """Weights of both models, and gradients and moments of what is trained and on the device."""
-    with torch.device("meta"), default_dtype(job.setup.weight_dtype):
+    with torch.device("meta"):
         policy = dry_run.generator(job.setup, job.setup.count)
         reward = dry_run.reward_model(job.setup, job.setup.reward_blocks)
     trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)

@@ -115,8 +115,8 @@ def _predicted_memory(model: str = "14B", tokens: int = 32760) -> Table:
         each = seconds_of(entry, s, bench_kernels.traffic(entry, s))
         rows.append([name, both(f"{1e3 * each[0]:.3g}", f"{1e3 * each[1]:.3g}" if entry.wanted else "")])
     title = (
-        f"Memory-bound operations at {shape_title(model, tokens)}, ms forward / backward, {PREDICTED} from their"
-        f" bytes at {RATES.memory / 1e12:.1f} TB/s."
+        f"Memory-bound operations at {shape_title(model, tokens)}, ms forward / backward, {PREDICTED} from"
+        f" their bytes at {RATES.memory / 1e12:.1f} TB/s."
     )
     return Table(title, ["operation", PREDICTED], rows)
 

@@ -8,7 +8,6 @@ from prfl_bench.accept.row import FAILED, RAN, REFUSED, Context, Outcome, Row
 from prfl_kernels import jit
 
 MODEL, TOKENS, SMALL_TOKENS = "14B", 32760, 40
-PARTS = 6  # choices of a row on a CPU, where the interpreter runs them
 # Kernels by what a step spends in them.
 GROUPS = {
     "attention": ("attention forward", "attention keys", "attention queries"),
@@ -30,7 +29,7 @@ def choices(small: bool) -> dict[str, tuple]:
     kernels: dict[str, str] = {}
     for name, (_, _, one) in found.items():
         kernels.setdefault(one.kernel, name)
-    return {name: found[name] for name in kernels.values() if not name.startswith("attention")}
+    return {name: found[name] for name in kernels.values()}
 
 
 def names(device: str, group: str) -> list[str]:
