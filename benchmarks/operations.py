@@ -452,7 +452,7 @@ def _quantize_fp8(gelu: bool) -> Operation:
         lambda s, x: quantized(values(s, x)),
         exact=values,
         decode=lambda out, scale: [out.double() * scale[..., None]],
-        launch=lambda s, x: quantize_fp8.launch(x, gelu),
+        launch=lambda s, x: quantize_fp8.triton_forward(x, gelu),
         streams=(BF16,),
     )  # fmt: skip
 

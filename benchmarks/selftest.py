@@ -35,8 +35,9 @@ RAN, REFUSED, FAILED = "ran", "refused", "failed"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (compute dtype, residual stream); the second differs only where an operation reads the residual stream.
 DTYPES = ((F32, F32), (BF16, F32), (BF16, BF16), (F16, F16))
+LOW = "attention, low scores"
 SOME_DTYPES = {  # compute dtypes of operations that are not for all of them
-    "attention, low scores": (BF16, F16),  # in float32 the scores' own rounding is all there is to see
+    LOW: (BF16, F16),  # in float32 the scores' own rounding is all there is to see
     "attention_fp8, self": (BF16,),
     "attention_fp8, cross": (BF16,),
     "fp8_linear": (F32, BF16),
@@ -66,7 +67,7 @@ _listed = [o for o in operations.OPERATIONS if o.name not in _PARTS]
 _cross = next(o for o in _listed if o.name == "attention, cross")
 OPERATIONS = {
     o.name: o._replace(call=CALLS.get(o.op, o.call))
-    for o in (*_listed, _cross._replace(name="attention, low scores", inputs=_low_scores))
+    for o in (*_listed, _cross._replace(name=LOW, inputs=_low_scores))
 }
 
 
@@ -117,8 +118,7 @@ def cases(device: str = "") -> list[Case]:
             if name == dispatch.REFERENCE:
                 continue
             forms = [o for o in OPERATIONS.values() if o.op == op]
-            every = (case for o in forms for case in candidates(o, record, device))
-            claimed = [case for case in every if _refusal(case) is None]
+            claimed = [c for o in forms for c in candidates(o, record, device) if _refusal(c) is None]
             found += claimed or [next(candidates(forms[0], record._replace(backwards=()), device))]
     return found
 
@@ -174,6 +174,9 @@ def summary(rows: Iterable[Row]) -> list[tuple[str, str, str]]:
 def candidates(operation: Operation, record: dispatch.Implementation, device: str) -> Iterator[Case]:
     """All cases of an operation for an implementation, claimed or not."""
     built = record.name == dispatch.CPU and extension.absence("cpu", device) is None
+    backwards = record.backwards or ("",)
+    if record.backwards and record.backward:
+        backwards = "", record.name  # the one that follows by default, and its own
     for size, shape in _sizes(operation, device):
         for dtype, residual in DTYPES:
             if dtype != residual and len(operation.streams) == 1:
@@ -183,7 +186,7 @@ def candidates(operation: Operation, record: dispatch.Implementation, device: st
             s = shape._replace(dtype=dtype, residual=residual)
             kinds = [dtype] if dtype == residual else [dtype, residual]
             dtypes = "-".join(str(a).removeprefix("torch.") for a in kinds)
-            for backward in record.backwards or ("",):
+            for backward in backwards:
                 for isa in extension.isas() if built else ("",):
                     how = "-".join(filter(None, (record.name, backward, isa)))
                     name = "/".join((operation.name.replace(", ", "-").replace(" ", "-"), how, dtypes, size))
@@ -231,6 +234,8 @@ def _refusal(case: Case) -> str | None:
             why = dispatch.absence(f"{case.op}_backward", case.backward, *facts)
         if why:
             return why
+    if case.operation == LOW and case.backward:  # known faults, for which it is no default
+        return dispatch.OPERATIONS[case.op][case.backward].doubt(s.device, True)
     return None
 
 

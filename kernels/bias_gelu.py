@@ -20,7 +20,7 @@ from prfl_kernels import dispatch, tuning
 from prfl_kernels.checks import checked, expect, expect_rows
 from prfl_kernels.dispatch import CPU, REFERENCE, TRITON, implementation
 from prfl_kernels.extension import empty, extension, runs, supported, view
-from prfl_kernels.jit import jit, register, tl, triton, unit_last, wide
+from prfl_kernels.jit import jit, launch, register, tl, triton, unit_last, wide
 
 CUBIC, TWO_K = 0.044715, 2 * math.sqrt(2 / math.pi)
 # Tokens and columns of a tile, warps, and runs of tokens: twice 16 bytes of bfloat16 a thread, many waves on
@@ -145,8 +145,9 @@ def _plan(kernel: str, h: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dic
 
 def triton_forward(h, bias, g):
     """Fill g by the Triton kernel."""
+    h, bias = h.contiguous(), None if bias is None else bias.contiguous()
     grid, constants, options = _plan("bias_gelu forward", h)
-    _forward[grid](h.contiguous(), None if bias is None else bias.contiguous(), g, *constants, **options)
+    launch(_forward, grid, h, bias, g, *constants, **options)
 
 
 def triton_backward(dg, h, bias, dh, g, dbias):
@@ -154,7 +155,7 @@ def triton_backward(dg, h, bias, dh, g, dbias):
     dg, h, bias = dg.contiguous(), h.contiguous(), None if bias is None else bias.contiguous()
     grid, constants, options = _plan("bias_gelu backward", h)
     part = None if dbias is None else dbias.new_empty(grid[1], len(dbias))
-    _backward[grid](dg, h, bias, dh, g, part, *constants, **options)
+    launch(_backward, grid, dg, h, bias, dh, g, part, *constants, **options)
     if dbias is not None:
         torch.sum(part, 0, out=dbias)
 

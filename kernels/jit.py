@@ -5,6 +5,7 @@ the kernel alone and `dispatch` never chooses it.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import SimpleNamespace
 
@@ -22,7 +23,8 @@ except ModuleNotFoundError:
 
 
 __all__ = [
-    "REGISTERED", "INTERPRETED", "LIBRARY", "absence", "jit", "register", "tl", "triton", "unit_last", "wide",
+    "REGISTERED", "INTERPRETED", "LIBRARY", "absence", "jit", "launch", "on", "register", "tl", "triton",
+    "unit_last", "wide",
 ]  # fmt: skip
 
 # Kernels run as Python on the CPU when TRITON_INTERPRET=1 was set before this import.
@@ -39,6 +41,35 @@ def absence(device_type: str) -> str | None:
     if device_type != "cuda":
         return "needs a cuda device (or TRITON_INTERPRET=1 in the environment)"
     return "triton is not installed" if triton is None else None
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], *arguments, **options) -> None:
+    """kernel[grid](*arguments, **options) on the device of its tensors: the one way to launch a kernel.
+
+    Triton itself launches on the current device, wherever the tensors are. Raises ValueError for tensors of
+    several devices, or none.
+    """
+    device = None
+    for a in arguments:
+        if not isinstance(a, torch.Tensor):
+            a = getattr(a, "base", None)  # a descriptor's tensor
+        if a is not None and a.device != device:
+            if device is not None:
+                both = f"{device} and {a.device}"
+                raise ValueError(f"kernels: {kernel.__name__} got tensors on {both}, want one device")
+            device = a.device
+    if device is None:
+        raise ValueError(f"kernels: {kernel.__name__} got no tensor, want at least one")
+    with on(device):
+        kernel[grid](*arguments, **options)
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """A block in which a CUDA device is the current one. Other devices, and fake tensors of a machine that
+    does not use CUDA, need none."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return nullcontext()
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -254,7 +254,7 @@ def hub_package(form, old=False):
 
     def get_local_kernel(repo_path, *, backend=None, trust_remote_code=False, user_agent=None):
         if not list(repo_path.glob("build/torch-*/__init__.py")):
-            raise FileNotFoundError(f"Cannot find a build variant for this system in {repo_path}:\n\n...")
+            raise FileNotFoundError(f"Cannot find a build variant in {repo_path}:\n\nTorch version (2.9) ...")
         loaded, inside = ModuleType("_flash_attn3_build"), ModuleType(func.__module__)
         vars(inside).update(interface)
         sys.modules[func.__module__] = inside

@@ -137,7 +137,8 @@ def test_a_build_for_another_machine_or_an_old_package_is_absent(cache, monkeypa
     for build in cache.glob("*/build/*"):
         build.rename(build.with_name("tvm-ffi"))
     install(monkeypatch, hub_package(FA3["2025-12"]))
-    assert "Cannot find a build variant" in dispatch.absence("attention", "fa3_hub", "cuda", BF16)
+    why = dispatch.absence("attention", "fa3_hub", "cuda", BF16)
+    assert "Cannot find a build variant" in why and why.endswith("newer: Torch version (2.9) ...")
 
 
 def test_this_projects_own_folder_is_not_taken_for_the_package(monkeypatch):
@@ -236,6 +237,22 @@ def test_the_cuda_forward_pairs_with_the_backward_of_others(backward, monkeypatc
     torch.manual_seed(6)
     inputs = [normal(2, n, 2, 16).cpu() for n in (37, 21, 21)]
     assert_as_good_as_torch(attention_with_lse, inputs, formula(1))
+    assert seen
+
+
+def test_the_default_backward_is_found_under_compile_too(monkeypatch):
+    """fa3 and cudnn do not run on a CPU; what follows in the list does."""
+    cuda = RECORDS["cuda"]._replace(forward=reference_forward, probe=lambda *_: None)
+    seen = []
+    triton = RECORDS["triton"]._replace(
+        backward=lambda *a: seen.append(a) or reference_backward(*a), probe=lambda *_: None
+    )
+    monkeypatch.setitem(RECORDS, "cuda", cuda)
+    monkeypatch.setitem(RECORDS, "triton", triton)
+    dispatch.configure("attention=cuda")
+    torch.compiler.reset()
+    compiled = torch.compile(attention_with_lse, fullgraph=True, backend="aot_eager")
+    assert_as_good_as_torch(compiled, [normal(1, n, 1, 16).cpu() for n in (5, 7, 7)], formula(1))
     assert seen
 
 

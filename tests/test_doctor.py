@@ -59,6 +59,15 @@ def test_what_is_not_installed_says_how_to_get_it(monkeypatch):
     assert not row["available"] and row["version"] is None and "hopper/" in row["reason"]
 
 
+def test_a_folder_is_not_taken_for_the_package_of_its_name(monkeypatch):
+    """Such as kernels/ of this project, for a Python that was started in the checkout."""
+    folder = types.ModuleType("kernels")
+    folder.__file__ = None
+    monkeypatch.setitem(sys.modules, "kernels", folder)
+    row = probe("kernels (Hugging Face)")
+    assert not row["available"] and row["reason"].startswith("pip install kernels, then kernels.get_kernel(")
+
+
 def test_version_skew_keeps_its_message(monkeypatch):
     def skewed(name):
         raise AttributeError("module 'cutlass' has no attribute 'Arch'")

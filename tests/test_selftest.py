@@ -79,6 +79,9 @@ def test_on_a_gpu_the_cases_reach_what_the_kernels_are_made_for(hopper):
     assert {c.backward for c in found if c.op == "attention" and c.implementation == "cuda"} == set(
         RECORDS["cuda"].backwards
     )
+    pairs = {(c.implementation, c.backward) for c in found if c.operation == module.LOW}
+    assert {("cudnn", ""), ("cuda", "triton"), ("cuda", "fa3")} < pairs  # without cuDNN's own, which errs
+    assert not {("cudnn", "cudnn"), ("cuda", "cudnn")} & pairs
     for op in ("modulate", "gated_add_norm", "qk_norm_rope", "reward_pool"):
         assert sizes[op, "cuda"] == {"384x1784", "1536x1784", "5120x1784"}
     for length in (376, 1784):  # what the sequence of 480p leaves of every tile

@@ -2,9 +2,9 @@
 
 A replay costs one launch instead of one per kernel. A graph reads fixed addresses: inputs are copied into
 tensors that belong to the recording, and all recordings are dropped when other memory that the function reads
-(weights) has moved. The working memory of a graph stays reserved; all graphs of one function share it,
-because they never run at the same time. The result of a graph is overwritten by the next replay, of any
-shape.
+(weights) has moved, or when the inputs come on another device. The working memory of a graph stays reserved;
+all graphs of one function share it, because they never run at the same time. The result of a graph is
+overwritten by the next replay, of any shape.
 """
 
 from collections.abc import Callable, Hashable
@@ -13,6 +13,8 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+
+from prfl_kernels.jit import on
 
 WARMUPS = 2  # runs before a recording: autotuning, workspaces and tables must be there
 
@@ -68,8 +70,16 @@ class Captured:
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor, key: Hashable) -> Tensor:
-        """fn(*inputs, key), in memory that the next call overwrites."""
-        at = self.addresses()
+        """fn(*inputs, key), in memory that the next call overwrites, recorded and replayed on the device of
+        the inputs. Raises ValueError for inputs of several devices."""
+        devices = list(dict.fromkeys(a.device for a in inputs))
+        if len(devices) != 1:
+            raise ValueError(f"cuda graph: got inputs on {' and '.join(map(str, devices))}, want one device")
+        with on(devices[0]):
+            return self._replayed(inputs, key, (devices[0], self.addresses()))
+
+    def _replayed(self, inputs: tuple[Tensor, ...], key: Hashable, at: Hashable) -> Tensor:
+        """The result on inputs of the current device; `at` is where everything else is."""
         if at != self._at:
             self.recordings.clear()
             self._at = at

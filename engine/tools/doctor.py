@@ -20,6 +20,7 @@ import torch
 
 from prfl_engine.gpu import _nvml_values
 from prfl_kernels import dispatch, extension, processor
+from prfl_kernels.attention import hub
 
 GIB = 1 << 30
 CPU_FLAGS = (  # x86, then Arm
@@ -43,6 +44,7 @@ BACKENDS = (
             "pip install --pre flash-attn-4 (Hopper, Blackwell)"),
     Backend("FlashAttention 3", "flash_attn_interface", "flash_attn_3", "flash_attn_func",
             "build the hopper/ folder of the flash-attention repository (Hopper)"),
+    Backend("kernels (Hugging Face)", "kernels", "kernels", "get_local_kernel", hub.GET),
     Backend("FlashAttention 2", "flash_attn", "flash-attn", "flash_attn_func",
             "pip install --no-build-isolation flash-attn (compiles, needs nvcc)"),
     Backend("xformers", "xformers.ops", "xformers", "memory_efficient_attention",
@@ -218,6 +220,8 @@ def _probe(backend: Backend) -> dict:
     else:
         try:
             module = importlib.import_module(backend.module)
+            if vars(module).get("__file__", "") is None:  # a folder of that name, such as this project's
+                raise ModuleNotFoundError(name=backend.module)
             available = getattr(module, backend.attribute) is not None
         except (ImportError, AttributeError) as error:
             available = False

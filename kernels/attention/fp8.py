@@ -39,7 +39,7 @@ from prfl_kernels.attention import cuda as attention_hopper
 from prfl_kernels.checks import checked, expect, expect_float, expect_rank
 from prfl_kernels.dispatch import REFERENCE, TRITON, implementation
 from prfl_kernels.fp8.linear import E4M3, forbid_gradient, never
-from prfl_kernels.jit import jit, register, tl, triton
+from prfl_kernels.jit import jit, launch, register, tl, triton
 
 HEAD_DIMS = (64, 128)
 # 128 x 128 tiles on 8 warps: 255 registers at D = 128 (237 with one level of sums) and none
@@ -185,7 +185,8 @@ def launch_quantize(v: Tensor, inverse: Tensor, padded: int) -> Tensor:
     v = v if v.stride(-1) == 1 else v.contiguous()
     batch, length, heads, dim = v.shape
     out = v.new_empty(batch, heads, dim, padded, dtype=E4M3)
-    _quantize_kernel[(padded // BLOCK_N, batch * heads)](
+    launch(
+        _quantize_kernel, (padded // BLOCK_N, batch * heads),
         v, inverse, out, *v.stride()[:3], length, heads, padded, dim, BLOCK_N,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -218,7 +219,8 @@ def launch_forward(
         for a, block in ((q8, rows), (k8, BLOCK_N))
     ]
     values = TensorDescriptor.from_tensor(v8.contiguous().view(-1, padded), [dim, BLOCK_N])
-    _forward_kernel[(triton.cdiv(length, rows), batch * heads)](
+    launch(
+        _forward_kernel, (triton.cdiv(length, rows), batch * heads),
         *descriptors, values, q_scale.contiguous(), by_head, v_scale.contiguous(), out, lse,
         length, keys, heads, padded, scale * math.log2(math.e), dim, rows, BLOCK_N, P_BITS,
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,

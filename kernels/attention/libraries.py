@@ -186,7 +186,7 @@ def _missing(*needs: Need) -> str | None:
         try:
             function = getattr(_module(need.module), need.attribute)
         except (ImportError, AttributeError, OSError, ValueError, RuntimeError) as error:
-            return f"{need.module}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            return f"{need.module}: {' '.join(str(error).split()) or type(error).__name__}"
         if need.argument and not _takes(function, need.argument):
             return f"{need.module}: {need.attribute} has no {need.argument}: {need.without}"
     return None

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from prfl_kernels import tuning
 from prfl_kernels.dispatch import TRITON, Implementation, requires
-from prfl_kernels.jit import absence, jit, tl, triton
+from prfl_kernels.jit import absence, jit, launch, tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128)  # the first two for small models
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -269,7 +269,8 @@ def forward(
     m, n, warps, stages = _tile("forward", FORWARD, q, k)
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
-    _forward_kernel[(triton.cdiv(length, m), batch * heads)](
+    launch(
+        _forward_kernel, (triton.cdiv(length, m), batch * heads),
         *(_descriptor(a, rows) for a, rows in ((q, m), (k, n), (v, n), (out, m))), lse,
         length, k.shape[1], heads, scale * LOG2E, _last(scale, repeats), dim, m, n,
         num_warps=warps, num_stages=stages, enable_fp_fusion=True,
@@ -300,7 +301,8 @@ def backward(
     padded = triton.cdiv(length, 128) * 128  # whole blocks of every kernel
     lse2, delta = q.new_empty(2, batch, heads, padded, dtype=torch.float32)
     options = {"enable_fp_fusion": True}
-    _rows_kernel[(padded // ROWS, batch * heads)](
+    launch(
+        _rows_kernel, (padded // ROWS, batch * heads),
         dout, out, lse, dlse, lse2, delta, *dout.stride()[:3], length, heads, padded, dim, ROWS,
         num_warps=4, **options,
     )  # fmt: skip
@@ -314,7 +316,8 @@ def backward(
         dtype = k.dtype if runs == 1 else torch.float32
         dk, dv = (k.new_empty(runs * batch, *k.shape[1:], dtype=dtype) for _ in range(2))
         held = ((q, m), (k, n), (v, n), (dout, m), (dk, n), (dv, n))
-        _keys_kernel[(triton.cdiv(keys, n), batch * heads, runs)](
+        launch(
+            _keys_kernel, (triton.cdiv(keys, n), batch * heads, runs),
             *(_descriptor(a, rows) for a, rows in held), lse2, delta, length, heads, padded, run,
             scale * LOG2E, scale, last, last_key, dim, m, n, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip
@@ -324,7 +327,8 @@ def backward(
         dq = q.new_empty(q.shape)
         m, n, warps, stages = _tile("queries", QUERIES, q, k)
         held = ((q, m), (k, n), (v, n), (dout, m), (dq, m))
-        _queries_kernel[(triton.cdiv(length, m), batch * heads)](
+        launch(
+            _queries_kernel, (triton.cdiv(length, m), batch * heads),
             *(_descriptor(a, rows) for a, rows in held), lse2, delta, keys, heads, padded,
             scale * LOG2E, scale, last, dim, m, n, num_warps=warps, num_stages=stages, **options,
         )  # fmt: skip

@@ -17,14 +17,14 @@ from prfl_kernels.bias_gelu import CUBIC, TWO_K, _gelu
 from prfl_kernels.checks import checked, expect_float
 from prfl_kernels.dispatch import REFERENCE, TRITON, implementation
 from prfl_kernels.fp8.e4m3 import E4M3, forbid_gradient, never, quantize_rows, row_scales
-from prfl_kernels.jit import jit, register, tl, triton
+from prfl_kernels.jit import jit, launch, register, tl, triton
 
 # Values of a row for a warp: 32 a thread, two stores of 16 bytes. A row of 13,824 takes 16 warps.
 LANES, WARPS = 1024, 16
 
 
 def reference(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    """`launch` in plain torch."""
+    """`triton_forward` in plain torch."""
     return quantize_rows(F.gelu(x.float(), approximate="tanh") if gelu else x)
 
 
@@ -44,20 +44,21 @@ def _kernel(
     tl.store(out_ptr + row * C + o_c, (z / scale).to(out_ptr.dtype.element_ty), mask=m_c)
 
 
-def launch(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+def triton_forward(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """(e4m3 [..., C], float32 scales [...]) of x [..., C]."""
     x = x.contiguous()
     out, scale = x.new_empty(x.shape, dtype=E4M3), x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
         block = triton.next_power_of_2(x.shape[-1])
         warps = min(WARPS, max(1, block // LANES))
-        _kernel[(scale.numel(),)](
-            x, out, scale, x.shape[-1], block, gelu, CUBIC, TWO_K, num_warps=warps, enable_fp_fusion=True
-        )
+        launch(
+            _kernel, (scale.numel(),),
+            x, out, scale, x.shape[-1], block, gelu, CUBIC, TWO_K, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
     return out, scale
 
 
-IMPLEMENTATIONS = {REFERENCE: reference, TRITON: launch}
+IMPLEMENTATIONS = {REFERENCE: reference, TRITON: triton_forward}
 dispatch.register("quantize_fp8", dispatch.common(IMPLEMENTATIONS, e4m3=True))
 
 

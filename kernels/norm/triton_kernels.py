@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prfl_kernels import tuning
 from prfl_kernels.fp8.e4m3 import row_scales
-from prfl_kernels.jit import jit, tl, triton
+from prfl_kernels.jit import jit, launch, tl, triton
 from prfl_kernels.norm.launch import Backward, Forward
 
 # Runs of tokens on the whole batch: enough to fill 132 SMs, few enough that their partial sums stay
@@ -174,7 +174,8 @@ def forward(a: Forward) -> None:
     parts = "y" * (a.y is not None) + "n" * (a.n is not None) + "8" * fp8
     kind = 8 * a.x.element_size(), parts
     grid, rows, options = _plan("add_norm forward", kind, a.x, WARPS_FORWARD, 512 if fp8 else 256)
-    _forward[grid](
+    launch(
+        _forward, grid,
         *a.tensors, *_strides(a.x, a.y), *map(_stride, (a.gate, a.scale, a.shift)),
         a.x.shape[1], rows, a.eps, a.base, **options,
     )  # fmt: skip
@@ -188,7 +189,8 @@ def backward(a: Backward) -> None:
     grid, rows, options = _plan("add_norm backward", kind, a.rows, WARPS_BACKWARD)
     batch, slots, width = a.sums.shape
     part = a.sums.new_empty(batch, grid[0], slots, width)
-    _backward[grid](
+    launch(
+        _backward, grid,
         *a.inputs, a.dx, a.dy, part,
         *_strides(a.dn, a.dsum, a.x, a.y), _stride(a.gate), _stride(a.scale), a.rows.shape[1], rows, a.base,
         PARAMETERS=a.wants_parameters, GATE=a.wants_gate, **options,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels.fp8.e4m3 import row_scales
-from prfl_kernels.jit import jit, tl, triton
+from prfl_kernels.jit import jit, launch, tl, triton
 from prfl_kernels.norm.triton_kernels import run_grid
 from prfl_kernels.qk_norm_rope.launch import Backward, Forward
 from prfl_kernels.qk_norm_rope.rope import cos_sin, pairs_of
@@ -180,7 +180,7 @@ def _plan(kernel: str, what: str, a: Forward | Backward, max_warps: int, lanes: 
     heads, dims = triton.next_power_of_2(a.num_heads), triton.next_power_of_2(head_dim)
     default = min(max_warps, max(1, heads * dims // lanes))
     kind = 8 * a.q.element_size(), "q" + "k" * (a.k is not None) + what
-    launch, run, warps = run_grid(kernel, kind, batch, length, heads * dims, default)
+    grid, run, warps = run_grid(kernel, kind, batch, length, heads * dims, default)
     tables, places, turned = (None, None), (1, 1), (0, 0, 0)
     if a.grid is not None:
         tables = cos_sin(head_dim, tuple(a.grid), False, a.q.device, torch.float32)
@@ -189,7 +189,7 @@ def _plan(kernel: str, what: str, a: Forward | Backward, max_warps: int, lanes: 
         "H": a.num_heads, "D": head_dim, "HP": heads, "DP": dims, "FRAME": turned[0], "ROW": turned[1],
         "ROPE": a.grid is not None, "num_warps": warps, "enable_fp_fusion": True,
     }  # fmt: skip
-    return launch, tables, (length, run, a.offset, *places), options
+    return grid, tables, (length, run, a.offset, *places), options
 
 
 def _strides(x: Tensor, other: Tensor | None) -> tuple[int, ...]:
@@ -199,10 +199,11 @@ def _strides(x: Tensor, other: Tensor | None) -> tuple[int, ...]:
 
 def forward(a: Forward) -> None:
     """Fill a launch."""
-    launch, tables, integers, options = _plan(
+    grid, tables, integers, options = _plan(
         "qk_norm_rope forward", "8" * a.fp8, a, WARPS_FORWARD, 512 if a.fp8 else 256
     )
-    _forward[launch](
+    launch(
+        _forward, grid,
         a.q, a.k, a.weight_q, a.weight_k, *tables, a.out_q, a.out_k, a.quant_q, a.quant_k, a.rstd_q,
         a.rstd_k, *_strides(a.q, a.k), *integers, a.eps, **options,
     )  # fmt: skip
@@ -211,10 +212,11 @@ def forward(a: Forward) -> None:
 def backward(a: Backward) -> None:
     """Fill a launch."""
     what = "" if a.dweight is None else "p"
-    launch, tables, integers, options = _plan("qk_norm_rope backward", what, a, WARPS_BACKWARD)
-    part = None if a.dweight is None else a.dweight.new_empty(len(a.q), launch[0], *a.dweight.shape)
+    grid, tables, integers, options = _plan("qk_norm_rope backward", what, a, WARPS_BACKWARD)
+    part = None if a.dweight is None else a.dweight.new_empty(len(a.q), grid[0], *a.dweight.shape)
     dout_q, dout_k = (d if d is None else d.flatten(2) for d in (a.dout_q, a.dout_k))
-    _backward[launch](
+    launch(
+        _backward, grid,
         dout_q, dout_k, a.q, a.k, a.weight_q, a.weight_k, *tables, a.rstd_q, a.rstd_k, a.dq, a.dk, part,
         *_strides(dout_q, dout_k), *_strides(a.q, a.k), *integers, **options,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import tuning
-from prfl_kernels.jit import jit, tl, triton
+from prfl_kernels.jit import jit, launch, tl, triton
 from prfl_kernels.reward_pool.launch import Backward, Forward
 
 MAX_QUERIES = 64
@@ -192,9 +192,11 @@ def forward(a: Forward) -> None:
     grid, run, options = _plan("forward", a.x, queries, 1)
     top, total = a.u.new_empty(2, batch, grid[0], queries)
     acc = a.u.new_empty(batch, grid[0], queries, width)
-    _forward[grid](a.x, a.u, a.scores, top, total, acc, *a.x.stride()[:2], length, run, queries, **options)
+    tensors = a.x, a.u, a.scores, top, total, acc
+    launch(_forward, grid, *tensors, *a.x.stride()[:2], length, run, queries, **options)
     block = 512
-    _merge[(triton.cdiv(width, block), queries, batch)](
+    launch(
+        _merge, (triton.cdiv(width, block), queries, batch),
         top, total, acc, a.pooled, a.lse, grid[0], queries, C=width, BLOCK=block, num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -205,7 +207,8 @@ def backward(a: Backward) -> None:
     passes = 0 if a.du is None else 1 if a.dx is None else 2
     grid, run, options = _plan("backward", a.x, len(a.u), passes)
     part = None if a.du is None else a.u.new_empty(len(a.x), grid[0], *a.u.shape)
-    _backward[grid](
+    launch(
+        _backward, grid,
         a.x, a.u, a.dpooled, a.scores, a.lse, a.delta, a.dx, part, *a.x.stride()[:2], a.x.shape[1], run,
         len(a.u), **options,
     )  # fmt: skip
