@@ -7,6 +7,7 @@ training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from prfl_engine import __version__
 from prfl_engine.config import load_config
@@ -108,6 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--tokens", nargs="+", type=int, metavar="N", help="default: 32760 75600")
     tune.add_argument("--sp", type=int, default=1, metavar="N", help="GPUs of a sequence (default: 1)")
     tune.add_argument("--list", action="store_true", help="print the choices, measure nothing")
+    accept = command("accept", _accept, "First contact with a GPU: what works, and how fast.", config=False)
+    accept.add_argument("--minutes", type=float, default=8, help="default: %(default)s; 0: the report alone")
+    accept.add_argument("--out", default="runs/accept", metavar="DIR", help="default: %(default)s")
+    accept.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows or stages, patterns too")
+    accept.add_argument("--list", action="store_true", help="print rows and predicted seconds, run nothing")
     golden = command("golden", _golden, "Compute the values of a golden folder.", config=False)
     golden.add_argument("folder", metavar="DIR")
     golden.add_argument("--out", required=True, metavar="FILE", help=".safetensors to write")
@@ -205,6 +211,17 @@ def _tune(args) -> None:
     with refusing():
         for line in work(models, lengths, args.sp):
             print(line, flush=True)
+
+
+def _accept(args) -> int:
+    from prfl_bench.accept import listing
+    from prfl_bench.accept.command import accept
+    from prfl_bench.accept.run import chosen
+
+    if args.list:
+        print(listing.text(chosen(listing.rows("cuda"), args.only)))
+        return 0
+    return accept(Path(args.out), args.minutes, args.only)
 
 
 def _golden(args) -> None:

@@ -172,12 +172,14 @@ def _schedule(steps: int) -> flow.Schedule:
         return flow.make_schedule("euler", steps, 1.0)
 
 
-def _generator(setup: Setup, blocks: int) -> WanTransformer:
+def generator(setup: Setup, blocks: int) -> WanTransformer:
+    """The generator of a setup, with its first blocks, on the default device; weights as torch draws them."""
     model = _transformer(setup, setup.config, blocks)
     return model if setup.lora is None else lora.attach(model, setup.lora)
 
 
-def _reward(setup: Setup, blocks: int) -> RewardModel:
+def reward_model(setup: Setup, blocks: int) -> RewardModel:
+    """Its frozen reward model, likewise."""
     r = setup.reward
     config = r.config or setup.config
     pool = QueryPool(config.dim, r.queries, r.heads, add_query=r.add_query)
@@ -213,8 +215,8 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
     longer ones hold of the chain is allocated in addition."""
     found: dict[str, Laps] = {}
     with fake_tensors():
-        model, n = _generator(setup, len(policies)), setup.reward_blocks
-        reward = _reward(setup, n) if n else None
+        model, n = generator(setup, len(policies)), setup.reward_blocks
+        reward = reward_model(setup, n) if n else None
         for p in model.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         if setup.sft:
@@ -259,7 +261,7 @@ def _rollout_bytes(setup: Setup) -> int:
     """Most bytes of the steps without gradient before a graded one, in addition to weights and gradients."""
     most: dict[int, int] = {}
     with fake_tensors():
-        model, reward = _generator(setup, 2), _reward(setup, 1)
+        model, reward = generator(setup, 2), reward_model(setup, 1)
         live = _counter(model, reward)
         base = live.now - SCALARS - setup.pool
         with live:
@@ -360,9 +362,9 @@ def validation_bytes(setup: Setup) -> int:
     """Most bytes of setup.validation, in addition to the weights; there are no gradients then."""
     v, reward, scored = setup.validation, None, None
     with fake_tensors(), torch.no_grad():
-        model = _generator(setup, 2)
+        model = generator(setup, 2)
         if v.scored:
-            reward = _reward(setup, 2)
+            reward = reward_model(setup, 2)
         live = _counter(model, reward)
         base = live.now - SCALARS - setup.pool
         with live:

@@ -1,0 +1,398 @@
+"""The acceptance run: workers that survive faults, results that are kept, a report, README's tables."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import accept_faults
+import pytest
+import torch
+
+from prfl_bench import bench_kernels, selftest
+from prfl_bench.accept import claims, constants, correct, listing, readme, report, sanitizer, steps, tiles
+from prfl_bench.accept.command import accept
+from prfl_bench.accept.crew import Worker
+from prfl_bench.accept.journal import FILE, Journal
+from prfl_bench.accept.results import Results, newest, read
+from prfl_bench.accept.row import DIED, FAILED, HUNG, RAN, REFUSED, STAGES, Context, Row, Task
+from prfl_bench.accept.run import Run, chosen
+from prfl_engine import cli
+from prfl_engine.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = "accept_faults:rows"
+CPU = Context("cpu", {})
+
+
+@pytest.fixture
+def worker(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    made = Worker(SOURCE, "cpu", tmp_path / "log")
+    yield made
+    made.close()
+
+
+def test_every_fault_costs_its_own_row_alone(worker):
+    """In one worker that is replaced: a right result, a wrong one, one that raises, SIGSEGV, a hang."""
+    rows = {row.name.split("/")[1]: row for row in accept_faults.rows("cpu")}
+    last = accept_faults.rows("cpu")[-1]
+    assert worker.run(Task(last), {"a": {}, "b": {}}, 120)["values"] == {"known": ["a", "b"]}
+    got = {}
+    for name in ("right", "wrong", "raising", "crash", "absent", "hang"):
+        (part,) = worker.parts(rows[name])
+        limit = 8 if name == "hang" else 120
+        got[name] = worker.run(Task(rows[name], part), {}, limit)
+    states = {name: result["state"] for name, result in got.items()}
+    assert states == {
+        "right": RAN, "wrong": FAILED, "raising": FAILED, "crash": DIED, "absent": REFUSED, "hang": HUNG,
+    }  # fmt: skip
+    assert "of the limit" in got["wrong"]["detail"] and got["wrong"]["values"]["error"] > 1
+    assert got["raising"]["detail"] == "RuntimeError: no kernel image is available"
+    assert got["crash"]["detail"].startswith("SIGSEGV: Fatal Python error")
+    assert got["hang"]["detail"] == "no answer within 8 s, killed" and worker.process is None
+
+
+class Answers(Worker):
+    """A worker without a process: what becomes of every row is told beforehand."""
+
+    def __init__(self, states: dict[str, str]):
+        super().__init__("", "cpu", Path(os.devnull))
+        self.states, self.asked = states, []
+
+    def run(self, task, known, limit):
+        self.asked.append(task.name)
+        state = self.states.get(task.name, RAN)
+        return {
+            "name": task.name,
+            "stage": task.row.stage,
+            "state": state,
+            "detail": "",
+            "values": {},
+            "seconds": 0.1,
+        }
+
+
+def a_run(tmp_path, monkeypatch, rows, minutes=1.0, states=()):
+    """The run, and the workers that it asked for."""
+    out = tmp_path / "out"
+    run = Run(rows, "cpu", out, Journal(out, {"device": "cpu"}), minutes, lambda _: None)
+    answers = Answers(dict(states))
+    monkeypatch.setattr(run, "_worker", lambda environment: answers)
+    run.run()
+    return run, answers
+
+
+def row(name: str, small: float = 1.0, **more) -> Row:
+    return Row(name, lambda context: None, 1.0, small, **more)
+
+
+def test_what_does_not_fit_into_the_minutes_is_listed_and_the_rest_runs(tmp_path, monkeypatch):
+    rows = [row("memory/a"), row("memory/long", 3600), row("memory/b")]
+    run, answers = a_run(tmp_path, monkeypatch, rows)
+    assert answers.asked == ["memory/a", "memory/b"]
+    assert list(run.not_run) == ["memory/long"] and "takes about" in run.not_run["memory/long"]
+
+
+def test_predictions_are_corrected_by_what_the_stage_took(tmp_path, monkeypatch):
+    run, _ = a_run(tmp_path, monkeypatch, [row("memory/a", 1.0)])
+    assert run.expected(Task(row("memory/b", 10.0))) == pytest.approx(2.0)  # at most five times as fast
+    assert run.expected(Task(row("attention/b", 10.0))) == 10.0
+
+
+def test_rows_that_are_not_timed_run_beside_each_other(tmp_path, monkeypatch):
+    """Parts of several rows by three workers, each part once; what is timed comes after all of them."""
+    monkeypatch.setattr("prfl_bench.accept.run.workers_for", lambda device: 3)
+    monkeypatch.setattr(Answers, "parts", lambda self, row: [f"{i}" for i in range(5)])
+    rows = [row(f"correct/{n}", alone=False, parts=lambda device: []) for n in "ab"] + [row("memory/a")]
+    _, answers = a_run(tmp_path, monkeypatch, rows)
+    assert sorted(answers.asked[:-1]) == [f"correct/{n}/{i}" for n in "ab" for i in range(5)]
+    assert answers.asked[-1] == "memory/a"
+
+
+def test_a_row_that_the_end_of_the_minutes_cuts_off_has_not_run(tmp_path, monkeypatch):
+    run, _ = a_run(tmp_path, monkeypatch, [row("memory/a")], minutes=0.2, states={"memory/a": HUNG})
+    assert "when the minutes were over" in run.not_run["memory/a"] and not run.journal.results
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
+    rows = [row("memory/a"), row("memory/b")]
+    a_run(tmp_path, monkeypatch, rows[:1])
+    _, answers = a_run(tmp_path, monkeypatch, rows)
+    assert answers.asked == ["memory/b"]
+
+
+def test_a_cut_last_line_is_dropped_and_a_broken_one_is_named(tmp_path):
+    journal = Journal(tmp_path, {"device": "cpu"})
+    for name in ("a/1", "a/2"):
+        journal.add({"name": name, "state": RAN})
+    path = tmp_path / FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    again = Journal(tmp_path, {"device": "cpu"})
+    assert list(again.results) == ["a/1"]
+    again.add({"name": "a/3", "state": RAN})
+    assert list(Journal(tmp_path, None).results) == ["a/1", "a/3"]
+    path.write_bytes(whole.replace(b'{"name": "a/1"', b'{"name"; "a/1"'))
+    with pytest.raises(UserError, match="line 2 is no JSON"):
+        Journal(tmp_path, {"device": "cpu"})
+
+
+def test_results_of_another_machine_are_refused(tmp_path):
+    Journal(tmp_path, {"device": "cpu", "sources": "1"})
+    with pytest.raises(UserError, match="want another folder"):
+        Journal(tmp_path, {"device": "cpu", "sources": "2"})
+
+
+BLOCKED = (
+    "av", "torchao", "tensorboard", "flash_attn", "flash_attn_interface", "xformers", "peft", "diffusers",
+    "transformers", "wandb", "pynvml", "scipy", "pandas", "kernels", "hypothesis", "pytest",
+)  # fmt: skip
+SELECTION = (
+    "environment/machine", "environment/build", "correct/rms_norm/cpu", "attention/self/14B/32760/cpu",
+    "memory/gated_add/14B/32760", "graphs/1.3B/1560", "sanitizer/memcheck",
+)  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the small form")
+def test_a_selection_runs_without_optional_packages_and_goes_on_after_kill(tmp_path):
+    """By the command, in processes that cannot import what is optional; killed once on the way."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import sys\nfor name in {BLOCKED}:\n    sys.modules[name] = None\n"
+    )
+    out, file = tmp_path / "out", tmp_path / "out" / FILE
+    command = [sys.executable, "-m", "prfl_engine.cli", "accept", "--out", str(out), "--only", *SELECTION]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (file.exists() and len(file.read_bytes().splitlines()) > 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = file.read_bytes().splitlines()
+    done = subprocess.run([*command, "--minutes", "5"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert file.read_bytes().splitlines()[: len(before) - 1] == before[:-1]
+    results = read(next(out.glob("*-cpu.json")))
+    states = {name: result["state"] for name, result in results.rows.items()}
+    assert {s for n, s in states.items() if not n.startswith(("sanitizer", "environment"))} == {RAN}, (
+        done.stdout
+    )
+    assert len(states) > len(SELECTION)
+    page = (out / report.HTML).read_text()
+    assert "Acceptance run on CPU" in page and "They say nothing of a GPU" in page
+    assert {v.verdict for v in claims.verdicts(results)} == {claims.UNKNOWN}
+
+
+def test_a_report_alone_needs_a_folder_with_results(tmp_path):
+    with pytest.raises(UserError, match="holds no results to report"):
+        accept(tmp_path, 0, [])
+
+
+# What is listed.
+
+
+def test_the_first_minutes_hold_all_correctness_rows_and_attention_at_one_shape(capsys):
+    assert cli.main(["accept", "--list"]) == 0
+    text = capsys.readouterr().out
+    first = text.split("minutes end here")[0]
+    rows = listing.rows("cuda")
+    assert all(
+        r.name in first for r in rows if r.stage == "correct" or r.name.startswith("attention/self/14B/32760")
+    )
+    assert all(r.name in text and r.seconds > 0 for r in rows)
+    assert len({r.name for r in rows}) == len(rows) and {r.stage for r in rows} == set(STAGES)
+    assert "Predicted, not measured" in text
+
+
+def test_names_stages_and_patterns_choose_rows():
+    rows = listing.rows("cuda")
+    assert [r.name for r in chosen(rows, ["environment"])] == [r.name for r in rows[:3]]
+    assert [r.name for r in chosen(rows, ["step/1.3B/none", "graphs/*/1560"])] == [
+        "step/1.3B/none",
+        "graphs/1.3B/1560",
+    ]
+    with pytest.raises(UserError, match="--only: got 'nothing'"):
+        chosen(rows, ["nothing"])
+
+
+def test_the_cases_are_those_of_the_self_test():
+    parts = {p for r in listing.rows("cpu") if r.stage == "correct" for p in r.parts("cpu")}
+    assert parts == {case.name for case in selftest.cases("cpu")}
+
+
+def test_every_operation_of_the_list_is_timed():
+    """Except the sublayers and the linear layer, whose time is that of products."""
+    timed = {r.name.split("/")[1] for r in listing.rows("cuda") if r.stage == "memory"}
+    left = {"modulated_attention", "modulated_ffn", "fp8_linear"}
+    want = {e.name.replace(", ", "-") for e in bench_kernels.ENTRIES if not e.name.startswith("attention")}
+    assert timed == want - left
+
+
+# Single stages.
+
+
+def test_a_step_takes_the_bytes_that_are_predicted():
+    got, want = (made(CPU, "large/14B/full").values["bytes"] for made in (steps.measure, steps.predict))
+    assert 0.98 * want < got <= want
+
+
+def test_tiles_are_measured_and_the_default_kept_unless_another_is_faster(monkeypatch):
+    one = tiles.tune.Asked("some kernel", (16,), (1,))
+    monkeypatch.setattr(tiles, "choices", lambda small: {"some": ("", lambda device: None, one)})
+    for times, best in (({(1,): 1.0, (2,): 0.5, (3,): None}, [2]), ({(1,): 1.0, (2,): 0.99}, [1])):
+        monkeypatch.setattr(tiles.tune, "measure", lambda *_, times=times: times)
+        assert tiles.run(Context("cuda", {}, "some")).values["best"] == best
+
+
+SANITIZER = {
+    "clean": ("called modulate\n========= ERROR SUMMARY: 0 errors\n", 0, RAN),
+    "an access": (
+        "called modulate\n========= Invalid __global__ read\n========= ERROR SUMMARY: 3 errors\n",
+        0,
+        FAILED,
+    ),
+    "a race": (
+        "called a\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n",
+        0,
+        FAILED,
+    ),
+    "nothing ran": ("========= ERROR SUMMARY: 0 errors\n", 1, FAILED),
+    "refused": ("Device not supported\n", 1, FAILED),
+}
+
+
+@pytest.mark.parametrize("case", SANITIZER)
+def test_the_sanitizer_is_read(case, tmp_path, monkeypatch):
+    """By a program of that name that prints what compute-sanitizer does."""
+    text, code, state = SANITIZER[case]
+    program = tmp_path / sanitizer.NAME
+    program.write_text(f"#!{sys.executable}\nprint({text!r}, end='')\nraise SystemExit({code})\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = sanitizer.run(CPU, "memcheck")
+    assert found.state == state, found
+
+
+def test_without_the_sanitizer_it_is_refused(monkeypatch):
+    monkeypatch.setattr(sanitizer, "program", lambda: None)
+    assert sanitizer.run(CPU, "memcheck").state == REFUSED
+
+
+# Claims, tables, constants: on results as a GPU may give them.
+
+
+def timed(name: str, backend: str, ms: float, **more) -> dict:
+    return {
+        "op": "", "pass": name, "backend": backend, "ms": {"median": ms, "least": ms, "most": ms}, "flops": 1,
+        "tflop_per_s": 22_000 / ms, "gb_per_s": 2000 / ms, "roofline": 0.5, "peers": {},
+    } | more  # fmt: skip
+
+
+def gpu_results(cudnn=60.0, size=15e9, waits=0, graphs=1.5) -> Results:
+    def result(name, state=RAN, **values):
+        return {
+            "name": name,
+            "stage": name.split("/")[0],
+            "state": state,
+            "detail": "<b>",
+            "seconds": 1.0,
+            "values": values,
+        }
+
+    def self_attention(backend, ms):
+        rows = [timed("forward", backend, ms), timed("backward", backend, 2 * ms)]
+        return result(f"attention/self/14B/32760/{backend}", rows=rows)
+
+    peers = {"compile": {"ms": 2.0, "ratio": 2.0}}
+    made = [
+        result("environment/machine", operations=[{"op": "attention", "implementation": "cudnn"},
+               {"op": "modulate", "implementation": "triton"}], driver="580.1"),
+        result("environment/rates", product=8e14, copy=4.2e12, fp8=1.4e15),
+        result("correct/modulate/cuda/a", error=0.5), result("correct/modulate/triton/a", FAILED, error=2.0),
+        self_attention("cudnn", cudnn), self_attention("triton", 50.0),
+        result("memory/modulate/14B/32760", rows=[timed("forward", "triton", 1.0, peers=peers),
+               timed("forward", "cuda", 0.9, peers=peers)]),
+        result("tiles/norms/x", kernel="add_norm forward", key=[8192], default=[8, 528], best=[16, 264],
+               timed=True),
+        result("step/predicted/1.3B/attention", bytes=15.5e9, seconds=4.0, host=0),
+        result("step/1.3B/attention", bytes=size, seconds=4.1, step=4.2, waits=waits),
+        result("graphs/1.3B/1560", gain=graphs),
+        result("sanitizer/memcheck", REFUSED),
+    ]  # fmt: skip
+    machine = {"device": "cuda", "name": "NVIDIA H200", "torch": "2.11", "triton": "3.6", "sources": "abc"}
+    return Results(machine, "2026-01-02", {r["name"]: r for r in made}, {"graphs/1.3B/32760": "no time left"})
+
+
+def verdict_of(results: Results, text: str) -> str:
+    (found,) = (v.verdict for v in claims.verdicts(results) if text in v.text)
+    return found
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.text[:40])
+def test_claims_stand_where_they_are_said_to(claim):
+    assert claim.text in " ".join((ROOT / claim.file).read_text().split())
+
+
+@pytest.mark.parametrize(
+    "text, change",
+    [
+        ("Attention is the first", dict(cudnn=40.0)), ("model.recompute=attention", dict(size=20e9)),
+        ("A step reads nothing", dict(waits=3)), ("rollout.cuda_graph`: for few", dict(graphs=0.9)),
+    ],
+)  # fmt: skip
+def test_a_claim_is_judged_by_what_was_measured(text, change):
+    plain, other = verdict_of(gpu_results(), text), verdict_of(gpu_results(**change), text)
+    assert {plain, other} == {claims.HOLDS, claims.FAILS}
+
+
+def test_claims_without_a_measurement_say_so():
+    assert verdict_of(gpu_results(), "LoRA of rank 128") == claims.UNKNOWN
+    assert verdict_of(gpu_results(), "has run on a GPU yet") == claims.FAILS
+
+
+def test_a_report_of_a_gpu_has_everything_and_can_be_read_again(tmp_path):
+    page, held, proposals = report.write(tmp_path, gpu_results())
+    assert held.name == "2026-01-02-nvidia-h200.json" and read(held) == gpu_results()
+    text = page.read_text()
+    for part in (
+        "NVIDIA H200", "What went wrong", "correct/modulate/triton/a", "does not hold", "Default back ends",
+        "Tiles that beat the constants", "Not run (1)", "&lt;b&gt;",
+    ):  # fmt: skip
+        assert part in text, part
+    assert len(re.findall("<table", text)) == len(re.findall("<div class=box>", text))
+    kept = json.loads(proposals.read_text())
+    assert kept["choices"] == [{"kernel": "add_norm forward", "key": [8192], "choice": [16, 264]}]
+    found = {d["op"]: (d["now"], d["best"]) for d in kept["defaults"]}
+    assert found == {"attention": ("cudnn", "triton"), "modulate": ("triton", "cuda")}
+    assert constants.proposed(gpu_results())["gpu"] == "NVIDIA H200"
+
+
+def test_readme_has_the_tables_of_the_newest_results(tmp_path):
+    text = readme.README.read_text()
+    assert text == readme.rewritten(text, newest())
+    if newest() is None:
+        assert "predicted" in readme.section(None) and "Measured" not in readme.section(None)
+    report.write(tmp_path, gpu_results())
+    made = readme.rewritten(text, newest(tmp_path))
+    assert "Measured on one NVIDIA H200, torch 2.11, 2026-01-02." in made
+    assert "| cudnn | 367 / 183 |" in made and "| modulate | 1 | 0.9 | 2 | 2,222 |" in made
+    assert "| 1.3B/attention | 15 | 15.5 | 4.1 | 4 |" in made and "predicted from" not in made
+
+
+def test_results_of_a_cpu_do_not_get_into_readme(tmp_path):
+    results = gpu_results()
+    report.write(tmp_path, results._replace(machine=results.machine | {"device": "cpu", "name": "CPU"}))
+    assert newest(tmp_path) is None
+    with pytest.raises(UserError, match="got results of a CPU"):
+        readme.main([str(tmp_path / "2026-01-02-cpu.json")])
+
+
+def test_the_small_form_skips_what_cuda_alone_has():
+    names = {r.name for r in listing.rows("cpu")}
+    assert "attention/self/14B/32760/cpu" in names and not any("75600" in name for name in names)
+    assert correct.rows()
