@@ -3,7 +3,17 @@ turns acceleration off and on, and a resumed run does what the whole run did."""
 
 import pytest
 import torch
-from helpers import one_line, random_batch, relative, tiny_config, tiny_model, tiny_reward, under, write_run
+from helpers import (
+    model_and_batch,
+    one_line,
+    random_batch,
+    relative,
+    tiny_config,
+    tiny_model,
+    tiny_reward,
+    under,
+    write_run,
+)
 from no_sync import NoBlockingCopy, NoSync
 from training_runs import assert_equal, content, interrupt, values
 
@@ -23,8 +33,7 @@ SETTINGS = [{"precision": "fp8"}, {"cache": 0.3}, {"precision": "fp8", "cache": 
 
 
 def setup(model_type="t2v", size=2, **fields):
-    config = tiny_config(model_type, **WIDE)
-    model, batch = tiny_model(config), random_batch(config, size)
+    model, batch = model_and_batch(model_type, size, **WIDE)
     schedule = flow.make_schedule("unipc", STEPS, 5.0)
     return model, batch, schedule, Rollout(model, RolloutConfig(steps=STEPS, **fields), schedule)
 
