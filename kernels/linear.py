@@ -65,7 +65,8 @@ def _fake(x, weight, bias, down, up, scale):
 
 
 def _backward(d, x, weight, bias, down, up, scale, wants_x, wants, wants_low):
-    layer = Product(low_rank(down, up, scale), wants, wants_low)
+    low = low_rank(down, up, scale)
+    layer = Product(low, wants, wants_low and low is not None)
     dx = layer.backward(d, x, weight, bias=bias is not None, wants_x=wants_x)
     made, like = layer.gradients("weight"), dict(zip(_NAMES, (weight, bias, down, up), strict=True))
     rest = (made[k].to(a.dtype) if k in made else d.new_empty(0) for k, a in like.items())
