@@ -1,8 +1,9 @@
 """Bounds of configuration fields: part of the type annotation, checked when a section is built.
 
-    lr: Annotated[float, Within(0)] = 5e-6
+    lr: Annotated[float, Within(0, 1)] = 5e-6
 
-Every field of a `Section` is checked, those without a bound too: their type, and that a number is finite.
+Every field of a `Section` is checked, those without a bound too. Every number has bounds, within which a run
+neither overflows float32 nor fails for that number.
 """
 
 import functools
@@ -15,29 +16,22 @@ from typing import Annotated, Any, Literal
 
 from prfl_engine.errors import check
 
-LARGEST = 3.4e38
-"""Numbers of a configuration are finite in float32 too, in which most of them are used."""
 UNIONS = typing.Union, types.UnionType
 
 
 @dataclass(frozen=True)
 class Within:
-    """Numbers from low to high; `above` and `below` leave out that end."""
+    """Numbers from low to high, both included."""
 
-    low: float = -LARGEST
-    high: float = LARGEST
-    above: bool = False
-    below: bool = False
+    low: float
+    high: float
 
     def holds(self, value: float) -> bool:
-        low = self.low < value if self.above else self.low <= value
-        return low and (value < self.high if self.below else value <= self.high)
+        return self.low <= value <= self.high
 
     def __str__(self) -> str:
-        left = f"({self.low}" if self.above else f"[{self.low}"
-        right = f"{self.high})" if self.below else f"{self.high}]"
-        left = "(-inf" if self.low == -LARGEST else left
-        return f" in {left}, {'inf)' if self.high == LARGEST else right}"
+        low, high = (f"{end:g}" if isinstance(end, float) else end for end in (self.low, self.high))
+        return f" in [{low}, {high}]"
 
 
 class NotEmpty:
@@ -90,10 +84,11 @@ class PathText:
 Count = Annotated[int, Within(1, 2**31 - 1)]
 Natural = Annotated[int, Within(0, 2**31 - 1)]
 Seed = Annotated[int, Within(0, 2**63 - 1)]
-Nonnegative = Annotated[float, Within(0)]
-Positive = Annotated[float, Within(0, above=True)]
+Real = Annotated[float, Within(-1e9, 1e9)]  # the squares of these are finite in float32, and not 0 below
+Nonnegative = Annotated[float, Within(0, 1e9)]
+Positive = Annotated[float, Within(1e-9, 1e9)]
 Probability = Annotated[float, Within(0, 1)]
-Fraction = Annotated[float, Within(0, 1, below=True)]
+Fraction = Annotated[float, Within(0, 0.999999)]  # below 1 in float32 too
 FilePath = Annotated[str, PathText()]
 Name = Annotated[str, Short()]
 
@@ -136,7 +131,7 @@ def fits(kind: Any, value: Any) -> bool:
             and all(fits(k, v) for k, v in zip(each, value, strict=True))
         )  # fmt: skip
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+        return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
 
 
@@ -153,5 +148,5 @@ def describe(kind: Any) -> str:
         return f"a list{'' if args[-1] is ... else f' of {len(args)}'}, each {describe(args[0])}"
     if is_dataclass(kind):
         return "a mapping of " + ", ".join(hints(kind))
-    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     return words.get(kind, "null")

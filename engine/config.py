@@ -22,6 +22,7 @@ from prfl_engine.bounds import (
     NotEmpty,
     Positive,
     Probability,
+    Real,
     Section,
     Seed,
     Within,
@@ -31,6 +32,7 @@ from prfl_engine.errors import UserError, check
 
 DEVICE = Matches(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", "auto, cpu, cuda or cuda:N")
 Timestep = Annotated[float, Within(0, 1000)]
+Rate = Annotated[float, Within(0, 1)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class ModelConfig(Section, name="model"):
     """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
     host: Nonnegative | None = None
     """10^9 bytes of tensors that auto:GB may put into host memory; None: no limit, 0: nothing moves. torch
-    may round the pinned buffer of each up to a power of two bytes."""
+    may round the pinned buffer of each up to a power of two bytes. Refused without auto:GB, as is `costs`."""
     costs: FilePath | None = None
     """JSON of seconds for auto:GB, measured by `prfl_engine.planner.plan.measure`; None: predicted for an
     H100."""
@@ -86,7 +88,12 @@ class ModelConfig(Section, name="model"):
         if isinstance(self.recompute, str):
             modes = ("none", "full", "attention")
             ok = self.recompute in modes or self.budget is not None
-            check(ok, "model.recompute", self.recompute, f"{', '.join(modes)} or auto:GB such as auto:40")
+            want = f"{', '.join(modes)} or auto:GB such as auto:40, up to 10^9 GB"
+            check(ok, "model.recompute", self.recompute, want)
+        if self.budget is None:
+            for name in ("host", "costs"):
+                value = getattr(self, name)
+                check(value is None, f"model.{name}", value, "null without model.recompute=auto:GB")
 
     @property
     def budget(self) -> float | None:
@@ -96,7 +103,7 @@ class ModelConfig(Section, name="model"):
             size = float(size) * 1e9
         except ValueError:
             return None
-        return size if mode == "auto" and 0 < size < float("inf") else None
+        return size if mode == "auto" and 1 <= size <= 1e18 else None
 
 
 @dataclass(frozen=True)
@@ -212,7 +219,7 @@ class RolloutConfig(Section, name="rollout"):
     """Mean steps of a chain that persists from one graded step to the next; those in between have no gradient
     and are made by the present weights."""
     solver: Literal["unipc", "euler"] = "unipc"
-    steps: Annotated[int, Within(2, 10_000)] = 40
+    steps: Annotated[int, Within(2, 1000)] = 40
     """Denoising steps of the whole chain."""
     shift: Positive = 5.0
     """Shift of the flow schedule, for rollouts, flow matching and reward training alike."""
@@ -273,7 +280,7 @@ class LossConfig(Section, name="loss"):
     """On the reward r: hinge weight * relu(target - r); linear -weight * r; log -weight * log r."""
     weight: Nonnegative = 0.1
     """Weight of the reward loss; 0 trains by flow matching alone and computes no rollout."""
-    target: float = 2.0
+    target: Real = 2.0
     """Target of the hinge; 2 is never reached by r < 1, which makes it linear."""
     sft_weight: Nonnegative = 1.0
     """Weight of the flow-matching loss; 0 computes none."""
@@ -312,13 +319,14 @@ class OptimConfig(Section, name="optim"):
     name: Literal["adamw", "adamw8bit", "apex"] = "adamw"
     """adamw8bit: moments in 8 bits (torchao, the extra [lowmem]), for betas with beta1^2 < beta2; apex:
     FusedAdam of NVIDIA's apex."""
-    lr: Nonnegative = 5e-6
+    lr: Rate = 5e-6
     """Learning rate of the transformer."""
-    lr_head: Nonnegative = 1e-5
+    lr_head: Rate = 1e-5
     """Learning rate of queries, pooling and MLP in reward training."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Within(1e-30)] = 1e-8
-    weight_decay: Nonnegative = 0.01
+    eps: Annotated[float, Within(1e-15, 1)] = 1e-8
+    weight_decay: Annotated[float, Within(0, 1000)] = 0.01
+    """In an update a weight loses its learning rate times this of itself, at the most all of it."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up; cosine falls to 0 at train.steps."""
     warmup: Natural = 0
@@ -340,6 +348,11 @@ class OptimConfig(Section, name="optim"):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("lr", "lr_head"):
+            check(
+                getattr(self, name) * self.weight_decay <= 1, "optim.weight_decay", self.weight_decay,
+                f"at most 1 / optim.{name}",
+            )  # fmt: skip
         if self.in_backward:
             check(
                 self.clip is None, "optim.clip", self.clip,
@@ -418,7 +431,7 @@ class SampleConfig(Section, name="sample"):
     count: Annotated[int, Within(1, 10**6)] = 4
     """How many of the prompts of data.val (in order, repeated if short) are sampled."""
     seed: Seed = 0
-    guidance: float = 1.0
+    guidance: Real = 1.0
     """Classifier-free guidance scale; 1 is none, as in training."""
     codec: FilePath | None = None
     """JSON file of the demo's latent codec; None writes latents only."""

@@ -85,7 +85,8 @@ def _linear_backward(
         wanted = (a if w else None for a, w in zip(places.values(), asked, strict=True))
         made = (d.new_empty(0) if a is None else a.new_empty(a.shape) for a in wanted)
         return d.new_empty(shape if wants_x else 0), *made
-    layer = Product(low_rank(down, up, scale), wants, wants_low)
+    low = low_rank(down, up, scale)
+    layer = Product(low, wants, wants_low and low is not None)
     dx = layer.backward(d, x, weight, bias=bias is not None, wants_x=wants_x)
     made = layer.gradients("weight")
     rest = (made[k].to(a.dtype) if k in made else d.new_empty(0) for k, a in places.items())

@@ -45,6 +45,31 @@ def outputs_and_gradients(op, inputs, wanted=None, seed=0):
     return [o.detach() for o in outputs], list(gradients)
 
 
+def assert_gradients_alone(op, inputs):
+    """Each gradient that is asked for alone is the same to the bit as with all others."""
+    every, given = outputs_and_gradients(op, inputs)[1], [i for i, a in enumerate(inputs) if a is not None]
+    for i, want in zip(given, every, strict=True):
+        (got,) = outputs_and_gradients(op, inputs, [i])[1]
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def assert_of_nothing(op, inputs, shape):
+    """Inputs without a token: outputs of that shape, and no gradient for what is there nevertheless."""
+    outputs, gradients = outputs_and_gradients(op, inputs)
+    assert all(o.shape == shape for o in outputs)
+    given = [a for a in inputs if a is not None]
+    assert all(g.shape == a.shape and not g.any() for g, a in zip(gradients, given, strict=True))
+
+
+def assert_transposed_gradients(op, inputs, shape):
+    """Attention may return its gradient as [B, H, L, D] seen as [B, L, H, D]: shape [B, H, L, D]."""
+    inputs, direction = [a.requires_grad_() for a in inputs], normal(*shape).transpose(1, 2)
+    outputs = op(*inputs)
+    got = torch.autograd.grad(outputs, inputs, [direction] * len(outputs), retain_graph=True)
+    want = torch.autograd.grad(outputs, inputs, [direction.contiguous()] * len(outputs))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 def assert_as_good_as_torch(op, inputs, reference=None, wanted=None, factor=2.0, chain=1):
     """Every output and gradient of op is as right as that of plain torch (see rounding.py).
 

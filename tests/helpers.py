@@ -64,6 +64,14 @@ def random_batch(
     return Batch(torch.randn(size, *shape).to(dtype), text.to(dtype), clip, condition)
 
 
+def model_and_batch(
+    model_type="t2v", size: int = 2, shape=SHAPE, tokens: int = 4, dtype=torch.float32, **fields
+) -> tuple[WanTransformer, Batch]:
+    """A tiny model with these hyper-parameters, and a random batch for it."""
+    model = tiny_model(tiny_config(model_type, **fields)).to(dtype)
+    return model, random_batch(model.config, size, shape, tokens, dtype)
+
+
 def rows(batch: Batch, index) -> Batch:
     return Batch(*(None if a is None else a[index] for a in batch))
 

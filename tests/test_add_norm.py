@@ -3,7 +3,15 @@
 import pytest
 import torch
 from e4m3 import assert_rounded
-from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided
+from fused import (
+    assert_as_good_as_torch,
+    assert_gradients_alone,
+    assert_of_nothing,
+    needs_triton,
+    normal,
+    outputs_and_gradients,
+    strided,
+)
 from torch.library import opcheck
 
 from prfl_kernels.norm.gated_add import gated_add, gated_add_modulate, gated_add_norm
@@ -71,20 +79,12 @@ def test_strides_do_not_matter(name):
 @ALL
 @pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
 def test_empty_input(name, batch, length):
-    op, inputs = row_inputs(name, batch, length, 24)
-    outputs, gradients = outputs_and_gradients(op, inputs)
-    assert all(o.shape == (batch, length, 24) for o in outputs)
-    given = [a for a in inputs if a is not None]
-    assert all(g.shape == a.shape and not g.any() for g, a in zip(gradients, given, strict=True))
+    assert_of_nothing(*row_inputs(name, batch, length, 24), (batch, length, 24))
 
 
 @ALL
 def test_only_the_gradients_asked_for_are_made(name):
-    op, inputs = row_inputs(name, 2, 9, 32)
-    _, every = outputs_and_gradients(op, inputs)
-    for i, want in zip((i for i, a in enumerate(inputs) if a is not None), every, strict=True):
-        _, (got,) = outputs_and_gradients(op, inputs, wanted=[i])
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_gradients_alone(*row_inputs(name, 2, 9, 32))
 
 
 def test_nothing_is_kept_for_a_frozen_gate():

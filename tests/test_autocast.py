@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import random_batch, randomize, tiny_config, tiny_model, tiny_reward, under
+from helpers import model_and_batch, random_batch, randomize, tiny_config, tiny_model, tiny_reward, under
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prfl_engine import flow
@@ -273,8 +273,7 @@ POLICIES = {
 @pytest.mark.parametrize("policy", POLICIES)
 def test_recomputed_blocks_give_the_same_bits(reference, policy, trained):
     """The backward computes again under another autocast than the forward."""
-    config = tiny_config()
-    model, batch = tiny_model(config), random_batch(config)
+    model, batch = model_and_batch()
     if trained == "lora":
         lora.attach(model, LoraConfig(rank=2))
         randomize(model)
@@ -328,8 +327,7 @@ def test_graded_windows_and_flow_matching_give_the_same_bits(reference, autocast
 
 
 def test_a_rollout_in_fp8_with_lora_gives_the_same_bits(reference):
-    config = tiny_config(dim=64, num_heads=1, ffn_dim=64)
-    model, batch = tiny_model(config), random_batch(config)
+    model, batch = model_and_batch(dim=64, num_heads=1, ffn_dim=64)
     randomize(lora.attach(model, LoraConfig(rank=2)))
     schedule, noise = flow.make_schedule("unipc", steps=3, shift=5.0), torch.randn_like(batch.latent)
     rollout = Rollout(model, RolloutConfig(precision="fp8"), schedule)
@@ -342,8 +340,7 @@ def test_a_rollout_in_fp8_with_lora_gives_the_same_bits(reference):
 
 
 def test_compiled_blocks_give_the_same_bits(reference):
-    config = tiny_config()
-    model, batch = tiny_model(config), random_batch(config)
+    model, batch = model_and_batch()
     torch.compiler.reset()
     model.compile_blocks("aot_eager")
     same_outcome(velocity_step(model, batch), BF16)

@@ -1,16 +1,20 @@
-"""No field of a configuration takes a value that cannot be right, whatever its section."""
+"""No field of a configuration takes a value that cannot be right, and a run bears all that it takes."""
 
+import itertools
 import math
 import typing
 from dataclasses import fields
 
 import pytest
+from helpers import one_line, write_run
 
 from prfl_engine import bounds
+from prfl_engine.cli import main
 from prfl_engine.config import Config, load_config
 from prfl_engine.config_file import from_dict
 from prfl_engine.errors import UserError
 from prfl_engine.model.wan import WanConfig
+from prfl_engine.planner import plan
 
 NONSENSE = (math.nan, math.inf, -math.inf, 1e39, -1, 2**200, -(2**200), "", "a\0b", "a" * 5000, [], {}, [[]],
             [math.nan], [math.nan, math.nan], [-1, 2], [""], {"a": 1}, True)  # fmt: skip
@@ -71,11 +75,98 @@ def test_values_that_were_found_late(item, field):
 
 @pytest.mark.parametrize("item", [
     "train.device=cuda:1", "train.device=cpu", "rollout.shift=1e9", "sample.guidance=-2", "loss.target=-1",
-    "chain.window=all", "eval.timesteps=5", "train.seed=9223372036854775807", "optim.lr=0", "model.host=0",
-    "train.wandb=2024-01-01", "rollout.steps=1000",
+    "chain.window=all", "eval.timesteps=5", "train.seed=9223372036854775807", "optim.lr=0",
+    "optim.weight_decay=10", "train.wandb=2024-01-01", "rollout.steps=1000",
 ])  # fmt: skip
 def test_values_that_are_right(item):
     load_config(None, [item])
+
+
+def within(hint, kind):
+    """The bounds of a field's numbers of that kind, those in lists included."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Annotated and args[0] is kind:
+        yield from (bound for bound in args[1:] if isinstance(bound, bounds.Within))
+    else:
+        for part in args:
+            yield from within(part, kind)
+
+
+def bare(hint) -> bool:
+    """Whether a field takes a float that has no bounds."""
+    if typing.get_origin(hint) is typing.Annotated and typing.get_args(hint)[0] is float:
+        return not list(within(hint, float))
+    return hint is float or any(map(bare, typing.get_args(hint)))
+
+
+def numbers(kind):
+    """(section.field, low, high) in YAML of every number in a configuration."""
+    for section, field, hint in (p.values for p in fields_of_all_sections()):
+        lists = "tuple" in str(hint)
+        for b in within(hint, kind):
+            yield f"{section}.{field}", *(f"[{end}, {end}]" if lists else f"{end}" for end in (b.low, b.high))
+
+
+def test_floats_are_bounded_so_that_their_squares_are_finite():
+    assert not any(bare(hint) for _, _, hint in (p.values for p in fields_of_all_sections()))
+    for name, *ends in numbers(float):
+        assert all(float(end.strip("[]").split(",")[0]) ** 2 < 3.4e38 for end in ends), name
+
+
+CALLS = {
+    "model.host": ("train", "model.recompute=auto:1", "loss.weight=0"),
+    "lora.alpha": ("train", "lora.rank=2"), "reward.dropout": ("train-reward", "reward.path=null"),
+    "rollout.max_drift": ("train", "rollout.cache=0.1"),
+    "optim.lr_head": ("train-reward", "reward.path=null", "optim.weight_decay=0"),
+    "optim.weight_decay": ("train", "optim.lr_head=0"), "eval.timesteps": ("train", "eval.every=1"),
+    "optim.lr": ("train", "optim.weight_decay=1"), "data.text_dropout": ("train", "loss.weight=0"),
+    "sample.guidance": ("sample", "data.negative_text={}/data/null.npy", "sample.count=1"),
+}  # fmt: skip
+"""The command that a number is used in, and what it is used with."""
+LONG = ("data.num_workers", "reward.num_queries", "rollout.steps", "rollout.samples", "train.steps",
+        "train.accumulate", "eval.samples", "sample.count")  # fmt: skip
+"""Numbers that are work: as large as they may be they are a run that a test cannot wait for."""
+REFUSED = ("lora.rank", "reward.blocks", "reward.num_heads", "reward.feature_layer")
+"""Numbers that the model bounds too."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return folder, write_run(folder, eval={"videos": 0})
+
+
+@pytest.fixture
+def call(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "KINDS", {"full": plan.KINDS["full"]})
+    folders = (tmp_path / str(i) for i in itertools.count())
+
+    def call(command, *items):
+        out = ["--out", str(next(folders))] if command == "sample" else [f"train.out={next(folders)}"]
+        return main([command, str(tiny[1]), *(item.format(tiny[0]) for item in items), *out])
+
+    return call
+
+
+@pytest.mark.parametrize("name, low, high", [*numbers(float)])
+def test_a_run_bears_every_float(name, low, high, call):
+    command, *rest = CALLS.get(name, ("train",))
+    assert call(command, *rest, f"{name}={low}") == 0
+    if name != "eval.timesteps":  # noise alone: refused
+        assert call(command, *rest, f"{name}={high}") == 0
+
+
+def test_a_run_bears_every_whole_number(call, capsys):
+    ends = {name: end for name, *end in numbers(int)}
+    low = [f"{name}={low}" for name, (low, _) in ends.items()]
+    high = [f"{name}={high}" for name, (_, high) in ends.items() if name not in LONG + REFUSED]
+    new = "train-reward", "reward.path=null"
+    for run in [("train", *low, "reward.num_heads=auto"), (*new, *low), ("train", *high), (*new, *high)]:
+        assert call(*run, "train.steps=1") == 0
+    capsys.readouterr()
+    for name in REFUSED:
+        assert call(*new, f"{name}={ends[name][1]}") == 2
+        assert name.split(".")[1].split("_")[0] in one_line(capsys)
 
 
 def bomb() -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import LiteralUniPC, random_batch, rows, tiny_config, tiny_model
+from helpers import LiteralUniPC, model_and_batch, rows
 
 from prfl_engine import chain, flow
 from prfl_engine.objectives import bind
@@ -49,8 +49,7 @@ def test_a_rollout_is_that_of_its_samples(solver):
 
 @pytest.mark.parametrize("model_type", ["t2v", "i2v"])
 def test_every_sample_keeps_its_own_context(model_type):
-    config = tiny_config(model_type)
-    model, batch = tiny_model(config).double(), random_batch(config, 3, dtype=torch.float64)
+    model, batch = model_and_batch(model_type, 3, dtype=torch.float64)
     schedule, index = flow.make_schedule("unipc", 4, 5.0), torch.tensor([2, 0, 3])
     noise = torch.randn_like(batch.latent)
     with torch.no_grad():

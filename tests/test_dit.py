@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fused import on_reference
 from helpers import (
     SHAPE,
+    model_and_batch,
     random_batch,
     randomize,
     relative,
@@ -123,8 +124,7 @@ def test_sinusoid_is_cosines_then_sines_of_real_timesteps():
 # Float64, so that what is left is the order of sums inside a matrix product.
 @BOTH
 def test_a_batch_is_its_samples(model_type):
-    config = tiny_config(model_type)
-    model, batch = tiny_model(config).double(), random_batch(config, 2, dtype=torch.float64)
+    model, batch = model_and_batch(model_type, 2, dtype=torch.float64)
     t = torch.tensor([900.0, 113.0])
     together = velocity(model, batch, t)
     assert together.shape == (2, *SHAPE)
@@ -135,8 +135,7 @@ def test_a_batch_is_its_samples(model_type):
 
 
 def test_padding_of_the_text_is_attended_to():
-    config = tiny_config()
-    model, batch = tiny_model(config).double(), random_batch(config, tokens=4, dtype=torch.float64)
+    model, batch = model_and_batch(tokens=4, dtype=torch.float64)
     t = torch.tensor([500.0, 500.0])
     padded = batch._replace(text=F.pad(batch.text, (0, 0, 0, 2)))
     got = velocity(model, batch, t)
@@ -148,8 +147,7 @@ def test_padding_of_the_text_is_attended_to():
 
 @BOTH
 def test_every_input_matters(model_type):
-    config = tiny_config(model_type)
-    model, batch = tiny_model(config).double(), random_batch(config, 1, dtype=torch.float64)
+    model, batch = model_and_batch(model_type, 1, dtype=torch.float64)
     t = torch.tensor([500.0])
     base = velocity(model, batch, t)
     for name in ("latent", "text", "clip", "condition"):
@@ -161,10 +159,9 @@ def test_every_input_matters(model_type):
 
 
 def test_i2v_context_puts_image_tokens_first():
-    config = tiny_config("i2v")
-    model, batch = tiny_model(config), random_batch(config, 1)
+    model, batch = model_and_batch("i2v", 1)
     context = model.embed_context(batch.text, batch.clip)
-    assert context.shape == (1, 257 + config.text_len, config.dim)
+    assert context.shape == (1, 257 + model.config.text_len, model.config.dim)
     changed = model.embed_context(batch.text + 1, batch.clip)
     assert torch.equal(changed[:, :257], context[:, :257])
     assert not torch.equal(changed[:, 257:], context[:, 257:])
@@ -240,9 +237,8 @@ def test_every_mode_keeps_less_than_the_one_before():
 
 @BOTH
 def test_features_of_the_first_blocks_are_those_of_the_trunk(model_type):
-    config = tiny_config(model_type, num_layers=3)
-    model, batch = tiny_model(config), random_batch(config)
-    trunk = WanTransformer(config, 2, head=False)
+    model, batch = model_and_batch(model_type, num_layers=3)
+    trunk = WanTransformer(model.config, 2, head=False)
     trunk.load_state_dict({k: model.state_dict()[k] for k in trunk.state_dict()})
     context, t = model.embed_context(batch.text, batch.clip), torch.tensor([1000.0, 201.0])
     want = trunk.features(batch.latent, t, context, batch.condition)
@@ -251,8 +247,7 @@ def test_features_of_the_first_blocks_are_those_of_the_trunk(model_type):
 
 
 def test_i2v_without_its_condition_is_refused():
-    config = tiny_config("i2v")
-    model, batch = tiny_model(config), random_batch(config)
+    model, batch = model_and_batch("i2v")
     with pytest.raises(UserError, match="got 16 channels .* want 36"):
         velocity(model, batch._replace(condition=None), torch.zeros(2))
 

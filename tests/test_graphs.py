@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 import torch
-from helpers import random_batch, relative, tiny_config, tiny_model
+from helpers import model_and_batch, random_batch, relative, tiny_config, tiny_model
 
 from prfl_engine import chain, flow
 from prfl_engine.config import RolloutConfig
@@ -137,8 +137,7 @@ def test_recordings_share_a_pool_and_never_one_that_is_dead(monkeypatch):
 )
 def test_a_rollout_by_replays_is_the_rollout(fields):
     """Samples leave the batch on the way: two shapes. With a cache part of a batch may be computed."""
-    config = tiny_config(dim=128, num_heads=2)
-    model, batch = tiny_model(config), random_batch(config, 2)
+    model, batch = model_and_batch("t2v", 2, dim=128, num_heads=2)
     schedule, index = flow.make_schedule("unipc", 8, 5.0), torch.tensor([6, 3])
     noise = torch.randn_like(batch.latent)
     record, found = FakeRecorder(), []

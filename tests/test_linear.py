@@ -59,3 +59,10 @@ def test_what_does_not_fit_is_named(shapes, message):
     low = LowRank(torch.randn(2, 6), torch.randn(4, 2), 1.0)
     with pytest.raises(ValueError, match=r"^linear: got A \[2, 6\], want \[2, 5\]"):
         linear(torch.randn(3, 5), torch.randn(4, 5), None, low)
+
+
+def test_the_gradients_of_an_update_that_is_not_there_are_empty():
+    """As the shapes under torch.compile say."""
+    d, x, weight = torch.randn(5, 4), torch.randn(5, 3), torch.randn(4, 3)
+    made = torch.ops.prfl.linear_backward(d, x, weight, None, None, None, 1.0, True, True, True)
+    assert [a.shape for a in made] == [(5, 3), (4, 3), (0,), (0,), (0,)]

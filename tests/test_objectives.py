@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import SHAPE, random_batch, tiny_config, tiny_model, tiny_reward
+from helpers import SHAPE, model_and_batch, random_batch, tiny_config, tiny_model, tiny_reward
 
 from prfl_engine import chain, flow
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
@@ -26,8 +26,7 @@ LOGITS = torch.tensor([-30.0, -2.0, 0.0, 0.7, 30.0], dtype=torch.float64)
 
 @BOTH
 def test_sft_loss_is_the_squared_error_of_the_velocity(model_type):
-    config = tiny_config(model_type)
-    model, batch = tiny_model(config).double(), random_batch(config, 3, dtype=torch.float64)
+    model, batch = model_and_batch(model_type, 3, dtype=torch.float64)
     noise, sigma = torch.randn_like(batch.latent), torch.tensor([0.1, 0.637, 1.0])
     got = sft_loss(model, batch, noise, sigma)
     assert got.shape == (3,)

@@ -33,7 +33,7 @@ BF16 = torch.bfloat16
     ("optim.grad_dtype=bfloat16", "optim.grad_dtype: got 'bfloat16', want weights or float32"),
     ("optim.offload=true", "optim.offload: got True, want none or states or all"),
     ("optim.in_backward=1", "optim.in_backward: got 1, want true or false"),
-    ("optim.clip=0", "optim.clip: got 0.0, want a finite number in (0, inf) or null"),
+    ("optim.clip=0", "optim.clip: got 0.0, want a number in [1e-09, 1e+09] or null"),
     ("optim.in_backward=true", "optim.clip: got 1.0, want null with optim.in_backward"),
     ("loss.alternate=true loss.weight=0", "loss.alternate: got True, want false, or positive"),
     ("optim.in_backward=true optim.clip=null train.accumulate=2", "train.accumulate: got 2, want 1 with"),

@@ -254,5 +254,5 @@ def test_the_configuration_names_modes_budgets_or_intermediates():
     with pytest.raises(UserError, match="model.recompute: keep: got no input"):
         of_config(model({"keep": ["attention"]}))
     assert ModelConfig().budget is None
-    with pytest.raises(UserError, match="model.host: got -1.0, want a finite number in "):
+    with pytest.raises(UserError, match="model.host: got -1.0, want a number in "):
         model("full", host=-1.0)

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 from e4m3 import assert_rounded
-from fused import assert_as_good_as_torch, needs_triton, normal, outputs_and_gradients, strided
+from fused import (
+    assert_as_good_as_torch,
+    assert_gradients_alone,
+    assert_of_nothing,
+    assert_transposed_gradients,
+    needs_triton,
+    normal,
+    outputs_and_gradients,
+    strided,
+)
 from torch.library import opcheck
 
 from prfl_kernels.qk_norm_rope.op import qk_norm_rope, qk_norm_rope_fp8, rms_norm
@@ -78,31 +87,19 @@ def test_strides_do_not_matter():
 
 
 def test_a_gradient_with_transposed_heads():
-    """Attention may hand back its gradient as [B, H, L, D] seen as [B, L, H, D]."""
-    inputs = [a.requires_grad_() for a in rope_inputs()]
-    direction = normal(2, 3, math.prod(GRID), 32).transpose(1, 2)
-    q, k = rope()(*inputs)
-    got = torch.autograd.grad([q, k], inputs, [direction, direction], retain_graph=True)
-    want = torch.autograd.grad([q, k], inputs, [direction.contiguous()] * 2)
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_transposed_gradients(rope(), rope_inputs(), (2, 3, math.prod(GRID), 32))
 
 
 @pytest.mark.parametrize("batch, length", [(0, 4), (2, 0)])
 def test_empty_input(batch, length):
     inputs = [normal(batch, length, 96) for _ in range(2)] + [normal(96), normal(96)]
-    outputs, gradients = outputs_and_gradients(rope(), inputs)
-    assert all(o.shape == (batch, length, 3, 32) for o in outputs)
-    assert not any(g.any() for g in gradients)
+    assert_of_nothing(rope(), inputs, (batch, length, 3, 32))
     (out,), _ = outputs_and_gradients(rms_norm, inputs[1:3])
     assert out.shape == (batch, length, 96)
 
 
 def test_only_the_gradients_asked_for_are_made():
-    inputs = rope_inputs()
-    _, every = outputs_and_gradients(rope(), inputs)
-    for i, want in enumerate(every):
-        _, (got,) = outputs_and_gradients(rope(), inputs, wanted=[i])
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_gradients_alone(rope(), rope_inputs())
 
 
 def test_runs_are_bit_identical():

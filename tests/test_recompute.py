@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers import random_batch, tiny_config, tiny_model, tiny_reward, under
+from helpers import model_and_batch, random_batch, tiny_config, tiny_model, tiny_reward, under
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -236,8 +236,7 @@ def test_nothing_is_left_behind_without_the_garbage_collector():
     gc.disable()
     try:
         for policy in POLICIES.values():
-            config = tiny_config(num_layers=2)
-            model, batch = tiny_model(config), random_batch(config, 1, LATENT)
+            model, batch = model_and_batch("t2v", 1, LATENT, num_layers=2)
             with LiveBytes() as live:
                 live.add([*model.parameters(), batch.latent, batch.text])
                 before = live.now

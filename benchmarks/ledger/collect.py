@@ -34,7 +34,8 @@ def collect(
     only: Callable[[Launch, Shape], bool] | None = None,
 ) -> dict:
     """Everything `prfl kernels --json` prints. peers: the tutorial's file for peers.py, "" for the
-    installed peers alone, None for none; only: the operations and shapes to take, None for all."""
+    installed peers alone, None for none; only: the Triton operations and shapes to take, without the CUDA
+    kernels; None for all."""
     if find_spec("triton") is None:
         raise ValueError("ledger: got no Triton, want it installed")
     if peers is not None:
@@ -52,7 +53,7 @@ def collect(
                 rows[i] = _row(*jobs[i], compiled, counted)
     absent = ledger_cuda.absence()
     found = {"assumptions": ASSUMPTIONS, "operations": [rows[i] for i in taken], "cuda_absent": absent}
-    found["cuda"] = [] if absent else ledger_cuda.collect(quick)
+    found["cuda"] = [] if absent or only is not None else ledger_cuda.collect(quick)
     return found if peers is None else found | {"peers": _spawn("peers", peers)}
 
 

@@ -48,7 +48,7 @@ class WanConfig(Section, name=""):
     text_len: Width = 512  # every text is zero-padded to this many tokens, and all are attended to
     freq_dim: Width = 256
     patch_size: tuple[Patch, Patch, Patch] = (1, 2, 2)
-    eps: Annotated[float, Within(0, 1, above=True)] = 1e-6
+    eps: Annotated[float, Within(1e-12, 1)] = 1e-6
 
     def __post_init__(self):
         super().__post_init__()
