@@ -74,6 +74,9 @@ class Ranks:
             found.append(value)
         return found
 
+    def __len__(self) -> int:
+        return len(self._pipes)
+
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:

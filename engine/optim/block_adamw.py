@@ -17,6 +17,7 @@ from torch import Tensor
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError, check
 from prfl_engine.memory.host import HostBlocks, new_block
+from prfl_engine.optim.shards import local, offset, summed
 from prfl_engine.optim.states import check_groups, check_like
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels.jit import wide
@@ -29,8 +30,9 @@ class BlockAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov, Hutter 2019) in float32, by torch's fused kernel, of bfloat16 or float32 parameters.
 
     groups as torch.optim takes them. What is used of config: betas, eps, weight_decay, and
-    name "adamw8bit": moments of parameters of 4,096 values and more in blockwise dynamic 8-bit numbers
-      (Dettmers et al. 2022) by torchao's functions, of the second moment its root (see EightBits);
+    name "adamw8bit": moments of parameters of 4,096 values and more, in rows of a multiple of 256, in
+      blockwise dynamic 8-bit numbers (Dettmers et al. 2022) by torchao's functions, of the second moment its
+      root (see EightBits);
     rounding of bfloat16 weights: "master" keeps the 16 bits that they lack of float32, so that the update is
       that of a float32 weight; "stochastic" keeps nothing and rounds up or down at random, right on average;
     in_backward: a parameter is updated when its gradient arrives, which is freed; step() only ends the step;
@@ -39,6 +41,9 @@ class BlockAdamW(torch.optim.Optimizer):
     As in torch's amp protocol `grad_scale` (gradients are divided by it) and `found_inf` (1: change nothing),
     0-dim float32 tensors on the device or None, are read by step(). In a backward a gradient that is not
     finite stops its own and all later updates of the step.
+
+    Of parameters that FSDP2 has sharded, a rank updates its own part. All ranks decide alike: norms are
+    summed over the shards, what is in 8 bits depends on the whole shape, random bits on the place in it.
     """
 
     def __init__(self, groups: list[dict], config: OptimConfig):
@@ -56,7 +61,7 @@ class BlockAdamW(torch.optim.Optimizer):
         pinned = config.offload != "none" and device.type == "cuda"
         home = torch.device("cpu") if config.offload != "none" else device
         for p, i in self.index_of.items():
-            if p.dtype not in (torch.float32, torch.bfloat16) or not p.is_contiguous():
+            if p.dtype not in (torch.float32, torch.bfloat16) or not local(p).is_contiguous():
                 raise UserError(f"parameter {i}: got {p.dtype}, want contiguous float32 or bfloat16")
             sizes = [len(a) for a in _blocks(p)]
             moments = [new_block(self._layout(p, n), home, pinned) for n in sizes]
@@ -82,7 +87,7 @@ class BlockAdamW(torch.optim.Optimizer):
     def _layout(self, p: Tensor, n: int) -> dict[str, tuple[int, torch.dtype]]:
         """(size, dtype) of what is kept for a block of n values."""
         layout = {"exp_avg": (n, torch.float32), "exp_avg_sq": (n, torch.float32)}
-        if self.eight_bits is not None and p.numel() >= 4096 and n % GROUP == 0:
+        if self.eight_bits is not None and p.numel() >= 4096 and p[0].numel() % GROUP == 0:
             layout = {name: (n, torch.uint8) for name in ("exp_avg", "exp_avg_rms")}
             layout |= {f"{name}_scale": (n // GROUP, torch.float32) for name in list(layout)}
         if p.dtype == torch.bfloat16 and self.rounding == "master":
@@ -93,7 +98,8 @@ class BlockAdamW(torch.optim.Optimizer):
     def norm(self) -> Tensor:
         """Norm of the gradients of this step, 0-dim float32 on the device; no host sync."""
         if self.in_backward or self.gradients:
-            return torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
+            norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
+            return norm if self.in_backward else summed(norm, self.group_of)
         return norm_of(self.group_of)
 
     @torch.no_grad()
@@ -120,7 +126,7 @@ class BlockAdamW(torch.optim.Optimizer):
             return
         if p in self._norms:
             raise ValueError("optim.in_backward: got two gradients of one parameter in a step, want one")
-        norm = self._norms[p] = torch.linalg.vector_norm(grad, dtype=torch.float32)
+        norm = self._norms[p] = summed(torch.linalg.vector_norm(local(grad), dtype=torch.float32), [p])
         self._ok = norm.isfinite() if self._ok is None else self._ok & norm.isfinite()
         self._update([(p, grad)], self._ok)
 
@@ -160,7 +166,8 @@ class BlockAdamW(torch.optim.Optimizer):
                 block["rest"].copy_(rest)
             elif w.dtype == torch.bfloat16:
                 # By step and place, so that neither the order of updates nor a resumed run changes a bit.
-                seed = torch_seed(Purpose.ROUNDING, group["updates"], self.index_of[p] << 32 | i)
+                place = self.index_of[p] << 40 | offset(p) + i * BLOCK
+                seed = torch_seed(Purpose.ROUNDING, group["updates"], place)
                 w.copy_(round_stochastically(x, self.generator.manual_seed(seed)))
         for p, t in steps.items():
             _put(self.state[p]["step"], t, ok)
@@ -263,9 +270,11 @@ def update_limit(betas: tuple[float, float]) -> float:
 
 
 def norm_of(parameters: Iterable[Tensor]) -> Tensor:
-    """Norm of all gradients together, 0-dim, added up in float32 at least; no host sync."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=wide(grads[0].dtype))))
+    """Norm of all gradients together, over all shards, 0-dim, added up in float32 at least; no host sync."""
+    parameters = list(parameters)
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(grads, 2, dtype=wide(grads[0].dtype))
+    return summed(torch.linalg.vector_norm(torch.stack(norms)), parameters)
 
 
 def master(w: Tensor, block: dict[str, Tensor]) -> Tensor:
@@ -296,4 +305,4 @@ def _put(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
 
 
 def _blocks(a: Tensor) -> tuple[Tensor, ...]:
-    return a.reshape(-1).split(BLOCK)
+    return local(a).reshape(-1).split(BLOCK)

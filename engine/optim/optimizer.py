@@ -6,10 +6,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError
 from prfl_engine.optim.block_adamw import BlockAdamW, norm_of
+from prfl_engine.optim.shards import local
 from prfl_engine.optim.states import check_groups, check_like
 
 
@@ -17,7 +20,7 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
     """AdamW over (module, learning rate) groups; only parameters that require gradients.
 
     torch's fused one where weights and states are float32 on the device and all gradients are there for the
-    update, apex's if it is asked for, BlockAdamW for everything else.
+    update, apex's if it is asked for, BlockAdamW for everything else, sharded parameters too.
     """
     made = [
         {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr, "base_lr": lr}
@@ -31,12 +34,13 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
                 raise UserError(f"optim.grad_dtype: got 'float32', want 'weights' with torch {version}")
             p.grad_dtype = torch.float32
     narrow = any(p.dtype == torch.bfloat16 for p in parameters)
+    sharded = any(isinstance(p, DTensor) for p in parameters)
     if config.name == "apex":
-        if narrow or parameters[0].device.type != "cuda":
-            what = "bfloat16 weights" if narrow else "weights on a CPU"
+        if narrow or sharded or parameters[0].device.type != "cuda":
+            what = "bfloat16 weights" if narrow else "sharded weights" if sharded else "weights on a CPU"
             raise UserError(f"optim.name: got 'apex' with {what}, want adamw or adamw8bit")
         return _apex(made, config)
-    if narrow or config.name == "adamw8bit" or config.in_backward or config.offload != "none":
+    if narrow or sharded or config.name == "adamw8bit" or config.in_backward or config.offload != "none":
         return BlockAdamW(made, config)
     return torch.optim.AdamW(
         made, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
@@ -68,8 +72,9 @@ def load_state(optimizer: torch.optim.Optimizer, saved: object) -> None:
 
 
 def not_finite(module: nn.Module) -> str | None:
-    """The name of the first trained parameter with a value that is not finite; waits for the device once."""
-    named = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad]
+    """The name of the first trained parameter with a value that is not finite on this rank; waits for the
+    device once."""
+    named = [(name, local(p.detach())) for name, p in module.named_parameters() if p.requires_grad]
     norms = torch._foreach_norm([p for _, p in named], math.inf)
     finite = torch.stack([norm.float() for norm in norms]).isfinite()
     return next((name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok), None)
@@ -158,7 +163,7 @@ class EMA:
     """Exponential moving average of a module's trained parameters, in float32."""
 
     def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
+        self.decay, self.module = decay, module
         self.own = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.average = {k: p.detach().float().clone() for k, p in self.own.items()}
 
@@ -176,6 +181,10 @@ class EMA:
     @contextmanager
     def applied(self, dtype: torch.dtype | None = None) -> Iterator[None]:
         """The module with the averaged weights, inside a with block; dtype None: in that of its own."""
+        units = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+        if units:
+            yield from self._in_place(units)
+            return
         before = {k: p.data for k, p in self.own.items()}
         with torch.no_grad():
             for k, p in self.own.items():
@@ -185,3 +194,19 @@ class EMA:
         finally:
             for k, p in self.own.items():
                 p.data = before[k]
+
+    def _in_place(self, units: list[FSDPModule]) -> Iterator[None]:
+        """FSDP2 does not see another .data, nor a write to shards where the whole is still there."""
+        before = {k: p.detach().clone() for k, p in self.own.items()}
+        try:
+            self._write(self.average, units)
+            yield
+        finally:
+            self._write(before, units)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor], units: list[FSDPModule]) -> None:
+        for unit in units:
+            unit.reshard()
+        for k, p in self.own.items():
+            p.copy_(values[k])

@@ -1,0 +1,33 @@
+"""Parameters that are sharded over ranks (FSDP2): what is here, and norms over all of them."""
+
+from collections.abc import Iterable
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local(a: Tensor) -> Tensor:
+    """The part of `a` on this rank: all of it unless it is sharded."""
+    return a.to_local() if isinstance(a, DTensor) else a
+
+
+def offset(a: Tensor) -> int:
+    """The place of the first value of `local(a)` among those of `a`, which FSDP shards along dim 0."""
+    if not isinstance(a, DTensor) or not a.numel():
+        return 0
+    _, first = compute_local_shape_and_global_offset(a.shape, a.device_mesh, a.placements)
+    return first[0] * (a.numel() // a.shape[0])
+
+
+def summed(norm: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """The norm over all shards, given that of the local parts of parameters, which share one mesh."""
+    p = next(iter(parameters))
+    if not isinstance(p, DTensor):
+        return norm
+    square = norm.square()
+    for dim, placement in enumerate(p.placements):
+        if placement.is_shard():
+            dist.all_reduce(square, group=p.device_mesh.get_group(dim))
+    return square.sqrt()
