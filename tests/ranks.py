@@ -37,17 +37,21 @@ def _serve(rank: int, size: int, store: str, pipe) -> None:
 
 
 class Ranks:
-    """`size` processes with a default process group."""
+    """`size` processes with a default process group; new ones after a failure."""
 
     def __init__(self, size: int, preload: tuple[str, ...] = ()):
+        self.size, self.preload = size, preload
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "prfl_engine.parallel", *preload])
+        context.set_forkserver_preload(["torch.distributed", "prfl_engine.parallel", *self.preload])
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._pipes, self._processes = [], []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -56,6 +60,8 @@ class Ranks:
 
     def __call__(self, function: Callable, *arguments: Any) -> list[Any]:
         """What function(*arguments) returns on every rank. RuntimeError where one raises, ends or hangs."""
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             pipe.send((function, arguments))
         return self._answers(function.__name__)
@@ -74,12 +80,10 @@ class Ranks:
             found.append(value)
         return found
 
-    def __len__(self) -> int:
-        return len(self._pipes)
-
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:
             process.kill()
             process.join()
+        self._processes = []
         self._folder.cleanup()

@@ -146,9 +146,9 @@ def trained(settings: dict, dtype, steps: int, replicate: int) -> tuple[float, f
             shard(model, mesh_of(replicate))
         optimizer = make_optimizer([(model, 1e-3)], OptimConfig(**settings))
         ema = EMA(model, 0.5)
-        given = _mine(inputs) if sharded else (inputs, slice(0, SAMPLES))
+        given, own = _mine(inputs) if sharded else (inputs, slice(0, SAMPLES))
         for _ in range(steps):
-            sft(model, *given)
+            sft(model, given, own)
             update(optimizer, None if settings.get("in_backward") else 1.0)
             ema.update()
         found = []

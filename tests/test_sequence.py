@@ -69,7 +69,7 @@ def test_compiled_blocks(ranks):
 
 
 def test_refusals(ranks):
-    size = len(ranks(cases.refusal, 4))
+    size = ranks.size
     assert set(ranks(cases.refusal, 3)) == {f"parallel.sequence: got {size}, want a divisor of the 3 heads"}
     short = f"sequence: got 1 tokens for {size} ranks, want at least one each"
     assert set(ranks(cases.refusal, 4, (16, 1, 2, 2))) == {short}

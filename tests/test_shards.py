@@ -19,7 +19,7 @@ def layouts(size: int) -> list[tuple[int, int]]:
 
 
 def check(ranks, function, *arguments) -> None:
-    for layout in layouts(len(ranks)):
+    for layout in layouts(ranks.size):
         for loss, gradient, name in ranks(function, *arguments, *layout):
             assert loss < 1e-12, layout
             assert gradient < 1e-11, (layout, name)
@@ -48,14 +48,16 @@ def test_an_adapter(ranks):
     [
         ({}, torch.float32, 1e-3),
         ({"rounding": "master"}, torch.bfloat16, 1e-1),
-        ({"rounding": "stochastic"}, torch.bfloat16, 1e-1),
+        ({"rounding": "stochastic"}, torch.bfloat16, 0.3),
         ({"name": "adamw8bit"}, torch.float32, 1e-2),
         ({"offload": "all", "rounding": "master"}, torch.bfloat16, 1e-1),
         ({"in_backward": True, "clip": None}, torch.float32, 1e-3),
     ],
 )
 def test_optimizer_modes(ranks, settings, dtype, limit):
-    """After five steps the weights, their average, and the losses of both are those of one process."""
-    for distance, moved in ranks(cases.trained, settings, dtype, 5, len(ranks) // 2):
+    """After five steps weights, their average, and the losses of both are those of one process, relative to
+    how far the weights have moved. Ranks add up gradients in the dtype of the weights, and round at random by
+    their own numbers."""
+    for distance, moved in ranks(cases.trained, settings, dtype, 5, ranks.size // 2):
         assert distance < limit
         assert moved > 1e-3

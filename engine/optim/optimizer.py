@@ -27,14 +27,16 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
         for module, lr in groups
     ]
     parameters = [p for group in made for p in group["params"]]
+    narrow = any(p.dtype == torch.bfloat16 for p in parameters)
+    sharded = any(isinstance(p, DTensor) for p in parameters)
     if config.grad_dtype == "float32":
+        if sharded:
+            raise UserError("optim.grad_dtype: got 'float32' with sharded weights, want 'weights'")
         for p in parameters:
             if not hasattr(p, "grad_dtype"):
                 version = torch.__version__
                 raise UserError(f"optim.grad_dtype: got 'float32', want 'weights' with torch {version}")
             p.grad_dtype = torch.float32
-    narrow = any(p.dtype == torch.bfloat16 for p in parameters)
-    sharded = any(isinstance(p, DTensor) for p in parameters)
     if config.name == "apex":
         if narrow or sharded or parameters[0].device.type != "cuda":
             what = "bfloat16 weights" if narrow else "sharded weights" if sharded else "weights on a CPU"
