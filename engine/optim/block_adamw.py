@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError, check
@@ -30,9 +31,9 @@ class BlockAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov, Hutter 2019) in float32, by torch's fused kernel, of bfloat16 or float32 parameters.
 
     groups as torch.optim takes them. What is used of config: betas, eps, weight_decay, and
-    name "adamw8bit": moments of parameters of 4,096 values and more, in rows of a multiple of 256, in
-      blockwise dynamic 8-bit numbers (Dettmers et al. 2022) by torchao's functions, of the second moment its
-      root (see EightBits);
+    name "adamw8bit": moments of parameters of 4,096 values and more in blockwise dynamic 8-bit numbers
+      (Dettmers et al. 2022) by torchao's functions, of the second moment its root (see EightBits); of sharded
+      ones those whose rows are a multiple of 256;
     rounding of bfloat16 weights: "master" keeps the 16 bits that they lack of float32, so that the update is
       that of a float32 weight; "stochastic" keeps nothing and rounds up or down at random, right on average;
     in_backward: a parameter is updated when its gradient arrives, which is freed; step() only ends the step;
@@ -87,7 +88,9 @@ class BlockAdamW(torch.optim.Optimizer):
     def _layout(self, p: Tensor, n: int) -> dict[str, tuple[int, torch.dtype]]:
         """(size, dtype) of what is kept for a block of n values."""
         layout = {"exp_avg": (n, torch.float32), "exp_avg_sq": (n, torch.float32)}
-        if self.eight_bits is not None and p.numel() >= 4096 and p[0].numel() % GROUP == 0:
+        # Of a sharded parameter whole groups are on a rank where its rows hold whole groups.
+        values = p[0].numel() if isinstance(p, DTensor) else n
+        if self.eight_bits is not None and p.numel() >= 4096 and values % GROUP == 0:
             layout = {name: (n, torch.uint8) for name in ("exp_avg", "exp_avg_rms")}
             layout |= {f"{name}_scale": (n // GROUP, torch.float32) for name in list(layout)}
         if p.dtype == torch.bfloat16 and self.rounding == "master":
