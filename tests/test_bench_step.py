@@ -24,7 +24,7 @@ def test_every_setting_has_a_row(bench, capsys):
     bench.main([*TINY, "--kernels", "reference", "--recompute", "none", "full", "--samples", "1", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("gate:")]) == 4
-    rows = {line[:50].strip(): line[50:].split() for line in lines if line.startswith("reference,")}
+    rows = {line[:60].strip(): line[60:].split() for line in lines if line.startswith("reference,")}
     assert len(rows) == 4
     for name, row in rows.items():
         *phases, total, rate, mib = map(float, row)
@@ -39,7 +39,7 @@ def test_lora_is_gated_by_itself(bench, capsys):
     bench.main([*TINY, "--kernels", "reference", "--train", "full", "lora", "--recompute", "none", "full"])
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("gate: reference, lora")]) == 2
-    rows = {line[:50].strip(): line[50:].split() for line in lines if line.startswith("reference,")}
+    rows = {line[:60].strip(): line[60:].split() for line in lines if line.startswith("reference,")}
     assert len(rows) == 4 and all(float(row[-1]) > 0 for row in rows.values())
 
 
@@ -56,11 +56,27 @@ def test_an_accelerated_rollout_is_gated_by_its_drift(bench, monkeypatch, capsys
     assert "MiB" not in capsys.readouterr().out
 
 
+def test_chains_that_persist_have_the_gradients_of_fresh_rollouts(bench, monkeypatch, capsys):
+    run = [*TINY, "--kernels", "reference", "--rollout", "persistent", "--sft-every", "1", "4"]
+    bench.main([*run, "--samples", "1", "2", "--window", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    errors = [line.split()[-1] for line in lines if line.startswith("gate:") and "gradients within" in line]
+    assert len(errors) == 2 and all(float(e) < 1e-5 for e in errors)
+    rows = {line[:60].strip(): line[60:].split() for line in lines if line.startswith("reference,")}
+    assert len(rows) == 4
+    sft = [float(row[0]) for name, row in rows.items() if name.endswith("sft 1/4")]
+    assert len(sft) == 2 and all(float(row[0]) > 0 for name, row in rows.items() if "sft" not in name)
+    noise = bench.Persistent.noise
+    monkeypatch.setattr(bench.Persistent, "noise", lambda *args: noise(*args) * torch.randn(()))
+    with pytest.raises(SystemExit, match="gate failed"):
+        bench.main(run)
+
+
 def test_what_does_not_agree_gets_no_time(bench, monkeypatch, capsys):
     run = bench.Step.run
 
-    def broken(self, setting, optimize=True):
-        losses, seconds = run(self, setting, optimize)
+    def broken(self, setting, *how, **which):
+        losses, seconds = run(self, setting, *how, **which)
         return [loss * (2 if setting.recompute == "full" else 1) for loss in losses], seconds
 
     monkeypatch.setattr(bench.Step, "run", broken)
@@ -132,7 +148,7 @@ def test_a_peer_is_gated_and_has_a_row_for_each_recomputation(bench, checkout, c
     bench.main([*TINY, "--kernels", "reference", "--peer", str(checkout)])
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("gate: peer")]) == 2
-    rows = {line[:50].strip(): line[50:].split() for line in lines if line.startswith("peer,")}
+    rows = {line[:60].strip(): line[60:].split() for line in lines if line.startswith("peer,")}
     kept, again = (float(rows[f"peer, recompute {mode}, 1 x 1 step"][-1]) for mode in ("none", "full"))
     assert 0 < again < kept
 

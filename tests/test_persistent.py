@@ -20,14 +20,17 @@ from helpers import (
     write_data,
     write_run,
 )
+from no_sync import NoBlockingCopy, NoSync
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training_runs import assert_equal, content, interrupt, run, values
 
+from prfl_engine import chain as chain_module
 from prfl_engine import flow
 from prfl_engine import train as train_module
 from prfl_engine.config import ChainConfig, Config, DataConfig, LossConfig, RolloutConfig, TrainConfig
-from prfl_engine.objectives import Grader, graded_windows, index_range
+from prfl_engine.objectives import Grader, bind, graded_windows, index_range
+from prfl_engine.rollout.accelerated import make_rollout
 from prfl_engine.rollout.persistent import Persistent
 from prfl_engine.rollout.pool import FILE, Finite, Pool
 from prfl_engine.rollout.turns import Turns
@@ -237,6 +240,44 @@ def test_a_smaller_micro_batch_takes_fewer_chains():
         indices += [source.turns[k].index for k in range(before, source.pool.counts.drawn)]
     for i in range(0, len(indices) - 1, 2):  # and every two draws are still on both sides of the range
         assert (indices[i] - indices[i + 1]) % 5 in (2, 3)
+
+
+def test_a_step_waits_for_the_device_only_where_drift_is_measured(monkeypatch):
+    """What is read on the host is the flag of a chain, which was copied an optimizer step before."""
+    source, grader, _, data = setup(size=2, pool=8, window=2, samples=2)
+    source.pool.counts.probed = 10**6
+    for key in range(2):
+        backward(source.windows(data[key], key))
+    held = [a for chain in source.pool.alive() for state in chain.states for a in state]
+    prompts = [chain.prompt.text for chain in source.pool.alive()]
+    batches = [a for batch in data for a in batch if a is not None]
+    monkeypatch.setattr(Finite, "__getitem__", lambda self, row: True)
+    for chain in source.pool.alive():
+        chain.finite = lambda: True
+    watch = NoSync([*held, *prompts, *batches, *grader.model.parameters(), *grader.reward.parameters()])
+    with NoBlockingCopy(watch):
+        for key in range(2, 8):
+            backward(source.windows(data[key % 4], key))
+
+
+@pytest.mark.parametrize("how", [{"precision": "fp8"}, {"cache": 0.3}], ids=str)
+def test_accelerated_steps_lead_to_the_range_and_graded_ones_go_on_plainly(how):
+    config = tiny_config(dim=128, num_heads=2)
+    model, reward = tiny_model(config), tiny_reward(config).freeze()
+    c = Config(rollout=RolloutConfig(mode="persistent", steps=8, range=(4, 6), pool=1, **how))
+    schedule = flow.make_schedule("unipc", 8, 5.0)
+    rollout = make_rollout(model, c.rollout, schedule, torch.device("cpu"))
+    grader = Grader(model, reward, schedule, stretches=rollout.stretches)
+    source = Persistent(grader, c, None, lambda key: [0])
+    batch, seen = random_batch(config, 1), []
+    for key in range(8):
+        backward(source.windows(batch, key))
+        (chain,) = source.pool.alive()
+        noise, index = source.noise(batch.latent, chain.numbers.position), torch.tensor([chain.numbers.index])
+        with torch.no_grad():
+            plain = chain_module.rollout(bind(model, batch), schedule, noise, index)
+        seen.append(relative(chain.states[-1].x, plain.x))
+    assert 1e-5 < max(seen) < 0.2
 
 
 # Staleness.
@@ -471,6 +512,7 @@ CHANGES = {
     "no numbers of a pool": lambda said, tensors: said["chains"]["0"].pop("lap"),
     "got no numbers of a pool": lambda said, tensors: said["counts"].update(drawn="3"),
     "slot 0 holds no whole chain": lambda said, tensors: tensors.pop("0.text"),
+    "numbers of a pool, want": lambda said, tensors: said["counts"].update(drawn=-1),
     "slot 1 holds no whole chain": lambda said, tensors: tensors.update({"1.0.m0": torch.zeros(3)}),
     "slot 7 holds no whole chain": lambda said, tensors: said["chains"].update({"7": said["chains"]["0"]}),
     "got 'other', want the tensors of the chains": lambda said, tensors: tensors.update(other=torch.ones(1)),

@@ -147,8 +147,11 @@ def _last(config: Config) -> Path:
 
 
 @torch.no_grad()
-def compare(config: Config, data: clips.DemoData, models: dict[str, Path], seeds: int) -> dict:
-    """Sample every model from the same held-out prompts and seeds; score and measure the samples.
+def measure(
+    config: Config, codec_path: Path, clean_val: Path, models: dict[str, Path], seeds: int
+) -> tuple[dict[str, dict], dict]:
+    """({name: what was measured on samples of the model}, the same of held-out video), every model from the
+    same held-out prompts and seeds.
 
     "reward" is the mean over eval.scored of the reward of the noised sample; "distance" is
     |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean the median over held-out
@@ -156,11 +159,11 @@ def compare(config: Config, data: clips.DemoData, models: dict[str, Path], seeds
     """
     device, e, r = pick_device(config), config.eval, config.reward
     scored = [i for i, t in enumerate(e.timesteps) if t in e.scored]
-    codec = DCTCodec.load(data.codec)
+    codec = DCTCodec.load(codec_path)
     score = load_reward(r.path, **r.pooling, dtype=torch.float32, device=device).freeze()
     schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
-    paths = spread(read_lists([str(data.clean_val)], "clean_val"), seeds)
-    reference = clean_medians(read_lists([str(data.clean_val)], "clean_val"), codec)
+    paths = spread(read_lists([str(clean_val)], "clean_val"), seeds)
+    reference = clean_medians(read_lists([str(clean_val)], "clean_val"), codec)
     captions = [read_meta(p)["short_caption"] for p in paths]
     clean, clean_jerk = torch.tensor([reference[c] for c in captions]).T
     found: dict[str, dict] = {}
@@ -188,10 +191,18 @@ def compare(config: Config, data: clips.DemoData, models: dict[str, Path], seeds
             "unsteadiness": unsteadiness(video),
             "jerk": jerk(video),
         }
+    truth = {"unsteadiness": clean.mean().item(), "jerk": clean_jerk.mean().item()}
+    return found, {"clean": truth, "captions": captions, "video": real}
+
+
+def compare(config: Config, data: clips.DemoData, models: dict[str, Path], seeds: int) -> dict:
+    """`measure` of the models before, control and PRFL, and the tests of their differences."""
+    found, real = measure(config, data.codec, data.clean_val, models, seeds)
+    timesteps = config.eval.timesteps
 
     def summary(name: str) -> dict:
         f = found[name]
-        by_t = dict(zip(map(str, e.timesteps), f["reward_by_timestep"].tolist(), strict=True))
+        by_t = dict(zip(map(str, timesteps), f["reward_by_timestep"].tolist(), strict=True))
         means = {key: f[key].mean().item() for key in ("reward", "distance", "unsteadiness", "jerk")}
         return means | {"reward_by_timestep": by_t}
 
@@ -208,13 +219,13 @@ def compare(config: Config, data: clips.DemoData, models: dict[str, Path], seeds
     return {
         "models": {name: summary(name) for name in found},
         "tests": tests,
-        "clean": {"unsteadiness": clean.mean().item(), "jerk": clean_jerk.mean().item()},
-        "captions": captions,
+        "clean": real["clean"],
+        "captions": real["captions"],
         "per_seed": {
             name: {"reward": f["reward"].tolist(), "distance": f["distance"].tolist()}
             for name, f in found.items()
         },
-        "videos": {"real, held out": real} | {name: f["video"] for name, f in found.items()},
+        "videos": {"real, held out": real["video"]} | {name: f["video"] for name, f in found.items()},
     }
 
 

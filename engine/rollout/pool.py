@@ -116,7 +116,7 @@ class Pool:
     def hold(self, a: Tensor) -> Tensor:
         """A copy of a tensor in the pool's place."""
         if not self.on_host:
-            return a.detach().to(self.device, copy=True)
+            return a.detach().to(self.device, non_blocking=True, copy=True)
         with host_memory():
             held = torch.empty(a.shape, dtype=a.dtype, device="cpu", pin_memory=self.device.type == "cuda")
         return held.copy_(a.detach(), non_blocking=True)
@@ -163,7 +163,8 @@ class Pool:
             numbers = {int(slot): Numbers(**values) for slot, values in said["chains"].items()}
             whole = [v for n in numbers.values() for v in asdict(n).values()]
             whole += [counts.drawn, counts.dropped, counts.renewed, counts.probed]
-            if any(type(v) is not int for v in whole) or type(counts.drift) not in (float, type(None)):
+            drift_ok = counts.drift is None or type(counts.drift) is float
+            if not drift_ok or any(type(v) is not int or v < 0 for v in whole):
                 raise TypeError
         except (TypeError, ValueError, LookupError, AttributeError, RecursionError):
             raise UserError(f"{path}: got no numbers of a pool, want the file as it was written") from None
@@ -189,7 +190,8 @@ class Pool:
                     raise LookupError
                 states.append(SolverState(*parts))
             prompt = [tensors.pop(f"{slot}.{k}", None) for k in PROMPT]
-            if not states or prompt[0] is None or self.chains[slot] is not None:
+            count = min(self.settings["chain.window"], numbers.index + 1)
+            if len(states) != count or prompt[0] is None or self.chains[slot] is not None:
                 raise LookupError
         except LookupError:
             raise UserError(f"{path}: slot {slot} holds no whole chain, want the file as written") from None
