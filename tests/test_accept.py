@@ -288,7 +288,8 @@ def test_without_the_sanitizer_it_is_refused(monkeypatch):
 
 def timed(name: str, backend: str, ms: float, **more) -> dict:
     return {
-        "op": "", "pass": name, "backend": backend, "ms": {"median": ms, "least": ms, "most": ms}, "flops": 1,
+        "op": "", "operation": "modulate", "pass": name, "backend": backend,
+        "ms": {"median": ms, "least": ms, "most": ms}, "flops": 1,
         "tflop_per_s": 22_000 / ms, "gb_per_s": 2000 / ms, "roofline": 0.5, "peers": {},
     } | more  # fmt: skip
 
@@ -311,7 +312,8 @@ def gpu_results(cudnn=60.0, size=15e9, waits=0, graphs=1.5) -> Results:
     peers = {"compile": {"ms": 2.0, "ratio": 2.0}}
     made = [
         result("environment/machine", operations=[{"op": "attention", "implementation": "cudnn"},
-               {"op": "modulate", "implementation": "triton"}], driver="580.1"),
+               {"op": "modulate", "implementation": "triton"}], driver="580.1",
+               attention={"forward": "cudnn", "backward": "cudnn"}),
         result("environment/rates", product=8e14, copy=4.2e12, fp8=1.4e15),
         result("correct/modulate/cuda/a", error=0.5), result("correct/modulate/triton/a", FAILED, error=2.0),
         self_attention("cudnn", cudnn), self_attention("triton", 50.0),
@@ -368,7 +370,10 @@ def test_a_report_of_a_gpu_has_everything_and_can_be_read_again(tmp_path):
     kept = json.loads(proposals.read_text())
     assert kept["choices"] == [{"kernel": "add_norm forward", "key": [8192], "choice": [16, 264]}]
     found = {d["op"]: (d["now"], d["best"]) for d in kept["defaults"]}
-    assert found == {"attention": ("cudnn", "triton"), "modulate": ("triton", "cuda")}
+    assert found == {
+        "attention forward": ("cudnn", "triton"), "attention backward": ("cudnn", "triton"),
+        "modulate": ("triton", "cuda"),
+    }  # fmt: skip
     assert constants.proposed(gpu_results())["gpu"] == "NVIDIA H200"
 
 

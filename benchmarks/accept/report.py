@@ -145,7 +145,7 @@ def defaults_table(constants: dict) -> list[str]:
     ]
     parts = (
         [
-            "<h3>Default back ends: now, and the fastest measured (ms, forward and backward)</h3>",
+            "<h3>Default back ends, now and the fastest: ms, forward and backward together but in attention</h3>",
             plain_table(["operation", "now", "fastest", "ms"], rows, ()),
         ]
         if rows
