@@ -363,7 +363,7 @@ def test_a_report_of_a_gpu_has_everything_and_can_be_read_again(tmp_path):
     text = page.read_text()
     for part in (
         "NVIDIA H200", "What went wrong", "correct/modulate/triton/a", "does not hold", "Default back ends",
-        "Tiles that beat the constants", "Not run (1)", "&lt;b&gt;",
+        "Tiles that beat the constants", "Not run (1)", "&lt;b&gt;", "<span class=bad>0/1</span>",
     ):  # fmt: skip
         assert part in text, part
     assert len(re.findall("<table", text)) == len(re.findall("<div class=box>", text))

@@ -92,7 +92,14 @@ def memory(context: Context, name: str, model: str, tokens: int) -> Outcome:
     if compile_absence(context.device) is None and (not context.small or name in COMPILED_ON_CPU):
         peers.append("compile")
     s, repeat = shape(context, model, tokens), SMALL_REPEAT if context.small else REPEAT
-    found = bench_kernels.rows_of(entry, s, backends, peers, repeat, limits_of(context))
+    timed, limit = partial(bench_kernels.rows_of, entry, s, backends), limits_of(context)
+    try:
+        found = timed(peers, repeat, limit)
+    except RuntimeError as error:
+        if "compile" not in peers:
+            raise
+        reasons.append(f"torch.compile: {str(error).strip().splitlines()[0]}"[:200])
+        found = timed(peers[:-1], repeat, limit)
     found = [row | {"operation": entry.op} for row in found]
     told = [f"{r['pass']} {r['backend']} {r['gb_per_s']:,.0f} GB/s" for r in found if r["ms"]]
     return Outcome(RAN, ", ".join(told), {"rows": found, "reasons": reasons})
