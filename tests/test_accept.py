@@ -262,7 +262,8 @@ SANITIZER = {
         FAILED,
     ),
     "nothing ran": ("========= ERROR SUMMARY: 0 errors\n", 1, FAILED),
-    "refused": ("Device not supported\n", 1, FAILED),
+    "refused": ("========= Error: Device not supported\n", 1, REFUSED),
+    "a crash": ("Segmentation fault\n", 139, FAILED),
 }
 
 
