@@ -241,6 +241,16 @@ def test_a_step_takes_the_bytes_that_are_predicted():
     assert 0.98 * want < got <= want
 
 
+def test_a_step_makes_its_tensors_on_the_device_that_it_is_given():
+    """On a device that is not the CPU; meta tensors compute nothing, but refuse others beside them."""
+    job = steps.jobs(CPU)["large/14B/lora"]
+    assert steps.parameter_bytes(job) > 0
+    step = steps.Step(job, "meta")
+    step.prepare()
+    assert [loss.device.type for loss in step.losses(lambda _: None)] == ["meta"] * 5
+    assert all(p.grad.device.type == "meta" for p in step.trained)
+
+
 def test_tiles_are_measured_and_the_default_kept_unless_another_is_faster(monkeypatch):
     one = tiles.tune.Asked("some kernel", (16,), (1,))
     monkeypatch.setattr(tiles, "choices", lambda small: {"some": ("", lambda device: None, one)})

@@ -56,8 +56,9 @@ def attach(model: WanTransformer, config: LoraConfig, seed: int = 0) -> WanTrans
     generator = torch.Generator().manual_seed(torch_seed(Purpose.LORA, seed))
     for m in layers.values():
         bound = 1 / math.sqrt(m.in_features)  # PEFT: kaiming_uniform_ with a = sqrt(5)
-        down = (2 * torch.rand(config.rank, m.in_features, generator=generator) - 1) * bound
-        _set(m, down.to(m.weight.device), m.weight.new_zeros(m.out_features, config.rank).float())
+        drawn = torch.rand(config.rank, m.in_features, generator=generator, device="cpu")
+        down, up = (2 * drawn - 1) * bound, m.weight.new_zeros(m.out_features, config.rank)
+        _set(m, down.to(m.weight.device), up.float())
         m.lora_scale = (config.rank if config.alpha is None else config.alpha) / config.rank
     return model
 
