@@ -143,7 +143,7 @@ class Build(build_ext):
                 f"PRFL_BUILD_CUDA=1, but the CUDA kernels cannot be built: {why}; the packages of the extra "
                 "[cuda-build] bring one, to be installed first, and this then with --no-build-isolation"
             )
-        jobs = [*self.cpu_jobs(nvcc, why), *self.cuda_jobs(nvcc)]
+        jobs = [*self.cuda_jobs(nvcc), *self.cpu_jobs(nvcc, why)]  # the longest first
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             objects = list(pool.map(lambda job: compile_one(*job), jobs))
         out = Path(self.get_ext_fullpath(extension.name))

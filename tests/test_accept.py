@@ -241,6 +241,16 @@ def test_a_step_takes_the_bytes_that_are_predicted():
     assert 0.98 * want < got <= want
 
 
+def test_a_step_makes_its_tensors_on_the_device_that_it_is_given():
+    """On a device that is not the CPU; meta tensors compute nothing, but refuse others beside them."""
+    job = steps.jobs(CPU)["large/14B/lora"]
+    assert steps.parameter_bytes(job) > 0
+    step = steps.Step(job, "meta")
+    step.prepare()
+    assert [loss.device.type for loss in step.losses(lambda _: None)] == ["meta"] * 5
+    assert all(p.grad.device.type == "meta" for p in step.trained)
+
+
 def test_tiles_are_measured_and_the_default_kept_unless_another_is_faster(monkeypatch):
     one = tiles.tune.Asked("some kernel", (16,), (1,))
     monkeypatch.setattr(tiles, "choices", lambda small: {"some": ("", lambda device: None, one)})
@@ -262,7 +272,8 @@ SANITIZER = {
         FAILED,
     ),
     "nothing ran": ("========= ERROR SUMMARY: 0 errors\n", 1, FAILED),
-    "refused": ("Device not supported\n", 1, FAILED),
+    "refused": ("========= Error: Device not supported\n", 1, REFUSED),
+    "a crash": ("Segmentation fault\n", 139, FAILED),
 }
 
 
@@ -288,7 +299,8 @@ def test_without_the_sanitizer_it_is_refused(monkeypatch):
 
 def timed(name: str, backend: str, ms: float, **more) -> dict:
     return {
-        "op": "", "pass": name, "backend": backend, "ms": {"median": ms, "least": ms, "most": ms}, "flops": 1,
+        "op": "", "operation": "modulate", "pass": name, "backend": backend,
+        "ms": {"median": ms, "least": ms, "most": ms}, "flops": 1,
         "tflop_per_s": 22_000 / ms, "gb_per_s": 2000 / ms, "roofline": 0.5, "peers": {},
     } | more  # fmt: skip
 
@@ -311,7 +323,8 @@ def gpu_results(cudnn=60.0, size=15e9, waits=0, graphs=1.5) -> Results:
     peers = {"compile": {"ms": 2.0, "ratio": 2.0}}
     made = [
         result("environment/machine", operations=[{"op": "attention", "implementation": "cudnn"},
-               {"op": "modulate", "implementation": "triton"}], driver="580.1"),
+               {"op": "modulate", "implementation": "triton"}], driver="580.1",
+               attention={"forward": "cudnn", "backward": "cudnn"}),
         result("environment/rates", product=8e14, copy=4.2e12, fp8=1.4e15),
         result("correct/modulate/cuda/a", error=0.5), result("correct/modulate/triton/a", FAILED, error=2.0),
         self_attention("cudnn", cudnn), self_attention("triton", 50.0),
@@ -361,14 +374,17 @@ def test_a_report_of_a_gpu_has_everything_and_can_be_read_again(tmp_path):
     text = page.read_text()
     for part in (
         "NVIDIA H200", "What went wrong", "correct/modulate/triton/a", "does not hold", "Default back ends",
-        "Tiles that beat the constants", "Not run (1)", "&lt;b&gt;",
+        "Tiles that beat the constants", "Not run (1)", "&lt;b&gt;", "<span class=bad>0/1</span>",
     ):  # fmt: skip
         assert part in text, part
     assert len(re.findall("<table", text)) == len(re.findall("<div class=box>", text))
     kept = json.loads(proposals.read_text())
     assert kept["choices"] == [{"kernel": "add_norm forward", "key": [8192], "choice": [16, 264]}]
     found = {d["op"]: (d["now"], d["best"]) for d in kept["defaults"]}
-    assert found == {"attention": ("cudnn", "triton"), "modulate": ("triton", "cuda")}
+    assert found == {
+        "attention forward": ("cudnn", "triton"), "attention backward": ("cudnn", "triton"),
+        "modulate": ("triton", "cuda"),
+    }  # fmt: skip
     assert constants.proposed(gpu_results())["gpu"] == "NVIDIA H200"
 
 

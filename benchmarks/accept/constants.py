@@ -8,7 +8,7 @@ kernels/attention/op.py.
 from prfl_bench.accept.results import Results
 from prfl_bench.accept.row import RAN
 
-WORTH = 1.02  # times as fast as the present default, forward and backward together
+WORTH = 1.02  # times as fast as the present default
 
 
 def proposed(results: Results) -> dict:
@@ -30,21 +30,20 @@ def defaults(results: Results) -> list[dict]:
     machine = results.ran("environment/machine")
     if machine is None:
         return []
-    now = {o["op"]: o["implementation"] for o in machine["operations"]}
-    timed = {"attention": [r for p in results.attention("self", "14B", 32760).values() for r in p.values()]}
-    timed |= results.memory("14B", 32760)
-    found = []
-    for name, rows in timed.items():
-        passes = max((len({r["pass"] for r in rows}), 1))
+    timed = {f"attention {direction}": times for direction, times in results.attention_ms().items()}
+    now = {f"attention {direction}": name for direction, name in machine["attention"].items()}
+    for name, rows in results.memory("14B", 32760).items():
+        passes = len({r["pass"] for r in rows})
         every = {
             b: [r["ms"]["median"] for r in rows if r["backend"] == b] for b in {r["backend"] for r in rows}
         }
-        totals = {b: sum(ms) for b, ms in sorted(every.items()) if len(ms) == passes}
-        default = now.get(name, now.get(name.split("-")[0].removesuffix("_fp8")))
-        if not totals:
-            continue
-        best = min(totals, key=totals.__getitem__)
-        if default in totals and totals[default] < WORTH * totals[best]:
-            best = default
-        found.append({"op": name, "now": default, "best": best, "ms": totals})
+        timed[name] = {b: sum(ms) for b, ms in sorted(every.items()) if len(ms) == passes}
+        op = rows[0]["operation"]
+        now[name] = next(o["implementation"] for o in machine["operations"] if o["op"] == op)
+    found = []
+    for name, times in timed.items():
+        if times:
+            default, best = now[name], min(times, key=times.__getitem__)
+            best = default if default in times and times[default] < WORTH * times[best] else best
+            found.append({"op": name, "now": default, "best": best, "ms": times})
     return found

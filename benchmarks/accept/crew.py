@@ -14,6 +14,7 @@ from pathlib import Path
 from prfl_bench.accept.row import DIED, HUNG, Row, Task
 
 ALWAYS = {"PRFL_TUNING": ""}  # the constants run, not what was tuned here before
+KILL = 20.0  # seconds that the driver may take to end a process whose kernel hangs
 START = 180.0  # seconds that a process may take to import torch and to find the device
 
 
@@ -93,9 +94,12 @@ class Worker:
             process.wait(0.5)
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
         self.pipe.close()
-        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        try:
+            code = process.wait(KILL)
+            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        except subprocess.TimeoutExpired:
+            how = f"not ended {KILL:.0f} s after SIGKILL: the driver holds it"
         with self.log.open("rb") as log:
             log.seek(self.began)
             lines = [

@@ -12,7 +12,7 @@ from prfl_bench import timing
 from prfl_bench.accept.machine import ROOT
 from prfl_bench.accept.row import FAILED, RAN, REFUSED, Context, Outcome, Row
 from prfl_engine.tools import doctor
-from prfl_kernels import extension
+from prfl_kernels import dispatch, extension
 
 LINK_BYTES = 1 << 30
 REPEAT = 5
@@ -22,6 +22,10 @@ def machine(context: Context) -> Outcome:
     """The versions of everything, and the defaults of the operations."""
     found = doctor.report()
     found["driver"] = driver()
+    q = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=context.device)
+    found["attention"] = {
+        "forward": dispatch.implementation("attention", q), "backward": dispatch.backward_of("attention", q)
+    }  # fmt: skip
     names = [gpu["name"] for gpu in found["gpus"]] or [found["gpu_note"]]
     t = found["torch"]
     nvcc = next(c["version"] or "none" for c in found["compilers"] if c["name"] == "nvcc")

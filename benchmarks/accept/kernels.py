@@ -40,6 +40,7 @@ ATTENTION = ("cudnn", "triton", "cuda", "fa3", "fa3_hub", "sdpa", "fa4", "fa2", 
 ATTENTION_FP8 = ("cuda", "triton")
 COMPILED_ON_CPU = ("modulate",)  # torch.compile takes half a minute for each
 REPEAT, SMALL_REPEAT = 12, 3
+LONG = 40_000  # tokens from which on a third of the repetitions does
 AGREE = 2e-2  # of bfloat16 results over 10^4 keys, relative root mean square
 
 
@@ -91,33 +92,40 @@ def memory(context: Context, name: str, model: str, tokens: int) -> Outcome:
     if compile_absence(context.device) is None and (not context.small or name in COMPILED_ON_CPU):
         peers.append("compile")
     s, repeat = shape(context, model, tokens), SMALL_REPEAT if context.small else REPEAT
-    found = bench_kernels.rows_of(entry, s, backends, peers, repeat, limits_of(context))
+    timed, limit = partial(bench_kernels.rows_of, entry, s, backends), limits_of(context)
+    try:
+        found = timed(peers, repeat, limit)
+    except RuntimeError as error:
+        if "compile" not in peers:
+            raise
+        reasons.append(f"torch.compile: {str(error).strip().splitlines()[0]}"[:200])
+        found = timed(peers[:-1], repeat, limit)
+    found = [row | {"operation": entry.op} for row in found]
     told = [f"{r['pass']} {r['backend']} {r['gb_per_s']:,.0f} GB/s" for r in found if r["ms"]]
     return Outcome(RAN, ", ".join(told), {"rows": found, "reasons": reasons})
 
 
 def attention(context: Context, kind: str, model: str, tokens: int, backend: str) -> Outcome:
-    """Forward and backward of one back end, its results held against torch's own attention."""
+    """Forward of one back end and, where it has one, its own backward, held against torch's own attention."""
     entry = ENTRIES[kind]
-    op = entry.op
-    if why := dispatch.absence(op, backend, context.device, torch.bfloat16, 128):
+    op, facts = entry.op, (context.device, torch.bfloat16, 128)
+    if why := dispatch.absence(op, backend, *facts):
         return Outcome(REFUSED, f"it {why}")
     s, repeat = shape(context, model, tokens), SMALL_REPEAT if context.small else REPEAT
-    if tokens > 40_000:
-        repeat = repeat // 3
-    error = disagreement(entry, s, backend)
-    found = bench_kernels.rows_of(entry, s, [backend], [], repeat, limits_of(context))
-    dispatch.configure(f"{op}={backend}")
-    values = {"rows": found, "error": error}
-    if entry.wanted:
-        q = torch.empty(1, 1, 1, s.head_dim, dtype=s.dtype, device=s.device)
-        values["backward"] = dispatch.backward_of(op, q)
+    if tokens > LONG:
+        repeat //= 3
+    choice, own = backend, bool(entry.wanted and dispatch.OPERATIONS[op][backend].backward)
+    if own and not dispatch.absence(f"{op}_backward", backend, *facts):
+        choice = f"{backend},{op}_backward={backend}"
+    error = disagreement(entry, s, choice)
+    found = bench_kernels.rows_of(entry, s, [choice], [], repeat, limits_of(context))
+    found = [row | {"backend": backend} for row in found if own or row["pass"] == "forward"]
     told = [f"{r['pass']} {r['tflop_per_s']:,.3g} TFLOP/s" for r in found if r["ms"]]
     state = RAN if error <= AGREE or op == "attention_fp8" else FAILED
-    return Outcome(state, ", ".join([*told, f"{error:.1e} from torch's"]), values)
+    return Outcome(state, ", ".join([*told, f"{error:.1e} from torch's"]), {"rows": found, "error": error})
 
 
-def disagreement(entry: Operation, s: Shape, backend: str) -> float:
+def disagreement(entry: Operation, s: Shape, choice: str) -> float:
     """The largest relative distance of outputs and gradients from those of scaled_dot_product_attention."""
     torch.manual_seed(0)
     inputs = entry.inputs(s)
@@ -133,7 +141,7 @@ def disagreement(entry: Operation, s: Shape, backend: str) -> float:
         direction = torch.randn(out.shape, generator=generator, device=s.device).to(out.dtype)
         return [out.detach(), *torch.autograd.grad(out, given, direction)]
 
-    dispatch.configure(f"{entry.op}={backend}")
+    dispatch.configure(f"{entry.op}={choice}")
     got, want = results(partial(entry.call, s)), results(lambda *a: peer(s, *entry.prepare(s, *a)))
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(got, want, strict=True))
 
@@ -156,7 +164,7 @@ def attention_row(kind: str, model: str, tokens: int, backend: str) -> Row:
     name = f"attention, {kind}" if kind in ("self", "cross") else f"attention_fp8, {kind.split('-')[1]}"
     s, entry = shapes.wan(model, tokens), ENTRIES[name]
     forward, backward = seconds_of(entry, s, (0, 0))
-    repeat = REPEAT // 3 if tokens > 40_000 else REPEAT
+    repeat = REPEAT // 3 if tokens > LONG else REPEAT
     gradient = bool(entry.wanted)
     seconds = 3 * TRITON + (repeat + 4) * (forward * (2 + gradient) + backward) + 4 * forward
     run = partial(attention, kind=name, model=model, tokens=tokens, backend=backend)

@@ -68,7 +68,7 @@ def html(results: Results, found: list[Verdict], made: list[Table]) -> str:
     for table in made:
         parts += [f"<h3>{escape(table.title)}</h3>", plain_table(table.head, table.rows)]
     parts += defaults_table(proposed(results))
-    parts.append("<h2>All rows</h2>")
+    parts += ["<h2>All rows</h2>", *matrix(results)]
     for stage, rows in groupby(
         sorted(results.rows.values(), key=lambda r: list(STAGES).index(r["stage"])), key=lambda r: r["stage"]
     ):
@@ -80,6 +80,28 @@ def html(results: Results, found: list[Verdict], made: list[Table]) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>Acceptance run on {escape(m['name'])}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
     )
+
+
+def matrix(results: Results) -> list[str]:
+    """Right cases of all that ran, by operation and implementation."""
+    counts: dict[tuple[str, str], list[str]] = {}
+    for r in results.stage("correct/"):
+        counts.setdefault(tuple(r["name"].split("/")[1:3]), []).append(r["state"])
+    counts = {key: states for key, states in counts.items() if set(states) != {REFUSED}}
+    names = list(dict.fromkeys(name for _, name in counts))
+
+    def cell(op: str, name: str) -> str:
+        states = [state for state in counts.get((op, name), ()) if state != REFUSED]
+        right = states.count(RAN)
+        return (
+            f"<span class={css(RAN if right == len(states) else BAD[0])}>{right}/{len(states)}</span>"
+            if states
+            else ""
+        )
+
+    rows = [[escape(op), *(cell(op, name) for name in names)] for op in dict.fromkeys(op for op, _ in counts)]
+    head = "<h3>Right cases of those that ran, by operation and implementation</h3>"
+    return [head, box(["operation", *map(escape, names)], rows, range(1, len(names) + 1))] if rows else []
 
 
 def stage_section(stage: str, rows: list[dict]) -> str:
@@ -145,7 +167,7 @@ def defaults_table(constants: dict) -> list[str]:
     ]
     parts = (
         [
-            "<h3>Default back ends: now, and the fastest measured (ms, forward and backward)</h3>",
+            "<h3>Default back ends now and the fastest; ms, both passes together but in attention</h3>",
             plain_table(["operation", "now", "fastest", "ms"], rows, ()),
         ]
         if rows
@@ -201,6 +223,7 @@ th{background:#f6f8fa;font-weight:600;white-space:nowrap}tbody tr:last-child td{
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}.name{white-space:nowrap}
 td:last-child{min-width:220px}td.n:last-child{min-width:0}
 .badge{border-radius:10px;padding:1px 8px;font-size:12px;white-space:nowrap;background:#eef1f4;color:#46515e}
+span.good{color:#176b3a}span.bad{color:#b3261e;font-weight:600}
 .badge.good{background:#e3f4e8;color:#176b3a}.badge.bad{background:#fde7e5;color:#b3261e}
 details{margin:10px 0}summary{cursor:pointer;font-weight:600;padding:4px 0}
 .bars{margin-top:4px}.bar{background:#eef1f4;height:6px;border-radius:3px;max-width:320px;margin-top:4px}

@@ -44,6 +44,14 @@ class Results(NamedTuple):
             if result["state"] == RAN
         }
 
+    def attention_ms(self) -> dict[str, dict[str, float]]:
+        """{"forward", "backward": {back end: ms}}, the fastest first, at 14B and 32,760 tokens."""
+        found: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
+        for name, passes in self.attention("self", "14B", 32760).items():
+            for direction, row in passes.items():
+                found[direction][name] = row["ms"]["median"]
+        return {d: dict(sorted(times.items(), key=lambda item: item[1])) for d, times in found.items()}
+
     def memory(self, model: str, tokens: int) -> dict[str, list[dict]]:
         """{operation: rows of every pass and back end} of what ran."""
         found = {}

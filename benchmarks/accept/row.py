@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a row is given: the device type, and the results (dicts, by name) of the rows before it."""
+    """What a row is given: the device type, and if `alone` the results (dicts, by name) before it."""
 
     device: str
     known: Mapping[str, dict]

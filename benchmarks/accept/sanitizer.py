@@ -18,7 +18,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 NAME = "compute-sanitizer"
 SECONDS = 90  # of a tool, most of it the start of torch under it
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
-DONE = "called"
+DONE, UNSUPPORTED = "called", "Device not supported"  # the second under gVisor
 
 
 def program() -> str | None:
@@ -57,7 +57,10 @@ def read(tool: str, code: int, text: str) -> Outcome:
     called = [line.split(maxsplit=1)[1] for line in lines if line.startswith(f"{DONE} ")]
     found = [int(next(filter(None, m.groups()), 0)) for m in SUMMARY.finditer(text)]
     errors = [line.lstrip("= ") for line in lines if line.startswith("=========") and line.strip("= ")]
+    errors = [text for text in errors if text != NAME.upper()]
     values = {"called": called, "lines": errors[:12]}
+    if UNSUPPORTED in text and not called:
+        return Outcome(REFUSED, f"{NAME}: {UNSUPPORTED} here", values)
     if not found:
         return Outcome(
             FAILED, f"exit code {code} and no summary: {lines[-1] if lines else 'nothing printed'}", values

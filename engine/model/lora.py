@@ -56,9 +56,10 @@ def attach(model: WanTransformer, config: LoraConfig, seed: int = 0) -> WanTrans
     generator = torch.Generator().manual_seed(torch_seed(Purpose.LORA, seed))
     for m in layers.values():
         bound = 1 / math.sqrt(m.in_features)  # PEFT: kaiming_uniform_ with a = sqrt(5)
-        down = (2 * torch.rand(config.rank, m.in_features, generator=generator) - 1) * bound
+        drawn = torch.rand(config.rank, m.in_features, generator=generator, device="cpu")
+        up = torch.zeros(m.out_features, config.rank, device="cpu")
         scale = (config.rank if config.alpha is None else config.alpha) / config.rank
-        _set(m, LowRank(down, torch.zeros(m.out_features, config.rank), scale))
+        _set(m, LowRank((2 * drawn - 1) * bound, up, scale))
     return model
 
 
