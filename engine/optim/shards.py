@@ -1,9 +1,11 @@
 """Parameters that are sharded over ranks (FSDP2): what is here, and norms over all of them."""
 
+import math
 from collections.abc import Iterable
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -19,6 +21,26 @@ def offset(a: Tensor) -> int:
         return 0
     _, first = compute_local_shape_and_global_offset(a.shape, a.device_mesh, a.placements)
     return first[0] * (a.numel() // a.shape[0])
+
+
+def put(a: Tensor, value: Tensor) -> None:
+    """Copy to `a` what is its own of the whole `value`."""
+    if isinstance(a, DTensor):
+        rows = offset(a) // max(1, math.prod(a.shape[1:]))
+        value = value[rows : rows + len(local(a))]
+    local(a).copy_(value)
+
+
+def whole(a: Tensor) -> Tensor:
+    """All of `a`; of a sharded one all its ranks call it, and each gets a copy."""
+    return a.full_tensor() if isinstance(a, DTensor) else a
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop gathered weights: afterwards the parameters are the shards, which alone hold what is written."""
+    for m in module.modules():
+        if isinstance(m, FSDPModule):
+            m.reshard()
 
 
 def summed(norm: Tensor, parameters: Iterable[Tensor]) -> Tensor:

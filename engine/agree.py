@@ -1,0 +1,70 @@
+"""Ranks that must go on together or fail together, and a folder that all of them write to."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from prfl_engine import files
+from prfl_engine.errors import TrainingError, UserError
+
+
+def several() -> bool:
+    """Whether this process is one of several ranks, even of one."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def leads(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether this is the first rank of a group (None: all), or the only process."""
+    return not several() or dist.get_rank(group) == 0
+
+
+def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """`value`, which can be pickled, of every rank of a group (None: all)."""
+    if not several():
+        return [value]
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group)
+    return found
+
+
+class Agreed:
+    """A with block that all ranks of a group (None: all) leave together.
+
+    If it raises on some ranks, it raises on the others, too: the UserError or TrainingError of the lowest
+    such rank, whose number its line has. So no rank waits for one that has failed. Inside the block there
+    must be no collective after a point where one rank alone can fail.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        self.group = group
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        line = None if error is None else " ".join(str(error).split()) or kind.__name__
+        said = gathered(None if error is None else (issubclass(kind, UserError), line), self.group)
+        if error is None:
+            for rank, theirs in enumerate(said):
+                if theirs is not None:
+                    raise (UserError if theirs[0] else TrainingError)(f"rank {rank}: {theirs[1]}")
+
+
+@contextmanager
+def shared_folder(folder: Path, group: dist.ProcessGroup | None = None) -> Iterator[Path]:
+    """files.atomic_folder for all ranks of a group (None: all), which must share the file system.
+
+    The first rank makes the temporary folder. It takes its name after the block has ended well on every rank;
+    otherwise nothing is left of it, and every rank raises.
+    """
+    with ExitStack() as stack:
+        with Agreed(group):
+            path = stack.enter_context(files.atomic_folder(folder)) if leads(group) else None
+        path = next(p for p in gathered(path, group) if p is not None)
+        with Agreed(group):
+            yield path
+        with Agreed(group):
+            stack.close()  # here it takes its name

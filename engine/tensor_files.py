@@ -1,0 +1,59 @@
+"""Safetensors files written tensor by tensor, so that no second copy of what they hold is in memory.
+
+The bytes are those that safetensors' own writer makes, which wants all tensors of a file at once. Format:
+https://github.com/huggingface/safetensors (8 bytes of length, a JSON header, the tensors without gaps).
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""(dtype, shape) of tensors by name."""
+
+# In the order in which safetensors writes them: the widest first, so that every tensor is aligned.
+_NAMES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_RANK = {dtype: i for i, dtype in enumerate(_NAMES)}
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+"""The dtypes by their names in a header."""
+
+
+def in_order(layout: Layout) -> list[str]:
+    """The names in the order in which a file holds its tensors."""
+    return sorted(layout, key=lambda name: (_RANK[layout[name][0]], name))
+
+
+def write_tensors(
+    path: Path, layout: Layout, values: Iterable[Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a file of the tensors of `layout`; `values` gives them `in_order`, on any device.
+
+    One tensor at a time is drawn and copied to the CPU. ValueError where one is not as the layout says.
+    """
+    header: dict = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in in_order(layout):
+        dtype, shape = layout[name]
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, value in zip(in_order(layout), values, strict=False):
+            if (value.dtype, tuple(value.shape)) != layout[name]:
+                got = value.dtype, tuple(value.shape)
+                raise ValueError(f"{path}: {name}: got {got}, want {layout[name]}")
+            flat = value.detach().reshape(-1).contiguous().cpu()
+            file.write(flat.view(torch.uint8).numpy())
+        if file.tell() != 8 + len(text) + end:
+            raise ValueError(f"{path}: got too few tensors, want {len(layout)}")
