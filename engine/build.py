@@ -1,9 +1,11 @@
 """From a configuration to a device, a generator and a reward model."""
 
+import os
 from pathlib import Path
 
 import torch
 
+from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ModelConfig
 from prfl_engine.errors import UserError, refusing
 from prfl_engine.model import lora
@@ -19,6 +21,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def pick_device(config: Config) -> torch.device:
     """The device of a run; the kernels that the configuration asks for are chosen on the way."""
     name = config.train.device
+    if name in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # torchrun's
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
@@ -52,9 +56,12 @@ def set_up(model: WanTransformer, config: ModelConfig) -> WanTransformer:
 def make_policy(config: Config, resume: Path | None, device: torch.device) -> WanTransformer:
     """The generator, weights in model.weights_dtype: from `resume`, from model.path, or random.
 
-    With LoRA the checkpoint `resume` holds the adapter, which goes onto the generator of the other two.
+    With LoRA the checkpoint `resume` holds the adapter, which goes onto the generator of the other two. What
+    a sharded checkpoint holds is loaded later, into the shards.
     """
     m = config.model
+    if resume is not None and (resume / INDEX).is_file():
+        resume = None
     lora.check_path(config.lora)
     source = Path(m.path) if m.path else None
     if resume is not None and not config.lora.rank:

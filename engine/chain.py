@@ -11,6 +11,8 @@ inner one saves outlives the outer one.)
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +20,16 @@ from torch import Tensor
 from prfl_engine import flow
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Together(Protocol):
+    """Ranks that gather weights in every forward, so that all must make the same number of them."""
+
+    def forwards(self, count: int) -> int:
+        """How many forwards a rank makes that needs `count`."""
+
+    def rollout(self) -> AbstractContextManager[None]:
+        """Around the forwards of a rollout."""
 
 
 def advance(
@@ -40,13 +52,15 @@ class Chain:
         schedule: flow.Schedule,
         start: Tensor | list[list[flow.SolverState | None]],
         stretch: Callable[[], Velocity] | None = None,
+        together: "Together | None" = None,
     ):
         """start: noise [B, C, T, H, W], which is not changed; or the known states of every sample, in the
         form of `states`.
 
         velocity makes the steps of windows. For every stretch of steps before a window, stretch() gives the
-        velocity (None: the same one).
+        velocity (None: the same one). together: the ranks that make every forward at the same time.
         """
+        self.together = together
         self.velocity, self.schedule, self.stretch = velocity, schedule, stretch
         if isinstance(start, Tensor):
             first = flow.init_state(start.detach())
@@ -69,6 +83,19 @@ class Chain:
         """
         if velocity is None:
             velocity = self.velocity if self.stretch is None else self.stretch()
+        if self.together is None:
+            self._advance(index, first, velocity)
+            return
+        have = [len(states) - 1 for states in self.states]
+        count = max(0, *(n - m for n, m in zip(index.tolist(), have, strict=True)))
+        more = self.together.forwards(count) - count  # for the ranks that need them
+        with self.together.rollout():
+            self._advance(index, first, velocity)
+            last = self.at(index, torch.arange(len(index)))
+            for _ in range(more):
+                advance(velocity, self.schedule, last, index, torch.arange(len(index)))
+
+    def _advance(self, index: Tensor, first: Tensor, velocity: Velocity) -> None:
         while True:
             for states, n in zip(self.states, first.tolist(), strict=True):
                 known = min(n, len(states) - 1)

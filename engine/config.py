@@ -380,7 +380,8 @@ class TrainConfig(Section, name="train"):
     steps: Count = 1000
     """Optimizer steps."""
     accumulate: Count = 1
-    """Micro-batches of one optimizer step; their mean gradient is applied once."""
+    """Micro-batches of one optimizer step, of all processes together; their mean gradient is applied once. So
+    a run is the same on any number of GPUs."""
     seed: Seed = 0
     save_every: Count = 100
     keep: Count = 2
@@ -391,6 +392,22 @@ class TrainConfig(Section, name="train"):
     tensorboard: bool = True
     wandb: Name | None = None
     """Weights & Biases project; needs the wandb package."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section, name="parallel"):
+    """How the processes that torchrun has started share the work; weights are sharded over all of them."""
+
+    replicate: Count = 1
+    """Copies of the sharded weights (HSDP); it divides the processes. 1 shards over all of them."""
+    sequence: Count = 1
+    """Neighbouring processes that share every sample, each with a part of its tokens; it divides the heads
+    and the processes of one copy."""
+    resident: bool = False
+    """Gather all weights once for a rollout, and drop them before its graded step: no collective inside a
+    rollout, at the cost of whole weights on every GPU meanwhile."""
+    timeout: Annotated[float, Within(1, 86400)] = 1800.0
+    """Seconds after which a collective that some process does not join ends the run."""
 
 
 @dataclass(frozen=True)
@@ -451,6 +468,7 @@ class Config(Section, name=""):
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 

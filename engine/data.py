@@ -239,13 +239,13 @@ class MicroBatches:
                     return f"{path}: its {name} is not finite"
         return f"samples: {', '.join(dict.fromkeys(str(path) for path, _ in samples))}"
 
-    def loader(self, position: int, num_workers: int, device: torch.device) -> Iterator:
-        """Batches from `position` on, on the device; GPU copies are pinned and asynchronous."""
+    def loader(self, position: int, num_workers: int, device: torch.device, stride: int = 1) -> Iterator:
+        """Every stride-th batch from `position` on, on the device; GPU copies are pinned and asynchronous."""
         pinned = device.type == "cuda"
         loader = DataLoader(
             _Caught(self),
             batch_size=None,
-            sampler=range(position, 2**40),
+            sampler=range(position, 2**40, stride),
             num_workers=num_workers,
             pin_memory=pinned,
             generator=torch.Generator(),  # else it draws from the one that dropout goes on with

@@ -9,7 +9,7 @@ so a run that was stopped and resumed gives the same result as one that was not;
 import json
 import math
 from collections.abc import Callable, Iterable
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 
 from prfl_engine import failures, files
 from prfl_engine.build import pick_device
+from prfl_engine.checkpoint_shards import load_sharded, save_sharded
 from prfl_engine.config import Config
 from prfl_engine.data import MicroBatches
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.gpu import gpu_metrics
 from prfl_engine.inputs import make_folder
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
-from prfl_engine.metrics import MetricsWriter, note
+from prfl_engine.metrics import MetricsWriter, NoMetrics, note
 from prfl_engine.metrics import progress as progress_bar
 from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
+from prfl_engine.parallel import World
 from prfl_engine.resume import Progress, Start, read_state, save_state, write_run
 
 
@@ -56,6 +58,7 @@ def fit(
     save: Callable[[Path, int], None],
     load: Callable[[Path], dict[str, Tensor]],
     carried: Carried | None = None,
+    world: World = World(),  # noqa: B008 - frozen
 ) -> None:
     """Train `model` for config.train.steps optimizer steps, from where `begin` says.
 
@@ -63,7 +66,8 @@ def fit(
     and yields the metrics of each. `key` is an integer that no other micro-batch has.
     validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
     save(folder, step) writes the trained parameters, load(folder) reads them back in float32, under
-    their names in the model. What is `carried` is in every checkpoint, too.
+    their names in the model. What is `carried` is in every checkpoint, too. Every process of `world` calls
+    this; the first one writes what is written once.
 
     SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises UserError before anything is written,
     TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
@@ -73,14 +77,15 @@ def fit(
         with interrupts() as signals:
             optimizer = make_optimizer(groups, config.optim)
             ema = EMA(model, config.train.ema) if config.train.ema > 0 else None
-            if begin.checkpoint is not None:
-                progress = _load(config, begin, model, optimizer, ema, load, device)
-                if carried is not None:
-                    carried.load(begin.checkpoint)
-            elif (name := not_finite(model)) is not None:
-                raise UserError(f"model to start from: {name} is not finite, want finite weights")
+            with world.agreed():
+                if begin.checkpoint is not None:
+                    progress = _load(config, begin, model, optimizer, ema, load, device, world)
+                    if carried is not None:
+                        carried.load(begin.checkpoint)
+                elif (name := not_finite(model)) is not None:
+                    raise UserError(f"model to start from: {name} is not finite, want finite weights")
             trained = config, begin, model, optimizer, ema
-            run = Run(*trained, batches, backpropagate, validate, save, progress, signals, carried)
+            run = Run(*trained, batches, backpropagate, validate, save, progress, signals, carried, world)
             run.train(device)
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
@@ -88,18 +93,21 @@ def fit(
         raise TrainingError(f"{reason}; {_last(Path(config.train.out))}") from None
 
 
-def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load, device) -> Progress:
-    """Load what a checkpoint holds in addition to the weights, which must be finite."""
-    folder = begin.checkpoint
+def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load, device, world) -> Progress:
+    """Load what a checkpoint holds in addition to the weights, which must be finite; a sharded one holds the
+    weights too."""
+    folder, several = begin.checkpoint, world.mesh is not None
+    if several:
+        load_sharded(folder, model, optimizer, ema)
     if (name := not_finite(model)) is not None:
         raise UserError(f"{folder}: {name} is not finite, want a checkpoint with finite weights")
-    if ema is not None:
+    if ema is not None and not several:
         want = f"0: {folder} holds no averaged weights"
         check((folder / "ema").is_dir(), "train.ema", config.train.ema, want)
         held = load(folder / "ema")
         ema.average = {k: held[k].detach().float().to(p.device) for k, p in ema.own.items()}
     # Last, since building the model of the average draws random numbers.
-    progress = read_state(folder, optimizer, device)
+    progress = read_state(folder, device, None if several else optimizer)
     if begin.new_score:
         progress.best = -math.inf
     return progress
@@ -126,50 +134,66 @@ class Run:
     progress: Progress
     signals: Interrupts
     carried: Carried | None
+    world: World
 
     def train(self, device: torch.device) -> None:
         """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
-        out, found = make_folder(self.out, "train.out"), self.begin.checkpoint
-        with files.locked(out) as alone, self.signals.at_once(False):
-            if not alone:
-                note(f"{out}: its file system has no locks, so nothing stops a second run in this folder")
-            if files.checkpoints(out)[-1:] != ([] if found is None else [found]):
-                raise UserError(f"train.out: {out} got a checkpoint from another run meanwhile, start again")
-            files.clear_leftovers(out)
-            files.write_whole(out / "config.yaml", self.config.to_yaml())
-            for change in self.begin.changes:
-                print(f"prfl: {change}", flush=True)
-            if self.begin.new_score and self.validate is not None:
-                print("prfl: validation has changed: earlier scores no longer count for best", flush=True)
-            if self.progress.step >= (steps := self.config.train.steps):
-                print(f"prfl: {found} has all of train.steps = {steps}: no step is left", flush=True)
+        out = Path(self.config.train.out)
+        with self.signals.at_once(False), ExitStack() as held:
+            with self.world.agreed():
+                if self.world.leads:
+                    self.take_folder(out, held)
             self.steps(device)
             if self.signals.asked is not None:
                 saved = f"{_last(out)}, train.resume=true goes on from it"
                 raise self.signals.stopped(saved if files.checkpoints(out) else "nothing to save")
 
+    def take_folder(self, out: Path, held: ExitStack) -> None:
+        """Lock the folder for as long as `held` is open, and say how the run starts."""
+        found = self.begin.checkpoint
+        if not held.enter_context(files.locked(make_folder(out, "train.out"))):
+            note(f"{out}: its file system has no locks, so nothing stops a second run in this folder")
+        if files.checkpoints(out)[-1:] != ([] if found is None else [found]):
+            raise UserError(f"train.out: {out} got a checkpoint from another run meanwhile, start again")
+        files.clear_leftovers(out)
+        files.write_whole(out / "config.yaml", self.config.to_yaml())
+        for change in self.begin.changes:
+            print(f"prfl: {change}", flush=True)
+        if self.begin.new_score and self.validate is not None:
+            print("prfl: validation has changed: earlier scores no longer count for best", flush=True)
+        if self.progress.step >= (steps := self.config.train.steps):
+            print(f"prfl: {found} has all of train.steps = {steps}: no step is left", flush=True)
+
     def steps(self, device: torch.device) -> None:
         """The steps from progress.step on, with their validations and checkpoints."""
         train, progress, optimizer, out = self.config.train, self.progress, self.optimizer, self.out
-        items = self.batches.loader(progress.step * train.accumulate, self.config.data.num_workers, device)
+        world, own = self.world, train.accumulate // self.world.readers  # micro-batches of a step here
+        first = progress.step * train.accumulate + world.reader
+        items = self.batches.loader(first, self.config.data.num_workers, device, world.readers)
         start = progress.step + 1 if self.begin.checkpoint else 0
-        with closing(items), MetricsWriter(out, train.tensorboard, train.wandb, start) as metrics:
-            measurements = Measurements(metrics, train.log_every, progress.unlogged, self.bad_gradient)
+        writer = MetricsWriter(out, train.tensorboard, train.wandb, start) if world.leads else NoMetrics()
+        with closing(items), writer as metrics:
+            measurements = Measurements(
+                metrics, train.log_every, progress.unlogged, self.bad_gradient, world.mean
+            )
             if self.validate is not None and (self.begin.checkpoint is None or progress.unvalidated):
                 self.check(metrics)
-            if self.signals.asked is not None:
+            if world.any(self.signals.asked is not None):
                 return
             steps = range(progress.step, train.steps)
-            for step in progress_bar(steps, out.name, train.steps, initial=progress.step):
+            if world.leads:
+                steps = progress_bar(steps, out.name, train.steps, initial=progress.step)
+            for step in steps:
                 factor = lr_factor(step, train.steps, self.config.optim)
                 set_lr(optimizer, factor)
                 seen: dict[str, Tensor] = {}
-                for micro in range(train.accumulate):
-                    item = next(items)
-                    key = step * train.accumulate + micro
-                    for values in self.backpropagate(item, key, 1 / train.accumulate):
+                for micro in range(own):
+                    with world.agreed():
+                        item = next(items)
+                    key = step * train.accumulate + micro * world.readers + world.reader
+                    for values in self.backpropagate(item, key, 1 / own):
                         for k, v in values.items():
-                            seen[k] = seen.get(k, 0) + v.detach() / train.accumulate
+                            seen[k] = seen.get(k, 0) + v.detach() / own
                         measurements.settle()  # the device has a backward of this step to do meanwhile
                 norm = update(optimizer, self.config.optim.clip)
                 if self.ema is not None:
@@ -182,7 +206,7 @@ class Run:
                     measurements.settle()
                     self.check_weights()
                     self.check(metrics)
-                stop = self.signals.asked is not None  # asked once: a signal may come at any time
+                stop = world.any(self.signals.asked is not None)  # asked once: it may come at any time
                 if stop or last or done % train.save_every == 0:
                     measurements.settle()
                     self.check_weights()
@@ -204,7 +228,9 @@ class Run:
         progress.unvalidated = True
         self.model.eval()
         try:
-            with ema.applied() if ema else nullcontext(), torch.no_grad(), self.signals.at_once(True):
+            # One of several ranks must not leave a validation alone.
+            at_once = self.signals.at_once(self.world.size == 1)
+            with ema.applied() if ema else nullcontext(), torch.no_grad(), at_once:
                 values = self.validate(progress.step)
         except Stopped:
             return
@@ -214,21 +240,29 @@ class Run:
         metrics.log(progress.step, values, "eval")
         if values["score"] > progress.best:
             progress.best = values["score"]
-            with files.atomic_folder(self.out / "best") as folder:
+            with self.world.folder(self.out / "best") as folder:
                 self.write_weights(folder)
-                score = {"step": progress.step, "score": progress.best}
-                (folder / "score.json").write_text(json.dumps(score))
+                if self.world.leads:
+                    score = {"step": progress.step, "score": progress.best}
+                    (folder / "score.json").write_text(json.dumps(score))
 
     def write_checkpoint(self, device: torch.device) -> None:
         """Write checkpoint-N, then delete the oldest ones."""
-        with files.atomic_folder(self.out / f"checkpoint-{self.progress.step}") as folder:
-            self.write_weights(folder)
-            save_state(folder, self.progress, self.optimizer, device)
-            write_run(folder, self.config, self.begin.sources)
+        with self.world.folder(self.out / f"checkpoint-{self.progress.step}") as folder:
+            if self.world.mesh is None:
+                self.write_weights(folder)
+                save_state(folder, self.progress, device, self.optimizer)
+            else:
+                save_sharded(folder, self.model, self.optimizer, self.ema)
+                if self.world.leads:
+                    save_state(folder, self.progress, device)
+            if self.world.leads:
+                write_run(folder, self.config, self.begin.sources)
             if self.carried is not None:
                 self.carried.save(folder)
-        for old in files.checkpoints(self.out)[: -self.config.train.keep]:
-            files.remove_folder(old)
+        if self.world.leads:
+            for old in files.checkpoints(self.out)[: -self.config.train.keep]:
+                files.remove_folder(old)
 
     def write_weights(self, folder: Path) -> None:
         """Write the trained weights, and the averaged ones to `folder`/ema."""
@@ -239,7 +273,9 @@ class Run:
 
     def check_weights(self) -> None:
         """TrainingError if a trained weight is not finite."""
-        if (name := not_finite(self.model)) is not None:
+        with self.world.agreed():
+            if (name := not_finite(self.model)) is None:
+                return
             step = self.progress.step - 1
             raise TrainingError(f"step {step}: {name} is not finite after the update; {_last(self.out)}")
 
@@ -259,9 +295,9 @@ class Run:
 class Measured:
     """Values of a step, 0-dim on the device, on their way to the host."""
 
-    def __init__(self, step: int, lr: float, values: dict[str, Tensor]):
+    def __init__(self, step: int, lr: float, values: dict[str, Tensor], mean: Callable[[Tensor], Tensor]):
         self.step, self.lr, self.names = step, lr, list(values)
-        flat = torch.stack([v.detach().float() for v in values.values()])
+        flat = mean(torch.stack([v.detach().float() for v in values.values()]))
         self.numbers = flat.to("cpu", non_blocking=True)  # into pinned memory, where it came from a GPU
         self.event = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
 
@@ -281,8 +317,10 @@ class Measurements:
         log_every: int,
         newest: dict[str, Tensor],
         bad_gradient: Callable[[int, float], None],
+        mean: Callable[[Tensor], Tensor],
     ):
-        self.metrics, self.log_every, self.bad_gradient = metrics, log_every, bad_gradient
+        """mean: of values over all processes, on the device."""
+        self.metrics, self.log_every, self.bad_gradient, self.mean = metrics, log_every, bad_gradient, mean
         self.last: Measured | None = None
         self.newest = newest  # since the last log: not every step has every loss
 
@@ -291,7 +329,7 @@ class Measurements:
         since the last log."""
         self.newest |= values
         logs = (step + 1) % self.log_every == 0
-        self.last = Measured(step, lr, {"grad_norm": norm} | (self.newest if logs else {}))
+        self.last = Measured(step, lr, {"grad_norm": norm} | (self.newest if logs else {}), self.mean)
         if logs:
             self.newest = {}
 

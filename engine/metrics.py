@@ -107,6 +107,22 @@ class MetricsWriter:
         self.close()
 
 
+class NoMetrics:
+    """A MetricsWriter of a process that writes nothing."""
+
+    def log(self, step: int, values: dict[str, float], prefix: str = "") -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "NoMetrics":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+
 def check_writers(tensorboard: bool, wandb_project: str | None) -> None:
     """UserError if a run that is to write to TensorBoard or Weights & Biases cannot; writes nothing."""
     if tensorboard and find_spec("tensorboard") is None:

@@ -111,6 +111,7 @@ class Grader:
     stretches: Callable[[Batch, Tensor], Callable[[], chain.Velocity]] | None = None
     run_blocks: RunBlocks = plain_blocks
     score_blocks: RunBlocks = plain_blocks
+    together: chain.Together | None = None
 
     @property
     def window(self) -> int:
@@ -132,7 +133,12 @@ class Grading:
 
     def way(self, start: Tensor | list[list[flow.SolverState | None]]) -> chain.Chain:
         """The chain of the batch from `start`, as chain.Chain takes it."""
-        return chain.Chain(self.velocity, self.grader.schedule, start, self.stretch)
+        return chain.Chain(self.velocity, self.grader.schedule, start, self.stretch, self.grader.together)
+
+    def windows(self, noise: Tensor, indices: Tensor) -> Iterator[GradedWindow]:
+        """The windows of one rollout, see graded_windows."""
+        way = self.way(noise)
+        yield from map(partial(self.grade, way), indices)  # no window lives here while the next is made
 
     def grade(self, way: chain.Chain, index: Tensor) -> GradedWindow:
         """The window that ends with steps index [B] of a chain of `way`."""
@@ -170,9 +176,7 @@ def graded_windows(
     reward model.
     """
     grader = Grader(model, reward, schedule, config, stretches, run_blocks, score_blocks)
-    grading = Grading(grader, batch)
-    way = grading.way(noise)
-    yield from map(partial(grading.grade, way), indices)  # no window lives here while the next is made
+    return Grading(grader, batch).windows(noise, indices)
 
 
 def stratified_indices(first: int, last: int, uniform: Tensor) -> Tensor:

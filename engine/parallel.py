@@ -4,16 +4,193 @@ Every rank computes the whole loss of its samples, every collective has its true
 gradients over all ranks. So nothing is divided by the size of a group anywhere.
 """
 
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
-from prfl_engine.errors import UserError
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from prfl_engine.agree import Agreed, gathered, shared_folder
+from prfl_engine.checkpoint_shards import INDEX
+from prfl_engine.config import Config, ParallelConfig
+from prfl_engine.errors import UserError, check
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import WanTransformer
+from prfl_engine.objectives import index_range
 from prfl_kernels.exchange import SequenceGroup
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run. One without torchrun is a world of its own, with no mesh: `World()`."""
+
+    rank: int = 0
+    size: int = 1
+    sequence: int = 1  # neighbouring ranks that share every sample
+    resident: bool = False
+    mesh: DeviceMesh | None = None  # [shard] or [replicate, shard], over all ranks
+    group: dist.ProcessGroup | None = None  # the ranks that share this one's samples
+    control: dist.ProcessGroup | None = None  # all ranks, over gloo, for what the host knows
+    saving: dist.ProcessGroup | None = None  # the same, for saves in the background
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what a run writes once."""
+        return self.rank == 0
+
+    @property
+    def readers(self) -> int:
+        """How many ranks, or groups of ranks, have samples of their own."""
+        return self.size // self.sequence
+
+    @property
+    def reader(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.rank // self.sequence
+
+    def check_checkpoint(self, folder: Path | None) -> None:
+        """UserError for a checkpoint that processes of another kind have written: sharded or not."""
+        if folder is None:
+            return
+        sharded = (folder / INDEX).is_file()
+        if sharded and self.mesh is None:
+            raise UserError(f"{folder}: got a sharded checkpoint, want torchrun (any number of processes)")
+        if not sharded and self.mesh is not None:
+            raise UserError(f"{folder}: got a checkpoint of one process, want it without torchrun")
+
+    def agreed(self) -> Agreed:
+        """A with block that all ranks leave together: if it raises on one, it raises on all."""
+        return Agreed(self.control)
+
+    def folder(self, folder: Path) -> AbstractContextManager[Path]:
+        """A folder that all ranks write into and that takes its name when all have done so."""
+        return shared_folder(folder, self.control)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on some rank; every rank must ask."""
+        return any(gathered(flag, self.control)) if self.mesh is not None else flag
+
+    def most(self, number: float) -> float:
+        """The largest `number` of all ranks; every rank must ask."""
+        return max(gathered(number, self.control)) if self.mesh is not None else number
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all ranks, on the device."""
+        if self.mesh is None:
+            return values
+        values = values.clone()
+        dist.all_reduce(values)
+        return values / self.size
+
+    def together(self, model: nn.Module) -> "Together | None":
+        """What the rollouts of a model that `place` has sharded need; None for one process."""
+        return None if self.mesh is None else Together(self, model)
+
+    def place(self, model: WanTransformer | RewardModel) -> nn.Module:
+        """Shard a model over the ranks and cut its sequences, as the configuration says; returns it."""
+        if self.mesh is None:
+            return model
+        shard(model, self.mesh)
+        return model if self.group is None else cut_sequence(model, self.group)
+
+
+class Together:
+    """Rollouts of a sharded model on all ranks at the same time, a `chain.Together`."""
+
+    def __init__(self, world: World, model: nn.Module):
+        self.world = world
+        self.units = [m for m in model.modules() if isinstance(m, FSDPModule)] if world.resident else []
+
+    def forwards(self, count: int) -> int:
+        """As many as the rank that needs most, since all gather weights in each forward. With resident
+        weights no rank waits for another."""
+        return count if self.world.resident else int(self.world.most(count))
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """Gather resident weights, and drop them in the end."""
+        for unit in self.units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in self.units:
+                unit.set_reshard_after_forward(isinstance(unit, Block), recurse=False)
+                unit.reshard()
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def started(config: ParallelConfig, device: torch.device) -> Iterator[World]:
+    """The world of the processes that torchrun has started, for as long as the block runs; without torchrun a
+    world of one. UserError for sizes that do not divide each other."""
+    if not launched():
+        for name in ("replicate", "sequence"):
+            check(getattr(config, name) == 1, f"parallel.{name}", getattr(config, name), "1 without torchrun")
+        yield World()
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    per_copy = size // config.replicate
+    check(
+        size % config.replicate == 0, "parallel.replicate", config.replicate, f"a divisor of {size} processes"
+    )
+    check(
+        per_copy % config.sequence == 0, "parallel.sequence", config.sequence,
+        f"a divisor of the {per_copy} processes of a copy",
+    )  # fmt: skip
+    limit, cuda = timedelta(seconds=config.timeout), device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=limit, device_id=device if cuda else None
+    )
+    try:
+        shape = (per_copy,) if config.replicate == 1 else (config.replicate, per_copy)
+        names = ("shard",) if config.replicate == 1 else ("replicate", "shard")
+        mesh, group = init_device_mesh(device.type, shape, mesh_dim_names=names), None
+        if config.sequence > 1:
+            cut = init_device_mesh(
+                device.type, (size // config.sequence, config.sequence), mesh_dim_names=("data", "sequence")
+            )
+            group = cut.get_group("sequence")
+        control, saving = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+        yield World(rank, size, config.sequence, config.resident, mesh, group, control, saving)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_config(config: Config, world: World) -> None:
+    """UserError for settings that several processes cannot have yet."""
+    c = config
+    if world.mesh is None:
+        return
+    n, many = world.readers, "with several processes"
+    check(
+        c.train.accumulate % n == 0, "train.accumulate", c.train.accumulate,
+        f"a multiple of {n}, the groups of processes with samples of their own",
+    )  # fmt: skip
+    check(c.model.budget is None, "model.recompute", c.model.recompute, f"a mode or names {many}")
+    check(not c.rollout.cuda_graph, "rollout.cuda_graph", True, f"false {many}")
+    check(c.rollout.precision == "same", "rollout.precision", c.rollout.precision, f"same {many}")
+    check(c.rollout.cache == 0 or n == 1, "rollout.cache", c.rollout.cache, f"0 {many}")
+    check(c.optim.grad_dtype == "weights", "optim.grad_dtype", c.optim.grad_dtype, f"weights {many}")
+    first = index_range(c.rollout)[0]
+    if n > 1 and c.loss.weight > 0 and c.rollout.mode == "fresh":
+        fits = c.chain.window != "all" and c.chain.window <= first + 1
+        check(fits, "chain.window", c.chain.window, f"at most {first + 1}, for windows of one length, {many}")
+    check(c.optim.name != "apex", "optim.name", c.optim.name, f"adamw or adamw8bit {many}")
 
 
 def shard(model: WanTransformer | RewardModel, mesh: DeviceMesh, reshard: bool = True) -> nn.Module:
@@ -23,6 +200,8 @@ def shard(model: WanTransformer | RewardModel, mesh: DeviceMesh, reshard: bool =
     drop the gathered weights of a block after its forward. Dtypes stay as they are: FSDP.s mixed precision
     would cast norms and modulation, which compute in float32. Returns the model.
     """
+    # A latent that the model returns is a view; nothing here writes to it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     transformer = model.transformer if isinstance(model, RewardModel) else model
     for block in transformer.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)

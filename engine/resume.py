@@ -65,6 +65,7 @@ KINDS = {
         "free": "device steps save_every keep log_every ema tensorboard wandb",
         "call": "out resume",
     },
+    "parallel": {"free": "replicate sequence resident timeout"},
     "eval": {"score": "samples timesteps seed", "free": "every batch_size videos"},
     "sample": {"free": "count seed guidance codec fps"},
 }
@@ -253,19 +254,28 @@ class Progress:
     unvalidated: bool = False  # stopped by a signal before the validation of this step
 
 
-def save_state(folder: Path, progress: Progress, optimizer, device: torch.device) -> None:
-    """Write training_state.pt."""
+def save_state(
+    folder: Path,
+    progress: Progress,
+    device: torch.device,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Write training_state.pt; optimizer None: its state is in a sharded checkpoint."""
     state = {"step": progress.step, "best": progress.best, "unlogged": progress.unlogged}
-    state |= {"unvalidated": progress.unvalidated, "optimizer": optimizer.state_dict()}
-    state["kind"] = type(optimizer).__name__
+    state |= {"unvalidated": progress.unvalidated}
+    if optimizer is not None:
+        state |= {"optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
     state["rng"] = torch.get_rng_state()
     if device.type == "cuda":
         state["cuda_rng"] = torch.cuda.get_rng_state(device)
     torch.save(state, folder / STATE)
 
 
-def read_state(folder: Path, optimizer, device: torch.device) -> Progress:
-    """Load training_state.pt of the checkpoint `folder` into the optimizer and torch's random generators.
+def read_state(
+    folder: Path, device: torch.device, optimizer: torch.optim.Optimizer | None = None
+) -> Progress:
+    """Load training_state.pt of the checkpoint `folder` into the optimizer, unless its state is in a sharded
+    checkpoint, and into torch's random generators.
 
     UserError names the first entry that does not fit, before any of them is used.
     """
@@ -273,14 +283,15 @@ def read_state(folder: Path, optimizer, device: torch.device) -> Progress:
     # One that copies what it loads need not find room for all of it twice.
     state = load_pickle(path, mmap=isinstance(optimizer, BlockAdamW))
     kind, own = state.get("kind", "AdamW"), type(optimizer).__name__
-    if kind != own:
+    if optimizer is not None and kind != own:
         raise UserError(f"{path}: holds a state of {kind}, want {own}: the optim section differs")
     try:
         progress = _progress(state, int(folder.name.rpartition("-")[2]))
         check_like("rng", state.get("rng"), torch.get_rng_state())
         if device.type == "cuda" and "cuda_rng" in state:
             check_like("cuda_rng", state["cuda_rng"], torch.cuda.get_rng_state(device))
-        load_state(optimizer, state.get("optimizer"))
+        if optimizer is not None:
+            load_state(optimizer, state.get("optimizer"))
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], device)

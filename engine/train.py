@@ -26,6 +26,7 @@ from prfl_engine.objectives import (
     reward_loss,
     sft_loss,
 )
+from prfl_engine.parallel import World, check_config, started
 from prfl_engine.planner.fit_memory import fit_memory
 from prfl_engine.resume import prepare_out
 from prfl_engine.rollout.accelerated import make_rollout
@@ -55,8 +56,15 @@ def due(loss: LossConfig, step: int) -> tuple[bool, bool]:
 
 
 def train(config: Config) -> None:
-    """Run PRFL as the configuration says; results go to config.train.out."""
-    device, c = pick_device(config), config
+    """Run PRFL as the configuration says; results go to config.train.out. Under torchrun on all processes."""
+    device = pick_device(config)
+    with started(config.parallel, device) as world:
+        check_config(config, world)
+        _train(config, device, world)
+
+
+def _train(config: Config, device: torch.device, world: World) -> None:
+    c = config
     use_reward = c.loss.weight > 0
     persists = use_reward and c.rollout.mode == "persistent"
     text_dropout = c.data.dropout(0.1)
@@ -68,8 +76,11 @@ def train(config: Config) -> None:
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
     begin = prepare_out(c, {"data.train": paths})
     resume = begin.checkpoint
+    world.check_checkpoint(resume)
     policy = make_policy(c, resume, device)
     reward = make_frozen_reward(c, policy, device) if use_reward or c.reward.path else None
+    policy = world.place(policy)
+    reward = reward and world.place(reward)
     reader = Reader(
         policy.config,
         null_text=c.data.null_text,
@@ -95,8 +106,9 @@ def train(config: Config) -> None:
             last = index_range(c.rollout)[1]
             meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
         stretches = rollout and rollout.stretches
-        grader = Grader(policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks)
-        graded = Persistent(grader, c, meter, stream.picked) if persists else Fresh(grader, c, meter)
+        together = world.together(policy)
+        grader = Grader(policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together)
+        graded = Persistent(grader, c, meter, stream.picked, world) if persists else Fresh(grader, c, meter)
 
     def backpropagate(batch: Batch, key: int, share: float):
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
@@ -133,7 +145,7 @@ def train(config: Config) -> None:
 
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
-        validate if c.eval.every else None, save, load, graded if persists else None,
+        validate if c.eval.every else None, save, load, graded if persists else None, world,
     )  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def not_finite(module: nn.Module) -> str | None:
     """The name of the first trained parameter with a value that is not finite on this rank; waits for the
     device once."""
     named = [(name, local(p.detach())) for name, p in module.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in named if p.numel()]
     norms = torch._foreach_norm([p for _, p in named], math.inf)
     finite = torch.stack([norm.float() for norm in norms]).isfinite()
     return next((name for (name, _), ok in zip(named, finite.tolist(), strict=True) if not ok), None)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prfl_engine.batch import Batch
 from prfl_engine.config import Config
-from prfl_engine.objectives import GradedWindow, Grader, graded_windows, index_range, stratified_indices
+from prfl_engine.objectives import GradedWindow, Grader, Grading, index_range, stratified_indices
 from prfl_engine.rollout.drift import DriftMeter
 from prfl_engine.seeds import Purpose, each, noise_like
 
@@ -30,8 +30,7 @@ class Fresh:
         if self.meter is not None:
             self.meter.begin(key // c.train.accumulate)
             extra = self.meter.values()
-        given = g.model, g.reward, g.schedule, batch, noise, indices, g.config
-        for window in graded_windows(*given, g.stretches, g.run_blocks, g.score_blocks):
+        for window in Grading(g, batch).windows(noise, indices):
             yield window, extra
             del window  # its graph holds the state before it
             extra = {}  # once for every micro-batch

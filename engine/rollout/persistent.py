@@ -15,8 +15,8 @@ the present weights. The relative L2 distance of the two latents is the drift. A
 oldest chains of the pool are rolled out again to where they are, until one of them was closer than that.
 
 Data-parallel ranks: each owns a pool of the same seed, so all make the same forwards, see turns.py. What a
-rank finds out by itself, `Finite` and the drift, has to be agreed on before it is acted upon (the maximum
-over ranks). """
+rank finds out by itself, a chain that is not finite and the drift, all ranks act upon (the maximum over
+ranks). """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,8 +33,9 @@ from prfl_engine.errors import check
 from prfl_engine.flow import SolverState, init_state
 from prfl_engine.metrics import note
 from prfl_engine.objectives import GradedWindow, Grader, Grading, bind, index_range
+from prfl_engine.parallel import World
 from prfl_engine.rollout.drift import DriftMeter
-from prfl_engine.rollout.pool import Finite, Numbers, Pool, PooledChain
+from prfl_engine.rollout.pool import FILE, Finite, Numbers, Pool, PooledChain
 from prfl_engine.rollout.turns import Turn, Turns
 from prfl_engine.seeds import Purpose, noise_like
 
@@ -48,6 +49,7 @@ class Persistent:
         config: Config,
         meter: DriftMeter | None,
         sources: Callable[[int], list[int]],
+        world: World = World(),  # noqa: B008 - frozen
     ):
         """sources(key): the numbers of the samples of micro-batch `key` in the data (`data.Stream.picked`).
         UserError where the configuration does not fit."""
@@ -57,11 +59,14 @@ class Persistent:
         check(r.stride <= most, "rollout.stride", r.stride, f"at most {most}, the steps of rollout.range")
         self.grader, self.config, self.meter, self.sources = grader, config, meter, sources
         size, seed = config.data.batch_size, config.train.seed
-        self.turns = Turns(steps, config.pool, config.graded, size, r.stride, seed)
+        self.world, slots = world, config.pool // world.readers
+        self.turns = Turns(steps, slots, config.graded // world.readers, size, r.stride, seed)
         names = "solver", "steps", "shift", "samples", "stride"
         settings = {f"rollout.{name}": getattr(r, name) for name in names}
         settings |= {"rollout.range": list(steps), "rollout.pool": config.pool, "chain.window": grader.window}
-        self.pool = Pool(config.pool, device, r.pool_place == "host", settings)
+        settings |= {"processes with samples of their own": world.readers}
+        name = FILE if world.readers == 1 else f"pool-{world.reader}.safetensors"
+        self.pool = Pool(slots, device, r.pool_place == "host", settings, world.most, name)
         self._recent: dict[int, list[Callable[[], bool]]] = {}  # of the last optimizer steps, see `lost`
 
     def windows(self, batch: Batch, key: int) -> Iterator[tuple[GradedWindow, dict[str, Tensor]]]:
@@ -122,14 +127,15 @@ class Persistent:
         """Measure the drift of a chain that has finished; above the bound, renew the oldest ones."""
         r, counts = self.config.rollout, self.pool.counts
         counts.probed = step // r.probe_every
-        _, counts.drift = self._rolled(finished)
+        counts.drift = self.world.most(self._rolled(finished)[1])
         drift, before = counts.drift, counts.renewed
         oldest = sorted(self.pool.alive(), key=lambda chain: (chain.numbers.birth, chain.numbers.position))
         for chain in oldest:
             if drift <= r.max_drift:
                 break
-            if chain.finite():
+            if not self.world.most(not chain.finite()):
                 states, drift = self._rolled(chain)
+                drift = self.world.most(drift)
                 self.pool.put(chain, states)
                 chain.numbers.birth = step
                 counts.renewed += 1
@@ -161,7 +167,8 @@ class Persistent:
 
     def save(self, folder: Path) -> None:
         """Write the pool into a checkpoint."""
-        self.pool.save(folder)
+        if self.world.rank % self.world.sequence == 0:
+            self.pool.save(folder)
 
     def load(self, folder: Path) -> None:
         """Read the pool of a checkpoint; UserError where it does not fit."""
@@ -171,7 +178,7 @@ class Persistent:
         """Whether a chain that was graded in optimizer step `step` (the last one or the one before) is not
         finite. Only chains with a history count: what the present weights have made from noise by themselves
         is no fault of the pool."""
-        return not all(finite() for finite in self._recent.get(step, []))
+        return bool(self.world.most(not all(finite() for finite in self._recent.get(step, []))))
 
 
 class Births:

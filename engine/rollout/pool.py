@@ -76,9 +76,19 @@ class Counts:
 class Pool:
     """Slots with a chain or None."""
 
-    def __init__(self, slots: int, device: torch.device, on_host: bool, settings: dict[str, Hashable]):
+    def __init__(
+        self,
+        slots: int,
+        device: torch.device,
+        on_host: bool,
+        settings: dict[str, Hashable],
+        most: Callable[[float], float] = lambda number: number,
+        name: str = FILE,
+    ):
         """settings: what chains depend on, by field of the configuration. A pool that was saved under others
-        is not read."""
+        is not read. most(number): the largest number of all ranks, which drop the chains of a slot together;
+        name: of the file of this rank."""
+        self.most, self.name = most, name
         self.chains: list[PooledChain | None] = [None] * slots
         self.counts, self.device, self.settings = Counts(), device, settings
         self.on_host = on_host
@@ -95,7 +105,7 @@ class Pool:
 
     def _check(self, slot: int) -> None:
         """Drop the chain of a slot if it is not finite."""
-        if self.chains[slot] is None or self.chains[slot].finite():
+        if self.chains[slot] is None or not self.most(not self.chains[slot].finite()):
             return
         numbers = self.chains[slot].numbers
         note(f"pool: the chain of noise {numbers.position} is not finite at step {numbers.index}: dropped")
@@ -146,12 +156,12 @@ class Pool:
             tensors |= {f"{slot}.{k}": prompt[k].cpu() for k in PROMPT if prompt[k] is not None}
         numbers = {slot: asdict(chain.numbers) for slot, chain in held.items()}
         said = {"settings": self.settings, "counts": asdict(self.counts), "chains": numbers}
-        save_file(tensors, folder / FILE, {"pool": json.dumps(said)})
+        save_file(tensors, folder / self.name, {"pool": json.dumps(said)})
 
     def load(self, folder: Path) -> None:
         """Read the pool of a checkpoint. One without a pool, or with one that was made under other settings,
         leaves this pool empty, and a line says so. UserError for a file that is not as it was written."""
-        path = folder / FILE
+        path = folder / self.name
         if not path.exists():
             note(f"{folder} holds no pool of chains: all chains start anew")
             return
