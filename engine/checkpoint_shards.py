@@ -1,4 +1,4 @@
-"""Sharded checkpoints: weights, optimizer states and averaged weights, every rank's part in a file of its own.
+"""Sharded checkpoints: weights, optimizer states, averaged weights, every rank's part in a file of its own.
 
 A tensor is a row of values here, as flat as the optimizer sees it. A rank writes what it holds of it to
 shard-R.safetensors, as pieces NAME@FIRST; FIRST is the place of a piece's first value in the whole. The first

@@ -1,17 +1,24 @@
 """What test_sharded_checkpoints.py runs on every rank."""
 
+import errno
 import hashlib
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import torch
 import torch.distributed as dist
-from helpers import random_batch, rows, tiny_config, tiny_model
+from helpers import random_batch, rows, tiny_config, tiny_model, tiny_reward
 from shard_cases import mesh_of, sft
 
+from prfl_engine import tensor_files
 from prfl_engine.agree import shared_folder
 from prfl_engine.checkpoint_shards import load_sharded, save_sharded
 from prfl_engine.config import OptimConfig
+from prfl_engine.errors import TrainingError, UserError
+from prfl_engine.model import checkpoint
+from prfl_engine.model.checkpoint import load_reward, load_transformer, save_reward, save_transformer
 from prfl_engine.optim import block_adamw
 from prfl_engine.optim.optimizer import EMA, make_optimizer, update
 from prfl_engine.optim.shards import reshard
@@ -101,24 +108,150 @@ def same_steps(folder: str, mode: str) -> bool:
 
 
 def in_background(folder: str, mode: str) -> tuple[bool, bool, dict, dict]:
-    """(was the folder there before all had been written, after?, digests at the save, digests loaded) of a
-    save during which training goes on."""
+    """(was the folder there while training went on?, after?, digests at the save, those loaded)."""
     group, run, stack = dist.new_group(backend="gloo"), Trained(mode, steps=2), ExitStack()
     before, path = run.digests(), Path(folder)
     place = stack.enter_context(shared_folder(path, group))
-    hold = place / "hold"
+    go = Event()
 
     def then():
+        assert go.wait(60)
         stack.close()
 
     saving = save_sharded(place, *run.parts, background=group, then=then)
-    early = path.exists()
     run.step(1)
+    early = path.exists() or saving.done()
+    go.set()
     with stack:
         saving.wait()
-    assert not hold.exists() and saving.done()
     changed = run.digests()
     other = Trained(mode)
     load_sharded(path, *other.parts)
     assert changed != before
     return early, path.exists(), before, other.digests()
+
+
+class Counted:
+    """A safetensors file that counts the bytes that are read of it."""
+
+    total = 0
+
+    def __init__(self, file):
+        self.file = file
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, key):
+        return CountedSlice(self.file.get_slice(key))
+
+
+class CountedSlice:
+    def __init__(self, source):
+        self.get_shape, self.get_dtype, self.source = source.get_shape, source.get_dtype, source
+
+    def __getitem__(self, index):
+        found = self.source[index]
+        Counted.total += found.nbytes
+        return found
+
+
+def load(kind: str, folder: str, dtype, refused: bool = False):
+    """(difference from the model that is loaded whole, bytes read, those of the whole), or what is refused."""
+    mesh, original = mesh_of(1), checkpoint.open_tensors
+    read = load_reward if kind == "reward" else load_transformer
+    if refused:
+        try:
+            read(folder, dtype=dtype, shard=lambda model: shard(model, mesh))
+        except UserError as error:
+            return str(error)
+        return "loaded"
+    want = read(folder, dtype=dtype)
+    checkpoint.open_tensors, Counted.total = lambda path: Counted(original(path)), 0
+    try:
+        model = read(folder, dtype=dtype, shard=lambda model: shard(model, mesh))
+    finally:
+        checkpoint.open_tensors = original
+    own = dict(model.named_parameters())
+    assert own.keys() == dict(want.named_parameters()).keys()
+    same = [
+        type(own[k]) is not type(p) and own[k].dtype == p.dtype and torch.equal(own[k].full_tensor(), p)
+        for k, p in want.named_parameters()
+    ]
+    trunk = getattr(want, "transformer", want)
+    return all(same), Counted.total, sum(p.nbytes for p in trunk.parameters())
+
+
+def export(kind: str, folder: str) -> None:
+    """Write a sharded model and its average."""
+    if kind == "reward":
+        model = tiny_reward(tiny_config(), blocks=2)
+        save = partial(save_reward, step=7)
+    else:
+        model, save = tiny_model(), save_transformer
+    shard(model, mesh_of(1))
+    ema = EMA(model, 0.5)
+    for a in ema.average.values():
+        a.mul_(2)
+    save(model, f"{folder}/now")
+    save(model, f"{folder}/ema", values=ema.average)
+    with torch.no_grad():
+        assert next(iter(model.parameters())).full_tensor().abs().sum() > 0
+
+
+def broken_export(folder: str, full: bool) -> str:
+    """What the ranks say of a disk that is full on the first rank."""
+    model = shard(tiny_model(), mesh_of(1))
+    try:
+        with shared_folder(Path(folder) / "made") as place, disk_full(full and dist.get_rank() == 0):
+            save_transformer(model, place)
+    except (OSError, TrainingError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+@contextmanager
+def disk_full(here: bool):
+    """Here writing a file of tensors ends after some of it."""
+
+    class Full:
+        def __init__(self, path, mode):
+            self.file, self.left = open(path, mode), 5
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+        def tell(self):
+            return self.file.tell()
+
+    tensor_files.open = Full if here else open
+    try:
+        yield
+    finally:
+        del tensor_files.open
+
+
+def broken_save(folder: str, last: bool, background: bool) -> tuple[str, list[str]]:
+    """What a rank says of a save for which the last rank finds no room, and what is left in the folder."""
+    run, out, stack = Trained("plain"), Path(folder), ExitStack()
+    group = dist.new_group(backend="gloo") if background else None
+    full = last and dist.get_rank() == dist.get_world_size() - 1
+    try:
+        with disk_full(full), stack:
+            place = stack.enter_context(shared_folder(out / "made", group))
+            save_sharded(place, *run.parts, background=group, then=background and stack.close or None).wait()
+    except (OSError, TrainingError) as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = "saved"
+    dist.barrier()
+    return said, sorted(p.name for p in out.iterdir())
