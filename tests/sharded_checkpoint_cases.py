@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from helpers import random_batch, rows, tiny_config, tiny_model, tiny_reward
 from shard_cases import mesh_of, sft
+from torch.distributed.tensor import DTensor
 
 from prfl_engine import tensor_files
 from prfl_engine.agree import shared_folder
@@ -156,55 +157,67 @@ class CountedSlice:
         return found
 
 
-def load(kind: str, folder: str, dtype, refused: bool = False):
-    """(difference from the model that is loaded whole, bytes read, those of the whole), or what is refused."""
+def load(kind: str, folder: str, dtype) -> tuple[bool, int]:
+    """(equal to the model that one process loads?, bytes that this rank has read of the transformer)."""
     mesh, original = mesh_of(1), checkpoint.open_tensors
     read = load_reward if kind == "reward" else load_transformer
-    if refused:
-        try:
-            read(folder, dtype=dtype, shard=lambda model: shard(model, mesh))
-        except UserError as error:
-            return str(error)
-        return "loaded"
     want = read(folder, dtype=dtype)
     checkpoint.open_tensors, Counted.total = lambda path: Counted(original(path)), 0
     try:
         model = read(folder, dtype=dtype, shard=lambda model: shard(model, mesh))
     finally:
         checkpoint.open_tensors = original
-    own = dict(model.named_parameters())
-    assert own.keys() == dict(want.named_parameters()).keys()
-    same = [
-        type(own[k]) is not type(p) and own[k].dtype == p.dtype and torch.equal(own[k].full_tensor(), p)
-        for k, p in want.named_parameters()
-    ]
-    trunk = getattr(want, "transformer", want)
-    return all(same), Counted.total, sum(p.nbytes for p in trunk.parameters())
+    own, whole = dict(model.named_parameters()), dict(want.named_parameters())
+    same = [isinstance(own[k], DTensor) and own[k].dtype == p.dtype for k, p in whole.items()]
+    same += [torch.equal(own[k].full_tensor(), p) for k, p in whole.items()]
+    return own.keys() == whole.keys() and all(same), Counted.total
 
 
-def export(kind: str, folder: str) -> None:
-    """Write a sharded model and its average."""
-    if kind == "reward":
-        model = tiny_reward(tiny_config(), blocks=2)
-        save = partial(save_reward, step=7)
-    else:
-        model, save = tiny_model(), save_transformer
-    shard(model, mesh_of(1))
-    ema = EMA(model, 0.5)
+def refused_load(folder: str) -> tuple[str, int]:
+    """(what a rank says, bytes that it has read before)."""
+    mesh, original = mesh_of(1), checkpoint.open_tensors
+    checkpoint.open_tensors, Counted.total = lambda path: Counted(original(path)), 0
+    try:
+        load_transformer(folder, shard=lambda model: shard(model, mesh))
+    except UserError as error:
+        return str(error), Counted.total
+    finally:
+        checkpoint.open_tensors = original
+    return "loaded", Counted.total
+
+
+def refused_read(folder: str, mode: str) -> tuple[str, bool]:
+    """(what a rank says of a checkpoint, whether everything is as it was)."""
+    run = Trained(mode)
+    before = run.digests()
+    try:
+        load_sharded(Path(folder), *run.parts)
+    except UserError as error:
+        return str(error), run.digests() == before
+    return "loaded", False
+
+
+def export(kind: str, folder: str, size: int) -> None:
+    """Write a sharded model, in files of that size, and twice its weights as its average."""
+    model = tiny_reward(blocks=2) if kind == "reward" else tiny_model(tiny_config(kind))
+    save = partial(save_reward, step=7) if kind == "reward" else save_transformer
+    ema = EMA(shard(model, mesh_of(1)), 0.5)
     for a in ema.average.values():
         a.mul_(2)
-    save(model, f"{folder}/now")
-    save(model, f"{folder}/ema", values=ema.average)
-    with torch.no_grad():
-        assert next(iter(model.parameters())).full_tensor().abs().sum() > 0
-
-
-def broken_export(folder: str, full: bool) -> str:
-    """What the ranks say of a disk that is full on the first rank."""
-    model = shard(tiny_model(), mesh_of(1))
+    usual, checkpoint.SHARD_BYTES = checkpoint.SHARD_BYTES, size
     try:
-        with shared_folder(Path(folder) / "made") as place, disk_full(full and dist.get_rank() == 0):
-            save_transformer(model, place)
+        save(model, f"{folder}/now")
+        save(model, f"{folder}/ema", values=ema.average)
+    finally:
+        checkpoint.SHARD_BYTES = usual
+
+
+def broken_export(folder: str, kind: str) -> str:
+    """What a rank says of an export for which the first rank finds no room."""
+    model = shard(tiny_reward() if kind == "reward" else tiny_model(), mesh_of(1))
+    try:
+        with shared_folder(Path(folder) / "made") as place, disk_full(dist.get_rank() == 0):
+            save_reward(model, place, 7) if kind == "reward" else save_transformer(model, place)
     except (OSError, TrainingError) as error:
         return f"{type(error).__name__}: {error}"
     return "saved"
@@ -216,7 +229,7 @@ def disk_full(here: bool):
 
     class Full:
         def __init__(self, path, mode):
-            self.file, self.left = open(path, mode), 5
+            self.file, self.left = open(path, mode), 5  # noqa: SIM115
 
         def __enter__(self):
             return self
