@@ -28,8 +28,7 @@ from prfl_engine.parallel import shard
 SIZES = dict(dim=256, num_heads=4, ffn_dim=256, num_layers=1)  # rows of 256: moments in 8 bits
 MODES = {
     "plain": ({}, torch.float32),
-    "bits": ({"name": "adamw8bit", "rounding": "master"}, torch.bfloat16),
-    "host": ({"offload": "states", "rounding": "stochastic"}, torch.bfloat16),
+    "bits": ({"name": "adamw8bit", "rounding": "master", "offload": "states"}, torch.bfloat16),
 }
 
 
@@ -39,7 +38,7 @@ class Trained:
 
     def __init__(self, mode: str, replicate: int = 1, steps: int = 0):
         settings, dtype = MODES[mode]
-        block_adamw.BLOCK = 256 * (8 + dist.get_world_size())
+        block_adamw.BLOCK = 256 * (32 + dist.get_world_size())
         self.model = shard(tiny_model(tiny_config(**SIZES), seed=steps).to(dtype), mesh_of(replicate))
         self.optimizer = make_optimizer([(self.model, 1e-3)], OptimConfig(**settings))
         self.ema = EMA(self.model, 0.5)

@@ -52,7 +52,7 @@ def test_steps_go_on_after_a_load_as_they_would_have(ranks, tmp_path):
 
 
 def test_a_save_in_the_background_is_of_the_moment_of_its_call(ranks, tmp_path):
-    for early, after, want, got in ranks[2](cases.in_background, tmp_path / "made", "host"):
+    for early, after, want, got in ranks[2](cases.in_background, tmp_path / "made", "bits"):
         assert (early, after) == (False, True)
         assert got == want
 
