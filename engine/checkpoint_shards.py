@@ -207,6 +207,8 @@ def _check(folder: Path, found: list[Piece], index: dict, optimizer: BlockAdamW 
     held, own = index["tensors"], {p.name: p for p in found}
     kinds = {name.partition("/")[0] for name in own}
     others = {name for name in held if name.partition("/")[0] in kinds}
+    if "ema" in kinds and not any(name.startswith("ema/") for name in held):
+        raise UserError(f"{folder}: holds no averaged weights, want a checkpoint with them or train.ema=0")
     for what, names in (("misses", own.keys() - held.keys()), ("has unknown", others - own.keys())):
         if names:
             raise UserError(f"{folder}: {what} {len(names)} tensors, such as {min(names)}")

@@ -197,18 +197,20 @@ def shard(model: WanTransformer | RewardModel, mesh: DeviceMesh, reshard: bool =
     """Shard the parameters of a generator or reward model over a mesh [shard], or [replicate, shard] (HSDP).
 
     A block is a unit, the rest of the transformer another, pooling and head of a reward model too. reshard:
-    drop the gathered weights of a block after its forward. Dtypes stay as they are: FSDP.s mixed precision
-    would cast norms and modulation, which compute in float32. Returns the model.
+    drop the gathered weights of a block after its forward. Dtypes stay as they are: FSDP's mixed precision
+    would cast norms and modulation, which compute in float32. Of a reward model whose transformer was sharded
+    as it was loaded, pooling and head are left to shard. Returns the model.
     """
     # A latent that the model returns is a view; nothing here writes to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     transformer = model.transformer if isinstance(model, RewardModel) else model
-    for block in transformer.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(transformer, mesh=mesh, reshard_after_forward=reshard)
-    # What is called in addition to forward. None calls another: FSDP would end the outer with the inner one.
-    for name in ("embed_context", "features"):
-        register_fsdp_forward_method(transformer, name)
+    if not isinstance(transformer, FSDPModule):
+        for block in transformer.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(transformer, mesh=mesh, reshard_after_forward=reshard)
+        # Called in addition to forward. None calls another: FSDP would end the outer with the inner one.
+        for name in ("embed_context", "features"):
+            register_fsdp_forward_method(transformer, name)
     if isinstance(model, RewardModel):
         for part in (model.pool, model.mlp):
             fully_shard(part, mesh=mesh, reshard_after_forward=reshard)

@@ -45,7 +45,8 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "prfl_engine.parallel", *self.preload])
+        heavy = "torch.distributed", "prfl_engine.parallel", "torchao.optim.quant_utils"
+        context.set_forkserver_preload([*heavy, *self.preload])
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._pipes, self._processes = [], []

@@ -1,17 +1,25 @@
 """What test_sharded_checkpoints.py runs on every rank."""
 
+import errno
 import hashlib
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import torch
 import torch.distributed as dist
-from helpers import random_batch, rows, tiny_config, tiny_model
+from helpers import random_batch, rows, tiny_config, tiny_model, tiny_reward
 from shard_cases import mesh_of, sft
+from torch.distributed.tensor import DTensor
 
+from prfl_engine import tensor_files
 from prfl_engine.agree import shared_folder
 from prfl_engine.checkpoint_shards import load_sharded, save_sharded
 from prfl_engine.config import OptimConfig
+from prfl_engine.errors import TrainingError, UserError
+from prfl_engine.model import checkpoint
+from prfl_engine.model.checkpoint import load_reward, load_transformer, save_reward, save_transformer
 from prfl_engine.optim import block_adamw
 from prfl_engine.optim.optimizer import EMA, make_optimizer, update
 from prfl_engine.optim.shards import reshard
@@ -20,8 +28,7 @@ from prfl_engine.parallel import shard
 SIZES = dict(dim=256, num_heads=4, ffn_dim=256, num_layers=1)  # rows of 256: moments in 8 bits
 MODES = {
     "plain": ({}, torch.float32),
-    "bits": ({"name": "adamw8bit", "rounding": "master"}, torch.bfloat16),
-    "host": ({"offload": "states", "rounding": "stochastic"}, torch.bfloat16),
+    "bits": ({"name": "adamw8bit", "rounding": "master", "offload": "states"}, torch.bfloat16),
 }
 
 
@@ -31,7 +38,7 @@ class Trained:
 
     def __init__(self, mode: str, replicate: int = 1, steps: int = 0):
         settings, dtype = MODES[mode]
-        block_adamw.BLOCK = 256 * (8 + dist.get_world_size())
+        block_adamw.BLOCK = 256 * (32 + dist.get_world_size())
         self.model = shard(tiny_model(tiny_config(**SIZES), seed=steps).to(dtype), mesh_of(replicate))
         self.optimizer = make_optimizer([(self.model, 1e-3)], OptimConfig(**settings))
         self.ema = EMA(self.model, 0.5)
@@ -101,24 +108,162 @@ def same_steps(folder: str, mode: str) -> bool:
 
 
 def in_background(folder: str, mode: str) -> tuple[bool, bool, dict, dict]:
-    """(was the folder there before all had been written, after?, digests at the save, digests loaded) of a
-    save during which training goes on."""
+    """(was the folder there while training went on?, after?, digests at the save, those loaded)."""
     group, run, stack = dist.new_group(backend="gloo"), Trained(mode, steps=2), ExitStack()
     before, path = run.digests(), Path(folder)
     place = stack.enter_context(shared_folder(path, group))
-    hold = place / "hold"
+    go = Event()
 
     def then():
+        assert go.wait(60)
         stack.close()
 
     saving = save_sharded(place, *run.parts, background=group, then=then)
-    early = path.exists()
     run.step(1)
+    early = path.exists() or saving.done()
+    go.set()
     with stack:
         saving.wait()
-    assert not hold.exists() and saving.done()
     changed = run.digests()
     other = Trained(mode)
     load_sharded(path, *other.parts)
     assert changed != before
     return early, path.exists(), before, other.digests()
+
+
+class Counted:
+    """A safetensors file that counts the bytes that are read of it."""
+
+    total = 0
+
+    def __init__(self, file):
+        self.file = file
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, key):
+        return CountedSlice(self.file.get_slice(key))
+
+
+class CountedSlice:
+    def __init__(self, source):
+        self.get_shape, self.get_dtype, self.source = source.get_shape, source.get_dtype, source
+
+    def __getitem__(self, index):
+        found = self.source[index]
+        Counted.total += found.nbytes
+        return found
+
+
+def load(kind: str, folder: str, dtype) -> tuple[bool, int]:
+    """(equal to the model that one process loads?, bytes that this rank has read of the transformer)."""
+    mesh, original = mesh_of(1), checkpoint.open_tensors
+    read = load_reward if kind == "reward" else load_transformer
+    want = read(folder, dtype=dtype)
+    checkpoint.open_tensors, Counted.total = lambda path: Counted(original(path)), 0
+    try:
+        model = read(folder, dtype=dtype, shard=lambda model: shard(model, mesh))
+    finally:
+        checkpoint.open_tensors = original
+    own, whole = dict(model.named_parameters()), dict(want.named_parameters())
+    same = [isinstance(own[k], DTensor) and own[k].dtype == p.dtype for k, p in whole.items()]
+    same += [torch.equal(own[k].full_tensor(), p) for k, p in whole.items()]
+    return own.keys() == whole.keys() and all(same), Counted.total
+
+
+def refused_load(folder: str) -> tuple[str, int]:
+    """(what a rank says, bytes that it has read before)."""
+    mesh, original = mesh_of(1), checkpoint.open_tensors
+    checkpoint.open_tensors, Counted.total = lambda path: Counted(original(path)), 0
+    try:
+        load_transformer(folder, shard=lambda model: shard(model, mesh))
+    except UserError as error:
+        return str(error), Counted.total
+    finally:
+        checkpoint.open_tensors = original
+    return "loaded", Counted.total
+
+
+def refused_read(folder: str, mode: str) -> tuple[str, bool]:
+    """(what a rank says of a checkpoint, whether everything is as it was)."""
+    run = Trained(mode)
+    before = run.digests()
+    try:
+        load_sharded(Path(folder), *run.parts)
+    except UserError as error:
+        return str(error), run.digests() == before
+    return "loaded", False
+
+
+def export(kind: str, folder: str, size: int) -> None:
+    """Write a sharded model, in files of that size, and twice its weights as its average."""
+    model = tiny_reward(blocks=2) if kind == "reward" else tiny_model(tiny_config(kind))
+    save = partial(save_reward, step=7) if kind == "reward" else save_transformer
+    ema = EMA(shard(model, mesh_of(1)), 0.5)
+    for a in ema.average.values():
+        a.mul_(2)
+    usual, checkpoint.SHARD_BYTES = checkpoint.SHARD_BYTES, size
+    try:
+        save(model, f"{folder}/now")
+        save(model, f"{folder}/ema", values=ema.average)
+    finally:
+        checkpoint.SHARD_BYTES = usual
+
+
+def broken_export(folder: str, kind: str) -> str:
+    """What a rank says of an export for which the first rank finds no room."""
+    model = shard(tiny_reward() if kind == "reward" else tiny_model(), mesh_of(1))
+    try:
+        with shared_folder(Path(folder) / "made") as place, disk_full(dist.get_rank() == 0):
+            save_reward(model, place, 7) if kind == "reward" else save_transformer(model, place)
+    except (OSError, TrainingError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+@contextmanager
+def disk_full(here: bool):
+    """Here writing a file of tensors ends after some of it."""
+
+    class Full:
+        def __init__(self, path, mode):
+            self.file, self.left = open(path, mode), 5  # noqa: SIM115
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+        def tell(self):
+            return self.file.tell()
+
+    tensor_files.open = Full if here else open
+    try:
+        yield
+    finally:
+        del tensor_files.open
+
+
+def broken_save(folder: str, last: bool, background: bool) -> tuple[str, list[str]]:
+    """What a rank says of a save for which the last rank finds no room, and what is left in the folder."""
+    run, out, stack = Trained("plain"), Path(folder), ExitStack()
+    group = dist.new_group(backend="gloo") if background else None
+    full = last and dist.get_rank() == dist.get_world_size() - 1
+    try:
+        with disk_full(full), stack:
+            place = stack.enter_context(shared_folder(out / "made", group))
+            save_sharded(place, *run.parts, background=group, then=background and stack.close or None).wait()
+    except (OSError, TrainingError) as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = "saved"
+    dist.barrier()
+    return said, sorted(p.name for p in out.iterdir())

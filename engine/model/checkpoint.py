@@ -1,20 +1,26 @@
 """Reading and writing models in the official formats.
 
 Loads are strict (every key, every shape) and safe: safetensors, or torch.load(weights_only=True).
-Weights go from the file to their parameter one tensor at a time, so no second copy of a model is
-held. Whoever writes a folder does so inside files.atomic_folder.
+Weights go from the file to their parameter one tensor at a time, and back, so no second copy of a model is
+held. Whoever writes a folder does so inside files.atomic_folder, of several ranks agree.shared_folder.
+
+A sharded model (parallel.shard) is loaded and written by all ranks together, in the same files: of
+safetensors every rank reads its own rows; the first rank writes what is gathered parameter by parameter.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from prfl_engine.agree import Agreed, leads
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import check_file, check_finite, check_float, open_tensors, read_json, read_state
 from prfl_engine.model.layers import Linear
@@ -22,6 +28,8 @@ from prfl_engine.model.layout import name_layout
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.reward_files import check_steps, find_heads, settle, write_settings
 from prfl_engine.model.wan import WanConfig, WanTransformer
+from prfl_engine.optim.shards import local, put, reshard, rows, whole
+from prfl_engine.tensor_files import DTYPES, Layout, in_order, write_tensors
 
 WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10 * 2**30
@@ -30,6 +38,9 @@ _COMPUTED = {
     torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16,
 }  # fmt: skip
 """The dtype in which weights are held whose own the kernels do not compute in."""
+Shard = Callable[[nn.Module], object]
+"""Shards a model, such as lambda model: parallel.shard(model, mesh). It gets a transformer whose parameters
+are on the meta device, in their final dtypes. Values of parameters that it adds are left to its caller."""
 
 
 def load_transformer(
@@ -38,6 +49,7 @@ def load_transformer(
     device: torch.device | str = "cpu",
     trunk: bool = False,
     blocks: int | None = None,
+    shard: Shard | None = None,
 ) -> WanTransformer:
     """A Wan transformer from a folder with config.json and one or many native safetensors files.
 
@@ -45,6 +57,7 @@ def load_transformer(
     computes, float16 and fp8; elsewhere fp8 becomes bfloat16, all others float32. With `trunk` the model is
     the trunk of a reward model: no head, and as many blocks as the files hold (config.json of an official one
     still names all 40), or the first `blocks` of a whole generator, whose other weights are then left unread.
+    With `shard` every rank reads its own rows alone; all ranks load together, and fail together.
     Raises UserError where a key is missing, unexpected, of the wrong shape or not finite, and for a
     generator in another layout, which it names.
     """
@@ -70,7 +83,7 @@ def load_transformer(
         held = blocks or held
     else:
         check_blocks(where, folder / "config.json", config.num_layers)
-    return build(config, where, folder, dtype, device, held, head=not trunk)
+    return build(config, where, folder, dtype, device, held, head=not trunk, shard=shard)
 
 
 def build(
@@ -81,40 +94,75 @@ def build(
     device: torch.device | str = "cpu",
     blocks: int | None = None,
     head: bool = True,
+    shard: Shard | None = None,
 ) -> WanTransformer:
-    """A transformer of `blocks` blocks (None: all) from tensors of {key: its safetensors file}."""
+    """A transformer of `blocks` blocks (None: all) from tensors of {key: its safetensors file}; `shard` as
+    load_transformer takes it."""
     shapes = _shapes(where)
     with torch.device("meta"):
         model = WanTransformer(config, blocks, head)
     _compare({k: tuple(v.shape) for k, v in model.state_dict().items()}, shapes, source)
-    _assign(model, where, dtype, device)
+    _assign(model, where, dtype, device, shard)
     return model
 
 
-def save_transformer(model: WanTransformer, folder: str | Path) -> None:
-    """Write config.json and native safetensors (in shards of 10 GiB, with an index) to `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.to_json(folder / "config.json")
-    shards: list[dict[str, Tensor]] = [{}]
+def save_transformer(
+    model: WanTransformer, folder: str | Path, values: dict[str, Tensor] | None = None
+) -> None:
+    """Write config.json and native safetensors (in shards of 10 GiB, with an index) to `folder`.
+
+    values: what to write in place of the model's parameters, such as ema.average. Of a sharded model all
+    ranks call it, the first one writes, and all raise if that fails.
+    """
+    folder, state = Path(folder), _state(model, values)
+    files: list[dict[str, Tensor]] = [{}]
     room = SHARD_BYTES
-    for key, value in model.state_dict().items():
-        if shards[-1] and value.nbytes > room:
-            shards.append({})
+    for key, value in state.items():
+        size = value.numel() * value.itemsize
+        if files[-1] and size > room:
+            files.append({})
             room = SHARD_BYTES
-        shards[-1][key] = value.detach().contiguous()
-        room -= value.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / f"{WEIGHTS}.safetensors", {"format": "pt"})
+        files[-1][key] = value
+        room -= size
+    names = [f"{WEIGHTS}.safetensors"]
+    if len(files) > 1:
+        names = [f"{WEIGHTS}-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
+    layouts: list[Layout] = [{k: (v.dtype, tuple(v.shape)) for k, v in held.items()} for held in files]
+    whole_values = (whole(state[key]) for layout in layouts for key in in_order(layout))
+    with _written_by_first(state, whole_values) as first:
+        if first:
+            folder.mkdir(parents=True, exist_ok=True)
+            model.config.to_json(folder / "config.json")
+            for name, layout in zip(names, layouts, strict=True):
+                write_tensors(folder / name, layout, whole_values, {"format": "pt"})
+            if len(files) > 1:
+                index = {key: name for name, layout in zip(names, layouts, strict=True) for key in layout}
+                total = sum(v.numel() * v.itemsize for v in state.values())
+                text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+                (folder / f"{WEIGHTS}.safetensors.index.json").write_text(text)
+
+
+def _state(module: nn.Module, values: dict[str, Tensor] | None, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of a module, with those of `values` that are named after `prefix`."""
+    reshard(module)
+    values = {} if values is None else values
+    return {k: values.get(prefix + k, v).detach() for k, v in module.state_dict().items()}
+
+
+@contextmanager
+def _written_by_first(state: dict[str, Tensor], gathers: Iterator[Tensor]) -> Iterator[bool]:
+    """A block that writes `gathers`, which is drawn to its end on every rank where `state` is sharded.
+
+    Gives True to who writes: the first rank, or everyone where nothing is sharded.
+    """
+    if not any(isinstance(v, DTensor) for v in state.values()):
+        yield True
         return
-    index = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
-        index |= dict.fromkeys(shard, name)
-    total = sum(v.nbytes for shard in shards for v in shard.values())
-    text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(text)
+    with Agreed():
+        try:
+            yield leads()
+        finally:
+            deque(gathers, maxlen=0)  # the other ranks wait in each of them
 
 
 def load_reward(
@@ -129,13 +177,16 @@ def load_reward(
     feature_layer: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    shard: Shard | None = None,
 ) -> RewardModel:
     """The reward model from its three official files.
 
     Either `folder`, which holds the transformer, query_attention*.ckpt and mlp*.ckpt, or the three
     paths. num_heads, add_query and feature_layer None: as reward.json next to the transformer says, or
-    without one the official 8, True and 8. The pooling and the MLP keep float32. Raises UserError where
-    reward.json says otherwise, and where the files are not of one step.
+    without one the official 8, True and 8. The pooling and the MLP keep float32. With `shard` every rank
+    reads its rows of the transformer, and the files of pooling and MLP whole, which have no slices; it is
+    called for the transformer, then for the reward model. Raises UserError where reward.json says otherwise,
+    and where the files are not of one step.
     """
     if folder is not None:
         transformer = folder
@@ -146,8 +197,11 @@ def load_reward(
     if add_query is not None:
         given["return_type"] = "query" if add_query else None
     settings = settle(Path(transformer), given)
-    trunk = load_transformer(transformer, dtype, device, trunk=True)
-    return with_heads(trunk, query_attention, mlp, **settings, dropout=dropout, device=device)
+    trunk = load_transformer(transformer, dtype, device, trunk=True, shard=shard)
+    model = with_heads(trunk, query_attention, mlp, **settings, dropout=dropout, device=device)
+    if shard is not None:
+        shard(model)
+    return model
 
 
 def with_heads(
@@ -191,14 +245,23 @@ def read_pooling(path: str | Path, device: torch.device | str = "cpu") -> dict[s
     return state
 
 
-def save_reward(model: RewardModel, folder: str | Path, step: int) -> None:
+def save_reward(
+    model: RewardModel, folder: str | Path, step: int, values: dict[str, Tensor] | None = None
+) -> None:
     """Write the official three files (transformer, query_attention_step_N.ckpt, mlp_step_N.ckpt) and
-    reward.json."""
-    folder = Path(folder)
-    save_transformer(model.transformer, folder)
-    torch.save(model.pool.state_dict(), folder / f"query_attention_step_{step}.ckpt")
-    torch.save(model.mlp.state_dict(), folder / f"mlp_step_{step}.ckpt")
-    write_settings(model, folder, step)
+    reward.json; values and sharded models as save_transformer takes them."""
+    folder, values = Path(folder), {} if values is None else values
+    inner = {k.removeprefix("transformer."): v for k, v in values.items() if k.startswith("transformer.")}
+    save_transformer(model.transformer, folder, inner)
+    for part, name in (("pool", "query_attention"), ("mlp", "mlp")):
+        state = _state(model.get_submodule(part), values, f"{part}.")
+        gathers = (whole(v) for v in state.values())
+        with _written_by_first(state, gathers) as first:
+            if first:
+                held = dict(zip(state, gathers, strict=False))
+                torch.save(held, folder / f"{name}_step_{step}.ckpt")
+    if leads() or not isinstance(next(model.parameters()), DTensor):
+        write_settings(model, folder, step)
 
 
 def new_reward(
@@ -232,7 +295,10 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
     """module.load_state_dict with its complaints as one line that names the file."""
     _compare({k: tuple(v.shape) for k, v in module.state_dict().items()},
              {k: tuple(v.shape) for k, v in state.items()}, source)  # fmt: skip
-    module.load_state_dict(state)
+    reshard(module)
+    with torch.no_grad():
+        for key, own in module.state_dict().items():
+            put(own, state[key])
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -278,18 +344,27 @@ def _blocks(keys: Iterable[str]) -> int:
     return 1 + max((int(m[1]) for k in keys if (m := re.match(r"blocks\.(\d{1,9})\.", k))), default=-1)
 
 
-def _assign(model: WanTransformer, where: dict[str, Path], dtype: torch.dtype | None, device) -> None:
-    """Replace the meta parameters of the model by the tensors of the files, one at a time."""
+def _assign(model: WanTransformer, where: dict[str, Path], dtype, device, shard: Shard | None) -> None:
+    """Give the meta parameters of the model the tensors of the files, one at a time."""
     files = {path: open_tensors(path) for path in set(where.values())}
-    for key, path in where.items():
+    sources = {key: files[path].get_slice(key) for key, path in where.items()}
+    for key, source in sources.items():
         name, _, leaf = key.rpartition(".")
-        module, tensor = model.get_submodule(name), files[path].get_tensor(key)
-        matrix = type(module) is Linear and leaf == "weight" and tensor.dtype != torch.float64
-        to = dtype or (tensor.dtype if matrix else _COMPUTED.get(tensor.dtype, tensor.dtype))
-        # copy: a mapped tensor of another one's file must not outlive the file.
-        tensor = tensor.to(device, to, copy=True)
-        check_finite(tensor, path, key)
-        setattr(module, leaf, nn.Parameter(tensor))
+        module, held = model.get_submodule(name), DTYPES[source.get_dtype()]
+        matrix = type(module) is Linear and leaf == "weight" and held != torch.float64
+        to = dtype or (held if matrix else _COMPUTED.get(held, held))
+        empty = torch.empty(source.get_shape(), dtype=to, device=device if shard is None else "meta")
+        setattr(module, leaf, nn.Parameter(empty))
+    if shard is not None:
+        shard(model)
+        model.to_empty(device=device)
+    own = model.state_dict()
+    with nullcontext() if shard is None else Agreed(), torch.no_grad():
+        for key, source in sources.items():
+            here = local(own[key])
+            if here.numel():
+                here.copy_(source[rows(own[key])])
+                check_finite(here, where[key], key)
 
 
 def _compare(own: dict[str, tuple], held: dict[str, tuple], source) -> None:

@@ -23,12 +23,17 @@ def offset(a: Tensor) -> int:
     return first[0] * (a.numel() // a.shape[0])
 
 
+def rows(a: Tensor) -> slice:
+    """The rows of `a` that are on this rank."""
+    if not isinstance(a, DTensor):
+        return slice(None)
+    first = offset(a) // max(1, math.prod(a.shape[1:]))
+    return slice(first, first + len(local(a)))
+
+
 def put(a: Tensor, value: Tensor) -> None:
-    """Copy to `a` what is its own of the whole `value`."""
-    if isinstance(a, DTensor):
-        rows = offset(a) // max(1, math.prod(a.shape[1:]))
-        value = value[rows : rows + len(local(a))]
-    local(a).copy_(value)
+    """Copy to `a` its rows of the whole `value`, of the same shape."""
+    local(a).copy_(value[rows(a)])
 
 
 def whole(a: Tensor) -> Tensor:
