@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from prfl_bench.accept import listing, report
+from prfl_bench.accept import listing, machine, report
 from prfl_bench.accept.journal import Journal
-from prfl_bench.accept.machine import identity
 from prfl_bench.accept.results import Results
 from prfl_bench.accept.row import BAD
 from prfl_bench.accept.run import SOURCE, Run, chosen
@@ -15,19 +14,13 @@ def accept(out: Path, minutes: float, only: list[str], source: str = SOURCE, row
     """Returns 1 if a row went wrong, else 0. minutes 0: only the report, of any machine's folder."""
     if not minutes >= 0:
         raise UserError(f"--minutes: got {minutes}, want 0 or more")
-    journal = Journal(out, identity() if minutes else None)
+    chosen(rows(machine.device()), only)  # a name that is none is refused before anything is written
+    journal = Journal(out, machine.identity() if minutes else None)
     if not journal.machine:
         raise UserError(f"--out: {out} holds no results to report, want --minutes above 0")
     device = journal.machine["device"]
-    run = Run(
-        chosen(rows(device), only),
-        device,
-        out,
-        journal,
-        minutes,
-        lambda text: print(text, flush=True),
-        source,
-    )
+    given = chosen(rows(device), only), device, out, journal, minutes
+    run = Run(*given, lambda text: print(text, flush=True), source)
     try:
         if minutes:
             run.run()
