@@ -265,10 +265,7 @@ def _rollout_bytes(setup: Setup) -> int:
         with live:
             batch, noise, _ = _inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            besides = [
-                reward.transformer.embed_context(batch.text, batch.clip),
-                _ballast(_accelerated(setup)),
-            ]
+            besides = reward.transformer.embed_context(batch.text, batch.clip), _ballast(_accelerated(setup))
             forward = bind(model, batch, context.detach())
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:

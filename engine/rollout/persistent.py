@@ -16,7 +16,8 @@ oldest chains of the pool are rolled out again to where they are, until one of t
 
 Data-parallel ranks: each owns a pool of the same seed, so all make the same forwards, see turns.py. What a
 rank finds out by itself, `Finite` and the drift, has to be agreed on before it is acted upon (the maximum
-over ranks). """
+over ranks).
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
