@@ -131,6 +131,7 @@ def test_no_run_has_more_than_its_plan_says(seed, tmp_path, monkeypatch):
     validation = found["validation"] - weights
     told, b = found["plan"], values["data"]["batch_size"]
     assert training <= told.bytes and validation <= told.validation
+    assert ("chains that persist" in str(told)) == (values["rollout"].get("mode") == "persistent")
     latent = 4 * b * math.prod(shape)
     if values["rollout"]["range"] != "all":
         assert told.bytes <= 1.01 * training + SCALARS + latent * (b > 1)

@@ -373,6 +373,17 @@ def test_a_stopped_run_goes_on_to_the_bit(how, tmp_path, monkeypatch):
         assert max(v.get(f"train/chain_{name}", 0) for v in values(whole).values()) > 0, name
 
 
+def test_with_a_range_of_one_step_the_modes_are_one_to_the_bit(tmp_path):
+    """Every chain is new then, from the noise that a fresh rollout has."""
+    config = write_run(tmp_path, train={"steps": 3, "accumulate": 2}, rollout={"steps": 4, "range": [1, 1]})
+    out = {mode: tmp_path / mode for mode in ("fresh", "persistent")}
+    for mode, folder in out.items():
+        run("train", config, f"train.out={folder}", f"rollout.mode={mode}")
+    found, want = (content(out[mode] / "checkpoint-3") for mode in ("persistent", "fresh"))
+    found.pop(FILE)
+    assert_equal(found, want)
+
+
 def poisoned(monkeypatch, call):
     """The states that a pool gives at its call-th call are not finite, in all fields."""
     get, calls = Pool.get, []

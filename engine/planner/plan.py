@@ -10,12 +10,13 @@ and after all of them, and
 so the peak of any list of kinds follows from the numbers of each kind, and `search` finds the fastest list
 that fits. Bytes are those in addition to weights, gradients and optimizer states, the batch included, in the
 worst of: flow matching; the steps of a rollout without gradient; the graded step with its reward; the steps
-of its window. Chains that persist on the device are in all of them. The bytes of a validation (samples, their
+of its window. All include chains that persist on the device. The bytes of a validation (samples, their
 rewards, flow matching, without gradient) do not depend on policies and have to fit as well. No gradients
 exist in a validation; this is not deducted, so that averaged weights fit in. Not counted: work space inside
 attention libraries, the allocator's own memory, the e4m3 copy of the weights and the CUDA graph of an
 accelerated rollout, the optimizer's blocks in transit, the moving average of the weights. Seconds are
-predicted by a roofline, or taken from a table measured by `measure`. """
+predicted by a roofline, or taken from a table measured by `measure`.
+"""
 
 import itertools
 import json
@@ -198,10 +199,9 @@ class Plan:
         for c in (Choice("chosen", self.bytes, self.host, self.seconds), *self.table):
             sizes = f"{c.bytes / 1e9:9.3f} GB{c.host / 1e9:9.3f} GB on the host"
             lines.append(f"{c.name:32}{sizes}{c.seconds:10.4f} s")
-        if self.validation:
-            lines.append(f"{'validation':32}{self.validation / 1e9:9.3f} GB")
-        if self.pool:
-            lines.append(f"{'of both, chains that persist':32}{self.pool / 1e9:9.3f} GB")
+        for what, size in (("validation", self.validation), ("of both, chains that persist", self.pool)):
+            if size:
+                lines.append(f"{what:32}{size / 1e9:9.3f} GB")
         return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ A graded step is a denoising step, and its detached result is the state before t
 lives on from one optimizer step to the next, and is graded at every step on its way, needs no other forwards.
 Its earlier steps were made by weights a few updates older; docs/persistent.md says what that costs.
 
-A pool of chains (pool.py) stands beside the data stream, and `turns.Turns` decides which of them are drawn.
+A pool of chains (pool.py) stands next to the data stream, and `turns.Turns` decides which of them are drawn.
 Each is rolled out to its place once, when its slot is drawn for the first time: the first round of a run is
 made of fresh rollouts. A chain that has passed the range is replaced by a sample of the micro-batch that
 draws its slot, from that sample's own noise; steps before the range are made then, accelerated where that is
@@ -16,7 +16,8 @@ oldest chains of the pool are rolled out again to where they are, until one of t
 
 Data-parallel ranks: each owns a pool of the same seed, so all make the same forwards, see turns.py. What a
 rank finds out by itself, a chain that is not finite and the drift, all ranks act upon (the maximum over
-ranks). """
+ranks).
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator

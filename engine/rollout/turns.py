@@ -14,7 +14,8 @@ stay neighbours, and
 A slot that passes the end of the range begins another lap with a new chain. All this is a function of the
 seed and of the number of the draw, never of data or results. So data-parallel ranks with pools of one seed
 draw the same slots at the same steps, start new chains at the same draws, and make the same number of
-forwards. """
+forwards.
+"""
 
 from functools import cache
 from typing import NamedTuple
