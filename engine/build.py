@@ -9,7 +9,7 @@ from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ModelConfig
 from prfl_engine.errors import UserError, refusing
 from prfl_engine.model import lora
-from prfl_engine.model.checkpoint import load_reward, load_transformer, new_reward
+from prfl_engine.model.checkpoint import Shard, load_reward, load_transformer, new_reward
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import PRESETS, WanTransformer
 from prfl_engine.seeds import Purpose, torch_seed
@@ -53,11 +53,13 @@ def set_up(model: WanTransformer, config: ModelConfig) -> WanTransformer:
     return model.set_precision(DTYPES[config.compute_dtype], DTYPES[config.residual_dtype])
 
 
-def make_policy(config: Config, resume: Path | None, device: torch.device) -> WanTransformer:
+def make_policy(
+    config: Config, resume: Path | None, device: torch.device, shard: Shard | None = None
+) -> WanTransformer:
     """The generator, weights in model.weights_dtype: from `resume`, from model.path, or random.
 
     With LoRA the checkpoint `resume` holds the adapter, which goes onto the generator of the other two. What
-    a sharded checkpoint holds is loaded later, into the shards.
+    a sharded checkpoint holds is loaded later, into the shards. shard: as load_transformer takes it.
     """
     m = config.model
     if resume is not None and (resume / INDEX).is_file():
@@ -67,7 +69,9 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
     if resume is not None and not config.lora.rank:
         source = resume
     if source is not None:
-        policy = load_transformer(source, DTYPES[m.weights_dtype], device)
+        # An update is attached to a whole model, which is sharded afterwards.
+        sharded = None if config.lora.rank else shard
+        policy = load_transformer(source, DTYPES[m.weights_dtype], device, shard=sharded)
     else:
         if m.preset not in PRESETS:
             raise UserError(
@@ -83,12 +87,14 @@ def make_policy(config: Config, resume: Path | None, device: torch.device) -> Wa
     return set_up(policy, m)
 
 
-def make_frozen_reward(config: Config, policy: WanTransformer, device: torch.device) -> RewardModel:
+def make_frozen_reward(
+    config: Config, policy: WanTransformer, device: torch.device, shard: Shard | None = None
+) -> RewardModel:
     """The reward model of reward.path, frozen, computing in the precision of the policy."""
     r, m = config.reward, config.model
     if r.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
-    reward = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, **r.pooling)
+    reward = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, shard=shard, **r.pooling)
     ours, theirs = policy.config, reward.transformer.config
     for name in ("model_type", "in_dim", "text_dim", "text_len"):
         got, want = getattr(theirs, name), getattr(ours, name)
@@ -102,7 +108,11 @@ EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_proje
 
 
 def make_reward(
-    config: Config, source: str | Path | None, device: torch.device, dtype: torch.dtype | None = None
+    config: Config,
+    source: str | Path | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    shard: Shard | None = None,
 ) -> RewardModel:
     """The reward model of the folder `source`, or a new one on the first blocks of model.path.
 
@@ -112,11 +122,13 @@ def make_reward(
     r, m = config.reward, config.model
     dtype = dtype or DTYPES[m.weights_dtype]
     if source is not None:
-        model = load_reward(source, dropout=r.dropout, dtype=dtype, device=device, **r.pooling)
+        model = load_reward(
+            source, dropout=r.dropout, dtype=dtype, device=device, shard=shard, **r.pooling
+        )
     else:
         if m.path is None:
             raise UserError("model.path: got null, want the generator that the reward starts from")
-        trunk = load_transformer(m.path, dtype, device, trunk=True, blocks=r.blocks)
+        trunk = load_transformer(m.path, dtype, device, trunk=True, blocks=r.blocks, shard=shard)
         torch.manual_seed(torch_seed(Purpose.REWARD_HEAD, config.train.seed))
         with torch.device(device):
             model = new_reward(trunk, r.blocks, r.num_queries, dropout=r.dropout, **r.pooling)

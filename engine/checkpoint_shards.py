@@ -28,7 +28,7 @@ from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import open_tensors, read_json
 from prfl_engine.optim.block_adamw import GROUP, BlockAdamW
 from prfl_engine.optim.optimizer import EMA
-from prfl_engine.optim.shards import local, offset, reshard
+from prfl_engine.shards import local, offset, reshard
 from prfl_engine.tensor_files import DTYPES, in_order, write_tensors
 
 INDEX = "shards.json"

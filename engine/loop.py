@@ -55,7 +55,7 @@ def fit(
     batches: MicroBatches,
     backpropagate: Callable[..., Iterable[dict[str, Tensor]]],
     validate: Callable[[int], dict[str, float]] | None,
-    save: Callable[[Path, int], None],
+    save: Callable[..., None],
     load: Callable[[Path], dict[str, Tensor]],
     carried: Carried | None = None,
     world: World = World(),  # noqa: B008 - frozen
@@ -65,9 +65,9 @@ def fit(
     backpropagate(item, key, share) backpropagates the losses of a micro-batch, times share, one after another
     and yields the metrics of each. `key` is an integer that no other micro-batch has.
     validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
-    save(folder, step) writes the trained parameters, load(folder) reads them back in float32, under
-    their names in the model. What is `carried` is in every checkpoint, too. Every process of `world` calls
-    this; the first one writes what is written once.
+    save(folder, step, values) writes the trained parameters, or in their place `values` by the same names;
+    load(folder) reads them back in float32, under their names in the model. What is `carried` is in every
+    checkpoint, too. Every process of `world` calls this; the first one writes what is written once.
 
     SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises UserError before anything is written,
     TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
@@ -130,7 +130,7 @@ class Run:
     batches: MicroBatches
     backpropagate: Callable[..., Iterable[dict[str, Tensor]]]
     validate: Callable[[int], dict[str, float]] | None
-    save: Callable[[Path, int], None]
+    save: Callable[..., None]
     progress: Progress
     signals: Interrupts
     carried: Carried | None
@@ -267,7 +267,9 @@ class Run:
     def write_weights(self, folder: Path) -> None:
         """Write the trained weights, and the averaged ones to `folder`/ema."""
         self.save(folder, self.progress.step)
-        if self.ema is not None:
+        if self.ema is not None and self.world.mesh is not None:
+            self.save(folder / "ema", self.progress.step, self.ema.average)
+        elif self.ema is not None:
             with self.ema.applied(torch.float32):
                 self.save(folder / "ema", self.progress.step)
 

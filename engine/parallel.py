@@ -6,7 +6,7 @@ gradients over all ranks. So nothing is divided by the size of a group anywhere.
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,11 +95,17 @@ class World:
         """What the rollouts of a model that `place` has sharded need; None for one process."""
         return None if self.mesh is None else Together(self, model)
 
+    @property
+    def shard(self) -> Callable[[nn.Module], nn.Module] | None:
+        """What shards a model as it is loaded; None for one process."""
+        return None if self.mesh is None else lambda model: shard(model, self.mesh)
+
     def place(self, model: WanTransformer | RewardModel) -> nn.Module:
         """Shard a model over the ranks and cut its sequences, as the configuration says; returns it."""
         if self.mesh is None:
             return model
-        shard(model, self.mesh)
+        if not isinstance(model.pool if isinstance(model, RewardModel) else model, FSDPModule):
+            shard(model, self.mesh)
         return model if self.group is None else cut_sequence(model, self.group)
 
 
@@ -171,8 +177,9 @@ def started(config: ParallelConfig, device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def check_config(config: Config, world: World) -> None:
-    """UserError for settings that several processes cannot have yet."""
+def check_config(config: Config, world: World, rollouts: bool = True) -> None:
+    """UserError for settings that several processes cannot have yet; rollouts: of PRFL, else of reward
+    training."""
     c = config
     if world.mesh is None:
         return
@@ -187,7 +194,8 @@ def check_config(config: Config, world: World) -> None:
     check(c.rollout.cache == 0 or n == 1, "rollout.cache", c.rollout.cache, f"0 {many}")
     check(c.optim.grad_dtype == "weights", "optim.grad_dtype", c.optim.grad_dtype, f"weights {many}")
     first = index_range(c.rollout)[0]
-    if n > 1 and c.loss.weight > 0 and c.rollout.mode == "fresh":
+    check(rollouts or not c.lora.rank, "lora.rank", c.lora.rank, f"0 for a reward model {many}")
+    if rollouts and n > 1 and c.loss.weight > 0 and c.rollout.mode == "fresh":
         fits = c.chain.window != "all" and c.chain.window <= first + 1
         check(fits, "chain.window", c.chain.window, f"at most {first + 1}, for windows of one length, {many}")
     check(c.optim.name != "apex", "optim.name", c.optim.name, f"adamw or adamw8bit {many}")

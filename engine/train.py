@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
+from prfl_engine.agree import leads
 from prfl_engine.batch import Batch
 from prfl_engine.build import make_frozen_reward, make_policy, pick_device
 from prfl_engine.config import Config, LossConfig
@@ -77,9 +78,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     begin = prepare_out(c, {"data.train": paths})
     resume = begin.checkpoint
     world.check_checkpoint(resume)
-    policy = make_policy(c, resume, device)
-    reward = make_frozen_reward(c, policy, device) if use_reward or c.reward.path else None
-    policy = world.place(policy)
+    policy = world.place(make_policy(c, resume, device, world.shard))
+    reward = make_frozen_reward(c, policy, device, world.shard) if use_reward or c.reward.path else None
     reward = reward and world.place(reward)
     reader = Reader(
         policy.config,
@@ -135,8 +135,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     def validate(step: int) -> dict[str, float]:
         return evaluate_policy(c, policy, reward, schedule, held_out, step)
 
-    def save(folder: Path, step: int) -> None:
-        (lora.save if c.lora.rank else save_transformer)(policy, folder)
+    def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
+        (lora.save if c.lora.rank else save_transformer)(policy, folder, values)
 
     def load(folder: Path) -> dict[str, Tensor]:
         if c.lora.rank:
@@ -184,7 +184,7 @@ def evaluate_policy(
             sigma = torch.full((n,), t / flow.TRAIN_STEPS, device=device)
             logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma)
             found.append(torch.sigmoid(finite(f"reward_t{t:g}", logit, own)))
-    if kept:
+    if kept and leads():
         write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
     values = {"sft_loss": torch.cat(sft).mean().item()}
     by_t = {t: torch.cat(found).mean().item() for t, found in rewards.items() if found}

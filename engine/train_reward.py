@@ -23,6 +23,7 @@ from prfl_engine.model.checkpoint import (
 from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
+from prfl_engine.parallel import World, check_config, started
 from prfl_engine.resume import prepare_out
 from prfl_engine.seeds import Purpose, integers, noise_like
 from prfl_engine.validation import check_labels, finite, partners, read_labels
@@ -54,8 +55,16 @@ def read_adapted(folder: Path) -> dict[str, Tensor]:
 
 
 def train_reward(config: Config) -> None:
-    """Train the reward model as the configuration says; results go to config.train.out."""
-    c, device = config, pick_device(config)
+    """Train the reward model as the configuration says; results go to config.train.out. Under torchrun on all
+    processes."""
+    device = pick_device(config)
+    with started(config.parallel, device) as world:
+        check_config(config, world, rollouts=False)
+        _train_reward(config, device, world)
+
+
+def _train_reward(config: Config, device: torch.device, world: World) -> None:
+    c = config
     lora.check_path(c.lora)
     adapted = c.lora.rank > 0
     text_dropout, pairs = c.data.dropout(0.0), c.reward.loss == "bt"
@@ -70,7 +79,9 @@ def train_reward(config: Config) -> None:
     sigmas = flow.train_sigmas(c.rollout.shift)
     begin = prepare_out(c, {"data.train": win} | ({"data.lose": lose} if pairs else {}))
     resume = begin.checkpoint
-    model = make_reward(c, c.reward.path if adapted else resume or c.reward.path, device)
+    world.check_checkpoint(resume)
+    whole = resume if world.mesh is None and not adapted else None
+    model = make_reward(c, whole or c.reward.path, device, shard=world.shard)
     if adapted:
         add_updates(model, c, resume)
     reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout)
@@ -100,18 +111,20 @@ def train_reward(config: Config) -> None:
         accuracy = evaluate_reward(c, model, held_out, val_lose)
         return {f"accuracy_t{t:g}": a for t, a in accuracy.items()} | {"score": score(c, accuracy)}
 
+    def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
+        save_adapted(model, folder, step) if adapted else save_reward(model, folder, step, values)
+
     def load(folder: Path) -> dict[str, Tensor]:
         if adapted:
             return read_adapted(folder)
         return dict(make_reward(c, folder, device, torch.float32).named_parameters())
 
+    model = world.place(model.train())
     heads = torch.nn.ModuleList([model.pool, model.mlp])
-    model.train()
     fit(
         c, begin, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], batches,
         backpropagate, validate if c.eval.every else None,
-        save=lambda folder, step: (save_adapted if adapted else save_reward)(model, folder, step),
-        load=load,
+        save, load, world=world,
     )  # fmt: skip
 
 

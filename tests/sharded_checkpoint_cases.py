@@ -22,8 +22,8 @@ from prfl_engine.model import checkpoint
 from prfl_engine.model.checkpoint import load_reward, load_transformer, save_reward, save_transformer
 from prfl_engine.optim import block_adamw
 from prfl_engine.optim.optimizer import EMA, make_optimizer, update
-from prfl_engine.optim.shards import reshard
 from prfl_engine.parallel import shard
+from prfl_engine.shards import reshard
 
 SIZES = dict(dim=256, num_heads=4, ffn_dim=256, num_layers=1)  # rows of 256: moments in 8 bits
 MODES = {

@@ -19,7 +19,7 @@ FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).
 # it. What stands in one line knows nothing of each other. The kernels know nothing of the engine.
 ROOMS = [
     {"errors", "__version__"},
-    {"bounds", "tensor_files"},
+    {"bounds", "tensor_files", "shards"},
     {"inputs", "failures"},
     {"config_file", "files", "gpu"},
     {"config", "seeds", "agree"},
@@ -180,7 +180,7 @@ def test_every_source_of_the_extension_is_listed_once():
     assert {words[0] for words in entries} <= {"isa", "host", "kernel", "python", "python_cuda", "cuda"}
     listed = [words[1] for words in entries if words[0] != "isa"]
     csrc = ROOT / "csrc"
-    patterns = ("cpu/*.cpp", "cuda/*.cpp", "cuda/*.cu")
+    patterns = ("*.cpp", "cpu/*.cpp", "cuda/*.cpp", "cuda/*.cu")
     there = [path.relative_to(csrc).as_posix() for p in patterns for path in csrc.glob(p)]
     assert sorted(listed) == sorted(there)
 

@@ -28,7 +28,7 @@ from prfl_engine.model.layout import name_layout
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.reward_files import check_steps, find_heads, settle, write_settings
 from prfl_engine.model.wan import WanConfig, WanTransformer
-from prfl_engine.optim.shards import local, put, reshard, rows, whole
+from prfl_engine.shards import local, put, reshard, rows, whole
 from prfl_engine.tensor_files import DTYPES, Layout, in_order, write_tensors
 
 WEIGHTS = "diffusion_pytorch_model"

@@ -10,12 +10,14 @@ and norms included, are frozen. Source: Hu et al. 2021, arXiv 2106.09685. Files:
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from prfl_engine.agree import Agreed, leads
 from prfl_engine.config import LoraConfig
 from prfl_engine.errors import UserError, check
 from prfl_engine.files import atomic_folder
@@ -25,7 +27,10 @@ from prfl_engine.model.layers import Linear
 from prfl_engine.model.lora_files import read, write_peft, write_shared
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.seeds import Purpose, torch_seed
+from prfl_engine.shards import whole
 from prfl_kernels.sublayers.products import LowRank
+
+PARTS = ("lora_A", "lora_B")
 
 
 def linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, Linear]:
@@ -81,14 +86,24 @@ def updates(model: nn.Module) -> dict[str, LowRank]:
 
 def named(updates: dict[str, LowRank]) -> dict[str, Tensor]:
     """The A and B that `read` gives under the names of `parameters`."""
-    parts = "lora_A", "lora_B"
-    return {f"{k}.{part}": a for k, low in updates.items() for part, a in zip(parts, low[:2], strict=True)}
+    return {f"{k}.{part}": a for k, low in updates.items() for part, a in zip(PARTS, low[:2], strict=True)}
 
 
-def save(model: WanTransformer, folder: Path) -> None:
-    """Write the adapter as PEFT does, and as ComfyUI and diffusers read it."""
-    write_peft(updates(model), folder)
-    write_shared(updates(model), folder)
+def save(model: WanTransformer, folder: Path, values: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter as PEFT does, and as ComfyUI and diffusers read it.
+
+    values: what to write in place of A and B, by their names in the model. Of a sharded model all ranks call
+    it, the first one writes, and all raise if that fails.
+    """
+    values, found = {} if values is None else values, {}
+    for name, low in updates(model).items():
+        parts = (values.get(f"{name}.{part}", a) for part, a in zip(PARTS, low[:2], strict=True))
+        found[name] = LowRank(*(whole(a.detach()) for a in parts), low.scale)
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    with Agreed() if sharded else nullcontext():
+        if leads() or not sharded:
+            write_peft(found, folder)
+            write_shared(found, folder)
 
 
 def start(model: WanTransformer, config: LoraConfig, seed: int, resume: Path | None) -> None:

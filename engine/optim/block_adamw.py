@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError, check
 from prfl_engine.memory.host import HostBlocks, new_block
-from prfl_engine.optim.shards import local, offset, summed
 from prfl_engine.optim.states import check_groups, check_like
 from prfl_engine.seeds import Purpose, torch_seed
+from prfl_engine.shards import local, offset, summed
 from prfl_kernels.jit import wide
 
 BLOCK = 1 << 22  # values; float32 blocks are powers of two, which is what pinned memory is rounded up to

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError
 from prfl_engine.optim.block_adamw import BlockAdamW, norm_of
-from prfl_engine.optim.shards import local
 from prfl_engine.optim.states import check_groups, check_like
+from prfl_engine.shards import local
 
 
 def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -> torch.optim.Optimizer:
