@@ -120,7 +120,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             loss = sft_loss(policy, batch, noise, sigma, run_blocks).mean()
             (share * c.loss.sft_weight * loss).backward()
             values = {"sft_loss": loss.detach()}
-            del loss  # its graph would live as long as the next forward
+            del loss, noise, sigma  # they and the loss's graph would live as long as the graded steps
             yield values
         if reward_due:
             part = 1 / c.rollout.samples
