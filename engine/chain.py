@@ -162,10 +162,14 @@ class Window:
         return leaf, advance(velocity, self.chain.schedule, leaf, index, active)
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate a loss of x through every step of the window, and free it. RuntimeError the second
-        time."""
+        """Backpropagate a loss of x through every step of the window, and free it. RuntimeError, with nothing
+        added to any gradient, the second time, and once a later window has dropped the states of this one."""
         if self.x is None:
             raise RuntimeError("a window: got a second backward, want one")
+        first = (self.index - (self.window - 1)).clamp(min=0).tolist()
+        gone = [states[i] is None for states, i in zip(self.chain.states, first, strict=True)]
+        if self.window > 1 and any(gone):
+            raise RuntimeError("a window: got backward after a later window was made, want it before")
         self.inside = True
         try:
             loss.backward()

@@ -238,6 +238,14 @@ def test_a_window_is_backpropagated_by_its_own_backward_alone_and_once(length):
         window.backward(window.logit.sum())
 
 
+def test_a_window_whose_states_a_later_one_has_dropped_is_refused_before_any_gradient():
+    setup = setup_rewards()
+    first, _ = graded_windows(*setup, torch.tensor([[2, 1], [3, 3]]), ChainConfig(window=2))
+    with pytest.raises(RuntimeError, match="got backward after a later window was made"):
+        first.backward(first.logit.sum())
+    assert all(p.grad is None for p in setup[0].parameters())
+
+
 @pytest.mark.parametrize("window", [1, 3, "all"])
 @BOTH
 def test_samples_of_one_rollout_give_the_mean_gradient_of_rollouts_of_their_own(model_type, window):
