@@ -133,7 +133,9 @@ def calls():
         yield f"qk backward {width}", partial(qk_norm_rope.backward, rope_cuda.backward, *held, *rest)
     # One tile of queries, and an odd number of more than 32, which gets another block for its cluster.
     scale, fp8 = 128**-0.5, torch.float8_e4m3fn
-    for queries, keys, heads in ((70, 190, 2), (33 * 128 - 60, 20, 1)):
+    # Keys that stay in shared memory, that go through it for every tile, and many of them.
+    shapes = (70, 190, 2), (33 * 128 - 60, 20, 1), (600, 257, 3), (300, 512, 2), (200, 1030, 1)
+    for queries, keys, heads in shapes:
         q, k, v = (normal(1, n, heads, 128, dtype=BF16) for n in (queries, keys, keys))
         yield f"attention {queries}", partial(attention_hopper.forward, q, k, v, scale)
         v8 = normal(1, heads, 128, -(-keys // 128) * 128).to(fp8)
@@ -148,10 +150,13 @@ def calls():
 @pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}")
 @pytest.mark.parametrize("name, call", [pytest.param(n, c, id=n) for n, c in calls()])
 def test_counts_are_what_the_kernels_access(name, call, monkeypatch):
+    monkeypatch.setattr(ledger_cuda.Recorder, "multiprocessors", 4)
     with ledger_cuda.recording() as recorder:
         call()
     simulation = watch(monkeypatch, build())
+    simulation.use_multiprocessors(4)
     call()
+    simulation.use_multiprocessors(132)
     counted = {}
     for launch in recorder.launches:
         for a in launch.arguments:

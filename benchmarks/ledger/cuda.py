@@ -9,6 +9,7 @@ again (tests/test_ledger_cuda.py compares with what the kernels access in simula
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -93,6 +94,7 @@ class Recorder:
     """Stands for the compiled library: launches nothing, and keeps what would have been launched."""
 
     reward_pool_queries, reward_pool_width, norm_width = 8, 5120, 5120
+    multiprocessors = 132
 
     def __init__(self):
         self.launches: list[Launch] = []
@@ -209,7 +211,8 @@ class Recorder:
 
     def attention_hopper_forward(self, *given) -> None:
         *tensors, batch, queries, keys, heads, _, _ = given
-        self._attention("Bf16", "q k v out lse", tensors, (batch, queries, keys, heads))
+        tile = attention_tile(keys)
+        self._attention(f"Bf16<{tile}>", "q k v out lse", tensors, (batch, queries, keys, heads))
 
     def attention_hopper_fp8_forward(self, *given) -> None:
         *tensors, batch, queries, keys, heads, _, _ = given
@@ -217,24 +220,40 @@ class Recorder:
         self._attention("E4m3", names, tensors, (batch, queries, keys, heads))
 
     def _attention(self, kind: str, names: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
-        """As attention_hopper.cu: a block has 128 queries; the two of a cluster read keys and values once."""
+        """As attention_hopper.cu: a block has 128 queries at a time; the two of a cluster read keys and
+        values together, which stay with them for all queries of a head where they fit."""
         batch, queries, keys, heads = sizes
-        tiles, block, shared = -(-queries // 128), *ATTENTION_TILES[kind]
+        tiles, (block, slots, shared, persistent) = -(-queries // 128), ATTENTION_TILES[kind]
         ranks = 2 if tiles % 2 == 0 or tiles > 32 else 1
-        columns = -(-tiles // ranks) * ranks
-        times = {"k": columns // ranks, "v": columns // ranks, "k_scale": columns}
+        columns, blocks = -(-tiles // ranks), -(-keys // block)
+        items = batch * heads * columns
+        clusters = min(items, max(1, self.multiprocessors // ranks)) if persistent else items
+        loads = items
+        if persistent and 2 * blocks <= slots:  # once for every head of a cluster
+            each, more = divmod(items, clusters)
+            firsts = [i * each + min(i, more) for i in range(clusters)] + [items]
+            loads = sum((b - 1) // columns - a // columns + 1 for a, b in pairwise(firsts))
+        times = {"k": loads / (batch * heads), "k_scale": ranks * loads / (batch * heads)}
         # Four threads share a row; every consuming thread reads a quarter of v's scales.
-        times |= {"q_scale": 4, "v_scale": columns * 2 * 128 // 4}
+        times |= {"v": times["k"], "q_scale": 4, "v_scale": columns * ranks * 2 * 128 // 4}
         arguments = _arguments(names, tensors, "out lse", **times)
-        flops = 4 * batch * heads * columns * 128 * -(-keys // block) * block * attention_hopper.HEAD_DIM
-        kernel, grid = f"attention_hopper_kernel<{kind}>", (columns, heads, batch)
-        self.launches.append(
-            Launch("attention_hopper", kernel, grid, 384, shared, ranks, arguments, flops)
-        )
+        flops = 4 * items * ranks * 128 * blocks * block * attention_hopper.HEAD_DIM
+        kernel, grid = f"attention_hopper_kernel<{kind}>", (clusters * ranks, 1, 1)
+        self.launches.append(Launch("attention_hopper", kernel, grid, 384, shared, ranks, arguments, flops))
 
 
-# Keys of a block, and bytes of shared memory.
-ATTENTION_TILES = {"Bf16": (176, 213072), "E4m3": (128, 168072)}
+def attention_tile(keys: int) -> int:
+    """Keys of a tile in bfloat16, as attention_hopper_tile says."""
+    return 176 if keys > 1024 else min((128, 144), key=lambda tile: -(-keys // tile) * tile)
+
+
+# (keys of a tile, tiles of the ring, bytes of shared memory, whether a block has many tiles of queries).
+ATTENTION_TILES = {
+    "Bf16<128>": (128, 5, 229528, True),
+    "Bf16<144>": (144, 4, 213128, True),
+    "Bf16<176>": (176, 4, 213096, False),
+    "E4m3": (128, 8, 168096, False),
+}
 
 
 def _special(width: int, aligned: bool) -> int:

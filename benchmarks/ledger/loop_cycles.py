@@ -35,7 +35,7 @@ def _opcode(text: str) -> str:
 
 
 def hot_loop(sass: str) -> list[str]:
-    """The loop with the most tensor-core work, of these the shortest; empty if there is none.
+    """The loop with the most tensor-core work that has no loop with such work inside; empty if there is none.
 
     A branch back to t from i makes a loop of everything that reaches i without passing t, unless the
     kernel's start does: blocks that wait for a barrier stand behind the code and jump back, too.
@@ -68,8 +68,7 @@ def hot_loop(sass: str) -> list[str]:
         if 0 not in body:
             loops.setdefault(first, set()).update(body)
 
-    def weight(body: set[int]) -> tuple[int, int]:
-        return sum(_opcode(code[i]) in ("HGMMA", "QGMMA") for i in body), -len(body)
-
-    best = max(loops.values(), key=weight, default=set())
+    products = {i for i, text in enumerate(code) if _opcode(text) in ("HGMMA", "QGMMA")}
+    inner = [b for b in loops.values() if not any(other < b and other & products for other in loops.values())]
+    best = max(inner, key=lambda body: (len(body & products), -len(body)), default=set())
     return [code[i] for i in sorted(best)]

@@ -102,7 +102,7 @@ def compiled(source: str) -> dict[str, dict]:
 
 def demangled(name: str) -> str:
     done = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
-    plain = done.stdout.replace("(anonymous namespace)::", "").replace("prfl::cuda::", "")
+    plain = re.sub(r"\(anonymous namespace\)::|prfl::cuda::|(?<=>) (?=>)", "", done.stdout)
     return re.search(r"(\w+(?:<[^(]*>)?)\(", plain)[1]
 
 
