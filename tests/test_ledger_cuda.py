@@ -15,6 +15,7 @@ from test_ledger import rows
 from prfl_bench.ledger import cuda as ledger_cuda
 from prfl_bench.ledger import nvcc as ledger_nvcc
 from prfl_bench.ledger import sass
+from prfl_bench.ledger import table as ledger_rows
 from prfl_bench.ledger import text as ledger_text
 from prfl_kernels import solver_step
 from prfl_kernels.attention import cuda as attention_hopper
@@ -78,23 +79,52 @@ def test_features_go_through_the_bulk_copy_engine(cuda_rows):
         assert k["grid"][0] == 128 and not {"x", "dx"} & set(k["widths"])
 
 
+def attention_rows(cuda_rows):
+    return [(row, row["kernels"][0]) for row in cuda_rows if row["kind"] == "attention"]
+
+
 def test_attention_has_its_warp_groups_and_pipes(cuda_rows):
     """HGMMA and QGMMA alone, fed by TMA; in bfloat16 no other pipe is busy for half of the products' time."""
-    found = [(row, row["kernels"][0]) for row in cuda_rows if row["kind"] == "attention"]
-    assert len(found) == 8 and all(len(row["kernels"]) == 1 for row, _ in found)
+    found = attention_rows(cuda_rows)
+    assert len(found) == 10 and all(len(row["kernels"]) == 1 for row, _ in found)
+    keys = {"self": 0, "cross": 512, "cross 257": 257}
     for row, k in found:
         product = "QGMMA" if "fp8" in row["op"] else "HGMMA"
         assert {"HGMMA", "QGMMA", "HMMA", "QMMA"} & set(k["instructions"]) == {product}
         assert k["instructions"]["UTMALDG"] and k["instructions"]["UTMASTG"]
         assert k["warp_groups"] == [24, 240] and k["cluster"] == 2 and k["blocks"] == 1
-        assert k["flops"] >= 4 * row["length"] * (512 if "cross" in row["op"] else row["length"]) * (
-            {"14B": 5120, "1.3B": 1536}[row["model"]]
-        )
+        width = {"14B": 5120, "1.3B": 1536}[row["model"]]
+        assert k["flops"] >= 4 * row["length"] * (keys[row["op"].split(", ")[1]] or row["length"]) * width
         busiest = max(n for name, n in k["loop"].items() if name != "tensor")
         assert busiest <= (1.12 if product == "QGMMA" else 0.52) * k["loop"]["tensor"]
     text = ledger_text.render({"operations": [], "cuda": [row for row, _ in found], "assumptions": ""})
-    assert text.count("warp groups of 24 and 240 registers, clusters of 2") == 8
-    assert text.count("hot loop: 1408 cycles of the tensor cores; of that issue 0.") == 4
+    assert text.count("warp groups of 24 and 240 registers, clusters of 2") == 10
+    for tile in (1408, 1024, 1152):
+        assert text.count(f"hot loop: {tile} cycles of the tensor cores; of that issue 0.") == 2
+
+
+def test_cross_attention_is_predicted_to_use_the_tensor_cores(cuda_rows):
+    """For the keys that are there, of what they can without a pause; 257 keys are padded to 288."""
+    for row, k in attention_rows(cuda_rows):
+        if "fp8" in row["op"] or "cross" not in row["op"]:
+            continue
+        keys, width = (257 if "257" in row["op"] else 512), {"14B": 5120, "1.3B": 1536}[row["model"]]
+        use = 4 * row["length"] * keys * width / k["seconds"]["products"] / ledger_rows.PEAK
+        least = 0.78 if keys == 257 else 0.9
+        assert least < use < 1 and k["grid"] == [132, 1, 1], (row["op"], row["model"], use)
+
+
+def test_triton_and_cuda_differ_in_what_they_wait_for(rows, cuda_rows):
+    """Triton's forward drains its products before the softmax and the CUDA kernel's does not."""
+    for row, k in attention_rows(cuda_rows):
+        if row["op"] != "attention, self":
+            continue
+        (triton,) = (r for r in rows if (r["op"], r["model"]) == (row["op"], row["model"]))
+        assert row["bound"] == triton["bound"] == "products"
+        assert triton["predicted_seconds"] > 1.4 * row["predicted_seconds"]
+        (other,) = triton["kernels"]
+        busy = [one["cycles"]["tensor"] / one["cycles"]["trip"] for one in (k, other)]
+        assert busy[0] > 0.95 and busy[1] < 0.7
 
 
 def normal(*shape, dtype=F32):

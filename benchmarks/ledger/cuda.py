@@ -74,6 +74,7 @@ class Launch(NamedTuple):
     cluster: int
     arguments: list[Argument]
     tensor_flops: int = 0
+    steps: int = 0  # blocks of keys of a tile of queries, where a block has many tiles
 
 
 def _arguments(names: str, tensors: Iterable[Tensor | None], written: str, **times: float) -> list[Argument]:
@@ -239,7 +240,10 @@ class Recorder:
         arguments = _arguments(names, tensors, "out lse", **times)
         flops = 4 * items * ranks * 128 * blocks * block * attention_hopper.HEAD_DIM
         kernel, grid = f"attention_hopper_kernel<{kind}>", (clusters * ranks, 1, 1)
-        self.launches.append(Launch("attention_hopper", kernel, grid, 384, shared, ranks, arguments, flops))
+        steps = blocks if persistent else 0
+        self.launches.append(
+            Launch("attention_hopper", kernel, grid, 384, shared, ranks, arguments, flops, steps)
+        )
 
 
 def attention_tile(keys: int) -> int:
@@ -286,6 +290,8 @@ def recording() -> Iterator[Recorder]:
             setattr(owner, name, value)
 
 
+IMAGE = 257  # keys of the first frame where a video is made from an image
+
 # The backward of attention is Triton's, which has no solver step.
 ENTRIES = (
     *(one for one in TRITON_LAUNCHES
@@ -293,6 +299,9 @@ ENTRIES = (
     *(Pass(o.name, o.kind, (torch.float32,), o.inputs,
            lambda s, *a: solver_step.forward(solver_step.cuda, *a))
       for o in ALL_OPERATIONS if o.name == "solver_step"),
+    Pass("attention, cross 257", "attention", (torch.bfloat16,),
+         lambda s: [s.per_head(), s.per_head(IMAGE), s.per_head(IMAGE)],
+         lambda s, *a: attention_triton.forward(*a, s.head_dim**-0.5)),
 )  # fmt: skip
 
 
@@ -308,8 +317,12 @@ def _kernel(launch: Launch) -> dict:
         {"name": a.name, "footprint": a.tensor.nbytes, "read": a.read, "written": a.written}
         for a in launch.arguments
     ]
-    rate = ledger_rows.DOT_RATES["fp8" if "QGMMA" in code["instructions"] else "16-bit"]
-    seconds = {"tensor cores": launch.tensor_flops / rate}
+    if "cycles" in code:
+        flops = launch.tensor_flops
+        products = ledger_rows.product_seconds(code, launch.grid, blocks, flops, launch.steps)
+    else:
+        products = launch.tensor_flops / ledger_rows.DOT_RATES["16-bit"]
+    seconds = {"products": products}
     copied = COPIED.get(launch.source, ())
     return ledger_rows.kernel(code, arguments, copied, launch.tensor_flops, seconds) | {
         "kernel": launch.kernel.split("<")[0].removesuffix("_kernel"), "grid": list(launch.grid),

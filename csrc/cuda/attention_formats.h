@@ -1,8 +1,7 @@
 // What attention_hopper.cu does differently in bfloat16 and in e4m3.
 //
-// bfloat16: tiles of keys and values are both [keys, 128] in two panels; p v adds to the accumulator. Long
-// sequences of keys have tiles of 176. Short ones, as of cross-attention, have 128 or 144, whichever pads less,
-// and room for two tiles of queries.
+// bfloat16: tiles of keys and values are both [keys, 128] in two panels; p v adds to the accumulator. Many
+// keys have tiles of 176. Few, as in cross-attention, have 128 or 144 and room for two tiles of queries.
 // e4m3: keys are [128, 128] and values by channel, [128, keys], in one panel: these tensor cores want both
 // operands along the summed dimension. They also add with about 14 bits, so p v of a block is a sum
 // of its own, and the accumulator is float32 in registers; weights are stored times 2^8. See
@@ -45,8 +44,8 @@ struct Shared {
   uint64_t asked[kConsumers][Format::kQuerySlots], written[kConsumers][Format::kQuerySlots];
 };
 
-// What a block works on: a tile of 128 queries of a head, `left` of them with this one, in the order of tiles,
-// heads and samples. Blocks of a cluster have head and batch in common, so that all read the same keys.
+// What a block works on: a tile of 128 queries of a head, `left` of them with this one, in the order of
+// tiles, heads and samples. Blocks of a cluster have head and batch in common: all read the same keys.
 struct Place {
   int tile, head, batch, left;
 

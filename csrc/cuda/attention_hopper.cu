@@ -1,19 +1,21 @@
 // Softmax attention forward for sm_90a, head dim 128, in bfloat16 and in e4m3.
 //
-// A block computes 128 queries of one head at a time. One thread of its first warp group keeps a ring of tiles
-// of keys and values full, in the order in which they are used; two more load queries and store results. The
-// other two warp groups compute, 64 queries each: a group issues the scores of the next block of keys and p v
-// of the current one, and turns the scores into weights while p v runs. The two take turns at issuing, so that
-// the softmax of one also runs under the products of the other. Weights stay in registers: what a thread holds
-// of a result is what it has to hold of the left operand.
+// A block computes 128 queries of one head at a time. One thread of its first warp group keeps a ring of
+// tiles of keys and values full, in the order in which they are used; two more load queries and store
+// results. The other two warp groups compute, 64 queries each: a group issues the scores of the next block of
+// keys and p v of the current one, and turns the scores into weights while p v runs. The two take turns at
+// issuing, so that the softmax of one also runs under the products of the other. Weights stay in registers:
+// what a thread holds of a result is what it has to hold of the left operand.
 //
 // Where keys are few, as in cross-attention, a block for every multiprocessor computes many tiles of queries
 // without a pause: the next tile's first scores are issued before the last p v of this one, and results are
 // written under the products of the other group. Keys and values that fit into the ring stay there for all
 // queries of a head.
 //
-// Blocks of keys go from last to first: the last one alone may be partly filled, and is masked. Queries past
-// the end are zeros and are never written. Every sum has one order: no atomics.
+// Blocks of keys go from last to first: the last one alone may be partly filled, and is masked before the
+// loop. Where a block computes many tiles of queries the last one is the last, since at the beginning of a
+// tile results of the one before are written. Queries past the end are zeros and are never written. Every
+// sum has one order: no atomics.
 // Source: FlashAttention-3 (Shah et al. 2024), algorithms 1 and 2.
 #include "attention_formats.h"
 #include "attention_hopper.h"
@@ -47,12 +49,19 @@ __device__ __forceinline__ Ring tiles_ring(const Arguments<Format>& a) {
   return {Format::kQuerySlots > 1 && a.resident ? 2 * a.blocks : Format::kSlots};
 }
 
+// The block of keys of a tile's step; steps go down to 0.
+template <class Format>
+__device__ __forceinline__ int block_of(const Arguments<Format>& a, int step) {
+  return Format::kQuerySlots == 1 ? step : step == 0 ? a.blocks - 1 : step - 1;
+}
+
 // Keys and values of one tile of queries after the other.
 template <class Format>
 __device__ __forceinline__ void produce(Shared<Format>& s, const Arguments<Format>& a) {
   Ring ring = tiles_ring(a);
   Place at(a);
-  const auto load = [&](bool keys, int block) {
+  const auto load = [&](bool keys, int step) {
+    const int block = block_of(a, step);
     const unsigned ranks = cluster_size();
     uint64_t* full = &s.full[ring.slot];
     mbarrier_wait(&s.empty[ring.slot], ring.phase ^ 1);
@@ -99,8 +108,8 @@ __device__ __forceinline__ void carry(Shared<Format>& s, const Arguments<Format>
 
 // Normalised rows go out through this group's queries, which all of its products have read by now.
 template <class Format>
-__device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>& a, const Place& at, int group,
-                                      int slot, const float (&acc)[kDim / 2],
+__device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>& a, const Place& at,
+                                      int group, int slot, const float (&acc)[kDim / 2],
                                       const RowSoftmax<Format::kBits>& softmax) {
   const int thread = threadIdx.x % kWarpGroup, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
   const int first = at.row(group);
@@ -127,7 +136,7 @@ __device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>
 template <class Format>
 __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Format>& a, int group) {
   constexpr int kKeys = Format::kKeys, kStep = Format::kTile / 16;
-  const int lane = lane_id(), valid = a.keys - (a.blocks - 1) * kKeys;
+  const int lane = lane_id(), valid = a.keys - (a.blocks - 1) * kKeys;  // of the last block's keys
   const bool releases = lane < int(cluster_size());  // a lane for every block
   Place at(a);
   Ring ring = tiles_ring(a), queries{Format::kQuerySlots};
@@ -136,14 +145,20 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
   float scores[kKeys / 2], acc[kDim / 2], alpha[2];
   uint32_t p[Format::kWeights];
   // Whether there is a tile of queries after this one.
-  const auto several = [&] { return Format::kQuerySlots > 1 && at.left > 1; };
-  // The first block of keys of a tile of queries: no sums before it count.
-  const auto begin = [&](const float(&factor)[2]) {
-    if (valid < kKeys) {
+  const auto another = [&] { return Format::kQuerySlots > 1 && at.left > 1; };
+  const auto mask = [&](int step) {
+    if (valid == kKeys || block_of(a, step) != a.blocks - 1) return;
+    PRFL_UNROLL
+    for (int first = 0; first < kKeys; first += 32) {
+      if (first + 32 <= valid) continue;  // the many that need none
       PRFL_UNROLL
-      for (int i = 0; i < kKeys / 2; ++i)
+      for (int i = first / 2; i < min(first + 32, kKeys) / 2; ++i)
         if (8 * (i / 4) + 2 * (lane % 4) + i % 2 >= valid) scores[i] = -INFINITY;
     }
+  };
+  // The first step of a tile of queries: no sums before it count.
+  const auto begin = [&](const float(&factor)[2]) {
+    if (Format::kQuerySlots == 1 || a.blocks == 1) mask(a.blocks - 1);
     softmax = {};
     softmax.step(scores, factor, alpha);
   };
@@ -156,7 +171,7 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
   const auto pass_turn = [&](bool more) {  // nobody waits for the very last one
     if (more || group == 0) named_barrier_arrive(turn(group ^ 1), kConsumers * kWarpGroup);
   };
-  if (group == 0 && (a.blocks > 1 || several())) named_barrier_arrive(turn(0), kConsumers * kWarpGroup);
+  if (group == 0 && (a.blocks > 1 || another())) named_barrier_arrive(turn(0), kConsumers * kWarpGroup);
 
   uint64_t q = mma_operand(s.queries[group][0]);
   const uint64_t k = mma_operand(s.tiles[0]), v = Format::values(s.tiles[0]);
@@ -188,9 +203,10 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
       mma_fence();
       format.issue_values(acc, p, v + v_slot * kStep);
       mma_commit();
-      pass_turn(j > 1 || several());
+      pass_turn(j > 1 || another());
       mma_wait<1>();
       format.scale(scores, s, k_slot);
+      if (Format::kQuerySlots > 1 && j == 1) mask(0);
       softmax.step(scores, format.factor, alpha);
       // Tied to the weights, or the compiler moves the exponentials behind the next wait.
       if (release && softmax.done()) mbarrier_arrive_at(&s.empty[k_slot], lane);
@@ -199,11 +215,9 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
       Format::round(p, scores);
       format.fold(acc, alpha, false);
     }
-    if (!several()) break;
+    if (!another()) break;
 
     // The last p v of this tile of queries, under it the first softmax of the next one.
-    const Place done = at;
-    at.next(a);
     const int v_slot = ring.slot, slot = queries.slot;
     const unsigned v_phase = ring.phase;
     ring.next(stays);
@@ -221,7 +235,9 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
     mma_fence();
     format.issue_values(acc, p, v + v_slot * kStep);
     mma_commit();
-    pass_turn(a.blocks > 1 || several());
+    pass_turn(a.blocks > 1 || at.left > 2);
+    const Place done = at;
+    at.next(a);
     const Format next(a, at, group);
     const RowSoftmax<Format::kBits> sums = softmax;
     mma_wait<1>();
@@ -232,7 +248,7 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
     if (release) mbarrier_arrive_at(&s.empty[v_slot], lane);
     format.finish(acc, a, done);
     write<Format>(s, a, done, group, slot, acc, sums);
-    for (int h = 0; h < 2; ++h) format.factor[h] = next.factor[h];
+    format.factor[0] = next.factor[0], format.factor[1] = next.factor[1];
     clear();
   }
   mbarrier_wait(&s.full[ring.slot], ring.phase);
@@ -270,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     shrink_registers<kProducerRegisters>();
     if (threadIdx.x == 0) produce<Format>(s, a);
     for (int g = 0; g < kConsumers; ++g)
-      if (threadIdx.x == (1 + g) * kWarp) carry<Format>(s, a, g);
+      if (int(threadIdx.x) == (1 + g) * kWarp) carry<Format>(s, a, g);
   } else {
     grow_registers<kConsumerRegisters>();
     consume<Format>(s, a, group);
@@ -314,8 +330,8 @@ void run(const char* name, Arguments<Format>& a, int64_t batch, CUstream_st* str
   a.columns = (tiles + ranks - 1) / ranks, a.items = a.columns * a.heads * int(batch);
   const int most = Format::kQuerySlots == 1 ? a.items : max(1, multiprocessors() / ranks);
   const dim3 grid(min(a.items, most) * ranks);
-  launch(name, attention_hopper_kernel<Format>, {grid, dim3(kThreads), sizeof(Shared<Format>), unsigned(ranks)},
-         stream, a);
+  const Shape shape{grid, dim3(kThreads), sizeof(Shared<Format>), unsigned(ranks)};
+  launch(name, attention_hopper_kernel<Format>, shape, stream, a);
 }
 
 template <int kKeys>
