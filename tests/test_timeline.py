@@ -1,4 +1,4 @@
-"""The ledger's predictions for products of warp groups: the hot loop in machine code, and what it waits for."""
+"""The ledger on products of warp groups: the hot loop in machine code, and when it lets them run."""
 
 import pytest
 
