@@ -275,7 +275,7 @@ def predicted(args: argparse.Namespace, entries: Sequence[Operation]) -> dict:
                 continue
             entry, i = names[made["op"]]
             times = Times(*[made["predicted_seconds"]] * 3)
-            rate = ledger_rows.DOT_RATES["fp8" if entry.rate == "fp8" else "16-bit"]
+            rate = ledger_rows.PEAK * (2 if entry.rate == "fp8" else 1)
             shape = list(entry.inputs(s._replace(device="meta"))[0].shape)
             row = {"op": entry.name, "pass": PASSES[i], "backend": dispatch.TRITON, "shape": shape}
             row |= figures(times, made["minimum_bytes"], entry.flops(s)[i], ledger_rows.BANDWIDTH, rate)

@@ -45,8 +45,13 @@ SOME_DTYPES = {  # compute dtypes of operations that are not for all of them
 
 
 def _attention(s: Shape, q, k, v):
-    """Every key once, and the last one three times."""
-    return *attention_with_lse(q, k, v), *attention_with_lse(q, k, v, repeats=3)
+    """Every key once, and the last one three times; cross-attention to the 512 keys of a text and the 257 of
+    an image, of more tiles of queries than a GPU has multiprocessors."""
+    many = q.repeat(1, 150 if q.is_cuda else 1, 1, 1)
+    crossed = [
+        attention_with_lse(many, *(a.repeat(1, 5, 1, 1)[:, :keys] for a in (k, v))) for keys in (512, 257)
+    ]
+    return *attention_with_lse(q, k, v), *attention_with_lse(q, k, v, repeats=3), *crossed[0], *crossed[1]
 
 
 def _low_scores(s: Shape) -> list[Tensor]:

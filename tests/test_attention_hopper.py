@@ -24,7 +24,8 @@ pytestmark = [
 ]
 BF16 = torch.bfloat16
 SCALE = 128**-0.5
-KEYS, SLOTS = 176, 4  # of a block, and of the ring: as in csrc/cuda/attention_formats.h
+KEYS = 176  # of a block where there are more than SHORT, as in csrc/cuda/attention_hopper.cu
+SHORT = 1024
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,7 @@ def kernels(monkeypatch, fresh_memory_is_nan):
     watched = watch(monkeypatch, build())
     yield watched
     watched.load_early(False)
+    watched.use_multiprocessors(132)
     dispatch.configure("")
 
 
@@ -59,11 +61,23 @@ def check(q, k, v):
 # tiles of queries and more than 32 are clusters; of an odd number the last block has nothing to do.
 SHAPES = [
     (1, 1, 1, 1),
-    (2, 130, 2 * KEYS, 2),
-    (1, 257, KEYS - 1, 1),
-    (1, 70, (SLOTS + 2) * KEYS + 9, 1),
-    (1, 140, SLOTS * KEYS + 9, 1),
+    (1, 70, 7 * KEYS - 1, 1),
+    (1, 130, 6 * KEYS, 2),
     (1, 33 * 128 - 60, 20, 1),
+]
+# (shape, multiprocessors) of cross-attention, where a block computes several tiles of queries: keys of one
+# block and of several, which stay in shared memory for a head or go through the ring anew; two blocks of
+# a cluster, several clusters with unequal shares, blocks on their own.
+CROSS = [
+    ((2, 130, 1, 2), 2),
+    ((1, 300, 64, 2), 1),
+    ((1, 257, 88, 3), 2),
+    ((2, 200, 256, 2), 4),
+    ((1, 500, 257, 3), 4),
+    ((2, 300, 257, 1), 1),
+    ((1, 400, 512, 2), 2),
+    ((2, 270, 512, 1), 4),
+    ((1, 250, SHORT, 2), 2),
 ]
 
 
@@ -72,6 +86,33 @@ SHAPES = [
 def test_as_good_as_torch(kernels, shape, early):
     kernels.load_early(early)
     check(*qkv(*shape))
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("shape, multiprocessors", CROSS)
+def test_many_tiles_of_queries_a_block(kernels, shape, multiprocessors, early):
+    kernels.load_early(early)
+    kernels.use_multiprocessors(multiprocessors)
+    check(*qkv(*shape))
+    (blocks, _, threads, _, cluster), *_ = kernels.launches
+    assert blocks <= multiprocessors and threads == 384 and multiprocessors % cluster == 0
+
+
+def test_bits_do_not_depend_on_the_number_of_multiprocessors(kernels):
+    inputs, found = qkv(1, 500, 257, 2), []
+    for multiprocessors in (2, 6, 132):
+        kernels.use_multiprocessors(multiprocessors)
+        found.append(forward(*inputs))
+    assert all(torch.equal(a, b) for other in found for a, b in zip(other, found[0], strict=True))
+
+
+def test_keys_that_fit_into_shared_memory_are_read_once_a_head(kernels):
+    """... by a block or cluster that has all of the head's queries; more keys are read for every tile."""
+    kernels.use_multiprocessors(2)
+    for keys, times in ((257, 1), (512, 2)):
+        q, k, v = qkv(1, 500, keys, 2)
+        forward(q, k, v)
+        assert [kernels.traffic[name][0] for name in "kv"] == [times * k.nbytes, times * v.nbytes]
 
 
 def test_any_strides_give_the_same_bits():
@@ -86,8 +127,9 @@ def test_any_strides_give_the_same_bits():
     check(q, one_head, v)
 
 
-def test_large_scores():
-    q, k, v = qkv(1, 64, 2 * KEYS, 1)
+def test_large_scores(kernels):
+    q, k, v = qkv(1, 300, 352, 1)
+    kernels.use_multiprocessors(1)
     out, lse = check(60 * q, 60 * k, v)
     assert out.isfinite().all() and lse.isfinite().all()
 
@@ -194,7 +236,7 @@ def test_fp8_is_a_choice_and_no_default(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 32760, 512, 2), (2, 20000, 257, 3)])
 def test_on_a_gpu(shape, monkeypatch):
     monkeypatch.undo()
     if why := dispatch.absence("attention", "cuda", "cuda", BF16):
@@ -208,29 +250,54 @@ def test_on_a_gpu(shape, monkeypatch):
 
 
 FAULTS = {  # what is changed in the source
-    "the producer waits for the wrong phase": ("ring.phase ^ 1", "ring.phase"),
-    "values are not waited for": ("    mbarrier_wait(&s.full[v_slot], ring.phase);\n", ""),
-    "scores are read before they are there": ("    mma_wait<1>();\n", ""),
-    "values are given back while in use": ("    mma_wait<0>();\n    if (rel", "    if (rel"),
+    "the producer waits for the wrong phase": (
+        "empty[ring.slot], ring.phase ^ 1",
+        "empty[ring.slot], ring.phase",
+    ),
+    "values are not waited for": ("      mbarrier_wait(&s.full[v_slot], ring.phase);\n", ""),
+    "scores are read before they are there": ("      mma_wait<1>();\n", ""),
+    "values are given back while in use": ("      mma_wait<0>();\n      if (rel", "      if (rel"),
     "one key too many": (">= valid", "> valid"),
-    "too many bytes are announced": ("&s.loaded, kConsumers", "&s.loaded, 2 * kConsumers"),
+    "too many bytes are announced": ("mbarrier_expect(asked, kQ", "mbarrier_expect(asked, 2 * kQ"),
     "a block takes its partner's tiles for its own": (
-        "release = lane < int(cluster_size())",
-        "release = lane < 1",
+        "releases = lane < int(cluster_size())",
+        "releases = lane < 1",
     ),
     "a block ends before its partner": ("  cluster_wait();\n#else", "#else"),
+    "nobody gets the last turn of the first group": ("more || group == 0", "more"),
+    "the next queries come before the results are written": (
+        "      mbarrier_wait(&s.written[group][ring.slot], ring.phase ^ 1);\n",
+        "",
+    ),
+    "the next queries come before the results are read": ("      bulk_wait_read<0>();\n", ""),
+    "the next queries are not waited for": (
+        "    mbarrier_wait(&s.asked[group][queries.slot], queries.phase);\n",
+        "",
+    ),
+    "the next scores are read before they are there": ("    mma_wait<1>();\n    next", "    next"),
+    "results are written before they are there": (
+        "    mma_wait<0>();\n    if (release) mbarrier_arrive_at(&s.empty[v_slot], lane);\n    format",
+        "    if (release) mbarrier_arrive_at(&s.empty[v_slot], lane);\n    format",
+    ),
+    "results are divided by the next sums": ("group, slot, acc, sums", "group, slot, acc, softmax"),
+    "results are added to the next ones": ("    clear();\n  }\n", "    Format::round(p, scores);\n  }\n"),
+    "keys of a head stay for the next one": ("phase ^= !stays", "phase ^= 0"),
 }
 
 
 def runs_right():
-    """Whether attention runs and is as good as torch's, with loads late and early."""
-    inputs = qkv(1, 130, SLOTS * KEYS + 9, 1)
-    for early in (False, True):
-        cuda_kernels.library().load_early(early)
-        try:
-            check(*inputs)
-        except (RuntimeError, AssertionError):
-            return False
+    """Whether attention runs and is as good as torch's, with loads late and early: of keys that stay in
+    shared memory and of keys that do not."""
+    library = cuda_kernels.library()
+    library.use_multiprocessors(2)
+    for shape in ((1, 400, 257, 2), (1, 400, 570, 1)):
+        inputs = qkv(*shape)
+        for early in (False, True):
+            library.load_early(early)
+            try:
+                check(*inputs)
+            except (RuntimeError, AssertionError):
+                return False
     return True
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from prfl_bench.ledger import cuda as ledger_cuda
 from prfl_bench.ledger import loop_cycles, sass
 from prfl_bench.ledger import nvcc as ledger_nvcc
 
@@ -15,7 +16,8 @@ def missing():
 
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"cannot compile for sm_90a: {missing()}")
-FORMATS = pytest.mark.parametrize("kind, product", [("Bf16", "HGMMA"), ("E4m3", "QGMMA")])
+KINDS = {"Bf16<176>": "HGMMA", "Bf16<128>": "HGMMA", "Bf16<144>": "HGMMA", "E4m3": "QGMMA"}
+FORMATS = pytest.mark.parametrize("kind, product", KINDS.items())
 
 
 def facts(kind):
@@ -29,7 +31,7 @@ def test_instructions(kind, product):
     assert kernel["spills"] == kernel["stack"] == 0
     counts = kernel["instructions"]
     assert counts[product] and not {"HGMMA", "QGMMA", "HMMA", "QMMA"} & set(counts) - {product}
-    assert counts["UTMALDG"] and counts["UTMASTG"] == 1 and counts["USETMAXREG"] == 2
+    assert counts["UTMALDG"] and counts["UTMASTG"] and counts["USETMAXREG"] == 2
     assert bool(counts.get("UBLKCP")) == (kind == "E4m3")  # the scales of keys
 
 
@@ -44,7 +46,8 @@ def test_products_are_not_serialized():
 def test_exponentials_run_under_the_second_product(kind, product):
     """Between the wait for the scores and the wait for p v."""
     bodies = ledger_nvcc.build("attention_hopper").bodies
-    loop = loop_cycles.hot_loop(next(body for name, body in bodies.items() if kind in name))
+    named = {ledger_nvcc.demangled(name): body for name, body in bodies.items()}
+    loop = loop_cycles.hot_loop(named[f"attention_hopper_kernel<{kind}>"])
     first, second = (i for i, text in enumerate(loop) if "DEPBAR.LE gsb0" in text)
     assert "0x1" in loop[first] and "0x0" in loop[second]
     inside = sum("MUFU.EX2" in text for text in loop[first:second])
@@ -54,15 +57,26 @@ def test_exponentials_run_under_the_second_product(kind, product):
 # Part of the tensor cores' cycles that other pipes may take. In e4m3 the products take half as long and
 # the rest, exponentials and additions of float32 for every weight, does not: all pipes are about full.
 LIMITS = {
-    "Bf16": {"issue": 0.45, "mufu": 0.52, "alu": 0.35},
-    "E4m3": {"issue": 1.12, "mufu": 1.04, "alu": 0.60},
+    "Bf16<176>": {"tensor": 1408, "issue": 0.45, "mufu": 0.52, "alu": 0.35},
+    "Bf16<144>": {"tensor": 1152, "issue": 0.45, "mufu": 0.52, "alu": 0.35},
+    "Bf16<128>": {"tensor": 1024, "issue": 0.46, "mufu": 0.52, "alu": 0.35},
+    "E4m3": {"tensor": 512, "issue": 1.12, "mufu": 1.04, "alu": 0.60},
 }
 
 
 @pytest.mark.parametrize("kind", LIMITS)
 def test_cycles_of_a_block_of_keys(kind):
-    found = dict(facts(kind)["loop"])
+    found, limits = dict(facts(kind)["loop"]), dict(LIMITS[kind])
     tensor = found.pop("tensor")
-    assert tensor == {"Bf16": 1408, "E4m3": 512}[kind]
-    assert found.keys() == LIMITS[kind].keys()
-    assert not {name: n / tensor for name, n in found.items() if n > LIMITS[kind][name] * tensor}
+    assert tensor == limits.pop("tensor")
+    assert found.keys() == limits.keys()
+    assert not {name: n / tensor for name, n in found.items() if n > limits[name] * tensor}
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_products_are_those_of_the_tiles_in_the_ledger(kind):
+    keys, _, _, persistent = ledger_cuda.ATTENTION_TILES[kind]
+    # Products of a block of keys: scores and p v, also of the first block and the last.
+    depth = 32 if kind == "E4m3" else 16
+    block = 128 // depth + keys // depth
+    assert facts(kind)["instructions"][KINDS[kind]] == block * (3 if persistent else 2)

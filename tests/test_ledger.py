@@ -11,7 +11,7 @@ from fused import needs_triton
 
 from prfl_bench import operations
 from prfl_bench.ledger import collect as ledger
-from prfl_bench.ledger import loop_cycles, sass
+from prfl_bench.ledger import sass
 from prfl_bench.ledger import text as ledger_text
 from prfl_bench.shapes import MODELS, TEXT, Model, Shape
 from prfl_kernels.jit import INTERPRETED, jit, tl
@@ -108,35 +108,6 @@ def test_tensor_cores_are_the_busiest_pipe_of_attention(rows):
 
 def empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-LOOPS = """
-.L_x_0:
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-.L_x_1:
-        /*0010*/                   HGMMA.64x176x16.F32.BF16 R24, gdesc[UR4], R24 ;
-        /*0020*/                   MUFU.EX2 R0, R1 ;
-        /*0030*/                   FMNMX R2, R0, R1, !PT ;
-        /*0040*/              @!P0 BRA `(.L_x_3) ;
-.L_x_2:
-        /*0050*/               @P1 BRA `(.L_x_1) ;
-        /*0060*/                   FADD R0, R0, R1 ;
-        /*0070*/               @P2 BRA `(.L_x_2) ;
-        /*0080*/                   EXIT ;
-.L_x_3:
-        /*0090*/                   NANOSLEEP 0x20 ;
-        /*00a0*/                   BRA `(.L_x_2) ;
-"""
-
-
-def test_the_hot_loop_and_its_cycles_by_hand():
-    """The loop with the product, and the wait that stands behind the code and jumps back into it."""
-    loop = loop_cycles.hot_loop(LOOPS)
-    assert [text.split()[0].split(".")[0] for text in loop][:3] == ["HGMMA", "MUFU", "FMNMX"]
-    assert any("NANOSLEEP" in text for text in loop) and not any("EXIT" in text for text in loop)
-    found = loop_cycles.cycles(loop)
-    assert found["tensor"] == 64 * 176 * 16 / 2048 and found["issue"] == len(loop)
-    assert found["mufu"] == 8 and found["alu"] == 2
 
 
 def test_occupancy_by_hand():
@@ -269,7 +240,7 @@ def test_products_are_counted():
     assert (m, n, k, dtype, number) == (16, 16, 16, "bf16", 3 * 2 * 5)
     row = ledger._kernel({"kernel": "_product", "widths": {}, "descriptors": []}, launch, 1)
     assert row["flops"] == 2 * 48 * 32 * 80
-    assert row["seconds"]["tensor cores"] == row["flops"] / 660e12
+    assert row["seconds"]["products"] == row["flops"] / 660e12 and row["bound"] == "memory"
 
 
 @jit

@@ -14,6 +14,7 @@ from test_ledger import rows
 
 from prfl_bench.ledger import cuda as ledger_cuda
 from prfl_bench.ledger import sass
+from prfl_bench.ledger import table as ledger_rows
 from prfl_bench.ledger import text as ledger_text
 from prfl_kernels import solver_step
 from prfl_kernels.attention import cuda as attention_hopper
@@ -77,23 +78,52 @@ def test_features_go_through_the_bulk_copy_engine(cuda_rows):
         assert k["grid"][0] == 128 and not {"x", "dx"} & set(k["widths"])
 
 
+def attention_rows(cuda_rows):
+    return [(row, row["kernels"][0]) for row in cuda_rows if row["kind"] == "attention"]
+
+
 def test_attention_has_its_warp_groups_and_pipes(cuda_rows):
     """HGMMA and QGMMA alone, fed by TMA; in bfloat16 no other pipe is busy for half of the products' time."""
-    found = [(row, row["kernels"][0]) for row in cuda_rows if row["kind"] == "attention"]
-    assert len(found) == 8 and all(len(row["kernels"]) == 1 for row, _ in found)
+    found = attention_rows(cuda_rows)
+    assert len(found) == 10 and all(len(row["kernels"]) == 1 for row, _ in found)
+    keys = {"self": 0, "cross": 512, "cross 257": 257}
     for row, k in found:
         product = "QGMMA" if "fp8" in row["op"] else "HGMMA"
         assert {"HGMMA", "QGMMA", "HMMA", "QMMA"} & set(k["instructions"]) == {product}
         assert k["instructions"]["UTMALDG"] and k["instructions"]["UTMASTG"]
         assert k["warp_groups"] == [24, 240] and k["cluster"] == 2 and k["blocks"] == 1
-        assert k["flops"] >= 4 * row["length"] * (512 if "cross" in row["op"] else row["length"]) * (
-            {"14B": 5120, "1.3B": 1536}[row["model"]]
-        )
+        width = {"14B": 5120, "1.3B": 1536}[row["model"]]
+        assert k["flops"] >= 4 * row["length"] * (keys[row["op"].split(", ")[1]] or row["length"]) * width
         busiest = max(n for name, n in k["loop"].items() if name != "tensor")
         assert busiest <= (1.12 if product == "QGMMA" else 0.52) * k["loop"]["tensor"]
     text = ledger_text.render({"operations": [], "cuda": [row for row, _ in found], "assumptions": ""})
-    assert text.count("warp groups of 24 and 240 registers, clusters of 2") == 8
-    assert text.count("hot loop: 1408 cycles of the tensor cores; of that issue 0.") == 4
+    assert text.count("warp groups of 24 and 240 registers, clusters of 2") == 10
+    for tile in (1408, 1024, 1152):
+        assert text.count(f"hot loop: {tile} cycles of the tensor cores; of that issue 0.") == 2
+
+
+def test_cross_attention_is_predicted_to_use_the_tensor_cores(cuda_rows):
+    """For the keys that are there, of what they can without a pause; 257 keys are padded to 288."""
+    for row, k in attention_rows(cuda_rows):
+        if "fp8" in row["op"] or "cross" not in row["op"]:
+            continue
+        keys, width = (257 if "257" in row["op"] else 512), {"14B": 5120, "1.3B": 1536}[row["model"]]
+        use = 4 * row["length"] * keys * width / k["seconds"]["products"] / ledger_rows.PEAK
+        least = 0.78 if keys == 257 else 0.9
+        assert least < use < 1 and k["grid"] == [132, 1, 1], (row["op"], row["model"], use)
+
+
+def test_triton_and_cuda_differ_in_what_they_wait_for(rows, cuda_rows):
+    """Triton's forward drains its products before the softmax and the CUDA kernel's does not."""
+    for row, k in attention_rows(cuda_rows):
+        if row["op"] != "attention, self":
+            continue
+        (triton,) = (r for r in rows if (r["op"], r["model"]) == (row["op"], row["model"]))
+        assert row["bound"] == triton["bound"] == "products"
+        assert triton["predicted_seconds"] > 1.4 * row["predicted_seconds"]
+        (other,) = triton["kernels"]
+        busy = [one["cycles"]["tensor"] / one["cycles"]["trip"] for one in (k, other)]
+        assert busy[0] > 0.95 and busy[1] < 0.7
 
 
 def normal(*shape, dtype=F32):
@@ -132,7 +162,9 @@ def calls():
         yield f"qk backward {width}", partial(qk_norm_rope.backward, rope_cuda.backward, *held, *rest)
     # One tile of queries, and an odd number of more than 32, which gets another block for its cluster.
     scale, fp8 = 128**-0.5, torch.float8_e4m3fn
-    for queries, keys, heads in ((70, 190, 2), (33 * 128 - 60, 20, 1)):
+    # Keys that stay in shared memory, that go through it for every tile, and many of them.
+    shapes = (70, 190, 2), (33 * 128 - 60, 20, 1), (600, 257, 3), (300, 512, 2), (200, 1030, 1)
+    for queries, keys, heads in shapes:
         q, k, v = (normal(1, n, heads, 128, dtype=BF16) for n in (queries, keys, keys))
         yield f"attention {queries}", partial(attention_hopper.forward, q, k, v, scale)
         v8 = normal(1, heads, 128, -(-keys // 128) * 128).to(fp8)
@@ -147,10 +179,13 @@ def calls():
 @pytest.mark.skipif(bool(missing()), reason=f"cannot build csrc/sim: {missing()}")
 @pytest.mark.parametrize("name, call", [pytest.param(n, c, id=n) for n, c in calls()])
 def test_counts_are_what_the_kernels_access(name, call, monkeypatch):
+    monkeypatch.setattr(ledger_cuda.Recorder, "multiprocessors", 4)
     with ledger_cuda.recording() as recorder:
         call()
     simulation = watch(monkeypatch, build())
+    simulation.use_multiprocessors(4)
     call()
+    simulation.use_multiprocessors(132)
     counted = {}
     for launch in recorder.launches:
         for a in launch.arguments:

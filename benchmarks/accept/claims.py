@@ -166,8 +166,8 @@ def planner_rates(results: Results) -> Judgement | None:
 def ledger_rates(results: Results) -> Judgement | None:
     found = [
         rate(results, "copy", ledger.BANDWIDTH),
-        rate(results, "fp8", ledger.DOT_RATES["fp8"]),
-        attention_rate(results, "forward", ledger.DOT_RATES["16-bit"]),
+        rate(results, "product", ledger.PEAK),
+        rate(results, "fp8", 2 * ledger.PEAK),
     ]
     return together([judged for judged in found if judged])
 
@@ -282,8 +282,7 @@ CLAIMS = (
     ),
     Claim(
         "docs/kernels.md",
-        "A build by nvcc 13 carries CUDA 13's runtime, which by NVIDIA's documentation needs driver 580 or"
-        " newer",
+        "On an H100 the driver must be of the same major version or newer",
         "The CUDA C++ kernels run with this driver",
         driver,
     ),

@@ -70,7 +70,7 @@ def jobs(context: Context) -> dict[str, Job]:
         base: Job(one, "attention"),
         "step/1.3B/none": Job(one, "none"),
         "step/1.3B/full": Job(one, "full"),
-        "step/1.3B/offload": Job(one, "attention and input away"),
+        "step/1.3B/offload": Job(one, "offload attention, input"),
         "step/1.3B/four-samples": Job(replace(one, rollout=FOUR), "attention"),
         "step/1.3B/fp8-rollout": Job(
             replace(one, rollout=replace(ONE, precision="fp8")), "attention", like=base
@@ -88,7 +88,7 @@ def jobs(context: Context) -> dict[str, Job]:
     states = OptimConfig(offload="states", rounding="stochastic")
     rank = replace(LORA, rank=8) if context.small else LORA
     found["large/14B/lora"] = Job(replace(big, lora=rank, rollout=FOUR), "attention")
-    found["large/14B/full"] = Job(big, "attention and input away", optim=states)
+    found["large/14B/full"] = Job(big, "offload attention, input", optim=states)
     return found
 
 
@@ -98,7 +98,7 @@ def predict(context: Context, name: str) -> Outcome:
     setup = job.setup
     (kind,) = make_kinds(setup, RATES, {}, [job.kind])
     peak = predicted_peak([kind] * setup.count, kind)
-    host = kind.away * (setup.count - 1)
+    host = kind.host * (setup.count - 1)
     seconds = (setup.count * kind.cost + kind.reward_cost) / 1e12 + setup.count * forwards(setup) * ahead(
         setup
     )

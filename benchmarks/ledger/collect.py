@@ -118,25 +118,27 @@ def _row(launch: Launch, s: Shape, compiled: list[dict], counted: dict) -> dict:
     for code, traffic in zip(compiled, counted["launches"], strict=True):
         if code["kernel"] != traffic["kernel"]:
             raise ValueError(f"ledger: got {traffic['kernel']} interpreted, want {code['kernel']}")
-        kernels.append(_kernel(code, traffic, s.tokens * s.model.width))
+        kernels.append(_kernel(code, traffic, s.tokens * s.model.width, launch.kind == "attention"))
     memory, cached = counted["torch"]["memory"], sum(counted["torch"]["cached"].values())
     row = ledger_rows.operation(launch, s, counted["minimum"], kernels, memory, cached)
     return row | {"elementwise": sum(k["elementwise"] for k in kernels)}
 
 
-def _kernel(code: dict, traffic: dict, row_values: int) -> dict:
-    """One launch; row_values: how many values the rows of C values have together."""
+def _kernel(code: dict, traffic: dict, row_values: int, one_loop: bool = False) -> dict:
+    """One launch; row_values: how many values the rows of C values have together; one_loop: all products are
+    in the hot loop."""
     for a in traffic["arguments"]:
         a["rows"] = a["footprint"] >= row_values  # whole rows, of a byte a value at least
     work = [
         (2 * m * n * k * number, _dot_rate(dtype, precision))
         for m, n, k, dtype, precision, number in traffic["dots"]
     ]
-    seconds = {
-        "tensor cores": sum(flops / rate for flops, rate in work),
-        "lanes": traffic["elementwise"] / LANES,
-    }
     flops = sum(flops for flops, _ in work)
+    if one_loop and "cycles" in code:
+        products = ledger_rows.product_seconds(code, traffic["grid"], code["blocks"], flops)
+    else:
+        products = sum(n / rate for n, rate in work)
+    seconds = {"products": products, "lanes": traffic["elementwise"] / LANES}
     return ledger_rows.kernel(code, traffic["arguments"], code["descriptors"], flops, seconds) | {
         "scalars": [a["name"] for a in traffic["arguments"] if a["scalar"] and (a["read"] or a["written"])],
         "elementwise": traffic["elementwise"],

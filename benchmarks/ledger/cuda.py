@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,7 @@ class Launch(NamedTuple):
     cluster: int
     arguments: list[Argument]
     tensor_flops: int = 0
+    steps: int = 0  # blocks of keys of a tile of queries, where a block has many tiles
 
 
 def _arguments(given: Mapping[str, object], written: str, **times: float) -> list[Argument]:
@@ -84,6 +86,7 @@ class Recorder:
     """Stands for the compiled library: launches nothing, and keeps what would have been launched."""
 
     reward_pool_queries, reward_pool_width, row_width = 8, 5120, 5120
+    multiprocessors = 132
 
     def __init__(self):
         self.launches: list[Launch] = []
@@ -188,30 +191,49 @@ class Recorder:
         self.launches.append(Launch("solver_step", kernel, grid, 256, 0, 1, arguments))
 
     def attention_hopper_forward(self, **given) -> None:
-        self._attention("Bf16", given)
+        self._attention(f"Bf16<{attention_tile(given['keys'])}>", given)
 
     def attention_hopper_fp8_forward(self, **given) -> None:
         self._attention("E4m3", given)
 
     def _attention(self, kind: str, given: dict) -> None:
-        """As attention_hopper.cu: a block has 128 queries; the two of a cluster read keys and values once."""
+        """As attention_hopper.cu: a block has 128 queries at a time; the two of a cluster read keys and
+        values together, which stay with them for all queries of a head where they fit."""
         batch, queries, keys, heads = (given[size] for size in ("batch", "queries", "keys", "heads"))
-        tiles, block, shared = -(-queries // 128), *ATTENTION_TILES[kind]
+        tiles, (block, slots, shared, persistent) = -(-queries // 128), ATTENTION_TILES[kind]
         ranks = 2 if tiles % 2 == 0 or tiles > 32 else 1
-        columns = -(-tiles // ranks) * ranks
-        times = {"k": columns // ranks, "v": columns // ranks, "k_scale": columns}
+        columns, blocks = -(-tiles // ranks), -(-keys // block)
+        items = batch * heads * columns
+        clusters = min(items, max(1, self.multiprocessors // ranks)) if persistent else items
+        loads = items
+        if persistent and 2 * blocks <= slots:  # once for every head of a cluster
+            each, more = divmod(items, clusters)
+            firsts = [i * each + min(i, more) for i in range(clusters)] + [items]
+            loads = sum((b - 1) // columns - a // columns + 1 for a, b in pairwise(firsts))
+        times = {"k": loads / (batch * heads), "k_scale": ranks * loads / (batch * heads)}
         # Four threads share a row; every consuming thread reads a quarter of v's scales.
-        times |= {"q_scale": 4, "v_scale": columns * 2 * 128 // 4}
+        times |= {"v": times["k"], "q_scale": 4, "v_scale": columns * ranks * 2 * 128 // 4}
         arguments = _arguments(given, "out lse", **times)
-        flops = 4 * batch * heads * columns * 128 * -(-keys // block) * block * attention_hopper.HEAD_DIM
-        kernel, grid = f"attention_hopper_kernel<{kind}>", (columns, heads, batch)
+        flops = 4 * items * ranks * 128 * blocks * block * attention_hopper.HEAD_DIM
+        kernel, grid = f"attention_hopper_kernel<{kind}>", (clusters * ranks, 1, 1)
+        steps = blocks if persistent else 0
         self.launches.append(
-            Launch("attention_hopper", kernel, grid, 384, shared, ranks, arguments, flops)
+            Launch("attention_hopper", kernel, grid, 384, shared, ranks, arguments, flops, steps)
         )
 
 
-# Keys of a block, and bytes of shared memory.
-ATTENTION_TILES = {"Bf16": (176, 213072), "E4m3": (128, 168072)}
+def attention_tile(keys: int) -> int:
+    """Keys of a tile in bfloat16, as attention_hopper_tile says."""
+    return 176 if keys > 1024 else min((128, 144), key=lambda tile: -(-keys // tile) * tile)
+
+
+# (keys of a tile, tiles of the ring, bytes of shared memory, whether a block has many tiles of queries).
+ATTENTION_TILES = {
+    "Bf16<128>": (128, 5, 229528, True),
+    "Bf16<144>": (144, 4, 213128, True),
+    "Bf16<176>": (176, 4, 213096, False),
+    "E4m3": (128, 8, 168096, False),
+}
 
 
 def _special(width: int, aligned: bool) -> int:
@@ -244,6 +266,8 @@ def recording() -> Iterator[Recorder]:
             setattr(owner, name, value)
 
 
+IMAGE = 257  # keys of the first frame where a video is made from an image
+
 # The backward of attention is Triton's, which has no solver step.
 ENTRIES = (
     *(one for one in TRITON_LAUNCHES
@@ -251,6 +275,9 @@ ENTRIES = (
     *(Pass(o.name, o.kind, (torch.float32,), o.inputs,
            lambda s, *a: solver_step.forward(solver_step.cuda, *a))
       for o in ALL_OPERATIONS if o.name == "solver_step"),
+    Pass("attention, cross 257", "attention", (torch.bfloat16,),
+         lambda s: [s.per_head(), s.per_head(IMAGE), s.per_head(IMAGE)],
+         lambda s, *a: attention_triton.forward(*a, s.head_dim**-0.5)),
 )  # fmt: skip
 
 
@@ -266,8 +293,12 @@ def _kernel(launch: Launch) -> dict:
         {"name": a.name, "footprint": a.tensor.nbytes, "read": a.read, "written": a.written}
         for a in launch.arguments
     ]
-    rate = ledger_rows.DOT_RATES["fp8" if "QGMMA" in code["instructions"] else "16-bit"]
-    seconds = {"tensor cores": launch.tensor_flops / rate}
+    if "cycles" in code:
+        flops = launch.tensor_flops
+        products = ledger_rows.product_seconds(code, launch.grid, blocks, flops, launch.steps)
+    else:
+        products = launch.tensor_flops / ledger_rows.DOT_RATES["16-bit"]
+    seconds = {"products": products}
     copied = COPIED.get(launch.source, ())
     return ledger_rows.kernel(code, arguments, copied, launch.tensor_flops, seconds) | {
         "kernel": launch.kernel.split("<")[0].removesuffix("_kernel"), "grid": list(launch.grid),

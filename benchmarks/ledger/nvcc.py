@@ -2,7 +2,7 @@
 
 Registers, stack and instructions come from the cubin, widths of accesses from the PTX, where a pointer is
 a member of the struct that is the kernel's first parameter. Kernels with warp-group products also have
-the registers that their warp groups take and the cycles of their hot loop (loop_cycles).
+the registers that their warp groups take and the cycles of their hot loop (timeline).
 """
 
 import re
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from prfl_bench.ledger import loop_cycles, sass
+from prfl_bench.ledger import sass, timeline
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc/cuda"
 FLAGS = ["-std=c++17", "-O3", "-arch=sm_90a", "-Xptxas", "-v", f"-I{CSRC.parent}"]
@@ -70,7 +70,7 @@ def build(source: str) -> Code:
         if done.returncode:
             raise ValueError(f"ledger: nvcc failed: {done.stderr.strip().splitlines()[:1]}")
         usage = sass._run("cuobjdump", "-res-usage", str(made))
-        code = sass._run("nvdisasm", "-c", str(made))
+        code = sass._run("nvdisasm", "-c", "-hex", str(made))
         ptx = made.with_suffix(".ptx").read_text()
     bodies = re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.section|^\t\.section|\Z)", code, re.M | re.S)
     entries = re.findall(r"\.entry (\w+)\((.*?)(?=^\.(?:visible|entry)|\Z)", ptx, re.M | re.S)
@@ -96,13 +96,13 @@ def compiled(source: str) -> dict[str, dict]:
         if counts["HGMMA"] + counts["QGMMA"]:
             groups = re.findall(r"USETMAXREG\S*\s+(?:UP\w, )?(\w+)", body)
             found[name]["warp_groups"] = sorted(int(n, 0) for n in groups)
-            found[name]["loop"] = loop_cycles.cycles(loop_cycles.hot_loop(body))
+            found[name] |= timeline.facts(body, groups=found[name]["most_threads"] // 128 - 1, blocks=1)
     return found
 
 
 def demangled(name: str) -> str:
     done = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
-    plain = done.stdout.replace("(anonymous namespace)::", "").replace("prfl::cuda::", "")
+    plain = re.sub(r"\(anonymous namespace\)::|prfl::cuda::|(?<=>) (?=>)", "", done.stdout)
     return re.search(r"(\w+(?:<[^(]*>)?)\(", plain)[1]
 
 

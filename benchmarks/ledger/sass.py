@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from prfl_bench.ledger import loop_cycles
+from prfl_bench.ledger import timeline
 from prfl_kernels.jit import INTERPRETED, triton
 
 CAPABILITY = 90
@@ -137,9 +137,8 @@ def facts(launch: Launch) -> dict:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
         usage = _run("cuobjdump", "-res-usage", str(file))
-        code = _run("nvdisasm", "-c", str(file))
+        code = _run("nvdisasm", "-c", "-hex", str(file))
     counts = instructions(code)
-    loop = loop_cycles.cycles(loop_cycles.hot_loop(code)) if counts["HGMMA"] + counts["QGMMA"] else None
     used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if used is None:
         raise ValueError(f"ledger: got no resource usage of {launch.kernel} from cuobjdump")
@@ -158,7 +157,9 @@ def facts(launch: Launch) -> dict:
         for i, name in zip_longest(range(max(found, default=-1) + 1), names, fillvalue="scratch")
         if i in found
     }
-    return ({"loop": loop} if loop else {}) | {
+    products = counts["HGMMA"] + counts["QGMMA"]
+    times = timeline.facts(code, threads // 128, blocks) if products and blocks else {}
+    return times | {
         "kernel": launch.kernel,
         "grid": list(launch.grid),
         "tile": launch.tile,

@@ -1,24 +1,55 @@
 """Rows of the kernel ledger: what is known of an operation's launches together, and its predicted time."""
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 
 from prfl_bench.ledger import sass
 from prfl_bench.operations import Launch
 from prfl_bench.shapes import Shape
 
-# Assumed for predictions: measured copy bandwidth of an H100 SXM; FLOP/s of tensor-core products as
-# FlashAttention 3 reaches them (float32 in tf32 at half of bfloat16's rate, a third of that when
-# split in three, and on the CUDA cores in full precision); one lane an operation of 132 SMs with 128
-# lanes at 1.755 GHz for everything elementwise.
+# Assumed for predictions: measured copy bandwidth of an H100 SXM; products of warp groups in 16 bits without
+# a pause at what an H200 reaches on matrices of 8192 (published: 770 to 800 TFLOP/s; power keeps its clock
+# at 1.45 GHz then), twice that in 8 bits; the pauses of a kernel from `timeline`.
 BANDWIDTH = 3.0e12
+SMS = 132
+PEAK = 785e12
+FLOPS = 4096  # a cycle of an SM's tensor cores in 16 bits
+CLOCK = PEAK / (SMS * FLOPS)
+# Cycles of a block that no other block on its SM covers: launch, barriers, first loads, last stores. A guess.
+BEGIN = 3000
+# FLOP/s of products whose loop is not known, as of smaller instructions and of float32: in tf32 at half of
+# bfloat16's rate, a third of that when split in three, and on the CUDA cores in full precision. One lane an
+# operation of 132 SMs with 128 lanes at 1.755 GHz for everything elementwise.
 DOT_RATES = {"fp8": 1000e12, "16-bit": 660e12, "TF32": 330e12, "TF32x3": 110e12, "IEEE": 59e12}
 LANES = 29.6e12
 ASSUMPTIONS = (
-    f"Predicted for an H100 SXM, not measured: the longest of bytes / {BANDWIDTH / 1e12:.1f} TB/s, "
-    f"FLOP / {DOT_RATES['16-bit'] / 1e12:.0f} TFLOP/s (fp8: {DOT_RATES['fp8'] / 1e12:.0f}, tf32: "
-    f"{DOT_RATES['TF32'] / 1e12:.0f}, tf32x3: {DOT_RATES['TF32x3'] / 1e12:.0f}), and elementwise "
-    f"operations / {LANES / 1e12:.1f} T/s, summed over an operation's kernels; no launch cost, no latency."
+    f"Predicted for an H100 SXM, not measured: the longest of bytes / {BANDWIDTH / 1e12:.1f} TB/s (memory), "
+    f"the time of products, and elementwise operations / {LANES / 1e12:.1f} T/s (lanes), summed over an "
+    f"operation's kernels; no launch cost. Products of attention: tensor cores at {PEAK / 1e12:.0f} "
+    f"TFLOP/s in 16 bits and twice that in 8 while they are busy; when they are not is simulated from the "
+    f"machine code of the hot loop (issue slots, exponentials, waits for products, barriers, turns of warp "
+    f"groups; loads are there in time, masks of a last block are left out), and a block costs {BEGIN} cycles "
+    f"more for its begin and end (a guess). Other products: FLOP / {DOT_RATES['16-bit'] / 1e12:.0f} TFLOP/s "
+    f"(fp8: {DOT_RATES['fp8'] / 1e12:.0f}, tf32: {DOT_RATES['TF32'] / 1e12:.0f}, tf32x3: "
+    f"{DOT_RATES['TF32x3'] / 1e12:.0f})."
 )
+
+
+def product_seconds(code: dict, grid: Sequence[int], blocks: int, flops: int, steps: int = 0) -> float:
+    """Of a kernel with products of warp groups, by the `cycles` of its loop (timeline.facts).
+
+    blocks: resident on an SM. steps: the trips of the inner loop, and one that stands around it, of what a
+    block computes in a pass of its outer loop; 0 where it has none.
+    """
+    cycles, number = code["cycles"], math.prod(grid)
+    a_trip = cycles["tensor"] / blocks * FLOPS * (2 if "QGMMA" in code["instructions"] else 1)
+    trips = flops / number / a_trip
+    if steps:
+        passes = math.ceil(round(trips / steps, 6))
+        busy = passes * ((steps - 1) * cycles["trip"] + cycles["between"])
+    else:
+        busy = cycles["first"] + (trips - 1) * cycles["trip"]
+    return math.ceil(number / (SMS * blocks)) * (BEGIN + busy) / CLOCK
 
 
 def operation(
@@ -41,8 +72,18 @@ def operation(
         "torch_bytes": torch_bytes,
         "flops": sum(k["flops"] for k in kernels),
         "predicted_seconds": around / BANDWIDTH + sum(max(k["seconds"].values()) for k in kernels),
+        "bound": _bound([k["seconds"] for k in kernels] + [{"memory": around / BANDWIDTH}]),
         "kernels": kernels,
     }
+
+
+def _bound(seconds: list[dict[str, float]]) -> str:
+    """The unit that most of the predicted time goes to."""
+    total: dict[str, float] = {}
+    for one in seconds:
+        unit = max(one, key=one.__getitem__)
+        total[unit] = total.get(unit, 0.0) + one[unit]
+    return max(total, key=total.__getitem__)
 
 
 def kernel(
@@ -72,5 +113,6 @@ def kernel(
         "wide_share": sum(b * w for b, w in accessed) / max(1, sum(b for b, _ in accessed)),
         "flops": flops,
         "seconds": {"memory": moved / BANDWIDTH} | seconds,
+        "bound": _bound([{"memory": moved / BANDWIDTH} | seconds]),
         "arguments": arguments,
     }

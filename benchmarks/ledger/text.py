@@ -28,11 +28,11 @@ def render(found: dict) -> str:
     return "\n".join([*lines[1:], "", *textwrap.wrap(found["assumptions"], 110)])
 
 
-def _cells(name, stream, moved, ratio, reread, flops, predicted) -> str:
-    return f"{name:28} {stream:>4} {moved:>7} {ratio:>6} {reread:>7} {flops:>8} {predicted:>8}"
+def _cells(name, stream, moved, ratio, reread, flops, predicted, bound) -> str:
+    return f"{name:28} {stream:>4} {moved:>7} {ratio:>6} {reread:>7} {flops:>8} {predicted:>8} {bound:8}"
 
 
-_TRAFFIC = _cells("operation, kernel", "res.", "GB", "/min", "reread", "TFLOP", "pred. ms")
+_TRAFFIC = _cells("operation, kernel", "res.", "GB", "/min", "reread", "TFLOP", "pred. ms", "by")
 _CODE = (
     f"  {'thr.':>4} {'regs':>4} {'spills':>6} {'smem':>6} {'blocks by':>13} {'MMA':>10} {'TMA':>3} "
     f"{'wide':>5}  scalars"
@@ -48,7 +48,7 @@ def _operation(row: dict) -> list[str]:
     traffic = _cells(
         row["op"], stream, f"{row['bytes'] / 1e9:.3f}", f"{row['ratio']:.3f}",
         f"{row['reread_bytes'] / 1e9:.3f}", _tera(row["flops"]),
-        f"{row['predicted_seconds'] * 1e3:.3f}",
+        f"{row['predicted_seconds'] * 1e3:.3f}", row["bound"],
     )  # fmt: skip
     if len(row["kernels"]) == 1:
         return [traffic + _code(row["kernels"][0]), *_pipes(row["kernels"][0])]
@@ -56,7 +56,7 @@ def _operation(row: dict) -> list[str]:
     for k in row["kernels"]:
         cells = _cells(
             f"  {k['kernel']}", "", f"{k['bytes'] / 1e9:.3f}", "", f"{k['reread_bytes'] / 1e9:.3f}",
-            _tera(k["flops"]), f"{max(k['seconds'].values()) * 1e3:.3f}",
+            _tera(k["flops"]), f"{max(k['seconds'].values()) * 1e3:.3f}", k["bound"],
         )  # fmt: skip
         lines += [cells + _code(k), *_pipes(k)]
     return lines
@@ -68,7 +68,8 @@ def _pipes(k: dict) -> list[str]:
         return []
     tensor = k["loop"]["tensor"]
     parts = ", ".join(f"{name} {n / tensor:.2f}" for name, n in k["loop"].items() if name != "tensor")
-    line = f"    hot loop: {tensor:.0f} cycles of the tensor cores; of that {parts}"
+    line = f"    hot loop: {tensor:.0f} cycles of the tensor cores; of that {parts}; "
+    line += f"simulated, busy {k['cycles']['tensor'] / k['cycles']['trip']:.2f} of the time"
     if groups := k.get("warp_groups"):
         line += f"; warp groups of {' and '.join(map(str, groups))} registers, clusters of {k['cluster']}"
     return [line]

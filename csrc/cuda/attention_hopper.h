@@ -12,6 +12,9 @@ struct Sequence {
   int64_t length, strides[3];
 };
 
+// Keys of a tile in bfloat16: 128 or 144, whichever pads `keys` less, up to 1,024; 176 beyond.
+int attention_hopper_tile(int64_t keys);
+
 // out [B, Lq, H, 128] bfloat16 and lse [B, H, Lq] float32, both contiguous, of bfloat16 q, k and v. At least
 // one query and one key; scale > 0. Throws std::runtime_error with the kernel's name and the launch's
 // numbers.

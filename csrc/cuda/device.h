@@ -23,4 +23,12 @@ constexpr int kWarp = 32;
 __device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
 
+// x, of which the compiler does not know that it is x: what is computed from it is computed here.
+__device__ __forceinline__ int opaque(int x) {
+#ifndef CUSIM
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 }  // namespace prfl::cuda

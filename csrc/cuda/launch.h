@@ -24,6 +24,15 @@ inline void require(cudaError_t status, const char* name, const Shape& s) {
     throw std::runtime_error(described(name, s) + ": got " + cudaGetErrorString(status) + ", want success");
 }
 
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, found = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    throw std::runtime_error("got no number of multiprocessors from the driver, want a device");
+  return found;
+}
+
 // kernel<<<...>>>(arguments...) on the stream. Throws std::runtime_error with the kernel's name and
 // the numbers of the launch.
 template <class... Parameters, class... Arguments>

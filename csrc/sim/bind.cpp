@@ -12,6 +12,7 @@ PYBIND11_MODULE(prfl_sim, m) {
   m.def("watch", [](int64_t base, int64_t bytes) { cusim::watch(reinterpret_cast<void*>(base), bytes); });
   m.def("unwatch", &cusim::unwatch);
   m.def("load_early", &cusim::load_early);
+  m.def("use_multiprocessors", [](int number) { cusim::multiprocessors = number; });
   m.def("traffic", [](int64_t base) { return cusim::traffic(reinterpret_cast<void*>(base)); });
   // The launches since the last unwatch: (blocks along x, y, threads, bytes of shared memory, cluster).
   m.def("launches", [] {

@@ -96,6 +96,7 @@ void launch(const Launch& launch, const std::function<void()>& body);
 void watch(const void* base, size_t bytes);
 void unwatch();
 void load_early(bool on);
+inline int multiprocessors = 132;  // of the device, as an H100 has
 std::pair<uint64_t, uint64_t> traffic(const void* base);
 const std::vector<Launch>& launches();
 
@@ -167,6 +168,10 @@ using std::min;
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = cusim::multiprocessors, cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize)

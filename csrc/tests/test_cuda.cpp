@@ -14,6 +14,7 @@
 #include "cuda/qk_norm_rope.h"
 #include "cuda/reward_pool.h"
 #include "cuda/solver_step.h"
+#include "sim/cusim.h"
 
 using namespace prfl::cuda;
 using Bytes = std::vector<char>;
@@ -202,8 +203,10 @@ int main(int argc, char** argv) {
     test_solver_step(2, 2056, bf16);
     test_solver_step(1, 77, bf16);
   }
-  test_attention(1, 140, races ? 530 : 890, 1);  // a cluster of two blocks, which use their rings twice
-  if (!races) test_attention(2, 70, 20, 2);
+  test_attention(1, 140, 1060, 1);  // a cluster of two blocks, which use their rings twice
+  cusim::multiprocessors = 2;       // a block has several tiles of queries
+  test_attention(1, 390, 257, races ? 1 : 2);  // of which a head's keys and values stay
+  test_attention(1, 270, 440, 1);              // and go through the ring
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -1,5 +1,8 @@
 """Attention forward in CUDA C++ for an H100 (csrc/cuda/attention_hopper.cu): what `attention` runs as "cuda".
 
+The launcher picks the tile by the number of keys; up to 1,024, as in cross-attention, a block computes many
+tiles of queries.
+
 `forward` has the contract of triton_kernels.forward without repeats and `launch_forward_fp8` that of
 fp8.launch_forward; head dim 128. Out and lse are those of every other implementation up to the order of sums,
 so a backward of theirs follows this forward.

@@ -52,6 +52,7 @@ __device__ __forceinline__ void mma_wait() {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define PRFL_NAMES_72 PRFL_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define PRFL_NAMES_88                                                                                    \
   PRFL_NAMES_64                                                                                          \
   ", "                                                                                                   \
@@ -64,6 +65,14 @@ __device__ __forceinline__ void mma_bf16(float (&d)[64], uint64_t a, uint64_t b,
       "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PRFL_NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
       : PRFL_F64(d)
+      : "l"(a), "l"(b), "r"(accumulate));
+}
+
+__device__ __forceinline__ void mma_bf16(float (&d)[72], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %74, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n144k16.f32.bf16.bf16 {" PRFL_NAMES_72 "}, %72, %73, p, 1, 1, 0, 0;\n}"
+      : PRFL_F64(d), PRFL_F8(d, 64)
       : "l"(a), "l"(b), "r"(accumulate));
 }
 
@@ -108,6 +117,7 @@ __device__ __forceinline__ void mma_e4m3(float (&d)[64], const uint32_t* a, uint
 #undef PRFL_F8
 #undef PRFL_F64
 #undef PRFL_NAMES_64
+#undef PRFL_NAMES_72
 #undef PRFL_NAMES_88
 
 #else
