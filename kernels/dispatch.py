@@ -189,11 +189,11 @@ def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
     Raises ValueError if the chosen one does not run on it."""
     if x.dtype == torch.float64:
         return REFERENCE  # float64 is for checking; no fused kernel computes in it
-    facts = x.device.type, x.dtype, x.shape[-1], fp8
+    facts = extension.device_type(x), x.dtype, x.shape[-1], fp8
     choice = _chosen(op, _choice)
     if choice is None:
         choice, passed = default(op, *facts)
-        if not (fp8 and choice == REFERENCE and x.device.type == "cuda"):
+        if not (fp8 and choice == REFERENCE and facts[0] == "cuda"):
             return choice
         choice = next(iter(passed))  # to be refused, with the reason
     return runnable(op, choice, *facts)
@@ -211,7 +211,7 @@ def backward_of(op: str, x: Tensor, forward: str | None = None) -> str:
     default, else `forward` itself. Raises ValueError if there is none."""
     if x.dtype == torch.float64:
         return REFERENCE
-    facts, forward = (x.device.type, x.dtype, x.shape[-1]), forward or implementation(op, x)
+    facts, forward = (extension.device_type(x), x.dtype, x.shape[-1]), forward or implementation(op, x)
     names = _followers(op, forward, _choice)
     if names == (forward,):
         return forward

@@ -59,7 +59,8 @@ _dry: list[_Nothing] = []
 
 @contextmanager
 def dry_run() -> Iterator[None]:
-    """The CPU kernels, built or not, allocate what they return and compute nothing: for fake tensors."""
+    """The CPU kernels, built or not, allocate what they return and compute nothing: for tensors without
+    values, fake or on the meta device."""
     _dry.append(_Nothing())
     try:
         yield
@@ -69,6 +70,11 @@ def dry_run() -> Iterator[None]:
 
 def is_dry() -> bool:
     return bool(_dry)
+
+
+def device_type(a: Tensor) -> str:
+    """Of the kernels that run on a tensor: that of its device, "cpu" in a dry run."""
+    return "cpu" if _dry else a.device.type
 
 
 def extension() -> ModuleType | _Nothing:

@@ -89,9 +89,10 @@ class HostTensor:
         """Room for `a` on the host, which LiveBytes counts as such on the CPU, too; nothing is copied yet."""
         self.copies, self.shape, self.dtype, self.device = copies, a.shape, a.dtype, a.device
         self.back, self.event, pinned = None, None, copies.stream is not None
+        host = "cpu" if pinned else a.device
         with host_memory():
             self.host = [
-                torch.empty(n, dtype=a.dtype, device="cpu", pin_memory=pinned)
+                torch.empty(n, dtype=a.dtype, device=host, pin_memory=pinned)
                 for n in power_of_two_sizes(a.numel())
             ]
 

@@ -1,5 +1,5 @@
-"""Dry runs: the bytes of a training step and of a validation at full size, from fake tensors. They need no
-GPU and compute nothing.
+"""Dry runs: the bytes of a training step and of a validation at full size, from tensors on the meta device.
+They need no GPU and compute nothing.
 
 The real losses, denoising chain and reward model run on a model's first blocks, and the counter of live bytes
 is read before every block and after the last. Integer tensors are real in a dry run, because they decide
@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
@@ -30,7 +29,8 @@ from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
 from prfl_engine.objectives import bind, graded_windows, index_range, noisy_reward, sft_loss
-from prfl_engine.planner.fake import default_dtype, fake_tensors
+from prfl_engine.planner.meta import default_dtype, meta_tensors
+from prfl_engine.planner.repeated import Repeated, ballast
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 ROUND = 512  # torch's CUDA allocator rounds sizes up to this
@@ -168,7 +168,7 @@ def _transformer(setup: Setup, config: WanConfig, blocks: int, head: bool = True
 
 def _schedule(steps: int) -> flow.Schedule:
     """Of real tensors; all solvers have the same bytes."""
-    with unset_fake_temporarily():
+    with torch.device("cpu"):
         return flow.make_schedule("euler", steps, 1.0)
 
 
@@ -214,7 +214,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
     addition to weights and gradients. Of a window two steps are made and of several graded steps two; what
     longer ones hold of the chain is allocated in addition."""
     found: dict[str, Laps] = {}
-    with fake_tensors():
+    with meta_tensors():
         model, n = generator(setup, len(policies)), setup.reward_blocks
         reward = reward_model(setup, n) if n else None
         for p in model.parameters():
@@ -241,7 +241,7 @@ def _graded(
     names = ["graded step", *["window"] * (config.window - 1)]
     with _passes(setup.pool, _counter(model, reward), names) as (found, watch):
         batch, noise, _ = _inputs(setup.config, setup.latent)
-        extra = [_ballast(longer)]
+        extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
             extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
         given = model, reward, _schedule(steps), batch, noise, torch.tensor(index), config
@@ -259,23 +259,18 @@ def _graded(
 @cache
 def _rollout_bytes(setup: Setup) -> int:
     """Most bytes of the steps without gradient before a graded one, in addition to weights and gradients."""
-    most: dict[int, int] = {}
-    with fake_tensors():
+    with meta_tensors():
         model, reward = generator(setup, 2), reward_model(setup, 1)
         live = _counter(model, reward)
         base = live.now - SCALARS - setup.pool
         with live:
             batch, noise, _ = _inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            extra = [reward.transformer.embed_context(batch.text, batch.clip), _ballast(_accelerated(setup))]
-            forward = bind(model, batch, context.detach())
+            extra = [reward.transformer.embed_context(batch.text, batch.clip), ballast(_accelerated(setup))]
+            forward = Repeated(live).velocity(bind(model, batch, context.detach()))
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
-                # The model runs where the chain holds more than in any step of as many samples before.
-                if torch.is_grad_enabled() or live.now <= most.get(len(active), 0):
-                    return x.clone()
-                most[len(active)] = live.now
-                return forward(x, t, active)
+                return x.clone() if torch.is_grad_enabled() else forward(x, t, active)
 
             for drawn in _farthest(setup):
                 way = chain.Chain(velocity, _schedule(setup.rollout.steps), noise)
@@ -283,10 +278,6 @@ def _rollout_bytes(setup: Setup) -> int:
                     way.graded(index, setup.window)
             del extra
     return live.peak - base
-
-
-def _ballast(size: int) -> Tensor:
-    return torch.empty(max(0, size) // 4)
 
 
 def _accelerated(setup: Setup) -> int:
@@ -361,24 +352,26 @@ def _held_by(
 def validation_bytes(setup: Setup) -> int:
     """Most bytes of setup.validation, in addition to the weights; there are no gradients then."""
     v, reward, scored = setup.validation, None, None
-    with fake_tensors(), torch.no_grad():
+    with meta_tensors(), torch.no_grad():
         model = generator(setup, 2)
         if v.scored:
             reward = reward_model(setup, 2)
         live = _counter(model, reward)
-        base = live.now - SCALARS - setup.pool
+        base, repeated = live.now - SCALARS - setup.pool, Repeated(live)
         with live:
-            extra = [_batch(setup.config, setup.latent), _ballast(ROUND * v.values)]
+            extra = [_batch(setup.config, setup.latent), ballast(ROUND * v.values)]
             extra += [torch.empty(v.latent) for _ in range(v.kept - 1)]
             extra += [_batch(setup.config, (v.read, *v.latent[1:]))] if v.read else []
             for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
                 batch, noise, sigma = _inputs(setup.config, v.latent)
-                sft_loss(model, batch, noise, sigma)
-                latent = chain.sample(bind(model, batch), _schedule(FULL_HISTORY + 1), noise)
+                repeated("loss", sft_loss, model, batch, noise, sigma)
+                velocity = repeated.velocity(bind(model, batch))
+                latent = chain.sample(velocity, _schedule(FULL_HISTORY + 1), noise)
+                del velocity
                 extra += [latent] if v.kept else []
                 if reward is not None:
                     scored = batch._replace(latent=latent)
-                    noisy_reward(reward, scored, noise, sigma)
+                    repeated("reward", noisy_reward, reward, scored, noise, sigma)
             del extra, scored
     return live.peak - base
 

@@ -1,6 +1,6 @@
 """The fastest block policies whose step fits a budget of bytes, predicted without a GPU.
 
-Bytes come from dry runs of the losses under fake tensors at full size, on the model's first blocks, once for
+Bytes come from dry runs of the losses on the meta device at full size, on the model's first blocks, once for
 every kind of policy. The peak is in the forward or backward of some block, after the last block, or before
 and after all of them, and
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from prfl_kernels.attention import hub
 from prfl_kernels.attention.repeats import backward_with_repeats, forward_with_repeats
 from prfl_kernels.dispatch import Implementation, requires
+from prfl_kernels.extension import device_type
 
 HALVES = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
@@ -102,7 +103,7 @@ def _sdpa_mask(k: Tensor, repeats: int) -> Tensor | None:
 
 def _sdpa_forward(q, k, v, scale, repeats=1):
     q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-    if q.device.type == "cpu":
+    if device_type(q) == "cpu":
         op, mask = aten._scaled_dot_product_flash_attention_for_cpu, _sdpa_mask(k, repeats)
         out, lse = op(q, k, v, attn_mask=mask, scale=scale)
     else:
@@ -112,7 +113,7 @@ def _sdpa_forward(q, k, v, scale, repeats=1):
 
 def _sdpa_backward(dout, q, k, v, out, lse, scale, repeats=1):
     def run(dout, q, k, v, out):
-        if q.device.type == "cpu":
+        if device_type(q) == "cpu":
             op, mask = aten._scaled_dot_product_flash_attention_for_cpu_backward, _sdpa_mask(k, repeats)
             return op(dout, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
         seed, lengths = torch.zeros(2, dtype=torch.int64, device=q.device), (q.shape[2], k.shape[2])

@@ -24,7 +24,7 @@ backward may come from two implementations.
 import torch
 from torch import Tensor
 
-from prfl_kernels import dispatch, processor
+from prfl_kernels import dispatch, extension, processor
 from prfl_kernels.attention import cpu, cuda, libraries, reference, triton_kernels
 from prfl_kernels.checks import checked, expect, expect_float, expect_rank
 from prfl_kernels.jit import register, unit_last, wide
@@ -84,7 +84,7 @@ def _check_backward(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, want
 def _forward(q, k, v, scale, backend, repeats=1, backward=None):
     if q.numel() == 0:
         return _forward_fake(q, k, v, scale, backend)
-    dispatch.runnable("attention", backend, q.device.type, q.dtype, q.shape[3])
+    dispatch.runnable("attention", backend, extension.device_type(q), q.dtype, q.shape[3])
     out, lse = RECORDS[backend].forward(*map(unit_last, (q, k, v)), scale, repeats)
     return out.contiguous(), lse.contiguous()
 
@@ -98,7 +98,7 @@ def _backward(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv, 
     if q.numel() == 0:
         made = [q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)]
     else:
-        dispatch.runnable("attention_backward", backend, q.device.type, q.dtype, q.shape[3])
+        dispatch.runnable("attention_backward", backend, extension.device_type(q), q.dtype, q.shape[3])
         dlse = None if dlse is None else dlse.contiguous()
         dout, q, k, v = map(unit_last, (dout, q, k, v))
         ends = out, lse.contiguous(), scale, wants_q, wants_kv, repeats

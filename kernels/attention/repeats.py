@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from prfl_kernels.extension import device_type
 from prfl_kernels.jit import wide
 
 
@@ -30,7 +31,7 @@ def forward_with_repeats(forward: Callable, native: str = "") -> Callable:
     repeats itself."""
 
     def run(q, k, v, scale, repeats=1):
-        if q.device.type == native:
+        if device_type(q) == native:
             return forward(q, k, v, scale, repeats)
         return forward(q, laid_out(k, repeats), laid_out(v, repeats), scale)
 
@@ -42,7 +43,7 @@ def backward_with_repeats(backward: Callable, native: str = "") -> Callable:
 
     def run(dout, dlse, q, k, v, out, lse, scale, wants_q=True, wants_kv=True, repeats=1):
         ends = out, lse, scale, wants_q, wants_kv
-        if q.device.type == native:
+        if device_type(q) == native:
             return backward(dout, dlse, q, k, v, *ends, repeats)
         dq, dk, dv = backward(dout, dlse, q, laid_out(k, repeats), laid_out(v, repeats), *ends)
         return (dq, gathered(dk, repeats), gathered(dv, repeats)) if wants_kv else (dq, None, None)

@@ -29,7 +29,7 @@ def _common(a: Forward | Backward) -> dict[str, Tensor | int | None]:
     head_dim = width // a.num_heads
     cos = sin = None
     frames, frames_rows, rows, columns = 0, 0, 1, 1
-    if a.grid is not None and not is_dry():  # tables are cached: a fake one must not be
+    if a.grid is not None and not is_dry():  # tables are cached: one without values must not be
         frame_pairs, row_pairs, _ = pairs_of(head_dim)
         frames, frames_rows = 2 * frame_pairs, 2 * (frame_pairs + row_pairs)
         cos, sin = _turns(head_dim, tuple(a.grid))

@@ -1,0 +1,57 @@
+"""Tensors on the meta device, without values, for dry runs of code that asks small tensors of integers which
+steps to make."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
+
+from prfl_kernels import dispatch, extension
+
+
+class _MetaFloats(TorchFunctionMode):
+    """What is made anew, not from given numbers or tensors, is on the meta device unless it is of integers or
+    the call names a device."""
+
+    def __init__(self):
+        super().__init__()
+        self._makers = _device_constructors() - {torch.tensor, torch.as_tensor}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self._makers and kwargs.get("device") is None and self._of_floats(func, args, kwargs):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _of_floats(func, args, kwargs) -> bool:
+        dtype = kwargs.get("dtype")
+        if dtype is None:
+            return func is not torch.arange or not all(isinstance(a, int) for a in args)
+        return dtype.is_floating_point
+
+
+@contextmanager
+def meta_tensors() -> Iterator[None]:
+    """New tensors have no values and are float32 unless they say otherwise, and kernels allocate what the
+    compiled CPU kernels do and compute nothing."""
+    before = dispatch.configured()
+    dispatch.configure("")
+    try:
+        with default_dtype(torch.float32), extension.dry_run(), _MetaFloats():
+            yield
+    finally:
+        dispatch.configure(before)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The default dtype of a block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
