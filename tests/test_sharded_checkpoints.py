@@ -61,7 +61,7 @@ def test_a_save_in_the_background_is_of_the_moment_of_its_call(ranks, tmp_path):
 def test_a_save_that_breaks_on_one_rank_leaves_nothing(ranks, tmp_path, background):
     said = ranks[3](cases.broken_save, tmp_path, True, background)
     assert [left for _, left in said] == [[]] * 3
-    full = "[Errno 28] No space left on device"
+    full = f"[Errno 28] No space left on device: '{tmp_path}/.made.tmp/shard-00002.safetensors'"
     assert [line for line, _ in said] == [f"TrainingError: rank 2: {full}"] * 2 + [f"OSError: {full}"]
     assert ranks[3](cases.broken_save, tmp_path, False, background) == [("saved", ["made"])] * 3
 
@@ -168,7 +168,7 @@ def test_a_sharded_model_is_written_as_a_whole_one(ranks, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("kind", ["t2v", "reward"])
 def test_an_export_that_breaks_leaves_nothing(ranks, tmp_path, kind):
-    full = "[Errno 28] No space left on device"
+    full = f"[Errno 28] No space left on device: '{tmp_path}/.made.tmp/{NAME}'"
     first, second = ranks[2](cases.broken_export, tmp_path, kind)
     assert (first, second) == (f"OSError: {full}", f"TrainingError: rank 0: {full}")
     assert list(tmp_path.iterdir()) == []
