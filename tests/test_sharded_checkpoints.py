@@ -12,7 +12,8 @@ from helpers import tiny_config, tiny_model, tiny_reward
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
 
-from prfl_engine.model import checkpoint
+from prfl_engine.config import LoraConfig
+from prfl_engine.model import checkpoint, lora
 from prfl_engine.model.checkpoint import save_reward, save_transformer
 from prfl_engine.tensor_files import in_order, write_tensors
 
@@ -164,6 +165,23 @@ def test_a_sharded_model_is_written_as_a_whole_one(ranks, tmp_path, monkeypatch,
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(2)
+
+
+def test_an_adapter_is_loaded_and_written_as_on_a_whole_model(ranks, tmp_path):
+    """And `trained` leaves out the frozen weights."""
+    model = tiny_model()
+    save_transformer(model, tmp_path / "base")
+    lora.start(model, LoraConfig(rank=2), 0, None)
+    for i, p in enumerate(lora.parameters(model).values()):
+        p.data.normal_(generator=torch.Generator().manual_seed(i))
+    lora.save(model, tmp_path / "given")
+    names = lora.parameters(model)
+    want = {f"{kind}/{name}" for name in names for kind in ("model", "optimizer")}
+    for found in ranks[3](cases.adapter, tmp_path / "base", tmp_path, tmp_path / "given"):
+        assert {"/".join(name.split("/")[:2]) for name in found} == want
+    for file in (tmp_path / "given").iterdir():
+        for made in ("made", "again"):
+            assert (tmp_path / made / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["t2v", "reward"])
