@@ -118,8 +118,11 @@ def start(model: WanTransformer, config: LoraConfig, seed: int, resume: Path | N
     With load_transformer(..., shard=...) it is called twice: by `shard`, before the model is sharded, and for
     the values after the load.
     """
-    attach(model, config, seed)
-    if (adapter := resume or config.path) is not None:
+    adapter = resume or config.path
+    # What is sharded is attached, with the ranks of its adapter.
+    if adapter is None or not any(isinstance(p, DTensor) for p in model.parameters()):
+        attach(model, config, seed)
+    if adapter is not None:
         load(model, adapter)
 
 
