@@ -69,9 +69,13 @@ def make_policy(
     if resume is not None and not config.lora.rank:
         source = resume
     if source is not None:
-        # An update is attached to a whole model, which is sharded afterwards.
-        sharded = None if config.lora.rank else shard
-        policy = load_transformer(source, DTYPES[m.weights_dtype], device, shard=sharded)
+
+        def attached(model: WanTransformer) -> object:
+            if config.lora.rank:
+                lora.start(model, config.lora, config.train.seed, resume)
+            return shard(model)
+
+        policy = load_transformer(source, DTYPES[m.weights_dtype], device, shard=shard and attached)
     else:
         if m.preset not in PRESETS:
             raise UserError(

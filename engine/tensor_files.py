@@ -37,7 +37,8 @@ def write_tensors(
 ) -> None:
     """Write a file of the tensors of `layout`; `values` gives them `in_order`, on any device.
 
-    One tensor at a time is drawn and copied to the CPU. ValueError where one is not as the layout says.
+    One tensor at a time is drawn and copied to the CPU. ValueError where one is not as the layout says,
+    OSError with the name of the file.
     """
     header: dict = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -47,13 +48,16 @@ def write_tensors(
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, value in zip(in_order(layout), values, strict=False):
-            if (value.dtype, tuple(value.shape)) != layout[name]:
-                got = value.dtype, tuple(value.shape)
-                raise ValueError(f"{path}: {name}: got {got}, want {layout[name]}")
-            flat = value.detach().reshape(-1).contiguous().cpu()
-            file.write(flat.view(torch.uint8).numpy())
-        if file.tell() != 8 + len(text) + end:
-            raise ValueError(f"{path}: got too few tensors, want {len(layout)}")
+    try:
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name, value in zip(in_order(layout), values, strict=False):
+                if (value.dtype, tuple(value.shape)) != layout[name]:
+                    got = value.dtype, tuple(value.shape)
+                    raise ValueError(f"{path}: {name}: got {got}, want {layout[name]}")
+                flat = value.detach().reshape(-1).contiguous().cpu()
+                file.write(flat.view(torch.uint8).numpy())
+            if file.tell() != 8 + len(text) + end:
+                raise ValueError(f"{path}: got too few tensors, want {len(layout)}")
+    except OSError as error:  # of a write it does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,16 +11,17 @@ from threading import Event
 import torch
 import torch.distributed as dist
 from helpers import random_batch, rows, tiny_config, tiny_model, tiny_reward
-from shard_cases import mesh_of, sft
+from shard_cases import mesh_of
 from torch.distributed.tensor import DTensor
 
 from prfl_engine import tensor_files
 from prfl_engine.agree import shared_folder
 from prfl_engine.checkpoint_shards import load_sharded, save_sharded
-from prfl_engine.config import OptimConfig
+from prfl_engine.config import LoraConfig, OptimConfig
 from prfl_engine.errors import TrainingError, UserError
-from prfl_engine.model import checkpoint
+from prfl_engine.model import checkpoint, lora
 from prfl_engine.model.checkpoint import load_reward, load_transformer, save_reward, save_transformer
+from prfl_engine.objectives import sft_loss
 from prfl_engine.optim import block_adamw
 from prfl_engine.optim.optimizer import EMA, make_optimizer, update
 from prfl_engine.parallel import shard
@@ -44,12 +46,15 @@ class Trained:
         self.ema = EMA(self.model, 0.5)
         self.step(steps)
 
-    def step(self, steps: int) -> None:
+    def loss(self) -> torch.Tensor:
         torch.manual_seed(0)
         batch, noise = random_batch(tiny_config(**SIZES), 4), torch.randn(4, 16, 1, 4, 4)
         mine, sigma = slice(dist.get_rank(), dist.get_rank() + 1), torch.tensor([0.3, 0.8, 0.5, 0.6])
+        return sft_loss(self.model, rows(batch, mine), noise[mine], sigma[mine]).mean()
+
+    def step(self, steps: int) -> None:
         for _ in range(steps):
-            sft(self.model, (rows(batch, mine), noise[mine], sigma[mine]), mine)
+            self.loss().backward()
             update(self.optimizer, 1.0)
             self.ema.update()
 
@@ -81,6 +86,8 @@ class Trained:
 def write(folder: str, mode: str, replicate: int = 1) -> dict[str, str]:
     """Train two steps and save; the digests."""
     run = Trained(mode, replicate, steps=2)
+    with torch.no_grad():
+        run.loss()  # leaves the weights of the root gathered
     with shared_folder(Path(folder)) as place:
         save_sharded(place, *run.parts)
     return run.digests()
@@ -92,7 +99,6 @@ def pass_on(source: str, folder: str, mode: str, replicate: int = 1) -> dict[str
     load_sharded(Path(source), *run.parts)
     with shared_folder(Path(folder)) as place:
         save_sharded(place, *run.parts)
-    run.model.train()
     return run.digests()
 
 
@@ -209,6 +215,28 @@ def export(kind: str, folder: str, size: int) -> None:
         save(model, f"{folder}/ema", values=ema.average)
     finally:
         checkpoint.SHARD_BYTES = usual
+
+
+def adapter(base: str, folder: str, given: str) -> list[str]:
+    """Load a sharded generator with an adapter, write the adapter, and what is trained; the names of that."""
+    config = LoraConfig(rank=2, path=str(given))
+
+    def make(model):
+        lora.start(model, config, 0, None)
+        return shard(model, mesh_of(1))
+
+    model = load_transformer(base, shard=make)
+    lora.start(model, config, 0, None)
+    lora.save(model, Path(folder) / "made")
+    optimizer = make_optimizer([(model, 1e-3)], OptimConfig())
+    with shared_folder(Path(folder) / "sharded") as place:
+        save_sharded(place, model, optimizer, trained=True)
+    for p in lora.parameters(model).values():
+        p.detach().zero_()
+    load_sharded(Path(folder) / "sharded", model, optimizer, trained=True)
+    lora.save(model, Path(folder) / "again")
+    assert all(p.requires_grad == ("lora" in name) for name, p in model.named_parameters())
+    return sorted(json.loads((Path(folder) / "sharded/shards.json").read_text())["tensors"])
 
 
 def broken_export(folder: str, kind: str) -> str:

@@ -205,7 +205,7 @@ NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocato
 
 
 @pytest.mark.parametrize("module, name, broken, needle", [
-    (checkpoint, "save_file", torn(FULL), "No space left on device"),
+    (checkpoint, "write_tensors", no_space, "cannot write: file: No space left"),
     (torch, "save", torn(WRITER), "inline_container"),
     (torch, "save", torn(RuntimeError("basic_ios::clear: iostream error")), "iostream"),
     (resume, "write_run", no_space, "cannot write: file: No space left"),
@@ -245,6 +245,10 @@ def test_a_broken_connection_to_a_loader_process(tmp_path, monkeypatch, capsys):
 
 def torn_connection(*args, **kwargs):
     raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+
+def test_a_full_disk_in_the_words_of_safetensors():
+    assert failures.reason(FULL) == f"cannot write: {FULL}"
 
 
 def test_what_is_no_failure_of_the_machine_keeps_its_traceback():

@@ -12,7 +12,8 @@ from helpers import tiny_config, tiny_model, tiny_reward
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
 
-from prfl_engine.model import checkpoint
+from prfl_engine.config import LoraConfig
+from prfl_engine.model import checkpoint, lora
 from prfl_engine.model.checkpoint import save_reward, save_transformer
 from prfl_engine.tensor_files import in_order, write_tensors
 
@@ -61,7 +62,7 @@ def test_a_save_in_the_background_is_of_the_moment_of_its_call(ranks, tmp_path):
 def test_a_save_that_breaks_on_one_rank_leaves_nothing(ranks, tmp_path, background):
     said = ranks[3](cases.broken_save, tmp_path, True, background)
     assert [left for _, left in said] == [[]] * 3
-    full = "[Errno 28] No space left on device"
+    full = f"[Errno 28] No space left on device: '{tmp_path}/.made.tmp/shard-00002.safetensors'"
     assert [line for line, _ in said] == [f"TrainingError: rank 2: {full}"] * 2 + [f"OSError: {full}"]
     assert ranks[3](cases.broken_save, tmp_path, False, background) == [("saved", ["made"])] * 3
 
@@ -166,9 +167,26 @@ def test_a_sharded_model_is_written_as_a_whole_one(ranks, tmp_path, monkeypatch,
                 p.mul_(2)
 
 
+def test_an_adapter_is_loaded_and_written_as_on_a_whole_model(ranks, tmp_path):
+    """And `trained` leaves out the frozen weights."""
+    model = tiny_model()
+    save_transformer(model, tmp_path / "base")
+    lora.start(model, LoraConfig(rank=2), 0, None)
+    for i, p in enumerate(lora.parameters(model).values()):
+        p.data.normal_(generator=torch.Generator().manual_seed(i))
+    lora.save(model, tmp_path / "given")
+    names = lora.parameters(model)
+    want = {f"{kind}/{name}" for name in names for kind in ("model", "optimizer")}
+    for found in ranks[3](cases.adapter, tmp_path / "base", tmp_path, tmp_path / "given"):
+        assert {"/".join(name.split("/")[:2]) for name in found} == want
+    for file in (tmp_path / "given").iterdir():
+        for made in ("made", "again"):
+            assert (tmp_path / made / file.name).read_bytes() == file.read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["t2v", "reward"])
 def test_an_export_that_breaks_leaves_nothing(ranks, tmp_path, kind):
-    full = "[Errno 28] No space left on device"
+    full = f"[Errno 28] No space left on device: '{tmp_path}/.made.tmp/{NAME}'"
     first, second = ranks[2](cases.broken_export, tmp_path, kind)
     assert (first, second) == (f"OSError: {full}", f"TrainingError: rank 0: {full}")
     assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,7 @@ from prfl_engine.model.layers import Linear
 from prfl_engine.model.lora_files import read, write_peft, write_shared
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.seeds import Purpose, torch_seed
-from prfl_engine.shards import whole
+from prfl_engine.shards import put, whole
 from prfl_kernels.sublayers.products import LowRank
 
 PARTS = ("lora_A", "lora_B")
@@ -69,7 +69,13 @@ def attach(model: WanTransformer, config: LoraConfig, seed: int = 0) -> WanTrans
 
 
 def _set(m: Linear, low: LowRank) -> None:
-    """Give a layer an update, in float32 on the device of its weight."""
+    """Give a layer an update, in float32 on the device of its weight; a sharded one gets its rows of it."""
+    if isinstance(m.lora_A, DTensor):
+        for own, value in ((m.lora_A, low.down), (m.lora_B, low.up)):
+            put(own.detach(), value)
+            own.requires_grad_(True)
+        m.lora_scale = low.scale
+        return
     down, up = (a.to(m.weight.device, torch.float32) for a in low[:2])
     m.lora_A, m.lora_B, m.lora_scale = nn.Parameter(down), nn.Parameter(up), low.scale
 
@@ -107,9 +113,16 @@ def save(model: WanTransformer, folder: Path, values: dict[str, Tensor] | None =
 
 
 def start(model: WanTransformer, config: LoraConfig, seed: int, resume: Path | None) -> None:
-    """Attach updates with the values of the adapter `resume`, or else of lora.path, or else zero."""
-    attach(model, config, seed)
-    if (adapter := resume or config.path) is not None:
+    """Attach updates with the values of the adapter `resume`, or else of lora.path, or else zero.
+
+    With load_transformer(..., shard=...) it is called twice: by `shard`, before the model is sharded, and for
+    the values after the load.
+    """
+    adapter = resume or config.path
+    # What is sharded is attached, with the ranks of its adapter.
+    if adapter is None or not any(isinstance(p, DTensor) for p in model.parameters()):
+        attach(model, config, seed)
+    if adapter is not None:
         load(model, adapter)
 
 
