@@ -1,0 +1,70 @@
+"""What runs on clusters: every configuration loads, those of several GPUs fit them, and the Slurm script."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prfl_engine.config import load_config
+from prfl_engine.parallel import World, check_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SCRIPT = ROOT / "scripts/slurm.sbatch"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_load_and_fit_the_gpus_of_their_name(path):
+    c = load_config(path)
+    if (gpus := re.search(r"_(\d+)gpu$", path.stem)) is None:
+        assert c.parallel.replicate == c.parallel.sequence == 1
+        return
+    size, p = int(gpus[1]), c.parallel
+    assert size % (p.replicate * p.sequence) == 0 and 40 % p.sequence == 0  # of 14B's heads
+    check_config(c, World(size=size, sequence=p.sequence, resident=p.resident, mesh=object()))
+
+
+def slurm(tmp_path: Path, steps_done: int, code: int = 0, state: str = "RUNNING") -> tuple[int, str]:
+    """The script's exit code, and its Slurm commands; srun makes a checkpoint and ends with `code`."""
+    config, log, out = tmp_path / "c.yaml", tmp_path / "log", tmp_path / "run"
+    config.write_text(yaml.safe_dump({"train": {"out": str(out), "steps": 4}}))
+    stubs = {
+        "scontrol": f'echo "scontrol $*" >> {log}; echo node1; echo node2',
+        "squeue": f"echo {state}",
+        "srun": "export SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_STEP_NUM_TASKS=4\n"
+        f'shift 2; PYTHON={tmp_path}/train "$@"',
+        "train": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $*" >> {log}; '
+        f"mkdir -p {out}/checkpoint-{steps_done}; exit {code}",
+    }
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1"}
+    env = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    made = subprocess.run(["bash", SCRIPT, config], env=env, cwd=ROOT, capture_output=True, text=True)
+    return made.returncode, log.read_text()
+
+
+def test_the_slurm_script_names_ranks_and_requeues_a_stopped_run(tmp_path):
+    code, log = slurm(tmp_path, steps_done=2)
+    assert code == 0
+    assert f"3 1 4 node1 -m prfl_engine.cli train {tmp_path}/c.yaml train.resume=auto\n" in log
+    assert log.endswith("scontrol requeue 7\n")
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ({"steps_done": 4}, 0),
+        ({"steps_done": 2, "code": 2}, 2),
+        ({"steps_done": 2, "state": "COMPLETING"}, 0),
+    ],
+    ids=["done", "refused", "cancelled"],
+)
+def test_the_slurm_script_leaves_other_jobs_ended(tmp_path, ends, code):
+    found, log = slurm(tmp_path, **ends)
+    assert found == code and "requeue" not in log
