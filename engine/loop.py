@@ -98,7 +98,7 @@ def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load,
     weights too."""
     folder, several = begin.checkpoint, world.mesh is not None
     if several:
-        load_sharded(folder, model, optimizer, ema)
+        load_sharded(folder, model, optimizer, ema, trained=config.lora.rank > 0)
     if (name := not_finite(model)) is not None:
         raise UserError(f"{folder}: {name} is not finite, want a checkpoint with finite weights")
     if ema is not None and not several:
@@ -253,7 +253,8 @@ class Run:
                 self.write_weights(folder)
                 save_state(folder, self.progress, device, self.optimizer)
             else:
-                save_sharded(folder, self.model, self.optimizer, self.ema)
+                adapter = self.config.lora.rank > 0  # onto weights that are in another folder
+                save_sharded(folder, self.model, self.optimizer, self.ema, trained=adapter)
                 if self.world.leads:
                     save_state(folder, self.progress, device)
             if self.world.leads:

@@ -173,7 +173,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(fresh_module, "graded_windows", killed)
+        patch.setattr(fresh_module, "Grading", killed)
         for _ in range(2):
             with pytest.raises(Killed):
                 main(["train", str(config), "eval.every=1", "train.resume=auto"])
@@ -212,7 +212,7 @@ NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocato
     (os, "fsync", no_space, "No space left"),
     (loop, "update", torn(NO_MEMORY), "out of memory: "),
     (loop, "update", torn(torch.OutOfMemoryError("CUDA out of memory. Tried")), "out of memory: CUDA"),
-    (fresh_module, "graded_windows", torn(MemoryError("Unable to allocate 8 PiB")), "Unable to allocate"),
+    (fresh_module, "Grading", torn(MemoryError("Unable to allocate 8 PiB")), "Unable to allocate"),
 ], ids=range(8))  # fmt: skip
 def test_a_failure_of_the_machine_is_one_line(module, name, broken, needle, tmp_path, monkeypatch, capsys):
     config = write_run(tmp_path)
@@ -222,7 +222,7 @@ def test_a_failure_of_the_machine_is_one_line(module, name, broken, needle, tmp_
     monkeypatch.chdir(tmp_path)
     if name == "write_run":
         module = loop
-    if name in ("update", "graded_windows"):
+    if name in ("update", "Grading"):
         error = broken.__closure__[0].cell_contents
         broken = lambda *args: (_ for _ in ()).throw(error)  # noqa: E731
     monkeypatch.setattr(module, name, broken)

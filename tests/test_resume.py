@@ -25,7 +25,7 @@ def test_a_stopped_run_goes_on_to_the_bit(model_type, tmp_path, monkeypatch):
     run("train", config, f"train.out={whole}")
     with monkeypatch.context() as patch:
         # Two calls a step: the fourth step begins with the seventh.
-        interrupt(patch, fresh_module, "graded_windows", 7)
+        interrupt(patch, fresh_module, "Grading", 7)
         run("train", config, f"train.out={cut}", code=130)
     assert [p.name for p in cut.glob("checkpoint-*")] == ["checkpoint-2"]
     assert max(values(cut)) == 3  # logged after the checkpoint; to be cut back

@@ -284,7 +284,7 @@ def test_a_stopped_accelerated_run_goes_on_to_the_bit(fields, tmp_path, monkeypa
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["train", str(config), f"train.out={whole}", *options]) == 0
     with monkeypatch.context() as patch:
-        interrupt(patch, fresh_module, "graded_windows", 10)  # in the fifth step
+        interrupt(patch, fresh_module, "Grading", 10)  # in the fifth step
         assert main(["train", str(config), f"train.out={cut}", *options]) == 130
     assert main(["train", str(config), f"train.out={cut}", *options, "train.resume=true"]) == 0
     assert_equal(content(cut / "checkpoint-6"), content(whole / "checkpoint-6"))

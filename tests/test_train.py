@@ -84,18 +84,19 @@ def test_the_first_adamw_step(tmp_path):
 def test_levels_and_indices_are_drawn_for_every_sample(tmp_path, monkeypatch):
     config = write_run(tmp_path, rollout={"steps": 6})
     levels, indices = [], []
-    sft_loss, graded_windows = train_module.sft_loss, fresh_module.graded_windows
+    sft_loss = train_module.sft_loss
 
     def sft(model, batch, noise, sigma, *rest):
         levels.extend(sigma.tolist())
         return sft_loss(model, batch, noise, sigma, *rest)
 
-    def graded(model, reward, schedule, batch, noise, drawn, *rest):
-        indices.extend(drawn.flatten().tolist())
-        return graded_windows(model, reward, schedule, batch, noise, drawn, *rest)
+    class Seen(fresh_module.Grading):
+        def windows(self, noise, drawn):
+            indices.extend(drawn.flatten().tolist())
+            return super().windows(noise, drawn)
 
     monkeypatch.setattr(train_module, "sft_loss", sft)
-    monkeypatch.setattr(fresh_module, "graded_windows", graded)
+    monkeypatch.setattr(fresh_module, "Grading", Seen)
     run("train", config, "train.steps=10", "train.accumulate=2", "data.batch_size=2")
     assert len(levels) == len(indices) == 40
     # 40 of 1000 levels: 0.8 coincidences on average.
