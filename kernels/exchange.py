@@ -58,6 +58,11 @@ class SequenceGroup:
         return gather(x[None, None], Cut((1,) * self.size, self.rank, self.name))[0]
 
 
+def is_group(name: str) -> bool:
+    """Whether a SequenceGroup of this name has been made."""
+    return name in _GROUPS
+
+
 def to_heads(tensors: Sequence[Tensor], parts: Sequence[int], group: str) -> list[Tensor]:
     """Tensors of one shape [B, parts[rank], H, D] to [B, L, H / P, D] each: views of one buffer."""
     a, ranks = tensors[0], len(parts)

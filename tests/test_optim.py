@@ -19,6 +19,7 @@ from prfl_engine.objectives import graded_windows, reward_loss, sft_loss
 from prfl_engine.optim import optimizer as optim
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import EMA, make_optimizer, update
+from prfl_engine.parallel import World
 
 BF16 = torch.bfloat16
 
@@ -245,7 +246,7 @@ def test_a_step_takes_no_number_out_of_a_tensor(how, dtype):
             graded.backward(reward_loss(graded.logit, LossConfig()).mean())
         norm = update(optimizer, config.clip)
         ema.update()
-        measured = loop.Measured(0, 1e-3, {"grad_norm": norm})
+        measured = loop.Measured(0, 1e-3, {"grad_norm": norm}, World().mean)
     assert measured.read()["grad_norm"] > 0
     assert not any(torch.equal(a, p) for a, p in zip(before, policy.parameters(), strict=True) if a.dim() > 1)
 

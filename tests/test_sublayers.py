@@ -295,7 +295,7 @@ def test_registration_of_the_attention_sublayer(keep, next_norm, chunk, low):
     inputs = [a.requires_grad_() for a in attention_inputs(1, F32, next_norm=next_norm)]
     inputs += [] if next_norm else [None, None]
     inputs += updates([(WIDTH, WIDTH)] * 4) if low else [None] * 8
-    settings = [None, None, list(GRID), HEADS, 1e-6, 0, BF16, [1.0, 0.5, 2.0, 3.0], chunk, keep]
+    settings = [None, None, list(GRID), HEADS, 1e-6, 0, BF16, [1.0, 0.5, 2.0, 3.0], chunk, [], "", keep]
     opcheck(torch.ops.prfl.modulated_attention.default, (*inputs, *settings))
 
 

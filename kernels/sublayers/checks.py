@@ -16,6 +16,7 @@ from prfl_kernels.checks import (
     expect_rank,
     expect_rows,
 )
+from prfl_kernels.exchange import is_group
 from prfl_kernels.jit import wide
 from prfl_kernels.sublayers.chunks import check_chunk
 from prfl_kernels.sublayers.operation import Shape
@@ -87,7 +88,7 @@ def modulated_attention(op, inputs, settings, saved):
     expect_float(op, "dtype", settings.dtype)
     expect_length(op, "factors", settings.factors, 4)
     check_chunk(settings.chunk)
-    if settings.parts:
+    if settings.parts or settings.group:
         _cut(op, settings, length)
     given = inputs.given_out, inputs.given_lse
     if _all(op, ("given_out", "given_lse"), given):
@@ -100,6 +101,9 @@ def modulated_attention(op, inputs, settings, saved):
 
 def _cut(op: str, settings, length: int) -> None:
     parts, heads, tokens = settings.parts, settings.num_heads, math.prod(settings.grid)
+    if not parts or not is_group(settings.group):
+        got = f"{len(parts)} parts and group {settings.group!r}"
+        raise ValueError(f"{op}: got {got}, want parts of a SequenceGroup, or no parts and no group")
     if heads % len(parts):
         raise ValueError(f"{op}: got {heads} heads for {len(parts)} ranks, want a multiple")
     if sum(parts) != tokens or length not in parts:
