@@ -25,11 +25,9 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Together(Protocol):
     """Ranks that gather weights in every forward, so that all must make the same number of them."""
 
-    def forwards(self, count: int) -> int:
-        """How many forwards a rank makes that needs `count`."""
-
-    def rollout(self) -> AbstractContextManager[None]:
-        """Around the forwards of a rollout."""
+    def rollout(self, count: int) -> AbstractContextManager[int]:
+        """Around the forwards of a rollout of which this rank needs `count`; gives how many it must make in
+        addition. All ranks enter it together."""
 
 
 def advance(
@@ -88,8 +86,7 @@ class Chain:
             return
         have = [len(states) - 1 for states in self.states]
         count = max(0, *(n - m for n, m in zip(index.tolist(), have, strict=True)))
-        more = self.together.forwards(count) - count  # for the ranks that need them
-        with self.together.rollout():
+        with self.together.rollout(count) as more:
             self._advance(index, first, velocity)
             last = self.at(index, torch.arange(len(index)))
             for _ in range(more):

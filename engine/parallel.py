@@ -40,7 +40,6 @@ class World:
     mesh: DeviceMesh | None = None  # [shard] or [replicate, shard], over all ranks
     group: dist.ProcessGroup | None = None  # the ranks that share this one's samples
     control: dist.ProcessGroup | None = None  # all ranks, over gloo, for what the host knows
-    saving: dist.ProcessGroup | None = None  # the same, for saves in the background
 
     @property
     def leads(self) -> bool:
@@ -114,23 +113,21 @@ class Together:
 
     def __init__(self, world: World, model: nn.Module):
         self.world = world
-        self.units = [m for m in model.modules() if isinstance(m, FSDPModule)] if world.resident else []
-
-    def forwards(self, count: int) -> int:
-        """As many as the rank that needs most, since all gather weights in each forward. With resident
-        weights no rank waits for another."""
-        return count if self.world.resident else int(self.world.most(count))
+        self.units = [m for m in model.modules() if isinstance(m, FSDPModule)]
 
     @contextmanager
-    def rollout(self) -> Iterator[None]:
-        """Gather resident weights, and drop them in the end."""
-        for unit in self.units:
+    def rollout(self, count: int) -> Iterator[int]:
+        """All make as many forwards as the rank that needs most, since all gather weights in each. Resident
+        weights are gathered once, and dropped in the end; then no rank waits for another."""
+        most, resident = int(self.world.most(count)), self.world.resident
+        units = self.units if resident and most else []
+        for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         try:
-            yield
+            yield 0 if resident else most - count
         finally:
-            for unit in self.units:
+            for unit in units:
                 unit.set_reshard_after_forward(isinstance(unit, Block), recurse=False)
                 unit.reshard()
 
@@ -171,8 +168,8 @@ def started(config: ParallelConfig, device: torch.device) -> Iterator[World]:
                 device.type, (size // config.sequence, config.sequence), mesh_dim_names=("data", "sequence")
             )
             group = cut.get_group("sequence")
-        control, saving = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
-        yield World(rank, size, config.sequence, config.resident, mesh, group, control, saving)
+        control = dist.new_group(backend="gloo", timeout=limit)
+        yield World(rank, size, config.sequence, config.resident, mesh, group, control)
     finally:
         dist.destroy_process_group()
 
