@@ -69,6 +69,7 @@ def dry_run() -> Iterator[None]:
 
 
 def is_dry() -> bool:
+    """Whether a `dry_run` is under way."""
     return bool(_dry)
 
 
