@@ -1,5 +1,8 @@
 """The configuration: one YAML file over frozen dataclasses, every field settable as section.field=value.
 
+The sections model, lora and reward are in config_models.py, rollout, chain and loss in config_method.py, the
+others here.
+
 A value that cannot be right raises UserError, one line that names the field, what it got and what
 it wants. The bounds of a field are part of its type; the checks here are those that involve several fields.
 """
@@ -18,7 +21,6 @@ from prfl_engine.bounds import (
     Matches,
     Name,
     Natural,
-    Nonnegative,
     NotEmpty,
     Positive,
     Probability,
@@ -28,142 +30,19 @@ from prfl_engine.bounds import (
     Within,
 )
 from prfl_engine.config_file import from_dict, override, plain, read_yaml
+from prfl_engine.config_method import ChainConfig, LossConfig, RolloutConfig
+from prfl_engine.config_models import KeptConfig, LoraConfig, ModelConfig, RewardConfig
 from prfl_engine.errors import UserError, check
+
+__all__ = [
+    "ChainConfig", "Config", "DataConfig", "EvalConfig", "KeptConfig", "LoraConfig", "LossConfig",
+    "ModelConfig", "OptimConfig", "ParallelConfig", "RewardConfig", "RolloutConfig", "SampleConfig",
+    "TrainConfig", "load_config",
+]  # fmt: skip
 
 DEVICE = Matches(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", "auto, cpu, cuda or cuda:N")
 Timestep = Annotated[float, Within(0, 1000)]
 Rate = Annotated[float, Within(0, 1)]
-
-
-@dataclass(frozen=True)
-class KeptConfig(Section, name="model.recompute"):
-    """What a block saves and offloads, where model.recompute is a mapping; the rest is recomputed."""
-
-    keep: tuple[str, ...] = ()
-    """Intermediates of a block that stay on the device; engine/memory/policy.py names them."""
-    offload: tuple[str, ...] = ()
-    """Those that are offloaded to host memory until backward. All others are recomputed."""
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section, name="model"):
-    """The generator: where it comes from, its precision, and its memory policy."""
-
-    path: FilePath | None = None
-    """Folder with config.json and native safetensors; None: random weights of `preset`."""
-    preset: Name | None = None
-    """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, tiny-t2v, tiny-i2v."""
-    weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Trained weights, and those of a frozen reward model's transformer; bfloat16: see optim.rounding."""
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Linear layers and attention."""
-    residual_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Residual stream; the official code keeps it in float32."""
-    recompute: KeptConfig | str = "none"
-    """What blocks save for backward. none: all that `keep` names; full: their inputs; attention: also the
-    output of their self-attention, which is most of a block's work; auto:GB: the fastest policies whose step
-    is predicted to fit in so many 10^9 bytes in addition to weights, gradients and optimizer states, as
-    validation has to (engine/planner/plan.py says what is counted); or {keep: [...], offload: [...]} with
-    names of engine/memory/policy.py."""
-    keep: Literal["nothing", "attention", "projections", "all"] = "all"
-    """What the sublayers of a block save for backward (docs/kernels.md); with recompute: what a rerun
-    sublayer saves until its own backward."""
-    compile: bool = False
-    """torch.compile for every block: one compilation serves all, and every shape takes one; blocks with
-    gradient are compiled only where recompute is none."""
-    chunk: Count | None = None
-    """Tokens that the attention and FFN sublayers process at a time (except in attention itself), so that
-    their intermediate results exist for that many tokens only; None: all."""
-    kernels: Name | None = None
-    """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
-    host: Nonnegative | None = None
-    """10^9 bytes of tensors that auto:GB may put into host memory; None: no limit, 0: nothing moves. torch
-    may round the pinned buffer of each up to a power of two bytes. Refused without auto:GB, as is `costs`."""
-    costs: FilePath | None = None
-    """JSON of seconds for auto:GB, measured by `prfl_engine.planner.plan.measure`; None: predicted for an
-    H100."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.recompute, str):
-            modes = ("none", "full", "attention")
-            ok = self.recompute in modes or self.budget is not None
-            want = f"{', '.join(modes)} or auto:GB such as auto:40, up to 10^9 GB"
-            check(ok, "model.recompute", self.recompute, want)
-        if self.budget is None:
-            for name in ("host", "costs"):
-                value = getattr(self, name)
-                check(value is None, f"model.{name}", value, "null without model.recompute=auto:GB")
-
-    @property
-    def budget(self) -> float | None:
-        """Bytes of auto:GB; None in the other modes."""
-        mode, _, size = self.recompute.partition(":") if isinstance(self.recompute, str) else ("", "", "")
-        try:
-            size = float(size) * 1e9
-        except ValueError:
-            return None
-        return size if mode == "auto" and 1 <= size <= 1e18 else None
-
-
-@dataclass(frozen=True)
-class LoraConfig(Section, name="lora"):
-    """Low-rank adapters."""
-
-    rank: Annotated[int, Within(0, 65536)] = 0
-    """Rank of low-rank updates that are trained in place of the weights (in train-reward: those of the
-    transformer); 0 trains the weights."""
-    alpha: Positive | None = None
-    """The updates' scale is alpha / rank; None: rank, so a scale of 1."""
-    targets: Annotated[tuple[Name, ...], NotEmpty()] = (
-        "q", "k", "v", "o", "k_img", "v_img", "ffn.0", "ffn.2",
-    )  # fmt: skip
-    """Ends of the names of the linear layers that get one, as in PEFT's target_modules."""
-    path: FilePath | None = None
-    """Adapter to start from, or to sample with: a folder in PEFT's format, or a safetensors file in one of
-    the formats of engine/model/lora_files.py."""
-
-
-@dataclass(frozen=True)
-class RewardConfig(Section, name="reward"):
-    """The reward model and how it is trained."""
-
-    path: FilePath | None = None
-    """Folder with the three files of a reward model; None: train-reward makes a new one of the generator's
-    first blocks."""
-    blocks: Annotated[int, Within(1, 10_000)] = 8
-    """How many of the generator's first blocks a new reward model is made of."""
-    feature_layer: Count | Literal["auto"] = "auto"
-    """The block whose output is pooled, counted from 1. auto: as stored with the reward model of `path`, 8
-    for an official one, which stores nothing; for a new one its last block. A value that differs from the
-    stored one is refused."""
-    num_queries: Annotated[int, Within(1, 65536)] = 1
-    num_heads: Annotated[int, Within(1, 65536)] | Literal["auto"] = "auto"
-    """Heads of the pooling. auto: as stored, or 8."""
-    dropout: Fraction = 0.0
-    """Dropout of the pooling's attention weights while the reward model is trained."""
-    return_type: Literal["query", "auto"] | None = "auto"
-    """query: the mean of the queries is added to the pooled vector; null: it is not; auto: as stored, or
-    query."""
-    train_embeddings: bool = False
-    """Train the transformer's embeddings (patches, text, time, image) too; the paper's code freezes them."""
-    loss: Literal["ce", "bt"] = "ce"
-    """ce: binary cross-entropy on the label; bt: Bradley-Terry on (winner, loser) pairs."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(
-            self.feature_layer == "auto" or self.feature_layer <= self.blocks, "reward.feature_layer",
-            self.feature_layer, f"1 to reward.blocks = {self.blocks}",
-        )  # fmt: skip
-
-    @property
-    def pooling(self) -> dict[str, int | bool]:
-        """num_heads, add_query and feature_layer as functions of checkpoint.py take them, without those that
-        are auto."""
-        named = {"num_heads": self.num_heads, "feature_layer": self.feature_layer}
-        found = {name: value for name, value in named.items() if value != "auto"}
-        return found if self.return_type == "auto" else found | {"add_query": self.return_type == "query"}
 
 
 @dataclass(frozen=True)
@@ -201,115 +80,6 @@ class DataConfig(Section, name="data"):
         if value > 0 and self.null_text is None:
             raise UserError("data.null_text: got null, want the null prompt's .npy (text_dropout > 0)")
         return value
-
-
-@dataclass(frozen=True)
-class RolloutConfig(Section, name="rollout"):
-    """Denoising steps, and the chains that graded steps are taken from."""
-
-    mode: Literal["fresh", "persistent"] = "fresh"
-    """fresh: a graded step comes from a rollout of its own, as in the paper; persistent: from a chain that
-    lives on from one optimizer step to the next (docs/persistent.md)."""
-    pool: Count | None = None
-    """Chains that persist: a multiple of the graded samples of an optimizer step (data.batch_size *
-    train.accumulate * rollout.samples); null: twice that, so that none is drawn in two consecutive steps."""
-    pool_place: Literal["device", "host"] = "device"
-    """Where the states of chains that persist are held; host: pinned for a GPU."""
-    stride: Count = 1
-    """Mean steps of a chain that persists from one graded step to the next; those in between have no gradient
-    and are made by the present weights."""
-    solver: Literal["unipc", "euler"] = "unipc"
-    steps: Annotated[int, Within(2, 1000)] = 40
-    """Denoising steps of the whole chain."""
-    shift: Positive = 5.0
-    """Shift of the flow schedule, for rollouts, flow matching and reward training alike."""
-    range: Literal["all", "early", "middle", "late"] | tuple[int, int] = "all"
-    """Where the graded step is drawn: all of 0..steps-2, a third of it, or [first, last]."""
-    samples: Annotated[int, Within(1, 10_000)] = 1
-    """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
-    their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
-    every sample of a micro-batch, each of another chain."""
-    precision: Literal["same", "fp8"] = "same"
-    """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
-    cache: Nonnegative = 0.0
-    """Steps without gradient reuse what the blocks added before, while the accumulated relative change of
-    their modulated input stays below this (TeaCache); 0 computes every step. With 40 steps 0.05 skipped
-    0.4 of the demo's, 0.1 0.6 of them."""
-    probe_every: Count = 50
-    """Optimizer steps between measurements of how far an fp8 or cached rollout ends from a plain one, and a
-    chain that persists from a rollout by the present weights."""
-    max_drift: Positive = 0.05
-    """Relative distance of the latents above which rollouts are plain until a measurement is below it, and
-    the oldest chains that persist are rolled out again. On the demo fp8 has 0.025, and the last step of 40 by
-    itself moves a latent by 0.09."""
-    cuda_graph: bool = False
-    """Replay the blocks of steps without gradient as a CUDA graph: worth it where launches cost more than
-    the work (few tokens); its working memory stays reserved."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.range, str):
-            first, last = self.range
-            check(
-                0 <= first <= last <= self.steps - 2, "rollout.range", list(self.range),
-                f"[first, last] within 0..{self.steps - 2}",
-            )  # fmt: skip
-        if self.mode == "fresh":
-            want = "with rollout.mode fresh"
-            check(self.pool is None, "rollout.pool", self.pool, f"null {want}")
-            check(self.pool_place == "device", "rollout.pool_place", self.pool_place, f"device {want}")
-            check(self.stride == 1, "rollout.stride", self.stride, f"1 {want}")
-
-
-@dataclass(frozen=True)
-class ChainConfig(Section, name="chain"):
-    """Denoising steps with gradient."""
-
-    window: Count | Literal["all"] = 1
-    """Denoising steps with gradient before the reward, the graded one included; all: from the noise on."""
-    detach_input: bool = False
-    """Give the model a detached input at every graded step, so that the gradient goes from step to step
-    through the sampler alone (DRTune)."""
-
-
-@dataclass(frozen=True)
-class LossConfig(Section, name="loss"):
-    """Losses of PRFL."""
-
-    form: Literal["hinge", "linear", "log"] = "hinge"
-    """On the reward r: hinge weight * relu(target - r); linear -weight * r; log -weight * log r."""
-    weight: Nonnegative = 0.1
-    """Weight of the reward loss; 0 trains by flow matching alone and computes no rollout."""
-    target: Real = 2.0
-    """Target of the hinge; 2 is never reached by r < 1, which makes it linear."""
-    sft_weight: Nonnegative = 1.0
-    """Weight of the flow-matching loss; 0 computes none."""
-    sft_every: Count = 1
-    """Flow matching in one optimizer step of so many, in the first, at its full weight; the others have the
-    reward loss alone."""
-    alternate: bool = False
-    """true: one optimizer step has the flow-matching loss of all its micro-batches, the next one the reward
-    loss of all of its own, in turn. false: every step has the reward loss, and as many as sft_every says have
-    both losses of every micro-batch. The official
-    script computes both losses of every micro-batch and updates twice for a = `train.accumulate` of them: by
-    a gradients of flow matching and a - 1 of the reward, then by the last one of the reward. With a = 1 it
-    alternates too, but both updates are by the same sample."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check(
-            self.weight + self.sft_weight > 0, "loss.weight", self.weight,
-            "a positive weight here or in loss.sft_weight",
-        )  # fmt: skip
-        check(
-            not self.alternate or (self.weight > 0 and self.sft_weight > 0), "loss.alternate", self.alternate,
-            "false, or positive loss.weight and loss.sft_weight",
-        )  # fmt: skip
-        if self.sft_every > 1:
-            both = self.weight > 0 and self.sft_weight > 0
-            want = "1, or positive loss.weight and loss.sft_weight"
-            check(both, "loss.sft_every", self.sft_every, want)
-            check(not self.alternate, "loss.sft_every", self.sft_every, "1 with loss.alternate")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ ROOMS = [
     {"errors", "__version__"},
     {"bounds", "tensor_files", "shards"},
     {"inputs", "failures"},
-    {"config_file", "files", "gpu"},
+    {"config_file", "config_models", "config_method", "files", "gpu"},
     {"config", "seeds", "agree"},
     {"interrupt", "metrics", "flow"},
     {"batch", "chain"},

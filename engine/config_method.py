@@ -1,0 +1,116 @@
+"""The sections of the configuration that say what is optimized: rollout, chain and loss."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from prfl_engine.bounds import Count, Nonnegative, Positive, Real, Section, Within
+from prfl_engine.errors import check
+
+
+@dataclass(frozen=True)
+class RolloutConfig(Section, name="rollout"):
+    """Denoising steps, and the chains that graded steps are taken from."""
+
+    mode: Literal["fresh", "persistent"] = "fresh"
+    """fresh: a graded step comes from a rollout of its own, as in the paper; persistent: from a chain that
+    lives on from one optimizer step to the next (docs/persistent.md)."""
+    pool: Count | None = None
+    """Chains that persist: a multiple of the graded samples of an optimizer step (data.batch_size *
+    train.accumulate * rollout.samples); null: twice that, so that none is drawn in two consecutive steps."""
+    pool_place: Literal["device", "host"] = "device"
+    """Where the states of chains that persist are held; host: pinned for a GPU."""
+    stride: Count = 1
+    """Mean steps of a chain that persists from one graded step to the next; those in between have no gradient
+    and are made by the present weights."""
+    solver: Literal["unipc", "euler"] = "unipc"
+    steps: Annotated[int, Within(2, 1000)] = 40
+    """Denoising steps of the whole chain."""
+    shift: Positive = 5.0
+    """Shift of the flow schedule, for rollouts, flow matching and reward training alike."""
+    range: Literal["all", "early", "middle", "late"] | tuple[int, int] = "all"
+    """Where the graded step is drawn: all of 0..steps-2, a third of it, or [first, last]."""
+    samples: Annotated[int, Within(1, 10_000)] = 1
+    """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
+    their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
+    every sample of a micro-batch, each of another chain."""
+    precision: Literal["same", "fp8"] = "same"
+    """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
+    cache: Nonnegative = 0.0
+    """Steps without gradient reuse what the blocks added before, while the accumulated relative change of
+    their modulated input stays below this (TeaCache); 0 computes every step. With 40 steps 0.05 skipped
+    0.4 of the demo's, 0.1 0.6 of them."""
+    probe_every: Count = 50
+    """Optimizer steps between measurements of how far an fp8 or cached rollout ends from a plain one, and a
+    chain that persists from a rollout by the present weights."""
+    max_drift: Positive = 0.05
+    """Relative distance of the latents above which rollouts are plain until a measurement is below it, and
+    the oldest chains that persist are rolled out again. On the demo fp8 has 0.025, and the last step of 40 by
+    itself moves a latent by 0.09."""
+    cuda_graph: bool = False
+    """Replay the blocks of steps without gradient as a CUDA graph: worth it where launches cost more than
+    the work (few tokens); its working memory stays reserved."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.range, str):
+            first, last = self.range
+            check(
+                0 <= first <= last <= self.steps - 2, "rollout.range", list(self.range),
+                f"[first, last] within 0..{self.steps - 2}",
+            )  # fmt: skip
+        if self.mode == "fresh":
+            want = "with rollout.mode fresh"
+            check(self.pool is None, "rollout.pool", self.pool, f"null {want}")
+            check(self.pool_place == "device", "rollout.pool_place", self.pool_place, f"device {want}")
+            check(self.stride == 1, "rollout.stride", self.stride, f"1 {want}")
+
+
+@dataclass(frozen=True)
+class ChainConfig(Section, name="chain"):
+    """Denoising steps with gradient."""
+
+    window: Count | Literal["all"] = 1
+    """Denoising steps with gradient before the reward, the graded one included; all: from the noise on."""
+    detach_input: bool = False
+    """Give the model a detached input at every graded step, so that the gradient goes from step to step
+    through the sampler alone (DRTune)."""
+
+
+@dataclass(frozen=True)
+class LossConfig(Section, name="loss"):
+    """Losses of PRFL."""
+
+    form: Literal["hinge", "linear", "log"] = "hinge"
+    """On the reward r: hinge weight * relu(target - r); linear -weight * r; log -weight * log r."""
+    weight: Nonnegative = 0.1
+    """Weight of the reward loss; 0 trains by flow matching alone and computes no rollout."""
+    target: Real = 2.0
+    """Target of the hinge; 2 is never reached by r < 1, which makes it linear."""
+    sft_weight: Nonnegative = 1.0
+    """Weight of the flow-matching loss; 0 computes none."""
+    sft_every: Count = 1
+    """Flow matching in one optimizer step of so many, in the first, at its full weight; the others have the
+    reward loss alone."""
+    alternate: bool = False
+    """true: one optimizer step has the flow-matching loss of all its micro-batches, the next one the reward
+    loss of all of its own, in turn. false: every step has the reward loss, and as many as sft_every says have
+    both losses of every micro-batch. The official
+    script computes both losses of every micro-batch and updates twice for a = `train.accumulate` of them: by
+    a gradients of flow matching and a - 1 of the reward, then by the last one of the reward. With a = 1 it
+    alternates too, but both updates are by the same sample."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.weight + self.sft_weight > 0, "loss.weight", self.weight,
+            "a positive weight here or in loss.sft_weight",
+        )  # fmt: skip
+        check(
+            not self.alternate or (self.weight > 0 and self.sft_weight > 0), "loss.alternate", self.alternate,
+            "false, or positive loss.weight and loss.sft_weight",
+        )  # fmt: skip
+        if self.sft_every > 1:
+            both = self.weight > 0 and self.sft_weight > 0
+            want = "1, or positive loss.weight and loss.sft_weight"
+            check(both, "loss.sft_every", self.sft_every, want)
+            check(not self.alternate, "loss.sft_every", self.sft_every, "1 with loss.alternate")

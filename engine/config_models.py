@@ -1,0 +1,148 @@
+"""The sections of the configuration that say what the models are: model, lora and reward."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from prfl_engine.bounds import (
+    Count,
+    FilePath,
+    Fraction,
+    Name,
+    Nonnegative,
+    NotEmpty,
+    Positive,
+    Section,
+    Within,
+)
+from prfl_engine.errors import check
+
+
+@dataclass(frozen=True)
+class KeptConfig(Section, name="model.recompute"):
+    """What a block saves and offloads, where model.recompute is a mapping; the rest is recomputed."""
+
+    keep: tuple[str, ...] = ()
+    """Intermediates of a block that stay on the device; engine/memory/policy.py names them."""
+    offload: tuple[str, ...] = ()
+    """Those that are offloaded to host memory until backward. All others are recomputed."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section, name="model"):
+    """The generator: where it comes from, its precision, and its memory policy."""
+
+    path: FilePath | None = None
+    """Folder with config.json and native safetensors; None: random weights of `preset`."""
+    preset: Name | None = None
+    """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, tiny-t2v, tiny-i2v."""
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Trained weights, and those of a frozen reward model's transformer; bfloat16: see optim.rounding."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Linear layers and attention."""
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Residual stream; the official code keeps it in float32."""
+    recompute: KeptConfig | str = "none"
+    """What blocks save for backward. none: all that `keep` names; full: their inputs; attention: also the
+    output of their self-attention, which is most of a block's work; auto:GB: the fastest policies whose step
+    is predicted to fit in so many 10^9 bytes in addition to weights, gradients and optimizer states, as
+    validation has to (engine/planner/plan.py says what is counted); or {keep: [...], offload: [...]} with
+    names of engine/memory/policy.py."""
+    keep: Literal["nothing", "attention", "projections", "all"] = "all"
+    """What the sublayers of a block save for backward (docs/kernels.md); with recompute: what a rerun
+    sublayer saves until its own backward."""
+    compile: bool = False
+    """torch.compile for every block: one compilation serves all, and every shape takes one; blocks with
+    gradient are compiled only where recompute is none."""
+    chunk: Count | None = None
+    """Tokens that the attention and FFN sublayers process at a time (except in attention itself), so that
+    their intermediate results exist for that many tokens only; None: all."""
+    kernels: Name | None = None
+    """Implementations as in PRFL_KERNELS (reference, triton, attention=fa3, ...); None: that variable's."""
+    host: Nonnegative | None = None
+    """10^9 bytes of tensors that auto:GB may put into host memory; None: no limit, 0: nothing moves. torch
+    may round the pinned buffer of each up to a power of two bytes. Refused without auto:GB, as is `costs`."""
+    costs: FilePath | None = None
+    """JSON of seconds for auto:GB, measured by `prfl_engine.planner.plan.measure`; None: predicted for an
+    H100."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.recompute, str):
+            modes = ("none", "full", "attention")
+            ok = self.recompute in modes or self.budget is not None
+            want = f"{', '.join(modes)} or auto:GB such as auto:40, up to 10^9 GB"
+            check(ok, "model.recompute", self.recompute, want)
+        if self.budget is None:
+            for name in ("host", "costs"):
+                value = getattr(self, name)
+                check(value is None, f"model.{name}", value, "null without model.recompute=auto:GB")
+
+    @property
+    def budget(self) -> float | None:
+        """Bytes of auto:GB; None in the other modes."""
+        mode, _, size = self.recompute.partition(":") if isinstance(self.recompute, str) else ("", "", "")
+        try:
+            size = float(size) * 1e9
+        except ValueError:
+            return None
+        return size if mode == "auto" and 1 <= size <= 1e18 else None
+
+
+@dataclass(frozen=True)
+class LoraConfig(Section, name="lora"):
+    """Low-rank adapters."""
+
+    rank: Annotated[int, Within(0, 65536)] = 0
+    """Rank of low-rank updates that are trained in place of the weights (in train-reward: those of the
+    transformer); 0 trains the weights."""
+    alpha: Positive | None = None
+    """The updates' scale is alpha / rank; None: rank, so a scale of 1."""
+    targets: Annotated[tuple[Name, ...], NotEmpty()] = (
+        "q", "k", "v", "o", "k_img", "v_img", "ffn.0", "ffn.2",
+    )  # fmt: skip
+    """Ends of the names of the linear layers that get one, as in PEFT's target_modules."""
+    path: FilePath | None = None
+    """Adapter to start from, or to sample with: a folder in PEFT's format, or a safetensors file in one of
+    the formats of engine/model/lora_files.py."""
+
+
+@dataclass(frozen=True)
+class RewardConfig(Section, name="reward"):
+    """The reward model and how it is trained."""
+
+    path: FilePath | None = None
+    """Folder with the three files of a reward model; None: train-reward makes a new one of the generator's
+    first blocks."""
+    blocks: Annotated[int, Within(1, 10_000)] = 8
+    """How many of the generator's first blocks a new reward model is made of."""
+    feature_layer: Count | Literal["auto"] = "auto"
+    """The block whose output is pooled, counted from 1. auto: as stored with the reward model of `path`, 8
+    for an official one, which stores nothing; for a new one its last block. A value that differs from the
+    stored one is refused."""
+    num_queries: Annotated[int, Within(1, 65536)] = 1
+    num_heads: Annotated[int, Within(1, 65536)] | Literal["auto"] = "auto"
+    """Heads of the pooling. auto: as stored, or 8."""
+    dropout: Fraction = 0.0
+    """Dropout of the pooling's attention weights while the reward model is trained."""
+    return_type: Literal["query", "auto"] | None = "auto"
+    """query: the mean of the queries is added to the pooled vector; null: it is not; auto: as stored, or
+    query."""
+    train_embeddings: bool = False
+    """Train the transformer's embeddings (patches, text, time, image) too; the paper's code freezes them."""
+    loss: Literal["ce", "bt"] = "ce"
+    """ce: binary cross-entropy on the label; bt: Bradley-Terry on (winner, loser) pairs."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.feature_layer == "auto" or self.feature_layer <= self.blocks, "reward.feature_layer",
+            self.feature_layer, f"1 to reward.blocks = {self.blocks}",
+        )  # fmt: skip
+
+    @property
+    def pooling(self) -> dict[str, int | bool]:
+        """num_heads, add_query and feature_layer as functions of checkpoint.py take them, without those that
+        are auto."""
+        named = {"num_heads": self.num_heads, "feature_layer": self.feature_layer}
+        found = {name: value for name, value in named.items() if value != "auto"}
+        return found if self.return_type == "auto" else found | {"add_query": self.return_type == "query"}
