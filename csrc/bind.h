@@ -40,11 +40,17 @@ struct type_caster<prfl::View> {
 
 namespace prfl {
 
+// A keyword as Python has it: interned, so that looking it up makes no string.
+struct Word : pybind11::object {
+  Word(const char* text) : object(PyUnicode_InternFromString(text), stolen_t{}) {}
+  std::string text() const { return cast<std::string>(); }
+};
+
 // A launch takes keywords alone, one for every field of its struct of arguments `A`. A bind file lists the
 // fields once, and that list is the signature.
 template <class A>
 struct Field {
-  const char* name;
+  Word name;
   void (*fill)(A& arguments, pybind11::handle given);
 };
 
@@ -76,24 +82,22 @@ void fill_strided(pybind11::handle given, T*& member, Strides&... strides) {
 // The struct that the keywords make. TypeError names a keyword that is missing, unknown or of a wrong type.
 template <class A>
 A filled(const char* launch, const std::vector<Field<A>>& fields, const pybind11::dict& given) {
-  const std::string name = launch;
+  const auto wrong = [&](const std::string& what) { return pybind11::type_error(launch + (": got " + what)); };
   A arguments{};
   for (const Field<A>& field : fields) {
-    if (!given.contains(field.name))
-      throw pybind11::type_error(name + ": got no argument " + field.name + ", want it");
-    const pybind11::object value = given[field.name];
+    const pybind11::handle value = PyDict_GetItemWithError(given.ptr(), field.name.ptr());
+    if (!value) throw wrong("no argument " + field.name.text() + ", want it");
     try {
       field.fill(arguments, value);
     } catch (const pybind11::cast_error&) {
-      throw pybind11::type_error(name + ": got " + Py_TYPE(value.ptr())->tp_name + " for " + field.name);
+      throw wrong(Py_TYPE(value.ptr())->tp_name + (" for " + field.name.text()));
     }
   }
   if (given.size() == fields.size()) return arguments;
   for (const auto& [key, value] : given) {
-    const std::string word = pybind11::cast<std::string>(key);
     bool known = false;
-    for (const Field<A>& field : fields) known = known || word == field.name;
-    if (!known) throw pybind11::type_error(name + ": got " + word + ", which is none of its arguments");
+    for (const Field<A>& field : fields) known = known || field.name.equal(key);
+    if (!known) throw wrong(pybind11::cast<std::string>(key) + ", which is none of its arguments");
   }
   return arguments;
 }

@@ -9,8 +9,7 @@ Nothing broadcasts unless the docstring of an operation says so. Batches and seq
 not.
 """
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,20 +17,6 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STORED = (*FLOATS, torch.float8_e4m3fn, torch.float8_e5m2)
 """Of a matrix, which is converted before it is multiplied with."""
-
-
-def checked(check: Callable[..., None], *functions: Callable) -> list[Callable]:
-    """Each of the functions, preceded by check of its arguments."""
-
-    def after(function: Callable) -> Callable:
-        @wraps(function)
-        def run(*args, **kwargs):
-            check(*args, **kwargs)
-            return function(*args, **kwargs)
-
-        return run
-
-    return [after(function) for function in functions]
 
 
 def expect_float(op: str, name: str, dtype: torch.dtype) -> None:

@@ -3,13 +3,14 @@
     @operation("rms_norm", _gradient, _setup_context)
     def _rms_norm(fake: bool, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
-The annotations are the schema. The function checks its arguments (`prfl_kernels.checks`), allocates the
-results and, unless it is called for fake tensors, has an implementation fill them. So eager calls,
-torch.compile and fake tensors refuse the same arguments and get results of the same shapes and dtypes.
+The annotations and defaults are the schema. The function checks its arguments (`prfl_kernels.checks`),
+allocates the results and, unless it is called for fake tensors, has an implementation fill them. So eager
+calls, torch.compile and fake tensors refuse the same arguments and get results of the same shapes and dtypes.
 """
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
@@ -38,9 +39,10 @@ def operation(
     torch.library.register_autograd. The function stays as it is."""
 
     def registered(function: Callable) -> Callable:
-        _, *arguments = get_type_hints(function).items()
-        *arguments, (_, results) = arguments
-        given = ", ".join(f"{schema(hint)} {argument}" for argument, hint in arguments)
+        _, *arguments, (_, results) = get_type_hints(function).items()
+        parameters = signature(function).parameters.items()
+        ends = {k: "" if a.default is a.empty else f"={a.default}" for k, a in parameters}
+        given = ", ".join(f"{schema(hint)} {argument}{ends[argument]}" for argument, hint in arguments)
         made = ", ".join(map(schema, get_args(results) or (results,)))
         made = f"({made})" if get_args(results) else made
         functions = partial(function, False), partial(function, True)

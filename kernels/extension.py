@@ -22,7 +22,8 @@ from torch import Tensor
 PARTS = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16)  # of the CPU kernels
 CODES = {**{dtype: i for i, dtype in enumerate(DTYPES)}, torch.float8_e4m3fn: 2}
-View = tuple[Tensor | int, ...] | None
+View = tuple[Tensor | int, ...]
+Argument = Tensor | float | None  # of a launch
 # Runs of tokens of a sample on the CPU: enough for the threads of a large machine, few enough that their
 # partial sums (at most three rows a run) stay under 5 % of the traffic.
 RUNS, TOKENS_OF_A_RUN = 128, 16
@@ -47,21 +48,14 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
-class _Nothing:
-    """Stands in for the extension in a dry run: every kernel does nothing."""
-
-    def __getattr__(self, name: str):
-        return lambda *_, **__: None
-
-
-_dry: list[_Nothing] = []
+_dry: list[bool] = []  # one for every `dry_run` under way
 
 
 @contextmanager
 def dry_run() -> Iterator[None]:
     """The CPU kernels, built or not, allocate what they return and compute nothing: for tensors without
     values, fake or on the meta device."""
-    _dry.append(_Nothing())
+    _dry.append(True)
     try:
         yield
     finally:
@@ -78,10 +72,8 @@ def device_type(a: Tensor) -> str:
     return "cpu" if _dry else a.device.type
 
 
-def extension() -> ModuleType | _Nothing:
+def extension() -> ModuleType:
     """prfl_kernels._C. Raises ValueError, with the reason, where it is not there."""
-    if _dry:
-        return _dry[-1]
     module, why = _load()
     if module is None:
         raise ValueError(f"kernels: prfl_kernels._C {why}")
@@ -166,27 +158,28 @@ def report() -> list[tuple[str, str, str]]:
     return rows
 
 
-def view(a: Tensor | None) -> View:
+def view(a: Tensor) -> View:
     """A tensor as _C takes it: (the tensor, address, dtype code, strides of all dimensions but the last).
 
     The last dimension must have stride 1. The tensor is part of the view, so its memory lives as long as
     the view does, and a view of a temporary tensor is safe.
     """
-    return None if a is None or _dry else (a, a.data_ptr(), CODES[a.dtype], *a.stride()[:-1])
+    return a, a.data_ptr(), CODES[a.dtype], *a.stride()[:-1]
 
 
-def keywords(arguments: dict[str, Tensor | float | None], view: Callable = view) -> dict[str, View | float]:
-    """The arguments of a launch as _C takes them: tensors and None by `view`, numbers as they are."""
-    return {name: a if isinstance(a, (int, float)) else view(a) for name, a in arguments.items()}
+def keywords(arguments: dict[str, Argument], view: Callable = view) -> dict[str, View | float | None]:
+    """The arguments of a launch as _C takes them: tensors by `view`, numbers and None as they are."""
+    return {name: view(a) if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
-def launch(name: str, **arguments: Tensor | float | None) -> None:
-    """Run a launcher of csrc/cpu/bind.cpp on torch's threads.
+def launch(name: str, **arguments: Argument) -> None:
+    """Run a launcher of csrc/cpu/bind.cpp on torch's threads; nothing in a dry run.
 
     `arguments` are its keywords but `threads`: tensors, None for an absent one, and numbers. Raises TypeError
     for a keyword that is missing, unknown or of a wrong type.
     """
-    getattr(extension(), name)(**keywords(arguments), threads=torch.get_num_threads())
+    if not _dry:
+        getattr(extension(), name)(**keywords(arguments), threads=torch.get_num_threads())
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

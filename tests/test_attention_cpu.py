@@ -17,7 +17,6 @@ from fused import (
 from rounding import rounding
 
 from prfl_kernels import dispatch, extension, processor
-from prfl_kernels.attention import cpu as attention_cpu
 from prfl_kernels.attention.op import attention, attention_with_lse
 
 if why := extension.absence("cpu", "cpu"):
@@ -172,8 +171,6 @@ def test_head_dims_and_dtypes_that_it_refuses():
     wide = qkv(1, 3, 4, 1, 257)
     with pytest.raises(ValueError, match="^kernels: attention got cpu on cpu: it has no head dim 257$"):
         attention(*wide)
-    with pytest.raises(ValueError, match="got head dim 257, want 1 to 256 for cpu$"):
-        attention_cpu.forward(*wide, 1.0)
     with pytest.raises(ValueError, match="it has no float16$"):
         attention(*qkv(1, 3, 4, 1, 16, torch.float16))
     dispatch.configure("")

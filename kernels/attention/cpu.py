@@ -18,19 +18,9 @@ from torch import Tensor
 from prfl_kernels import extension as compiled
 from prfl_kernels.dispatch import CPU, Implementation, requires
 from prfl_kernels.extension import launch
-from prfl_kernels.jit import unit_last
 
 DTYPES = (torch.bfloat16, torch.float32)
 LARGEST_HEAD_DIM = 256  # rows of this length are packed on the stack
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]) or k.dtype != q.dtype:
-        raise ValueError(f"attention: got k {list(k.shape)} and v {list(v.shape)} for q {list(q.shape)}")
-    if not 0 < q.shape[3] <= LARGEST_HEAD_DIM:
-        raise ValueError(f"attention: got head dim {q.shape[3]}, want 1 to {LARGEST_HEAD_DIM} for cpu")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"attention: got {q.dtype}, want bfloat16 or float32 for cpu")
 
 
 def _numbers(q: Tensor, k: Tensor, scale: float, repeats: int) -> dict[str, float]:
@@ -47,8 +37,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq] float32) of at least one query and key; scale > 0. The
     last key counts `repeats` times."""
-    _check(q, k, v)
-    q, k, v = (unit_last(a) for a in (q, k, v))
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     launch("attention_forward", q=q, k=k, v=v, out=out, lse=lse, **_numbers(q, k, scale, repeats))
@@ -69,8 +57,6 @@ def backward(
     repeats: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv) of `forward`, None where not wanted. dlse [B, H, Lq] or None for zero."""
-    _check(q, k, v)
-    dout, dlse, q, k, v, out, lse = (unit_last(a) for a in (dout, dlse, q, k, v, out, lse))
     dq = q.new_empty(q.shape) if wants_q else None
     dk, dv = (k.new_empty(k.shape) if wants_kv else None for _ in range(2))
     launch(

@@ -36,10 +36,11 @@ from torch import Tensor
 
 from prfl_kernels import dispatch, tuning
 from prfl_kernels.attention import cuda as attention_hopper
-from prfl_kernels.checks import checked, expect, expect_float, expect_rank
-from prfl_kernels.dispatch import REFERENCE, TRITON, implementation
-from prfl_kernels.fp8.linear import E4M3, forbid_gradient, never
-from prfl_kernels.jit import jit, launch, register, tl, triton
+from prfl_kernels.checks import expect, expect_float, expect_rank
+from prfl_kernels.declare import operation
+from prfl_kernels.dispatch import REFERENCE, TRITON, implementation, record
+from prfl_kernels.fp8.e4m3 import E4M3, forbid_gradient, never
+from prfl_kernels.jit import jit, launch, tl, triton
 
 HEAD_DIMS = (64, 128)
 # 128 x 128 tiles on 8 warps: 255 registers at D = 128 (237 with one level of sums) and none
@@ -237,78 +238,56 @@ _common = dispatch.common({REFERENCE: _plain, TRITON: launch_forward}, e4m3=True
 dispatch.register("attention_fp8", [*_common, attention_hopper.IMPLEMENTATION_FP8])
 
 
-def _check(q8, q_scale, k8, k_scale, v8, v_scale, scale):
+def _expect_head_dim(op: str, dim: int) -> None:
+    if dim not in HEAD_DIMS:
+        raise ValueError(f"{op}: got head dim {dim}, want 64 or 128")
+
+
+@operation("attention_fp8", never, forbid_gradient("attention_fp8"))
+def _attention_fp8(
+    fake: bool, q8: Tensor, q_scale: Tensor, k8: Tensor, k_scale: Tensor, v8: Tensor, v_scale: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     op = "attention_fp8"
     batch, length, heads, dim = expect_rank(op, "q8", q8, "B, Lq, H, D")
     keys = expect_rank(op, "k8", k8, "B, Lk, H, D")[1]
-    if dim not in HEAD_DIMS:
-        raise ValueError(f"attention_fp8: got head dim {dim}, want 64 or 128")
+    _expect_head_dim(op, dim)
     if keys == 0:
-        raise ValueError("attention_fp8: got no keys, want at least one")
+        raise ValueError(f"{op}: got no keys, want at least one")
     if not scale > 0:
-        raise ValueError(f"attention_fp8: got scale {scale}, want a positive number")
+        raise ValueError(f"{op}: got scale {scale}, want a positive number")
     expect(op, "q8", q8, q8.shape, q8, E4M3)
     expect(op, "q_scale", q_scale, (batch, length, heads), q8, torch.float32)
     expect(op, "k8", k8, (batch, keys, heads, dim), q8, E4M3)
     expect(op, "k_scale", k_scale, (batch, keys, heads), q8, torch.float32)
     expect(op, "v8", v8, (batch, heads, dim, padded_length(keys)), q8, E4M3)
     expect(op, "v_scale", v_scale, (batch, heads, dim), q8, torch.float32)
+    if fake or q8.numel() == 0:
+        lse = q8.new_empty(batch, heads, length, dtype=torch.float32)
+        return q8.new_empty(q8.shape, dtype=torch.bfloat16), lse
+    return record(op, q8).forward(q8, q_scale, k8, k_scale, v8, v_scale, scale)
 
 
-def _forward(q8, q_scale, k8, k_scale, v8, v_scale, scale):
-    tensors = (q8, q_scale, k8, k_scale, v8, v_scale)
-    if q8.numel() == 0:
-        return _forward_fake(*tensors, scale)
-    records = dispatch.OPERATIONS["attention_fp8"]
-    return records[implementation("attention_fp8", q8)].forward(*tensors, scale)
-
-
-def _forward_fake(q8, q_scale, k8, k_scale, v8, v_scale, scale):
-    batch, length, heads, _ = q8.shape
-    lse = q8.new_empty(batch, heads, length, dtype=torch.float32)
-    return q8.new_empty(q8.shape, dtype=torch.bfloat16), lse
-
-
-def _check_quantize(v):
-    _, length, _, dim = expect_rank("quantize_values", "v", v, "B, Lk, H, D")
-    expect_float("quantize_values", "v", v.dtype)
-    if dim not in HEAD_DIMS:
-        raise ValueError(f"quantize_values: got head dim {dim}, want 64 or 128")
+@operation("quantize_values", never, forbid_gradient("quantize_values"))
+def _quantize_values(fake: bool, v: Tensor) -> tuple[Tensor, Tensor]:
+    op = "quantize_values"
+    batch, length, heads, dim = expect_rank(op, "v", v, "B, Lk, H, D")
+    expect_float(op, "v", v.dtype)
+    _expect_head_dim(op, dim)
     if length == 0:
-        raise ValueError("quantize_values: got no keys, want at least one")
-
-
-def _quantize(v):
-    batch, length, heads, dim = v.shape
+        raise ValueError(f"{op}: got no keys, want at least one")
+    padded = padded_length(length)
+    if fake:
+        out = v.new_empty(batch, heads, dim, padded, dtype=E4M3)
+        return out, v.new_empty(batch, heads, dim, dtype=torch.float32)
     amax = torch.linalg.vector_norm(v, float("inf"), dim=1, dtype=torch.float32)  # [B, H, D]
     scale = torch.where(amax > 0, amax / torch.finfo(E4M3).max, 1.0)
-    padded, inverse = padded_length(length), 1 / scale
+    inverse = 1 / scale
     if v.numel() and implementation("attention_fp8", v) != REFERENCE:
         return launch_quantize(v, inverse, padded), scale
     out = v.new_zeros(batch, heads, dim, padded, dtype=torch.float32)
     out[..., :length] = v.permute(0, 2, 3, 1).float() * inverse[..., None]
     return _interleaved(out).to(E4M3), scale
-
-
-def _quantize_fake(v):
-    batch, length, heads, dim = v.shape
-    out = v.new_empty(batch, heads, dim, padded_length(length), dtype=E4M3)
-    return out, v.new_empty(batch, heads, dim, dtype=torch.float32)
-
-
-register(
-    "attention_fp8(Tensor q8, Tensor q_scale, Tensor k8, Tensor k_scale, Tensor v8, Tensor v_scale,"
-    " float scale) -> (Tensor, Tensor)",
-    *checked(_check, _forward, _forward_fake),
-    never,
-    forbid_gradient("attention_fp8"),
-)
-register(
-    "quantize_values(Tensor v) -> (Tensor, Tensor)",
-    *checked(_check_quantize, _quantize, _quantize_fake),
-    never,
-    forbid_gradient("quantize_values"),
-)
 
 
 def quantize_values(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,13 +21,16 @@ None. Nothing in them is differentiable by autograd. Out and lse do not tell who
 backward may come from two implementations.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from prfl_kernels import dispatch, extension, processor
 from prfl_kernels.attention import cpu, cuda, libraries, reference, triton_kernels
-from prfl_kernels.checks import checked, expect, expect_float, expect_rank
-from prfl_kernels.jit import register, unit_last, wide
+from prfl_kernels.checks import expect, expect_float, expect_rank
+from prfl_kernels.declare import operation, or_empty
+from prfl_kernels.jit import unit_last, wide
 
 # On CUDA the first that runs; "cuda" is no default before it has been measured on a GPU.
 ORDER = ("fa3", "fa3_hub", "fa4", "cudnn", "fa2", "triton", "sdpa")
@@ -53,7 +56,30 @@ RECORDS = dispatch.OPERATIONS["attention"]
 BACKWARDS = [name for name, record in RECORDS.items() if record.backward]
 
 
-def _check(q, k, v, scale, backend, repeats=1, backward=None, op="attention", backends=RECORDS):
+def forward(fill, q, k, v, scale, repeats=1):
+    """(out, lse), which fill, the forward of a record, makes unless it is None."""
+    if fill is None or q.numel() == 0:
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide(q.dtype))
+        return q.new_empty(q.shape), lse
+    out, lse = fill(*map(unit_last, (q, k, v)), scale, repeats)
+    return out.contiguous(), lse.contiguous()
+
+
+def backward(fill, dout, dlse, q, k, v, out, lse, scale, wants_q=True, wants_kv=True, repeats=1):
+    """[dq, dk, dv], None where not wanted, which fill, the backward of a record, makes unless it is None."""
+    if fill is None:
+        made = [a.new_empty(a.shape) for a in (q, k, v)]
+    elif q.numel() == 0:
+        made = [a.new_zeros(a.shape) for a in (q, k, v)]
+    else:
+        dlse = None if dlse is None else dlse.contiguous()
+        ends = out, lse.contiguous(), scale, wants_q, wants_kv, repeats
+        made = fill(unit_last(dout), dlse, *map(unit_last, (q, k, v)), *ends)
+    wanted = wants_q, wants_kv, wants_kv
+    return [a.contiguous() if wants else None for a, wants in zip(made, wanted, strict=True)]
+
+
+def _check(op, q, k, v, scale, repeats):
     batch, length, heads, dim = expect_rank(op, "q", q, "B, Lq, H, D")
     expect_float(op, "q", q.dtype)
     keys = expect_rank(op, "k", k, "B, Lk, H, D")[1]
@@ -65,51 +91,18 @@ def _check(q, k, v, scale, backend, repeats=1, backward=None, op="attention", ba
         raise ValueError(f"{op}: got {repeats} repeats of the last key, want at least 1")
     if not scale > 0:
         raise ValueError(f"{op}: got scale {scale}, want a positive number")
-    for argument, name, names in (("backend", backend, backends), ("backward", backward, BACKWARDS)):
-        if name is not None and name not in names:
-            raise ValueError(f"{op}: got {argument} {name!r}, want one of {', '.join(names)}")
 
 
-def _check_backward(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv, repeats=1):
-    op = "attention_backward"
-    _check(q, k, v, scale, backend, repeats, None, op, BACKWARDS)
-    expect(op, "dout", dout, q.shape, q, q.dtype)
-    expect(op, "out", out, q.shape, q, q.dtype)
-    numbers, dtype = (q.shape[0], q.shape[2], q.shape[1]), wide(q.dtype)
-    expect(op, "lse", lse, numbers, q, dtype)
-    if dlse is not None:
-        expect(op, "dlse", dlse, numbers, q, dtype)
+def _expect_name(op: str, argument: str, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        raise ValueError(f"{op}: got {argument} {name!r}, want one of {', '.join(names)}")
 
 
-def _forward(q, k, v, scale, backend, repeats=1, backward=None):
-    if q.numel() == 0:
-        return _forward_fake(q, k, v, scale, backend)
-    dispatch.runnable("attention", backend, extension.device_type(q), q.dtype, q.shape[3])
-    out, lse = RECORDS[backend].forward(*map(unit_last, (q, k, v)), scale, repeats)
-    return out.contiguous(), lse.contiguous()
-
-
-def _forward_fake(q, k, v, scale, backend, repeats=1, backward=None):
-    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide(q.dtype))
-    return q.new_empty(q.shape), lse
-
-
-def _backward(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv, repeats=1):
-    if q.numel() == 0:
-        made = [q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)]
-    else:
-        dispatch.runnable("attention_backward", backend, extension.device_type(q), q.dtype, q.shape[3])
-        dlse = None if dlse is None else dlse.contiguous()
-        dout, q, k, v = map(unit_last, (dout, q, k, v))
-        ends = out, lse.contiguous(), scale, wants_q, wants_kv, repeats
-        made = RECORDS[backend].backward(dout, dlse, q, k, v, *ends)
-    wanted = (wants_q, wants_kv, wants_kv)
-    return tuple(a.contiguous() if w else q.new_empty(0) for a, w in zip(made, wanted, strict=True))
-
-
-def _backward_fake(dout, dlse, q, k, v, out, lse, scale, backend, wants_q, wants_kv, repeats=1):
-    wanted = ((q, wants_q), (k, wants_kv), (v, wants_kv))
-    return tuple(a.new_empty(a.shape if w else 0) for a, w in wanted)
+def _runnable(op: str, name: str, q: Tensor) -> dispatch.Implementation:
+    """The record of this name. ValueError if it does not run on q."""
+    if q.numel():
+        dispatch.runnable(op, name, extension.device_type(q), q.dtype, q.shape[3])
+    return RECORDS[name]
 
 
 def _setup_context(ctx, inputs, output):
@@ -131,18 +124,49 @@ def _gradient(ctx, dout, dlse):
     return *made, None, None, None, None
 
 
-register(
-    "attention(Tensor q, Tensor k, Tensor v, float scale, str backend, int repeats=1, str? backward=None)"
-    " -> (Tensor, Tensor)",
-    *checked(_check, _forward, _forward_fake),
-    _gradient,
-    _setup_context,
-)
-register(
-    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " float scale, str backend, bool wants_q, bool wants_kv, int repeats=1) -> (Tensor, Tensor, Tensor)",
-    *checked(_check_backward, _backward, _backward_fake),
-)
+@operation("attention", _gradient, _setup_context)
+def _attention(
+    fake: bool, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, repeats: int = 1,
+    backward: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    op = "attention"
+    _check(op, q, k, v, scale, repeats)
+    _expect_name(op, "backend", backend, RECORDS)
+    if backward is not None:
+        _expect_name(op, "backward", backward, BACKWARDS)
+    return forward(None if fake else _runnable(op, backend, q).forward, q, k, v, scale, repeats)
+
+
+@operation("attention_backward")
+def _attention_backward(
+    fake: bool, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    scale: float, backend: str, wants_q: bool, wants_kv: bool, repeats: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    op = "attention_backward"
+    _check(op, q, k, v, scale, repeats)
+    _expect_name(op, "backend", backend, BACKWARDS)
+    expect(op, "dout", dout, q.shape, q, q.dtype)
+    expect(op, "out", out, q.shape, q, q.dtype)
+    numbers, dtype = (q.shape[0], q.shape[2], q.shape[1]), wide(q.dtype)
+    expect(op, "lse", lse, numbers, q, dtype)
+    if dlse is not None:
+        expect(op, "dlse", dlse, numbers, q, dtype)
+    fill = None if fake else _runnable(op, backend, q).backward
+    return or_empty(q, *backward(fill, dout, dlse, q, k, v, out, lse, scale, wants_q, wants_kv, repeats))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, repeats: int = 1) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` by the implementation that `dispatch` chooses, for use inside an operation."""
+    return forward(dispatch.record("attention", q).forward, q, k, v, q.shape[3] ** -0.5, repeats)
+
+
+def attend_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, wants_q: bool = True,
+    wants_kv: bool = True, repeats: int = 1,
+) -> list[Tensor | None]:  # fmt: skip
+    """[dq, dk, dv] of `attend`, None where not wanted."""
+    fill, scale = RECORDS[dispatch.backward_of("attention", q)].backward, q.shape[3] ** -0.5
+    return backward(fill, dout, None, q, k, v, out, lse, scale, wants_q, wants_kv, repeats)
 
 
 def attention_with_lse(

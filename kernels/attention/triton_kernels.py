@@ -239,13 +239,6 @@ def _descriptor(a: Tensor, rows: int):
     return TensorDescriptor(a, list(a.shape), [*strides[:3], 1], [1, 1, rows, a.shape[3]])
 
 
-def _check(q: Tensor) -> None:
-    if q.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"attention: got head dim {q.shape[3]}, want one of {HEAD_DIMS} for triton")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"attention: got {q.dtype}, want bfloat16, float16 or float32 for triton")
-
-
 def _tile(kernel: str, defaults: dict, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of a program."""
     kind = 8 * q.element_size(), max(64, q.shape[3])
@@ -263,7 +256,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Lq, H, D] in q.dtype, lse [B, H, Lq]) of at least one query and key; scale > 0. The last key
     counts `repeats` times."""
-    _check(q)
     q, k, v = (addressable(a) for a in (q, k, v))
     batch, length, heads, dim = q.shape
     m, n, warps, stages = _tile("forward", FORWARD, q, k)
@@ -292,7 +284,6 @@ def backward(
     repeats: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv) of `forward`, None where not wanted. dlse [B, H, Lq] or None for zero."""
-    _check(q)
     q, k, v, dout = (addressable(a) for a in (q, k, v, dout))
     out, lse = out.contiguous(), lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()

@@ -46,8 +46,7 @@ def forward(a: Forward) -> None:
     if a.fp8:
         raise ValueError("qk_norm_rope: got fp8 for the compiled CPU kernel, want bfloat16 or float32")
     supported(a.q, a.k, a.weight_q, a.weight_k)
-    out_q, out_k = (x if x is None else x.flatten(2) for x in (a.out_q, a.out_k))
-    launch("qk_norm_rope_forward", **_common(a), out_q=out_q, out_k=out_k, eps=a.eps)
+    launch("qk_norm_rope_forward", **_common(a), out_q=a.out_q, out_k=a.out_k, eps=a.eps)
 
 
 def backward(a: Backward) -> None:

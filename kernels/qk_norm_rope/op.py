@@ -210,7 +210,7 @@ def _qk_norm_rope_fp8(
 def rms_forward(fill: Callable[[Forward], None] | None, x: Tensor, weight: Tensor, eps: float):
     """(rms(x) [B, L, C], 1/rms [1, B, L]): `forward` of the norm alone."""
     (n, _), _, rstd = forward(fill, x, None, weight, None, None, 1, eps, 0)
-    return n.view(x.shape), rstd
+    return n.flatten(2), rstd
 
 
 def rms_backward(fill: Callable[[Backward], None] | None, dn, x, weight, rstd, parameters: bool):

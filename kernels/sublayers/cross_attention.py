@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels.attention.op import attention_with_lse
-from prfl_kernels.dispatch import backward_of, record
+from prfl_kernels.attention.op import attend, attend_backward
+from prfl_kernels.dispatch import record
 from prfl_kernels.jit import wide
 from prfl_kernels.qk_norm_rope.op import rms_backward, rms_forward
 from prfl_kernels.sublayers import checks
@@ -129,8 +129,8 @@ def _attended(q: Tensor, keys: list[_Keys], settings: Settings) -> dict[str, Ten
     """Output and log-sum-exp of every part."""
     q, made = _heads(q, settings), {}
     for part in keys:
-        made[f"out{part.end}"], made[f"lse{part.end}"] = attention_with_lse(
-            q, _heads(part.k, settings), _heads(part.v, settings), repeats=part.repeats
+        made[f"out{part.end}"], made[f"lse{part.end}"] = attend(
+            q, _heads(part.k, settings), _heads(part.v, settings), part.repeats
         )
     return made
 
@@ -199,13 +199,12 @@ def _backward(dy: Tensor, inputs: Inputs, saved, settings: Settings, wants) -> d
     da = _heads(d @ inputs.o.to(settings.dtype), settings)
     del d
     q = _heads(q, settings)
-    backend, factor = backward_of("attention", q), q.shape[3] ** -0.5
     wants_q, dq, dcontext = wants.x or wants.q or wants.norm_q, None, []
     for part in keys:
         wants_kv = wants.context or any(getattr(wants, f"{m}{part.end}") for m in ("k", "v", "norm_k"))
-        more, dk, dv = torch.ops.prfl.attention_backward(
-            da, None, q, _heads(part.k, settings), _heads(part.v, settings), attended[f"out{part.end}"],
-            attended[f"lse{part.end}"], factor, backend, wants_q, wants_kv, part.repeats,
+        more, dk, dv = attend_backward(
+            da, q, _heads(part.k, settings), _heads(part.v, settings), attended[f"out{part.end}"],
+            attended[f"lse{part.end}"], wants_q, wants_kv, part.repeats,
         )  # fmt: skip
         dq = more if dq is None else dq + more
         if wants_kv:

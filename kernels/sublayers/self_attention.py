@@ -35,8 +35,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_kernels.attention.op import attention_with_lse
-from prfl_kernels.dispatch import backward_of, record
+from prfl_kernels.attention.op import attend, attend_backward
+from prfl_kernels.dispatch import record
 from prfl_kernels.exchange import Cut, to_heads, to_tokens
 from prfl_kernels.jit import wide
 from prfl_kernels.norm import op as add_norm
@@ -151,7 +151,7 @@ def _exchanged(have: dict[str, Tensor], names: Iterable[str], settings: Settings
 
 def _attention(have: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
     """Attention's output for the tokens here, and its log-sum-exp."""
-    out, lse = attention_with_lse(have["q"], have["k"], _heads(have["v"], settings))
+    out, lse = attend(have["q"], have["k"], _heads(have["v"], settings))
     if settings.parts:
         (out,) = to_tokens([out], settings.parts, settings.group)
     return {"out": out, "lse": lse}
@@ -288,10 +288,7 @@ def _backward(
     q, k, v, out, lse = (have.pop(name) for name in ("q", "k", "v", "out", "lse"))
     if settings.parts:
         out, da = to_heads([out, da], settings.parts, settings.group)
-    backend, factor = backward_of("attention", q), q.shape[3] ** -0.5
-    dq, dk, dv = torch.ops.prfl.attention_backward(
-        da, None, q, k, _heads(v, settings), out, lse, factor, backend, True, True
-    )
+    dq, dk, dv = attend_backward(da, q, k, _heads(v, settings), out, lse)
     del da, q, k, v, out, lse
     if settings.parts:
         dq, dk, dv = to_tokens([dq, dk, dv], settings.parts, settings.group)
