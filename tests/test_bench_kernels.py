@@ -13,7 +13,8 @@ from fused import DEVICE, needs_triton
 from prfl_bench import operations
 from prfl_bench.ledger import cuda as ledger_cuda
 from prfl_bench.ledger import table as ledger_rows
-from prfl_kernels import dispatch
+from prfl_kernels import dispatch, norm
+from prfl_kernels.qk_norm_rope import op as qk_norm_rope
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAST = ("--small", "--repeat", "2")
@@ -99,8 +100,8 @@ BREAKS = {
 
 @pytest.mark.parametrize("broken", BREAKS)
 def test_what_fails_its_gate_gets_no_time(bench, tmp_path, capsys, monkeypatch, broken):
-    right = operations.gated_add
-    monkeypatch.setattr(operations, "gated_add", lambda x, y, gate: right(x, BREAKS[broken](y), gate))
+    right = norm.gated_add
+    monkeypatch.setattr(norm, "gated_add", lambda x, y, gate: right(x, BREAKS[broken](y), gate))
     code, found = run(bench, tmp_path, "--ops", "gated_add", "rms_norm", "--peers", "eager")
     assert code == 1
     assert {r["op"] for r in found["rows"]} == {"rms_norm"}
@@ -115,7 +116,7 @@ def test_what_raises_fails_its_gate_and_the_rest_goes_on(bench, tmp_path, monkey
     def broken(x, weight, eps):
         raise RuntimeError("CUDA error: in a test\nmore lines")
 
-    monkeypatch.setattr(operations.norm_rope, "rms_norm", broken)
+    monkeypatch.setattr(qk_norm_rope, "rms_norm", broken)
     code, found = run(bench, tmp_path, "--ops", "gated_add", "rms_norm", "--peers", "eager")
     assert code == 1 and {r["op"] for r in found["rows"]} == {"gated_add"}
     gates = [g for g in found["gates"] if g["op"] == "rms_norm" and g["gate"] == "failed"]
@@ -123,7 +124,7 @@ def test_what_raises_fails_its_gate_and_the_rest_goes_on(bench, tmp_path, monkey
 
 
 def test_nothing_is_timed_if_every_gate_fails(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(operations.norm_rope, "rms_norm", lambda x, weight, eps: x[:, :-1] * weight)
+    monkeypatch.setattr(qk_norm_rope, "rms_norm", lambda x, weight, eps: x[:, :-1] * weight)
     monkeypatch.setattr(bench, "measure", None)
     code, found = run(bench, tmp_path, "--ops", "rms_norm")
     assert code == 1 and found["rows"] == []
