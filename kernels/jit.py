@@ -6,7 +6,7 @@ the kernel alone and `dispatch` never chooses it.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
+from functools import cache, wraps
 from types import SimpleNamespace
 
 import torch
@@ -72,6 +72,7 @@ def on(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
+@cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics and reductions run in: float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)

@@ -17,6 +17,7 @@ from prfl_engine.objectives import graded_windows, sft_loss
 from prfl_engine.planner import plan as plan
 from prfl_engine.planner import search as search
 from prfl_engine.planner.dry_run import SCALARS, Numbers, RewardSetup, Setup, Validation, dry_run
+from prfl_engine.planner.meta import call
 from prfl_kernels import extension
 
 LATENT = (1, 16, 3, 8, 8)
@@ -82,6 +83,23 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step(name, window):
             run()
         real = live.peak - base
         assert real <= want[phase].peak <= 1.01 * real + SCALARS, phase
+
+
+def test_results_that_a_dry_run_allocates_itself_are_those_of_torch():
+    """Shapes, dtypes and strides on the meta device; what is written in place; numbers of real tensors."""
+    aten, wide, row = torch.ops.aten, torch.empty(2, 5, 6, device="meta"), torch.empty(6, device="meta")
+    low, weight = wide.bfloat16(), torch.empty(7, 6, device="meta")
+    cases = [(aten.linear.default, wide, weight, weight[:, 0])]
+    cases += [(aten.linear.default, low, weight.bfloat16())]
+    pairs = [(wide, row), (low, row), (low, 2.5), (row, wide), (wide[:, :1], row), (low, wide)]
+    pairs += [(wide.mT, wide.mT)]
+    cases += [(f, a, b) for f in (aten.mul.Tensor, aten.add.Tensor) for a, b in pairs]
+    for func, *args in cases:
+        got, want = call(func, tuple(args), {}), func(*args)
+        assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride()), (func, args)
+    into = torch.empty(5, 7, device="meta")
+    assert call(aten.addmm_.default, (into, wide[0], weight.mT), {}) is into
+    assert call(aten.add.Tensor, (torch.ones(2), 1), {}).tolist() == [2, 2]
 
 
 def test_a_plan_is_that_of_brute_force(kinds):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -154,36 +155,12 @@ def test_without_a_gpu_one_line_says_so(capsys):
     assert main(["tune", "--list", "--sp", "11"]) == 2
 
 
-SPILLS = """
-from prfl_bench import tune
-from prfl_bench.ledger import sass
-from prfl_kernels import tuning
-
-RICHEST = {"yn", "npyg", "qk", "qkp"}  # the forms of the norms that hold most
-for name, bind, one in tune.choices(["14B"], [32760], 1):
-    norm = one.kernel.startswith(("add_norm", "qk_norm_rope"))
-    if "cross" in name or (norm and not RICHEST & set(one.key)):
-        continue
-    for candidate in one.candidates[1:]:
-        if norm and candidate[0] == one.default[0]:
-            continue  # another number of runs is no other code
-        def answer(kernel, key, default):
-            return candidate if (kernel, key) == (one.kernel, one.key) else default
-        with tuning.hooked(answer):
-            launches = sass.compile_calls(bind("meta"))
-        wanted = {"attention keys": "_keys_kernel", "attention queries": "_queries_kernel"}
-        for launch in launches:
-            if launch.kernel in (wanted.get(one.kernel), "_forward", "_backward", "_forward_kernel"):
-                code = sass.facts(launch)
-                if code["spills"] or code["stack"] or not code["blocks"]:
-                    print(one, candidate, code["kernel"], code["registers"], code["shared"])
-print("done")
-"""
-
-
 def test_no_candidate_spills():
     """At the width where registers are fewest; for sm_90a, in a process that compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    done = subprocess.run([sys.executable, "-c", SPILLS], env=environment, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+    script = Path(__file__).with_name("spills.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spilling, *rest = done.stdout.splitlines()
+    assert spilling.startswith("_spilling ") and rest == ["done"]

@@ -42,17 +42,19 @@ def collect(
         ledger_peers.check(peers)
     jobs = cases(quick)
     taken = [i for i, job in enumerate(jobs) if only is None or only(*job)]
-    workers = min(2, os.cpu_count() or 1, max(1, len(taken)))
-    shares = [taken[i::workers] for i in range(workers)]
+    # One process compiles all shapes of an operation, since some of them need the same kernels.
+    names = list(dict.fromkeys(jobs[i][0].op for i in taken))
+    workers = min(2, os.cpu_count() or 1, max(1, len(names)))
+    shares = [[i for i in taken if names.index(jobs[i][0].op) % workers == n] for n in range(workers)]
     with ThreadPoolExecutor(workers) as pool:
-        tasks = ("compile", "count")
-        made = pool.map(lambda share: [_spawn(task, [quick, share]) for task in tasks], shares)
-        rows: dict[int, dict] = {}
-        for share, results in zip(shares, made, strict=True):
-            for i, compiled, counted in zip(share, *results, strict=True):
-                rows[i] = _row(*jobs[i], compiled, counted)
+        parts = [pool.submit(_spawn, "compile", [quick, share]) for share in shares]
+        counted = _spawn("count", [quick, taken])
+        compiled = {}
+        for share, part in zip(shares, parts, strict=True):
+            compiled |= zip(share, part.result(), strict=True)
+    operations = [_row(*jobs[i], compiled[i], one) for i, one in zip(taken, counted, strict=True)]
     absent = ledger_cuda.absence()
-    found = {"assumptions": ASSUMPTIONS, "operations": [rows[i] for i in taken], "cuda_absent": absent}
+    found = {"assumptions": ASSUMPTIONS, "operations": operations, "cuda_absent": absent}
     found["cuda"] = [] if absent or only is not None else ledger_cuda.collect(quick)
     return found if peers is None else found | {"peers": _spawn("peers", peers)}
 

@@ -5,6 +5,9 @@ a member of the struct that is the kernel's first parameter. Kernels with warp-g
 the registers that their warp groups take and the cycles of their hot loop (timeline).
 """
 
+import hashlib
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -60,9 +63,33 @@ def absence() -> str:
 
 @cache
 def build(source: str) -> Code:
-    """csrc/cuda/`source`.cu. ValueError without nvcc, or if it fails."""
+    """csrc/cuda/`source`.cu, compiled once for a state of csrc and nvcc: the texts stay in build/nvcc.
+    ValueError without nvcc, or if it fails."""
     if why := absence():
         raise ValueError(f"ledger: got {why}, want nvcc and csrc/cuda")
+    file = CSRC.parents[1] / "build/nvcc" / f"{source}-{_state()}.json"
+    if file.is_file():
+        return Code(**json.loads(file.read_text()))
+    made = _build(source)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
+        json.dump(made._asdict(), part)
+    os.replace(part.name, file)
+    for old in set(file.parent.glob(f"{source}-*.json")) - {file}:
+        old.unlink(missing_ok=True)
+    return made
+
+
+@cache
+def _state() -> str:
+    """A name for what a compilation depends on."""
+    sources = sorted(p for p in CSRC.parent.rglob("*.*") if p.is_file())
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    text = repr([FLAGS, version, *((str(p), p.read_text()) for p in sources)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _build(source: str) -> Code:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder, f"{source}.cubin")
         command = ["nvcc", *FLAGS, "-cubin", "-keep", "-keep-dir", folder, str(CSRC / f"{source}.cu")]
@@ -70,7 +97,7 @@ def build(source: str) -> Code:
         if done.returncode:
             raise ValueError(f"ledger: nvcc failed: {done.stderr.strip().splitlines()[:1]}")
         usage = sass._run("cuobjdump", "-res-usage", str(made))
-        code = sass._run("nvdisasm", "-c", "-hex", str(made))
+        code = sass.disassembled(made)
         ptx = made.with_suffix(".ptx").read_text()
     bodies = re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.section|^\t\.section|\Z)", code, re.M | re.S)
     entries = re.findall(r"\.entry (\w+)\((.*?)(?=^\.(?:visible|entry)|\Z)", ptx, re.M | re.S)

@@ -12,7 +12,9 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
@@ -130,18 +132,37 @@ def instructions(sass: str) -> Counter:
     return found
 
 
+def disassembled(file: Path) -> str:
+    """The machine code of a cubin with its encoding. -ndf omits an analysis of branches, which the text does
+    not show."""
+    return _run("nvdisasm", "-ndf", "-c", "-hex", str(file))
+
+
 def facts(launch: Launch) -> dict:
     """Registers, spills, shared memory, occupancy, instructions and access widths of one launch."""
-    compiled, metadata = launch.compiled, launch.compiled.metadata
+    own = {"kernel": launch.kernel, "grid": list(launch.grid), "tile": launch.tile}
+    return own | _facts(launch.compiled)
+
+
+@contextmanager
+def _cubin(compiled: Any) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(compiled.asm["cubin"])
+        yield file
+
+
+@cache
+def resources(compiled: Any) -> dict:
+    """What a compiled kernel takes of an SM: registers, stack, shared memory, resident blocks. Takes
+    cuobjdump a hundredth of the time that nvdisasm takes for the rest of `facts`; a kernel that spills has
+    a stack."""
+    metadata = compiled.metadata
+    with _cubin(compiled) as file:
         usage = _run("cuobjdump", "-res-usage", str(file))
-        code = _run("nvdisasm", "-c", "-hex", str(file))
-    counts = instructions(code)
     used = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     if used is None:
-        raise ValueError(f"ledger: got no resource usage of {launch.kernel} from cuobjdump")
+        raise ValueError(f"ledger: got no resource usage of {metadata.name} from cuobjdump")
     registers, stack, static, local = map(int, used.groups())
     # cuobjdump counts the 1 KiB that the system keeps for every block.
     shared = max(0, static - SHARED_SYSTEM) + metadata.shared
@@ -149,6 +170,18 @@ def facts(launch: Launch) -> dict:
     required = re.search(r"\.(?:reqntid|maxntid) (\d+)", compiled.asm["ptx"])
     threads = max(threads, int(required[1])) if required else threads  # warp specialisation adds some
     blocks, limits = occupancy(registers, threads, shared)
+    return {
+        "threads": threads, "stages": metadata.num_stages, "registers": registers, "stack": stack + local,
+        "shared": shared, "blocks": blocks, "limited_by": limits,
+    }  # fmt: skip
+
+
+@cache
+def _facts(compiled: Any) -> dict:
+    """Of a compiled kernel, which Triton makes once for all launches with its specialisation."""
+    with _cubin(compiled) as file:
+        code = disassembled(file)
+    used, counts = resources(compiled), instructions(code)
     signature = compiled.src.signature
     names = [name for name, kind in signature.items() if str(kind).startswith("*")]
     found = accesses(compiled.asm["ptx"])
@@ -157,25 +190,16 @@ def facts(launch: Launch) -> dict:
         for i, name in zip_longest(range(max(found, default=-1) + 1), names, fillvalue="scratch")
         if i in found
     }
-    products = counts["HGMMA"] + counts["QGMMA"]
-    times = timeline.facts(code, threads // 128, blocks) if products and blocks else {}
-    return times | {
-        "kernel": launch.kernel,
-        "grid": list(launch.grid),
-        "tile": launch.tile,
-        "threads": threads,
-        "stages": metadata.num_stages,
-        "registers": registers,
-        "stack": stack + local,
+    times = {}
+    if used["blocks"] and counts["HGMMA"] + counts["QGMMA"]:
+        times = timeline.facts(code, used["threads"] // 128, used["blocks"])
+    return times | used | {
         "spills": counts["LDL"] + counts["STL"],
-        "shared": shared,
-        "blocks": blocks,
-        "limited_by": limits,
         "instructions": {name: counts[name] for name in counts if name.split(".")[0] in OPCODES},
         "descriptors": [name for name, kind in signature.items() if "tensordesc" in str(kind)],
         "widths": named,
         "unattributed": {side: dict(widths) for side, widths in found.get(-1, {}).items()},
-    }
+    }  # fmt: skip
 
 
 class _Hopper:

@@ -12,6 +12,7 @@ the tensor cores idle as long as no other group has products for them.
 """
 
 from collections import deque
+from typing import NamedTuple
 
 from prfl_bench.ledger import loop_cycles
 from prfl_bench.ledger.loop_cycles import (
@@ -57,6 +58,47 @@ def _steady(loop: list[Instruction], groups: int, blocks: int) -> float:
     return (ends[1] - ends[0]) / _TRIPS
 
 
+class _Step(NamedTuple):
+    """What the simulation has to know of an instruction."""
+
+    waits: tuple[int, ...]  # for these scoreboards
+    sets: tuple[int, ...]  # those of its result and of its operands
+    stall: int
+    barrier: str  # "turn", "block", or "" where it is among the threads of a warp group, which do alike
+    passes: bool  # the turn to the next group
+    left: int | None  # groups of products that may run on; None where none are waited for
+    pipe: tuple[str, int] | None  # and cycles
+    tensor: float  # cycles
+    commits: bool  # a group of products
+
+
+def _steps(loop: list[Instruction]) -> list[_Step]:
+    has_turns = any("BAR.ARV" in one.text for one in loop)
+
+    def barrier(text: str) -> str:
+        if not text.startswith("BAR.SYNC"):
+            return ""
+        threads = text.split(",")[1].strip() if "," in text else ""
+        if threads == "0x80":
+            return ""
+        return "turn" if threads and has_turns else "block"
+
+    return [
+        _Step(
+            waits=tuple(i for i in range(6) if control >> 52 >> i & 1),
+            sets=tuple(i for at in (46, 49) if (i := control >> at & 7) != 7),
+            stall=max(1, control >> 41 & 15),
+            barrier=barrier(text),
+            passes=text.split()[text[0] == "@"].startswith("BAR.ARV"),
+            left=int(text.split(",")[1], 0) if "WARPGROUP.DEPBAR" in text else None,
+            pipe=_pipe(text),
+            tensor=tensor_cycles(text),
+            commits="gsb0" in text,
+        )
+        for text, control in loop
+    ]
+
+
 class _Group:
     def __init__(self, block: int, number: int):
         self.block, self.number = block, number
@@ -71,66 +113,51 @@ class _Group:
 
 class _Machine:
     def __init__(self, loop: list[Instruction], groups: int, blocks: int, trips: int):
-        self.loop, self.size, self.count = loop, groups, trips * len(loop)
+        self.loop, self.size, self.count = _steps(loop), groups, trips * len(loop)
         self.groups = [_Group(b, g) for b in range(blocks) for g in range(groups)]
         self.free = {"issue": 0.0, "mufu": 0.0, "alu": 0.0, "tensor": 0.0}
         self.arrived: dict[tuple[int, int], list[float]] = {}
-        self.has_turns = any("BAR.ARV" in one.text for one in loop)
         for group in self.groups:
             if group.number == 0:
                 group.turns.append(0.0)
 
-    def barrier(self, text: str) -> str:
-        """"turn", "block", or "" where it is among the threads of a warp group, which do alike."""
-        if not text.startswith("BAR.SYNC"):
-            return ""
-        threads = text.split(",")[1].strip() if "," in text else ""
-        if threads == "0x80":
-            return ""
-        return "turn" if threads and self.has_turns else "block"
-
     def earliest(self, group: _Group) -> float | None:
         """When the group's next instruction can issue; None while it waits for another group."""
-        text, control = self.loop[group.place % len(self.loop)]
+        step = self.loop[group.place % len(self.loop)]
         when = max(group.ready, self.free["issue"])
-        mask = control >> 52 & 63
-        when = max([when, *(group.scoreboards[i] for i in range(6) if mask >> i & 1)])
-        kind = self.barrier(text)
-        if kind == "turn":
+        for i in step.waits:
+            when = max(when, group.scoreboards[i])
+        if step.barrier == "turn":
             return max(when, group.turns[0]) if group.turns else None
-        if kind == "block":
+        if step.barrier == "block":
             arrivals = self.arrived.setdefault((group.block, group.barriers), [])
             if group.number not in (who for who, _ in arrivals):
                 arrivals.append((group.number, when))
             return max(when, *(at for _, at in arrivals)) if len(arrivals) == self.size else None
-        if "WARPGROUP.DEPBAR" in text:
-            left = int(text.split(",")[1], 0)
-            when = max(when, group.products[max(0, len(group.products) - 1 - left)])
-        pipe = _pipe(text)
-        return max(when, self.free[pipe[0]]) if pipe else when
+        if step.left is not None:
+            when = max(when, group.products[max(0, len(group.products) - 1 - step.left)])
+        return max(when, self.free[step.pipe[0]]) if step.pipe else when
 
     def issue(self, group: _Group, when: float) -> None:
-        text, control = self.loop[group.place % len(self.loop)]
-        kind, done = self.barrier(text), when + LATENCY
-        if kind == "turn":
+        step = self.loop[group.place % len(self.loop)]
+        if step.barrier == "turn":
             group.turns.popleft()
-        elif kind == "block":
+        elif step.barrier == "block":
             group.barriers += 1
-        elif text.split()[0 if text[0] != "@" else 1].startswith("BAR.ARV"):
+        elif step.passes:
             following = (group.number + 1) % self.size
             self.groups[group.block * self.size + following].turns.append(when)
-        if pipe := _pipe(text):
-            self.free[pipe[0]] = when + pipe[1]
-        if cycles := tensor_cycles(text):
-            self.free["tensor"] = max(self.free["tensor"], when) + cycles
+        if step.pipe:
+            self.free[step.pipe[0]] = when + step.pipe[1]
+        if step.tensor:
+            self.free["tensor"] = max(self.free["tensor"], when) + step.tensor
             group.end = self.free["tensor"]
-            if "gsb0" in text:
+            if step.commits:
                 group.products.append(group.end)
-        for at in (46, 49):  # the scoreboards of its result and of its operands
-            if control >> at & 7 != 7:
-                group.scoreboards[control >> at & 7] = done
+        for i in step.sets:
+            group.scoreboards[i] = when + LATENCY
         self.free["issue"] = when + 1
-        group.ready = when + max(1, control >> 41 & 15)
+        group.ready = when + step.stall
         group.place += 1
 
     def run(self) -> float:

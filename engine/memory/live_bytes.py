@@ -9,7 +9,7 @@ in a `host_memory` block is counted separately, also on a CPU.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -36,13 +36,16 @@ class LiveBytes(TorchDispatchMode):
     `host_now` and `host_peak`.
 
     round_to: sizes are rounded up to a multiple of this many bytes, on the host too (so that a tensor has the
-    same size on both sides); 512 counts as torch's CUDA allocator does.
+    same size on both sides); 512 counts as torch's CUDA allocator does. call(operation, args, kwargs) returns
+    the results of an operation that has no parts to be counted.
     """
 
-    def __init__(self, round_to: int = 1):
+    def __init__(self, round_to: int = 1, call: Callable = lambda func, args, kwargs: func(*args, **kwargs)):
         super().__init__()
+        self._call = call
         self.round_to, self.now, self.peak, self.host_now, self.host_peak = round_to, 0, 0, 0, 0
         self._known: dict[int, tuple[bool, int]] = {}  # {storage: (on the host?, bytes)}
+        self._watched: dict[int, weakref.ref] = {}
         self._lap = 0
 
     def add(self, tensors: Iterable[Tensor]) -> None:
@@ -60,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         storage = a.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            weakref.finalize(storage, self._free, key).atexit = False
+            self._watched[key] = weakref.ref(storage, lambda _: self._free(key))
         on_host, before = self._known.get(key, (_on_host[0], 0))  # it may have been resized since
         size = -(-storage.nbytes() // self.round_to) * self.round_to
         self._known[key] = on_host, size
@@ -74,6 +77,7 @@ class LiveBytes(TorchDispatchMode):
             self.now += size
 
     def _free(self, key: int) -> None:
+        del self._watched[key]
         on_host, size = self._known.pop(key)
         self._change(on_host, -size)
 
@@ -83,8 +87,8 @@ class LiveBytes(TorchDispatchMode):
             with self:
                 out = inside(*args, **(kwargs or {}))
         else:
-            out = func(*args, **(kwargs or {}))
-        for a in tree_iter(out):
+            out = self._call(func, args, kwargs or {})
+        for a in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(a, Tensor):
                 self._see(a)
         self.peak, self._lap = max(self.peak, self.now), max(self._lap, self.now)

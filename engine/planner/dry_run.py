@@ -29,7 +29,7 @@ from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
 from prfl_engine.objectives import bind, graded_windows, index_range, noisy_reward, sft_loss
-from prfl_engine.planner.meta import default_dtype, meta_tensors
+from prfl_engine.planner.meta import call, default_dtype, meta_tensors
 from prfl_engine.planner.repeated import Repeated, ballast
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
@@ -203,7 +203,7 @@ def _batch(config: WanConfig, latent: Latent) -> Batch:
 
 def _counter(*modules: torch.nn.Module | None) -> LiveBytes:
     """A counter that has seen the parameters of modules, their gradients and nothing else."""
-    live = LiveBytes(ROUND)
+    live = LiveBytes(ROUND, call)
     parameters = [p for m in modules if m is not None for p in m.parameters()]
     live.add([*parameters, *(p.grad for p in parameters if p.grad is not None)])
     return live
@@ -330,7 +330,7 @@ def _held(setup: Setup, indices: list[list[int]], window: int) -> int:
 def _held_by(
     latent: Latent, steps: int, indices: tuple[tuple[int, ...], ...], window: int, detach_input: bool
 ) -> int:
-    live, most = LiveBytes(ROUND), 0
+    live, most = LiveBytes(ROUND, call), 0
     factor = torch.ones((), requires_grad=True)
 
     def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
