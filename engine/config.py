@@ -406,6 +406,9 @@ class ParallelConfig(Section, name="parallel"):
     resident: bool = False
     """Gather all weights once for a rollout, and drop them before its graded step: no collective inside a
     rollout, at the cost of whole weights on every GPU meanwhile."""
+    save_async: bool = True
+    """Write checkpoints while the next steps run, from copies of all shards in host memory; false: the run
+    waits until they are written. A run without torchrun always waits."""
     timeout: Annotated[float, Within(1, 86400)] = 1800.0
     """Seconds after which a collective that some process does not join ends the run."""
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from prfl_engine import failures, files
 from prfl_engine.build import pick_device
-from prfl_engine.checkpoint_shards import load_sharded, save_sharded
+from prfl_engine.checkpoint_shards import Saving, load_sharded, save_sharded
+from prfl_engine.checkpoints import Checkpoints
 from prfl_engine.config import Config
 from prfl_engine.data import MicroBatches
 from prfl_engine.errors import TrainingError, UserError, check
@@ -73,6 +74,8 @@ def fit(
     TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
     """
     device, progress = pick_device(config), Progress()
+    group = world.saves if config.parallel.save_async else world.control
+    checkpoints = Checkpoints(Path(config.train.out), config.train.keep, group)
     try:
         with interrupts() as signals:
             optimizer = make_optimizer(groups, config.optim)
@@ -84,13 +87,12 @@ def fit(
                         carried.load(begin.checkpoint)
                 elif (name := not_finite(model)) is not None:
                     raise UserError(f"model to start from: {name} is not finite, want finite weights")
-            trained = config, begin, model, optimizer, ema
-            run = Run(*trained, batches, backpropagate, validate, save, progress, signals, carried, world)
-            run.train(device)
+            trained = config, begin, model, optimizer, ema, batches, backpropagate, validate, save
+            Run(*trained, progress, signals, carried, world, checkpoints).train(device)
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
             raise
-        raise TrainingError(f"{reason}; {_last(Path(config.train.out))}") from None
+        raise TrainingError(f"{reason}; {checkpoints.last()}") from None
 
 
 def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load, device, world) -> Progress:
@@ -113,11 +115,6 @@ def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load,
     return progress
 
 
-def _last(out: Path) -> str:
-    found = files.checkpoints(out)
-    return f"{found[-1]} is the last good checkpoint" if found else "there is no checkpoint yet"
-
-
 @dataclass
 class Run:
     """A run that has been accepted; the fields are fit's."""
@@ -135,6 +132,7 @@ class Run:
     signals: Interrupts
     carried: Carried | None
     world: World
+    checkpoints: Checkpoints
 
     def train(self, device: torch.device) -> None:
         """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
@@ -143,9 +141,10 @@ class Run:
             with self.world.agreed():
                 if self.world.leads:
                     self.take_folder(out, held)
-            self.steps(device)
+            with self.checkpoints:
+                self.steps(device)
             if self.signals.asked is not None:
-                saved = f"{_last(out)}, train.resume=true goes on from it"
+                saved = f"{self.checkpoints.last()}, train.resume=true goes on from it"
                 raise self.signals.stopped(saved if files.checkpoints(out) else "nothing to save")
 
     def take_folder(self, out: Path, held: ExitStack) -> None:
@@ -206,7 +205,8 @@ class Run:
                     measurements.settle()
                     self.check_weights()
                     self.check(metrics)
-                stop = world.any(self.signals.asked is not None)  # asked once: it may come at any time
+                # Asked once, since a signal may come at any time. The next checkpoint raises what has failed.
+                stop = world.any(self.signals.asked is not None or self.checkpoints.failed)
                 if stop or last or done % train.save_every == 0:
                     measurements.settle()
                     self.check_weights()
@@ -247,23 +247,25 @@ class Run:
                     (folder / "score.json").write_text(json.dumps(score))
 
     def write_checkpoint(self, device: torch.device) -> None:
-        """Write checkpoint-N, then delete the oldest ones."""
-        with self.world.folder(self.out / f"checkpoint-{self.progress.step}") as folder:
-            if self.world.mesh is None:
+        """Write checkpoint-N, with several processes perhaps in the background, then delete the oldest."""
+        alone = self.world.mesh is None
+
+        def state(folder: Path) -> None:
+            if alone:
                 self.write_weights(folder)
-                save_state(folder, self.progress, device, self.optimizer)
-            else:
-                adapter = self.config.lora.rank > 0  # onto weights that are in another folder
-                save_sharded(folder, self.model, self.optimizer, self.ema, trained=adapter)
-                if self.world.leads:
-                    save_state(folder, self.progress, device)
             if self.world.leads:
+                save_state(folder, self.progress, device, self.optimizer if alone else None)
                 write_run(folder, self.config, self.begin.sources)
             if self.carried is not None:
                 self.carried.save(folder)
-        if self.world.leads:
-            for old in files.checkpoints(self.out)[: -self.config.train.keep]:
-                files.remove_folder(old)
+
+        def shards(folder: Path, then: Callable[[], None]) -> Saving:
+            adapter = self.config.lora.rank > 0  # onto weights that are in another folder
+            behind = self.world.saves if self.config.parallel.save_async else None
+            trained = self.model, self.optimizer, self.ema
+            return save_sharded(folder, *trained, trained=adapter, background=behind, then=then)
+
+        self.checkpoints.write(self.progress.step, state, None if alone else shards)
 
     def write_weights(self, folder: Path) -> None:
         """Write the trained weights, and the averaged ones to `folder`/ema."""
@@ -280,7 +282,8 @@ class Run:
             if (name := not_finite(self.model)) is None:
                 return
             step = self.progress.step - 1
-            raise TrainingError(f"step {step}: {name} is not finite after the update; {_last(self.out)}")
+            what = f"{name} is not finite after the update"
+            raise TrainingError(f"step {step}: {what}; {self.checkpoints.last()}")
 
     def bad_gradient(self, step: int, norm: float) -> None:
         """TrainingError for a norm that is not finite, with what may be its cause; none where what is carried
@@ -292,7 +295,8 @@ class Run:
             return
         else:
             cause = self.batches.suspects(range(step * (n := self.config.train.accumulate), (step + 1) * n))
-        raise TrainingError(f"step {step}: the norm of the gradient is {norm}; {cause}; {_last(self.out)}")
+        what = f"the norm of the gradient is {norm}; {cause}"
+        raise TrainingError(f"step {step}: {what}; {self.checkpoints.last()}")
 
 
 class Measured:

@@ -40,6 +40,7 @@ class World:
     mesh: DeviceMesh | None = None  # [shard] or [replicate, shard], over all ranks
     group: dist.ProcessGroup | None = None  # the ranks that share this one's samples
     control: dist.ProcessGroup | None = None  # all ranks, over gloo, for what the host knows
+    saves: dist.ProcessGroup | None = None  # the same for checkpoints that a thread writes
 
     @property
     def leads(self) -> bool:
@@ -168,8 +169,8 @@ def started(config: ParallelConfig, device: torch.device) -> Iterator[World]:
                 device.type, (size // config.sequence, config.sequence), mesh_dim_names=("data", "sequence")
             )
             group = cut.get_group("sequence")
-        control = dist.new_group(backend="gloo", timeout=limit)
-        yield World(rank, size, config.sequence, config.resident, mesh, group, control)
+        control, saves = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+        yield World(rank, size, config.sequence, config.resident, mesh, group, control, saves)
     finally:
         dist.destroy_process_group()
 

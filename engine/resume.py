@@ -65,7 +65,7 @@ KINDS = {
         "free": "device steps save_every keep log_every ema tensorboard wandb",
         "call": "out resume",
     },
-    "parallel": {"free": "replicate sequence resident timeout"},
+    "parallel": {"free": "replicate sequence resident save_async timeout"},
     "eval": {"score": "samples timesteps seed", "free": "every batch_size videos"},
     "sample": {"free": "count seed guidance codec fps"},
 }

@@ -1,35 +1,50 @@
 """`prfl train` under torchrun is the run of one process: metrics, checkpoints, resuming, refusals."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import run_cases as cases
 import torch
+import training_runs
 from helpers import write_run
+from ranks import Ranks
+from training_runs import assert_equal, content
 
+from prfl_engine import cli
 from prfl_engine.metrics import read_metrics
 from prfl_engine.model.checkpoint import load_transformer
 
 
-def run(
-    config: Path,
-    *overrides: str,
-    processes: int = 1,
-    torchrun: bool = False,
-    ok: bool = True,
-    command: str = "train",
-) -> str:
-    """The output of `prfl COMMAND`, under torchrun for more than one process."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    launch = launch if torchrun or processes > 1 else []
-    made = subprocess.run(
-        [sys.executable, *launch, "-m", "prfl_engine.cli", command, str(config), *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert (made.returncode == 0) == ok, made.stdout + made.stderr
-    return made.stdout + made.stderr
+@pytest.fixture(scope="module")
+def ranks():
+    made = Ranks(2, ("run_cases", "prfl_engine.train", "prfl_engine.train_reward"), group=False)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(ranks, capfd):
+    def run(
+        config: Path,
+        *overrides: str,
+        processes: int = 2,
+        torchrun: bool = True,
+        ok: bool = True,
+        command: str = "train",
+        patch: Callable | None = None,
+    ) -> list[str]:
+        """What `prfl COMMAND` prints on every process; without torchrun one process, which is no rank."""
+        if not torchrun:
+            code = cli.main([command, str(config), *overrides])
+            found = [(code, "".join(capfd.readouterr()))]
+        else:
+            found = ranks(cases.command, processes, cases.free_port(), patch, command, config, *overrides)
+        for code, said in found[:processes]:
+            assert (code == 0) == ok and "Traceback" not in said, said
+        return [said for _, said in found[:processes]]
+
+    return run
 
 
 def values(folder: Path) -> list[dict[str, float]]:
@@ -46,24 +61,24 @@ def values(folder: Path) -> list[dict[str, float]]:
     ],
     ids=["shards", "sequence", "resident", "persistent"],
 )
-def test_two_processes_train_as_one(tmp_path, settings):
+def test_two_processes_train_as_one(run, tmp_path, settings):
     """The same losses, rewards and norms, since the samples of a step are the same. Chains that persist
     are drawn otherwise."""
     shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": {"every": 3}}
     config = write_run(tmp_path, samples=8, **shared, **settings)
-    run(config, f"train.out={tmp_path}/two", processes=2)
+    run(config, f"train.out={tmp_path}/two")
     two = values(tmp_path / "two")
     assert (tmp_path / "two/checkpoint-3/shards.json").is_file()
     if "mode" in settings["rollout"]:
         assert all(v is not None for step in two for v in step.values())
         return
-    run(config, f"train.out={tmp_path}/one", "parallel.sequence=1")
+    run(config, f"train.out={tmp_path}/one", "parallel.sequence=1", processes=1, torchrun=False)
     one = values(tmp_path / "one")
     assert [step.keys() for step in one] == [step.keys() for step in two]
     names = {path.relative_to(tmp_path / "one/best") for path in (tmp_path / "one/best").rglob("*")}
     assert names == {path.relative_to(tmp_path / "two/best") for path in (tmp_path / "two/best").rglob("*")}
     for part in ("best", "best/ema"):
-        want, got = (load_transformer(tmp_path / run / part).state_dict() for run in ("one", "two"))
+        want, got = (load_transformer(tmp_path / name / part).state_dict() for name in ("one", "two"))
         for name, a in want.items():
             torch.testing.assert_close(got[name], a, rtol=0, atol=2e-3, msg=name)
     for a, b in zip(one, two, strict=True):
@@ -71,38 +86,60 @@ def test_two_processes_train_as_one(tmp_path, settings):
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
 
 
-def test_a_sharded_run_resumes_on_another_number_of_processes(tmp_path):
+def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     """4 steps on 2 processes are 2 on 2, then 2 on 1 under torchrun (to rounding), and a LoRA run too."""
     config = write_run(
         tmp_path, samples=8, train={"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9}, lora={"rank": 2}
     )
-    run(config, f"train.out={tmp_path}/whole", processes=2)
-    run(config, f"train.out={tmp_path}/parts", "train.steps=2", processes=2)
-    run(config, f"train.out={tmp_path}/parts", "train.resume=true", processes=1, torchrun=True)
+    run(config, f"train.out={tmp_path}/whole")
+    run(config, f"train.out={tmp_path}/parts", "train.steps=2")
+    run(config, f"train.out={tmp_path}/parts", "train.resume=true", processes=1)
     for a, b in zip(values(tmp_path / "whole"), values(tmp_path / "parts"), strict=True):
         assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
-    out = run(config, f"train.out={tmp_path}/parts", "train.resume=true", ok=False)
+    alone = {"processes": 1, "torchrun": False}
+    (out,) = run(config, f"train.out={tmp_path}/parts", "train.resume=true", ok=False, **alone)
     assert "got a sharded checkpoint, want torchrun (any number of processes)" in out
 
 
-def test_a_reward_model_trains_on_two_processes(tmp_path):
+def test_a_reward_model_trains_on_two_processes(run, tmp_path):
     config = write_run(tmp_path, samples=8, train={"accumulate": 2, "steps": 2}, eval={"every": 2})
     for processes, name in ((2, "two"), (1, "one")):
-        run(config, f"train.out={tmp_path}/{name}", processes=processes, command="train-reward")
+        launch = {"processes": processes, "torchrun": processes > 1}
+        run(config, f"train.out={tmp_path}/{name}", command="train-reward", **launch)
     for a, b in zip(values(tmp_path / "one"), values(tmp_path / "two"), strict=True):
         assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
 
 
-def test_mistakes_end_all_processes_with_a_line(tmp_path):
+def test_mistakes_end_all_processes_with_a_line(run, tmp_path):
     config = write_run(tmp_path, samples=8, train={"accumulate": 2})
-    out = run(config, "train.accumulate=3", processes=2, ok=False)
-    assert "train.accumulate: got 3, want a multiple of 2" in out and "Traceback" not in own(out)
+    for out in run(config, "train.accumulate=3", ok=False):
+        assert "train.accumulate: got 3, want a multiple of 2" in out
     broken = tmp_path / "data/latent-5.npy"
     broken.write_bytes(b"")
-    out = run(config, "train.steps=9", f"train.out={tmp_path}/broken", processes=2, ok=False)
-    assert "latent-5.npy" in out and "Traceback" not in own(out)
+    for out in run(config, "train.steps=9", f"train.out={tmp_path}/broken", ok=False):
+        assert "latent-5.npy" in out
 
 
-def own(output: str) -> str:
-    """The output without what torchrun adds when a process has failed."""
-    return output.partition("torch/distributed/elastic")[0]
+def test_a_checkpoint_is_written_while_steps_go_on(run, tmp_path):
+    """And holds what the run held when it was due: the run resumed from it ends as the one that waited."""
+    train = {"accumulate": 2, "steps": 4, "save_every": 2, "keep": 1, "ema": 0.5}
+    config = write_run(tmp_path, samples=8, train=train, eval={"every": 3}, optim={"rounding": "stochastic"})
+    waits = run(config, f"train.out={tmp_path}/waits", "parallel.save_async=false")
+    goes_on = run(config, f"train.out={tmp_path}/goes_on", patch=cases.slow_save)
+    assert all("Error" not in out for out in waits + goes_on)
+    run(config, f"train.out={tmp_path}/parts", "train.steps=2")
+    run(config, f"train.out={tmp_path}/parts", "train.resume=true")
+    want = content(tmp_path / "waits/checkpoint-4")
+    for name in ("goes_on", "parts"):
+        assert [path.name for path in (tmp_path / name).glob("*checkpoint-*")] == ["checkpoint-4"]
+        assert_equal(content(tmp_path / name / "checkpoint-4"), want)
+        assert training_runs.values(tmp_path / name) == training_runs.values(tmp_path / "waits")
+
+
+def test_a_checkpoint_that_fails_in_the_background_ends_all_processes(run, tmp_path):
+    config = write_run(tmp_path, samples=8, train={"accumulate": 2, "steps": 99, "save_every": 1})
+    first, second = run(config, patch=cases.full_disk, ok=False)
+    full = "No space left on device"
+    assert first.splitlines()[-1].startswith("prfl: rank 1: [Errno 28] ") and full in first
+    assert "prfl: cannot write: " in second and second.endswith("there is no checkpoint yet\n")
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == []
