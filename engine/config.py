@@ -192,6 +192,10 @@ class DataConfig(Section, name="data"):
     human_quality. A field that no sample has and data of one class are refused."""
     batch_size: Count = 1
     """Samples of one micro-batch; all of one shape."""
+    skip_broken: Natural = 0
+    """How many broken samples of training (a file that cannot be read, a wrong shape, NaN) a run leaves out;
+    `train.out`/broken.jsonl lists them. Another sample takes the place of each. One more stops the run with
+    its name; 0: so does the first."""
     num_workers: Annotated[int, Within(0, 1024)] = 2
     """Loader processes; 0 loads in the training process."""
 

@@ -22,16 +22,19 @@ from prfl_engine.build import pick_device
 from prfl_engine.checkpoint_shards import Saving, load_sharded, save_sharded
 from prfl_engine.checkpoints import Checkpoints
 from prfl_engine.config import Config
-from prfl_engine.data import MicroBatches
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.gpu import gpu_metrics
 from prfl_engine.inputs import make_folder
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.metrics import MetricsWriter, NoMetrics, note
 from prfl_engine.metrics import progress as progress_bar
+from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
 from prfl_engine.parallel import World
 from prfl_engine.resume import Progress, Start, read_state, save_state, write_run
+
+BROKEN = "broken.jsonl"
+"""File of a run: a line {"sample": path, "reason": line} for every sample that is left out."""
 
 
 class Carried(Protocol):
@@ -85,6 +88,7 @@ def fit(
                     progress = _load(config, begin, model, optimizer, ema, load, device, world)
                     if carried is not None:
                         carried.load(begin.checkpoint)
+                    batches.leave_out(progress.broken)
                 elif (name := not_finite(model)) is not None:
                     raise UserError(f"model to start from: {name} is not finite, want finite weights")
             trained = config, begin, model, optimizer, ema, batches, backpropagate, validate, save
@@ -158,6 +162,7 @@ class Run:
         files.write_whole(out / "config.yaml", self.config.to_yaml())
         for change in self.begin.changes:
             print(f"prfl: {change}", flush=True)
+        self.list_broken(at_start=True)
         if self.begin.new_score and self.validate is not None:
             print("prfl: validation has changed: earlier scores no longer count for best", flush=True)
         if self.progress.step >= (steps := self.config.train.steps):
@@ -187,10 +192,12 @@ class Run:
                 set_lr(optimizer, factor)
                 seen: dict[str, Tensor] = {}
                 for micro in range(own):
+                    key = step * train.accumulate + micro * world.readers + world.reader
                     with world.agreed():
                         item = next(items)
-                    key = step * train.accumulate + micro * world.readers + world.reader
-                    for values in self.backpropagate(item, key, 1 / own):
+                    item = self.batches.accept(item, key, device)
+                    self.list_broken()
+                    for values in self.backpropagate(item.batch, key, 1 / own):
                         for k, v in values.items():
                             seen[k] = seen.get(k, 0) + v.detach() / own
                         measurements.settle()  # the device has a backward of this step to do meanwhile
@@ -220,6 +227,21 @@ class Run:
     def out(self) -> Path:
         """The folder of the run."""
         return Path(self.config.train.out)
+
+    def list_broken(self, at_start: bool = False) -> None:
+        """Write the samples that are left out to broken.jsonl when there are more of them."""
+        broken, path = self.batches.broken, self.out / BROKEN
+        more = [sample for sample in broken if sample not in self.progress.broken]
+        self.progress.broken = dict(broken)
+        if not self.world.leads or not (more or at_start):
+            return
+        if not broken:  # a run that was killed before its first checkpoint may have left some
+            path.unlink(missing_ok=True)
+            return
+        for sample in more:
+            note(f"{broken[sample]}; left out (data.skip_broken)")
+        lines = [{"sample": str(sample), "reason": why} for sample, why in broken.items()]
+        files.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def check(self, metrics: MetricsWriter) -> None:
         """Validate, with the averaged weights if there are any, and keep the best. Left for the resumed run

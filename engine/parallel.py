@@ -83,6 +83,12 @@ class World:
         """The largest `number` of all ranks; every rank must ask."""
         return max(gathered(number, self.control)) if self.mesh is not None else number
 
+    def union(self, found: dict) -> dict:
+        """What all ranks have found, of equal keys the lowest rank's; every rank must ask."""
+        if self.mesh is None:
+            return found
+        return {k: v for theirs in reversed(gathered(found, self.control)) for k, v in theirs.items()}
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all ranks, on the device."""
         if self.mesh is None:

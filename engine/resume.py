@@ -47,7 +47,7 @@ KINDS = {
         "source": "train lose null_text",
         "fixed": "label batch_size",
         "score": "val val_lose",
-        "free": "negative_text text_dropout long_caption num_workers",
+        "free": "negative_text text_dropout long_caption skip_broken num_workers",
     },
     "rollout": {
         "score": "solver steps shift",
@@ -252,6 +252,7 @@ class Progress:
     best: float = -math.inf
     unlogged: dict[str, Tensor] = field(default_factory=dict)  # see loop.Measurements
     unvalidated: bool = False  # stopped by a signal before the validation of this step
+    broken: dict[Path, str] = field(default_factory=dict)  # see micro_batches.MicroBatches
 
 
 def save_state(
@@ -263,6 +264,7 @@ def save_state(
     """Write training_state.pt; optimizer None: its state is in a sharded checkpoint."""
     state = {"step": progress.step, "best": progress.best, "unlogged": progress.unlogged}
     state |= {"unvalidated": progress.unvalidated}
+    state |= {"broken": {str(path): why for path, why in progress.broken.items()}}
     if optimizer is not None:
         state |= {"optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
     state["rng"] = torch.get_rng_state()
@@ -306,6 +308,10 @@ def _progress(state: dict, step: int) -> Progress:
     found = Progress(
         state.get("step"), state.get("best"), state.get("unlogged", {}), state.get("unvalidated", False)
     )
+    broken = state.get("broken", {})
+    if not isinstance(broken, dict) or not all(isinstance(a, str) for pair in broken.items() for a in pair):
+        raise ValueError(f"broken: got {broken!r}, want samples and why they are broken")
+    found.broken = {Path(path): why for path, why in broken.items()}
     if type(found.step) is not int or found.step != step:
         raise ValueError(f"step: got {found.step!r}, want {step} as its folder's name has it")
     if type(found.best) not in (int, float) or math.isnan(found.best):

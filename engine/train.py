@@ -10,11 +10,12 @@ from prfl_engine.agree import leads
 from prfl_engine.batch import Batch
 from prfl_engine.build import make_frozen_reward, make_policy, pick_device
 from prfl_engine.config import Config, LossConfig
-from prfl_engine.data import MicroBatches, Reader, counted, fixed_batches, read_lists
+from prfl_engine.data import Reader, counted, fixed_batches, read_lists
 from prfl_engine.errors import UserError, check
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
+from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import load_transformer, save_transformer
 from prfl_engine.model.reward import RewardModel
@@ -87,13 +88,14 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         text_dropout=text_dropout,
         long_caption=c.data.long_caption,
     )
-    stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed)
+    broken = {"skip": c.data.skip_broken, "agree": world.union}
+    stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed, **broken)
     if persists and len(stream.shapes) > 1:
         want = "one with rollout.mode persistent and data.batch_size > 1"
         raise UserError(f"data.train: got latents of {len(stream.shapes)} shapes, want {want}")
     if c.model.budget is not None:
-        shapes = ([reader.shape(p)[1:] for p in of] for of in (paths, held_out))
-        made = fit_memory(c, policy, reward, *shapes)
+        shapes = stream.latents(), [reader.shape(p) for p in held_out]
+        made = fit_memory(c, policy, reward, *([shape[1:] for shape in of] for of in shapes))
         print(made, flush=True)
         run_blocks, score_blocks = run_under(made.policies), run_under(made.reward.policy)
     else:

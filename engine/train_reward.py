@@ -8,12 +8,13 @@ from torch import Tensor
 from prfl_engine import flow
 from prfl_engine.build import make_reward, pick_device
 from prfl_engine.config import Config
-from prfl_engine.data import MicroBatches, Reader, fixed_batches, read_lists
+from prfl_engine.data import Reader, fixed_batches, read_lists
 from prfl_engine.errors import UserError
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.metrics import note, progress
+from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import (
     load_heads,
@@ -87,7 +88,8 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout)
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
-    batches = MicroBatches(reader, win, c.data.batch_size, c.train.seed, lose)
+    broken = {"skip": c.data.skip_broken, "agree": world.union}
+    batches = MicroBatches(reader, win, c.data.batch_size, c.train.seed, lose, **broken)
 
     run_blocks = run_under(of_config(c.model))
 

@@ -82,3 +82,18 @@ def slow_save(monkeypatch, rank: int) -> None:
 
     monkeypatch.setattr(checkpoint_shards, "_write", written)
     monkeypatch.setattr(loop.Run, "check", checking)
+
+
+def unreadable_here(monkeypatch, rank: int) -> None:
+    """Sample 3 cannot be read on the second rank, as if its file system had lost it for a moment."""
+    from prfl_engine.data import Reader
+    from prfl_engine.errors import UserError
+
+    original = Reader.read
+
+    def read(reader, path, rng):
+        if rank == 1 and path.stem == "3":
+            raise UserError(f"{path}: lost")
+        return original(reader, path, rng)
+
+    monkeypatch.setattr(Reader, "read", read)

@@ -1,5 +1,6 @@
 """`prfl train` under torchrun is the run of one process: metrics, checkpoints, resuming, refusals."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,3 +144,23 @@ def test_a_checkpoint_that_fails_in_the_background_ends_all_processes(run, tmp_p
     assert first.splitlines()[-1].startswith("prfl: rank 1: [Errno 28] ") and full in first
     assert "prfl: cannot write: " in second and second.endswith("there is no checkpoint yet\n")
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == []
+
+
+def test_a_broken_sample_is_left_out_on_all_ranks_alike(run, tmp_path):
+    """Also where one of two ranks that share its tokens could read it. A resumed run is equal to the bit."""
+    train = {"accumulate": 2, "steps": 6, "save_every": 2}
+    config = write_run(tmp_path, samples=6, train=train, data={"skip_broken": 2})
+    (tmp_path / "data/latent-4.npy").write_bytes(b"")
+    settings = "parallel.sequence=2", "loss.weight=0"
+    run(config, f"train.out={tmp_path}/whole", *settings, patch=cases.unreadable_here)
+    run(config, f"train.out={tmp_path}/parts", *settings, "train.steps=4", patch=cases.unreadable_here)
+    run(config, f"train.out={tmp_path}/parts", *settings, "train.resume=true")  # now it could be read
+    want = content(tmp_path / "whole/checkpoint-6")
+    assert {Path(path).stem for path in want["training_state.pt"]["broken"]} == {"3", "4"}
+    assert_equal(content(tmp_path / "parts/checkpoint-6"), want)
+    lines = [json.loads(line) for line in (tmp_path / "parts/broken.jsonl").read_text().splitlines()]
+    assert sorted(Path(line["sample"]).stem for line in lines) == ["3", "4"]
+    assert any("latent-4.npy" in line["reason"] for line in lines)
+    settings = f"train.out={tmp_path}/one", "data.skip_broken=1"
+    for out in run(config, *settings, patch=cases.unreadable_here, ok=False):
+        assert "data.skip_broken: got 1, want more to go on" in out
