@@ -18,23 +18,35 @@ import torch
 from torch import Tensor, nn
 
 from prfl_engine import failures, files
+from prfl_engine.batch import Batch
 from prfl_engine.build import pick_device
 from prfl_engine.checkpoint_shards import Saving, load_sharded, save_sharded
 from prfl_engine.checkpoints import Checkpoints
 from prfl_engine.config import Config
 from prfl_engine.errors import TrainingError, UserError, check
-from prfl_engine.gpu import gpu_metrics
 from prfl_engine.inputs import make_folder
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
+from prfl_engine.measurements import Measurements, Performance
 from prfl_engine.metrics import MetricsWriter, NoMetrics, note
 from prfl_engine.metrics import progress as progress_bar
 from prfl_engine.micro_batches import MicroBatches
+from prfl_engine.model.flops import Costs
 from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
 from prfl_engine.parallel import World
+from prfl_engine.phases import Shape, count, mark, timed
 from prfl_engine.resume import Progress, Start, read_state, save_state, write_run
+from prfl_kernels import dispatch
 
 BROKEN = "broken.jsonl"
 """File of a run: a line {"sample": path, "reason": line} for every sample that is left out."""
+
+
+def kernels(device: str) -> str:
+    """Which implementation runs which operations on a kind of device, in one line."""
+    found: dict[str, list[str]] = {}
+    for op, implementation, _ in dispatch.choices(device):
+        found.setdefault(implementation, []).append(op)
+    return "; ".join(f"{name} for {', '.join(ops)}" for name, ops in found.items())
 
 
 class Carried(Protocol):
@@ -61,6 +73,7 @@ def fit(
     validate: Callable[[int], dict[str, float]] | None,
     save: Callable[..., None],
     load: Callable[[Path], dict[str, Tensor]],
+    costs: Callable[[Shape], Costs],
     carried: Carried | None = None,
     world: World = World(),  # noqa: B008 - frozen
 ) -> None:
@@ -70,8 +83,9 @@ def fit(
     and yields the metrics of each. `key` is an integer that no other micro-batch has.
     validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
     save(folder, step, values) writes the trained parameters, or in their place `values` by the same names;
-    load(folder) reads them back in float32, under their names in the model. What is `carried` is in every
-    checkpoint, too. Every process of `world` calls this; the first one writes what is written once.
+    load(folder) reads them back in float32, under their names in the model. costs(shape) counts the work on
+    a sample of latents [*, *shape]. What is `carried` is in every checkpoint, too. Every process of `world`
+    calls this; the first one writes what is written once.
 
     SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises UserError before anything is written,
     TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
@@ -91,7 +105,7 @@ def fit(
                     batches.leave_out(progress.broken)
                 elif (name := not_finite(model)) is not None:
                     raise UserError(f"model to start from: {name} is not finite, want finite weights")
-            trained = config, begin, model, optimizer, ema, batches, backpropagate, validate, save
+            trained = config, begin, model, optimizer, ema, batches, backpropagate, validate, save, costs
             Run(*trained, progress, signals, carried, world, checkpoints).train(device)
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
@@ -132,6 +146,7 @@ class Run:
     backpropagate: Callable[..., Iterable[dict[str, Tensor]]]
     validate: Callable[[int], dict[str, float]] | None
     save: Callable[..., None]
+    costs: Callable[[Shape], Costs]
     progress: Progress
     signals: Interrupts
     carried: Carried | None
@@ -160,6 +175,7 @@ class Run:
             raise UserError(f"train.out: {out} got a checkpoint from another run meanwhile, start again")
         files.clear_leftovers(out)
         files.write_whole(out / "config.yaml", self.config.to_yaml())
+        print(f"prfl: kernels: {kernels(pick_device(self.config).type)}", flush=True)
         for change in self.begin.changes:
             print(f"prfl: {change}", flush=True)
         self.list_broken(at_start=True)
@@ -176,9 +192,11 @@ class Run:
         items = self.batches.loader(first, self.config.data.num_workers, device, world.readers)
         start = progress.step + 1 if self.begin.checkpoint else 0
         writer = MetricsWriter(out, train.tensorboard, train.wandb, start) if world.leads else NoMetrics()
-        with closing(items), writer as metrics:
+        with closing(items), writer as metrics, timed(device) as clock:
+            bfloat16 = self.config.model.compute_dtype == "bfloat16"
+            performance = Performance(device, world, self.costs, bfloat16)
             measurements = Measurements(
-                metrics, train.log_every, progress.unlogged, self.bad_gradient, world.mean
+                metrics, train.log_every, progress.unlogged, self.bad_gradient, world.mean, clock, performance
             )
             if self.validate is not None and (self.begin.checkpoint is None or progress.unvalidated):
                 self.check(metrics)
@@ -192,15 +210,19 @@ class Run:
                 set_lr(optimizer, factor)
                 seen: dict[str, Tensor] = {}
                 for micro in range(own):
+                    mark("data")
                     key = step * train.accumulate + micro * world.readers + world.reader
                     with world.agreed():
                         item = next(items)
                     item = self.batches.accept(item, key, device)
                     self.list_broken()
+                    for batch in [item.batch] if isinstance(item.batch, Batch) else item.batch:
+                        count("samples", batch.latent)
                     for values in self.backpropagate(item.batch, key, 1 / own):
                         for k, v in values.items():
                             seen[k] = seen.get(k, 0) + v.detach() / own
                         measurements.settle()  # the device has a backward of this step to do meanwhile
+                mark("optimizer")
                 norm = update(optimizer, self.config.optim.clip)
                 if self.ema is not None:
                     self.ema.update()
@@ -247,6 +269,7 @@ class Run:
         """Validate, with the averaged weights if there are any, and keep the best. Left for the resumed run
         where a signal has come or comes now."""
         progress, training, ema = self.progress, self.model.training, self.ema
+        mark("validation")
         progress.unvalidated = True
         self.model.eval()
         try:
@@ -270,6 +293,7 @@ class Run:
 
     def write_checkpoint(self, device: torch.device) -> None:
         """Write checkpoint-N, with several processes perhaps in the background, then delete the oldest."""
+        mark("save")
         alone = self.world.mesh is None
 
         def state(folder: Path) -> None:
@@ -319,57 +343,3 @@ class Run:
             cause = self.batches.suspects(range(step * (n := self.config.train.accumulate), (step + 1) * n))
         what = f"the norm of the gradient is {norm}; {cause}"
         raise TrainingError(f"step {step}: {what}; {self.checkpoints.last()}")
-
-
-class Measured:
-    """Values of a step, 0-dim on the device, on their way to the host."""
-
-    def __init__(self, step: int, lr: float, values: dict[str, Tensor], mean: Callable[[Tensor], Tensor]):
-        self.step, self.lr, self.names = step, lr, list(values)
-        flat = mean(torch.stack([v.detach().float() for v in values.values()]))
-        self.numbers = flat.to("cpu", non_blocking=True)  # into pinned memory, where it came from a GPU
-        self.event = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
-
-    def read(self) -> dict[str, float]:
-        """The values by name, with lr; waits for the transfer."""
-        if self.event is not None:
-            self.event.synchronize()
-        return dict(zip(self.names, self.numbers.tolist(), strict=True)) | {"lr": self.lr}
-
-
-class Measurements:
-    """What steps measure; a step's values are read, all in one transfer, when the next one has begun."""
-
-    def __init__(
-        self,
-        metrics: MetricsWriter,
-        log_every: int,
-        newest: dict[str, Tensor],
-        bad_gradient: Callable[[int, float], None],
-        mean: Callable[[Tensor], Tensor],
-    ):
-        """mean: of values over all processes, on the device."""
-        self.metrics, self.log_every, self.bad_gradient, self.mean = metrics, log_every, bad_gradient, mean
-        self.last: Measured | None = None
-        self.newest = newest  # since the last log: not every step has every loss
-
-    def put(self, step: int, lr: float, norm: Tensor, values: dict[str, Tensor]) -> None:
-        """Start the transfer of a step's gradient norm and, where it is to be logged, of all values (0-dim)
-        since the last log."""
-        self.newest |= values
-        logs = (step + 1) % self.log_every == 0
-        self.last = Measured(step, lr, {"grad_norm": norm} | (self.newest if logs else {}), self.mean)
-        if logs:
-            self.newest = {}
-
-    def settle(self) -> None:
-        """Wait for the last step's values and log them; bad_gradient is called if its gradient was not
-        finite."""
-        if self.last is None:
-            return
-        step, values = self.last.step, self.last.read()
-        self.last = None
-        if not math.isfinite(values["grad_norm"]):
-            self.bad_gradient(step, values["grad_norm"])
-        if (step + 1) % self.log_every == 0:
-            self.metrics.log(step + 1, values | gpu_metrics(), "train")

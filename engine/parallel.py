@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,19 +76,21 @@ class World:
         """A folder that all ranks write into and that takes its name when all have done so."""
         return shared_folder(folder, self.control)
 
+    def all(self, value: Any) -> list[Any]:
+        """`value`, which can be pickled, of every rank; every rank must ask."""
+        return gathered(value, self.control) if self.mesh is not None else [value]
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on some rank; every rank must ask."""
-        return any(gathered(flag, self.control)) if self.mesh is not None else flag
+        return any(self.all(flag))
 
     def most(self, number: float) -> float:
         """The largest `number` of all ranks; every rank must ask."""
-        return max(gathered(number, self.control)) if self.mesh is not None else number
+        return max(self.all(number))
 
     def union(self, found: dict) -> dict:
         """What all ranks have found, of equal keys the lowest rank's; every rank must ask."""
-        if self.mesh is None:
-            return found
-        return {k: v for theirs in reversed(gathered(found, self.control)) for k, v in theirs.items()}
+        return {k: v for theirs in reversed(self.all(found)) for k, v in theirs.items()}
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all ranks, on the device."""

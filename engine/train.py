@@ -1,5 +1,6 @@
 """PRFL training: flow matching, and the reward of a graded denoising step (a step that carries gradient)."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.micro_batches import MicroBatches
-from prfl_engine.model import lora
+from prfl_engine.model import flops, lora
 from prfl_engine.model.checkpoint import load_transformer, save_transformer
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
@@ -29,6 +30,7 @@ from prfl_engine.objectives import (
     sft_loss,
 )
 from prfl_engine.parallel import World, check_config, started
+from prfl_engine.phases import count, mark
 from prfl_engine.planner.fit_memory import fit_memory
 from prfl_engine.resume import prepare_out
 from prfl_engine.rollout.accelerated import make_rollout
@@ -116,6 +118,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         sft_due, reward_due = due(c.loss, key // c.train.accumulate)
         if sft_due:
+            mark("flow_matching")
+            count("flow_matching", batch.latent)
             sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
             sigma = sigma.to(device, non_blocking=True)
             noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
@@ -125,6 +129,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             del loss, noise, sigma  # they and the loss's graph would live as long as the graded steps
             yield values
         if reward_due:
+            mark("rollout")
             part = 1 / c.rollout.samples
             for window, extra in graded.windows(batch, key):
                 loss = part * reward_loss(window.logit, c.loss).mean()
@@ -145,9 +150,11 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             return lora.named(lora.read(folder)[0])
         return dict(load_transformer(folder, torch.float32, device).named_parameters())
 
+    scored = None if reward is None else (reward.transformer.config, reward.feature_layer)
+    costs = partial(flops.costs, policy.config, trained=not c.lora.rank, reward=scored)
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
-        validate if c.eval.every else None, save, load, graded if persists else None, world,
+        validate if c.eval.every else None, save, load, costs, graded if persists else None, world,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Training and evaluating the latent reward model on noisy latents."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.metrics import note, progress
 from prfl_engine.micro_batches import MicroBatches
-from prfl_engine.model import lora
+from prfl_engine.model import flops, lora
 from prfl_engine.model.checkpoint import (
     load_heads,
     read_heads,
@@ -25,6 +26,7 @@ from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.parallel import World, check_config, started
+from prfl_engine.phases import count, mark
 from prfl_engine.resume import prepare_out
 from prfl_engine.seeds import Purpose, integers, noise_like
 from prfl_engine.validation import check_labels, finite, partners, read_labels
@@ -94,6 +96,9 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     run_blocks = run_under(of_config(c.model))
 
     def backpropagate(item, key: int, share: float):
+        mark("reward")
+        for one in item if pairs else [item]:
+            count("reward", one.latent)
         batch = item[0] if pairs else item
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, *at, n)]
@@ -121,12 +126,14 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
             return read_adapted(folder)
         return dict(make_reward(c, folder, device, torch.float32).named_parameters())
 
+    scored = model.transformer.config, model.feature_layer
+    costs = partial(flops.costs, scored[0], reward=scored, reward_trained=not adapted)
     model = world.place(model.train())
     heads = torch.nn.ModuleList([model.pool, model.mlp])
     fit(
         c, begin, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], batches,
         backpropagate, validate if c.eval.every else None,
-        save, load, world=world,
+        save, load, costs, world=world,
     )  # fmt: skip
 
 
