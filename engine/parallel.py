@@ -92,6 +92,16 @@ class World:
         """What all ranks have found, of equal keys the lowest rank's; every rank must ask."""
         return {k: v for theirs in reversed(self.all(found)) for k, v in theirs.items()}
 
+    def to_first(self, value: list[Any], rank: int) -> list[Any]:
+        """On the first rank the list of another rank, which has to ask, too; nothing on all others."""
+        if rank and self.rank == rank:
+            dist.send_object_list([value], 0, self.control)
+        elif rank and self.leads:
+            got = [None]
+            dist.recv_object_list(got, rank, self.control)
+            return got[0]
+        return value if self.leads and not rank else []
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all ranks, on the device."""
         if self.mesh is None:

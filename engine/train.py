@@ -1,5 +1,6 @@
 """PRFL training: flow matching, and the reward of a graded denoising step (a step that carries gradient)."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -7,11 +8,10 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
-from prfl_engine.agree import leads
 from prfl_engine.batch import Batch
 from prfl_engine.build import make_frozen_reward, make_policy, pick_device
 from prfl_engine.config import Config, LossConfig
-from prfl_engine.data import Reader, counted, fixed_batches, read_lists
+from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
@@ -39,7 +39,7 @@ from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.rollout.persistent import Persistent
 from prfl_engine.sample import write_samples
 from prfl_engine.seeds import Purpose, integers, noise_like
-from prfl_engine.validation import finite
+from prfl_engine.validation import HeldOut
 
 
 def check_one_backward(config: Config) -> None:
@@ -140,7 +140,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
                 yield values
 
     def validate(step: int) -> dict[str, float]:
-        return evaluate_policy(c, policy, reward, schedule, held_out, step)
+        return evaluate_policy(c, policy, reward, schedule, held_out, step, world)
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
         (lora.save if c.lora.rank else save_transformer)(policy, folder, values)
@@ -166,37 +166,43 @@ def evaluate_policy(
     schedule: flow.Schedule,
     paths: list[Path],
     step: int,
+    world: World = World(),  # noqa: B008 - frozen
 ) -> dict[str, float]:
     """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents.
 
     Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n, shifted.
     It is noised to every one of eval.timesteps and scored there. "score" is the mean reward over eval.scored,
-    or minus the flow-matching loss where no reward is trained. TrainingError for a number that is not finite.
+    or minus the flow-matching loss where no reward is trained. Every group of processes evaluates a part of
+    the samples; all get the same result. TrainingError for a number that is not finite.
     """
     e, device = config.eval, next(policy.parameters()).device
     paths = [paths[i % len(paths)] for i in range(e.samples)]
-    sft, rewards, kept = [], {t: [] for t in e.timesteps}, []
-    for first, batch in counted(fixed_batches(Reader(policy.config), paths, e.batch_size, device)):
+    samples, kept = HeldOut([paths], world), []
+    for first, (batch,) in samples.batches(Reader(policy.config), e.batch_size, device):
         n = len(batch.latent)
-        own = paths[first : first + n]
         noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, e.seed, first)
         level = (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
-        loss = sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift))
-        sft.append(finite("sft_loss", loss, own))
+        samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
-        latent = finite("sample", chain.sample(bind(policy, batch), schedule, noise), own)
+        latent = chain.sample(bind(policy, batch), schedule, noise)
+        samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:
             continue
         noise = noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first)
-        for t, found in rewards.items():
+        for t in e.timesteps:
             sigma = torch.full((n,), t / flow.TRAIN_STEPS, device=device)
             logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma)
-            found.append(torch.sigmoid(finite(f"reward_t{t:g}", logit, own)))
-    if kept and leads():
-        write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
-    values = {"sft_loss": torch.cat(sft).mean().item()}
-    by_t = {t: torch.cat(found).mean().item() for t, found in rewards.items() if found}
+            samples.put(f"reward_t{t:g}", logit)
+    found = samples.all()
+    kept = samples.first(kept, e.videos)
+    with world.agreed():
+        if kept:
+            write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
+    values = {"sft_loss": found["sft_loss", 0].mean().item()}
+    if reward is not None:
+        names = [f"reward_t{t:g}" for t in e.timesteps]
+        values |= {name: found[name, 0].sigmoid().mean().item() for name in names}
     trained = reward is not None and config.loss.weight > 0
-    score = sum(by_t[t] for t in e.scored) / len(e.scored) if trained else -values["sft_loss"]
-    return values | {f"reward_t{t:g}": value for t, value in by_t.items()} | {"score": score}
+    scored = [values[f"reward_t{t:g}"] for t in e.scored] if trained else [-values["sft_loss"]]
+    return values | {"score": sum(scored) / len(scored)}

@@ -9,7 +9,7 @@ from torch import Tensor
 from prfl_engine import flow
 from prfl_engine.build import make_reward, pick_device
 from prfl_engine.config import Config
-from prfl_engine.data import Reader, fixed_batches, read_lists
+from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
@@ -29,7 +29,7 @@ from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
 from prfl_engine.resume import prepare_out
 from prfl_engine.seeds import Purpose, integers, noise_like
-from prfl_engine.validation import check_labels, finite, partners, read_labels
+from prfl_engine.validation import HeldOut, check_labels, partners, read_labels
 
 ADAPTER = "adapter"  # folder of the adapter in a checkpoint of training with LoRA
 
@@ -115,7 +115,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         yield {"loss": loss.detach(), "accuracy": right.float().mean()}
 
     def validate(step: int) -> dict[str, float]:
-        accuracy = evaluate_reward(c, model, held_out, val_lose)
+        accuracy = evaluate_reward(c, model, held_out, val_lose, world=world)
         return {f"accuracy_t{t:g}": a for t, a in accuracy.items()} | {"score": score(c, accuracy)}
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
@@ -144,34 +144,35 @@ def evaluate_reward(
     paths: list[Path],
     lose: list[Path] | None = None,
     show: bool = False,
+    world: World = World(),  # noqa: B008 - frozen
 ) -> dict[float, float]:
-    """Accuracy on held-out latents at each of eval.timesteps: of sign(logit) against the label, or with
+    """Accuracies on held-out latents at each of eval.timesteps: of sign(logit) against the label, or with
     `lose` how often paths[i] has a higher logit than lose[i], of the same shape, under the same noise.
 
-    The noise of a sample is fixed by eval.seed and the same at every timestep. TrainingError for a logit that
-    is not finite.
+    The noise of a sample is fixed by eval.seed and the same at every timestep. Every group of processes
+    evaluates a part of the samples; all get the same result. TrainingError for a logit that is not finite.
     """
-    e, device, first = config.eval, next(model.parameters()).device, 0
-    reader = Reader(model.transformer.config, config.data.label)
-    sides = [paths] if lose is None else [paths, lose]
-    right = {t: [] for t in e.timesteps}
-    batches = zip(*(fixed_batches(reader, side, e.batch_size, device) for side in sides), strict=True)
+    e, device = config.eval, next(model.parameters()).device
+    samples = HeldOut([paths] if lose is None else [paths, lose], world)
+    batches = samples.batches(Reader(model.transformer.config, config.data.label), e.batch_size, device)
     if show:
         batches = progress(batches, "evaluating", -(-len(paths) // e.batch_size))
-    for given in batches:
+    for first, given in batches:
         noise = noise_like(given[0].latent, Purpose.ACCURACY, e.seed, first)
-        for t, found in right.items():
+        samples.put("label", given[0].label)
+        for t in e.timesteps:
             sigma = torch.full((len(noise),), t / flow.TRAIN_STEPS, device=device)
-            logits = [
-                finite(f"accuracy_t{t:g}", noisy_reward(model, batch, noise, sigma), side[first:])
-                for batch, side in zip(given, sides, strict=True)
-            ]
-            if lose is None:
-                found.append((logits[0] > 0) == (given[0].label > 0.5))
-            else:
-                found.append(logits[0] > logits[1])
-        first += len(noise)
-    return {t: torch.cat(found).float().mean().item() for t, found in right.items()}
+            for side, batch in enumerate(given):
+                samples.put(f"accuracy_t{t:g}", noisy_reward(model, batch, noise, sigma), side)
+    found = samples.all()
+
+    def right(t: float) -> Tensor:
+        logit = found[f"accuracy_t{t:g}", 0]
+        if lose is not None:
+            return logit > found[f"accuracy_t{t:g}", 1]
+        return (logit > 0) == (found["label", 0] > 0.5)
+
+    return {t: right(t).double().mean().item() for t in e.timesteps}
 
 
 def score(config: Config, accuracy: dict[float, float]) -> float:

@@ -97,3 +97,19 @@ def unreadable_here(monkeypatch, rank: int) -> None:
         return original(reader, path, rng)
 
     monkeypatch.setattr(Reader, "read", read)
+
+
+def told_validation(monkeypatch, rank: int) -> None:
+    """Prints the samples of every batch of a validation."""
+    import torch
+
+    from prfl_engine import train
+
+    loss = train.sft_loss
+
+    def sft_loss(model, batch, *rest):
+        if not torch.is_grad_enabled():
+            print(f"evaluated {len(batch.latent)}")
+        return loss(model, batch, *rest)
+
+    monkeypatch.setattr(train, "sft_loss", sft_loss)

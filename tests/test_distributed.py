@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import run_cases as cases
 import torch
 import training_runs
-from helpers import write_run
+from helpers import SHAPE, write_run
 from ranks import Ranks
 from training_runs import assert_equal, content
 
@@ -67,9 +68,13 @@ def values(folder: Path) -> list[dict[str, float]]:
 def test_two_processes_train_as_one(run, tmp_path, settings):
     """The same losses, rewards and norms, since the samples of a step are the same. Chains that persist
     are drawn otherwise."""
-    shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": {"every": 3}}
+    validation = {"every": 3, "samples": 3, "batch_size": 1, "videos": 3}
+    shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": validation}
     config = write_run(tmp_path, samples=8, **shared, **settings)
-    run(config, f"train.out={tmp_path}/two")
+    said = run(config, f"train.out={tmp_path}/two", patch=cases.told_validation)
+    # Twice, before the first step and after the last: a rank has one sample and makes one more batch.
+    batches = 6 if "sequence" in settings.get("parallel", {}) else 4
+    assert [out.count("evaluated 1") for out in said] == [batches] * 2
     two = values(tmp_path / "two")
     assert (tmp_path / "two/checkpoint-3/shards.json").is_file()
     if "mode" in settings["rollout"]:
@@ -78,6 +83,9 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
     run(config, f"train.out={tmp_path}/one", "parallel.sequence=1", processes=1, torchrun=False)
     one = values(tmp_path / "one")
     assert [step.keys() for step in one] == [step.keys() for step in two]
+    for i in range(3):
+        want, got = (np.load(tmp_path / f"{name}/samples/step-3/sample-0{i}.npy") for name in ("one", "two"))
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * abs(want).max())
     names = {path.relative_to(tmp_path / "one/best") for path in (tmp_path / "one/best").rglob("*")}
     assert names == {path.relative_to(tmp_path / "two/best") for path in (tmp_path / "two/best").rglob("*")}
     for part in ("best", "best/ema"):
@@ -121,6 +129,9 @@ def test_mistakes_end_all_processes_with_a_line(run, tmp_path):
     broken.write_bytes(b"")
     for out in run(config, "train.steps=9", f"train.out={tmp_path}/broken", ok=False):
         assert "latent-5.npy" in out
+    np.save(tmp_path / "val/latent-1.npy", np.full((1, *SHAPE), 3e38, np.float32))
+    for out in run(config, "eval.every=1", f"train.out={tmp_path}/infinite", ok=False):
+        assert f"prfl: sft_loss: got inf on {tmp_path}/val/1.json, want a finite number" in out
 
 
 def test_a_checkpoint_is_written_while_steps_go_on(run, tmp_path):
