@@ -34,6 +34,7 @@ from prfl_engine.model.flops import Costs
 from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
 from prfl_engine.parallel import World
 from prfl_engine.phases import Shape, count, mark, timed
+from prfl_engine.restarts import note_run
 from prfl_engine.resume import Progress, Start, read_state, save_state, write_run
 from prfl_kernels import dispatch
 
@@ -174,6 +175,7 @@ class Run:
         if files.checkpoints(out)[-1:] != ([] if found is None else [found]):
             raise UserError(f"train.out: {out} got a checkpoint from another run meanwhile, start again")
         files.clear_leftovers(out)
+        note_run(out)
         files.write_whole(out / "config.yaml", self.config.to_yaml())
         print(f"prfl: kernels: {kernels(pick_device(self.config).type)}", flush=True)
         for change in self.begin.changes:
@@ -198,9 +200,12 @@ class Run:
             measurements = Measurements(
                 metrics, train.log_every, progress.unlogged, self.bad_gradient, world.mean, clock, performance
             )
-            if self.validate is not None and (self.begin.checkpoint is None or progress.unvalidated):
+            stop = world.any(self.signals.asked is not None)
+            first_time = self.begin.checkpoint is None or progress.unvalidated
+            if self.validate is not None and first_time and not stop:
                 self.check(metrics)
-            if world.any(self.signals.asked is not None):
+                stop = world.any(self.signals.asked is not None)
+            if stop:
                 return
             steps = range(progress.step, train.steps)
             if world.leads:

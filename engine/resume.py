@@ -25,6 +25,7 @@ from prfl_engine.metrics import FILE, check_writers, note, read_metrics
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import load_state
 from prfl_engine.optim.states import check_like
+from prfl_engine.restarts import restarted
 
 STATE, RUN = "training_state.pt", "run.json"
 
@@ -91,9 +92,11 @@ class Start:
 def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
     """Look where the run is to start; UserError if its folder or configuration forbids it. Writes nothing.
 
-    lists: the meta paths of data.train and, for pairs, of data.lose.
+    lists: the meta paths of data.train and, for pairs, of data.lose. A run that torchrun has started anew
+    goes on, also where train.resume is false.
     """
-    out, resume = Path(config.train.out), config.train.resume
+    out = Path(config.train.out)
+    resume = config.train.resume or ("auto" if restarted(out) else False)
     found = _look(out)
     check_writers(config.train.tensorboard, config.train.wandb)
     if not resume and (found or (out / FILE).exists()):

@@ -81,9 +81,12 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     begin = prepare_out(c, {"data.train": paths})
     resume = begin.checkpoint
     world.check_checkpoint(resume)
+    world.stop_if_asked()
     policy = world.place(make_policy(c, resume, device, world.shard))
+    world.stop_if_asked()
     reward = make_frozen_reward(c, policy, device, world.shard) if use_reward or c.reward.path else None
     reward = reward and world.place(reward)
+    world.stop_if_asked()
     reader = Reader(
         policy.config,
         null_text=c.data.null_text,

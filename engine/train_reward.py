@@ -84,9 +84,11 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     resume = begin.checkpoint
     world.check_checkpoint(resume)
     whole = resume if world.mesh is None and not adapted else None
+    world.stop_if_asked()
     model = make_reward(c, whole or c.reward.path, device, shard=world.shard)
     if adapted:
         add_updates(model, c, resume)
+    world.stop_if_asked()
     reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout)
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")

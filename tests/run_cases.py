@@ -113,3 +113,20 @@ def told_validation(monkeypatch, rank: int) -> None:
         return loss(model, batch, *rest)
 
     monkeypatch.setattr(train, "sft_loss", sft_loss)
+
+
+def signalled_while_loading(monkeypatch, rank: int) -> None:
+    """The second rank gets SIGTERM when it begins to load the generator."""
+    import signal
+
+    from prfl_engine import train
+
+    load = train.make_policy
+
+    def make_policy(*arguments):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return load(*arguments)
+
+    monkeypatch.setattr(train, "make_policy", make_policy)
+    monkeypatch.setattr(train, "make_frozen_reward", None)  # never called

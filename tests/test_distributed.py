@@ -1,6 +1,9 @@
 """`prfl train` under torchrun is the run of one process: metrics, checkpoints, resuming, refusals."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,14 +11,17 @@ import numpy as np
 import pytest
 import run_cases as cases
 import torch
+import torch.distributed as dist
 import training_runs
 from helpers import SHAPE, write_run
 from ranks import Ranks
 from training_runs import assert_equal, content
 
-from prfl_engine import cli
+from prfl_engine import cli, restarts
 from prfl_engine.metrics import read_metrics
 from prfl_engine.model.checkpoint import load_transformer
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +183,47 @@ def test_a_broken_sample_is_left_out_on_all_ranks_alike(run, tmp_path):
     settings = f"train.out={tmp_path}/one", "data.skip_broken=1"
     for out in run(config, *settings, patch=cases.unreadable_here, ok=False):
         assert "data.skip_broken: got 1, want more to go on" in out
+
+
+def test_a_signal_to_one_process_while_models_load_stops_all(run, tmp_path):
+    config = write_run(tmp_path, samples=8, train={"accumulate": 2})
+    for out in run(config, patch=cases.signalled_while_loading):
+        assert "prfl: SIGTERM: stopped; nothing to save" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_rank_ends_the_others_and_nothing_is_lost(tmp_path, monkeypatch):
+    """Three trials of scripts/kill_ranks.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from kill_ranks import trials
+
+    assert [result for result in trials(tmp_path, 3, size=2, steps=3, seed=2) if not result.ok] == []
+    said = [path.read_text() for path in tmp_path.glob("trial-*.log.*")]
+    assert len(said) >= 6 and not any("Traceback" in text for text in said)
+
+
+def test_a_run_that_torchrun_starts_anew_goes_on_by_itself(tmp_path):
+    """Without train.resume. The folder of another run is refused by every start."""
+    config = write_run(tmp_path, train={"steps": 4, "save_every": 1, "keep": 9}, loss={"weight": 0})
+    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=1"
+    made = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "tests/die_once.py"), "train", str(config)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert list(training_runs.values(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+def test_only_the_run_of_this_call_of_torchrun_goes_on(tmp_path, monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    restarts.note_run(tmp_path)
+    assert not restarts.restarted(tmp_path)  # the store is not torchrun's
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert not restarts.restarted(tmp_path)
+    restarts.note_run(tmp_path)
+    assert restarts.restarted(tmp_path) and not restarts.restarted(tmp_path / "other")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not restarts.restarted(tmp_path)
