@@ -1,9 +1,12 @@
 """Ranks that must go on together or fail together, and a folder that all of them write to."""
 
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -21,13 +24,50 @@ def leads(group: dist.ProcessGroup | None = None) -> bool:
     return not several() or dist.get_rank(group) == 0
 
 
+class _Watch(NamedTuple):
+    limit: timedelta
+    hosts: list[str]
+
+
+_watched: dict[dist.ProcessGroup, _Watch] = {}
+
+
+@contextmanager
+def watched_groups(count: int, limit: timedelta) -> Iterator[list[dist.ProcessGroup]]:
+    """So many gloo groups of all ranks. Where a rank does not come to `gathered` or `Agreed` within the
+    limit, the others raise TrainingError, and the line of the first one names the rank and its host."""
+    hosts = gathered(socket.gethostname())
+    groups = [dist.new_group(backend="gloo", timeout=limit) for _ in range(count)]
+    _watched.update(dict.fromkeys(groups, _Watch(limit, hosts)))
+    try:
+        yield groups
+    finally:
+        for group in groups:
+            del _watched[group]
+
+
 def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """`value`, which can be pickled, of every rank of a group (None: all)."""
     if not several():
         return [value]
+    if group in _watched:
+        _await_all(group, _watched[group])
     found = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, value, group)
     return found
+
+
+def _await_all(group: dist.ProcessGroup, watch: _Watch) -> None:
+    try:
+        dist.monitored_barrier(group, watch.limit, wait_all_ranks=True)
+    except RuntimeError as error:  # gloo's, which has no type of its own
+        limit = f"within {watch.limit.total_seconds():g} s (parallel.timeout)"
+        found = re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", str(error))
+        if found is None:  # the first rank waits for all, the others for it alone
+            line = f"rank 0 on {watch.hosts[0]} ended or gave no answer {limit}; it may name another rank"
+            raise TrainingError(line) from None
+        lost = (f"rank {rank} on {watch.hosts[int(rank)]}" for rank in re.findall(r"\d+", found[1]))
+        raise TrainingError(f"{' and '.join(lost)} ended or gave no answer {limit}") from None
 
 
 class Agreed:

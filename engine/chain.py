@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prfl_engine import flow
+from prfl_engine import flow, phases
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -103,6 +103,7 @@ class Chain:
                 return
             at = at[active]
             state = advance(velocity, self.schedule, self.at(at, active), at, active)
+            phases.count("rollout", state.x)
             self._append(state, active)
 
     def _append(self, state: flow.SolverState, active: Tensor) -> None:
@@ -116,10 +117,12 @@ class Chain:
         states before it are constants. detach_input gives the model a detached input at every step, so that
         the gradient goes from step to step through the sampler alone (DRTune, Wu et al. 2024).
         """
+        phases.mark("rollout")
         first = (index - (window - 1)).clamp(min=0)
         if self.stretch is not None:
             self.advance_to(first, first)
         self.advance_to(index, first, self.velocity)
+        phases.mark("graded")
         return Window(self, index, window, detach_input)
 
 
@@ -134,6 +137,7 @@ class Window:
         self.chain, self.index, self.window, self.detach_input = chain, index, window, detach_input
         everyone = torch.arange(len(index))
         self.leaf, out = self._step(index, everyone, window > 1)
+        phases.count("graded", out.x)
         self.x: Tensor | None = out.x
         self.inside = False  # a backward of our own is running
         if out.x.requires_grad:
@@ -147,6 +151,7 @@ class Window:
     def _guard(self, _) -> None:
         if not self.inside:
             raise RuntimeError("a loss of a window: got backward(), want window.backward(loss)")
+        phases.mark("graded")  # the backward of what scores it is done
 
     def _step(self, index, active, through):
         """(state before the steps index, state after them); the first is a leaf that takes gradient if
@@ -186,6 +191,7 @@ class Window:
             for a in leaf:  # the caller's loss may keep the leaf of the last step alive
                 a.grad = None
             leaf, out = self._step(self.index[active] - distance, active, True)
+            phases.count("earlier", out.x)
             torch.autograd.backward(out, gradients)
             del out, gradients
 

@@ -54,6 +54,11 @@ class Saving:
         """Whether `wait` returns at once; ranks may differ for a moment."""
         return self._future is None or self._future.done()
 
+    @property
+    def failed(self) -> bool:
+        """Whether it is done and `wait` raises."""
+        return self.done() and self._future is not None and self._future.exception() is not None
+
     def wait(self) -> None:
         """Wait until all ranks have written all; raises on all ranks if one has failed."""
         if self._future is not None:
@@ -96,7 +101,8 @@ def save_sharded(
     if background is None:
         _write(folder, mine, index, None, then)
         return Saving()
-    mine = {name: a.to("cpu", copy=True) for name, a in mine.items()}
+    with Agreed(background):
+        mine = {name: a.to("cpu", copy=True) for name, a in mine.items()}
     thread = ThreadPoolExecutor(1, thread_name_prefix="prfl-save")
     saving = Saving(thread.submit(_write, folder, mine, index, background, then))
     thread.shutdown(wait=False)

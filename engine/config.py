@@ -71,6 +71,10 @@ class DataConfig(Section, name="data"):
     human_quality. A field that no sample has and data of one class are refused."""
     batch_size: Count = 1
     """Samples of one micro-batch; all of one shape."""
+    skip_broken: Natural = 0
+    """How many broken samples of training (a file that cannot be read, a wrong shape, NaN) a run leaves out;
+    `train.out`/broken.jsonl lists them. Another sample takes the place of each. One more stops the run with
+    its name; 0: so does the first."""
     num_workers: Annotated[int, Within(0, 1024)] = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -176,6 +180,9 @@ class ParallelConfig(Section, name="parallel"):
     resident: bool = False
     """Gather all weights once for a rollout, and drop them before its graded step: no collective inside a
     rollout, at the cost of whole weights on every GPU meanwhile."""
+    save_async: bool = True
+    """Write checkpoints while the next steps run, from copies of all shards in host memory; false: the run
+    waits until they are written. A run without torchrun always waits."""
     timeout: Annotated[float, Within(1, 86400)] = 1800.0
     """Seconds after which a collective that some process does not join ends the run."""
 

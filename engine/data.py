@@ -1,29 +1,22 @@
 """Data in the official format: .list files of meta JSON paths, fp32 .npy arrays.
 
-Everything random about a sample (its place in the epoch, the dropped caption, the chosen caption,
-the loser of a pair) follows from the seed and the sample's position in the sequence of micro-batches
-(seeds.py), never from the state of a worker. A sequence that is started at position p goes on exactly as one
-that reached p.
+`Reader` reads single samples; micro_batches.py makes the sequence of training batches of them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from prfl_engine.batch import Batch, collate, to_device
 from prfl_engine.errors import UserError, check, named
-from prfl_engine.failures import lost_worker
 from prfl_engine.inputs import check_file, check_finite, find_from, read_array, read_json, read_lines
-from prfl_engine.interrupt import quiet_children, shield
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.wan import WanConfig
-from prfl_engine.seeds import Purpose, each, seeded
+from prfl_engine.seeds import Purpose, seeded
 
 LATENT_KEYS = ("video_vae_latent_path", "vae_latent_path", "latents_path")
 CONDITION_KEYS = ("f1_black_path", "latents_condition_path")
@@ -170,135 +163,6 @@ def _read_tensor(path: str | Path, shape, what: str, longest: int | None = None)
         tensor = torch.from_numpy(np.array(array[0], dtype=np.float32))
     check_finite(tensor, path, what)
     return tensor
-
-
-class MicroBatches:
-    """The endless, reproducible sequence of micro-batches; item p is the p-th.
-
-    Every epoch is a new permutation. A micro-batch holds samples of one latent shape; the last one
-    of a shape in an epoch may be smaller. With `lose`, an item is a pair (winners, losers).
-    """
-
-    def __init__(
-        self,
-        reader: Reader,
-        paths: list[Path],
-        batch_size: int,
-        seed: int,
-        lose: list[Path] | None = None,
-    ):
-        self.reader, self.paths, self.batch_size, self.seed = reader, paths, batch_size, seed
-        self.lose = lose
-        mixed = batch_size > 1 or lose is not None  # only then do shapes matter
-        self._shapes = [reader.shape(p) if mixed else () for p in paths]
-        sizes = {s: self._shapes.count(s) for s in set(self._shapes)}
-        self.batches_per_epoch = sum(-(-n // batch_size) for n in sizes.values())
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        self._lose_by_shape = by_shape(reader, lose or [])
-
-    def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch]:
-        batches = tuple(collate([sample for _, sample in part]) for part in self.samples(position))
-        return batches[0] if self.lose is None else batches
-
-    def samples(self, position: int) -> list[list[tuple[Path, Batch]]]:
-        """(meta path, sample) of the samples of item `position`; with `lose`, of winners and of losers."""
-        picked = [self.paths[i] for i in self.picked(position)]
-        at = self.seed, position * self.batch_size, len(picked)
-        draws = each(Purpose.CAPTION, *at)
-        samples = [(p, self.reader.read(p, rng)) for p, rng in zip(picked, draws, strict=True)]
-        if self.lose is None:
-            return [samples]
-        shape = self._shapes[self.picked(position)[0]]
-        fitting = self._lose_by_shape.get(shape)
-        if fitting is None:
-            raise UserError(
-                f"{self.lose[0]}: no latent of data.lose has the shape of {picked[0]}, {list(shape)}"
-            )
-        draws = [(fitting[rng.integers(len(fitting))], rng) for rng in each(Purpose.LOSER, *at)]
-        return [samples, [(p, self.reader.read(p, rng)) for p, rng in draws]]
-
-    def picked(self, position: int) -> list[int]:
-        """Which of `paths` the samples of item `position` are; with `lose`, the winners."""
-        epoch, place = divmod(position, self.batches_per_epoch)
-        return self._plan(epoch)[place]
-
-    @property
-    def shapes(self) -> set[tuple[int, ...]]:
-        """The shapes of latents that may have to share a micro-batch; batches of one sample mix nothing."""
-        return set(self._shapes)
-
-    def suspects(self, positions: Iterable[int]) -> str:
-        """Which samples of these items hold a value that is not finite, or else what samples they are."""
-        try:
-            samples = [one for p in positions for part in self.samples(p) for one in part]
-        except UserError as error:
-            return str(error)
-        for path, sample in samples:
-            for name, a in zip(Batch._fields, sample, strict=True):
-                if a is not None and not a.isfinite().all():
-                    return f"{path}: its {name} is not finite"
-        return f"samples: {', '.join(dict.fromkeys(str(path) for path, _ in samples))}"
-
-    def loader(self, position: int, num_workers: int, device: torch.device, stride: int = 1) -> Iterator:
-        """Every stride-th batch from `position` on, on the device; GPU copies are pinned and asynchronous."""
-        pinned = device.type == "cuda"
-        loader = DataLoader(
-            _Caught(self),
-            batch_size=None,
-            sampler=range(position, 2**40, stride),
-            num_workers=num_workers,
-            pin_memory=pinned,
-            generator=torch.Generator(),  # else it draws from the one that dropout goes on with
-            prefetch_factor=4 if num_workers else None,
-            worker_init_fn=shield,
-        )
-        items = iter(loader)
-        with quiet_children() if num_workers else nullcontext():
-            while True:
-                try:
-                    item = next(items)
-                except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                    failure = lost_worker(error) if num_workers else None
-                    if failure is None:
-                        raise
-                    error.with_traceback(None)
-                    break
-                if isinstance(item, UserError):
-                    failure = item
-                    break
-                if self.lose is None:
-                    yield to_device(item, device)
-                else:
-                    yield tuple(to_device(b, device) for b in item)
-            # The error's traceback refers to itself and to the loader, and a loader that dies by garbage
-            # collection waits 5 s for its workers. So that is cut, and no handler holds the error here.
-            del items
-        raise failure
-
-    def _plan(self, epoch: int) -> list[list[int]]:
-        """The sample indices of every micro-batch of an epoch."""
-        if self._epoch[0] != epoch:
-            rng = seeded(Purpose.ORDER, self.seed, epoch)
-            alike: dict[tuple, list[int]] = {}
-            for i in rng.permutation(len(self.paths)).tolist():
-                alike.setdefault(self._shapes[i], []).append(i)
-            n = self.batch_size
-            batches = [b[i : i + n] for b in alike.values() for i in range(0, len(b), n)]
-            self._epoch = epoch, [batches[i] for i in rng.permutation(len(batches)).tolist()]
-        return self._epoch[1]
-
-
-class _Caught(Dataset):
-    """Micro-batches, or the UserError in place of one: raised in a worker, torch would rewrite it."""
-
-    def __init__(self, batches: MicroBatches):
-        self.batches = batches
-
-    def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch] | UserError:
-        try:
-            return self.batches[position]
-        except UserError as error:
-            return error
 
 
 def fixed_batches(reader: Reader, paths: list[Path], batch_size: int, device) -> Iterator[Batch]:

@@ -1,4 +1,5 @@
-"""Failures of the machine, not of the program: a full disk, too little memory, a lost loader process."""
+"""Failures of the machine, not of the program: a full disk, too little memory, a lost loader process, a lost
+rank."""
 
 import errno
 import re
@@ -12,9 +13,11 @@ KINDS = (RuntimeError, OSError, MemoryError, SafetensorError)
 """Types of the exceptions among which `reason` finds them."""
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-# By torch's sources: its zip writer, its allocators on CPU, on CUDA and for pinned memory, its loader.
+# By torch's sources: its zip writer, its allocators on CPU, on CUDA and for pinned memory, gloo and NCCL, its
+# loader.
 _WRITER = re.compile(r"inline_container|PytorchStreamWriter|iostream error|unexpected pos \d+ vs")
 _MEMORY = re.compile(r"[Cc]an(no|')t allocate memory|not enough memory|out of memory|std::bad_alloc")
+_RANK = re.compile(r"gloo/\w+[./]|Gloo connectFullMesh|NCCL (error|communicator)")
 _WORKER = re.compile(r"DataLoader worker \(pid")
 
 
@@ -52,4 +55,6 @@ def reason(error: BaseException) -> str | None:
         return f"cannot write: {line} (torch.save; is the disk full?)"
     if _MEMORY.search(line):
         return f"out of memory: {line}"
+    if _RANK.search(line):
+        return f"lost another process: {line}"
     return f"lost a loader process: {line}" if isinstance(error, WorkerLost) else None

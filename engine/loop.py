@@ -18,19 +18,36 @@ import torch
 from torch import Tensor, nn
 
 from prfl_engine import failures, files
+from prfl_engine.batch import Batch
 from prfl_engine.build import pick_device
-from prfl_engine.checkpoint_shards import load_sharded, save_sharded
+from prfl_engine.checkpoint_shards import Saving, load_sharded, save_sharded
+from prfl_engine.checkpoints import Checkpoints
 from prfl_engine.config import Config
-from prfl_engine.data import MicroBatches
 from prfl_engine.errors import TrainingError, UserError, check
-from prfl_engine.gpu import gpu_metrics
 from prfl_engine.inputs import make_folder
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
+from prfl_engine.measurements import Measurements, Performance
 from prfl_engine.metrics import MetricsWriter, NoMetrics, note
 from prfl_engine.metrics import progress as progress_bar
+from prfl_engine.micro_batches import MicroBatches
+from prfl_engine.model.flops import Costs
 from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
 from prfl_engine.parallel import World
+from prfl_engine.phases import Shape, count, mark, timed
+from prfl_engine.restarts import note_run
 from prfl_engine.resume import Progress, Start, read_state, save_state, write_run
+from prfl_kernels import dispatch
+
+BROKEN = "broken.jsonl"
+"""File of a run: a line {"sample": path, "reason": line} for every sample that is left out."""
+
+
+def kernels(device: str) -> str:
+    """Which implementation runs which operations on a kind of device, in one line."""
+    found: dict[str, list[str]] = {}
+    for op, implementation, _ in dispatch.choices(device):
+        found.setdefault(implementation, []).append(op)
+    return "; ".join(f"{name} for {', '.join(ops)}" for name, ops in found.items())
 
 
 class Carried(Protocol):
@@ -57,6 +74,7 @@ def fit(
     validate: Callable[[int], dict[str, float]] | None,
     save: Callable[..., None],
     load: Callable[[Path], dict[str, Tensor]],
+    costs: Callable[[Shape], Costs],
     carried: Carried | None = None,
     world: World = World(),  # noqa: B008 - frozen
 ) -> None:
@@ -66,13 +84,16 @@ def fit(
     and yields the metrics of each. `key` is an integer that no other micro-batch has.
     validate(step) returns metrics; "score", higher is better, picks the best checkpoint.
     save(folder, step, values) writes the trained parameters, or in their place `values` by the same names;
-    load(folder) reads them back in float32, under their names in the model. What is `carried` is in every
-    checkpoint, too. Every process of `world` calls this; the first one writes what is written once.
+    load(folder) reads them back in float32, under their names in the model. costs(shape) counts the work on
+    a sample of latents [*, *shape]. What is `carried` is in every checkpoint, too. Every process of `world`
+    calls this; the first one writes what is written once.
 
     SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises UserError before anything is written,
     TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
     """
     device, progress = pick_device(config), Progress()
+    group = world.saves if config.parallel.save_async else world.control
+    checkpoints = Checkpoints(Path(config.train.out), config.train.keep, group)
     try:
         with interrupts() as signals:
             optimizer = make_optimizer(groups, config.optim)
@@ -82,15 +103,15 @@ def fit(
                     progress = _load(config, begin, model, optimizer, ema, load, device, world)
                     if carried is not None:
                         carried.load(begin.checkpoint)
+                    batches.leave_out(progress.broken)
                 elif (name := not_finite(model)) is not None:
                     raise UserError(f"model to start from: {name} is not finite, want finite weights")
-            trained = config, begin, model, optimizer, ema
-            run = Run(*trained, batches, backpropagate, validate, save, progress, signals, carried, world)
-            run.train(device)
+            trained = config, begin, model, optimizer, ema, batches, backpropagate, validate, save, costs
+            Run(*trained, progress, signals, carried, world, checkpoints).train(device)
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
             raise
-        raise TrainingError(f"{reason}; {_last(Path(config.train.out))}") from None
+        raise TrainingError(f"{reason}; {checkpoints.last()}") from None
 
 
 def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load, device, world) -> Progress:
@@ -113,11 +134,6 @@ def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load,
     return progress
 
 
-def _last(out: Path) -> str:
-    found = files.checkpoints(out)
-    return f"{found[-1]} is the last good checkpoint" if found else "there is no checkpoint yet"
-
-
 @dataclass
 class Run:
     """A run that has been accepted; the fields are fit's."""
@@ -131,10 +147,12 @@ class Run:
     backpropagate: Callable[..., Iterable[dict[str, Tensor]]]
     validate: Callable[[int], dict[str, float]] | None
     save: Callable[..., None]
+    costs: Callable[[Shape], Costs]
     progress: Progress
     signals: Interrupts
     carried: Carried | None
     world: World
+    checkpoints: Checkpoints
 
     def train(self, device: torch.device) -> None:
         """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
@@ -143,9 +161,10 @@ class Run:
             with self.world.agreed():
                 if self.world.leads:
                     self.take_folder(out, held)
-            self.steps(device)
+            with self.checkpoints:
+                self.steps(device)
             if self.signals.asked is not None:
-                saved = f"{_last(out)}, train.resume=true goes on from it"
+                saved = f"{self.checkpoints.last()}, train.resume=true goes on from it"
                 raise self.signals.stopped(saved if files.checkpoints(out) else "nothing to save")
 
     def take_folder(self, out: Path, held: ExitStack) -> None:
@@ -156,9 +175,12 @@ class Run:
         if files.checkpoints(out)[-1:] != ([] if found is None else [found]):
             raise UserError(f"train.out: {out} got a checkpoint from another run meanwhile, start again")
         files.clear_leftovers(out)
+        note_run(out)
         files.write_whole(out / "config.yaml", self.config.to_yaml())
+        print(f"prfl: kernels: {kernels(pick_device(self.config).type)}", flush=True)
         for change in self.begin.changes:
             print(f"prfl: {change}", flush=True)
+        self.list_broken(at_start=True)
         if self.begin.new_score and self.validate is not None:
             print("prfl: validation has changed: earlier scores no longer count for best", flush=True)
         if self.progress.step >= (steps := self.config.train.steps):
@@ -172,13 +194,18 @@ class Run:
         items = self.batches.loader(first, self.config.data.num_workers, device, world.readers)
         start = progress.step + 1 if self.begin.checkpoint else 0
         writer = MetricsWriter(out, train.tensorboard, train.wandb, start) if world.leads else NoMetrics()
-        with closing(items), writer as metrics:
+        with closing(items), writer as metrics, timed(device) as clock:
+            bfloat16 = self.config.model.compute_dtype == "bfloat16"
+            performance = Performance(device, world, self.costs, bfloat16)
             measurements = Measurements(
-                metrics, train.log_every, progress.unlogged, self.bad_gradient, world.mean
+                metrics, train.log_every, progress.unlogged, self.bad_gradient, world.mean, clock, performance
             )
-            if self.validate is not None and (self.begin.checkpoint is None or progress.unvalidated):
+            stop = world.any(self.signals.asked is not None)
+            first_time = self.begin.checkpoint is None or progress.unvalidated
+            if self.validate is not None and first_time and not stop:
                 self.check(metrics)
-            if world.any(self.signals.asked is not None):
+                stop = world.any(self.signals.asked is not None)
+            if stop:
                 return
             steps = range(progress.step, train.steps)
             if world.leads:
@@ -188,13 +215,19 @@ class Run:
                 set_lr(optimizer, factor)
                 seen: dict[str, Tensor] = {}
                 for micro in range(own):
+                    mark("data")
+                    key = step * train.accumulate + micro * world.readers + world.reader
                     with world.agreed():
                         item = next(items)
-                    key = step * train.accumulate + micro * world.readers + world.reader
-                    for values in self.backpropagate(item, key, 1 / own):
+                    item = self.batches.accept(item, key, device)
+                    self.list_broken()
+                    for batch in [item.batch] if isinstance(item.batch, Batch) else item.batch:
+                        count("samples", batch.latent)
+                    for values in self.backpropagate(item.batch, key, 1 / own):
                         for k, v in values.items():
                             seen[k] = seen.get(k, 0) + v.detach() / own
                         measurements.settle()  # the device has a backward of this step to do meanwhile
+                mark("optimizer")
                 norm = update(optimizer, self.config.optim.clip)
                 if self.ema is not None:
                     self.ema.update()
@@ -206,7 +239,8 @@ class Run:
                     measurements.settle()
                     self.check_weights()
                     self.check(metrics)
-                stop = world.any(self.signals.asked is not None)  # asked once: it may come at any time
+                # Asked once, since a signal may come at any time. The next checkpoint raises what has failed.
+                stop = world.any(self.signals.asked is not None or self.checkpoints.failed)
                 if stop or last or done % train.save_every == 0:
                     measurements.settle()
                     self.check_weights()
@@ -221,10 +255,26 @@ class Run:
         """The folder of the run."""
         return Path(self.config.train.out)
 
+    def list_broken(self, at_start: bool = False) -> None:
+        """Write the samples that are left out to broken.jsonl when there are more of them."""
+        broken, path = self.batches.broken, self.out / BROKEN
+        more = [sample for sample in broken if sample not in self.progress.broken]
+        self.progress.broken = dict(broken)
+        if not self.world.leads or not (more or at_start):
+            return
+        if not broken:  # a run that was killed before its first checkpoint may have left some
+            path.unlink(missing_ok=True)
+            return
+        for sample in more:
+            note(f"{broken[sample]}; left out (data.skip_broken)")
+        lines = [{"sample": str(sample), "reason": why} for sample, why in broken.items()]
+        files.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+
     def check(self, metrics: MetricsWriter) -> None:
         """Validate, with the averaged weights if there are any, and keep the best. Left for the resumed run
         where a signal has come or comes now."""
         progress, training, ema = self.progress, self.model.training, self.ema
+        mark("validation")
         progress.unvalidated = True
         self.model.eval()
         try:
@@ -247,23 +297,26 @@ class Run:
                     (folder / "score.json").write_text(json.dumps(score))
 
     def write_checkpoint(self, device: torch.device) -> None:
-        """Write checkpoint-N, then delete the oldest ones."""
-        with self.world.folder(self.out / f"checkpoint-{self.progress.step}") as folder:
-            if self.world.mesh is None:
+        """Write checkpoint-N, with several processes perhaps in the background, then delete the oldest."""
+        mark("save")
+        alone = self.world.mesh is None
+
+        def state(folder: Path) -> None:
+            if alone:
                 self.write_weights(folder)
-                save_state(folder, self.progress, device, self.optimizer)
-            else:
-                adapter = self.config.lora.rank > 0  # onto weights that are in another folder
-                save_sharded(folder, self.model, self.optimizer, self.ema, trained=adapter)
-                if self.world.leads:
-                    save_state(folder, self.progress, device)
             if self.world.leads:
+                save_state(folder, self.progress, device, self.optimizer if alone else None)
                 write_run(folder, self.config, self.begin.sources)
             if self.carried is not None:
                 self.carried.save(folder)
-        if self.world.leads:
-            for old in files.checkpoints(self.out)[: -self.config.train.keep]:
-                files.remove_folder(old)
+
+        def shards(folder: Path, then: Callable[[], None]) -> Saving:
+            adapter = self.config.lora.rank > 0  # onto weights that are in another folder
+            behind = self.world.saves if self.config.parallel.save_async else None
+            trained = self.model, self.optimizer, self.ema
+            return save_sharded(folder, *trained, trained=adapter, background=behind, then=then)
+
+        self.checkpoints.write(self.progress.step, state, None if alone else shards)
 
     def write_weights(self, folder: Path) -> None:
         """Write the trained weights, and the averaged ones to `folder`/ema."""
@@ -280,7 +333,8 @@ class Run:
             if (name := not_finite(self.model)) is None:
                 return
             step = self.progress.step - 1
-            raise TrainingError(f"step {step}: {name} is not finite after the update; {_last(self.out)}")
+            what = f"{name} is not finite after the update"
+            raise TrainingError(f"step {step}: {what}; {self.checkpoints.last()}")
 
     def bad_gradient(self, step: int, norm: float) -> None:
         """TrainingError for a norm that is not finite, with what may be its cause; none where what is carried
@@ -292,58 +346,5 @@ class Run:
             return
         else:
             cause = self.batches.suspects(range(step * (n := self.config.train.accumulate), (step + 1) * n))
-        raise TrainingError(f"step {step}: the norm of the gradient is {norm}; {cause}; {_last(self.out)}")
-
-
-class Measured:
-    """Values of a step, 0-dim on the device, on their way to the host."""
-
-    def __init__(self, step: int, lr: float, values: dict[str, Tensor], mean: Callable[[Tensor], Tensor]):
-        self.step, self.lr, self.names = step, lr, list(values)
-        flat = mean(torch.stack([v.detach().float() for v in values.values()]))
-        self.numbers = flat.to("cpu", non_blocking=True)  # into pinned memory, where it came from a GPU
-        self.event = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
-
-    def read(self) -> dict[str, float]:
-        """The values by name, with lr; waits for the transfer."""
-        if self.event is not None:
-            self.event.synchronize()
-        return dict(zip(self.names, self.numbers.tolist(), strict=True)) | {"lr": self.lr}
-
-
-class Measurements:
-    """What steps measure; a step's values are read, all in one transfer, when the next one has begun."""
-
-    def __init__(
-        self,
-        metrics: MetricsWriter,
-        log_every: int,
-        newest: dict[str, Tensor],
-        bad_gradient: Callable[[int, float], None],
-        mean: Callable[[Tensor], Tensor],
-    ):
-        """mean: of values over all processes, on the device."""
-        self.metrics, self.log_every, self.bad_gradient, self.mean = metrics, log_every, bad_gradient, mean
-        self.last: Measured | None = None
-        self.newest = newest  # since the last log: not every step has every loss
-
-    def put(self, step: int, lr: float, norm: Tensor, values: dict[str, Tensor]) -> None:
-        """Start the transfer of a step's gradient norm and, where it is to be logged, of all values (0-dim)
-        since the last log."""
-        self.newest |= values
-        logs = (step + 1) % self.log_every == 0
-        self.last = Measured(step, lr, {"grad_norm": norm} | (self.newest if logs else {}), self.mean)
-        if logs:
-            self.newest = {}
-
-    def settle(self) -> None:
-        """Wait for the last step's values and log them; bad_gradient is called if its gradient was not
-        finite."""
-        if self.last is None:
-            return
-        step, values = self.last.step, self.last.read()
-        self.last = None
-        if not math.isfinite(values["grad_norm"]):
-            self.bad_gradient(step, values["grad_norm"])
-        if (step + 1) % self.log_every == 0:
-            self.metrics.log(step + 1, values | gpu_metrics(), "train")
+        what = f"the norm of the gradient is {norm}; {cause}"
+        raise TrainingError(f"step {step}: {what}; {self.checkpoints.last()}")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prfl_engine import chain, flow
+from prfl_engine import chain, flow, phases
 from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
 from prfl_engine.model.reward import RewardModel
@@ -144,6 +144,8 @@ class Grading:
         """The window that ends with steps index [B] of a chain of `way`."""
         g = self.grader
         window = way.graded(index, g.window, g.config.detach_input)
+        phases.mark("reward")
+        phases.count("reward", window.x)
         t = g.schedule.timesteps[index + 1].to(window.x.device, non_blocking=True)
         logit = g.reward.score(window.x, t, self.scored, self.condition, g.score_blocks)
         return GradedWindow(window, logit, self.context, self.leaf)

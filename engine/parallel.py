@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from prfl_engine.agree import Agreed, gathered, shared_folder
+from prfl_engine.agree import Agreed, gathered, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import UserError, check
+from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import WanTransformer
@@ -40,6 +42,8 @@ class World:
     mesh: DeviceMesh | None = None  # [shard] or [replicate, shard], over all ranks
     group: dist.ProcessGroup | None = None  # the ranks that share this one's samples
     control: dist.ProcessGroup | None = None  # all ranks, over gloo, for what the host knows
+    saves: dist.ProcessGroup | None = None  # the same for checkpoints that a thread writes
+    signals: Interrupts | None = None  # of several processes: what `stop_if_asked` asks
 
     @property
     def leads(self) -> bool:
@@ -74,13 +78,38 @@ class World:
         """A folder that all ranks write into and that takes its name when all have done so."""
         return shared_folder(folder, self.control)
 
+    def all(self, value: Any) -> list[Any]:
+        """`value`, which can be pickled, of every rank; every rank must ask."""
+        return gathered(value, self.control) if self.mesh is not None else [value]
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on some rank; every rank must ask."""
-        return any(gathered(flag, self.control)) if self.mesh is not None else flag
+        return any(self.all(flag))
 
     def most(self, number: float) -> float:
         """The largest `number` of all ranks; every rank must ask."""
-        return max(gathered(number, self.control)) if self.mesh is not None else number
+        return max(self.all(number))
+
+    def union(self, found: dict) -> dict:
+        """What all ranks have found, of equal keys the lowest rank's; every rank must ask."""
+        return {k: v for theirs in reversed(self.all(found)) for k, v in theirs.items()}
+
+    def stop_if_asked(self) -> None:
+        """Stopped on all ranks where a signal has come to one of them, with nothing to save yet; every
+        rank must ask. One process by itself is stopped when the signal comes."""
+        asked = self.all(self.signals and self.signals.asked)
+        if (name := next((number.name for number in asked if number), None)) is not None:
+            raise Stopped(f"{name}: stopped; nothing to save")
+
+    def to_first(self, value: list[Any], rank: int) -> list[Any]:
+        """On the first rank the list of another rank, which has to ask, too; nothing on all others."""
+        if rank and self.rank == rank:
+            dist.send_object_list([value], 0, self.control)
+        elif rank and self.leads:
+            got = [None]
+            dist.recv_object_list(got, rank, self.control)
+            return got[0]
+        return value if self.leads and not rank else []
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all ranks, on the device."""
@@ -168,8 +197,8 @@ def started(config: ParallelConfig, device: torch.device) -> Iterator[World]:
                 device.type, (size // config.sequence, config.sequence), mesh_dim_names=("data", "sequence")
             )
             group = cut.get_group("sequence")
-        control = dist.new_group(backend="gloo", timeout=limit)
-        yield World(rank, size, config.sequence, config.resident, mesh, group, control)
+        with interrupts() as signals, signals.at_once(False), watched_groups(2, limit) as gloo:
+            yield World(rank, size, config.sequence, config.resident, mesh, group, *gloo, signals)
     finally:
         dist.destroy_process_group()
 

@@ -25,6 +25,7 @@ from prfl_engine.metrics import FILE, check_writers, note, read_metrics
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import load_state
 from prfl_engine.optim.states import check_like
+from prfl_engine.restarts import restarted
 
 STATE, RUN = "training_state.pt", "run.json"
 
@@ -47,7 +48,7 @@ KINDS = {
         "source": "train lose null_text",
         "fixed": "label batch_size",
         "score": "val val_lose",
-        "free": "negative_text text_dropout long_caption num_workers",
+        "free": "negative_text text_dropout long_caption skip_broken num_workers",
     },
     "rollout": {
         "score": "solver steps shift",
@@ -65,7 +66,7 @@ KINDS = {
         "free": "device steps save_every keep log_every ema tensorboard wandb",
         "call": "out resume",
     },
-    "parallel": {"free": "replicate sequence resident timeout"},
+    "parallel": {"free": "replicate sequence resident save_async timeout"},
     "eval": {"score": "samples timesteps seed", "free": "every batch_size videos"},
     "sample": {"free": "count seed guidance codec fps"},
 }
@@ -91,9 +92,11 @@ class Start:
 def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
     """Look where the run is to start; UserError if its folder or configuration forbids it. Writes nothing.
 
-    lists: the meta paths of data.train and, for pairs, of data.lose.
+    lists: the meta paths of data.train and, for pairs, of data.lose. A run that torchrun has started anew
+    goes on, also where train.resume is false.
     """
-    out, resume = Path(config.train.out), config.train.resume
+    out = Path(config.train.out)
+    resume = config.train.resume or ("auto" if restarted(out) else False)
     found = _look(out)
     check_writers(config.train.tensorboard, config.train.wandb)
     if not resume and (found or (out / FILE).exists()):
@@ -252,6 +255,7 @@ class Progress:
     best: float = -math.inf
     unlogged: dict[str, Tensor] = field(default_factory=dict)  # see loop.Measurements
     unvalidated: bool = False  # stopped by a signal before the validation of this step
+    broken: dict[Path, str] = field(default_factory=dict)  # see micro_batches.MicroBatches
 
 
 def save_state(
@@ -263,6 +267,7 @@ def save_state(
     """Write training_state.pt; optimizer None: its state is in a sharded checkpoint."""
     state = {"step": progress.step, "best": progress.best, "unlogged": progress.unlogged}
     state |= {"unvalidated": progress.unvalidated}
+    state |= {"broken": {str(path): why for path, why in progress.broken.items()}}
     if optimizer is not None:
         state |= {"optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
     state["rng"] = torch.get_rng_state()
@@ -306,6 +311,10 @@ def _progress(state: dict, step: int) -> Progress:
     found = Progress(
         state.get("step"), state.get("best"), state.get("unlogged", {}), state.get("unvalidated", False)
     )
+    broken = state.get("broken", {})
+    if not isinstance(broken, dict) or not all(isinstance(a, str) for pair in broken.items() for a in pair):
+        raise ValueError(f"broken: got {broken!r}, want samples and why they are broken")
+    found.broken = {Path(path): why for path, why in broken.items()}
     if type(found.step) is not int or found.step != step:
         raise ValueError(f"step: got {found.step!r}, want {step} as its folder's name has it")
     if type(found.best) not in (int, float) or math.isnan(found.best):

@@ -22,6 +22,7 @@ class Purpose(Enum):
     REWARD_HEAD = auto()  # initial weights of a new reward model's head; its dropout in training goes on (0)
     LORA = auto()  # initial A of all updates (0)
     ORDER = auto()  # the order of the samples in an epoch (epoch)
+    SUBSTITUTE = auto()  # training: the sample in place of a broken one
     CAPTION = auto()  # training: the dropped prompt, the short or the long caption
     LOSER = auto()  # the loser that a winner meets, and its caption
     SFT_LEVEL = auto()  # noise level of flow matching

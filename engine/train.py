@@ -1,21 +1,23 @@
 """PRFL training: flow matching, and the reward of a graded denoising step (a step that carries gradient)."""
 
+import math
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
-from prfl_engine.agree import leads
 from prfl_engine.batch import Batch
 from prfl_engine.build import make_frozen_reward, make_policy, pick_device
 from prfl_engine.config import Config, LossConfig
-from prfl_engine.data import MicroBatches, Reader, counted, fixed_batches, read_lists
+from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
-from prfl_engine.model import lora
+from prfl_engine.micro_batches import MicroBatches
+from prfl_engine.model import flops, lora
 from prfl_engine.model.checkpoint import load_transformer, save_transformer
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
@@ -28,6 +30,7 @@ from prfl_engine.objectives import (
     sft_loss,
 )
 from prfl_engine.parallel import World, check_config, started
+from prfl_engine.phases import count, mark
 from prfl_engine.planner.fit_memory import fit_memory
 from prfl_engine.resume import prepare_out
 from prfl_engine.rollout.accelerated import make_rollout
@@ -36,7 +39,7 @@ from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.rollout.persistent import Persistent
 from prfl_engine.sample import write_samples
 from prfl_engine.seeds import Purpose, integers, noise_like
-from prfl_engine.validation import finite
+from prfl_engine.validation import HeldOut
 
 
 def check_one_backward(config: Config) -> None:
@@ -78,22 +81,26 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     begin = prepare_out(c, {"data.train": paths})
     resume = begin.checkpoint
     world.check_checkpoint(resume)
+    world.stop_if_asked()
     policy = world.place(make_policy(c, resume, device, world.shard))
+    world.stop_if_asked()
     reward = make_frozen_reward(c, policy, device, world.shard) if use_reward or c.reward.path else None
     reward = reward and world.place(reward)
+    world.stop_if_asked()
     reader = Reader(
         policy.config,
         null_text=c.data.null_text,
         text_dropout=text_dropout,
         long_caption=c.data.long_caption,
     )
-    stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed)
+    broken = {"skip": c.data.skip_broken, "agree": world.union}
+    stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed, **broken)
     if persists and len(stream.shapes) > 1:
         want = "one with rollout.mode persistent and data.batch_size > 1"
         raise UserError(f"data.train: got latents of {len(stream.shapes)} shapes, want {want}")
     if c.model.budget is not None:
-        shapes = ([reader.shape(p)[1:] for p in of] for of in (paths, held_out))
-        made = fit_memory(c, policy, reward, *shapes)
+        shapes = stream.latents(), [reader.shape(p) for p in held_out]
+        made = fit_memory(c, policy, reward, *([shape[1:] for shape in of] for of in shapes))
         print(made, flush=True)
         run_blocks, score_blocks = run_under(made.policies), run_under(made.reward.policy)
     else:
@@ -114,6 +121,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         sft_due, reward_due = due(c.loss, key // c.train.accumulate)
         if sft_due:
+            mark("flow_matching")
+            count("flow_matching", batch.latent)
             sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
             sigma = sigma.to(device, non_blocking=True)
             noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
@@ -123,6 +132,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             del loss, noise, sigma  # they and the loss's graph would live as long as the graded steps
             yield values
         if reward_due:
+            mark("rollout")
             part = 1 / c.rollout.samples
             for window, extra in graded.windows(batch, key):
                 loss = part * reward_loss(window.logit, c.loss).mean()
@@ -133,7 +143,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
                 yield values
 
     def validate(step: int) -> dict[str, float]:
-        return evaluate_policy(c, policy, reward, schedule, held_out, step)
+        return evaluate_policy(c, policy, reward, schedule, held_out, step, world)
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
         (lora.save if c.lora.rank else save_transformer)(policy, folder, values)
@@ -143,9 +153,11 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             return lora.named(lora.read(folder)[0])
         return dict(load_transformer(folder, torch.float32, device).named_parameters())
 
+    scored = None if reward is None else (reward.transformer.config, reward.feature_layer)
+    costs = partial(flops.costs, policy.config, trained=not c.lora.rank, reward=scored)
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
-        validate if c.eval.every else None, save, load, graded if persists else None, world,
+        validate if c.eval.every else None, save, load, costs, graded if persists else None, world,
     )  # fmt: skip
 
 
@@ -157,37 +169,43 @@ def evaluate_policy(
     schedule: flow.Schedule,
     paths: list[Path],
     step: int,
+    world: World = World(),  # noqa: B008 - frozen
 ) -> dict[str, float]:
     """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents.
 
     Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n, shifted.
     It is noised to every one of eval.timesteps and scored there. "score" is the mean reward over eval.scored,
-    or minus the flow-matching loss where no reward is trained. TrainingError for a number that is not finite.
+    or minus the flow-matching loss where no reward is trained. Every group of processes evaluates a part of
+    the samples; all get the same result. TrainingError for a number that is not finite.
     """
     e, device = config.eval, next(policy.parameters()).device
     paths = [paths[i % len(paths)] for i in range(e.samples)]
-    sft, rewards, kept = [], {t: [] for t in e.timesteps}, []
-    for first, batch in counted(fixed_batches(Reader(policy.config), paths, e.batch_size, device)):
+    samples, kept = HeldOut([paths], world), []
+    for first, (batch,) in samples.batches(Reader(policy.config), e.batch_size, device):
         n = len(batch.latent)
-        own = paths[first : first + n]
         noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, e.seed, first)
         level = (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
-        loss = sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift))
-        sft.append(finite("sft_loss", loss, own))
+        samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
-        latent = finite("sample", chain.sample(bind(policy, batch), schedule, noise), own)
+        latent = chain.sample(bind(policy, batch), schedule, noise)
+        samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:
             continue
         noise = noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first)
-        for t, found in rewards.items():
+        for t in e.timesteps:
             sigma = torch.full((n,), t / flow.TRAIN_STEPS, device=device)
             logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma)
-            found.append(torch.sigmoid(finite(f"reward_t{t:g}", logit, own)))
-    if kept and leads():
-        write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
-    values = {"sft_loss": torch.cat(sft).mean().item()}
-    by_t = {t: torch.cat(found).mean().item() for t, found in rewards.items() if found}
+            samples.put(f"reward_t{t:g}", logit)
+    found = samples.all()
+    kept = samples.first(kept, e.videos)
+    with world.agreed():
+        if kept:
+            write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
+    values = {"sft_loss": found["sft_loss", 0].mean().item()}
+    if reward is not None:
+        names = [f"reward_t{t:g}" for t in e.timesteps]
+        values |= {name: found[name, 0].sigmoid().mean().item() for name in names}
     trained = reward is not None and config.loss.weight > 0
-    score = sum(by_t[t] for t in e.scored) / len(e.scored) if trained else -values["sft_loss"]
-    return values | {f"reward_t{t:g}": value for t, value in by_t.items()} | {"score": score}
+    scored = [values[f"reward_t{t:g}"] for t in e.scored] if trained else [-values["sft_loss"]]
+    return values | {"score": sum(scored) / len(scored)}

@@ -1,5 +1,6 @@
 """Training and evaluating the latent reward model on noisy latents."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,13 +9,14 @@ from torch import Tensor
 from prfl_engine import flow
 from prfl_engine.build import make_reward, pick_device
 from prfl_engine.config import Config
-from prfl_engine.data import MicroBatches, Reader, fixed_batches, read_lists
+from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.metrics import note, progress
-from prfl_engine.model import lora
+from prfl_engine.micro_batches import MicroBatches
+from prfl_engine.model import flops, lora
 from prfl_engine.model.checkpoint import (
     load_heads,
     read_heads,
@@ -24,9 +26,10 @@ from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.parallel import World, check_config, started
+from prfl_engine.phases import count, mark
 from prfl_engine.resume import prepare_out
 from prfl_engine.seeds import Purpose, integers, noise_like
-from prfl_engine.validation import check_labels, finite, partners, read_labels
+from prfl_engine.validation import HeldOut, check_labels, partners, read_labels
 
 ADAPTER = "adapter"  # folder of the adapter in a checkpoint of training with LoRA
 
@@ -81,17 +84,23 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     resume = begin.checkpoint
     world.check_checkpoint(resume)
     whole = resume if world.mesh is None and not adapted else None
+    world.stop_if_asked()
     model = make_reward(c, whole or c.reward.path, device, shard=world.shard)
     if adapted:
         add_updates(model, c, resume)
+    world.stop_if_asked()
     reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout)
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
-    batches = MicroBatches(reader, win, c.data.batch_size, c.train.seed, lose)
+    broken = {"skip": c.data.skip_broken, "agree": world.union}
+    batches = MicroBatches(reader, win, c.data.batch_size, c.train.seed, lose, **broken)
 
     run_blocks = run_under(of_config(c.model))
 
     def backpropagate(item, key: int, share: float):
+        mark("reward")
+        for one in item if pairs else [item]:
+            count("reward", one.latent)
         batch = item[0] if pairs else item
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, *at, n)]
@@ -108,7 +117,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         yield {"loss": loss.detach(), "accuracy": right.float().mean()}
 
     def validate(step: int) -> dict[str, float]:
-        accuracy = evaluate_reward(c, model, held_out, val_lose)
+        accuracy = evaluate_reward(c, model, held_out, val_lose, world=world)
         return {f"accuracy_t{t:g}": a for t, a in accuracy.items()} | {"score": score(c, accuracy)}
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
@@ -119,12 +128,14 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
             return read_adapted(folder)
         return dict(make_reward(c, folder, device, torch.float32).named_parameters())
 
+    scored = model.transformer.config, model.feature_layer
+    costs = partial(flops.costs, scored[0], reward=scored, reward_trained=not adapted)
     model = world.place(model.train())
     heads = torch.nn.ModuleList([model.pool, model.mlp])
     fit(
         c, begin, model, [(model.transformer, c.optim.lr), (heads, c.optim.lr_head)], batches,
         backpropagate, validate if c.eval.every else None,
-        save, load, world=world,
+        save, load, costs, world=world,
     )  # fmt: skip
 
 
@@ -135,34 +146,35 @@ def evaluate_reward(
     paths: list[Path],
     lose: list[Path] | None = None,
     show: bool = False,
+    world: World = World(),  # noqa: B008 - frozen
 ) -> dict[float, float]:
-    """Accuracy on held-out latents at each of eval.timesteps: of sign(logit) against the label, or with
+    """Accuracies on held-out latents at each of eval.timesteps: of sign(logit) against the label, or with
     `lose` how often paths[i] has a higher logit than lose[i], of the same shape, under the same noise.
 
-    The noise of a sample is fixed by eval.seed and the same at every timestep. TrainingError for a logit that
-    is not finite.
+    The noise of a sample is fixed by eval.seed and the same at every timestep. Every group of processes
+    evaluates a part of the samples; all get the same result. TrainingError for a logit that is not finite.
     """
-    e, device, first = config.eval, next(model.parameters()).device, 0
-    reader = Reader(model.transformer.config, config.data.label)
-    sides = [paths] if lose is None else [paths, lose]
-    right = {t: [] for t in e.timesteps}
-    batches = zip(*(fixed_batches(reader, side, e.batch_size, device) for side in sides), strict=True)
+    e, device = config.eval, next(model.parameters()).device
+    samples = HeldOut([paths] if lose is None else [paths, lose], world)
+    batches = samples.batches(Reader(model.transformer.config, config.data.label), e.batch_size, device)
     if show:
         batches = progress(batches, "evaluating", -(-len(paths) // e.batch_size))
-    for given in batches:
+    for first, given in batches:
         noise = noise_like(given[0].latent, Purpose.ACCURACY, e.seed, first)
-        for t, found in right.items():
+        samples.put("label", given[0].label)
+        for t in e.timesteps:
             sigma = torch.full((len(noise),), t / flow.TRAIN_STEPS, device=device)
-            logits = [
-                finite(f"accuracy_t{t:g}", noisy_reward(model, batch, noise, sigma), side[first:])
-                for batch, side in zip(given, sides, strict=True)
-            ]
-            if lose is None:
-                found.append((logits[0] > 0) == (given[0].label > 0.5))
-            else:
-                found.append(logits[0] > logits[1])
-        first += len(noise)
-    return {t: torch.cat(found).float().mean().item() for t, found in right.items()}
+            for side, batch in enumerate(given):
+                samples.put(f"accuracy_t{t:g}", noisy_reward(model, batch, noise, sigma), side)
+    found = samples.all()
+
+    def right(t: float) -> Tensor:
+        logit = found[f"accuracy_t{t:g}", 0]
+        if lose is not None:
+            return logit > found[f"accuracy_t{t:g}", 1]
+        return (logit > 0) == (found["label", 0] > 0.5)
+
+    return {t: right(t).double().mean().item() for t in e.timesteps}
 
 
 def score(config: Config, accuracy: dict[float, float]) -> float:

@@ -1,14 +1,18 @@
-"""What makes a metric mean something: labels that are there, finite numbers, pairs of held-out data."""
+"""What makes a metric mean something: labels that are there, finite numbers, pairs of held-out data; and how
+several processes share held-out samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from prfl_engine.data import Reader, by_shape, label_of, read_meta
+from prfl_engine.batch import Batch
+from prfl_engine.data import Reader, by_shape, fixed_batches, label_of, read_meta
 from prfl_engine.errors import TrainingError, UserError, named
+from prfl_engine.parallel import World
 
 # A label that is made of other fields.
 PARTS = {"motion_quality": ("physics_quality", "human_quality")}
@@ -23,6 +27,68 @@ def finite(metric: str, values: Tensor, paths: Sequence[Path]) -> Tensor:
         bad = values[i][~values[i].isfinite()].flatten()[0].item()
         raise TrainingError(f"{metric}: got {bad} on {paths[i]}, want a finite number")
     return values
+
+
+class HeldOut:
+    """Held-out samples of which every group of processes evaluates a part, and what they give.
+
+        samples = HeldOut([paths], world)
+        for first, (batch,) in samples.batches(reader, size, device):
+            samples.put("loss", loss(batch))
+        samples.all()["loss", 0].mean()
+    """
+
+    def __init__(self, sides: list[list[Path]], world: World):
+        """sides: equally long lists; a pair is an entry of each."""
+        self.sides, self.world = sides, world
+        self.span = self._span(world.reader)
+        self._values: dict[tuple[str, int], list[float]] = {}
+        self._counts = True  # whether the batch at hand is this rank's to evaluate
+
+    def _span(self, reader: int) -> range:
+        count, readers = len(self.sides[0]), self.world.readers
+        return range(reader * count // readers, (reader + 1) * count // readers)
+
+    def batches(self, reader: Reader, size: int, device: torch.device) -> Iterator[tuple[int, list[Batch]]]:
+        """(number of the first sample, a batch of every side) of this rank's part. Ranks gather weights in
+        every forward, so all get as many batches: the last one again where a rank has fewer."""
+        own = self.span or range(1)
+        reads = (fixed_batches(reader, [side[i] for i in own], size, device) for side in self.sides)
+        batches, first, given = zip(*reads, strict=True), own.start, None
+        while True:
+            with self.world.agreed():
+                more = next(batches, None)
+            self._counts = more is not None and len(self.span) > 0
+            if not self.world.any(self._counts):
+                return
+            given = given if more is None else more
+            yield first, list(given)
+            first += len(given[0].latent) * self._counts
+
+    def put(self, name: str, values: Tensor, side: int = 0) -> None:
+        """A value for every sample [n] of the batch at hand."""
+        if self._counts:
+            self._values.setdefault((name, side), []).extend(values.tolist())
+
+    def all(self) -> dict[tuple[str, int], Tensor]:
+        """The values of all samples [n] in float64 on the CPU, by name and side. TrainingError on all ranks
+        for one that is not finite."""
+        parts = self.world.all(self._values)[:: self.world.sequence]
+        names = dict.fromkeys(name for part in parts for name in part)
+        found = {name: torch.tensor([v for p in parts for v in p.get(name, [])]).double() for name in names}
+        for (name, side), values in found.items():
+            finite(name, values, self.sides[side])
+        return found
+
+    def first(self, own: list[Tensor], count: int) -> list[Tensor]:
+        """Of `own`, tensors of this rank's first samples, those of the first `count` of all samples, on the
+        rank that leads."""
+        made: list[Tensor] = []
+        for reader in range(self.world.readers):
+            wanted = max(0, min(count, self._span(reader).stop) - self._span(reader).start)
+            if wanted:
+                made += self.world.to_first(own[:wanted], reader * self.world.sequence)
+        return made
 
 
 def read_labels(paths: Sequence[Path], name: str, field: str) -> list[float]:

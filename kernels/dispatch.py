@@ -281,9 +281,10 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def choices() -> list[tuple[str, str, str]]:
-    """(operation, implementation, reason) of every operation, on the GPU where there is one."""
-    device = _device()
+def choices(device: str | None = None) -> list[tuple[str, str, str]]:
+    """(operation, implementation, reason) of every operation on a kind of device; None: on the GPU where
+    there is one."""
+    device = _device() if device is None else device
     return [(op, *_reasoned(op, device)) for op in OPERATIONS]
 
 

@@ -16,14 +16,16 @@ from typing import Any
 LIMIT = 60.0  # seconds for one call
 
 
-def _serve(rank: int, size: int, store: str, pipe) -> None:
+def _serve(rank: int, size: int, store: str | None, pipe) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=LIMIT)
-    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    if store is not None:
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     pipe.send((True, None))
     while (call := pipe.recv()) is not None:
         function, arguments = call
@@ -33,14 +35,16 @@ def _serve(rank: int, size: int, store: str, pipe) -> None:
         except Exception:  # whatever a function under test raises belongs to the test
             found = False, traceback.format_exc()
         pipe.send(found)
-    dist.destroy_process_group()
+    if store is not None:
+        dist.destroy_process_group()
 
 
 class Ranks:
     """`size` processes with a default process group; new ones after a failure."""
 
-    def __init__(self, size: int, preload: tuple[str, ...] = ()):
-        self.size, self.preload = size, preload
+    def __init__(self, size: int, preload: tuple[str, ...] = (), group: bool = True):
+        """preload: modules to import once for all. group False: the functions make the process group."""
+        self.size, self.preload, self.group = size, preload, group
         self._start()
 
     def _start(self) -> None:
@@ -48,7 +52,7 @@ class Ranks:
         heavy = "torch.distributed", "prfl_engine.parallel", "torchao.optim.quant_utils"
         context.set_forkserver_preload([*heavy, *self.preload])
         self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name) / "store")
+        store = str(Path(self._folder.name) / "store") if self.group else None
         self._pipes, self._processes = [], []
         for rank in range(self.size):
             ours, theirs = context.Pipe()

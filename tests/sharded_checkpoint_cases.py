@@ -4,9 +4,11 @@ import errno
 import hashlib
 import json
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from threading import Event
+from time import sleep
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,7 @@ from shard_cases import mesh_of
 from torch.distributed.tensor import DTensor
 
 from prfl_engine import tensor_files
-from prfl_engine.agree import shared_folder
+from prfl_engine.agree import gathered, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import load_sharded, save_sharded
 from prfl_engine.config import LoraConfig, OptimConfig
 from prfl_engine.errors import TrainingError, UserError
@@ -295,3 +297,19 @@ def broken_save(folder: str, last: bool, background: bool) -> tuple[str, list[st
         said = "saved"
     dist.barrier()
     return said, sorted(p.name for p in out.iterdir())
+
+
+def stalled(limit: float) -> tuple[str, str]:
+    """What a rank says of the last one, which comes too late, and then of the first one, which does."""
+    said, last = [], dist.get_world_size() - 1
+    for late in (last, 0):
+        with watched_groups(1, timedelta(seconds=limit)) as (group,):
+            assert gathered(dist.get_rank(), group) == [*range(last + 1)]
+            if dist.get_rank() == late:
+                sleep(3 * limit)
+            try:
+                said.append(str(gathered(0, group)))
+            except TrainingError as error:
+                said.append(str(error))
+        dist.barrier()
+    return tuple(said)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers import tiny_config, write_data
 
-from prfl_engine.data import MicroBatches, Reader, label_of, read_lists, read_text
+from prfl_engine.data import Reader, label_of, read_lists, read_text
 from prfl_engine.errors import UserError
+from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.seeds import Purpose, seeded
 
 SMALL, LARGE = (16, 1, 4, 4), (16, 2, 4, 6)

@@ -1,39 +1,64 @@
 """`prfl train` under torchrun is the run of one process: metrics, checkpoints, resuming, refusals."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import run_cases as cases
 import torch
-from helpers import write_run
+import torch.distributed as dist
+import training_runs
+from helpers import SHAPE, write_run
+from ranks import Ranks
+from training_runs import assert_equal, content
 
+from prfl_engine import cli, restarts
 from prfl_engine.metrics import read_metrics
 from prfl_engine.model.checkpoint import load_transformer
 
+ROOT = Path(__file__).resolve().parents[1]
 
-def run(
-    config: Path,
-    *overrides: str,
-    processes: int = 1,
-    torchrun: bool = False,
-    ok: bool = True,
-    command: str = "train",
-) -> str:
-    """The output of `prfl COMMAND`, under torchrun for more than one process."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    launch = launch if torchrun or processes > 1 else []
-    made = subprocess.run(
-        [sys.executable, *launch, "-m", "prfl_engine.cli", command, str(config), *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert (made.returncode == 0) == ok, made.stdout + made.stderr
-    return made.stdout + made.stderr
+
+@pytest.fixture(scope="module")
+def ranks():
+    made = Ranks(2, ("run_cases", "prfl_engine.train", "prfl_engine.train_reward"), group=False)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def run(ranks, capfd):
+    def run(
+        config: Path,
+        *overrides: str,
+        processes: int = 2,
+        torchrun: bool = True,
+        ok: bool = True,
+        command: str = "train",
+        patch: Callable | None = None,
+    ) -> list[str]:
+        """What `prfl COMMAND` prints on every process; without torchrun one process, which is no rank."""
+        if not torchrun:
+            code = cli.main([command, str(config), *overrides])
+            found = [(code, "".join(capfd.readouterr()))]
+        else:
+            found = ranks(cases.command, processes, cases.free_port(), patch, command, config, *overrides)
+        for code, said in found[:processes]:
+            assert (code == 0) == ok and "Traceback" not in said, said
+        return [said for _, said in found[:processes]]
+
+    return run
 
 
 def values(folder: Path) -> list[dict[str, float]]:
-    return [record["values"] for record in read_metrics(folder)]
+    """What is no time of the machine."""
+    records = [record["values"] for record in read_metrics(folder)]
+    return [values for values in records if not any(name.startswith("perf/") for name in values)]
 
 
 @pytest.mark.parametrize(
@@ -46,24 +71,31 @@ def values(folder: Path) -> list[dict[str, float]]:
     ],
     ids=["shards", "sequence", "resident", "persistent"],
 )
-def test_two_processes_train_as_one(tmp_path, settings):
+def test_two_processes_train_as_one(run, tmp_path, settings):
     """The same losses, rewards and norms, since the samples of a step are the same. Chains that persist
     are drawn otherwise."""
-    shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": {"every": 3}}
+    validation = {"every": 3, "samples": 3, "batch_size": 1, "videos": 3}
+    shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": validation}
     config = write_run(tmp_path, samples=8, **shared, **settings)
-    run(config, f"train.out={tmp_path}/two", processes=2)
+    said = run(config, f"train.out={tmp_path}/two", patch=cases.told_validation)
+    # Twice, before the first step and after the last: a rank has one sample and makes one more batch.
+    batches = 6 if "sequence" in settings.get("parallel", {}) else 4
+    assert [out.count("evaluated 1") for out in said] == [batches] * 2
     two = values(tmp_path / "two")
     assert (tmp_path / "two/checkpoint-3/shards.json").is_file()
     if "mode" in settings["rollout"]:
         assert all(v is not None for step in two for v in step.values())
         return
-    run(config, f"train.out={tmp_path}/one", "parallel.sequence=1")
+    run(config, f"train.out={tmp_path}/one", "parallel.sequence=1", processes=1, torchrun=False)
     one = values(tmp_path / "one")
     assert [step.keys() for step in one] == [step.keys() for step in two]
+    for i in range(3):
+        want, got = (np.load(tmp_path / f"{name}/samples/step-3/sample-0{i}.npy") for name in ("one", "two"))
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * abs(want).max())
     names = {path.relative_to(tmp_path / "one/best") for path in (tmp_path / "one/best").rglob("*")}
     assert names == {path.relative_to(tmp_path / "two/best") for path in (tmp_path / "two/best").rglob("*")}
     for part in ("best", "best/ema"):
-        want, got = (load_transformer(tmp_path / run / part).state_dict() for run in ("one", "two"))
+        want, got = (load_transformer(tmp_path / name / part).state_dict() for name in ("one", "two"))
         for name, a in want.items():
             torch.testing.assert_close(got[name], a, rtol=0, atol=2e-3, msg=name)
     for a, b in zip(one, two, strict=True):
@@ -71,38 +103,127 @@ def test_two_processes_train_as_one(tmp_path, settings):
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
 
 
-def test_a_sharded_run_resumes_on_another_number_of_processes(tmp_path):
+def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     """4 steps on 2 processes are 2 on 2, then 2 on 1 under torchrun (to rounding), and a LoRA run too."""
     config = write_run(
         tmp_path, samples=8, train={"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9}, lora={"rank": 2}
     )
-    run(config, f"train.out={tmp_path}/whole", processes=2)
-    run(config, f"train.out={tmp_path}/parts", "train.steps=2", processes=2)
-    run(config, f"train.out={tmp_path}/parts", "train.resume=true", processes=1, torchrun=True)
+    run(config, f"train.out={tmp_path}/whole")
+    run(config, f"train.out={tmp_path}/parts", "train.steps=2")
+    run(config, f"train.out={tmp_path}/parts", "train.resume=true", processes=1)
     for a, b in zip(values(tmp_path / "whole"), values(tmp_path / "parts"), strict=True):
         assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
-    out = run(config, f"train.out={tmp_path}/parts", "train.resume=true", ok=False)
+    alone = {"processes": 1, "torchrun": False}
+    (out,) = run(config, f"train.out={tmp_path}/parts", "train.resume=true", ok=False, **alone)
     assert "got a sharded checkpoint, want torchrun (any number of processes)" in out
 
 
-def test_a_reward_model_trains_on_two_processes(tmp_path):
+def test_a_reward_model_trains_on_two_processes(run, tmp_path):
     config = write_run(tmp_path, samples=8, train={"accumulate": 2, "steps": 2}, eval={"every": 2})
     for processes, name in ((2, "two"), (1, "one")):
-        run(config, f"train.out={tmp_path}/{name}", processes=processes, command="train-reward")
+        launch = {"processes": processes, "torchrun": processes > 1}
+        run(config, f"train.out={tmp_path}/{name}", command="train-reward", **launch)
     for a, b in zip(values(tmp_path / "one"), values(tmp_path / "two"), strict=True):
         assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
 
 
-def test_mistakes_end_all_processes_with_a_line(tmp_path):
+def test_mistakes_end_all_processes_with_a_line(run, tmp_path):
     config = write_run(tmp_path, samples=8, train={"accumulate": 2})
-    out = run(config, "train.accumulate=3", processes=2, ok=False)
-    assert "train.accumulate: got 3, want a multiple of 2" in out and "Traceback" not in own(out)
+    for out in run(config, "train.accumulate=3", ok=False):
+        assert "train.accumulate: got 3, want a multiple of 2" in out
     broken = tmp_path / "data/latent-5.npy"
     broken.write_bytes(b"")
-    out = run(config, "train.steps=9", f"train.out={tmp_path}/broken", processes=2, ok=False)
-    assert "latent-5.npy" in out and "Traceback" not in own(out)
+    for out in run(config, "train.steps=9", f"train.out={tmp_path}/broken", ok=False):
+        assert "latent-5.npy" in out
+    np.save(tmp_path / "val/latent-1.npy", np.full((1, *SHAPE), 3e38, np.float32))
+    for out in run(config, "eval.every=1", f"train.out={tmp_path}/infinite", ok=False):
+        assert f"prfl: sft_loss: got inf on {tmp_path}/val/1.json, want a finite number" in out
 
 
-def own(output: str) -> str:
-    """The output without what torchrun adds when a process has failed."""
-    return output.partition("torch/distributed/elastic")[0]
+def test_a_checkpoint_is_written_while_steps_go_on(run, tmp_path):
+    """And holds what the run held when it was due: the run resumed from it ends as the one that waited."""
+    train = {"accumulate": 2, "steps": 4, "save_every": 2, "keep": 1, "ema": 0.5}
+    config = write_run(tmp_path, samples=8, train=train, eval={"every": 3}, optim={"rounding": "stochastic"})
+    waits = run(config, f"train.out={tmp_path}/waits", "parallel.save_async=false")
+    goes_on = run(config, f"train.out={tmp_path}/goes_on", patch=cases.slow_save)
+    assert all("Error" not in out for out in waits + goes_on)
+    run(config, f"train.out={tmp_path}/parts", "train.steps=2")
+    run(config, f"train.out={tmp_path}/parts", "train.resume=true")
+    want = content(tmp_path / "waits/checkpoint-4")
+    for name in ("goes_on", "parts"):
+        assert [path.name for path in (tmp_path / name).glob("*checkpoint-*")] == ["checkpoint-4"]
+        assert_equal(content(tmp_path / name / "checkpoint-4"), want)
+        assert training_runs.values(tmp_path / name) == training_runs.values(tmp_path / "waits")
+
+
+def test_a_checkpoint_that_fails_in_the_background_ends_all_processes(run, tmp_path):
+    config = write_run(tmp_path, samples=8, train={"accumulate": 2, "steps": 99, "save_every": 1})
+    first, second = run(config, patch=cases.full_disk, ok=False)
+    full = "No space left on device"
+    assert first.splitlines()[-1].startswith("prfl: rank 1: [Errno 28] ") and full in first
+    assert "prfl: cannot write: " in second and second.endswith("there is no checkpoint yet\n")
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == []
+
+
+def test_a_broken_sample_is_left_out_on_all_ranks_alike(run, tmp_path):
+    """Also where one of two ranks that share its tokens could read it. A resumed run is equal to the bit."""
+    train = {"accumulate": 2, "steps": 6, "save_every": 2}
+    config = write_run(tmp_path, samples=6, train=train, data={"skip_broken": 2})
+    (tmp_path / "data/latent-4.npy").write_bytes(b"")
+    settings = "parallel.sequence=2", "loss.weight=0"
+    run(config, f"train.out={tmp_path}/whole", *settings, patch=cases.unreadable_here)
+    run(config, f"train.out={tmp_path}/parts", *settings, "train.steps=4", patch=cases.unreadable_here)
+    run(config, f"train.out={tmp_path}/parts", *settings, "train.resume=true")  # now it could be read
+    want = content(tmp_path / "whole/checkpoint-6")
+    assert {Path(path).stem for path in want["training_state.pt"]["broken"]} == {"3", "4"}
+    assert_equal(content(tmp_path / "parts/checkpoint-6"), want)
+    lines = [json.loads(line) for line in (tmp_path / "parts/broken.jsonl").read_text().splitlines()]
+    assert sorted(Path(line["sample"]).stem for line in lines) == ["3", "4"]
+    assert any("latent-4.npy" in line["reason"] for line in lines)
+    settings = f"train.out={tmp_path}/one", "data.skip_broken=1"
+    for out in run(config, *settings, patch=cases.unreadable_here, ok=False):
+        assert "data.skip_broken: got 1, want more to go on" in out
+
+
+def test_a_signal_to_one_process_while_models_load_stops_all(run, tmp_path):
+    config = write_run(tmp_path, samples=8, train={"accumulate": 2})
+    for out in run(config, patch=cases.signalled_while_loading):
+        assert "prfl: SIGTERM: stopped; nothing to save" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_rank_ends_the_others_and_nothing_is_lost(tmp_path, monkeypatch):
+    """Three trials of scripts/kill_ranks.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from kill_ranks import trials
+
+    assert [result for result in trials(tmp_path, 3, size=2, steps=3, seed=2) if not result.ok] == []
+    said = [path.read_text() for path in tmp_path.glob("trial-*.log.*")]
+    assert len(said) >= 6 and not any("Traceback" in text for text in said)
+
+
+def test_a_run_that_torchrun_starts_anew_goes_on_by_itself(tmp_path):
+    """Without train.resume. The folder of another run is refused by every start."""
+    config = write_run(tmp_path, train={"steps": 4, "save_every": 1, "keep": 9}, loss={"weight": 0})
+    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=1"
+    made = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "tests/die_once.py"), "train", str(config)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert list(training_runs.values(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+def test_only_the_run_of_this_call_of_torchrun_goes_on(tmp_path, monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    restarts.note_run(tmp_path)
+    assert not restarts.restarted(tmp_path)  # the store is not torchrun's
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert not restarts.restarted(tmp_path)
+    restarts.note_run(tmp_path)
+    assert restarts.restarted(tmp_path) and not restarts.restarted(tmp_path / "other")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not restarts.restarted(tmp_path)

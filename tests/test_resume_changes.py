@@ -83,7 +83,7 @@ def test_what_may_change_takes_effect_and_is_printed(weights, tmp_path, capsys):
     run("train", config, *MORE, *(f"optim.{k}={v}" for k, v in changed.items()), "train.save_every=1")
     said = capsys.readouterr().out.splitlines()
     assert "prfl: optim.lr: 0.001 -> 1e-05" in said and "prfl: train.steps: 2 -> 3" in said
-    assert "prfl: optim.betas: [0.9, 0.999] -> [0.5, 0.6]" in said and len(said) == 7
+    assert "prfl: optim.betas: [0.9, 0.999] -> [0.5, 0.6]" in said and len(said) == 8
     assert values(tmp_path / "run")[3]["train/lr"] == 1e-5
     state = torch.load(tmp_path / "run/checkpoint-3" / STATE, weights_only=True)
     group = state["optimizer"]["param_groups"][0]

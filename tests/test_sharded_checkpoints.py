@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,3 +205,12 @@ def test_files_of_tensors_are_those_of_safetensors(tmp_path):
         write_tensors(tmp_path / "got", layout, reversed([held[name] for name in in_order(layout)]))
     with pytest.raises(ValueError, match="too few"):
         write_tensors(tmp_path / "got", layout, ())
+
+
+def test_a_rank_that_does_not_come_is_named_with_its_host(ranks):
+    host = socket.gethostname()
+    first, second, _ = ranks[3](cases.stalled, 1.0)
+    late = f"rank 2 on {host} ended or gave no answer within 1 s (parallel.timeout)"
+    lost = f"rank 0 on {host} ended or gave no answer within 1 s (parallel.timeout)"
+    assert first[0] == late and second[0].startswith(lost)
+    assert second[1].startswith(lost)

@@ -3,19 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config, write_data
+from helpers import SHAPE, tiny_config, write_data
 from test_data import LARGE, SMALL, read, same
 
 from prfl_engine.batch import collate
-from prfl_engine.data import MicroBatches, Reader, fixed_batches, read_lists, read_text
+from prfl_engine.data import Reader, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
+from prfl_engine.micro_batches import MicroBatches
 
 CPU = torch.device("cpu")
 
 
 def take(stream, first, count, workers=0):
     loader = stream.loader(first, workers, CPU)
-    return [next(loader) for _ in range(count)]
+    return [next(loader).batch for _ in range(count)]
 
 
 def streams(tmp_path, batch_size=2, count=7, dropout=0.4, **arguments):
@@ -121,3 +122,84 @@ def test_held_out_batches_are_in_order_whole_and_without_dropout(tmp_path):
     for i in range(5):
         assert np.array_equal(latents[i], np.load(tmp_path / f"latent-{i}.npy")[0])
         assert same(texts[i], read_text(tmp_path / f"short-{i}.npy", config))
+
+
+def skipping(tmp_path, batch_size=2, skip=2, count=7, **arguments):
+    """A stream of 7 samples of which numbers 2 and 5 cannot be read, and the stream before that."""
+    make = streams(tmp_path, batch_size, count)
+    whole = make()
+    (tmp_path / "latent-2.npy").write_bytes(b"")
+    np.save(tmp_path / "latent-5.npy", np.full((1, *LARGE), np.nan, np.float32))
+    return whole, MicroBatches(whole.reader, whole.paths, batch_size, 0, skip=skip, **arguments)
+
+
+def accepted(stream, first, count, workers=0):
+    loader = stream.loader(first, workers, CPU)
+    return [stream.accept(next(loader), p, CPU) for p in range(first, first + count)]
+
+
+def numbers(items):
+    return [[int(path.stem) for part in item.picked for path in part] for item in items]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_sample_takes_the_place_of_a_broken_one(workers, tmp_path):
+    """Of batches of one sample, where headers are not read before: all others stay where they were."""
+    whole, stream = skipping(tmp_path, batch_size=1)
+    items = accepted(stream, 0, 21, workers)
+    planned = [whole.picked(p) for p in range(21)]
+    for want, got in zip(planned, numbers(items), strict=True):
+        assert got == want if want[0] not in (2, 5) else got[0] not in (2, 5)
+    assert [stream.picked(p) for p in range(21)] == numbers(items)
+    assert {path.stem for path in stream.broken} == {"2", "5"}
+    assert all("latent-" in why for why in stream.broken.values())
+    # From the middle, where it is known what is broken.
+    again = MicroBatches(whole.reader, whole.paths, 1, 0, skip=2)
+    again.leave_out(stream.broken)
+    assert same([item.batch for item in accepted(again, 9, 12)], [item.batch for item in items[9:]])
+
+
+def test_broken_headers_are_left_out_of_batches_of_one_shape(tmp_path):
+    _, stream = skipping(tmp_path)
+    assert [path.stem for path in stream.broken] == ["2"]  # the header of number 5 is whole
+    assert stream.batches_per_epoch == 4
+    items = accepted(stream, 0, 8)
+    assert {n for item in numbers(items) for n in item} == {0, 1, 3, 4, 6}
+    assert all(len({one.shape for one in item.batch.latent}) == 1 for item in items)
+
+
+def test_one_broken_sample_more_than_allowed_is_named(tmp_path):
+    _, stream = skipping(tmp_path, batch_size=1, skip=1)
+    with pytest.raises(UserError, match=r"latent-[25].npy.*data.skip_broken: got 1, want more"):
+        accepted(stream, 0, 7)
+    with pytest.raises(UserError, match=r"latent-2.npy"):
+        skipping(tmp_path, skip=0)
+    for i in (1, 3):  # all of one shape
+        (tmp_path / f"latent-{i}.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="no other sample can take its place"):
+        MicroBatches(stream.reader, stream.paths[1:6:2], 1, 0, skip=9)[0]
+
+
+def test_what_another_rank_could_not_read_is_left_out_too(tmp_path):
+    """Number 2 can be read here, but was broken for another rank of the run."""
+    whole = streams(tmp_path, 1)()
+    lost = {whole.paths[2]: "broken"}
+    told = [lost, {}, *[{}] * 20]
+    stream = MicroBatches(whole.reader, whole.paths, 1, 0, skip=1, agree=lambda found: told.pop(0))
+    first = next(p for p in range(7) if whole.picked(p) == [2])
+    (item,) = accepted(stream, first, 1)
+    assert numbers([item]) == [stream.picked(first)] != [[2]]
+    assert stream.broken == lost
+
+
+def test_a_broken_loser_is_left_out(tmp_path):
+    config = tiny_config()
+    win, lose = (
+        read_lists([str(write_data(tmp_path / name, config, 4, seed=n))], name)
+        for n, name in enumerate(("win", "lose"))
+    )
+    np.save(tmp_path / "lose/latent-1.npy", np.full((1, *SHAPE), np.nan, np.float32))
+    stream = MicroBatches(Reader(config), win, 2, 0, lose, skip=1)
+    items = accepted(stream, 0, 24)
+    assert list(stream.broken) == [lose[1]]
+    assert {path for item in items for path in item.picked[1]} == {lose[0], lose[2], lose[3]}

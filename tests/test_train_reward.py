@@ -156,9 +156,9 @@ def test_reward_training_drops_no_prompt_unless_asked_to(tmp_path, capsys, monke
     config, seen = reward_run(tmp_path, "ce", train={"steps": 1}), []
     make = train_reward_module.MicroBatches
 
-    def watched(reader, *rest):
+    def watched(reader, *rest, **named):
         seen.append(reader.text_dropout)
-        return make(reader, *rest)
+        return make(reader, *rest, **named)
 
     monkeypatch.setattr(train_reward_module, "MicroBatches", watched)
     run("train-reward", config, "data.null_text=null")

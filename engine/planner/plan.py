@@ -33,6 +33,7 @@ import torch
 from prfl_engine.config import UserError
 from prfl_engine.memory import recompute
 from prfl_engine.memory.policy import INNER, NAMES, BlockPolicy, named
+from prfl_engine.model.flops import block_work
 from prfl_engine.model.layers import IMAGE_TOKENS
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.planner.dry_run import (
@@ -147,9 +148,9 @@ def block_seconds(
     policy: BlockPolicy, setup: Setup, host: int, rates: Rates, frozen: bool = False
 ) -> float:
     """Predicted seconds of forward and backward of one block; frozen: without weight gradients."""
-    c, tokens = setup.config, setup.tokens
-    linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim) / rates.products
-    pairs = 4 * tokens * c.dim * (tokens / setup.latent[0] + c.text_len)
+    size = setup.latent[0]
+    work = block_work(setup.config, setup.tokens // size) * size
+    linear, pairs = work.tokens / rates.products, work.attention
     forward = linear + pairs / rates.attention
     backward = linear * (1 if frozen else 2) + 2.5 * pairs / rates.attention_backward
     backward += recomputed(policy, setup, rates)

@@ -52,7 +52,7 @@ class Persistent:
         sources: Callable[[int], list[int]],
         world: World = World(),  # noqa: B008 - frozen
     ):
-        """sources(key): the numbers of the samples of micro-batch `key` in the data (`data.Stream.picked`).
+        """sources(key): the numbers of the samples of micro-batch `key` in the data (`MicroBatches.picked`).
         UserError where the configuration does not fit."""
         r, device = config.rollout, next(grader.model.parameters()).device
         steps = index_range(r)

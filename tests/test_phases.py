@@ -1,0 +1,111 @@
+"""Seconds and FLOPs of phases: counted where they happen, by formulas that agree with the models' weights."""
+
+import time
+
+import pytest
+import torch
+from helpers import tiny_config, tiny_model, write_run
+from training_runs import reward_run, run, values
+
+from prfl_engine import phases
+from prfl_engine.measurements import Performance
+from prfl_engine.model import flops
+from prfl_engine.parallel import World
+
+TOKENS = ("self_attn", "cross_attn.q.", "cross_attn.o.", "ffn")
+SHAPE = (1, 4, 4)  # 4 tokens
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def test_products_are_those_of_the_weights(kind):
+    """Every linear layer of a block multiplies either the tokens of the latent or those of the context."""
+    c = tiny_config(kind)
+    work, image = flops.block_work(c, 7), 257 * (kind == "i2v")
+    layers = {n: p.numel() for n, p in tiny_model(c).blocks[0].named_parameters() if p.dim() == 2}
+    tokens = sum(n for name, n in layers.items() if name.startswith(TOKENS))
+    text = sum(n for name, n in layers.items() if name.startswith(("cross_attn.k.", "cross_attn.v.")))
+    images = sum(n for name, n in layers.items() if name.startswith(("cross_attn.k_img", "cross_attn.v_img")))
+    assert tokens + text + images == sum(layers.values())
+    assert work.tokens == 2 * 7 * tokens
+    assert work.context == 2 * (c.text_len * text + 257 * images)
+    assert work.attention == 2 * 2 * 7 * (7 + c.text_len + image) * c.dim
+    assert work.backward(False) == work.tokens + work.context + 2 * work.attention
+    assert work.backward(True) == 2 * work.forward
+    small, none = (tiny_config(kind, num_layers=n) for n in (2, 0))
+    got, ends = (flops.costs(c, SHAPE).flops["rollout"] for c in (small, none))
+    assert got - ends == 2 * flops.block_work(small, 4).forward
+    model = tiny_model(none)
+    layers = {n: p.numel() for n, p in model.named_parameters() if p.dim() > 1 and "modulation" not in n}
+    rows = {"patch": 4, "head.": 4, "text_": c.text_len, "img_e": 257, "time_": 1}
+    assert ends == 2 * sum(n * rows[name[:5]] for name, n in layers.items())
+
+
+def test_peaks_are_known_by_whole_names():
+    assert flops.peak("NVIDIA H100 80GB HBM3") == flops.peak("NVIDIA H200") == 989.4e12
+    assert flops.peak("NVIDIA A100-SXM4-80GB") == 312e12 and flops.peak("NVIDIA B200") == 2250e12
+    for name in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GH200 480GB", "NVIDIA L4", ""):
+        assert flops.peak(name) is None
+
+
+def test_a_lap_has_the_seconds_between_its_marks(monkeypatch):
+    now = iter(float(n) for n in (0, 1, 3, 6, 10, 15))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    latent = torch.zeros(2, 16, *SHAPE)
+    phases.count("graded", latent)  # nobody's
+    with phases.timed(torch.device("cpu")) as clock:
+        phases.mark("rollout")
+        phases.count("rollout", latent)
+        phases.mark("graded")
+        lap = clock.lap()
+        phases.mark("validation")
+        phases.count("rollout", latent)
+        after = clock.lap()
+    assert lap.seconds() == {"data": 1, "rollout": 2, "graded": 3} and lap.work == {("rollout", SHAPE): 2}
+    assert after.seconds() == {"graded": 4, "validation": 5} and not after.work
+
+
+def test_ranks_are_summed_up(monkeypatch):
+    """Two ranks of one sample count its work once."""
+    other = {"seconds": {"graded": 3.0, "save": 1.0}, "memory": 1e15, "tokens": 8, "flops": 100.0}
+    monkeypatch.setattr(World, "all", lambda self, mine: [mine, other])
+    world = World(size=2, sequence=2)
+    made = Performance(torch.device("cpu"), world, lambda shape: flops.Costs(4, {"graded": 50.0}), True)
+    made.peak = 10.0
+    work = phases.Counter({("samples", SHAPE): 2, ("graded", SHAPE): 2})
+    made.add(phases.Lap([("graded", 0.0), ("save", 1.0), ("save", 2.0)], work))
+    made.add(phases.Lap([("graded", 3.0), ("graded", 3.0)], phases.Counter()))
+    assert made.values() == {
+        "step_s": 1.0, "graded_s": 1.0, "save_s": 1.0, "tokens_per_s": 4.0, "model_flop_per_s": 50.0,
+        "mfu": 2.5, "memory_bytes": 1e15,
+    }  # fmt: skip
+    assert made.steps == 0 and not made.work
+
+
+def counted(config, out, command="train", *overrides):
+    """FLOPs and tokens of every step of a run by its metrics."""
+    run(command, config, f"train.out={out}", "train.log_every=1", *overrides)
+    found = values(out, "perf/").values()
+    names = "perf/model_flop_per_s", "perf/tokens_per_s"
+    return [tuple(round(v[name] * v["perf/step_s"]) for name in names) for v in found]
+
+
+def test_a_run_counts_its_forwards_and_backwards(tmp_path, capsys):
+    """Rollouts of 0 to 2 steps, by the seed; windows; flow matching; not what a validation does."""
+    config = write_run(tmp_path, rollout={"steps": 4, "range": [2, 2]}, eval={"every": 1})
+    costs = flops.costs(tiny_config(), SHAPE, reward=(tiny_config(), 1)).flops
+    step = costs["graded"] + costs["reward"]
+    found = counted(config, tmp_path / "plain")
+    assert found == [(2 * costs["rollout"] + step + costs["flow_matching"], 4)] * 2
+    perf = values(tmp_path / "plain", "perf/")[2]
+    for name in ("data", "rollout", "graded", "reward", "flow_matching", "optimizer", "validation"):
+        assert perf[f"perf/{name}_s"] > 0
+    assert "perf/mfu" not in perf and perf["perf/memory_bytes"] > 1e6
+    assert capsys.readouterr().out.count("prfl: kernels: ") == 1
+    found = counted(config, tmp_path / "window", "train", "chain.window=2", "loss.sft_weight=0")
+    assert found == [(2 * costs["rollout"] + step + costs["earlier"], 4)] * 2
+
+
+def test_reward_training_counts_pairs(tmp_path):
+    found = counted(reward_run(tmp_path, "bt"), tmp_path / "run", "train-reward", "train.steps=1")
+    costs = flops.costs(tiny_config(), SHAPE, reward=(tiny_config(), 1), reward_trained=True).flops
+    assert found == [(8 * costs["reward"], 32)]
