@@ -8,6 +8,9 @@ live. Backward goes through the last step, whose graph exists. Then it recompute
 another, from the latest to the earliest, each from its saved state, and sends the gradient of its results
 through it. So the peak memory of a window is that of a single step. (Nested checkpoints need more: what an
 inner one saves outlives the outer one.)
+
+Ranks that share one sharded model make every step together. Where windows have different lengths, those with
+shorter ones make steps whose gradient is zero.
 """
 
 from collections.abc import Callable
@@ -28,6 +31,12 @@ class Together(Protocol):
     def rollout(self, count: int) -> AbstractContextManager[int]:
         """Around the forwards of a rollout of which this rank needs `count`; gives how many it must make in
         addition. All ranks enter it together."""
+
+    def more(self, count: int) -> int:
+        """How many steps with gradient this rank must make in addition to the `count` that it needs."""
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of every one of `values` on the ranks that make each forward at the same time."""
 
 
 def advance(
@@ -178,11 +187,12 @@ class Window:
         finally:
             self.inside = False
         leaf, self.leaf, self.x = self.leaf, None, None
-        active = torch.arange(len(self.index))
-        for distance in range(1, self.window):
+        active, more = torch.arange(len(self.index)), 0
+        count = min(self.window - 1, int(self.index.max()))
+        if self.window > 1 and self.chain.together is not None:
+            more = self.chain.together.more(count)
+        for distance in range(1, count + 1):
             on = self.index[active] >= distance  # the others are at the noise
-            if not on.any():
-                return
             # The gradient of the state before the later step is that of the state after this one.
             rows = slice(None)
             if not on.all():
@@ -194,6 +204,9 @@ class Window:
             phases.count("earlier", out.x)
             torch.autograd.backward(out, gradients)
             del out, gradients
+        for _ in range(more):
+            _, out = self._step(self.index, torch.arange(len(self.index)), True)
+            torch.autograd.backward(out, [torch.zeros_like(a) for a in out])
 
 
 def rollout(velocity: Velocity, schedule: flow.Schedule, noise: Tensor, index: Tensor) -> flow.SolverState:

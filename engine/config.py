@@ -252,10 +252,6 @@ class Config(Section, name=""):
     def __post_init__(self):
         super().__post_init__()
         check(
-            self.train.accumulate == 1 or not self.optim.in_backward, "train.accumulate",
-            self.train.accumulate, "1 with optim.in_backward: one backward in an optimizer step",
-        )  # fmt: skip
-        check(
             self.pool % self.graded == 0, "rollout.pool", self.pool,
             f"a multiple of {self.graded} = data.batch_size * train.accumulate * rollout.samples",
         )  # fmt: skip

@@ -17,17 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from prfl_engine.agree import Agreed, gathered, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import INDEX
-from prfl_engine.config import Config, ParallelConfig
+from prfl_engine.config import Config
 from prfl_engine.errors import UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import index_range
 from prfl_kernels.exchange import SequenceGroup
 
 
@@ -39,6 +43,7 @@ class World:
     size: int = 1
     sequence: int = 1  # neighbouring ranks that share every sample
     resident: bool = False
+    reduce_dtype: torch.dtype | None = None  # of gradients on their way; None: that of the weights
     mesh: DeviceMesh | None = None  # [shard] or [replicate, shard], over all ranks
     group: dist.ProcessGroup | None = None  # the ranks that share this one's samples
     control: dist.ProcessGroup | None = None  # all ranks, over gloo, for what the host knows
@@ -123,17 +128,35 @@ class World:
         """What the rollouts of a model that `place` has sharded need; None for one process."""
         return None if self.mesh is None else Together(self, model)
 
+    def last(self, key: int, accumulate: int) -> bool:
+        """Whether micro-batch `key` is the last of an optimizer step on its rank; accumulate: those of all
+        ranks together."""
+        return key % accumulate + self.readers >= accumulate
+
+    def add_up_copies(self, model: nn.Module, now: bool) -> None:
+        """Whether the next backwards add up the gradients of blocks over the copies of the weights, too. If
+        not, a rank keeps the sum over the shards of its copy until then; so it must be in the last backwards
+        of an optimizer step, and only there.
+
+        The rest of the model, a hundredth, is added up in every backward: not all of its parameters have a
+        gradient in each, and FSDP adds what it keeps by position.
+        """
+        if self.mesh is not None and self.mesh.ndim > 1:
+            for m in model.modules():
+                if isinstance(m, Block):
+                    m.set_requires_all_reduce(now, recurse=False)
+
     @property
     def shard(self) -> Callable[[nn.Module], nn.Module] | None:
         """What shards a model as it is loaded; None for one process."""
-        return None if self.mesh is None else lambda model: shard(model, self.mesh)
+        return None if self.mesh is None else lambda model: shard(model, self.mesh, self.reduce_dtype)
 
     def place(self, model: WanTransformer | RewardModel) -> nn.Module:
         """Shard a model over the ranks and cut its sequences, as the configuration says; returns it."""
         if self.mesh is None:
             return model
         if not isinstance(model.pool if isinstance(model, RewardModel) else model, FSDPModule):
-            shard(model, self.mesh)
+            shard(model, self.mesh, self.reduce_dtype)
         return model if self.group is None else cut_sequence(model, self.group)
 
 
@@ -141,24 +164,39 @@ class Together:
     """Rollouts of a sharded model on all ranks at the same time, a `chain.Together`."""
 
     def __init__(self, world: World, model: nn.Module):
-        self.world = world
+        self.world, self.apart = world, False
         self.units = [m for m in model.modules() if isinstance(m, FSDPModule)]
 
     @contextmanager
     def rollout(self, count: int) -> Iterator[int]:
         """All make as many forwards as the rank that needs most, since all gather weights in each. Resident
         weights are gathered once, and dropped in the end; then no rank waits for another."""
-        most, resident = int(self.world.most(count)), self.world.resident
-        units = self.units if resident and most else []
+        more, resident = self.more(count), self.world.resident
+        units = self.units if resident and count + more else []
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
+        self.apart = resident
         try:
-            yield 0 if resident else most - count
+            yield 0 if resident else more
         finally:
+            self.apart = False
             for unit in units:
-                unit.set_reshard_after_forward(isinstance(unit, Block), recurse=False)
+                unit.set_reshard_after_forward(True, recurse=False)
                 unit.reshard()
+
+    def more(self, count: int) -> int:
+        """How many steps another rank makes that needs more than `count`; every rank must ask."""
+        return int(self.world.most(count)) - count
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of every one of `values` on all ranks, which must ask at the same time; those of this
+        rank inside a rollout with resident weights, where no rank waits for another."""
+        if self.apart:
+            return values
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
 
 
 def launched() -> bool:
@@ -167,9 +205,10 @@ def launched() -> bool:
 
 
 @contextmanager
-def started(config: ParallelConfig, device: torch.device) -> Iterator[World]:
+def started(whole: Config, device: torch.device) -> Iterator[World]:
     """The world of the processes that torchrun has started, for as long as the block runs; without torchrun a
     world of one. UserError for sizes that do not divide each other."""
+    config = whole.parallel
     if not launched():
         for name in ("replicate", "sequence"):
             check(getattr(config, name) == 1, f"parallel.{name}", getattr(config, name), "1 without torchrun")
@@ -197,57 +236,66 @@ def started(config: ParallelConfig, device: torch.device) -> Iterator[World]:
                 device.type, (size // config.sequence, config.sequence), mesh_dim_names=("data", "sequence")
             )
             group = cut.get_group("sequence")
+        dtype = torch.float32 if whole.optim.grad_dtype == "float32" else None
         with interrupts() as signals, signals.at_once(False), watched_groups(2, limit) as gloo:
-            yield World(rank, size, config.sequence, config.resident, mesh, group, *gloo, signals)
+            yield World(rank, size, config.sequence, config.resident, dtype, mesh, group, *gloo, signals)
     finally:
         dist.destroy_process_group()
 
 
-def check_config(config: Config, world: World, rollouts: bool = True) -> None:
-    """UserError for settings that several processes cannot have yet; rollouts: of PRFL, else of reward
-    training."""
-    c = config
+def check_config(config: Config, world: World) -> None:
+    """UserError for settings that do not fit the number of processes, or that several cannot have."""
+    c, n, many = config, world.readers, "with several processes"
+    if c.optim.in_backward:
+        check(
+            c.train.accumulate == n, "train.accumulate", c.train.accumulate,
+            f"{n} with optim.in_backward: one backward of a process in an optimizer step",
+        )  # fmt: skip
     if world.mesh is None:
         return
-    n, many = world.readers, "with several processes"
     check(
         c.train.accumulate % n == 0, "train.accumulate", c.train.accumulate,
         f"a multiple of {n}, the groups of processes with samples of their own",
     )  # fmt: skip
-    check(c.model.budget is None, "model.recompute", c.model.recompute, f"a mode or names {many}")
-    check(not c.rollout.cuda_graph, "rollout.cuda_graph", True, f"false {many}")
-    check(c.rollout.precision == "same", "rollout.precision", c.rollout.precision, f"same {many}")
-    check(c.rollout.cache == 0 or n == 1, "rollout.cache", c.rollout.cache, f"0 {many}")
-    check(c.optim.grad_dtype == "weights", "optim.grad_dtype", c.optim.grad_dtype, f"weights {many}")
-    first = index_range(c.rollout)[0]
-    check(rollouts or not c.lora.rank, "lora.rank", c.lora.rank, f"0 for a reward model {many}")
-    if rollouts and n > 1 and c.loss.weight > 0 and c.rollout.mode == "fresh":
-        fits = c.chain.window != "all" and c.chain.window <= first + 1
-        check(fits, "chain.window", c.chain.window, f"at most {first + 1}, for windows of one length, {many}")
-    check(c.optim.name != "apex", "optim.name", c.optim.name, f"adamw or adamw8bit {many}")
+    check(
+        c.model.budget is None, "model.recompute", c.model.recompute,
+        f"a mode or names {many}: the planner counts the bytes of one",
+    )  # fmt: skip
+    check(
+        not c.rollout.cuda_graph, "rollout.cuda_graph", True,
+        f"false {many}: gathered weights have another address in every rollout",
+    )  # fmt: skip
+    check(
+        c.optim.name != "apex", "optim.name", c.optim.name, f"adamw or adamw8bit {many}: apex has no shards"
+    )
 
 
-def shard(model: WanTransformer | RewardModel, mesh: DeviceMesh, reshard: bool = True) -> nn.Module:
+def shard(
+    model: WanTransformer | RewardModel, mesh: DeviceMesh, reduce_dtype: torch.dtype | None = None
+) -> nn.Module:
     """Shard the parameters of a generator or reward model over a mesh [shard], or [replicate, shard] (HSDP).
 
-    A block is a unit, the rest of the transformer another, pooling and head of a reward model too. reshard:
-    drop the gathered weights of a block after its forward. Dtypes stay as they are: FSDP's mixed precision
-    would cast norms and modulation, which compute in float32. Of a reward model whose transformer was sharded
-    as it was loaded, pooling and head are left to shard. Returns the model.
+    A block is a unit, the rest of the transformer another, pooling and head of a reward model too. The
+    gathered weights of a block are dropped after its forward. Weights travel in their dtypes: FSDP's mixed
+    precision would cast norms and modulation, which compute in float32. Gradients are added up over ranks in
+    reduce_dtype, None: that of their weights. Of a reward model whose transformer was sharded as it was
+    loaded, pooling and head are left to shard. Returns the model.
     """
+    dtypes = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+    how = dict(mesh=mesh, reshard_after_forward=True, mp_policy=dtypes)
     # A latent that the model returns is a view; nothing here writes to it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     transformer = model.transformer if isinstance(model, RewardModel) else model
     if not isinstance(transformer, FSDPModule):
         for block in transformer.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-        fully_shard(transformer, mesh=mesh, reshard_after_forward=reshard)
+            fully_shard(block, **how)
+        fully_shard(transformer, **how)
         # Called in addition to forward. None calls another: FSDP would end the outer with the inner one.
         for name in ("embed_context", "features"):
             register_fsdp_forward_method(transformer, name)
     if isinstance(model, RewardModel):
         for part in (model.pool, model.mlp):
-            fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+            fully_shard(part, **how)
     return model
 
 

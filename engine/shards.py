@@ -1,7 +1,8 @@
 """Parameters that are sharded over ranks (FSDP2): what is here, and norms over all of them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,6 +47,20 @@ def reshard(module: nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, FSDPModule):
             m.reshard()
+
+
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """A with block in which the parameters of a module that is one unit of FSDP are whole; all ranks enter it
+    together. Any other module stays as it is."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
 
 
 def summed(norm: Tensor, parameters: Iterable[Tensor]) -> Tensor:

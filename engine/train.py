@@ -62,7 +62,7 @@ def due(loss: LossConfig, step: int) -> tuple[bool, bool]:
 def train(config: Config) -> None:
     """Run PRFL as the configuration says; results go to config.train.out. Under torchrun on all processes."""
     device = pick_device(config)
-    with started(config.parallel, device) as world:
+    with started(config, device) as world:
         check_config(config, world)
         _train(config, device, world)
 
@@ -107,19 +107,20 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         run_blocks = score_blocks = run_under(of_config(c.model))
     graded, meter = None, None
     if use_reward:
-        rollout = make_rollout(policy, c.rollout, schedule, device)
+        together = world.together(policy)
+        rollout = make_rollout(policy, c.rollout, schedule, device, together)
         if rollout is not None and rollout.approximate:
             sample = Batch(*(None if a is None else a[:1] for a in stream[0]))
             last = index_range(c.rollout)[1]
             meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
         stretches = rollout and rollout.stretches
-        together = world.together(policy)
         grader = Grader(policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together)
         graded = Persistent(grader, c, meter, stream.picked, world) if persists else Fresh(grader, c, meter)
 
     def backpropagate(batch: Batch, key: int, share: float):
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         sft_due, reward_due = due(c.loss, key // c.train.accumulate)
+        last = world.last(key, c.train.accumulate)
         if sft_due:
             mark("flow_matching")
             count("flow_matching", batch.latent)
@@ -127,6 +128,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             sigma = sigma.to(device, non_blocking=True)
             noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
             loss = sft_loss(policy, batch, noise, sigma, run_blocks).mean()
+            world.add_up_copies(policy, last and not reward_due)
             (share * c.loss.sft_weight * loss).backward()
             values = {"sft_loss": loss.detach()}
             del loss, noise, sigma  # they and the loss's graph would live as long as the graded steps
@@ -134,7 +136,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         if reward_due:
             mark("rollout")
             part = 1 / c.rollout.samples
-            for window, extra in graded.windows(batch, key):
+            for number, (window, extra) in enumerate(graded.windows(batch, key), 1):
+                world.add_up_copies(policy, last and number == c.rollout.samples)
                 loss = part * reward_loss(window.logit, c.loss).mean()
                 window.backward(share * loss)
                 reward_now = part * torch.sigmoid(window.logit).mean()

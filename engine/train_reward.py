@@ -8,6 +8,7 @@ from torch import Tensor
 
 from prfl_engine import flow
 from prfl_engine.build import make_reward, pick_device
+from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError
@@ -24,6 +25,7 @@ from prfl_engine.model.checkpoint import (
 )
 from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
 from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
@@ -36,18 +38,24 @@ ADAPTER = "adapter"  # folder of the adapter in a checkpoint of training with Lo
 
 def add_updates(model: RewardModel, config: Config, resume: Path | None) -> None:
     """LoRA on the transformer of a reward model, which starts from the checkpoint `resume` if given; pooling
-    and MLP are trained as a whole."""
+    and MLP are trained as a whole. What a sharded checkpoint holds is loaded later, into the shards."""
+    if resume is not None and (resume / INDEX).is_file():
+        resume = None
     lora.start(model.transformer, config.lora, config.train.seed, resume and resume / ADAPTER)
     if resume is not None:
         load_heads(model, resume)
 
 
-def save_adapted(model: RewardModel, folder: Path, step: int) -> None:
+def save_adapted(
+    model: RewardModel, folder: Path, step: int, values: dict[str, Tensor] | None = None
+) -> None:
     """Write a reward model with LoRA: the adapter, to go on from, and the three official files with the
-    updates in the weights, in float32, which every reader of a reward model takes."""
-    write_peft(lora.updates(model.transformer), folder / ADAPTER)
-    with lora.merged(model.transformer):
-        save_reward(model, folder, step)
+    updates in the weights, in float32, which every reader of a reward model takes. values as save_reward
+    takes them."""
+    inner = {k.removeprefix("transformer."): v for k, v in (values or {}).items()}
+    lora.write(model.transformer, folder / ADAPTER, inner, write_peft)
+    with lora.merged(model.transformer, inner):
+        save_reward(model, folder, step, values)
 
 
 def read_adapted(folder: Path) -> dict[str, Tensor]:
@@ -61,8 +69,8 @@ def train_reward(config: Config) -> None:
     """Train the reward model as the configuration says; results go to config.train.out. Under torchrun on all
     processes."""
     device = pick_device(config)
-    with started(config.parallel, device) as world:
-        check_config(config, world, rollouts=False)
+    with started(config, device) as world:
+        check_config(config, world)
         _train_reward(config, device, world)
 
 
@@ -85,7 +93,13 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     world.check_checkpoint(resume)
     whole = resume if world.mesh is None and not adapted else None
     world.stop_if_asked()
-    model = make_reward(c, whole or c.reward.path, device, shard=world.shard)
+
+    def attached(part: torch.nn.Module) -> None:
+        if adapted and isinstance(part, WanTransformer):
+            lora.start(part, c.lora, c.train.seed, None)
+        world.shard(part)
+
+    model = make_reward(c, whole or c.reward.path, device, shard=world.shard and attached)
     if adapted:
         add_updates(model, c, resume)
     world.stop_if_asked()
@@ -113,6 +127,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         else:
             loss = cross_entropy(logit, batch.label).mean()
             right = (logit > 0) == (batch.label > 0.5)
+        world.add_up_copies(model, world.last(key, c.train.accumulate))
         (share * loss).backward()
         yield {"loss": loss.detach(), "accuracy": right.float().mean()}
 
@@ -121,7 +136,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         return {f"accuracy_t{t:g}": a for t, a in accuracy.items()} | {"score": score(c, accuracy)}
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
-        save_adapted(model, folder, step) if adapted else save_reward(model, folder, step, values)
+        (save_adapted if adapted else save_reward)(model, folder, step, values)
 
     def load(folder: Path) -> dict[str, Tensor]:
         if adapted:

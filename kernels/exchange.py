@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Newer versions of torch have the second names, and warn of the first ones.
+GATHER = "all_gather_into_tensor" if not hasattr(dist, "all_gather_single") else "all_gather_single"
+REDUCE = "reduce_scatter_tensor" if not hasattr(dist, "reduce_scatter_single") else "reduce_scatter_single"
 _GROUPS: dict[str, dist.ProcessGroup] = {}  # an operation takes a group by its name
 
 
@@ -95,7 +98,7 @@ class _Gather(torch.autograd.Function):
         send = x.new_zeros(most, *x.transpose(0, 1).shape[1:])
         send[: len(x[0])] = x.transpose(0, 1)
         found = x.new_empty(len(cut.parts) * most, *send.shape[1:])
-        dist.all_gather_into_tensor(found, send, group=_GROUPS[cut.group])
+        getattr(dist, GATHER)(found, send, group=_GROUPS[cut.group])
         parts = [a[:n] for a, n in zip(found.split(most), cut.parts, strict=True)]
         return torch.cat(parts).transpose(0, 1)
 
@@ -106,7 +109,7 @@ class _Gather(torch.autograd.Function):
         for part, own in zip(send, d.transpose(0, 1).split(cut.parts), strict=True):
             part[: len(own)] = own
         mine = d.new_empty(send.shape[1:])
-        dist.reduce_scatter_tensor(mine, send.flatten(0, 1), group=_GROUPS[cut.group])
+        getattr(dist, REDUCE)(mine, send.flatten(0, 1), group=_GROUPS[cut.group])
         return mine[: cut.parts[cut.rank]].transpose(0, 1), None
 
 

@@ -8,8 +8,10 @@ import datetime
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +74,20 @@ class Ranks:
         return self._answers(function.__name__)
 
     def _answers(self, what: str) -> list[Any]:
-        found = []
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                answered = pipe.poll(LIMIT)
-                ok, value = pipe.recv() if answered else (False, f"no answer in {LIMIT:g} s")
-            except EOFError:
-                ok, value = False, "the process has ended"
-            if not ok:
-                self.close()
-                raise RuntimeError(f"rank {rank} of {len(self._pipes)}, {what}: {value}")
-            found.append(value)
-        return found
+        found, end = {}, time.monotonic() + LIMIT
+        while len(found) < len(self._pipes):
+            left = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
+            ready = wait(left, max(0.0, end - time.monotonic()))
+            for pipe in ready or left:
+                try:
+                    ok, value = pipe.recv() if ready else (False, f"no answer in {LIMIT:g} s")
+                except EOFError:
+                    ok, value = False, "the process has ended"
+                if not ok:  # the others may wait for this rank
+                    self.close()
+                    raise RuntimeError(f"rank {left[pipe]} of {len(self._pipes)}, {what}: {value}")
+                found[left[pipe]] = value
+        return [found[rank] for rank in range(len(found))]
 
     def close(self) -> None:
         """End the processes."""

@@ -1,20 +1,44 @@
 """What test_shards.py runs on every rank: a sharded model trained beside the same model whole."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from helpers import random_batch, rows, tiny_config, tiny_model, tiny_reward, under
+from helpers import random_batch, randomize, relative, rows, tiny_config, tiny_model, tiny_reward, under
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig
 from prfl_engine.model import lora
-from prfl_engine.objectives import cross_entropy, graded_windows, noisy_reward, reward_loss, sft_loss
+from prfl_engine.objectives import (
+    Grader,
+    Grading,
+    bind,
+    cross_entropy,
+    noisy_reward,
+    reward_loss,
+    sft_loss,
+)
+from prfl_engine.optim.block_adamw import _blocks, master
 from prfl_engine.optim.optimizer import EMA, make_optimizer, update
-from prfl_engine.parallel import cut_sequence, shard
+from prfl_engine.parallel import World
+from prfl_engine.shards import local
+from prfl_engine.train_reward import save_adapted
 
 SHAPE, SAMPLES = (16, 3, 4, 6), 4  # 18 tokens; as many samples as the largest world has ranks
+COLLECTIVES = {  # in the names of several versions of torch
+    "gather": ("all_gather_into_tensor", "all_gather_single"),
+    "scatter": ("reduce_scatter_tensor", "reduce_scatter_single"),
+    "all_reduce": ("all_reduce",),
+    "exchange": ("all_to_all_single",),
+}
 SCHEDULE = flow.make_schedule("unipc", 6, 5.0)
 
 
@@ -33,6 +57,54 @@ def _inputs(kind: str, dtype):
     return batch, torch.randn_like(batch.latent), torch.tensor([0.3, 0.8, 0.5, 0.6], dtype=dtype)
 
 
+def world_of(replicate: int = 1, sequence: int = 1, resident: bool = False, reduce_dtype=None) -> World:
+    """All ranks, as `parallel.started` makes it."""
+    size, group = dist.get_world_size(), None
+    if sequence > 1:
+        shape = size // sequence, sequence
+        both = init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))
+        group = both.get_group("sequence")
+    mesh = mesh_of(replicate)
+    return World(dist.get_rank(), size, sequence, resident, reduce_dtype, mesh, group)
+
+
+def of_first(make):
+    """What make() returns on the first rank, on every rank."""
+    found = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+class Call(NamedTuple):
+    """A collective on tensors."""
+
+    name: str
+    ranks: tuple[int, ...]  # of its group
+    dtype: torch.dtype
+
+
+@contextmanager
+def collectives() -> Iterator[list[Call]]:
+    """The collectives inside a with block, as they are made."""
+    calls = []
+
+    def watched(name, original):
+        def call(*arguments, group=None, **settings):
+            given = next(a for a in (*arguments, *settings.values()) if isinstance(a, torch.Tensor))
+            ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+            calls.append(Call(name, ranks, given.dtype))
+            return original(*arguments, group=group, **settings)
+
+        return call
+
+    with ExitStack() as stack:
+        for name, functions in COLLECTIVES.items():
+            for function in functions:
+                if (original := getattr(dist, function, None)) is not None:
+                    stack.enter_context(mock.patch.object(dist, function, watched(name, original)))
+        yield calls
+
+
 def _mine(inputs, sequence: int = 1):
     """The samples of this rank, of which `sequence` ranks share each group."""
     count = SAMPLES * sequence // dist.get_world_size()
@@ -42,25 +114,26 @@ def _mine(inputs, sequence: int = 1):
     return (rows(batch, own), noise[own], sigma[own]), own
 
 
-def sft(model, inputs, own, policy="none"):
-    loss = sft_loss(model, *inputs, under(policy)).mean()
+def sft(model, inputs, own, world=World(), policy="none", keep="all"):  # noqa: B008 - frozen
+    loss = sft_loss(model, *inputs, under(policy, keep)).mean()
     loss.backward()
     return loss
 
 
-def prfl(model, reward, inputs, own, window, samples):
-    """Losses of `samples` graded steps; every rank's indices are alike."""
-    batch, noise, _ = inputs
-    indices, total = torch.tensor([[2] * SAMPLES, [4] * SAMPLES][:samples])[:, own], 0.0
-    config = ChainConfig(window=window)
-    for graded in graded_windows(model, reward, SCHEDULE, batch, noise, indices, config, None, under("full")):
+def prfl(model, reward, inputs, own, world, window, indices):
+    """Losses of the graded steps indices[0], indices[1], ... [K, SAMPLES]."""
+    (batch, noise, _), samples, total = inputs, len(indices), 0.0
+    together = world.together(model)
+    run = under("full")
+    grader = Grader(model, reward, SCHEDULE, ChainConfig(window=window), None, run, run, together)
+    for graded in Grading(grader, batch).windows(noise, torch.tensor(indices)[:, own]):
         loss = reward_loss(graded.logit, LossConfig(weight=1.0)).mean() / samples
         graded.backward(loss)
         total = total + loss.detach()
     return total
 
 
-def reward_training(reward, inputs, own):
+def reward_training(reward, inputs, own, world):
     loss = cross_entropy(noisy_reward(reward, *inputs), torch.tensor([0.0, 1.0, 1.0, 0.0])[own]).mean()
     loss.backward()
     return loss
@@ -72,22 +145,18 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
 
 
-def compare(run, make, replicate=1, sequence=1) -> tuple[float, float, str]:
+def compare(run, make, replicate=1, sequence=1, resident=False) -> tuple[float, float, str]:
     """(difference of the loss, that of the worst gradient relative to its norm, its name): several ranks
-    and one. run(*models, inputs, own); the first model is trained."""
-    inputs = _inputs("t2v", torch.float64)
-    whole = make()
-    want, everyone = run(*whole, inputs, slice(0, SAMPLES)).item(), gradients(whole[0])
-    if sequence == 1:
-        mesh, group = mesh_of(replicate), None
-    else:
-        shape = dist.get_world_size() // sequence, sequence
-        both = init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))
-        mesh, group = mesh_of(1), both.get_group("sequence")
-    models = [shard(model, mesh) for model in make()]
-    if group is not None:
-        models = [cut_sequence(model, group) for model in models]
-    loss = run(*models, *_mine(inputs, sequence)).detach()
+    and one. run(*models, inputs, own, world); the first model is trained."""
+    inputs, world = _inputs("t2v", torch.float64), world_of(replicate, sequence, resident)
+
+    def alone():
+        whole = make()
+        return run(*whole, inputs, slice(0, SAMPLES), World()).item(), gradients(whole[0])
+
+    want, everyone = of_first(alone)
+    models = [world.place(model) for model in make()]
+    loss = run(*models, *_mine(inputs, sequence), world).detach()
     dist.all_reduce(loss)
     made = gradients(models[0])
     assert set(made) == set(everyone)
@@ -105,12 +174,16 @@ def both():
     return [*generator(), tiny_reward(tiny_config()).double().freeze()]
 
 
-def flow_matching(policy, replicate, sequence):
-    return compare(lambda *a: sft(*a, policy), generator, replicate, sequence)
+def flow_matching(policy, keep, backend, replicate, sequence):
+    def make():
+        model = generator()[0]
+        return [model if backend is None else model.compile_blocks(backend)]
+
+    return compare(lambda *a: sft(*a, policy, keep), make, replicate, sequence)
 
 
-def graded(window, samples, replicate, sequence):
-    return compare(lambda *a: prfl(*a, window, samples), both, replicate, sequence)
+def graded(window, indices, resident, replicate, sequence):
+    return compare(lambda *a: prfl(*a, window, indices), both, replicate, sequence, resident)
 
 
 def rewards(replicate, sequence):
@@ -133,34 +206,162 @@ def adapter(replicate, sequence):
     return compare(sft, make, replicate, sequence)
 
 
-def trained(settings: dict, dtype, steps: int, replicate: int) -> tuple[float, float]:
-    """(relative distance of the weights from those of one process, how far they have moved from the start)
-    after some optimizer steps, with an average beside them."""
-    torch.manual_seed(0)
+def accumulated(replicate, sequence):
+    """Two micro-batches of flow matching and two windows; copies add up blocks in the last windows alone."""
+
+    def run(model, reward, inputs, own, world):
+        total = 0.0
+        for last in (False, True):
+            world.add_up_copies(model, False)
+            total = total + sft(model, inputs, own).detach()
+            world.add_up_copies(model, last)
+            total = total + prfl(model, reward, inputs, own, world, 2, [[1, 1, 1, 1], [3, 2, 3, 3]])
+        return total
+
+    return compare(run, both, replicate, sequence)
+
+
+def whole_values(p, value):
+    """A value of every weight of p, given those of this rank, on every rank."""
+    if not isinstance(p, DTensor):
+        return value.reshape(p.shape)
+    value, where = value.reshape(local(p).shape), (p.device_mesh, p.placements)
+    return DTensor.from_local(value, *where, shape=p.shape, stride=p.stride()).full_tensor()
+
+
+def weights(optimizer) -> torch.Tensor:
+    """All weights in float64, with the 16 bits more that the optimizer may keep of them."""
+    found = []
+    for p, state in optimizer.state.items():
+        own = local(p.detach()).flatten()
+        if "rest" in state["blocks"][0]:
+            own = torch.cat([master(w, b) for w, b in zip(_blocks(p.detach()), state["blocks"], strict=True)])
+        found.append(whole_values(p, own).flatten().double())
+    return torch.cat(found)
+
+
+def trained(settings: dict, dtype, lr: float, replicate: int) -> tuple[float, float, float]:
+    """After 20 optimizer steps on all ranks and on one: distance of the weights, how far they have moved,
+    distance of losses and averaged weights; all relative."""
     inputs = _inputs("t2v", torch.float32)
-    weights = []
-    for sharded in (False, True):
-        model = tiny_model(tiny_config(dim=256, num_heads=4, ffn_dim=256)).to(dtype)
-        start = torch.cat([p.detach().flatten().double() for p in model.parameters()])
-        if sharded:
-            shard(model, mesh_of(replicate))
-        optimizer = make_optimizer([(model, 1e-3)], OptimConfig(**settings))
-        ema = EMA(model, 0.5)
-        given, own = _mine(inputs) if sharded else (inputs, slice(0, SAMPLES))
-        for _ in range(steps):
-            sft(model, given, own)
-            update(optimizer, None if settings.get("in_backward") else 1.0)
+    config = OptimConfig(**{"eps": 1e-4, **settings})
+
+    def trained_on(world, given, own):
+        eights = dict(dim=256, num_heads=4, ffn_dim=256, num_layers=1)
+        size = eights if config.name == "adamw8bit" else {}
+        model = world.place(tiny_model(tiny_config(**size)).to(dtype).set_precision(torch.float32))
+        if size:  # encoding is slow
+            model.requires_grad_(False).blocks[0].ffn.requires_grad_(True)
+        optimizer, ema = make_optimizer([(model, lr)], config), EMA(model, 0.5)
+        start, losses = weights(optimizer), []
+        for _ in range(20):
+            losses.append(sft(model, given, own).detach())
+            update(optimizer, config.clip)
             ema.update()
-        found = []
-        for context in (nullcontext(), ema.applied()):
-            with context, torch.no_grad():
-                # The forward sees what the shards hold, not what was gathered before.
-                x = sft_loss(model, *given).mean()
-                if sharded:
-                    dist.all_reduce(x)
-                    x /= dist.get_world_size()
-                all_of = [p.full_tensor() if sharded else p for p in model.parameters()]
-                found.append(torch.cat([*(a.detach().flatten().double() for a in all_of), x.double()[None]]))
-        weights.append(torch.cat(found))
-    moved = (weights[0][: len(start)] - start).norm()
-    return ((weights[1] - weights[0]).norm() / moved).item(), (moved / start.norm()).item()
+        with ema.applied(), torch.no_grad():  # the forward sees what the shards hold now
+            losses.append(sft_loss(model, *given).mean())
+        seen = [world.mean(torch.stack(losses))]
+        for p, a in zip(ema.own.values(), ema.average.values(), strict=True):
+            seen.append(whole_values(p, local(a)).flatten())
+        return start, weights(optimizer), torch.cat([a.double() for a in seen])
+
+    start, want, others = of_first(lambda: trained_on(World(), inputs, slice(0, SAMPLES)))
+    reduce_dtype = torch.float32 if config.grad_dtype == "float32" else None
+    _, got, seen = trained_on(world_of(replicate, 1, False, reduce_dtype), *_mine(inputs))
+    return relative(got, want), relative(want, start), relative(seen, others)
+
+
+def adapted(folder: str) -> bool:
+    """Whether a reward model with updates is written from its shards, values of an average too, as it is
+    from one process."""
+    folder, world = Path(folder), world_of()
+
+    def save(world, name):
+        model = tiny_reward(tiny_config(), blocks=2)
+        lora.start(model.transformer, LoraConfig(rank=2), 0, None)
+        world.place(randomize(model))
+        values = {k: p.detach() * 2 for k, p in model.named_parameters() if p.requires_grad}
+        for part, given in (("now", None), ("average", values)):
+            save_adapted(model, folder / name / part, 3, given)
+
+    of_first(lambda: save(World(), "one"))
+    save(world, "all")
+
+    def content(path):
+        if path.suffix != ".ckpt":
+            return path.read_bytes()
+        return {k: a.tolist() for k, a in torch.load(path, weights_only=True).items()}
+
+    paths = [p.relative_to(folder / "one") for p in (folder / "one").rglob("*") if p.is_file()]
+    return all(content(folder / "one" / path) == content(folder / "all" / path) for path in paths)
+
+
+def float32_sums() -> tuple[dict[str, float], list[str]]:
+    """(distance from float32 sums of the gradient of bfloat16 weights after eight micro-batches, by
+    optim.grad_dtype; dtypes in which it went from rank to rank)."""
+    batch, noise, sigma = _inputs("t2v", torch.float32)
+    world, errors, on_the_way = world_of(), {}, set()
+
+    def gradient(world, dtype, own):
+        model = world.place(tiny_model().bfloat16().set_precision(torch.float32))
+        make_optimizer([(model, 1e-3)], OptimConfig(grad_dtype=dtype))
+        for micro in range(8):
+            sft(model, (rows(batch, own), noise[own].roll(micro, 2), sigma[own]), own)
+        found = gradients(model)
+        return torch.cat([found[name].flatten().double() for name in sorted(found)])
+
+    want = of_first(lambda: gradient(World(), "float32", slice(0, SAMPLES)))
+    for dtype, reduce_dtype in (("weights", None), ("float32", torch.float32)):
+        own = _mine((batch, noise, sigma))[1]
+        with collectives() as calls:
+            errors[dtype] = relative(gradient(replace(world, reduce_dtype=reduce_dtype), dtype, own), want)
+        on_the_way |= {(dtype, str(call.dtype)) for call in calls if call.name == "scatter"}
+    return errors, sorted(on_the_way)
+
+
+def own_precision() -> float:
+    """The largest difference, in bfloat16 compute, of the velocity of a sample in a sharded model: norms,
+    modulation and time embedding keep the float32 of their weights."""
+    inputs = _inputs("t2v", torch.float32)
+
+    def velocity(world, given):
+        model = world.place(tiny_model().set_precision(torch.bfloat16))
+        with torch.no_grad():
+            return bind(model, given[0])(given[1], 1000 * given[2], torch.arange(len(given[1])))
+
+    given, own = _mine(inputs)
+    return (velocity(world_of(), given) - velocity(World(), given)).abs().max().item()
+
+
+def one_bad_shard(in_backward: bool) -> tuple[bool, list[str]]:
+    """(whether the norm is finite, the matrices of which some value here has changed) in a step in which one
+    rank alone finds a gradient that is no number, in the first of two blocks."""
+    model = world_of().place(tiny_model())
+    named = dict(model.named_parameters())
+
+    def spoil(p):
+        if dist.get_rank() == 1:
+            local(p.grad).fill_(float("nan"))
+
+    named["blocks.0.self_attn.q.weight"].register_post_accumulate_grad_hook(spoil)
+    config = OptimConfig(in_backward=in_backward, clip=None, offload="states")
+    optimizer = make_optimizer([(model, 1e-2)], config)
+    before = {name: local(p.detach()).clone() for name, p in named.items()}
+    sft(model, *_mine(_inputs("t2v", torch.float32)))
+    finite = update(optimizer, None).isfinite().item()
+    matrices = {k: local(p.detach()) for k, p in named.items() if p.dim() == 2}  # of which all have rows
+    return finite, [k for k, a in matrices.items() if not torch.equal(a, before[k])]
+
+
+def rounded(replicate: int) -> tuple[list[float], set[str]]:
+    """(this rank's rows of equal bfloat16 weights after a step that rounds them at random; the states of a
+    matrix with fewer than 4,096 values a rank in 8 bits)."""
+    world, model = world_of(replicate), torch.nn.Linear(16, 64, bias=False).bfloat16()
+    torch.nn.init.ones_(model.weight)
+    fully_shard(model, mesh=world.mesh)
+    optimizer = make_optimizer([(model, 1e-3)], OptimConfig(rounding="stochastic", weight_decay=0.0))
+    model(torch.ones(1, 16, dtype=torch.bfloat16)).sum().backward()
+    update(optimizer, None)
+    wide = fully_shard(torch.nn.Linear(256, 16, bias=False), mesh=world.mesh)
+    (state,) = make_optimizer([(wide, 1e-3)], OptimConfig(name="adamw8bit")).state.values()
+    return local(model.weight.detach()).flatten().tolist(), set(state["blocks"][0])

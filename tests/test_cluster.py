@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from prfl_engine.config import load_config
+from prfl_engine.errors import UserError
 from prfl_engine.parallel import World, check_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +27,32 @@ def test_configurations_load_and_fit_the_gpus_of_their_name(path):
     size, p = int(gpus[1]), c.parallel
     assert size % (p.replicate * p.sequence) == 0 and 40 % p.sequence == 0  # of 14B's heads
     check_config(c, World(size=size, sequence=p.sequence, resident=p.resident, mesh=object()))
+
+
+@pytest.mark.parametrize("size, sequence, accumulate", [(1, 1, 3), (4, 1, 8), (4, 2, 4)])
+def test_the_last_micro_batch_of_a_step_is_known_on_every_rank(size, sequence, accumulate):
+    ranks = [World(rank, size, sequence) for rank in range(0, size, sequence)]
+    for step in range(2):
+        for world in ranks:
+            keys = range(step * accumulate + world.reader, (step + 1) * accumulate, world.readers)
+            assert [world.last(key, accumulate) for key in keys] == [False] * (len(keys) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("train.accumulate=3", "train.accumulate: got 3, want a multiple of 2"),
+        ("model.recompute=auto:9", "model.recompute: got 'auto:9', want a mode or names with several"),
+        ("rollout.cuda_graph=true", "rollout.cuda_graph: got True, want false with several processes: gath"),
+        ("optim.name=apex", "optim.name: got 'apex', want adamw or adamw8bit with several processes: apex"),
+        ("optim.in_backward=true optim.clip=null train.accumulate=4", "train.accumulate: got 4, want 2 with"),
+    ],
+)
+def test_what_several_processes_refuse(override, line):
+    world = World(size=2, mesh=object())
+    with pytest.raises(UserError) as error:
+        check_config(load_config(None, ["train.accumulate=2", *override.split()]), world)
+    assert str(error.value).startswith(line)
 
 
 def slurm(tmp_path: Path, steps_done: int, code: int = 0, state: str = "RUNNING") -> tuple[int, str]:

@@ -64,9 +64,9 @@ def values(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rollout": {"steps": 5}},
+        {"rollout": {"steps": 5}, "chain": {"window": 3}},
         {"rollout": {"steps": 5}, "parallel": {"sequence": 2}},
-        {"rollout": {"steps": 5}, "parallel": {"resident": True}, "chain": {"window": 1}},
+        {"rollout": {"steps": 5, "cache": 0.3, "max_drift": 9}, "parallel": {"resident": True}},
         {"rollout": {"steps": 5, "mode": "persistent", "pool": 8}},
     ],
     ids=["shards", "sequence", "resident", "persistent"],
@@ -118,13 +118,22 @@ def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     assert "got a sharded checkpoint, want torchrun (any number of processes)" in out
 
 
-def test_a_reward_model_trains_on_two_processes(run, tmp_path):
-    config = write_run(tmp_path, samples=8, train={"accumulate": 2, "steps": 2}, eval={"every": 2})
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_reward_model_trains_on_two_processes(run, tmp_path, rank):
+    """As on one, with updates too, and goes on from its checkpoint."""
+    train = {"accumulate": 2, "steps": 2, "ema": 0.5}
+    config = write_run(tmp_path, samples=8, train=train, eval={"every": 2}, lora={"rank": rank})
     for processes, name in ((2, "two"), (1, "one")):
         launch = {"processes": processes, "torchrun": processes > 1}
         run(config, f"train.out={tmp_path}/{name}", command="train-reward", **launch)
     for a, b in zip(values(tmp_path / "one"), values(tmp_path / "two"), strict=True):
         assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
+    one, two = (tmp_path / name / "best" for name in ("one", "two"))
+    assert {p.relative_to(one) for p in one.rglob("*")} == {p.relative_to(two) for p in two.rglob("*")}
+    if rank:
+        resumed = "train.resume=true", "train.steps=3"
+        run(config, f"train.out={tmp_path}/two", *resumed, processes=2, command="train-reward")
+        assert len(values(tmp_path / "two")) == len(values(tmp_path / "one")) + 2
 
 
 def test_mistakes_end_all_processes_with_a_line(run, tmp_path):

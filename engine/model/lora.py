@@ -9,7 +9,7 @@ and norms included, are frozen. Source: Hu et al. 2021, arXiv 2106.09685. Files:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from prfl_engine.model.layers import Linear
 from prfl_engine.model.lora_files import read, write_peft, write_shared
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.seeds import Purpose, torch_seed
-from prfl_engine.shards import put, whole
+from prfl_engine.shards import local, put, reshard, whole
 from prfl_kernels.sublayers.products import LowRank
 
 PARTS = ("lora_A", "lora_B")
@@ -101,15 +101,28 @@ def save(model: WanTransformer, folder: Path, values: dict[str, Tensor] | None =
     values: what to write in place of A and B, by their names in the model. Of a sharded model all ranks call
     it, the first one writes, and all raise if that fails.
     """
-    values, found = {} if values is None else values, {}
-    for name, low in updates(model).items():
-        parts = (values.get(f"{name}.{part}", a) for part, a in zip(PARTS, low[:2], strict=True))
-        found[name] = LowRank(*(whole(a.detach()) for a in parts), low.scale)
+    write(model, folder, values, write_peft, write_shared)
+
+
+def write(model: nn.Module, folder: Path, values: dict[str, Tensor] | None, *writers: Callable) -> None:
+    """`save` by these of lora_files' writers alone."""
+    found = {
+        name: LowRank(*(whole(a) for a in low[:2]), low.scale) for name, low in _valued(model, values).items()
+    }
     sharded = any(isinstance(p, DTensor) for p in model.parameters())
     with Agreed() if sharded else nullcontext():
         if leads() or not sharded:
-            write_peft(found, folder)
-            write_shared(found, folder)
+            for writer in writers:
+                writer(found, folder)
+
+
+def _valued(model: nn.Module, values: dict[str, Tensor] | None) -> dict[str, LowRank]:
+    """The updates of a model, sharded as they are, with `values` in place of A and B by their names."""
+    values, found = {} if values is None else values, {}
+    for name, low in updates(model).items():
+        parts = (values.get(f"{name}.{part}", a) for part, a in zip(PARTS, low[:2], strict=True))
+        found[name] = LowRank(*(a.detach() for a in parts), low.scale)
+    return found
 
 
 def start(model: WanTransformer, config: LoraConfig, seed: int, resume: Path | None) -> None:
@@ -200,24 +213,30 @@ def _updated(model: WanTransformer, updates: dict[str, LowRank], path: str | Pat
 
 
 def _sum(weight: Tensor, low: LowRank) -> Tensor:
-    """The float32 weight with its update."""
-    down, up = (a.to(weight.device, torch.float32) for a in low[:2])
-    return weight.float().addmm(up, down, alpha=low.scale)
+    """The float32 weight with its update; of sharded ones the rows of a rank, by the same rows of B."""
+    down, up = (a.to(weight.device, torch.float32) for a in (whole(low.down), local(low.up)))
+    made = weight.detach().to(torch.float32, copy=True)
+    local(made).addmm_(up, down, alpha=low.scale)
+    return made
 
 
 @contextmanager
 @torch.no_grad()
-def merged(model: WanTransformer) -> Iterator[None]:
-    """Inside a with block the model's parameters are on the CPU in float32, with the updates in the weights;
-    after it they are what they were, the same objects."""
+def merged(model: WanTransformer, values: dict[str, Tensor] | None = None) -> Iterator[None]:
+    """Inside a with block the model's parameters are in float32, with the updates in the weights, and on the
+    CPU unless they are sharded; after it they are what they were, the same objects. values as `save` takes
+    them."""
+    reshard(model)
     before = [(m, dict(m.named_parameters(recurse=False))) for m in model.modules()]
+    lows = {model.get_submodule(name): low for name, low in _valued(model, values).items()}
     for m, own in before:
-        weights = {name: p for name, p in own.items() if name not in ("lora_A", "lora_B")}
-        if len(weights) < len(own):
-            weights["weight"] = _sum(m.weight, m.low)
+        weights = {name: p for name, p in own.items() if name not in PARTS}
+        if m in lows:
+            weights["weight"] = _sum(m.weight, lows[m])
             m.lora_A = m.lora_B = None
         for name, a in weights.items():
-            setattr(m, name, nn.Parameter(a.detach().to("cpu", torch.float32), requires_grad=False))
+            a = a.detach().float() if isinstance(a, DTensor) else a.detach().to("cpu", torch.float32)
+            setattr(m, name, nn.Parameter(a, requires_grad=False))
     try:
         yield
     finally:

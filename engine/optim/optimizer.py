@@ -30,13 +30,13 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
     narrow = any(p.dtype == torch.bfloat16 for p in parameters)
     sharded = any(isinstance(p, DTensor) for p in parameters)
     if config.grad_dtype == "float32":
-        if sharded:
-            raise UserError("optim.grad_dtype: got 'float32' with sharded weights, want 'weights'")
         for p in parameters:
             if not hasattr(p, "grad_dtype"):
                 version = torch.__version__
                 raise UserError(f"optim.grad_dtype: got 'float32', want 'weights' with torch {version}")
-            p.grad_dtype = torch.float32
+            p.grad_dtype = None if isinstance(p, DTensor) else torch.float32
+            if isinstance(p, DTensor):
+                p.register_post_accumulate_grad_hook(_widen)
     if config.name == "apex":
         if narrow or sharded or parameters[0].device.type != "cuda":
             what = "bfloat16 weights" if narrow else "sharded weights" if sharded else "weights on a CPU"
@@ -47,6 +47,13 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
     return torch.optim.AdamW(
         made, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
+
+
+@torch.no_grad()
+def _widen(p: Tensor) -> None:
+    """Let FSDP2 add the next gradients of a step to one in float32. It hands over each one, which has been
+    added up over ranks in float32 (parallel.shard), in the dtype of the weight."""
+    p.grad = p.grad.to(torch.float32)
 
 
 @torch.no_grad()

@@ -27,15 +27,19 @@ from prfl_kernels.qk_norm_rope.rope import Grid
 
 
 def make_rollout(
-    model: WanTransformer, config: RolloutConfig, schedule: flow.Schedule, device: torch.device
+    model: WanTransformer,
+    config: RolloutConfig,
+    schedule: flow.Schedule,
+    device: torch.device,
+    together: chain.Together | None = None,
 ) -> "Rollout | None":
-    """The accelerated rollout that the configuration asks for, or None if it asks for none. Raises UserError
-    if this model or device cannot run it."""
+    """The accelerated rollout that the configuration asks for, or None if it asks for none. together: the
+    ranks that share a sharded model. Raises UserError if this model or device cannot run it."""
     if config.precision == "same" and config.cache == 0 and not config.cuda_graph:
         return None
     if config.cuda_graph and device.type != "cuda":
         raise UserError(f"rollout.cuda_graph: got true on {device.type}, want a CUDA device")
-    return Rollout(model, config, schedule, CudaRecorder() if config.cuda_graph else None)
+    return Rollout(model, config, schedule, CudaRecorder() if config.cuda_graph else None, together)
 
 
 class Rollout:
@@ -47,9 +51,11 @@ class Rollout:
         config: RolloutConfig,
         schedule: flow.Schedule,
         record: Callable | None = None,
+        together: chain.Together | None = None,
     ):
-        """record: a recorder (`cuda_graphs.CudaRecorder`) if the blocks are to be replayed as a graph."""
-        self.model, self.config, self.schedule = model, config, schedule
+        """record: a recorder (`cuda_graphs.CudaRecorder`) if the blocks are to be replayed as a graph;
+        together: the ranks that share a sharded model."""
+        self.model, self.config, self.schedule, self.together = model, config, schedule, together
         self.fp8 = Fp8Blocks(model) if config.precision == "fp8" else None
         self.version: Hashable = None  # of the weights, see Fp8Blocks.follow
         self.accelerated = True  # False: plain until a probe passes
@@ -75,7 +81,8 @@ class Rollout:
     def _velocity(self, batch: Batch, context: Tensor, accelerated: bool) -> chain.Velocity:
         model, run_blocks, cache = self.model, self.blocks[accelerated], None
         if accelerated and self.config.cache > 0:
-            cache = StepCache(self.config.cache, self.schedule.timesteps[-1].item(), model.sequence)
+            last = self.schedule.timesteps[-1].item()
+            cache = StepCache(self.config.cache, last, model.sequence, self.together)
         if accelerated and self.fp8 is not None:
             self.fp8.follow(self.version)
 
@@ -108,7 +115,8 @@ class Rollout:
             chain.rollout(self._velocity(batch, context, how), self.schedule, noise, index).x
             for how in (True, False)
         )
-        return (fast - plain).norm() / plain.norm()
+        drift = (fast - plain).norm() / plain.norm()
+        return drift if self.together is None else self.together.largest(drift)
 
 
 def _rows(a: Tensor, active: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ residual stream keeps its dtype; norms, softmax and sums are float32. Keys and v
 attention to it are computed in the ordinary precision: 1 % of the work. The cost: e4m3 has 3 mantissa bits,
 so a value is off by up to 6 %, 2.6 % root mean square.
 
-Weights are quantised once for every version of them; the copies take one byte a value more.
+Weights are quantised once for every version of them; the copies take one byte a value more. Of a sharded
+model every rank has whole copies: a block is gathered to be quantised. Its forward gathers it all the same,
+since it also reads what is not in e4m3.
 Source of the scaling: DeepSeek-V3 technical report, section 3.3; FlashAttention-3 (Shah et al. 2024).
 """
 
@@ -17,10 +19,12 @@ from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from prfl_engine.errors import UserError
 from prfl_engine.model.layers import Block, Linear
 from prfl_engine.model.wan import WanTransformer
+from prfl_engine.shards import unsharded
 from prfl_kernels.attention.fp8 import HEAD_DIMS, attention_fp8, quantize_values
 from prfl_kernels.exchange import Cut, to_heads, to_tokens
 from prfl_kernels.fp8.linear import MULTIPLE, fp8_linear
@@ -134,14 +138,17 @@ class Fp8Blocks:
 
         They are unchanged if `version`, which the caller changes with every optimizer step, is the same, and
         every parameter has the same address and the same count of writes (torch's). The count alone is not
-        enough: fused AdamW and writes through .data do not change it. version None: always quantise.
+        enough: fused AdamW and writes through .data do not change it. version None: always quantise. Of a
+        sharded model `version` alone decides, since all ranks must decide alike, and call this together.
         """
-        parameters = self.model.blocks.parameters()
+        sharded = any(isinstance(block, FSDPModule) for block in self.model.blocks)
+        parameters = () if sharded else self.model.blocks.parameters()
         found = version, tuple((p.data_ptr(), p._version) for p in parameters)
         if version is None or found != self.version:
-            for block in self.blocks:
-                for product in block.products:
-                    product.quantize()
+            for block, fp8 in zip(self.model.blocks, self.blocks, strict=True):
+                with unsharded(block):
+                    for product in fp8.products:
+                        product.quantize()
             self.version = found
 
     def __call__(

@@ -8,6 +8,8 @@ seen before the blocks run: their first modulated input m_i = LN(x_i) (1 + scale
 a step is computed when the sum of d since the last computed one reaches the threshold, and otherwise gets
 that one's residual. The first step of a stretch and the last step of the schedule are always computed.
 Every sample of a batch has its own sum and residual; those that are computed go through the blocks together.
+Where ranks gather the weights of a sharded model in every forward, a step that is computed on one of them is
+computed on all: no rank may wait for the weights of another that has skipped its blocks.
 
 The samples to compute are the one thing the host has to know: one read of N flags a step, where some
 sample has a choice. State: m and the residual of every sample, [L, C] each, for as long as a stretch of
@@ -22,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prfl_engine.chain import Together
+from prfl_engine.model.layers import Block
 from prfl_engine.model.wan import RunBlocks
 from prfl_kernels.exchange import SequenceGroup
 
@@ -38,9 +42,17 @@ class _Kept:
 class StepCache:
     """The residuals of the samples of one batch along one stretch of steps."""
 
-    def __init__(self, threshold: float, last_timestep: float, sequence: SequenceGroup | None = None):
-        """sequence: the ranks over which the tokens are cut; they all choose alike."""
-        self.threshold, self.last_timestep, self.sequence = threshold, last_timestep, sequence
+    def __init__(
+        self,
+        threshold: float,
+        last_timestep: float,
+        sequence: SequenceGroup | None = None,
+        together: Together | None = None,
+    ):
+        """sequence: the ranks over which the tokens are cut, which choose alike; together: those that share
+        a sharded model."""
+        self.threshold, self.last_timestep = threshold, last_timestep
+        self.sequence, self.together = sequence, together
         self.kept: dict[int, _Kept] = {}
         self.computed = self.reused = 0  # forwards of one sample
 
@@ -86,7 +98,12 @@ class StepCache:
             kept.modulated = m
             # not <: a NaN is computed
             flags[row] = ~(kept.moved < self.threshold) | (t[row] <= self.last_timestep)
-        read = dict(zip(flags, torch.stack(list(flags.values())).tolist(), strict=True)) if flags else {}
+        chosen = torch.stack(list(flags.values())) if flags else t.new_zeros(0, dtype=torch.bool)
+        if self.together is not None:
+            forced = len(flags) < len(samples)  # some have no residual yet
+            anywhere = self.together.largest((chosen.any() | forced).int()).bool()
+            chosen = chosen if forced else torch.where(chosen.any(), chosen, anywhere)
+        read = dict(zip(flags, chosen.tolist(), strict=True)) if flags else {}
         return [read.get(row, True) for row in range(len(samples))]
 
 
@@ -98,6 +115,13 @@ def cached(run_blocks: RunBlocks, cache: StepCache, t: Tensor, active: Tensor) -
             part = slice(None) if len(rows) == len(context) else rows
             return run_blocks(blocks, tokens, e_B6C[part], context[part], repeats, grid)
 
-        return cache(some, tokens, blocks[0].attention_input(tokens, e_B6C), t, active)
+        # A call of the block, so that a sharded one is gathered.
+        modulated = blocks[0](tokens, e_B6C, context, repeats, grid, _input)
+        return cache(some, tokens, modulated, t, active)
 
     return run
+
+
+def _input(block: Block, x: Tensor, e_B6C: Tensor, *_: object) -> Tensor:
+    """The first modulated input of a block, a `BlockRun`."""
+    return block.attention_input(x, e_B6C)
