@@ -226,7 +226,11 @@ def cut_sequence(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
     """Let a transformer or a reward model hold the tokens of this rank alone; all ranks of the group must get
     the same latents, and call it together. Returns the model. UserError for heads that the ranks do not
     divide, and for dropout in the pooling, whose random numbers would differ."""
-    sequence = SequenceGroup(group)
+    return cut_modules(model, SequenceGroup(group))
+
+
+def cut_modules(model: nn.Module, sequence: SequenceGroup) -> nn.Module:
+    """`cut_sequence` over a group that has been made."""
     for module in model.modules():
         if isinstance(module, Block) and module.self_attn.num_heads % sequence.size:
             heads = module.self_attn.num_heads

@@ -3,12 +3,15 @@ steps to make."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from prfl_kernels import dispatch, extension
+from prfl_engine.parallel import cut_modules
+from prfl_kernels import dispatch, exchange, extension
 
 
 class _MetaFloats(TorchFunctionMode):
@@ -40,10 +43,36 @@ def meta_tensors() -> Iterator[None]:
     before = dispatch.configured()
     dispatch.configure("")
     try:
-        with default_dtype(torch.float32), extension.dry_run(), _MetaFloats():
+        with default_dtype(torch.float32), extension.dry_run(), _MetaFloats(), _silent_exchange():
             yield
     finally:
         dispatch.configure(before)
+
+
+class _OneOf(exchange.SequenceGroup):
+    """The first of `size` ranks of which no other exists."""
+
+    def __init__(self, size: int):
+        self.name, self.size, self.rank = "dry run", size, 0
+        exchange._GROUPS[self.name] = None
+
+
+def cut(model: nn.Module, ranks: int) -> nn.Module:
+    """The model with its sequences cut over so many ranks, of which it is the first. Returns it."""
+    return model if ranks == 1 else cut_modules(model, _OneOf(ranks))
+
+
+@contextmanager
+def _silent_exchange() -> Iterator[None]:
+    """Collectives of a sequence group leave the tensors that they fill as they were allocated."""
+    names = "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"
+    before, exchange.dist = exchange.dist, SimpleNamespace(get_rank=lambda _: 0)
+    for name in names:
+        setattr(exchange.dist, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        exchange.dist = before
 
 
 @contextmanager
