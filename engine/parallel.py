@@ -147,14 +147,7 @@ def started(config: ParallelConfig, device: torch.device) -> Iterator[World]:
         yield World()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    per_copy = size // config.replicate
-    check(
-        size % config.replicate == 0, "parallel.replicate", config.replicate, f"a divisor of {size} processes"
-    )
-    check(
-        per_copy % config.sequence == 0, "parallel.sequence", config.sequence,
-        f"a divisor of the {per_copy} processes of a copy",
-    )  # fmt: skip
+    per_copy = check_layout(config, size)
     limit, cuda = timedelta(seconds=config.timeout), device.type == "cuda"
     dist.init_process_group(
         "nccl" if cuda else "gloo", timeout=limit, device_id=device if cuda else None
@@ -174,13 +167,29 @@ def started(config: ParallelConfig, device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def check_layout(config: ParallelConfig, size: int) -> int:
+    """How many of so many processes have a copy of the weights. UserError unless the sizes divide."""
+    per_copy = size // config.replicate
+    check(
+        size % config.replicate == 0, "parallel.replicate", config.replicate, f"a divisor of {size} processes"
+    )
+    check(
+        per_copy % config.sequence == 0, "parallel.sequence", config.sequence,
+        f"a divisor of the {per_copy} processes of a copy",
+    )  # fmt: skip
+    return per_copy
+
+
 def check_config(config: Config, world: World, rollouts: bool = True) -> None:
     """UserError for settings that several processes cannot have yet; rollouts: of PRFL, else of reward
     training."""
-    c = config
-    if world.mesh is None:
-        return
-    n, many = world.readers, "with several processes"
+    if world.mesh is not None:
+        check_many(config, world.readers, rollouts)
+
+
+def check_many(config: Config, readers: int, rollouts: bool = True) -> None:
+    """`check_config` for so many groups of several processes."""
+    c, n, many = config, readers, "with several processes"
     check(
         c.train.accumulate % n == 0, "train.accumulate", c.train.accumulate,
         f"a multiple of {n}, the groups of processes with samples of their own",

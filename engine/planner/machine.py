@@ -6,6 +6,11 @@ from prfl_engine.errors import UserError
 from prfl_engine.planner.seconds import Rates
 
 GIB = 2**30
+CONTEXT = 600_000_000  # CUDA's context, loaded kernels and cuBLAS's work space
+CONTEXT_NOTE = (
+    "fragments of the allocator, what NCCL takes, partial sums of Triton kernels, the process itself, its"
+    " loaders and the page cache of files on the host"
+)
 
 
 class Machine(NamedTuple):

@@ -22,7 +22,7 @@ from prfl_engine.planner.dry_run import (
     rollout_bytes,
     validation_bytes,
 )
-from prfl_engine.planner.machine import Machine
+from prfl_engine.planner.machine import CONTEXT, Machine
 from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks, plan
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup
@@ -38,7 +38,6 @@ from prfl_engine.planner.standing import (
 )
 
 COUNTED, PREDICTED, ESTIMATED = "counted", "predicted", "estimated"
-CONTEXT = 600_000_000  # CUDA's context, loaded kernels and cuBLAS's work space
 
 
 class Entry(NamedTuple):

@@ -1,7 +1,10 @@
-"""Sharded training: bytes that FSDP2 gathers and reduces, for one rank."""
+"""Sharded training: bytes that FSDP2 and a cut sequence gather, reduce and exchange, for one rank."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from prfl_engine.planner.machine import Machine
+from prfl_engine.planner.plan import Kind
 from prfl_engine.planner.setup import Setup
 
 
@@ -35,3 +38,41 @@ class Gathered(NamedTuple):
 def gathered_bytes(setup: Setup, shards: Shards) -> Gathered:
     """Most in a forward without gradient, in a step with gradient, and what resident weights take."""
     return Gathered()
+
+
+class Links(NamedTuple):
+    """Seconds of the collectives of a pass; those that overlap with it, and exchanges, which do not."""
+
+    forward: float = 0.0
+    graded: float = 0.0
+    reward: float = 0.0
+    exchange_forward: float = 0.0
+    exchange_graded: float = 0.0
+    exchange_reward: float = 0.0
+
+
+class Exchanged(NamedTuple):
+    """Bytes that a rank receives in the collectives of a pass."""
+
+    gather: int = 0  # weights of the generator, in a forward; in a backward as often again
+    reduce: int = 0  # its gradients, in a backward
+    replicas: int = 0  # shards of them, over copies
+    gather_reward: int = 0
+    forward: int = 0  # exchanges of a cut sequence in a forward without gradient
+    graded: int = 0  # in a forward with gradient and its backward
+    reward: int = 0
+
+    def seconds(self, gpu: Machine, shards: Shards) -> Links:
+        """By the rates of the links: inside a node where the shards and the ranks of a sample are."""
+        inner = gpu.fast if shards.shards <= gpu.per_node else gpu.slow
+        cut = gpu.fast if shards.sequence <= gpu.per_node else gpu.slow
+        reduce = self.reduce / inner + self.replicas / (gpu.slow if shards.size > gpu.per_node else gpu.fast)
+        return Links(
+            self.gather / inner, 2 * self.gather / inner + reduce, 2 * self.gather_reward / inner,
+            self.forward / cut, self.graded / cut, self.reward / cut,
+        )  # fmt: skip
+
+
+def exchanged_bytes(setup: Setup, shards: Shards, kinds: Sequence[Kind], reward: Kind) -> Exchanged:
+    """The bytes of all collectives of a pass."""
+    return Exchanged()
