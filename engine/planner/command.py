@@ -67,7 +67,7 @@ def of_subject(
     subject = replace(subject, config=config)
     setup, limit = subject.setup, 1e9 * options.budget if options.budget else gpu.memory
     made = memory(config, setup, gpu, shards)
-    moved = exchanged_bytes(setup, shards, made.kinds, made.reward)
     models = models_of(setup, shards.shards)
+    moved = exchanged_bytes(setup, models, shards, made.reward)
     took = times(config, setup, made.kinds, made.reward, models, gpu, shards, moved)
     return Prediction(subject, gpu, shards, limit, made, took, moved, options.price)

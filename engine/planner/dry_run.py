@@ -108,7 +108,7 @@ def reward_model(setup: Setup, blocks: int) -> RewardModel:
     return cut(made, setup.sequence)
 
 
-def _inputs(config: WanConfig, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
+def inputs(config: WanConfig, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
     """A batch, noise of its shape and noise levels [B]."""
     return _batch(config, latent), torch.empty(latent), torch.empty(latent[0])
 
@@ -151,7 +151,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         if setup.sft:
             with _passes(setup.pool, _counter(model, reward), ["flow matching"]) as (laps, watch):
-                batch, noise, sigma = _inputs(setup.config, setup.latent)
+                batch, noise, sigma = inputs(setup.config, setup.latent)
                 sft_loss(model, batch, noise, sigma, run_under(policies, watch)).mean().backward()
             found |= laps
         if reward is not None:
@@ -170,7 +170,7 @@ def _graded(
     longer = longest(setup) - held(setup, index, config.window)
     names = ["graded step", *["window"] * (config.window - 1)]
     with _passes(setup.pool, _counter(model, reward), names) as (found, watch):
-        batch, noise, _ = _inputs(setup.config, setup.latent)
+        batch, noise, _ = inputs(setup.config, setup.latent)
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
             extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
@@ -198,7 +198,7 @@ def _rollout_bytes(setup: Setup) -> int:
         live = _counter(model, reward)
         base = live.now - SCALARS - setup.pool
         with live:
-            batch, noise, _ = _inputs(setup.config, setup.latent)
+            batch, noise, _ = inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
             extra = [reward.transformer.embed_context(batch.text, batch.clip)]
             extra.append(ballast(accelerated_bytes(setup)))
@@ -239,7 +239,7 @@ def validation_bytes(setup: Setup) -> int:
             extra += [torch.empty(v.latent) for _ in range(v.kept - 1)]
             extra += [_batch(setup.config, (v.read, *v.latent[1:]))] if v.read else []
             for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
-                batch, noise, sigma = _inputs(setup.config, v.latent)
+                batch, noise, sigma = inputs(setup.config, v.latent)
                 repeated("loss", sft_loss, model, batch, noise, sigma)
                 velocity = repeated.velocity(bind(model, batch))
                 latent = chain.sample(velocity, schedule(FULL_HISTORY + 1), noise)

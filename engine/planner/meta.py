@@ -62,13 +62,19 @@ def cut(model: nn.Module, ranks: int) -> nn.Module:
     return model if ranks == 1 else cut_modules(model, _OneOf(ranks))
 
 
+COLLECTIVES = "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor"
+traffic = [0]  # bytes of the larger side of all exchanges in dry runs so far
+
+
+def _counted(found: torch.Tensor, given: torch.Tensor, *_, **__) -> None:
+    traffic[0] += max(found.nbytes, given.nbytes)
+
+
 @contextmanager
 def _silent_exchange() -> Iterator[None]:
-    """Collectives of a sequence group leave the tensors that they fill as they were allocated."""
-    names = "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"
-    before, exchange.dist = exchange.dist, SimpleNamespace(get_rank=lambda _: 0)
-    for name in names:
-        setattr(exchange.dist, name, lambda *_, **__: None)
+    """Collectives of a sequence group are counted and leave what they fill as it was allocated."""
+    silent = {name: _counted for name in COLLECTIVES}
+    before, exchange.dist = exchange.dist, SimpleNamespace(get_rank=lambda _: 0, **silent)
     try:
         yield
     finally:

@@ -38,6 +38,7 @@ from prfl_engine.planner.standing import (
 )
 
 COUNTED, PREDICTED, ESTIMATED = "counted", "predicted", "estimated"
+BUFFERS = "whole blocks by the order in which FSDP2 gathers and frees"
 
 
 class Entry(NamedTuple):
@@ -189,23 +190,23 @@ def _step(
     arriving = 0  # the update of a gradient that a block's backward has made, when that is over
     if c.optim.in_backward:
         arriving = update_bytes(models, c.optim, shards.many).temporaries
-    gathered = gathered_bytes(setup, shards)
-    if gathered.backward:
-        extra.append(("gathered blocks", gathered.backward, COUNTED, "FSDP2's buffers of two blocks"))
+    gathered = gathered_bytes(models, shards)
 
-    def own(phase: str, peak: Peak, around: bool = False) -> tuple[Entry, ...]:
+    def own(phase: str, peak: Peak, around: bool = False, scored: bool = False) -> tuple[Entry, ...]:
         start = 0 if around else reward.numbers[phase].start
         states = 0 if phase == "flow matching" or around else longest(setup)
         pool = 0 if around else setup.pool
         left = peak.bytes - max(start, states + pool) - peak.saved
         update = max(0, arriving - left)
+        whole = gathered.graded(left, min(k.numbers[phase].saved for k in kinds)) if shards.many else 0
         return _entries((
             ("saved activations", peak.saved, COUNTED, "dry run: what the blocks save"),
             ("sampler states", states, COUNTED, "states of the chain that a window needs"),
             ("chains that persist", pool, COUNTED, "states and prompts of the pool"),
             ("inputs, embeddings", max(0, start - states - pool), COUNTED, "dry run: before the blocks"),
             ("temporaries", left, COUNTED, "dry run"),
-            ("optimizer in backward", update, COUNTED, "a real update of one block"), *extra,
+            ("optimizer in backward", update, COUNTED, "a real update of one block"),
+            ("gathered blocks", gathered.reward if scored else whole, PREDICTED, BUFFERS), *extra,
         ))  # fmt: skip
 
     made = {}
@@ -220,7 +221,7 @@ def _step(
         if rest.bytes > rollout_bytes(setup):
             parts.append(("graded step", rest, True))
         made["graded step"] = own(*max(parts, key=lambda part: part[1]))
-        made["reward"] = own("graded step", found["graded step"]["head"])
+        made["reward"] = own("graded step", found["graded step"]["head"], scored=True)
     if "flow matching" in found:
         parts = found["flow matching"]
         place = max(parts, key=lambda p: parts[p].bytes)
@@ -236,7 +237,7 @@ def _rollout(setup: Setup, gathered: Gathered) -> tuple[Entry, ...]:
         ("step cache, first tokens", cache, COUNTED, "residual, modulated input, tokens"),
         ("chains that persist", setup.pool, COUNTED, "states and prompts of the pool"),
         ("temporaries", most - states - cache - setup.pool, COUNTED, "dry run of the rollout's forwards"),
-        ("gathered blocks", gathered.forward, COUNTED, "FSDP2's buffers of two blocks"),
+        ("gathered blocks", max(gathered.forward, gathered.begin), PREDICTED, BUFFERS),
         ("resident weights", gathered.resident, COUNTED, "all weights gathered for a rollout"),
     ))  # fmt: skip
 
@@ -260,7 +261,7 @@ def _validation(c: Config, setup: Setup, models: Models, shards: Shards) -> tupl
     return _entries((
         ("temporaries", validation_bytes(setup), COUNTED, "dry run: samples, rewards, flow matching"),
         ("weights set aside", swapped if c.train.ema > 0 else 0, COUNTED, "the average in their dtype"),
-        ("gathered blocks", gathered_bytes(setup, shards).forward, COUNTED, "FSDP2's buffers of two blocks"),
+        ("gathered blocks", gathered_bytes(models, shards).begin, PREDICTED, BUFFERS),
     ))  # fmt: skip
 
 

@@ -98,7 +98,7 @@ class Prediction:
         for category, how, basis in found:
             if (category, how) not in seen:
                 seen.add((category, how))
-                lines.append(f"  {category:24}{how:11}{basis}"[:WIDTH])
+                lines.append(f"  {category:24}{how:11}{basis}")
         return lines + wrapped(f"not counted: {CONTEXT_NOTE}")
 
     def _seconds(self) -> list[str]:
@@ -111,6 +111,9 @@ class Prediction:
             lines.append(f"  {row.phase:26}{cells}{row.flops / 1e15:14.2f}{mfu}".rstrip())
         flops = sum(row.flops for row in t.rows)
         lines.append(f"  {'all':26}{t.seconds:10.2f}{'':17}{flops / 1e15:14.2f}{t.mfu:7.0%}")
+        sizes = ((name, size / 1e9) for name, size in self.exchanged._asdict().items() if size)
+        if each := ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in sizes):
+            lines += wrapped(f"GB that a rank receives in a pass: {each}")
         if t.graded:
             hours, an_hour = t.per_sample * t.gpus / 3600, 3600 / t.per_sample
             line = f"{t.graded:g} graded samples a step: {t.per_sample:.2f} s each, {an_hour:.0f} an hour"
