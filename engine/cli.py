@@ -84,6 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "The whole job on real video, on this machine.", config=False)
     demo.add_argument("--out", default="runs/demo", help="folder (default: %(default)s)")
     command("train", _train, "PRFL training of a generator.")
+    plan = command("plan", _plan, "What a training takes: memory, seconds, which GPUs. Needs none.")
+    plan.add_argument("--gpu", default="h100-80", metavar="NAME", help="h100-80, h200, a100-80, b200")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="default: %(default)s")
+    plan.add_argument("--nodes", type=int, metavar="M", help="of how many nodes (default: 8 GPUs each)")
+    plan.add_argument("--budget", type=float, metavar="GB", help="10^9 bytes (default: those of the GPU)")
+    plan.add_argument("--latent", metavar="SIZE", help="480p, 720p or TxHxW (default: of the data)")
+    plan.add_argument("--model", metavar="PRESET", help="the generator where its folder is not here")
+    plan.add_argument("--price", type=float, metavar="X", help="of a GPU hour")
+    plan.add_argument("--json", action="store_true", help="as JSON")
     command("train-reward", _train_reward, "Train a latent reward model.")
     command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
     sample = command("sample", _sample, "Sample videos from a generator.")
@@ -135,6 +144,18 @@ def _train(args) -> None:
         from prfl_engine.train import train
 
         train(_load(args))
+
+
+def _plan(args) -> None:
+    import json
+
+    from prfl_engine.planner.command import Options, predict
+
+    options = Options(
+        args.gpu, args.gpus, args.nodes, args.budget, args.latent, args.model, args.price
+    )
+    found = predict(args.config, args.overrides, options)
+    print(json.dumps(found.values(), indent=2) if args.json else found.text())
 
 
 def _train_reward(args) -> None:

@@ -215,14 +215,7 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
         yield World()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    per_copy = size // config.replicate
-    check(
-        size % config.replicate == 0, "parallel.replicate", config.replicate, f"a divisor of {size} processes"
-    )
-    check(
-        per_copy % config.sequence == 0, "parallel.sequence", config.sequence,
-        f"a divisor of the {per_copy} processes of a copy",
-    )  # fmt: skip
+    per_copy = check_layout(config, size)
     limit, cuda = timedelta(seconds=config.timeout), device.type == "cuda"
     dist.init_process_group(
         "nccl" if cuda else "gloo", timeout=limit, device_id=device if cuda else None
@@ -243,16 +236,38 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def check_layout(config: ParallelConfig, size: int) -> int:
+    """How many of so many processes have a copy of the weights. UserError unless the sizes divide."""
+    per_copy = size // config.replicate
+    check(
+        size % config.replicate == 0, "parallel.replicate", config.replicate, f"a divisor of {size} processes"
+    )
+    check(
+        per_copy % config.sequence == 0, "parallel.sequence", config.sequence,
+        f"a divisor of the {per_copy} processes of a copy",
+    )  # fmt: skip
+    return per_copy
+
+
 def check_config(config: Config, world: World) -> None:
     """UserError for settings that do not fit the number of processes, or that several cannot have."""
-    c, n, many = config, world.readers, "with several processes"
-    if c.optim.in_backward:
+    check_readers(config, world.readers)
+    if world.mesh is not None:
+        check_many(config, world.readers)
+
+
+def check_readers(config: Config, readers: int) -> None:
+    """UserError for settings that do not fit so many groups of processes with samples of their own."""
+    if config.optim.in_backward:
         check(
-            c.train.accumulate == n, "train.accumulate", c.train.accumulate,
-            f"{n} with optim.in_backward: one backward of a process in an optimizer step",
+            config.train.accumulate == readers, "train.accumulate", config.train.accumulate,
+            f"{readers} with optim.in_backward: one backward of a process in an optimizer step",
         )  # fmt: skip
-    if world.mesh is None:
-        return
+
+
+def check_many(config: Config, readers: int) -> None:
+    """UserError for settings that several processes cannot have."""
+    c, n, many = config, readers, "with several processes"
     check(
         c.train.accumulate % n == 0, "train.accumulate", c.train.accumulate,
         f"a multiple of {n}, the groups of processes with samples of their own",
@@ -303,7 +318,11 @@ def cut_sequence(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
     """Let a transformer or a reward model hold the tokens of this rank alone; all ranks of the group must get
     the same latents, and call it together. Returns the model. UserError for heads that the ranks do not
     divide, and for dropout in the pooling, whose random numbers would differ."""
-    sequence = SequenceGroup(group)
+    return cut_modules(model, SequenceGroup(group))
+
+
+def cut_modules(model: nn.Module, sequence: SequenceGroup) -> nn.Module:
+    """`cut_sequence` over a group that has been made."""
     for module in model.modules():
         if isinstance(module, Block) and module.self_attn.num_heads % sequence.size:
             heads = module.self_attn.num_heads

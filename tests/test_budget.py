@@ -15,7 +15,8 @@ from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.model.checkpoint import save_reward, save_transformer
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.planner import plan as plan
-from prfl_engine.planner.dry_run import ROUND, SCALARS
+from prfl_engine.planner.dry_run import SCALARS
+from prfl_engine.planner.setup import ROUND
 from prfl_kernels import extension
 
 built = pytest.mark.skipif(extension.absence("cpu", "cpu") is not None, reason="the kernels are not built")

@@ -16,8 +16,10 @@ from prfl_engine.memory.policy import BlockPolicy, named, of_config
 from prfl_engine.objectives import graded_windows, sft_loss
 from prfl_engine.planner import plan as plan
 from prfl_engine.planner import search as search
-from prfl_engine.planner.dry_run import SCALARS, Numbers, RewardSetup, Setup, Validation, dry_run
+from prfl_engine.planner import seconds
+from prfl_engine.planner.dry_run import SCALARS, Numbers, dry_run
 from prfl_engine.planner.meta import call
+from prfl_engine.planner.setup import RewardSetup, Setup, Validation
 from prfl_kernels import extension
 
 LATENT = (1, 16, 3, 8, 8)
@@ -29,7 +31,7 @@ built = pytest.mark.skipif(extension.absence("cpu", "cpu") is not None, reason="
 
 @pytest.fixture(scope="module")
 def kinds():
-    return plan.make_kinds(SETUP, plan.Rates(), {}, NAMES)
+    return plan.make_kinds(SETUP, seconds.Rates(), {}, NAMES)
 
 
 def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
@@ -172,7 +174,7 @@ def test_branches_that_are_run_again_keep_what_the_configuration_says():
     held = {name: (p.keep, p.offload) for name, p in made.items()}
     assert held == {name: (p.keep, p.offload) for name, p in plan.KINDS.items()}
     lean, usual = (
-        plan.recomputed(replace(plan.KINDS["attention"], rerun=mode), SETUP, plan.Rates())
+        seconds.recomputed(replace(plan.KINDS["attention"], rerun=mode), SETUP, seconds.Rates())
         for mode in ("nothing", "all")
     )
     assert lean > usual
@@ -234,14 +236,14 @@ def test_measured_seconds_take_the_place_of_predicted_ones(tmp_path):
 
 def test_more_computing_is_more_time_and_the_host_is_slow():
     setup = Setup(replace(SETUP.config, dim=5120, ffn_dim=13824, num_heads=40), (1, 16, 21, 90, 160))
-    costs = {n: plan.block_seconds(p, setup, 0, plan.Rates()) for n, p in plan.KINDS.items()}
+    costs = {n: seconds.block_seconds(p, setup, 0, seconds.Rates()) for n, p in plan.KINDS.items()}
     assert costs["none"] < costs["projections"] < costs["residuals, attention"] < costs["attention"]
     assert costs["attention"] < costs["full"]
-    slow = plan.block_seconds(plan.KINDS["none"], setup, 10**12, plan.Rates())
+    slow = seconds.block_seconds(plan.KINDS["none"], setup, 10**12, seconds.Rates())
     assert slow == pytest.approx(2 * 1e12 / 50e9)
     two = replace(setup, latent=(2, *setup.latent[1:]))  # a token attends to those of its own sample
     for policy in plan.KINDS.values():
-        both, one = (plan.block_seconds(policy, s, 0, plan.Rates()) for s in (two, setup))
+        both, one = (seconds.block_seconds(policy, s, 0, seconds.Rates()) for s in (two, setup))
         assert both == pytest.approx(2 * one)
 
 

@@ -2,7 +2,7 @@
 
 from prfl_bench.operations import Operation
 from prfl_bench.shapes import Shape
-from prfl_engine.planner.plan import Rates
+from prfl_engine.planner.seconds import Rates
 
 RATES = Rates()
 TRITON, INDUCTOR = (

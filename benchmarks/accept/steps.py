@@ -29,8 +29,9 @@ from prfl_engine.model.wan import PRESETS, WanConfig
 from prfl_engine.objectives import graded_windows, index_range, reward_loss, sft_loss, stratified_indices
 from prfl_engine.optim.optimizer import make_optimizer, update
 from prfl_engine.planner import dry_run
-from prfl_engine.planner.dry_run import ROUND, RewardSetup, Setup
-from prfl_engine.planner.plan import block_seconds, kinds_of, make_kinds, predicted_peak
+from prfl_engine.planner.plan import kinds_of, make_kinds, predicted_peak
+from prfl_engine.planner.seconds import block_seconds
+from prfl_engine.planner.setup import ROUND, RewardSetup, Setup
 from prfl_engine.rollout.accelerated import make_rollout
 from prfl_kernels import dispatch
 

@@ -7,7 +7,8 @@ from prfl_bench.accept import kernels, steps
 from prfl_bench.accept.costs import RATES, seconds_of
 from prfl_bench.accept.results import Results
 from prfl_bench.accept.row import Context
-from prfl_engine.planner.plan import block_seconds, kinds_of
+from prfl_engine.planner.plan import kinds_of
+from prfl_engine.planner.seconds import block_seconds
 
 SHAPES = (("14B", 32760), ("14B", 75600), ("1.3B", 32760))
 PASSES = ("forward", "backward")

@@ -10,6 +10,7 @@ of a float32 master weight 2.
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError, check
 from prfl_engine.memory.host import HostBlocks, new_block
+from prfl_engine.memory.live_bytes import host_memory
 from prfl_engine.optim.states import check_groups, check_like
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_engine.shards import local, offset, summed
@@ -51,7 +53,7 @@ class BlockAdamW(torch.optim.Optimizer):
         super().__init__(groups, dict(betas=config.betas, eps=config.eps, weight_decay=config.weight_decay))
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
-        self.rounding, self.in_backward = config.rounding, config.in_backward
+        self.config, self.in_backward = config, config.in_backward
         self.group_of = {p: group for group in self.param_groups for p in group["params"]}
         self.index_of = {p: i for i, p in enumerate(self.group_of)}
         device = next(iter(self.group_of)).device
@@ -61,20 +63,23 @@ class BlockAdamW(torch.optim.Optimizer):
             group["updates"] = 0  # steps so far, known to the host; states hold those that changed something
         pinned = config.offload != "none" and device.type == "cuda"
         home = torch.device("cpu") if config.offload != "none" else device
+        place = nullcontext if config.offload == "none" else host_memory
         for p, i in self.index_of.items():
             if p.dtype not in (torch.float32, torch.bfloat16) or not local(p).is_contiguous():
                 raise UserError(f"parameter {i}: got {p.dtype}, want contiguous float32 or bfloat16")
             sizes = [len(a) for a in _blocks(p)]
-            moments = [new_block(self._layout(p, n), home, pinned) for n in sizes]
+            with place():
+                moments = [new_block(self._layout(p, n), home, pinned) for n in sizes]
             self.state[p] = {"step": torch.zeros((), device=device), "blocks": moments}
         # Gradients on the host are no part of the state that checkpoints hold.
         self.gradients: dict[Tensor, list[dict[str, Tensor]]] = {}
         if config.offload == "all":
             for p in self.group_of:
                 dtype = torch.float32 if config.grad_dtype == "float32" else p.dtype
-                self.gradients[p] = [
-                    new_block({"gradient": (len(a), dtype)}, home, pinned) for a in _blocks(p)
-                ]
+                with place():
+                    self.gradients[p] = [
+                        new_block({"gradient": (len(a), dtype)}, home, pinned) for a in _blocks(p)
+                    ]
         self.host = None
         if config.offload != "none":
             everything = (*(s["blocks"] for s in self.state.values()), *self.gradients.values())
@@ -86,16 +91,9 @@ class BlockAdamW(torch.optim.Optimizer):
                 p.register_post_accumulate_grad_hook(self._arrived)
 
     def _layout(self, p: Tensor, n: int) -> dict[str, tuple[int, torch.dtype]]:
-        """(size, dtype) of what is kept for a block of n values."""
-        layout = {"exp_avg": (n, torch.float32), "exp_avg_sq": (n, torch.float32)}
         # Of a sharded parameter whole groups are on a rank where its rows hold whole groups.
-        values = p[0].numel() if isinstance(p, DTensor) else n
-        if self.eight_bits is not None and p.numel() >= 4096 and values % GROUP == 0:
-            layout = {name: (n, torch.uint8) for name in ("exp_avg", "exp_avg_rms")}
-            layout |= {f"{name}_scale": (n // GROUP, torch.float32) for name in list(layout)}
-        if p.dtype == torch.bfloat16 and self.rounding == "master":
-            layout["rest"] = (n, torch.int16)
-        return layout
+        row = p[0].numel() if isinstance(p, DTensor) else n
+        return state_layout(self.config, p.dtype, p.numel(), row, n)
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -260,6 +258,20 @@ class EightBits:
             scaled, made[f"{name}_scale"] = self.of.scale_tensor(value, GROUP)
             made[name] = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
         return made
+
+
+def state_layout(
+    config: OptimConfig, dtype: torch.dtype, values: int, row: int, n: int
+) -> dict[str, tuple[int, torch.dtype]]:
+    """(size, dtype) of what is kept for a block of n values of a parameter of so many values, of which `row`
+    values are always together on a rank."""
+    layout = {"exp_avg": (n, torch.float32), "exp_avg_sq": (n, torch.float32)}
+    if config.name == "adamw8bit" and values >= 4096 and row % GROUP == 0:
+        layout = {name: (n, torch.uint8) for name in ("exp_avg", "exp_avg_rms")}
+        layout |= {f"{name}_scale": (n // GROUP, torch.float32) for name in list(layout)}
+    if dtype == torch.bfloat16 and config.rounding == "master":
+        layout["rest"] = (n, torch.int16)
+    return layout
 
 
 def update_limit(betas: tuple[float, float]) -> float:

@@ -42,10 +42,17 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
             what = "bfloat16 weights" if narrow else "sharded weights" if sharded else "weights on a CPU"
             raise UserError(f"optim.name: got 'apex' with {what}, want adamw or adamw8bit")
         return _apex(made, config)
-    if narrow or sharded or config.name == "adamw8bit" or config.in_backward or config.offload != "none":
+    if in_blocks(config, narrow, sharded):
         return BlockAdamW(made, config)
     return torch.optim.AdamW(
         made, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def in_blocks(config: OptimConfig, narrow: bool, sharded: bool) -> bool:
+    """Whether BlockAdamW updates: bfloat16 weights (narrow), sharded ones, or what else torch's has not."""
+    return (
+        narrow or sharded or config.name == "adamw8bit" or config.in_backward or config.offload != "none"
     )
 
 

@@ -8,19 +8,17 @@ the same, except for partial sums; and a weight gradient in 16 bits is rounded i
 CUDA uses up to six bytes a value of one weight less. What attention libraries allocate inside is not counted.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prfl_engine import chain, flow
+from prfl_engine import chain
 from prfl_engine.batch import Batch
-from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
@@ -29,84 +27,13 @@ from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
 from prfl_engine.objectives import bind, graded_windows, index_range, noisy_reward, sft_loss
-from prfl_engine.planner.meta import call, default_dtype, meta_tensors
+from prfl_engine.planner.chain_bytes import FULL_HISTORY, farthest, held, longest, schedule
+from prfl_engine.planner.meta import call, cut, default_dtype, meta_tensors
 from prfl_engine.planner.repeated import Repeated, ballast
+from prfl_engine.planner.setup import ROUND, Latent, Setup
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
-ROUND = 512  # torch's CUDA allocator rounds sizes up to this
 SCALARS = 32 * ROUND  # losses, metrics and tables of angles
-FULL_HISTORY = 4  # steps after which every field of a sampler's state is a tensor of its own
-Latent = tuple[int, int, int, int, int]  # [B, 16, T, H, W]
-
-
-@dataclass(frozen=True)
-class RewardSetup:
-    """The shape of a frozen reward model whose first `blocks` blocks are computed. None: of the generator's
-    configuration. Its transformer has the generator's dtypes, its pooling and MLP are float32."""
-
-    blocks: int = 8
-    config: WanConfig | None = None
-    queries: int = 1
-    heads: int = 8
-    add_query: bool = True
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What a validation's memory depends on: its largest batch [B, 16, T, H, W], whether rewards are
-    computed, how many batches there are and how many values [B] it makes of all. On a CPU batches of samples
-    that are `kept` to be written, and `read` samples of the data, are in the same memory."""
-
-    latent: Latent
-    scored: bool = True
-    batches: int = 1
-    values: int = 0
-    kept: int = 0
-    read: int = 0
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a step's memory and time depend on. Texts have text_len tokens."""
-
-    config: WanConfig
-    latent: Latent
-    compute_dtype: torch.dtype = torch.bfloat16
-    residual_dtype: torch.dtype = torch.float32
-    weight_dtype: torch.dtype = torch.float32
-    reward: RewardSetup | None = RewardSetup()
-    graded: bool = True  # False: the reward model serves the validation alone
-    sft: bool = True
-    rollout: RolloutConfig = RolloutConfig()
-    chain: ChainConfig = ChainConfig()
-    blocks: int | None = None  # of the generator; None: all
-    chunk: int | None = None
-    keep: str = "all"  # what a rerun sublayer saves until its backward, as model.keep
-    lora: LoraConfig | None = None  # None: all weights are trained
-    validation: Validation | None = None
-    pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
-
-    @property
-    def count(self) -> int:
-        """Blocks of the generator."""
-        return self.config.num_layers if self.blocks is None else self.blocks
-
-    @property
-    def reward_blocks(self) -> int:
-        """Blocks of the reward model in a step."""
-        return self.reward.blocks if self.reward is not None and self.graded else 0
-
-    @property
-    def window(self) -> int:
-        """Steps with gradient in the longest window."""
-        longest = index_range(self.rollout)[1] + 1
-        return longest if self.chain.window == "all" else min(self.chain.window, longest)
-
-    @property
-    def tokens(self) -> int:
-        """Video tokens of a micro-batch."""
-        sizes = zip(self.latent[2:], self.config.patch_size, strict=True)
-        return torch.Size(n // p for n, p in sizes).numel() * self.latent[0]
 
 
 class Numbers(NamedTuple):
@@ -166,16 +93,10 @@ def _transformer(setup: Setup, config: WanConfig, blocks: int, head: bool = True
     return model.set_precision(setup.compute_dtype, setup.residual_dtype).set_chunk(setup.chunk)
 
 
-def _schedule(steps: int) -> flow.Schedule:
-    """Of real tensors; all solvers have the same bytes."""
-    with torch.device("cpu"):
-        return flow.make_schedule("euler", steps, 1.0)
-
-
 def generator(setup: Setup, blocks: int) -> WanTransformer:
     """The generator of a setup, with its first blocks, on the default device; weights as torch draws them."""
     model = _transformer(setup, setup.config, blocks)
-    return model if setup.lora is None else lora.attach(model, setup.lora)
+    return cut(model if setup.lora is None else lora.attach(model, setup.lora), setup.sequence)
 
 
 def reward_model(setup: Setup, blocks: int) -> RewardModel:
@@ -183,10 +104,11 @@ def reward_model(setup: Setup, blocks: int) -> RewardModel:
     r = setup.reward
     config = r.config or setup.config
     pool = QueryPool(config.dim, r.queries, r.heads, add_query=r.add_query)
-    return RewardModel(_transformer(setup, config, blocks, head=False), pool, blocks).freeze()
+    made = RewardModel(_transformer(setup, config, blocks, head=False), pool, blocks).freeze()
+    return cut(made, setup.sequence)
 
 
-def _inputs(config: WanConfig, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
+def inputs(config: WanConfig, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
     """A batch, noise of its shape and noise levels [B]."""
     return _batch(config, latent), torch.empty(latent), torch.empty(latent[0])
 
@@ -199,6 +121,14 @@ def _batch(config: WanConfig, latent: Latent) -> Batch:
         return made
     clip = torch.empty(n, IMAGE_TOKENS, IMAGE_DIM)
     return made._replace(clip=clip, condition=torch.empty(n, 20, *latent[2:]))
+
+
+def batch_bytes(setup: Setup) -> int:
+    """Of a micro-batch."""
+    with meta_tensors():
+        live, batch = LiveBytes(ROUND), _batch(setup.config, setup.latent)
+        live.add(a for a in batch if a is not None)
+        return live.now
 
 
 def _counter(*modules: torch.nn.Module | None) -> LiveBytes:
@@ -221,7 +151,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         if setup.sft:
             with _passes(setup.pool, _counter(model, reward), ["flow matching"]) as (laps, watch):
-                batch, noise, sigma = _inputs(setup.config, setup.latent)
+                batch, noise, sigma = inputs(setup.config, setup.latent)
                 sft_loss(model, batch, noise, sigma, run_under(policies, watch)).mean().backward()
             found |= laps
         if reward is not None:
@@ -237,116 +167,62 @@ def _graded(
     steps, last = setup.rollout.steps, index_range(setup.rollout)[1]
     config = replace(setup.chain, window=min(setup.window, 2))
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
-    longer = _longest(setup) - _held(setup, index, config.window)
+    longer = longest(setup) - held(setup, index, config.window)
     names = ["graded step", *["window"] * (config.window - 1)]
     with _passes(setup.pool, _counter(model, reward), names) as (found, watch):
-        batch, noise, _ = _inputs(setup.config, setup.latent)
+        batch, noise, _ = inputs(setup.config, setup.latent)
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
             extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
-        given = model, reward, _schedule(steps), batch, noise, torch.tensor(index), config
+        given = model, reward, schedule(steps), batch, noise, torch.tensor(index), config
         stay, run_blocks = (lambda *_: lambda: lambda x, t, active: x.clone()), run_under(policies, watch)
         for window in graded_windows(*given, stay, run_blocks, score):
             window.backward(torch.sigmoid(window.logit).mean())
             del window
         del extra
-    rollout = _rollout_bytes(replace(setup, blocks=None, keep="all", sft=True, validation=None))
+    rollout = rollout_bytes(setup)
     for laps in found.values():
         laps.rest, laps.peak = max(laps.rest, rollout), max(laps.peak, rollout)
     return found
 
 
+def rollout_bytes(setup: Setup) -> int:
+    """Most bytes of the steps without gradient before a graded one, in addition to weights and gradients."""
+    return _rollout_bytes(replace(setup, blocks=None, keep="all", sft=True, validation=None))
+
+
 @cache
 def _rollout_bytes(setup: Setup) -> int:
-    """Most bytes of the steps without gradient before a graded one, in addition to weights and gradients."""
     with meta_tensors():
         model, reward = generator(setup, 2), reward_model(setup, 1)
         live = _counter(model, reward)
         base = live.now - SCALARS - setup.pool
         with live:
-            batch, noise, _ = _inputs(setup.config, setup.latent)
+            batch, noise, _ = inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            extra = [reward.transformer.embed_context(batch.text, batch.clip), ballast(_accelerated(setup))]
+            extra = [reward.transformer.embed_context(batch.text, batch.clip)]
+            extra.append(ballast(accelerated_bytes(setup)))
             forward = Repeated(live).velocity(bind(model, batch, context.detach()))
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
                 return x.clone() if torch.is_grad_enabled() else forward(x, t, active)
 
-            for drawn in _farthest(setup):
-                way = chain.Chain(velocity, _schedule(setup.rollout.steps), noise)
+            for drawn in farthest(setup):
+                way = chain.Chain(velocity, schedule(setup.rollout.steps), noise)
                 for index in torch.tensor(drawn):
                     way.graded(index, setup.window)
             del extra
     return live.peak - base
 
 
-def _accelerated(setup: Setup) -> int:
+def accelerated_bytes(setup: Setup) -> int:
     """Bytes that a rollout by `rollout.Rollout` holds in addition to a plain one: the first tokens, and with
     step caching what the blocks added and their first input."""
-    values, r = setup.tokens * setup.config.dim, setup.rollout
+    values, r = -(-setup.tokens // setup.sequence) * setup.config.dim, setup.rollout
     residual, product = setup.residual_dtype.itemsize * values, setup.compute_dtype.itemsize * values
     if r.cache > 0:
         return 2 * residual + product
     return residual if r.precision != "same" or r.cuda_graph else 0
-
-
-def _farthest(setup: Setup) -> list[list[list[int]]]:
-    """Graded indices [K, B], as they may be drawn, with which most states are held. Samples that moved
-    together are held as long as one of them is: so they are all at the same step, or as far from each other
-    as their windows are long, in turn from one graded step to the next."""
-    (first, last), size, count = index_range(setup.rollout), setup.latent[0], setup.rollout.samples
-    steps, rows = last + 1 - first, range(count)
-    parts = [(first + j * steps // count, first - (-(j + 1) * steps // count) - 1) for j in rows]
-
-    def drawn(low: int, high: int, apart: int) -> list[int]:
-        """From the last of a part on, or for a negative distance from the first."""
-        if apart < 0:
-            return [min(high, low - b * apart) for b in range(size)]
-        return [max(low, high - b * apart) for b in range(size)]
-
-    def turning(sign: int) -> list[list[int]]:
-        return [drawn(*part, sign * setup.window * (-1) ** j) for j, part in enumerate(parts)]
-
-    together = [drawn(*part, 0) for part in parts]
-    if size == 1:
-        return [together]
-    last_spread = [*together[:-1], drawn(*parts[-1], setup.window)]
-    return [together, last_spread, *([turning(1), turning(-1)] if count > 1 else [])]
-
-
-def _longest(setup: Setup) -> int:
-    """The most bytes of the chain. Other draws of several samples hold up to a latent more."""
-    margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 else 0
-    return max(_held(setup, drawn, setup.window) for drawn in _farthest(setup)) + margin
-
-
-def _held(setup: Setup, indices: list[list[int]], window: int) -> int:
-    """Bytes of the chain, most at the begin of a step with gradient of all samples."""
-    key = tuple(map(tuple, indices))
-    return _held_by(setup.latent, setup.rollout.steps, key, window, setup.chain.detach_input)
-
-
-@cache
-def _held_by(
-    latent: Latent, steps: int, indices: tuple[tuple[int, ...], ...], window: int, detach_input: bool
-) -> int:
-    live, most = LiveBytes(ROUND, call), 0
-    factor = torch.ones((), requires_grad=True)
-
-    def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
-        nonlocal most
-        if torch.is_grad_enabled() and len(active) == latent[0]:
-            most = max(most, live.now)
-        return factor * x
-
-    with live:
-        noise, drawn = torch.empty(latent), torch.tensor(indices)
-        way = chain.Chain(velocity, _schedule(steps), noise)
-        for index in drawn:
-            passed = way.graded(index, window, detach_input)
-            passed.backward(passed.x.sum())
-            del passed
-    return most
 
 
 def validation_bytes(setup: Setup) -> int:
@@ -363,10 +239,10 @@ def validation_bytes(setup: Setup) -> int:
             extra += [torch.empty(v.latent) for _ in range(v.kept - 1)]
             extra += [_batch(setup.config, (v.read, *v.latent[1:]))] if v.read else []
             for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
-                batch, noise, sigma = _inputs(setup.config, v.latent)
+                batch, noise, sigma = inputs(setup.config, v.latent)
                 repeated("loss", sft_loss, model, batch, noise, sigma)
                 velocity = repeated.velocity(bind(model, batch))
-                latent = chain.sample(velocity, _schedule(FULL_HISTORY + 1), noise)
+                latent = chain.sample(velocity, schedule(FULL_HISTORY + 1), noise)
                 del velocity
                 extra += [latent] if v.kept else []
                 if reward is not None:

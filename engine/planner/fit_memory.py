@@ -6,15 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from prfl_engine.config import Config
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import RewardModel
-from prfl_engine.model.wan import WanTransformer
-from prfl_engine.planner.dry_run import ROUND, RewardSetup, Setup, Validation
+from prfl_engine.model.wan import Precision, WanConfig, WanTransformer
 from prfl_engine.planner.plan import Plan, plan
+from prfl_engine.planner.setup import ROUND, RewardSetup, Setup, Validation
 
 
 def fit_memory(
@@ -29,27 +27,41 @@ def fit_memory(
     shapes [16, T, H, W] are those of the latents of training; held_out are those that a validation samples,
     in their order (none: no validation). UserError where nothing fits, or the validation does not.
     """
-    c, dtypes = config, model.precision
-    counts = Counter(shapes)
-    latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
-    validation = rewarding = None
-    if held_out:
-        validation = _validation(c, held_out, reward is not None, next(model.parameters()).device)
+    rewarding = None
     if reward is not None:
         trunk, pool = reward.transformer, reward.pool
         rewarding = RewardSetup(
             reward.feature_layer, trunk.config, len(pool.queries), pool.multihead_attn.num_heads,
             pool.add_query,
         )  # fmt: skip
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    setup = setup_of(config, model.config, model.precision, rewarding, shapes, held_out, on_cpu)
+    host = float("inf") if config.model.host is None else 1e9 * config.model.host
+    return plan(setup, config.model.budget, host, config.model.costs)
+
+
+def setup_of(
+    config: Config,
+    model: WanConfig,
+    precision: Precision,
+    reward: RewardSetup | None,
+    shapes: Sequence[tuple[int, ...]],
+    held_out: Sequence[tuple[int, ...]] = (),
+    on_cpu: bool = False,
+) -> Setup:
+    """What PRFL as configured takes; shapes as `fit_memory` takes them."""
+    c, counts = config, Counter(shapes)
+    latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
+    validation = _validation(c, held_out, reward is not None, on_cpu) if held_out else None
     setup = Setup(
-        model.config, latent, dtypes.compute, dtypes.residual, dtypes.weights, rewarding,
-        c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, len(model.blocks), c.model.chunk,
-        c.model.keep, c.lora if c.lora.rank else None, validation,
+        model, latent, precision.compute, precision.residual, precision.weights, reward,
+        c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
+        keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
+        sequence=c.parallel.sequence,
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
         setup = replace(setup, pool=_pool(setup, c.pool if c.rollout.pool_place == "device" else 0))
-    host = float("inf") if config.model.host is None else 1e9 * config.model.host
-    return plan(setup, config.model.budget, host, config.model.costs)
+    return setup
 
 
 def _pool(setup: Setup, chains: int) -> int:
@@ -67,7 +79,7 @@ def _pool(setup: Setup, chains: int) -> int:
 
 
 def _validation(
-    config: Config, shapes: Sequence[tuple[int, ...]], scored: bool, device: torch.device
+    config: Config, shapes: Sequence[tuple[int, ...]], scored: bool, on_cpu: bool
 ) -> Validation:
     """Of eval.samples of these latents."""
     e, shapes = config.eval, [shapes[i % len(shapes)] for i in range(config.eval.samples)]
@@ -75,7 +87,7 @@ def _validation(
     latent = max(((min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
     batches = sum(-(-n // e.batch_size) for _, n in runs)
     values = batches * (1 + scored * len(e.timesteps))
-    if device.type != "cpu":
+    if not on_cpu:
         return Validation(latent, scored, batches, values)
     kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1)
     return Validation(latent, scored, batches, values, kept, min(e.batch_size + 1, e.samples))

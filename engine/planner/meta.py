@@ -3,14 +3,16 @@ steps to make."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-from prfl_kernels import dispatch, extension
+from prfl_engine.parallel import cut_modules
+from prfl_kernels import dispatch, exchange, extension
 
 
 class _MetaFloats(TorchFunctionMode):
@@ -42,7 +44,7 @@ def meta_tensors() -> Iterator[None]:
     before = dispatch.configured()
     dispatch.configure("")
     try:
-        with default_dtype(torch.float32), extension.dry_run(), _MetaFloats():
+        with default_dtype(torch.float32), extension.dry_run(), _MetaFloats(), _silent_exchange():
             yield
     finally:
         dispatch.configure(before)
@@ -84,6 +86,38 @@ _FORMS = {
     torch.ops.aten.mul.Tensor: _elementwise,
     torch.ops.aten.add.Tensor: _elementwise,
 }
+
+
+class _OneOf(exchange.SequenceGroup):
+    """The first of `size` ranks of which no other exists."""
+
+    def __init__(self, size: int):
+        self.name, self.size, self.rank = "dry run", size, 0
+        exchange._GROUPS[self.name] = None
+
+
+def cut(model: nn.Module, ranks: int) -> nn.Module:
+    """The model with its sequences cut over so many ranks, of which it is the first. Returns it."""
+    return model if ranks == 1 else cut_modules(model, _OneOf(ranks))
+
+
+COLLECTIVES = "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor"
+traffic = [0]  # bytes of the larger side of all exchanges in dry runs so far
+
+
+def _counted(found: torch.Tensor, given: torch.Tensor, *_, **__) -> None:
+    traffic[0] += max(found.nbytes, given.nbytes)
+
+
+@contextmanager
+def _silent_exchange() -> Iterator[None]:
+    """Collectives of a sequence group are counted and leave what they fill as it was allocated."""
+    silent = {name: _counted for name in COLLECTIVES}
+    before, exchange.dist = exchange.dist, SimpleNamespace(get_rank=lambda _: 0, **silent)
+    try:
+        yield
+    finally:
+        exchange.dist = before
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -32,24 +32,14 @@ import torch
 
 from prfl_engine.config import UserError
 from prfl_engine.memory import recompute
-from prfl_engine.memory.policy import INNER, NAMES, BlockPolicy, named
-from prfl_engine.model.flops import block_work
+from prfl_engine.memory.policy import BlockPolicy, named
 from prfl_engine.model.layers import IMAGE_TOKENS
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.planner.dry_run import (
-    BLOCKS,
-    Numbers,
-    Setup,
-    Validation,
-    dry_run,
-    numbers_of,
-    validation_bytes,
-)
+from prfl_engine.planner.dry_run import BLOCKS, Numbers, dry_run, numbers_of, validation_bytes
 from prfl_engine.planner.search import SAME, UNLIMITED, Blocks, Tails, least, search
-from prfl_kernels.sublayers import self_attention
-from prfl_kernels.sublayers.cross_attention import KEEP as CROSS_KEEP
+from prfl_engine.planner.seconds import Rates, block_seconds
+from prfl_engine.planner.setup import Setup, Validation
 
-KEEP = {"attend": self_attention.KEEP, "cross": CROSS_KEEP}
 _RESIDUALS = {"input", "after_attention", "after_cross"}
 KINDS = {
     "none": named("none"),
@@ -62,17 +52,6 @@ KINDS = {
     "full": named("full"),
     "offload input": BlockPolicy((), {"input"}),
 }  # fmt: skip
-
-
-class Rates(NamedTuple):
-    """Of an H100 SXM: products and copies as measured there once, attention as published for
-    FlashAttention-3; the link to the host is an assumption, one way."""
-
-    products: float = 798e12
-    attention: float = 648e12
-    attention_backward: float = 561e12
-    memory: float = 3.0e12
-    link: float = 50e9
 
 
 @dataclass(frozen=True)
@@ -96,6 +75,11 @@ class Kind:
         blocks before it save). before: the kind of the block before it; None where it is the first, and then
         what lives before and after all blocks counts too. If both offload something, the peak in forward is
         an upper bound."""
+        saved, peak = self.inside(phase, before, last)
+        return saved, max(peak, self.numbers[phase].rest) if before is None else peak
+
+    def inside(self, phase: str, before: "Kind | None", last: bool) -> tuple[int, int]:
+        """The same without what lives before and after all blocks."""
         n, policy = self.numbers[phase], self.policy.staying() if last else self.policy
         leaving = 0 if before is None else before.numbers[phase].leaving
         back = 0 if before is None or policy.plain else before.numbers[phase].host
@@ -103,59 +87,37 @@ class Kind:
             saved, forward, backward = n.saved_last, n.forward_last + leaving, n.backward_last
         else:
             saved, forward, backward = n.saved, n.forward + max(0, leaving - n.leaving), n.backward
-        peak = n.start + max(forward, backward + back)
-        return saved, max(peak, n.rest) if before is None else peak
+        return saved, n.start + max(forward, backward + back)
 
 
-def predicted_peak(kinds: list[Kind], reward: Kind) -> int:
-    """Peak bytes of a step whose blocks have `kinds`, in addition to weights, gradients, optimizer and
-    batch."""
-    peak = 0
+class Peak(NamedTuple):
+    """The most bytes of a part of a step, and what of them blocks have saved."""
+
+    bytes: int
+    saved: int
+
+
+def peaks(kinds: Sequence[Kind], reward: Kind) -> dict[str, dict[str, Peak]]:
+    """Of a step whose blocks have `kinds`, in every pass with gradient: the peak in "blocks", in the "head"
+    (head, loss, reward model), and in the "rest" before and after all blocks. In addition to weights,
+    gradients and optimizer states."""
+    found = {}
     for phase, n in reward.numbers.items():
-        saved, before = 0, None
+        saved, before, blocks = 0, None, []
         for i, kind in enumerate(kinds):
-            more, here = kind.block(phase, before, i == len(kinds) - 1)
-            peak, saved, before = max(peak, saved + here), saved + more, kind
-        peak = max(peak, saved + n.start + n.head)
-    return peak
+            more, here = kind.inside(phase, before, i == len(kinds) - 1)
+            blocks.append(Peak(saved + here, saved))
+            saved, before = saved + more, kind
+        found[phase] = {
+            "blocks": max(blocks), "head": Peak(saved + n.start + n.head, saved),
+            "rest": Peak(kinds[0].numbers[phase].rest, 0),
+        }  # fmt: skip
+    return found
 
 
-def recomputed(policy: BlockPolicy, setup: Setup, rates: Rates) -> float:
-    """Seconds to recompute once what a block does not save: products, attention, and the reads and writes of
-    norms."""
-    c, tokens = setup.config, setup.tokens
-    values = tokens * c.dim
-    product, attention = 2 * values * c.dim / rates.products, 4 * values / rates.attention
-    norm, norm_of_residual = 4 * values / rates.memory, 6 * values / rates.memory  # 16 bits; float32 in
-    cost = {
-        "normed": norm_of_residual, "projections": 3 * product, "rotated": 2 * norm,
-        "attention": attention * tokens / setup.latent[0],
-        "after_attention": product + 10 * values / rates.memory,
-        "cross_normed": norm_of_residual, "cross_projections": product, "cross_queries": norm,
-        "cross_attention": attention * c.text_len, "after_cross": product,
-        "ffn_normed": norm_of_residual, "hidden": product * c.ffn_dim / c.dim,
-    }  # fmt: skip
-    twice = {  # by the rerun of a sublayer and by its backward
-        name for sublayer, result in (("attend", "after_attention"), ("cross", "after_cross"))
-        if result not in policy.saved
-        for name, own, _ in INNER[sublayer]
-        if own not in KEEP[sublayer][policy.rerun] and not (name == "attention" and name in policy.saved)
-    }  # fmt: skip
-    return sum(cost[name] * (1 + (name in twice)) for name in NAMES if name not in policy.saved)
-
-
-def block_seconds(
-    policy: BlockPolicy, setup: Setup, host: int, rates: Rates, frozen: bool = False
-) -> float:
-    """Predicted seconds of forward and backward of one block; frozen: without weight gradients."""
-    size = setup.latent[0]
-    work = block_work(setup.config, setup.tokens // size) * size
-    linear, pairs = work.tokens / rates.products, work.attention
-    forward = linear + pairs / rates.attention
-    backward = linear * (1 if frozen else 2) + 2.5 * pairs / rates.attention_backward
-    backward += recomputed(policy, setup, rates)
-    # Copies overlap with computation; what exceeds it is waited for.
-    return max(forward, host / rates.link) + max(backward, host / rates.link)
+def predicted_peak(kinds: Sequence[Kind], reward: Kind) -> int:
+    """Peak bytes of a step whose blocks have `kinds`, in addition to weights, gradients and optimizer."""
+    return max(peak.bytes for parts in peaks(kinds, reward).values() for peak in parts.values())
 
 
 class Choice(NamedTuple):
@@ -213,23 +175,32 @@ def kinds_of(setup: Setup) -> dict[str, BlockPolicy]:
 
 def make_kinds(setup: Setup, rates: Rates, measured: dict[str, float], names: Iterable[str]) -> list[Kind]:
     """Every kind with its bytes from a dry run and its cost, predicted or measured (seconds of a block)."""
-    made, graded = [], setup.rollout.samples * (setup.reward_blocks > 0)
-    for name in names:
-        policy = kinds_of(setup)[name]
-        laps = dry_run(setup, [policy] * BLOCKS, policy)
-        numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
-        host = next(iter(numbers.values())).host
-        seconds = [block_seconds(policy, setup, host, rates, f) for f in (setup.lora is not None, True)]
-        if measured:
-            seconds = [measured[name]] * 2
-        passes = setup.sft + graded * setup.window, graded * setup.reward_blocks
-        costs = (round(1e12 * n * second) for n, second in zip(passes, seconds, strict=True))
-        made.append(Kind(name, policy, numbers, *costs))
-    return made
+    policies = kinds_of(setup)
+    return [make_kind(name, policies[name], setup, rates, measured.get(name)) for name in names]
+
+
+def make_kind(
+    name: str, policy: BlockPolicy, setup: Setup, rates: Rates, measured: float | None = None
+) -> Kind:
+    """A policy with its bytes from a dry run and its cost, predicted or measured (seconds of a block)."""
+    graded = setup.rollout.samples * (setup.reward_blocks > 0)
+    laps = dry_run(setup, [policy] * BLOCKS, policy)
+    numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
+    host = next(iter(numbers.values())).host
+    seconds = [block_seconds(policy, setup, host, rates, f) for f in (setup.lora is not None, True)]
+    if measured is not None:
+        seconds = [measured] * 2
+    passes = setup.sft + graded * setup.window, graded * setup.reward_blocks
+    costs = (round(1e12 * n * second) for n, second in zip(passes, seconds, strict=True))
+    return Kind(name, policy, numbers, *costs)
 
 
 def plan(
-    setup: Setup, budget: float, host: float = float("inf"), measured: str | Path | None = None
+    setup: Setup,
+    budget: float,
+    host: float = float("inf"),
+    measured: str | Path | None = None,
+    rates: Rates = Rates(),  # noqa: B008 - never changed
 ) -> Plan:
     """The fastest policies whose step fits in `budget` bytes on the device (see Plan.bytes) and offloads at
     most `host` bytes.
@@ -240,7 +211,7 @@ def plan(
     """
     seconds = _read(measured) if measured else {}
     validation = validation_bytes(setup) if setup.validation is not None else 0
-    kinds = make_kinds(setup, Rates(), seconds, seconds or KINDS)
+    kinds = make_kinds(setup, rates, seconds, seconds or KINDS)
     source = f"seconds of {measured}" if measured else "seconds predicted for an H100 SXM, not measured"
     made = choose(kinds, setup, budget, host, source, validation)
     if validation > budget:

@@ -1,0 +1,79 @@
+"""Bytes of the states that a denoising chain holds, counted from chains without a model."""
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from prfl_engine import chain, flow
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.objectives import index_range
+from prfl_engine.planner.setup import ROUND, Latent, Setup
+
+FULL_HISTORY = 4  # steps after which every field of a sampler's state is a tensor of its own
+
+
+def schedule(steps: int) -> flow.Schedule:
+    """Of real tensors; all solvers have the same bytes."""
+    with torch.device("cpu"):
+        return flow.make_schedule("euler", steps, 1.0)
+
+
+def farthest(setup: Setup) -> list[list[list[int]]]:
+    """Graded indices [K, B], as they may be drawn, with which most states are held. Samples that moved
+    together are held as long as one of them is: so they are all at the same step, or as far from each other
+    as their windows are long, in turn from one graded step to the next."""
+    (first, last), size, count = index_range(setup.rollout), setup.latent[0], setup.rollout.samples
+    steps, rows = last + 1 - first, range(count)
+    parts = [(first + j * steps // count, first - (-(j + 1) * steps // count) - 1) for j in rows]
+
+    def drawn(low: int, high: int, apart: int) -> list[int]:
+        """From the last of a part on, or for a negative distance from the first."""
+        if apart < 0:
+            return [min(high, low - b * apart) for b in range(size)]
+        return [max(low, high - b * apart) for b in range(size)]
+
+    def turning(sign: int) -> list[list[int]]:
+        return [drawn(*part, sign * setup.window * (-1) ** j) for j, part in enumerate(parts)]
+
+    together = [drawn(*part, 0) for part in parts]
+    if size == 1:
+        return [together]
+    last_spread = [*together[:-1], drawn(*parts[-1], setup.window)]
+    return [together, last_spread, *([turning(1), turning(-1)] if count > 1 else [])]
+
+
+def longest(setup: Setup) -> int:
+    """The most bytes of the chain. Other draws of several samples hold up to a latent more."""
+    margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 else 0
+    return max(held(setup, drawn, setup.window) for drawn in farthest(setup)) + margin
+
+
+def held(setup: Setup, indices: list[list[int]], window: int) -> int:
+    """Bytes of the chain, most at the begin of a step with gradient of all samples."""
+    key = tuple(map(tuple, indices))
+    return _held_by(setup.latent, setup.rollout.steps, key, window, setup.chain.detach_input)
+
+
+@cache
+def _held_by(
+    latent: Latent, steps: int, indices: tuple[tuple[int, ...], ...], window: int, detach_input: bool
+) -> int:
+    live, most = LiveBytes(ROUND), 0
+    factor = torch.ones((), requires_grad=True)
+
+    def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
+        nonlocal most
+        if torch.is_grad_enabled() and len(active) == latent[0]:
+            most = max(most, live.now)
+        return factor * x
+
+    with live:
+        noise, drawn = torch.empty(latent), torch.tensor(indices)
+        way = chain.Chain(velocity, schedule(steps), noise)
+        for index in drawn:
+            passed = way.graded(index, window, detach_input)
+            passed.backward(passed.x.sum())
+            del passed
+    return most

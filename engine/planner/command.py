@@ -1,0 +1,73 @@
+"""`prfl plan`: what a configuration takes, without data, weights or a GPU."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from prfl_engine.config import Config, load_config
+from prfl_engine.errors import check
+from prfl_engine.parallel import check_layout, check_many
+from prfl_engine.planner.machine import Machine, machine
+from prfl_engine.planner.predict import memory
+from prfl_engine.planner.report import Prediction
+from prfl_engine.planner.sharded import Shards, exchanged_bytes
+from prfl_engine.planner.standing import models_of
+from prfl_engine.planner.subject import Subject, find
+from prfl_engine.planner.timing import times
+
+
+class Options(NamedTuple):
+    """The options of the command."""
+
+    gpu: str = "h100-80"
+    gpus: int = 1
+    nodes: int | None = None
+    budget: float | None = None  # 10^9 bytes
+    latent: str | None = None
+    model: str | None = None
+    price: float | None = None
+
+
+def predict(path: str, overrides: Sequence[str] = (), options: Options = Options()) -> Prediction:  # noqa: B008
+    """The prediction for the configuration in a file. UserError for what cannot be."""
+    config = load_config(path, overrides)
+    gpu, count = machine_of(options)
+    return of_subject(config, find(config, path, options.latent, options.model), gpu, count, options)
+
+
+def machine_of(options: Options) -> tuple[Machine, int]:
+    """The machine and the number of its GPUs."""
+    gpu = machine(options.gpu)
+    check(options.gpus >= 1, "--gpus", options.gpus, "a number from 1 on")
+    if options.budget is not None:
+        check(options.budget > 0, "--budget", options.budget, "more than 0 GB")
+    if options.nodes is not None:
+        check(
+            options.nodes >= 1 and options.gpus % options.nodes == 0, "--nodes", options.nodes,
+            f"a divisor of --gpus = {options.gpus}",
+        )  # fmt: skip
+        gpu = gpu._replace(per_node=options.gpus // options.nodes)
+    return gpu, options.gpus
+
+
+def of_subject(
+    config: Config, subject: Subject, gpu: Machine, count: int, options: Options = Options()  # noqa: B008
+) -> Prediction:
+    """The prediction for what has been found."""
+    p = config.parallel
+    if count > 1:
+        check_layout(p, count)
+        check_many(config, count // p.sequence)
+    else:
+        for name in ("replicate", "sequence"):
+            check(getattr(p, name) == 1, f"parallel.{name}", getattr(p, name), "1 with one GPU, see --gpus")
+    heads = subject.setup.config.num_heads
+    check(heads % p.sequence == 0, "parallel.sequence", p.sequence, f"a divisor of the {heads} heads")
+    shards = Shards(count, p.replicate, p.sequence, p.resident)
+    subject = replace(subject, config=config)
+    setup, limit = subject.setup, 1e9 * options.budget if options.budget else gpu.memory
+    made = memory(config, setup, gpu, shards)
+    models = models_of(setup, shards.shards)
+    moved = exchanged_bytes(setup, models, shards, made.reward)
+    took = times(config, setup, made.kinds, made.reward, models, gpu, shards, moved)
+    return Prediction(subject, gpu, shards, limit, made, took, moved, options.price)

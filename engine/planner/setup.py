@@ -1,0 +1,83 @@
+"""What a training step's memory and time depend on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig
+from prfl_engine.model.wan import WanConfig
+from prfl_engine.objectives import index_range
+
+ROUND = 512  # torch's CUDA allocator rounds sizes up to this
+Latent = tuple[int, int, int, int, int]  # [B, 16, T, H, W]
+
+
+@dataclass(frozen=True)
+class RewardSetup:
+    """The shape of a frozen reward model whose first `blocks` blocks are computed. None: of the generator's
+    configuration. Its transformer has the generator's dtypes, its pooling and MLP are float32."""
+
+    blocks: int = 8
+    config: WanConfig | None = None
+    queries: int = 1
+    heads: int = 8
+    add_query: bool = True
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation's memory depends on: its largest batch [B, 16, T, H, W], whether rewards are
+    computed, how many batches there are and how many values [B] it makes of all. On a CPU batches of samples
+    that are `kept` to be written, and `read` samples of the data, are in the same memory."""
+
+    latent: Latent
+    scored: bool = True
+    batches: int = 1
+    values: int = 0
+    kept: int = 0
+    read: int = 0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a step's memory and time depend on. Texts have text_len tokens."""
+
+    config: WanConfig
+    latent: Latent
+    compute_dtype: torch.dtype = torch.bfloat16
+    residual_dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype = torch.float32
+    reward: RewardSetup | None = RewardSetup()
+    graded: bool = True  # False: the reward model serves the validation alone
+    sft: bool = True
+    rollout: RolloutConfig = RolloutConfig()
+    chain: ChainConfig = ChainConfig()
+    blocks: int | None = None  # of the generator; None: all
+    chunk: int | None = None
+    keep: str = "all"  # what a rerun sublayer saves until its backward, as model.keep
+    lora: LoraConfig | None = None  # None: all weights are trained
+    validation: Validation | None = None
+    pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
+    sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
+
+    @property
+    def count(self) -> int:
+        """Blocks of the generator."""
+        return self.config.num_layers if self.blocks is None else self.blocks
+
+    @property
+    def reward_blocks(self) -> int:
+        """Blocks of the reward model in a step."""
+        return self.reward.blocks if self.reward is not None and self.graded else 0
+
+    @property
+    def window(self) -> int:
+        """Steps with gradient in the longest window."""
+        longest = index_range(self.rollout)[1] + 1
+        return longest if self.chain.window == "all" else min(self.chain.window, longest)
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens of a micro-batch."""
+        sizes = zip(self.latent[2:], self.config.patch_size, strict=True)
+        return torch.Size(n // p for n, p in sizes).numel() * self.latent[0]

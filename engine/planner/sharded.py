@@ -1,0 +1,184 @@
+"""Sharded training: bytes that FSDP2 and a cut sequence gather, reduce and exchange, for one rank."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.memory.policy import BlockPolicy
+from prfl_engine.memory.recompute import run_under
+from prfl_engine.objectives import noisy_reward, sft_loss
+from prfl_engine.planner.dry_run import generator, inputs, reward_model
+from prfl_engine.planner.machine import Machine
+from prfl_engine.planner.meta import meta_tensors, traffic
+from prfl_engine.planner.plan import Kind
+from prfl_engine.planner.setup import Setup
+from prfl_engine.planner.standing import Models, Parameter
+
+
+class Shards(NamedTuple):
+    """How processes share the work: all of them, copies of the weights, ranks of a sample."""
+
+    size: int = 1
+    replicate: int = 1
+    sequence: int = 1
+    resident: bool = False
+
+    @property
+    def many(self) -> bool:
+        """Whether there are several processes."""
+        return self.size > 1
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which weights are sharded."""
+        return self.size // self.replicate
+
+
+class Unit(NamedTuple):
+    """What FSDP2 gathers at a time: bytes of its whole parameters, padded to a multiple of the shards."""
+
+    padded: int
+    whole: int
+
+
+def units_of(parameters: Sequence[Parameter], shards: int) -> dict[str, Unit]:
+    """The units of a model: "block", "root", and of a reward model "pool" and "mlp"."""
+    found: dict[str, list[int]] = {}
+    for p in parameters:
+        first = p.name.removeprefix("transformer.").split(".")[0]
+        name = {"blocks": "block"}.get(first, first if first in ("pool", "mlp") else "root")
+        sizes = found.setdefault(name, [0, 0])
+        sizes[0] += p.values * shards * p.dtype.itemsize
+        sizes[1] += math.prod(p.shape) * p.dtype.itemsize
+    return {name: Unit(*sizes) for name, sizes in found.items()}
+
+
+class Gathered(NamedTuple):
+    """Bytes of whole weights and buffers that a rank holds in addition to its shards, as `gathered_bytes`
+    says; `begin` when a block has been gathered and before it computes, the others while it computes."""
+
+    forward: int = 0
+    backward: int = 0  # of the last block, the first in a backward
+    reduced: int = 0  # the gradients of the block before in a backward, in the buffer of their reduce-scatter
+    begin: int = 0
+    reward: int = 0
+    resident: int = 0  # all weights of the generator
+
+    def graded(self, temporaries: int, saved: int) -> int:
+        """Most in a pass with gradient in addition to the peak of its last block, with so many bytes of
+        temporaries of its own, where a block saves `saved`."""
+        return max(self.backward, self.backward + self.reduced - saved, self.begin - temporaries)
+
+
+GRADED = 0.7  # of a block's gradients are there when its self-attention, the last, computes its own
+
+
+def gathered_bytes(models: Models, shards: Shards) -> Gathered:
+    """By the order in which FSDP2 gathers, frees and reduces. The whole weights of a block are there and the
+    buffer of their gather, for a moment the buffer of the next block too; in a backward the buffer of the
+    next, the gradients so far, and the reduce-scatter of the last. Resident weights stay for a rollout."""
+    if not shards.many:
+        return Gathered()
+    own = units_of(models.generator, shards.shards)
+    block, root = own["block"].padded, own["root"].padded
+    trained = sum(p.values for p in models.trained if "blocks.0." in p.name)
+    blocks = [p for p in models.generator if "blocks.0." in p.name]
+    share = trained / max(1, sum(p.values for p in blocks))
+    scored = 0
+    if models.reward:
+        theirs = units_of(models.reward, shards.shards)
+        scored = 3 * theirs["block"].padded + theirs["root"].padded
+        scored = max(scored, 2 * theirs["pool"].padded + theirs["mlp"].padded)
+    count = next(p.count for p in blocks)
+    return Gathered(
+        root + 2 * block, root + 2 * block + round(GRADED * share * block), round(share * block),
+        root + 3 * block, scored, (root + count * block) if shards.resident else 0,
+    )  # fmt: skip
+
+
+class Links(NamedTuple):
+    """Seconds of the collectives of a pass; those that overlap with it, and exchanges, which do not."""
+
+    forward: float = 0.0
+    graded: float = 0.0
+    reward: float = 0.0
+    exchange_forward: float = 0.0
+    exchange_graded: float = 0.0
+    exchange_reward: float = 0.0
+
+
+class Exchanged(NamedTuple):
+    """Bytes that a rank receives in the collectives of a pass."""
+
+    gather: int = 0  # weights of the generator, in a forward; in a backward as often again
+    reduce: int = 0  # its gradients, in a backward
+    replicas: int = 0  # shards of them, over copies
+    gather_reward: int = 0
+    forward: int = 0  # exchanges of a cut sequence in a forward without gradient
+    graded: int = 0  # in a forward with gradient and its backward
+    reward: int = 0
+
+    def seconds(self, gpu: Machine, shards: Shards) -> Links:
+        """By the rates of the links: inside a node where the shards and the ranks of a sample are."""
+        inner = gpu.fast if shards.shards <= gpu.per_node else gpu.slow
+        cut = gpu.fast if shards.sequence <= gpu.per_node else gpu.slow
+        reduce = self.reduce / inner + self.replicas / (gpu.slow if shards.size > gpu.per_node else gpu.fast)
+        return Links(
+            self.gather / inner, 2 * self.gather / inner + reduce, 2 * self.gather_reward / inner,
+            self.forward / cut, self.graded / cut, self.reward / cut,
+        )  # fmt: skip
+
+
+def exchanged_bytes(setup: Setup, models: Models, shards: Shards, reward: Kind) -> Exchanged:
+    """The bytes of all collectives of a pass. What FSDP2 gathers and reduces follows from the units; what a
+    cut sequence exchanges is counted in dry runs of one block and of two. All blocks have the policy of
+    `reward`."""
+    if not shards.many:
+        return Exchanged()
+    n = shards.shards
+
+    def received(parameters: list[Parameter]) -> int:
+        blocks = max(p.count for p in parameters)
+        units = units_of(parameters, n)
+        return round(sum(u.padded * (blocks if k == "block" else 1) for k, u in units.items()) * (n - 1) / n)
+
+    trained = received(models.trained)
+    copies = 2 * (shards.replicate - 1) / shards.replicate
+    replicas = copies * sum(p.bytes() for p in models.trained)
+    found = Exchanged(
+        received(models.generator), trained, round(replicas), received(models.reward) if models.reward else 0
+    )
+    if shards.sequence == 1:
+        return found
+    passes = {"forward": setup.count, "graded": setup.count, "reward": setup.reward_blocks}
+    return found._replace(**{
+        what: round(_exchange(setup, what, reward.policy, blocks) * (1 - 1 / shards.sequence))
+        for what, blocks in passes.items() if blocks
+    })  # fmt: skip
+
+
+def _exchange(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
+    """The larger sides of the exchanges of a pass, from those of one block and of two."""
+    one, two = (exchange_of(setup, what, policy, count) for count in (1, 2))
+    return one + (blocks - 1) * (two - one)
+
+
+def exchange_of(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
+    """The same of so many blocks: "forward" without gradient, "graded" with its backward, or "reward"."""
+    run, before = run_under(policy), traffic[0]
+    with meta_tensors(), LiveBytes():  # which looks into operations
+        batch, noise, sigma = inputs(setup.config, setup.latent)
+        if what == "reward":
+            model = reward_model(setup, blocks)
+            batch = batch._replace(latent=batch.latent.requires_grad_())
+            noisy_reward(model, batch, noise, sigma, run).sum().backward()
+        else:
+            model = generator(setup, blocks)
+            with torch.set_grad_enabled(what == "graded"):
+                loss = sft_loss(model, batch, noise, sigma, run).mean()
+            if what == "graded":
+                loss.backward()
+    return traffic[0] - before

@@ -1,0 +1,192 @@
+"""Bytes that stand from step to step: weights, gradients, optimizer states, averaged and e4m3 weights.
+
+Counted from the shapes of the models' parameters, made on the meta device, by the rules of those who allocate
+them. Of a block one is made and counted as often as there are blocks. Of sharded parameters (FSDP2) a rank
+holds ceil(rows / ranks) rows of each: FSDP2 pads the first dimension to a multiple of the ranks.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from prfl_engine.config import OptimConfig
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.optim.block_adamw import BLOCK, BlockAdamW, state_layout
+from prfl_engine.optim.optimizer import in_blocks, update
+from prfl_engine.planner.dry_run import generator, reward_model
+from prfl_engine.planner.meta import meta_tensors
+from prfl_engine.planner.setup import ROUND, Setup
+
+PINNED = 4096  # a page: the least that pinned memory takes
+
+
+class Parameter(NamedTuple):
+    """A parameter as one rank holds it, and how many such there are."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole
+    rows: int  # of the first dimension that are here
+    dtype: torch.dtype
+    trained: bool
+    count: int
+
+    @property
+    def values(self) -> int:
+        """Values that are here, of one."""
+        return self.rows * math.prod(self.shape[1:])
+
+    def bytes(self, itemsize: int | None = None) -> int:
+        """Bytes that are here of all of them, each rounded up as the allocator does."""
+        return self.count * rounded(self.values * (itemsize or self.dtype.itemsize))
+
+
+def rounded(size: int, to: int = ROUND) -> int:
+    """Bytes rounded up to a multiple of `to`."""
+    return -(-size // to) * to
+
+
+def pinned(size: int) -> int:
+    """Bytes that torch's pinned allocator takes for a buffer: the next power of two."""
+    return max(PINNED, 1 << (size - 1).bit_length()) if size else 0
+
+
+def parameters_of(model: nn.Module, blocks: int, shards: int = 1) -> list[Parameter]:
+    """The parameters of a model that has one block in place of `blocks`."""
+    found = []
+    for name, p in model.named_parameters():
+        shape = tuple(p.shape) or (1,)
+        inside = "blocks.0." in name
+        rows = -(-shape[0] // shards)
+        found.append(Parameter(name, shape, rows, p.dtype, p.requires_grad, blocks if inside else 1))
+    return found
+
+
+@dataclass(frozen=True)
+class Models:
+    """The parameters of the generator and of the reward model, if there is one."""
+
+    generator: list[Parameter]
+    reward: list[Parameter]
+
+    @property
+    def trained(self) -> list[Parameter]:
+        """Those that an optimizer updates."""
+        return [p for p in self.generator if p.trained]
+
+
+def models_of(setup: Setup, shards: int = 1) -> Models:
+    """The parameters of a setup's models on one of so many ranks."""
+    with meta_tensors():
+        policy = parameters_of(generator(replace(setup, sequence=1), 1), setup.count, shards)
+        if setup.reward is None:
+            return Models(policy, [])
+        reward = reward_model(replace(setup, sequence=1), 1)
+    return Models(policy, parameters_of(reward, setup.reward.blocks, shards))
+
+
+def gradient_bytes(models: Models, optim: OptimConfig) -> int:
+    """Gradients that stay on the device until the update."""
+    if optim.in_backward or optim.offload == "all":
+        return 0
+    return sum(p.bytes(4 if optim.grad_dtype == "float32" else None) for p in models.trained)
+
+
+class States(NamedTuple):
+    """What an optimizer keeps: bytes on the device and on the host (pinned, rounded by torch)."""
+
+    device: int
+    host: int
+    host_gradients: int
+    saved: int  # in a checkpoint
+
+
+def state_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> States:
+    """States of the optimizer that make_optimizer makes of these parameters."""
+    narrow = any(p.dtype == torch.bfloat16 for p in models.trained)
+    device = host = gradients = saved = 0
+    for p in models.trained:
+        device += p.count * ROUND  # the counter of steps
+        if not in_blocks(optim, narrow, sharded):
+            device, saved = device + 2 * p.bytes(4), saved + 8 * p.count * p.values
+            continue
+        whole, left = math.prod(p.shape), p.values
+        row = math.prod(p.shape[1:])
+        while left > 0:
+            n, left = min(left, BLOCK), left - BLOCK
+            layout = state_layout(optim, p.dtype, whole, row if sharded else n, n)
+            sizes = [size * dtype.itemsize for size, dtype in layout.values()]
+            saved += p.count * sum(sizes)
+            if optim.offload == "none":
+                device += p.count * sum(map(rounded, sizes))
+            else:
+                host += p.count * sum(map(pinned, sizes))
+            if optim.offload == "all":
+                size = n * (4 if optim.grad_dtype == "float32" else p.dtype.itemsize)
+                gradients += p.count * pinned(size)
+    return States(device, host, gradients, saved)
+
+
+class Update(NamedTuple):
+    """What an update takes on the device in addition to states and gradients."""
+
+    slots: int  # always there: where blocks from the host pass through
+    temporaries: int  # most while it is under way
+
+
+def update_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> Update:
+    """Counted in a real update on the CPU of the two largest blocks that follow each other: an update goes
+    block by block, and what it makes of one lives until that of the next is there."""
+    trained = models.trained
+    narrow = any(p.dtype == torch.bfloat16 for p in trained)
+    if not in_blocks(optim, narrow, sharded) or optim.name == "apex":
+        return Update(0, 0)
+    dtype = torch.bfloat16 if narrow else torch.float32
+    blocks = [[min(BLOCK, left) for left in range(p.values, 0, -BLOCK)] for p in trained]
+    alone = optim.in_backward  # then parameters come one at a time
+    rows = blocks if alone else [list(itertools.chain.from_iterable(blocks))]
+    pairs = [row[i : i + 2] for row in rows for i in range(max(1, len(row) - 1))]
+    sizes = max(pairs, key=sum)
+    module = nn.ParameterList([nn.Parameter(torch.zeros(n, dtype=dtype)) for n in sizes])
+    gradients = torch.float32 if optim.grad_dtype == "float32" else dtype
+    for p in module:
+        if gradients != dtype:
+            p.grad_dtype = gradients
+    live = LiveBytes(ROUND)
+    live.add(module)
+    with live:
+        before = live.now
+        optimizer = BlockAdamW([{"params": list(module), "lr": 1e-6, "base_lr": 1e-6}], optim)
+        slots = live.now - before - ROUND * len(sizes)  # without the counters of steps
+        for p in module if optim.offload == "none" else ():
+            for block in optimizer.state[p]["blocks"]:
+                slots -= sum(rounded(a.nbytes) for a in block.values())
+        for p in module:
+            p.grad = torch.zeros(len(p), dtype=gradients)
+        if optim.offload == "all":  # then gradients are on the host by now
+            for p in module:
+                optimizer._arrived(p)
+        stood, _ = live.now, live.lap()
+        if optim.in_backward:
+            for p in module:
+                optimizer._arrived(p)
+        update(optimizer, optim.clip)
+    return Update(max(0, slots), live.lap() - stood)
+
+
+def fp8_bytes(models: Models) -> int:
+    """The e4m3 copy of the blocks' linear layers but the text's keys and values (rollout.fp8.Fp8Blocks)."""
+    ends = tuple(f"{x}.weight" for x in (".q", ".o", "self_attn.k", "self_attn.v", "ffn.0", "ffn.2"))
+    found = [p for p in models.generator if "blocks.0." in p.name and p.name.endswith(ends)]
+    parts = ((p.count, (math.prod(p.shape), 4 * p.shape[0], 2 * p.shape[0])) for p in found)
+    return sum(count * sum(map(rounded, sizes)) for count, sizes in parts)
+
+
+def segments(found: list[Parameter]) -> int:
+    """Bytes that torch's CUDA allocator takes for these parameters in addition to their own: it rounds those
+    above 10 MiB up to 2 MiB (c10/cuda/CUDACachingAllocator.cpp)."""
+    large = [p for p in found if p.bytes() > p.count * 10 * 2**20]
+    return sum(p.count * (rounded(p.bytes() // p.count, 2 * 2**20) - p.bytes() // p.count) for p in large)

@@ -1,0 +1,185 @@
+"""Seconds of an optimizer step by phase, predicted: FLOPs, bytes and links over the rates of a machine.
+
+Compute and copies overlap where the code overlaps them: FSDP gathers the next block while one computes, and
+blocks compute while copies to the host run. What exceeds that is waited for. Exchanges of a cut sequence are
+inside an operation, so all of them are waited for. Not included: launches, waits for data, checkpoints.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from prfl_engine.config import Config
+from prfl_engine.objectives import index_range
+from prfl_engine.planner.flops import (
+    block_flops,
+    end_flops,
+    forward_flops,
+    graded_passes,
+    rollout_forwards,
+    step_flops,
+)
+from prfl_engine.planner.machine import Machine
+from prfl_engine.planner.plan import Kind
+from prfl_engine.planner.seconds import Rates, block_seconds
+from prfl_engine.planner.setup import Setup
+from prfl_engine.planner.sharded import Exchanged, Shards
+from prfl_engine.planner.standing import Models, gradient_bytes, state_bytes
+
+
+class Row(NamedTuple):
+    """A phase in an optimizer step of one rank."""
+
+    phase: str
+    seconds: float
+    flops: float  # model FLOPs of this rank
+    waits: float = 0.0  # seconds of these in which collectives or copies are waited for
+
+
+@dataclass(frozen=True)
+class Times:
+    """An optimizer step of one rank, what does not come in every step amortised."""
+
+    rows: tuple[Row, ...]
+    graded: float  # samples that all ranks grade in a step
+    gpus: int
+    peak: float  # FLOP/s of the data sheet
+
+    @property
+    def seconds(self) -> float:
+        """Of an optimizer step."""
+        return sum(row.seconds for row in self.rows)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the data sheet promises in that time."""
+        return sum(row.flops for row in self.rows) / self.seconds / self.peak
+
+    @property
+    def per_sample(self) -> float:
+        """Seconds a graded sample, of all GPUs together; without a graded sample infinite."""
+        return self.seconds / self.graded if self.graded else float("inf")
+
+
+def moved(setup: Setup, frozen: bool = False) -> tuple[float, float]:
+    """Bytes that the memory-bound operations of a block read and write, on all ranks of a sample together:
+    (forward, backward). Norms, gates, rotation and GELU; a backward reads a gradient in addition."""
+    c, r, b = setup.config, setup.residual_dtype.itemsize, setup.compute_dtype.itemsize
+    values, hidden = setup.tokens * c.dim, setup.tokens * c.ffn_dim
+    forward = values * ((r + b) + 4 * b + 2 * (2 * r + 2 * b) + 2 * b + (2 * r + b)) + 2 * b * hidden
+    return forward, 1.5 * forward
+
+
+def forward_seconds(setup: Setup, rates: Rates, fp8: bool = False) -> float:
+    """A forward of one sample without gradient, if all of it were on one GPU."""
+    one = replace(setup, latent=(1, *setup.latent[1:]))
+    c, block = setup.config, block_flops(setup.config, one.tokens)
+    products, attention = rates.products, rates.attention
+    if fp8:
+        products, attention = rates.products_fp8 or products, rates.attention_fp8
+    seconds = block.products / products + block.attention / attention + moved(one)[0] / rates.memory
+    return setup.count * seconds + end_flops(c, one.tokens).products / rates.products
+
+
+def pass_seconds(setup: Setup, kinds: Sequence[Kind], rates: Rates, frozen: bool, head: bool = True) -> float:
+    """Forward and backward of blocks of `kinds` on every rank of a sample, and embeddings and head."""
+    p, total = setup.sequence, 0.0
+    for i, kind in enumerate(kinds):
+        host = kind.host * p if i < len(kinds) - 1 else 0
+        total += block_seconds(kind.policy, setup, host, rates, frozen) / p
+    ends = end_flops(setup.config, setup.tokens, setup.latent[0], head).products * (2 if frozen else 3)
+    return total + (len(kinds) * sum(moved(setup)) / rates.memory + ends / rates.products) / p
+
+
+def times(
+    config: Config,
+    setup: Setup,
+    kinds: Sequence[Kind],
+    reward: Kind,
+    models: Models,
+    gpu: Machine,
+    shards: Shards,
+    exchanged: Exchanged,
+) -> Times:
+    """An optimizer step as configured; `exchanged` are the bytes of its collectives."""
+    c, rates, p = config, gpu.rates, shards.sequence
+    readers = shards.size // p
+    own, samples = c.train.accumulate / readers, setup.latent[0]
+    sft = own * (0.5 if c.loss.alternate else 1 / c.loss.sft_every) * setup.sft
+    graded = own * (0.5 if c.loss.alternate else 1.0) if setup.reward_blocks else 0.0
+    flops, frozen = step_flops(setup), setup.lora is not None
+    links = exchanged.seconds(gpu, shards)
+    rows = []
+
+    def add(phase: str, count: float, seconds: float, hidden: float, exposed: float, model: float) -> None:
+        """hidden: seconds of collectives that overlap with the others."""
+        waits = exposed + max(0.0, hidden - seconds)
+        if count * seconds > 0:
+            rows.append(Row(phase, count * (seconds + waits), count * model / p, count * waits))
+
+    one = pass_seconds(setup, kinds, rates, frozen)
+    forward = forward_seconds(setup, rates, c.rollout.precision == "fp8") / p
+    plain = forward_seconds(setup, rates) / p
+    scored = pass_seconds(*_scoring(setup, reward), rates, True, head=False) if setup.reward_blocks else 0.0
+    resident = shards.resident
+    if graded:
+        padded = shards.many and not resident and c.rollout.mode == "fresh"
+        count = rollout_forwards(setup, readers, padded) * samples
+        useful = rollout_forwards(setup) * samples
+        share = useful / count if count else 0.0
+        gather = links.forward / count if resident and count else links.forward
+        model = share * flops["rollout"] / useful if useful else 0.0
+        add("rollout", graded * count, forward, gather, links.exchange_forward, model)
+    passes = graded_passes(setup)
+    if graded:
+        model = flops["graded step"] / passes
+        add("graded step", graded * passes, one, links.graded, links.exchange_graded, model)
+        k = c.rollout.samples
+        add("reward", k * graded, scored, links.reward, links.exchange_reward, flops["reward"] / k)
+    add("flow matching", sft, one, links.graded, links.exchange_graded, flops.get("flow matching", 0.0))
+    rows.append(_optimizer(c, models, gpu, shards, rows, sft + graded * passes))
+    if setup.validation is not None:
+        e, whole = c.eval, forward_flops(setup.config, setup.count, setup.tokens // samples).total
+        work = e.samples * (c.rollout.steps + 1)
+        trunk = 0.0
+        if setup.validation.scored and setup.reward is not None:
+            trunk = setup.reward.blocks / setup.count * e.samples * len(e.timesteps)
+        seconds = (work + trunk) * max(plain + links.exchange_forward, links.forward)
+        rows.append(Row("validation", seconds / e.every, (work + trunk) * whole / p / e.every))
+    probes = _probes(c, setup)
+    if probes:
+        rows.append(Row("drift probes", probes * max(plain, links.forward), 0.0))
+    return Times(tuple(rows), readers * graded * samples * c.rollout.samples, shards.size, gpu.peak)
+
+
+def _scoring(setup: Setup, reward: Kind) -> tuple[Setup, list[Kind]]:
+    other = replace(setup, config=setup.reward.config or setup.config, blocks=setup.reward_blocks)
+    return other, [reward] * setup.reward_blocks
+
+
+def _probes(c: Config, setup: Setup) -> float:
+    """Forwards of drift probes an optimizer step."""
+    r, last = c.rollout, index_range(c.rollout)[1]
+    if not setup.reward_blocks:
+        return 0.0
+    approximate = r.precision == "fp8" or r.cache > 0
+    return ((2 * last if approximate else 0) + (last + 1 if r.mode == "persistent" else 0)) / r.probe_every
+
+
+def _optimizer(
+    c: Config, models: Models, gpu: Machine, shards: Shards, rows: list[Row], backwards: float
+) -> Row:
+    """The update reads weights, gradients and states and writes weights and states; what lives on the host
+    crosses the link in both directions at once. Gradients on the host are added to in every backward."""
+    states = state_bytes(models, c.optim, shards.many)
+    weights = sum(p.bytes() for p in models.trained)
+    gradients = gradient_bytes(models, c.optim) or weights
+    average = 2 * sum(p.bytes(4) for p in models.trained) if c.train.ema > 0 else 0
+    seconds = (2 * weights + gradients + 2 * states.saved + average) / gpu.rates.memory
+    copies, waits = (states.host + states.host_gradients) / gpu.rates.link, 0.0
+    if states.host_gradients:  # beside the backward
+        adding = backwards * states.host_gradients / gpu.rates.link
+        free = sum(row.seconds for row in rows if row.phase in ("graded step", "flow matching")) * 2 / 3
+        waits = max(0.0, adding - free)
+    total = max(seconds, copies) + waits
+    return Row("optimizer", total, 0.0, waits + max(0.0, copies - seconds))

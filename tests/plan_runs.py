@@ -1,0 +1,153 @@
+"""Random small runs, and the bytes that they have in each phase."""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from helpers import tiny_config, tiny_model, tiny_reward, write_data
+from torch.utils._pytree import tree_iter
+
+from prfl_engine import loop, train
+from prfl_engine.config import load_config
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.model.checkpoint import save_reward, save_transformer
+from prfl_engine.planner.setup import ROUND
+
+OPTIMIZERS = (
+    ("float32", {}),
+    ("bfloat16", {}),
+    ("bfloat16", {"rounding": "stochastic"}),
+    ("bfloat16", {"grad_dtype": "float32"}),
+    ("float32", {"name": "adamw8bit"}),
+    ("bfloat16", {"name": "adamw8bit", "rounding": "stochastic"}),
+    ("float32", {"offload": "states"}),
+    ("bfloat16", {"offload": "all", "rounding": "stochastic"}),
+    ("bfloat16", {"in_backward": True, "rounding": "stochastic", "offload": "states"}),
+    ("float32", {"in_backward": True}),
+)
+POLICIES = (
+    "none", "full", "attention", "attention",
+    {"keep": ["attention"], "offload": ["input"]},
+    {"keep": [], "offload": ["attention", "input"]},
+)  # fmt: skip
+
+
+def random_values(folder: Path, seed: int) -> dict:
+    """The values of a configuration with the folders that it names. Its rollouts always end at the last step,
+    so that all steps have the most bytes that they may have."""
+    draw = random.Random(seed)
+    heads = draw.choice((2, 4))
+    config = tiny_config(
+        "i2v" if draw.random() < 0.2 else "t2v", dim=32 * heads, ffn_dim=draw.choice((128, 384)),
+        num_heads=heads, num_layers=draw.randint(2, 4), text_len=draw.choice((16, 70)), text_dim=32,
+    )  # fmt: skip
+    shape, blocks = (16, draw.choice((1, 3)), 16, draw.choice((8, 16))), draw.randint(1, 2)
+    save_transformer(tiny_model(config), folder / "policy")
+    save_reward(tiny_reward(config, blocks=blocks, num_heads=heads), folder / "reward", 0)
+    lists = [
+        str(write_data(folder / name, config, 3, [shape], text=config.text_len)) for name in ("data", "val")
+    ]
+    weights, optim = OPTIMIZERS[seed % len(OPTIMIZERS)]
+    steps, alone = draw.choice((3, 5)), "in_backward" in optim
+    persistent = not alone and draw.random() < 0.2
+    samples = 1 if alone else draw.choice((1, 1, 2))
+    return {
+        "model": {
+            "path": str(folder / "policy"), "recompute": draw.choice(POLICIES),
+            "chunk": draw.choice((None, None, 24)), "weights_dtype": weights,
+            "compute_dtype": draw.choice(("float32", "bfloat16")),
+            "residual_dtype": draw.choice(("float32", "float32", "bfloat16")),
+            "keep": draw.choice(("all", "nothing", "attention", "projections")),
+        },
+        "lora": {"rank": draw.choice((0, 0, 0, 4))},
+        "reward": {
+            "path": str(folder / "reward"), "blocks": blocks, "feature_layer": blocks, "num_heads": heads,
+        },
+        "data": {
+            "train": lists[:1], "val": lists[1:], "num_workers": 0, "text_dropout": 0.0, "long_caption": 1.0,
+        },
+        "rollout": {
+            "steps": steps, "samples": samples, "range": [steps - 2, steps - 2],
+            "mode": "persistent" if persistent else "fresh",
+        },
+        "chain": {"window": 1 if alone else draw.choice((1, 1, 2, "all"))},
+        "loss": {"alternate": alone or draw.random() < 0.2, "weight": draw.choice((0.0, 0.1, 0.1, 0.1))},
+        "optim": optim | {"clip": None},
+        "train": {
+            "out": str(folder / "run"), "device": "cpu", "tensorboard": False, "steps": 4,
+            "ema": draw.choice((0.0, 0.0, 0.9)), "accumulate": 1 if alone else draw.choice((1, 2)),
+        },
+        "eval": {
+            "every": draw.choice((0, 2)), "samples": 2, "batch_size": draw.randint(1, 2),
+            "timesteps": [201, 1000],
+        },
+    }  # fmt: skip
+
+
+def configuration(folder: Path, seed: int) -> Path:
+    """The file of such a configuration."""
+    values = random_values(folder, seed)
+    if values["loss"]["weight"] == 0:
+        values["loss"]["alternate"] = False
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@dataclass
+class Measured:
+    """Most bytes of the phases of a run, all that is alive included; of the host, what is there by intent."""
+
+    training: int = 0
+    optimizer: int = 0
+    validation: int = 0
+    host: int = 0
+    live: LiveBytes = field(default_factory=lambda: LiveBytes(ROUND))
+
+
+def measured(path: Path, monkeypatch) -> Measured:
+    """Train by the configuration of a file and count."""
+    found = Measured()
+    live, (fit, update) = found.live, (train.fit, loop.update)
+    policy_of, reward_of = train.make_policy, train.make_frozen_reward
+
+    def seen(make):
+        def made(*given):
+            model = make(*given)
+            live.add(model.parameters())
+            return model
+
+        return made
+
+    def watched(c, begin, policy, groups, stream, losses, validate, *rest):
+        def validated(step):
+            live.lap()
+            made = validate(step)
+            found.validation = max(found.validation, live.lap())
+            return made
+
+        with live:
+            fit(c, begin, policy, groups, stream, losses, validate and validated, *rest)
+
+    def updated(*given):
+        found.training = max(found.training, live.lap())
+        norm = update(*given)
+        found.optimizer = max(found.optimizer, live.lap())
+        return norm
+
+    monkeypatch.setattr(train, "make_policy", seen(policy_of))
+    monkeypatch.setattr(train, "make_frozen_reward", seen(reward_of))
+    monkeypatch.setattr(loop, "update", updated)
+    monkeypatch.setattr(train, "fit", watched)
+    train.train(load_config(path))
+    found.host = live.host_peak
+    return found
+
+
+def size(tensors) -> int:
+    """Bytes of tensors in any nesting, as the allocator rounds them."""
+    live = LiveBytes(ROUND)
+    live.add(a for a in tree_iter(list(tensors)) if isinstance(a, torch.Tensor))
+    return live.now

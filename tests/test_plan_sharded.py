@@ -1,0 +1,137 @@
+"""Sharded predictions: FSDP2 on a fake process group, exchanges of a cut sequence on two real ranks."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
+from helpers import tiny_config
+from plan_ranks import SHAPE, exchanged
+from ranks import Ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from prfl_engine import parallel
+from prfl_engine.batch import Batch
+from prfl_engine.config import OptimConfig
+from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.memory.policy import named
+from prfl_engine.memory.recompute import run_under
+from prfl_engine.model.wan import PRESETS, WanTransformer
+from prfl_engine.objectives import sft_loss
+from prfl_engine.optim.optimizer import make_optimizer
+from prfl_engine.planner.meta import default_dtype
+from prfl_engine.planner.plan import make_kind, peaks
+from prfl_engine.planner.seconds import Rates
+from prfl_engine.planner.setup import ROUND, Setup
+from prfl_engine.planner.sharded import Shards, exchange_of, exchanged_bytes, gathered_bytes
+from prfl_engine.planner.standing import gradient_bytes, models_of, state_bytes
+from prfl_kernels import extension
+
+LATENT = (1, 16, 5, 60, 104)
+WIDE = replace(PRESETS["t2v-14b"], num_layers=4)
+
+
+@pytest.fixture
+def world(request):
+    """The mesh of a fake process group of so many ranks, of which this process is the first."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    yield init_device_mesh("cpu", (request.param,), mesh_dim_names=("shard",))
+    dist.destroy_process_group()
+
+
+class Real:
+    """A sharded step of flow matching at full width, run by FSDP2 on tensors without values."""
+
+    def __init__(self, mesh: DeviceMesh, dtype: torch.dtype):
+        with default_dtype(dtype):
+            self.model = WanTransformer(WIDE).set_precision(torch.bfloat16)
+        parallel.shard(self.model, mesh)
+        self.live = LiveBytes(ROUND)
+        self.live.add(p.to_local() for p in self.model.parameters())
+        self.shards = self.live.now
+
+    def step(self, policy, monkeypatch) -> int:
+        """Its peak without shards of weights and gradients, which exist already."""
+        for name in ("free_storage", "alloc_storage"):  # they resize storage, which no operation shows
+            monkeypatch.setattr(fsdp_param, name, self._seen(getattr(fsdp_param, name)))
+        latent, sigma = torch.empty(LATENT), torch.tensor([0.5])
+        batch, noise = Batch(latent, torch.empty(1, 512, 4096)), torch.empty(LATENT)
+        self.live.add([*batch[:2], noise])
+        with self.live:
+            for _ in range(2):
+                self.live.lap()
+                sft_loss(self.model, batch, noise, sigma, run_under(policy)).mean().backward()
+                peak = self.live.lap()
+        gradients = sum(-(-p.grad.to_local().nbytes // ROUND) * ROUND for p in self.model.parameters())
+        return peak - self.shards - gradients
+
+    def _seen(self, call):
+        def called(a):
+            call(a)
+            self.live._see(a)
+            self.live._lap = max(self.live._lap, self.live.now)
+
+        return called
+
+
+@pytest.mark.parametrize(
+    "world, dtype", [(8, torch.float32), (64, torch.bfloat16), (512, torch.bfloat16)], indirect=["world"]
+)
+def test_a_rank_of_fsdp_has_the_bytes_predicted(world, dtype, monkeypatch):
+    """Shards, states of the optimizer and gradients to the byte; the peak of a step within 5 % of all."""
+    setup, policy = Setup(WIDE, LATENT, weight_dtype=dtype, reward=None), named("attention")
+    models, optim = models_of(setup, world.size()), OptimConfig()
+    kind = make_kind("attention", policy, setup, Rates())
+    peak = peaks([kind] * 4, kind)["flow matching"]["blocks"]
+    beside = gathered_bytes(models, Shards(world.size()))
+    saved = kind.numbers["flow matching"].saved
+    told = peak.bytes + beside.graded(peak.bytes - peak.saved, saved)
+    with FakeTensorMode(allow_non_fake_inputs=True), extension.dry_run(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        real = Real(world, dtype)
+        assert sum(p.bytes() for p in models.generator) == real.shards
+        got = real.step(policy, monkeypatch)
+        for p in real.model.parameters():
+            p.grad = None
+        live = LiveBytes(ROUND)
+        with live:
+            optimizer = make_optimizer([(real.model, 1e-6)], optim)
+        states = sum(-(-a.nbytes // ROUND) * ROUND for s in optimizer.state.values()
+                     for a in (s["step"], *(t for b in s["blocks"] for t in b.values())))  # fmt: skip
+    counted = state_bytes(models, optim, True).device
+    assert 0 <= counted - states <= ROUND * 2 * len(models.trained) * 4
+    standing = real.shards + gradient_bytes(models, optim) + counted
+    assert got <= told
+    assert told + standing <= 1.05 * (got + standing)
+
+
+def test_what_is_gathered_grows_with_the_padding_alone():
+    setup = Setup(WIDE, LATENT, weight_dtype=torch.bfloat16, reward=None)
+    parts = {n: gathered_bytes(models_of(setup, n), Shards(n)) for n in (8, 64, 512)}
+    assert parts[8].forward < parts[64].forward < parts[512].forward < 1.05 * parts[8].forward
+    kind = make_kind("full", named("full"), setup, Rates())
+    sums = exchanged_bytes(setup, models_of(setup, 8), Shards(64, 8), kind)
+    assert sums.gather == sums.reduce and sums.replicas == pytest.approx(2 * sums.reduce / 8, rel=0.01)
+    assert gathered_bytes(models_of(setup), Shards()) == (0,) * 6
+
+
+@pytest.fixture(scope="module")
+def two():
+    made = Ranks(2, ("plan_ranks",))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "attention"])
+def test_exchanges_are_those_of_two_real_ranks(two, mode):
+    """Of several blocks by those of one and two, forward alone and with backward."""
+    config = tiny_config("t2v", dim=64, num_heads=4)
+    setup = Setup(config, (1, *SHAPE), torch.float32, reward=None, sequence=2)
+    for graded, what in ((False, "forward"), (True, "graded")):
+        one, more = (exchange_of(setup, what, named(mode), n) for n in (1, 2))
+        assert more > one
+        assert two(exchanged, named(mode), 3, graded) == [one + 2 * (more - one)] * 2

@@ -1,0 +1,44 @@
+"""`prfl plan`: its bytes against real runs and hand counts, its command and its mistakes."""
+
+import os
+
+import pytest
+from plan_runs import configuration, measured
+
+from prfl_engine.config import Config, load_config
+from prfl_engine.planner.predict import memory
+from prfl_engine.planner.subject import find
+from prfl_kernels import extension
+
+built = pytest.mark.skipif(extension.absence("cpu", "cpu") is not None, reason="the kernels are not built")
+TRAINING = ("rollout", "graded", "reward", "flow")
+RUNS = int(os.environ.get("PRFL_PLAN_RUNS", 12))  # docs/planner.md has the result of 40
+
+
+def one_backward(c: Config) -> bool:
+    """Whether an optimizer step has a single backward, in which gradients come one after another."""
+    alone = c.loss.alternate or 0 in (c.loss.weight, c.loss.sft_weight)
+    return alone and c.train.accumulate == c.rollout.samples == c.chain.window == 1
+
+
+@built
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_no_phase_of_a_run_has_other_bytes_than_predicted(seed, tmp_path, monkeypatch):
+    """Everything that is alive on the device, within 1 %, and never more than 0.5 % above."""
+    path = configuration(tmp_path, seed)
+    config = load_config(path)
+    found = memory(config, find(config, str(path), on_cpu=True).setup, None)
+    real = measured(path, monkeypatch)
+    told = {phase.name: phase.bytes for phase in found.phases}
+    pairs = {
+        "training": (max(told[name] for name in told if name.startswith(TRAINING)), real.training),
+        "optimizer": (told["optimizer"], real.optimizer),
+        "validation": (told.get("validation", 0), real.validation),
+    }
+    for name, (want, got) in pairs.items():
+        print(f"seed {seed} {name} {want} {got} {want / max(1, got) - 1:+.4f}")
+        assert want >= 0.995 * got, name
+    want, got = map(max, zip(*pairs.values(), strict=True))
+    standing = {e.category: e.bytes for e in found.peak.entries}
+    assert want <= 1.01 * got + (standing.get("gradients", 0) if one_backward(config) else 0)
+    assert found.host.bytes >= real.host
