@@ -96,7 +96,7 @@ class CrossAttention(SelfAttention):
     """Attention to the text and, in an I2V model, to the image tokens before it.
 
     With gradient it is one operation, which keeps what it is told to. Without, or where a linear layer is
-    more than its weight and bias (adapters, another class), the layers run one by one.
+    more than its weight, bias and low-rank update (another class), the layers run one by one.
     """
 
     def __init__(self, dim: int, num_heads: int, eps: float, image: bool):
@@ -112,21 +112,23 @@ class CrossAttention(SelfAttention):
         """The sublayer's output [B, L, C]; the last token of the context counts `repeats` times, and `keep`
         is as in prfl_kernels.sublayers.cross_attention."""
         if torch.is_grad_enabled() and self.fused:
-            image = None
+            image, low = None, _updates(q=self.q, k=self.k, v=self.v, o=self.o)
             if self.image:
                 k, v, norm = self.k_img, self.v_img, self.norm_k_img
                 image = ImageWeights(k.weight, k.bias, v.weight, v.bias, norm.weight)
+                low |= _updates(k_img=k, v_img=v)
             return cross_attention(
                 x_BLC, context_BSC, self.weights(), self.num_heads, image, IMAGE_TOKENS if self.image else 0,
-                self.norm_q.eps, self.q.dtype, keep, repeats,
+                self.norm_q.eps, self.q.dtype, keep, repeats, low,
             )  # fmt: skip
         return self.o(self.attend(self.q(x_BLC), context_BSC, repeats))
 
     @property
     def fused(self) -> bool:
         """Whether the sublayer is one operation where gradient is enabled."""
+        known = {"weight", "bias", "lora_A", "lora_B"}
         return all(
-            type(m) is Linear and {name for name, _ in m.named_parameters()} == {"weight", "bias"}
+            type(m) is Linear and {name for name, _ in m.named_parameters()} <= known
             for m in (self.q, self.k, self.v, self.o, *((self.k_img, self.v_img) if self.image else ()))
         )
 
