@@ -6,7 +6,6 @@ of its call (checkpointing, FSDP) know nothing of it. It reads the block's layer
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +26,15 @@ from prfl_engine.patch.view import BlockView, Call, Parts, compute_dtype
 from prfl_engine.rollout.fp8 import Fp8Block, check_widths
 from prfl_kernels.sublayers.chunks import check_chunk
 
+PATCH = "_prfl_patch"
+
 
 class Patch:
-    """What the blocks of a patched transformer share."""
+    """What the blocks of a patched transformer share; its attribute PATCH."""
 
     def __init__(self, report: Report, structure: Structure):
         self.report, self.structure, self.memo = report, structure, Memo()
         self.plain, self.saves = report.policy.plain, report.policy.saves  # torch.compile reads no properties
-        self.modules: list[nn.Module] = []  # all whose forward was replaced
 
 
 class Forward:
@@ -115,15 +115,11 @@ def accelerate(
     first = type(next(iter(blocks.values()))).__name__
     patch = Patch(Report(structure.name, first, len(blocks), kept, policy, chunk), structure)
     for block in blocks.values():
-        _replace(patch, block, Forward(block, patch))
+        block.forward = Forward(block, patch)
     for m, forward in structure.others(owner, patch.memo).items():
-        _replace(patch, m, forward)
+        m.forward = forward
+    setattr(owner, PATCH, patch)
     return patch.report
-
-
-def _replace(patch: Patch, m: nn.Module, forward: Any) -> None:
-    m.forward = forward
-    patch.modules.append(m)
 
 
 def _transformer(model: nn.Module) -> nn.Module:
@@ -155,13 +151,13 @@ def _refusal(block: nn.Module, structure: Structure) -> str | None:
         return "it is accelerated already; restore(model) undoes that"
     if "forward" in vars(block):
         return "its forward was replaced (offloading, caching); call accelerate before"
-    if found := structure.complaint(block):
-        return found
     for name, m in block.named_modules():
-        if isinstance(m, nn.Dropout) and m.p > 0 and "lora_dropout" not in name:
-            return f"{name}: it drops values out (p = {m.p})"
         if m is not block and isinstance(m, FSDPModule | FullyShardedDataParallel):
             return f"{name}: it is an FSDP unit inside of a block; want whole blocks as units"
+        if isinstance(m, nn.Dropout) and m.p > 0 and "lora_dropout" not in name:
+            return f"{name}: it drops values out (p = {m.p})"
+    if found := structure.complaint(block):
+        return found
     parts = structure.parts(block)
     names = {id(m): name for name, m in block.named_modules()}
     for m in parts.linears():
@@ -190,36 +186,26 @@ def _unfit(block: nn.Module, parts: Parts, names: dict[int, str]) -> str | None:
     return f"{', '.join(more)}: our block has nothing like it" if more else None
 
 
-def _patches(model: nn.Module) -> list[Patch]:
-    """Those of the transformers in a module."""
-    found = {}
-    for m in model.modules():
-        forward = vars(m).get("forward")
-        if isinstance(forward, Forward):
-            found[id(forward.patch)] = forward.patch
-    return list(found.values())
-
-
 def report_of(model: nn.Module) -> Report:
     """The report of a patched transformer; a copy of a model has one of its own. UserError without one."""
-    found = _patches(model)
+    found = [m for m in model.modules() if PATCH in vars(m)]
     if len(found) != 1:
         raise UserError(f"model: got {len(found)} patched transformers, want one")
-    return found[0].report
+    return vars(found[0])[PATCH].report
 
 
 def restore(model: nn.Module) -> None:
     """Undo accelerate and fast_reward_pool in all modules of a model. UserError, with nothing changed, where
     something has replaced the forward of a block since."""
-    ours = Forward | Rotations | PoolForward
-    for patch in _patches(model):
-        for m in patch.modules:
-            if not isinstance(vars(m).get("forward"), ours):
-                name = type(m).__name__
-                raise UserError(f"restore: the forward of a {name} was replaced since; undo that first")
+    owners = [m for m in model.modules() if PATCH in vars(m)]
+    for name, block in ((k, unwrapped(b)) for owner in owners for k, b in owner.blocks.named_children()):
+        if not isinstance(vars(block).get("forward"), Forward):
+            raise UserError(f"blocks.{name}: its forward was replaced after accelerate; undo that first")
     for m in model.modules():
-        if isinstance(vars(m).get("forward"), ours):
+        if isinstance(vars(m).get("forward"), Forward | Rotations | PoolForward):
             del m.forward
+    for owner in owners:
+        delattr(owner, PATCH)
 
 
 @contextmanager
