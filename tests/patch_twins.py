@@ -137,18 +137,21 @@ class Block(nn.Module):
 
 
 class Official(nn.Module):
-    def __init__(self, image=False, tokenwise=False, dim=48, heads=2, ffn_dim=80, layers=2, eps=1e-6):
+    def __init__(
+        self, image=False, tokenwise=False, dim=48, heads=2, ffn_dim=80, layers=2, eps=1e-6, text_dim=12,
+        image_dim=24,
+    ):  # fmt: skip
         super().__init__()
         self.patch_size, self.text_len, self.dim, self.tokenwise = (1, 2, 2), TEXT, dim, tokenwise
         self.patch_embedding = nn.Conv3d(36 if image else 16, dim, (1, 2, 2), (1, 2, 2))
-        self.text_embedding = nn.Linear(12, dim)
+        self.text_embedding = nn.Linear(text_dim, dim)
         self.time_embedding = nn.Sequential(nn.Linear(8, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
             Block(dim, ffn_dim, heads, eps, image, tokenwise) for _ in range(layers)
         )
         self.head = nn.Linear(dim, 64)
         if image:
-            self.img_emb = nn.Linear(24, dim)
+            self.img_emb = nn.Linear(image_dim, dim)
         self.freqs = table(dim // heads)
 
     def forward(self, x, t, context, seq_len, clip_fea=None, y=None, **more):
