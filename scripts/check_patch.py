@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from prfl_bench.peer import load_module
 from prfl_engine.errors import UserError
 from prfl_engine.patch import accelerate
-from prfl_engine.patch.structures import attend
+from prfl_engine.patch.structure import attend
 
 LAYOUTS = {  # file: class of the transformer
     "diffusers_lite/wan/modules/model.py": "WanModel",

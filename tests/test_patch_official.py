@@ -7,7 +7,10 @@ import patch_twins as twins
 import pytest
 import torch
 from helpers import randomize, relative
+from torch import distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.checkpoint import checkpoint
 
 from prfl_engine.errors import UserError
@@ -184,6 +187,30 @@ def test_a_recomputed_block_has_the_grid_of_its_own_forward(reentrant):
     accelerate(model)
     for a, b in zip(gradients(True), want, strict=True):
         assert relative(a, b) < 1e-5
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_fsdp1_wraps_what_is_patched(one_process, own):
+    """With flat parameters, as HY-Video-PRFL trains, and with the original ones."""
+    model, arguments = model_of("i2v"), inputs_of("i2v")
+    want = outcome(model, arguments)
+    norm = torch.stack([a.norm() for k, a in want[1].items() if not k.startswith("x")]).norm()
+    report = accelerate(model)
+    policy = ModuleWrapPolicy({twins.Block})
+    wrapped = FSDP(model, auto_wrap_policy=policy, use_orig_params=own, device_id=torch.device("cpu"))
+    got = outcome(wrapped, arguments)
+    assert relative(got[0], want[0]) < 1e-5 and relative(got[1]["x1"], want[1]["x1"]) < 1e-5
+    assert abs(wrapped.clip_grad_norm_(1e9) / norm - 1) < 1e-5
+    assert report.calls == 2 and not report.fallbacks
+    with pytest.raises(UserError, match="Official: its blocks are FSDP1 units; call accelerate before FSDP"):
+        accelerate(FSDP(model_of(), auto_wrap_policy=policy, device_id=torch.device("cpu")))
 
 
 def counted(arguments, kind="t2v", change=lambda model: None, **more):

@@ -16,17 +16,20 @@ from prfl_engine.errors import UserError, check, refusing
 from prfl_engine.memory.policy import BlockPolicy, named
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.model.layers import Block
-from prfl_engine.patch.layers import complaint, sharded
+from prfl_engine.patch.diffusers_wan import Diffusers
+from prfl_engine.patch.fastvideo import FastVideo
+from prfl_engine.patch.layers import Replacement, complaint, sharded
 from prfl_engine.patch.memo import Memo
+from prfl_engine.patch.official import Official
 from prfl_engine.patch.probe import probe
 from prfl_engine.patch.report import Report
-from prfl_engine.patch.reward_pool import PoolForward
-from prfl_engine.patch.structures import STRUCTURES, Rotations, Structure, unwrapped
+from prfl_engine.patch.structure import Structure, unwrapped
 from prfl_engine.patch.view import BlockView, Call, Parts, compute_dtype
 from prfl_engine.rollout.fp8 import Fp8Block, check_widths
 from prfl_kernels.sublayers.chunks import check_chunk
 
 PATCH = "_prfl_patch"
+STRUCTURES: tuple[Structure, ...] = (Diffusers(), Official(), FastVideo())
 
 
 class Patch:
@@ -37,7 +40,7 @@ class Patch:
         self.plain, self.saves = report.policy.plain, report.policy.saves  # torch.compile reads no properties
 
 
-class Forward:
+class Forward(Replacement):
     """The forward of a patched block."""
 
     def __init__(self, block: nn.Module, patch: Patch):
@@ -124,7 +127,9 @@ def accelerate(
 
 def _transformer(model: nn.Module) -> nn.Module:
     """The one module with a list of blocks."""
-    found = [m for m in model.modules() if isinstance(getattr(m, "blocks", None), nn.ModuleList) and m.blocks]
+    # Not hasattr: wrappers hand on the attributes of what they wrap.
+    lists = ((m, m._modules.get("blocks")) for m in model.modules())
+    found = [m for m, blocks in lists if isinstance(blocks, nn.ModuleList) and len(blocks)]
     if len(found) != 1:
         kind = type(model).__name__
         raise UserError(f"model: got a {kind} with {len(found)} lists of blocks, want one Wan transformer")
@@ -134,18 +139,18 @@ def _transformer(model: nn.Module) -> nn.Module:
 def _structure(name: str, block: nn.Module) -> Structure:
     if isinstance(block, Block):
         raise UserError(f"{name}: it is ours, and runs our operations already")
+    if isinstance(block, FullyShardedDataParallel):
+        raise UserError(f"{name}: its blocks are FSDP1 units; call accelerate before FSDP wraps the model")
     for structure in STRUCTURES:
         if structure.matches(block):
             return structure
-    if isinstance(block, FullyShardedDataParallel):
-        raise UserError(f"{name}: its blocks are FSDP1 units; call accelerate before FSDP wraps the model")
     known = "; ".join(structure.name for structure in STRUCTURES)
     raise UserError(f"{name}: its blocks {type(block).__name__} are none that is known; want {known}")
 
 
 def _refusal(block: nn.Module, structure: Structure) -> str | None:
     """Why our code would not compute what this block computes, as far as its parts show it."""
-    if not structure.matches(block):
+    if isinstance(block, FullyShardedDataParallel) or not structure.matches(block):
         return f"it is a {type(block).__name__} without the parts of {structure.name}"
     if isinstance(vars(block).get("forward"), Forward):
         return "it is accelerated already; restore(model) undoes that"
@@ -202,7 +207,7 @@ def restore(model: nn.Module) -> None:
         if not isinstance(vars(block).get("forward"), Forward):
             raise UserError(f"blocks.{name}: its forward was replaced after accelerate; undo that first")
     for m in model.modules():
-        if isinstance(vars(m).get("forward"), Forward | Rotations | PoolForward):
+        if isinstance(vars(m).get("forward"), Replacement):
             del m.forward
     for owner in owners:
         delattr(owner, PATCH)

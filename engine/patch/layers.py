@@ -53,6 +53,10 @@ class Norm:
         return rms_norm(x, self.weight, self.eps)
 
 
+class Replacement:
+    """A forward that took the place of a module's own; `restore` deletes it."""
+
+
 def hooked(m: nn.Module) -> str | None:
     """Why our code, which does not call this module, would leave out something that its call does."""
     if "forward" in vars(m):
@@ -98,8 +102,8 @@ def active(m: nn.Module) -> list[str]:
 
 def not_adapted(m: nn.Module) -> str | None:
     """Why a layer with adapters is not a plain linear layer with low-rank updates."""
-    if not hasattr(m, "lora_A"):
-        return f"it is a {type(m).__name__}, an adapter that is not LoRA"
+    if not isinstance(getattr(m, "lora_A", None), nn.ModuleDict):
+        return f"it is a {type(m).__name__}, an adapter that is not PEFT's LoRA"
     if m.disable_adapters and m.merged:
         return "its adapters are merged and disabled"
     for name in active(m):

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from prfl_engine.errors import UserError
 from prfl_engine.patch.memo import Memo
-from prfl_engine.patch.structures import TEXT_TOKENS, Structure
+from prfl_engine.patch.structure import TEXT_TOKENS, Structure
 from prfl_engine.patch.view import BlockView
 
 TOLERANCE = 1e-5
@@ -24,16 +24,16 @@ FAILS = (RuntimeError, AssertionError, ValueError, IndexError, TypeError)  # of 
 class _Both(nn.Module):
     """A block, and what it and ours make of the same arguments."""
 
-    def __init__(self, block: nn.Module, structure: Structure):
+    def __init__(self, block: nn.Module, structure: Structure, memo: Memo):
         super().__init__()
-        self.block, self.structure = block, structure
+        self.block, self.structure, self.memo = block, structure, memo
 
     def forward(self, arguments: tuple) -> tuple[Tensor, Tensor]:
         block, structure = self.block, self.structure
         given, _ = structure.unpatched(arguments, {})
         with structure.exact(block):
             want = type(block).forward(block, *given)
-        call = structure.bind(block, Memo(), *arguments)
+        call = structure.bind(block, self.memo, *arguments)
         if isinstance(call, str):
             raise ValueError(call)
         view = BlockView(block, structure.parts(block), torch.float32, call.image_tokens, None)
@@ -66,11 +66,12 @@ def probe(name: str, block: nn.Module, structure: Structure) -> float:
     values = {f"block.{k}": _drawn(k, p, generator) for k, p in block.named_parameters()}
     context = normal(2, 5 if parts.image is None else 257 + TEXT_TOKENS, width)
     x, e = normal(2, math.prod(GRID), width), 0.5 * normal(2, 6, width)
-    both, found = _Both(block, structure), []
+    memo, found = Memo(), []
+    both = _Both(block, structure, memo)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        for arguments in structure.examples(x, e, context, GRID, width // parts.heads):
+        for arguments in structure.examples(memo, x, e, context, GRID, width // parts.heads):
             try:
                 with torch.autocast(device.type, enabled=False):
                     want, got = functional_call(both, values, (arguments,))

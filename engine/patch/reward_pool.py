@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from prfl_engine.errors import UserError
 from prfl_engine.model.reward import QueryPool
-from prfl_engine.patch.layers import hooked
+from prfl_engine.patch.layers import Replacement, hooked
 
 
 class _View:
@@ -20,7 +20,7 @@ class _View:
         )  # fmt: skip
 
 
-class PoolForward:
+class PoolForward(Replacement):
     """The forward of a patched QueryAttention."""
 
     def __init__(self, module: nn.Module):
