@@ -209,6 +209,9 @@ def test_fsdp1_wraps_what_is_patched(one_process, own):
     assert relative(got[0], want[0]) < 1e-5 and relative(got[1]["x1"], want[1]["x1"]) < 1e-5
     assert abs(wrapped.clip_grad_norm_(1e9) / norm - 1) < 1e-5
     assert report.calls == 2 and not report.fallbacks
+    restore(wrapped)
+    outcome(wrapped, arguments)
+    assert report.calls == 2
     with pytest.raises(UserError, match="Official: its blocks are FSDP1 units; call accelerate before FSDP"):
         accelerate(FSDP(model_of(), auto_wrap_policy=policy, device_id=torch.device("cpu")))
 
@@ -256,6 +259,16 @@ def test_calls_that_are_not_ours_run_the_original_code_and_are_counted():
     assert report.calls == 1
     assert report.fallbacks == {"a linear layer: it has hooks, which would not run": 1}
     assert "1 times: a linear layer: it has hooks" in str(report)
+
+
+def test_arguments_of_videox_fun_are_known():
+    """They say what autocast and weights say; the twin's own block does not take them."""
+    model = model_of()
+    report = accelerate(model)
+    x, e, context = torch.randn(1, TOKENS, 48), torch.randn(1, 6, 48), torch.randn(1, 512, 48)
+    rest = torch.tensor([TOKENS]), torch.tensor([GRID]), model.freqs, context, None
+    made = model.blocks[0](x, e, *rest, dtype=torch.float32, t=0)
+    assert report.calls == 1 and torch.equal(made, model.blocks[0](x, e, *rest))
 
 
 def test_a_table_that_is_ours_again_counts_again():

@@ -203,9 +203,13 @@ def restore(model: nn.Module) -> None:
     """Undo accelerate and fast_reward_pool in all modules of a model. UserError, with nothing changed, where
     something has replaced the forward of a block since."""
     owners = [m for m in model.modules() if PATCH in vars(m)]
-    for name, block in ((k, unwrapped(b)) for owner in owners for k, b in owner.blocks.named_children()):
-        if not isinstance(vars(block).get("forward"), Forward):
-            raise UserError(f"blocks.{name}: its forward was replaced after accelerate; undo that first")
+    for owner in owners:
+        there = sum(isinstance(vars(m).get("forward"), Forward) for m in owner.modules())
+        if (want := vars(owner)[PATCH].report.blocks) != there:
+            name = type(owner).__name__
+            raise UserError(
+                f"{name}: {want - there} of {want} blocks had their forward replaced since; undo that first"
+            )
     for m in model.modules():
         if isinstance(vars(m).get("forward"), Replacement):
             del m.forward

@@ -96,14 +96,15 @@ class Official(Structure):
     @contextmanager
     def exact(self, block):
         kinds = {id(f.__globals__): f.__globals__ for f in _forwards(block.self_attn, block.cross_attn)}
-        before = [(g, k, g[k]) for g in kinds.values() for k in ("flash_attention", "attention") if k in g]
+        names = "flash_attention", "attention"
+        before = [(g, k, g[k]) for g in kinds.values() for k in names if callable(g.get(k))]
         try:
-            for names, k, _ in before:
-                names[k] = attend
+            for here, k, _ in before:
+                here[k] = attend
             yield
         finally:
-            for names, k, function in before:
-                names[k] = function
+            for here, k, function in before:
+                here[k] = function
 
 
 def _forwards(*modules: nn.Module) -> Iterator[Callable]:
