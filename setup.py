@@ -230,7 +230,9 @@ setup(
         "wan": ["diffusers", "transformers"],
         "lora": ["peft"],
         "lowmem": ["torchao"],  # the 8-bit numbers of optim.name=adamw8bit
-        "dev": ["pytest", "pytest-xdist", "ruff", "hypothesis", "ninja", "pybind11"],
+        "dev": [
+            "pytest", "pytest-xdist", "ruff", "hypothesis", "ninja", "pybind11", "diffusers", "peft",
+        ],
     },
     entry_points={"console_scripts": ["prfl = prfl_engine.cli:main"]},
 )

@@ -30,9 +30,9 @@ from prfl_engine.model.wan import WanTransformer
 PACKAGE = "diffusers_lite"
 
 
-def _module(checkout: Path, name: str) -> types.ModuleType:
-    """A module of the checkout by its dotted name within the package."""
-    *parents, _ = full = [PACKAGE, *name.split(".")]
+def load_module(checkout: Path, name: str) -> types.ModuleType:
+    """A module of a checkout by its dotted name, without what the __init__ of its packages would load."""
+    *parents, _ = full = name.split(".")
     file = checkout.joinpath(*full).with_suffix(".py")
     if not file.is_file():
         raise SystemExit(f"--peer: {file}: no such file, want a checkout of HY-Video-PRFL")
@@ -64,9 +64,9 @@ class Peer:
         schedule: flow.Schedule,
         shift: float,
     ):
-        code = _module(checkout, "wan.modules.model")
-        parts = _module(checkout, "utils.network")
-        sampler = _module(checkout, "wan.utils.fm_solvers_unipc").FlowUniPCMultistepScheduler
+        code = load_module(checkout, f"{PACKAGE}.wan.modules.model")
+        parts = load_module(checkout, f"{PACKAGE}.utils.network")
+        sampler = load_module(checkout, f"{PACKAGE}.wan.utils.fm_solvers_unipc").FlowUniPCMultistepScheduler
         self.device = next(policy.parameters()).device
         code.flash_attention = _sdpa
         code.amp = types.SimpleNamespace(

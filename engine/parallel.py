@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
 
 from prfl_engine.agree import Agreed, gathered, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import INDEX
-from prfl_engine.config import Config
+from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.model.layers import Block

@@ -208,17 +208,20 @@ def _cross_attention(i: Inputs):
     context = i.tensor(batch, picture + i.choice(1, 9), width)
     weights = [*_projections(i, width, 4), i.tensor(width), i.tensor(width)]
     image = [*_projections(i, width, 2), i.tensor(width)] if picture else []
+    updated = ("q", "k", "v", "o", "k_img", "v_img") if picture else "qkvo"
+    names, low = _updates(i, dict.fromkeys(updated, (width, width)))
     keep, repeats = i.choice(*KEEP), i.choice(1, 3)
 
     def run(x, context, *rest):
         *rest, dtype = rest
-        image = ImageWeights(*rest[10:]) if picture else None
-        weights = AttentionWeights(*rest[:10])
+        image_weights = ImageWeights(*rest[10:15]) if picture else None
+        weights, low = AttentionWeights(*rest[:10]), _low(names, rest[10 + len(image) :])
         return cross_attention(
-            x, context, weights, heads, image, picture, dtype=dtype, keep=keep, repeats=repeats
-        )
+            x, context, weights, heads, image_weights, picture, dtype=dtype, keep=keep, repeats=repeats,
+            low=low,
+        )  # fmt: skip
 
-    return Case(run, [x, context, *weights, *image], F32)
+    return Case(run, [x, context, *weights, *image, *low], F32)
 
 
 def _solver_step(i: Inputs):

@@ -87,13 +87,14 @@ def ffn_sublayer(dtype):
 
 
 def cross_sublayer(dtype):
-    def run(x, context, *weights):
+    def run(x, context, down, up, *weights):
         whole, image = AttentionWeights(*weights[:10]), ImageWeights(*weights[10:])
-        return cross_attention(x, context, whole, HEADS, image, 2, dtype=dtype, keep="nothing", repeats=3)
+        low = {"q": LowRank(down, up, 2.0)}
+        return cross_attention(x, context, whole, HEADS, image, 2, 1e-6, dtype, "nothing", 3, low)
 
     weights = [*projections(4), normal(C), normal(C), *projections(2), normal(C)]
     # One sample: how torch multiplies a strided batch depends on requires_grad, which compiled code drops.
-    return run, [normal(1, L, C), normal(1, 5, C), *weights]
+    return run, [normal(1, L, C), normal(1, 5, C), normal(RANK, C), normal(C, RANK), *weights]
 
 
 def linear_layer(x, weight, bias, down, up):

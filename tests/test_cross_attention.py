@@ -19,8 +19,8 @@ from torch.library import opcheck
 
 from prfl_engine.model.layers import IMAGE_TOKENS, CrossAttention, Linear
 from prfl_kernels import dispatch
-from prfl_kernels.sublayers.cross_attention import KEEP, ImageWeights, cross_attention
-from prfl_kernels.sublayers.products import AttentionWeights
+from prfl_kernels.sublayers.cross_attention import KEEP, UPDATED, ImageWeights, cross_attention
+from prfl_kernels.sublayers.products import AttentionWeights, LowRank
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 LENGTH, TEXT, PICTURE, HEADS, WIDTH = 13, 7, 5, 2, 32
@@ -160,6 +160,61 @@ def test_empty_batch(image, keep):
     assert all(g.shape == a.shape and not g.any() for g, a in zip(gradients, inputs, strict=True))
 
 
+PLACES = {"q": 2, "k": 4, "v": 6, "o": 8, "k_img": 12, "v_img": 14}  # of the weights among the inputs
+
+
+def with_updates(image, names):
+    """(inputs, A and B of the named weights; the operation; the formula with the updates in the weights)."""
+    inputs = inputs_of(image)
+    updates = sum(([normal(3, WIDTH).double(), 0.3 * normal(WIDTH, 3).double()] for _ in names), [])
+    own, scales = len(inputs), [0.5 + i for i in range(len(names))]
+
+    def low(parts):
+        return {k: LowRank(*parts[2 * i : 2 * i + 2], scales[i]) for i, k in enumerate(names)}
+
+    def run(keep="all", dtype=F64):
+        def fused(x, context, *rest):
+            weights, picture = rest[: own - 2], PICTURE * image
+            images = ImageWeights(*weights[10:]) if image else None
+            return cross_attention(
+                x, context, AttentionWeights(*weights[:10]), HEADS, images, picture, dtype=dtype, keep=keep,
+                repeats=4, low=low(rest[own - 2 :]),
+            )  # fmt: skip
+
+        return fused
+
+    def whole(*given):
+        held = list(given[:own])
+        for name, a in low(given[own:]).items():
+            held[PLACES[name]] = held[PLACES[name]] + a.scale * a.up @ a.down
+        return formula(repeats=4)(*held)
+
+    return [*inputs, *updates], run, whole
+
+
+@IMAGE
+@MODES
+@pytest.mark.parametrize("names", [("q",), ("v", "k"), UPDATED])
+def test_low_rank_updates_give_what_they_give_in_the_weights(image, keep, names):
+    names = [name for name in names if image or "img" not in name]
+    inputs, run, whole = with_updates(image, names)
+    got, want = (outputs_and_gradients(f, inputs) for f in (run(keep), whole))
+    for a, b in zip(sum(got, []), sum(want, []), strict=True):
+        assert error(a, b) < 1e-12
+    own = len(inputs) - 2 * len(names)
+    for wanted in ([*range(own, len(inputs))], [0, own], [1]):  # the weights frozen
+        _, alone = outputs_and_gradients(run(keep), inputs, wanted=wanted)
+        for i, a in zip(wanted, alone, strict=True):
+            assert error(a, got[1][i]) < 1e-12
+
+
+def test_updates_keep_nothing_more():
+    inputs, run, _ = with_updates(True, UPDATED)
+    held, frozen = [a.float() for a in inputs], range(2, len(inputs) - 2 * len(UPDATED))
+    plain = kept_bytes(operation("all", BF16), held[: frozen.stop], frozen)
+    assert kept_bytes(run("all", BF16), held, frozen) == plain
+
+
 @IMAGE
 @pytest.mark.parametrize("keep", ["nothing", "all"])
 def test_no_graph_break(image, keep):
@@ -172,9 +227,10 @@ def test_no_graph_break(image, keep):
 @pytest.mark.parametrize("keep", [True, False])
 def test_registration(image, keep):
     inputs = [a.requires_grad_() for a in inputs_of(image, 1, F32)]
+    updates = [normal(2, WIDTH).requires_grad_(), normal(WIDTH, 2).requires_grad_()] + [None] * 10
     rest = () if image else (None,) * 5
-    settings = (PICTURE * image, HEADS, 1e-6, BF16, 4, [keep] * 3)
-    opcheck(torch.ops.prfl.cross_attention.default, (*inputs, *rest, *settings))
+    settings = (PICTURE * image, HEADS, 1e-6, BF16, 4, [0.5] * 6, [keep] * 3)
+    opcheck(torch.ops.prfl.cross_attention.default, (*inputs, *rest, *updates, *settings))
 
 
 def test_what_does_not_fit_is_refused():
@@ -185,6 +241,11 @@ def test_what_does_not_fit_is_refused():
         cross_attention(x, context, AttentionWeights(*weights), HEADS, image_tokens=5)
     with pytest.raises(ValueError, match="got 0 repeats of the last key, want at least 1"):
         operation(repeats=0)(*inputs_of(False))
+    update = LowRank(normal(2, WIDTH), normal(WIDTH, 2), 1.0)
+    with pytest.raises(ValueError, match=r"got low-rank updates of \['w1'\], want some of q, k, v, o, k_img"):
+        cross_attention(x, context, AttentionWeights(*weights), HEADS, low={"w1": update})
+    with pytest.raises(ValueError, match="got low-rank updates of k_img or v_img without their weights"):
+        cross_attention(x, context, AttentionWeights(*weights), HEADS, low={"v_img": update})
 
 
 @IMAGE
@@ -204,7 +265,7 @@ def test_the_layer_computes_the_same_with_and_without_gradient(image, low, repea
     assert torch.equal(got, want)
 
 
-def test_an_adapter_makes_the_layers_run_one_by_one():
+def test_another_class_makes_the_layers_run_one_by_one():
     layer = randomize(CrossAttention(WIDTH, HEADS, 1e-6, False))
 
     class Adapted(Linear):

@@ -31,6 +31,7 @@ ROOMS = [
     {"checkpoint_shards"},
     {"parallel"},
     {"rollout"},
+    {"patch"},
     {"planner", "resume", "validation"},
     {"build"},
     {"loop", "sample"},

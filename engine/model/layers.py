@@ -96,12 +96,12 @@ class CrossAttention(SelfAttention):
     """Attention to the text and, in an I2V model, to the image tokens before it.
 
     With gradient it is one operation, which keeps what it is told to. Without, or where a linear layer is
-    more than its weight and bias (adapters, another class), the layers run one by one.
+    more than its weight, bias and low-rank update (another class), the layers run one by one.
     """
 
     def __init__(self, dim: int, num_heads: int, eps: float, image: bool):
         super().__init__(dim, num_heads, eps)
-        self.image = image
+        self.image_tokens = IMAGE_TOKENS if image else 0
         if image:
             self.k_img, self.v_img = Linear(dim, dim), Linear(dim, dim)
             self.norm_k_img = RMSNorm(dim, eps)
@@ -112,22 +112,24 @@ class CrossAttention(SelfAttention):
         """The sublayer's output [B, L, C]; the last token of the context counts `repeats` times, and `keep`
         is as in prfl_kernels.sublayers.cross_attention."""
         if torch.is_grad_enabled() and self.fused:
-            image = None
-            if self.image:
+            image, low = None, _updates(q=self.q, k=self.k, v=self.v, o=self.o)
+            if self.image_tokens:
                 k, v, norm = self.k_img, self.v_img, self.norm_k_img
                 image = ImageWeights(k.weight, k.bias, v.weight, v.bias, norm.weight)
+                low |= _updates(k_img=k, v_img=v)
             return cross_attention(
-                x_BLC, context_BSC, self.weights(), self.num_heads, image, IMAGE_TOKENS if self.image else 0,
-                self.norm_q.eps, self.q.dtype, keep, repeats,
+                x_BLC, context_BSC, self.weights(), self.num_heads, image, self.image_tokens,
+                self.norm_q.eps, self.q.dtype, keep, repeats, low,
             )  # fmt: skip
         return self.o(self.attend(self.q(x_BLC), context_BSC, repeats))
 
     @property
     def fused(self) -> bool:
         """Whether the sublayer is one operation where gradient is enabled."""
+        known, layers = {"weight", "bias", "lora_A", "lora_B"}, [self.q, self.k, self.v, self.o]
+        layers += [self.k_img, self.v_img] if self.image_tokens else []
         return all(
-            type(m) is Linear and {name for name, _ in m.named_parameters()} == {"weight", "bias"}
-            for m in (self.q, self.k, self.v, self.o, *((self.k_img, self.v_img) if self.image else ()))
+            type(m) is Linear and {name for name, _ in m.named_parameters()} <= known for m in layers
         )
 
     def attend(self, q_BLC: Tensor, context_BSC: Tensor, repeats: int) -> Tensor:
@@ -137,11 +139,10 @@ class CrossAttention(SelfAttention):
         def heads(x: Tensor) -> Tensor:
             return x.to(dtype).unflatten(2, (self.num_heads, -1))
 
-        q, text = heads(self.norm_q(q_BLC)), context_BSC
-        if self.image:
-            picture, text = context_BSC[:, :IMAGE_TOKENS], context_BSC[:, IMAGE_TOKENS:]
+        n = self.image_tokens
+        q, picture, text = heads(self.norm_q(q_BLC)), context_BSC[:, :n], context_BSC[:, n:]
         out = attention(q, heads(self.norm_k(self.k(text))), heads(self.v(text)), repeats=repeats)
-        if self.image:
+        if n:
             k = heads(self.norm_k_img(self.k_img(picture)))
             out = out + attention(q, k, heads(self.v_img(picture)))
         return out.flatten(2)

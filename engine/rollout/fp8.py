@@ -115,20 +115,23 @@ def _to_heads(tensors: Sequence[Tensor], cut: Cut) -> list[Tensor]:
     return [a.contiguous() for a in to_heads(tensors, cut.parts, cut.group)]
 
 
+def check_widths(dim: int, ffn_dim: int, num_heads: int) -> None:
+    """UserError for a block of these sizes that cannot run in e4m3."""
+    head_dim = dim // num_heads
+    if head_dim not in HEAD_DIMS:
+        raise UserError(f"rollout.precision: got fp8 with heads of {head_dim}, want heads of 64 or 128")
+    if dim % MULTIPLE or ffn_dim % MULTIPLE:
+        raise UserError(
+            f"rollout.precision: got fp8 with widths {dim} and {ffn_dim}, want multiples of {MULTIPLE}"
+        )
+
+
 class Fp8Blocks:
     """All blocks of a model with e4m3 copies of their weights: tokens [B, L, C] to those after the last
     block."""
 
     def __init__(self, model: WanTransformer):
-        config = model.config
-        head_dim = config.dim // config.num_heads
-        if head_dim not in HEAD_DIMS:
-            raise UserError(f"rollout.precision: got fp8 with heads of {head_dim}, want heads of 64 or 128")
-        if config.dim % MULTIPLE or config.ffn_dim % MULTIPLE:
-            raise UserError(
-                f"rollout.precision: got fp8 with widths {config.dim} and {config.ffn_dim}, "
-                f"want multiples of {MULTIPLE}"
-            )
+        check_widths(model.config.dim, model.config.ffn_dim, model.config.num_heads)
         self.model, self.blocks = model, [Fp8Block(block) for block in model.blocks]
         self.version: Hashable = None
 

@@ -21,8 +21,8 @@ from prfl_kernels.jit import wide
 from prfl_kernels.sublayers.chunks import check_chunk
 from prfl_kernels.sublayers.operation import Shape
 
-IMAGE = ("k_img", "k_bias_img", "v_img", "v_bias_img", "norm_k_img")
-"""The weights of the image tokens, the last inputs of cross_attention."""
+IMAGE = ("k_img", "k_img_bias", "v_img", "v_img_bias", "norm_k_img")
+"""The weights of the image tokens, inputs of cross_attention."""
 
 
 def _vectors(op: str, inputs) -> None:
@@ -31,12 +31,12 @@ def _vectors(op: str, inputs) -> None:
         expect(op, name, getattr(inputs, name), (x.shape[0], x.shape[2]), x)
 
 
-def _linear(op: str, inputs, name: str, outputs: int, width: int, updates: bool = True) -> None:
-    """Weight [N, K] and bias [N] of this name, and if `updates` its update (A [r, K], B [N, r]) or none."""
+def _linear(op: str, inputs, name: str, outputs: int, width: int) -> None:
+    """Weight [N, K] and bias [N] of this name, and its update (A [r, K], B [N, r]) or none."""
     x, (bias, *names) = inputs.x, _names(name)
     expect_matrix(op, name, getattr(inputs, name), (outputs, width), x)
     expect(op, bias, getattr(inputs, bias), (outputs,), x)
-    if updates and _all(op, names, low := [getattr(inputs, k) for k in names]):
+    if _all(op, names, low := [getattr(inputs, k) for k in names]):
         down, up = low
         rank = down.shape[0] if down.dim() == 2 else 1
         expect(op, names[0], down, (rank, width), x)
@@ -140,17 +140,18 @@ def cross_attention(op, inputs, settings, saved):
     tokens = expect_rank(op, "context", inputs.context, "B, S, C")[1]
     expect(op, "context", inputs.context, (batch, tokens, width), x)
     for name in "qkvo":
-        _linear(op, inputs, name, width, width, updates=False)
+        _linear(op, inputs, name, width, width)
     for name in ("norm_q", "norm_k"):
         expect(op, name, getattr(inputs, name), (width,), x)
-    image = inputs[-len(IMAGE) :]
-    if _all(op, IMAGE, image) != (image_tokens != 0):
+    if _all(op, IMAGE, [getattr(inputs, k) for k in IMAGE]) != (image_tokens != 0):
         there = "without" if image_tokens else "with"
         raise ValueError(f"{op}: got {image_tokens} image tokens {there} their weights, want both or neither")
     if image_tokens:
-        for name, a in zip(IMAGE, image, strict=True):
-            matrix = name in ("k_img", "v_img")
-            (expect_matrix if matrix else expect)(op, name, a, (width, width) if matrix else (width,), x)
+        for name in ("k_img", "v_img"):
+            _linear(op, inputs, name, width, width)
+        expect(op, "norm_k_img", inputs.norm_k_img, (width,), x)
+    elif inputs.k_img_down is not None or inputs.v_img_down is not None:
+        raise ValueError(f"{op}: got low-rank updates of k_img or v_img without their weights, want both")
     if not 0 <= image_tokens < tokens:
         got = f"{image_tokens} image tokens in a context of {tokens}"
         raise ValueError(f"{op}: got {got}, want at least one text token after them")

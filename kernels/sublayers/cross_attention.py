@@ -6,8 +6,9 @@
 
 In an image-to-video model the first tokens of the context are an image with projections of its own, and
 "..." is the same queries' attention to it; elsewhere it is nothing. The last text token counts `repeats`
-times, as in prfl_kernels.attention.op, in the gradients of context and weights too. Saved for the backward:
-x, context, the weights, and what `keep` names:
+times, as in prfl_kernels.attention.op, in the gradients of context and weights too. Every matrix may have a
+low-rank update (LoRA, prfl_kernels.sublayers.products). Saved for the backward: x, context, the weights, and
+what `keep` names:
 
     mode         saves                                     bytes (16 bits)   recomputed in backward
     nothing      -                                                           q, attention
@@ -31,7 +32,16 @@ from prfl_kernels.jit import wide
 from prfl_kernels.qk_norm_rope.op import rms_backward, rms_forward
 from prfl_kernels.sublayers import checks
 from prfl_kernels.sublayers.operation import Operation, Shape, tensors
-from prfl_kernels.sublayers.products import AttentionWeights, linear, saved_names, weight_gradients
+from prfl_kernels.sublayers.products import (
+    AttentionWeights,
+    LowRank,
+    Product,
+    flattened,
+    linear,
+    low_rank_names,
+    low_ranks,
+    saved_names,
+)
 
 KEEP = {
     "nothing": (),
@@ -51,8 +61,13 @@ class ImageWeights(NamedTuple):
     norm_k: Tensor
 
 
-# x [B, L, C], context [B, S, C]; weights as in AttentionWeights and ImageWeights.
-Inputs = NamedTuple("Inputs", tensors(("x", "context", *AttentionWeights._fields), checks.IMAGE))
+UPDATED = ("q", "k", "v", "o", "k_img", "v_img")
+"""The weights that may have a low-rank update."""
+
+# x [B, L, C], context [B, S, C]; weights as in AttentionWeights and ImageWeights, updates as in LowRank.
+Inputs = NamedTuple("Inputs", tensors(
+    ("x", "context", *AttentionWeights._fields), (*checks.IMAGE, *low_rank_names(UPDATED))
+))  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -63,6 +78,7 @@ class Settings(NamedTuple):
     eps: float
     dtype: torch.dtype
     repeats: int
+    factors: tuple[float, float, float, float, float, float]  # of the updates, as UPDATED names them
 
 
 # y; then what is saved if asked for: output [B, L, H, D] and log-sum-exp [B, H, L] of attention to each part,
@@ -74,14 +90,14 @@ KEPT = {
 }
 RESULTS = ("y?", *sum(KEPT.values(), ()))
 WANTS = {
-    "x": ("x",), "context": ("context",), **{name: (name, f"{name}_bias") for name in "qkvo"},
-    "norm_q": ("norm_q",), "norm_k": ("norm_k",), "k_img": ("k_img", "k_bias_img"),
-    "v_img": ("v_img", "v_bias_img"), "norm_k_img": ("norm_k_img",),
+    "x": ("x",), "context": ("context",), "norm_q": ("norm_q",), "norm_k": ("norm_k",),
+    "norm_k_img": ("norm_k_img",), **{name: (name, f"{name}_bias") for name in UPDATED},
+    **{f"low_{name}": (f"{name}_down", f"{name}_up") for name in UPDATED},
 }  # fmt: skip
 
 
 # The weights of the text's and of the image's keys and values, by the end of their names.
-_WEIGHTS = {end: attrgetter(*(f"{name}{end}" for name in ImageWeights._fields)) for end in ("", "_img")}
+_WEIGHTS = {"": attrgetter(*ImageWeights._fields), "_img": attrgetter(*checks.IMAGE)}
 
 
 class _Keys(NamedTuple):
@@ -102,7 +118,11 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return rms_forward(record("rms_norm", x).forward, x, weight, eps)
 
 
-def _keys(inputs: Inputs, settings: Settings, saved=None) -> list[_Keys]:
+def _updates(inputs: Inputs, settings: Settings) -> dict[str, LowRank | None]:
+    return dict(zip(UPDATED, low_ranks(inputs, UPDATED, settings.factors), strict=True))
+
+
+def _keys(inputs: Inputs, settings: Settings, low: dict[str, LowRank | None], saved=None) -> list[_Keys]:
     """The parts of the context, the text first; their projections are recomputed where they are not saved."""
     context, n = inputs.context, settings.image_tokens
     parts = [("", context, settings.repeats)]
@@ -115,7 +135,8 @@ def _keys(inputs: Inputs, settings: Settings, saved=None) -> list[_Keys]:
         if saved is not None and saved.k_in.numel():
             before, v = getattr(saved, f"k_in{end}"), getattr(saved, f"v_in{end}")
         else:
-            before, v = linear(tokens, w.k, w.k_bias), linear(tokens, w.v, w.v_bias)
+            before = linear(tokens, w.k, w.k_bias, low[f"k{end}"])
+            v = linear(tokens, w.v, w.v_bias, low[f"v{end}"])
         k, rstd = _normed(before, w.norm_k, settings.eps)
         made.append(_Keys(end, tokens, repeats, w, before, rstd, k, v))
     return made
@@ -156,10 +177,10 @@ def _shapes(inputs: Inputs, settings: Settings) -> dict[str, Shape | None]:
 
 
 def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor]:
-    results: dict[str, Tensor] = {}
-    q_in = linear(inputs.x.to(settings.dtype), inputs.q, inputs.q_bias)
+    results, low = {}, _updates(inputs, settings)
+    q_in = linear(inputs.x.to(settings.dtype), inputs.q, inputs.q_bias, low["q"])
     q, rstd = _normed(q_in, inputs.norm_q, settings.eps)
-    keys = _keys(inputs, settings)
+    keys = _keys(inputs, settings, low)
     if saves.projections:
         results["q_in"] = q_in
         results |= {f"k_in{part.end}": part.before for part in keys}
@@ -174,7 +195,7 @@ def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor]:
     if saves.attention:
         results |= attended
     del attended
-    results["y"] = linear(a, inputs.o, inputs.o_bias)
+    results["y"] = linear(a, inputs.o, inputs.o_bias, low["o"])
     return results
 
 
@@ -183,61 +204,59 @@ def _save(inputs: Inputs, results) -> tuple[Inputs, NamedTuple]:
 
 
 def _backward(dy: Tensor, inputs: Inputs, saved, settings: Settings, wants) -> dict[str, Tensor]:
-    made: dict[str, Tensor] = {}
+    made, low = {}, _updates(inputs, settings)
+    products = {k: Product(low[k], getattr(wants, k), getattr(wants, f"low_{k}")) for k in UPDATED}
     n, d = inputs.x.to(settings.dtype), dy.to(settings.dtype)
     q_in, q, rstd = saved.q_in, saved.q_normed, saved.rstd
     if not q_in.numel():
-        q_in = linear(n, inputs.q, inputs.q_bias)
+        q_in = linear(n, inputs.q, inputs.q_bias, low["q"])
     if not rstd.numel():
         q, rstd = _normed(q_in, inputs.norm_q, settings.eps)
-    keys = _keys(inputs, settings, saved)
+    keys = _keys(inputs, settings, low, saved)
     attended = saved._asdict() if saved.lse.numel() else _attended(q, keys, settings)
-    if wants.o:
-        a = _total(attended, settings)
-        made["o"], made["o_bias"] = weight_gradients(d, a, inputs.o, inputs.o_bias)
-        del a
-    da = _heads(d @ inputs.o.to(settings.dtype), settings)
-    del d
+    a = _total(attended, settings) if products["o"].trained else None
+    da = _heads(products["o"].backward(d, a, inputs.o).view(d.shape), settings)
+    del a, d
     q = _heads(q, settings)
-    wants_q, dq, dcontext = wants.x or wants.q or wants.norm_q, None, []
+    wants_q, dq, dcontext = wants.x or products["q"].trained or wants.norm_q, None, []
     for part in keys:
-        wants_kv = wants.context or any(getattr(wants, f"{m}{part.end}") for m in ("k", "v", "norm_k"))
+        trained = products[f"k{part.end}"].trained or products[f"v{part.end}"].trained
+        wants_kv = wants.context or trained or getattr(wants, f"norm_k{part.end}")
         more, dk, dv = attend_backward(
             da, q, _heads(part.k, settings), _heads(part.v, settings), attended[f"out{part.end}"],
             attended[f"lse{part.end}"], wants_q, wants_kv, part.repeats,
         )  # fmt: skip
         dq = more if dq is None else dq + more
         if wants_kv:
-            dcontext.append(_keys_backward(dk.flatten(2), dv.flatten(2), part, wants, made))
+            dcontext.append(_keys_backward(dk.flatten(2), dv.flatten(2), part, products, wants, made))
     del da, q, attended, more
     if wants_q:
         fill = record("rms_norm", q_in).backward
         dq, dnorm = rms_backward(fill, dq.flatten(2), q_in, inputs.norm_q, rstd, wants.norm_q)
         if wants.norm_q:
             made["norm_q"] = dnorm
-        if wants.q:
-            made["q"], made["q_bias"] = weight_gradients(dq, n, inputs.q, inputs.q_bias)
+        dx = products["q"].backward(dq, n, inputs.q, wants_x=wants.x)
         if wants.x:
-            made["x"] = dq @ inputs.q.to(dq.dtype)
+            made["x"] = dx.view(n.shape)
     if wants.context:
         made["context"] = torch.cat(dcontext[::-1], dim=1)  # the image comes first
+    for name, product in products.items():
+        made |= product.gradients(name)
     return made
 
 
-def _keys_backward(dk, dv, part: _Keys, wants, made: dict[str, Tensor]) -> Tensor:
-    """Gradient of the tokens of one part; those of its weights go into `made`."""
+def _keys_backward(dk, dv, part: _Keys, products, wants, made: dict[str, Tensor]) -> Tensor | None:
+    """Gradient of the tokens of one part, if asked for; those of its weights go into `products` and
+    `made`."""
     w, end = part.weights, part.end
     wants_norm = getattr(wants, f"norm_k{end}")
     fill = record("rms_norm", part.before).backward
     dk, dnorm = rms_backward(fill, dk, part.before, w.norm_k, part.rstd, wants_norm)
     if wants_norm:
         made[f"norm_k{end}"] = dnorm
-    for name, d in (("k", dk), ("v", dv)):
-        if getattr(wants, f"{name}{end}"):
-            made[f"{name}{end}"], made[f"{name}_bias{end}"] = weight_gradients(
-                d, part.tokens, getattr(w, name), getattr(w, f"{name}_bias")
-            )
-    return dk @ w.k.to(dk.dtype) + dv @ w.v.to(dv.dtype)
+    dtokens = products[f"k{end}"].backward(dk, part.tokens, w.k, wants_x=wants.context)
+    dtokens = products[f"v{end}"].backward(dv, part.tokens, w.v, dtokens, wants_x=wants.context)
+    return dtokens if dtokens is None else dtokens.view(part.tokens.shape)
 
 
 _OPERATION = Operation(
@@ -257,17 +276,19 @@ def cross_attention(
     dtype: torch.dtype | None = None,
     keep: str | Collection[str] = "all",
     repeats: int = 1,
+    low: Mapping[str, LowRank] | None = None,
 ) -> Tensor:
     """The sublayer's output y [B, L, C] in dtype, to be added to the residual stream.
 
     x [B, L, C] is the normed residual stream, context [B, S, C]; with `image` its first image_tokens tokens
     are those of an image, and its last text token counts `repeats` times. Products and attention run in dtype
     (x.dtype if None). keep is a mode of KEEP or some of the names it stands for; without gradient nothing is
-    saved. Raises ValueError for another `keep`, for repeats below 1, and for image tokens without their
-    weights or weights without tokens.
+    saved. low holds low-rank updates of some of UPDATED. Raises ValueError for another `keep`, or names in
+    `low`, for repeats below 1, and for image tokens without their weights or weights without tokens.
     """
     names = saved_names("cross_attention", KEEP, keep)
-    inputs = Inputs(x, context, *weights, *(image or (None,) * len(ImageWeights._fields)))
+    lows, factors = flattened("cross_attention", low, UPDATED)
+    inputs = Inputs(x, context, *weights, *(image or (None,) * len(ImageWeights._fields)), *lows)
     graded = torch.is_grad_enabled() and any(a is not None and a.requires_grad for a in inputs)
-    settings = Settings(image_tokens, num_heads, eps, dtype or x.dtype, repeats)
+    settings = Settings(image_tokens, num_heads, eps, dtype or x.dtype, repeats, factors)
     return _OPERATION.call(*inputs, *settings, [graded and name in names for name in KEPT])[0]

@@ -95,12 +95,6 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return product(a, b).to(wide(a.dtype))
 
 
-def weight_gradients(d: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """(dW, db) in the dtypes of weight and bias, of d [B, L, N] at the output of `linear` of x [B, L, K]."""
-    d, x = d.flatten(0, 1), x.flatten(0, 1)
-    return wide_product(d.mT, x).to(weight.dtype), d.sum(0, dtype=wide(d.dtype)).to(bias.dtype)
-
-
 class Sums(dict[str, Tensor]):
     """Sums over pieces of the tokens by name, in float32 or wider."""
 
@@ -124,6 +118,11 @@ class Product:
 
     def __init__(self, low: LowRank | None, wants: bool, wants_low: bool):
         self.low, self.wants, self.wants_low, self.sums = low, wants, wants_low, Sums()
+
+    @property
+    def trained(self) -> bool:
+        """Whether a gradient of a parameter is asked for, which takes x."""
+        return self.wants or self.wants_low
 
     def backward(
         self,

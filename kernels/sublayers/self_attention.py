@@ -241,7 +241,7 @@ def _backward(
     projections = [
         Product(low[i], getattr(wants, name), getattr(wants, f"low_{name}")) for i, name in enumerate("qkv")
     ]
-    needs_n = any(p.wants or p.wants_low for p in projections)
+    needs_n = any(p.trained for p in projections)
 
     have, single, projected = saved._asdict(), len(found) == 1, bool(saved.v.numel())
     missing = [] if projected else ["q_in", "k_in", "v"] if single else ["v"]

@@ -1,0 +1,333 @@
+"""accelerate on diffusers' own WanTransformer3DModel, small."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import randomize, relative
+from torch.distributed.tensor import DTensor
+
+from prfl_engine.errors import UserError
+from prfl_engine.patch import accelerate, report_of, restore
+
+pytest.importorskip("diffusers")
+from diffusers import FirstBlockCacheConfig, WanTransformer3DModel, WanVACETransformer3DModel  # noqa: E402
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2"]
+IMAGE = pytest.mark.parametrize("image", [False, True])
+FIELDS = dict(
+    num_attention_heads=2, attention_head_dim=24, in_channels=16, out_channels=16, text_dim=12, freq_dim=16,
+    ffn_dim=80, num_layers=2,
+)  # fmt: skip
+
+
+def model_of(image=False, **more):
+    images = dict(in_channels=36, image_dim=24, added_kv_proj_dim=48) if image else {}
+    return randomize(WanTransformer3DModel(**FIELDS | images | more))
+
+
+def inputs_of(image=False, t=(900.0, 30.0)):
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    clip = normal(2, 257, 24) if image else None
+    return normal(2, 36 if image else 16, 2, 6, 8), torch.tensor(t), normal(2, 512, 12), clip
+
+
+def whole(a):
+    return a.full_tensor() if isinstance(a, DTensor) else a
+
+
+def outcome(model, inputs, run=None):
+    """Result, and gradients of every trained parameter and of the latents, by name."""
+    model.zero_grad()
+    x = inputs[0].clone().requires_grad_()
+    made = (model if run is None else run)(x, *inputs[1:], return_dict=False)[0]
+    made.backward(torch.randn(made.shape, generator=torch.Generator().manual_seed(5)).to(made.dtype))
+    grads = {k: whole(p.grad) for k, p in model.named_parameters() if p.grad is not None}
+    return made.detach(), grads | {"x": x.grad}
+
+
+def assert_close(got, want, tolerance=1e-5):
+    """Gradients below a hundredth of the largest have the rounding of larger ones: relative to that."""
+    assert relative(got[0], want[0]) < tolerance
+    assert got[1].keys() == want[1].keys()
+    floor = 1e-2 * max(a.norm() for a in want[1].values())
+    for name, a in want[1].items():
+        assert (got[1][name] - a).norm() < tolerance * max(a.norm(), floor), name
+
+
+@IMAGE
+def test_values_and_all_gradients_stay_with_checkpointing_too(image):
+    model, inputs = model_of(image), inputs_of(image)
+    want = outcome(model, inputs)
+    report = accelerate(model)
+    assert_close(outcome(model, inputs), want)
+    model.enable_gradient_checkpointing()
+    model.train()
+    assert_close(outcome(model, inputs), want)
+    assert (report.calls, report.fallbacks.total()) == (6, 0)
+    assert "as they were: patch_embedding, condition_embedder, proj_out" in str(report)
+    restore(model)
+    restored = outcome(model, inputs)
+    assert torch.equal(restored[0], want[0]) and report.calls == 6
+
+
+@pytest.mark.parametrize("recompute", ["attention", "full"])
+def test_policies_and_chunks(recompute):
+    model, inputs = model_of(True), inputs_of(True)
+    want = outcome(model, inputs)
+    accelerate(model, recompute, chunk=7)
+    assert_close(outcome(model, inputs), want)
+
+
+def test_no_graph_break():
+    """The operations themselves have tests under other backends."""
+    model, inputs = model_of(True, num_layers=1), inputs_of(True)
+    want = outcome(model, inputs)
+    accelerate(model)
+    torch.compiler.reset()
+    assert_close(outcome(model, inputs, torch.compile(model, fullgraph=True, backend="eager")), want)
+
+
+@IMAGE
+def test_bfloat16_is_as_right_as_the_original(image):
+    """Under autocast, and of weights in bfloat16, both against float32."""
+    exact = outcome(model_of(image), inputs_of(image))
+
+    def errors(model, inputs, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got, grads = outcome(model, inputs)
+        everything = (torch.cat([a.flatten() for a in g.values()]) for g in (grads, exact[1]))
+        return relative(got, exact[0]), relative(*everything)
+
+    low = [a if a is None else a.bfloat16() for a in inputs_of(image)]
+    low[1] = inputs_of(image)[1]
+    for model, inputs, autocast in (
+        (model_of(image), inputs_of(image), True),
+        (model_of(image).bfloat16(), low, False),
+    ):
+        original = errors(model, inputs, autocast)
+        report = accelerate(model)
+        ours = errors(model, inputs, autocast)
+        assert report.calls == 2 and all(1e-4 < a < 1.2 * b for a, b in zip(ours, original, strict=True))
+
+
+def test_timesteps_of_tokens():
+    """Wan2.2's: all of a sample equal, they are ours; else the original code's."""
+    model, (x, t, text, _) = model_of(), inputs_of()
+    equal, other = t[:, None].expand(2, 24).contiguous(), torch.rand(2, 24) * 1000
+    want = [outcome(model, (x, a, text)) for a in (equal, other)]
+    report = accelerate(model)
+    assert_close(outcome(model, (x, equal, text)), want[0])
+    assert report.calls == 2
+    assert torch.equal(outcome(model, (x, other, text))[0], want[1][0])
+    assert report.fallbacks == {"modulation that differs from token to token": 2}
+
+
+def test_other_rotations_are_left_to_the_original_code():
+    model, inputs = model_of(), inputs_of()
+    report = accelerate(model)
+    model.rope.freqs_cos = model.rope.freqs_cos.roll(1, 0)
+    with torch.no_grad():
+        got = model(*inputs, return_dict=False)[0]
+        restore(model)
+        want = model(*inputs, return_dict=False)[0]
+    assert torch.equal(got, want) and report.calls == 0
+    (why,) = report.fallbacks
+    assert why.startswith("another table of rotations than Wan's")
+    with pytest.raises(UserError, match="WanTransformer3DModel: rope: it has another table of rotations"):
+        accelerate(model)
+
+
+def test_what_works_with_blocks_works_on(tmp_path):
+    model, inputs = model_of(), inputs_of()
+    model.eval()
+    copied = copy.deepcopy(model)
+    for m in (model, copied):
+        m.enable_cache(FirstBlockCacheConfig(threshold=0.1)) if m is copied else accelerate(m)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    found = []
+    for m in (model, copied):
+        with torch.no_grad(), m.cache_context("cond"):
+            found.append(m(*inputs, return_dict=False)[0])
+    assert relative(*found) < 1e-5
+    model.save_pretrained(tmp_path)
+    saved = WanTransformer3DModel.from_pretrained(tmp_path)
+    assert_close(outcome(saved, inputs), outcome(model_of(), inputs))
+    with pytest.raises(UserError, match="2 of 2 blocks had their forward replaced since; undo"):
+        restore(model)
+
+
+# Adapters
+
+
+def lora(model, name="one", **more):
+    peft = pytest.importorskip("peft")
+    model.add_adapter(peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, **more), name)
+    generator = torch.Generator().manual_seed(len(name))
+    for k, p in model.named_parameters():
+        if f"lora_A.{name}" in k or f"lora_B.{name}" in k:
+            p.data = 0.2 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+@IMAGE
+def test_adapters_are_read_in_every_call(image):
+    """Added after the patch, two at once, one alone, none, merged."""
+    inputs = inputs_of(image)
+    changed, plain = model_of(image), model_of(image)
+    report, calls = accelerate(changed), 0
+    for change in (
+        lambda m: m.requires_grad_(False),
+        lora,
+        lambda m: lora(m, "second"),
+        lambda m: m.set_adapters(["one", "second"], [1.0, 0.5]),
+        lambda m: m.disable_adapters(),
+        lambda m: (m.enable_adapters(), m.set_adapter("second")),
+        lambda m: m.fuse_lora(),
+    ):
+        for m in (changed, plain):
+            change(m)
+        if not any(p.requires_grad for p in plain.parameters()):
+            plain.proj_out.requires_grad_(True)
+            changed.proj_out.requires_grad_(True)
+        assert_close(outcome(changed, inputs), outcome(plain, inputs))
+        calls += 2
+        assert report.calls == calls and not report.fallbacks
+    assert any("lora_A.second" in k for k in changed.state_dict())
+
+
+def test_adapters_before_the_patch_and_what_of_them_is_not_known():
+    model, inputs = lora(model_of()), inputs_of()
+    model.proj_out.requires_grad_(False)
+    want = outcome(model, inputs)
+    assert all("lora" in k for k in want[1].keys() - {"x"})
+    accelerate(model)
+    assert_close(outcome(model, inputs), want)
+    for more, words in (
+        (dict(use_dora=True), r"blocks.0: attn1.to_q: adapter 'one' is another kind of LoRA \(DoRA\)"),
+        (dict(lora_dropout=0.1), r"attn1.to_q: adapter 'one' has dropout \(lora_dropout\)"),
+        (dict(lora_bias=True), "attn1.to_q: adapter 'one': it has a bias"),
+    ):
+        with pytest.raises(UserError, match=words):
+            accelerate(lora(model_of(), **more))
+        model = model_of()
+        report = accelerate(model)
+        lora(model, **more).eval()
+        got = model(*inputs, return_dict=False)[0]
+        restore(model)
+        assert torch.equal(got, model(*inputs, return_dict=False)[0])
+        assert report.calls == 0 and report.fallbacks.total() == 2
+
+
+# What is refused
+
+
+def fused(model):
+    model.fuse_qkv_projections()
+
+
+def layerwise(model):
+    model.bfloat16().enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+
+
+def offloaded(model):
+    pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))
+
+
+def group_offloaded(model):
+    cpu = torch.device("cpu")
+    model.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+
+
+def cached(model):
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+
+
+def processor(model):
+    class Other(type(model.blocks[0].attn1.processor)):
+        pass
+
+    model.blocks[1].attn2.processor = Other()
+
+
+def backend(model):
+    for block in model.blocks:
+        block.attn1.processor._attention_backend = "sage"
+
+
+def parallel(model):
+    for block in model.blocks:
+        block.attn1.processor._parallel_config = object()
+
+
+WORDS = {
+    fused: "blocks.0: attn1: its projections are fused",
+    layerwise: r"blocks.0: (attn1.to_q: it|norm2|attn1: its forward was replaced)",
+    offloaded: "blocks.0: (attn1|its forward).*replaced .offloading",
+    group_offloaded: "blocks.0: .*forward was replaced .offloading",
+    cached: "blocks.0: its forward was replaced .offloading, caching.; call accelerate before",
+    processor: "blocks.1: attn2: its processor is a Other",
+    backend: "blocks.0: attn1: its attention is sage, which quantises or leaves out keys",
+    parallel: "blocks.0: attn1: it runs context-parallel",
+}
+
+
+@pytest.mark.parametrize("change", WORDS, ids=lambda change: change.__name__)
+def test_what_ours_does_not_compute_is_refused_by_name(change):
+    model = model_of()
+    change(model)
+    with pytest.raises(UserError, match=WORDS[change]):
+        accelerate(model)
+
+
+def test_another_model_of_such_blocks_is_refused():
+    vace = WanVACETransformer3DModel(**FIELDS, vace_layers=[0], vace_in_channels=16)
+    with pytest.raises(UserError, match="WanVACETransformer3DModel: it has vace_blocks, vace_patch"):
+        accelerate(vace)
+    with pytest.raises(UserError, match="blocks.0: norm2: it is no norm over 48 channels with a weight"):
+        accelerate(model_of(cross_attn_norm=False))
+
+
+# FSDP2
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("first", ["patch", "shard"])
+def test_sharded_blocks(one_process, first):
+    model, inputs = model_of(True), inputs_of(True)
+    want = outcome(model, inputs)
+    report = accelerate(model) if first == "patch" else None
+    for m in (*model.blocks, model):
+        dist.fsdp.fully_shard(m, mesh=one_process)
+    accelerate(model) if first == "shard" else None
+    assert_close(outcome(model, inputs), want)
+    report = report or report_of(model)
+    assert report.calls == 2 and not report.fallbacks
+
+
+def test_units_inside_of_blocks(one_process):
+    """Refused; made after the patch, the original code runs."""
+    for first in ("patch", "shard"):
+        model, inputs = model_of(), inputs_of()
+        want = outcome(model, inputs)
+        report = accelerate(model) if first == "patch" else None
+        for block in model.blocks:
+            dist.fsdp.fully_shard(block.attn1, mesh=one_process)
+            dist.fsdp.fully_shard(block, mesh=one_process)
+        if first == "shard":
+            with pytest.raises(UserError, match="blocks.0: attn1: it is an FSDP unit inside of a block"):
+                accelerate(model)
+            continue
+        assert_close(outcome(model, inputs), want, 1e-6)
+        assert report.calls == 0 and report.fallbacks.total() == 2
