@@ -47,12 +47,12 @@ def fit_memory(
         c.model.keep, c.lora if c.lora.rank else None, validation,
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
-        setup = replace(setup, pool=_pool(setup, c.pool if c.rollout.pool_place == "device" else 0))
+        setup = replace(setup, pool=pool_bytes(setup, c.pool if c.rollout.pool_place == "device" else 0))
     host = float("inf") if config.model.host is None else 1e9 * config.model.host
     return plan(setup, config.model.budget, host, config.model.costs)
 
 
-def _pool(setup: Setup, chains: int) -> int:
+def pool_bytes(setup: Setup, chains: int) -> int:
     """Bytes of so many chains that persist on the device, the states that a window needs and the prompt; and
     of the prompts of those that are graded."""
     c, (size, *shape) = setup.config, setup.latent
