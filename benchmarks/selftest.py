@@ -42,6 +42,7 @@ SOME_DTYPES = {  # compute dtypes of operations that are not for all of them
     "attention_fp8, cross": (BF16,),
     "fp8_linear": (F32, BF16),
 }
+BY_VERSION = ("fp8_linear",)  # its dtypes depend on versions, so one that is refused is listed too
 
 
 def _attention(s: Shape, q, k, v):
@@ -113,8 +114,8 @@ def selftest() -> Iterator[Row]:
 def cases(device: str = "") -> list[Case]:
     """Every implementation of every operation but plain torch, in all sizes and dtypes that it claims.
 
-    Where it does not run at all it has one case, which will be refused. `device` is "cuda" or "cpu"; "" is
-    CUDA where it is there."""
+    Where it does not run at all it has one case, which will be refused, and so has every dtype that it
+    refuses of an operation in BY_VERSION. `device` is "cuda" or "cpu"; "" is CUDA where it is there."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dispatch.complete()
     found = []
@@ -123,8 +124,12 @@ def cases(device: str = "") -> list[Case]:
             if name == dispatch.REFERENCE:
                 continue
             forms = [o for o in OPERATIONS.values() if o.op == op]
-            claimed = [c for o in forms for c in candidates(o, record, device) if _refusal(c) is None]
+            every = [c for o in forms for c in candidates(o, record, device)]
+            claimed = [c for c in every if _refusal(c) is None]
             found += claimed or [next(candidates(forms[0], record._replace(backwards=()), device))]
+            if claimed and op in BY_VERSION:
+                refused = {c.dtype: c for c in every if c.dtype not in {one.dtype for one in claimed}}
+                found += refused.values()
     return found
 
 

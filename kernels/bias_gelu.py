@@ -138,7 +138,7 @@ def _plan(kernel: str, h: Tensor) -> tuple[tuple[int, int], tuple[int, ...], dic
     """(grid, rows, tokens of a run and constants, launch options)."""
     rows, width = h.shape[0] * h.shape[1], h.shape[2]
     key = 8 * h.element_size(), width, tuning.bucket(rows)
-    tokens, columns, warps, runs = tuning.choice(kernel, key, TILE)
+    tokens, columns, warps, runs = tuning.choice(kernel, key, TILE, h.device)
     run = triton.cdiv(triton.cdiv(rows, runs), tokens) * tokens
     grid = triton.cdiv(width, columns), triton.cdiv(rows, run)
     constants = rows, run, width, tokens, columns, CUBIC, TWO_K

@@ -106,11 +106,25 @@ def _lacks_e4m3() -> str | None:
     return "needs capability 8.9 or higher" if torch.cuda.get_device_capability() < (8, 9) else None
 
 
+def _scaled_mm(device, dtype=None, head_dim=None, e4m3=False):
+    """float32 results are cuBLASLt's alone, which torch calls on capability 9 with CUDA 12.9 or newer; its
+    other kernels give bfloat16 (torch's aten/src/ATen/native/cuda/ScaledBlas.cpp)."""
+    why = requires("cuda")(device) or _lacks_e4m3()
+    if why or dtype != torch.float32:
+        return why
+    if (major := torch.cuda.get_device_capability()[0]) != 9:
+        return f"has float32 results on capability 9 alone, got {major}"
+    built = torch.version.cuda or "0"
+    if tuple(map(int, built.split("."))) >= (12, 9):
+        return None
+    return f"needs torch built with CUDA 12.9 or newer for float32 results, got {built}"
+
+
 _COMMON = {
     REFERENCE: ("plain torch", requires()),
     CPU: ("compiled C++ kernel", _cpu),
     TRITON: ("fused Triton kernel", _triton),
-    SCALED_MM: ("torch._scaled_mm with row-wise scales", requires("cuda", build=lambda _: _lacks_e4m3())),
+    SCALED_MM: ("torch._scaled_mm with row-wise scales", _scaled_mm),
     CUDA: ("own CUDA C++ kernel", requires(dtypes=extension.DTYPES, build=_compiled(CUDA))),
 }
 
@@ -121,7 +135,7 @@ def common(functions: dict[str, tuple[Callable, ...] | Callable], e4m3: bool = F
 
     def record(name: str, pair: tuple[Callable, ...]) -> Implementation:
         reason, probe = _COMMON[name]
-        always = (lambda device, *_: probe(device, e4m3=True)) if e4m3 else probe
+        always = (lambda device, dtype=None, *_: probe(device, dtype, e4m3=True)) if e4m3 else probe
         return Implementation(name, reason, always, *pair)
 
     return [record(name, pair if isinstance(pair, tuple) else (pair,)) for name, pair in functions.items()]
@@ -183,13 +197,13 @@ def _chosen(op: str, choice: str) -> str | None:
     return _parsed(choice).get(op)
 
 
-def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
+def implementation(op: str, x: Tensor, fp8: bool = False, dtype: torch.dtype | None = None) -> str:
     """The implementation of `op`, or of its form that makes e4m3, that runs on a tensor like x.
 
-    Raises ValueError if the chosen one does not run on it."""
+    dtype: of the results, where that of x does not tell. Raises ValueError if the chosen one does not run."""
     if x.dtype == torch.float64:
         return REFERENCE  # float64 is for checking; no fused kernel computes in it
-    facts = extension.device_type(x), x.dtype, x.shape[-1], fp8
+    facts = extension.device_type(x), dtype or x.dtype, x.shape[-1], fp8
     choice = _chosen(op, _choice)
     if choice is None:
         choice, passed = default(op, *facts)
@@ -199,9 +213,9 @@ def implementation(op: str, x: Tensor, fp8: bool = False) -> str:
     return runnable(op, choice, *facts)
 
 
-def record(op: str, x: Tensor, fp8: bool = False) -> Implementation:
+def record(op: str, x: Tensor, fp8: bool = False, dtype: torch.dtype | None = None) -> Implementation:
     """The record of `implementation`; raises as that."""
-    return OPERATIONS[op][implementation(op, x, fp8)]
+    return OPERATIONS[op][implementation(op, x, fp8, dtype)]
 
 
 def backward_of(op: str, x: Tensor, forward: str | None = None) -> str:

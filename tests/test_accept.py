@@ -255,6 +255,21 @@ def test_a_step_makes_its_tensors_on_the_device_that_it_is_given():
     assert all(p.grad.device.type == "meta" for p in step.trained)
 
 
+def test_a_step_of_chains_that_persist_makes_no_forward_without_gradient():
+    """From the third on, when both chains have been rolled out."""
+    step = steps.Step(steps.jobs(CPU)["step/1.3B/persistent"], "cpu")
+    without = []
+    step.policy.blocks[0].register_forward_pre_hook(lambda *_: without.append(not torch.is_grad_enabled()))
+    made = []
+    for _ in range(5):
+        without.clear()
+        step.prepare()
+        assert all(loss.isfinite() for loss in step.losses(lambda _: None))
+        made.append((len(without), sum(without)))
+    assert all(forwards >= 2 for forwards, _ in made)
+    assert sum(n for _, n in made[:2]) > 0 and [n for _, n in made[2:]] == [0, 0, 0]
+
+
 def test_tiles_are_measured_and_the_default_kept_unless_another_is_faster(monkeypatch):
     one = tiles.tune.Asked("some kernel", (16,), (1,))
     monkeypatch.setattr(tiles, "choices", lambda small: {"some": ("", lambda device: None, one)})

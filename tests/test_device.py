@@ -13,7 +13,7 @@ def test_a_gpu_by_its_number_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    monkeypatch.setattr("prfl_kernels.tuning.tuned", dict)
+    monkeypatch.setattr("prfl_kernels.tuning.tuned", lambda index=None: {})
     for name in ("cuda", "cuda:1"):
         assert pick_device(Config(train=TrainConfig(device=name))) == torch.device(name)
     assert current == [torch.device("cuda:1")]

@@ -121,6 +121,27 @@ def test_choice_is_explicit():
         dispatch.configure("")
 
 
+def test_the_dtype_of_the_results_decides(monkeypatch):
+    """Not that of x, which is e4m3: what has bfloat16 alone is refused for float32 with its reason."""
+    record = dispatch.OPERATIONS["fp8_linear"]["scaled_mm"]
+    monkeypatch.setitem(
+        dispatch.OPERATIONS["fp8_linear"],
+        "scaled_mm",
+        record._replace(
+            probe=lambda device, dtype=None, *_: "has no float32" if dtype == F32 else None,
+            forward=dispatch.OPERATIONS["fp8_linear"]["reference"].forward,
+        ),
+    )
+    *_, arguments = linear_inputs(5)
+    dispatch.configure("fp8_linear=scaled_mm")
+    try:
+        assert fp8_linear(*arguments).dtype == BF16
+        with pytest.raises(ValueError, match=r"fp8_linear got scaled_mm on \w+: it has no float32"):
+            fp8_linear(*arguments, F32)
+    finally:
+        dispatch.configure("")
+
+
 def test_hopper_product_keeps_fourteen_bits():
     ones = torch.ones(1, 32)
     # 2^13 + 1 has 14 bits and is kept; beside 2^14 a step is 2, and every 1 is lost.

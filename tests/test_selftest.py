@@ -32,6 +32,7 @@ def attention_alone(monkeypatch):
 def hopper(monkeypatch):
     """A machine whose torch sees an H100 and that has every library and compiled part; nothing runs on it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(jit, "INTERPRETED", False)
     monkeypatch.setattr(extension, "absence", lambda part, device: None if part == device else "other device")
     monkeypatch.setattr(libraries, "_missing", lambda *needs: None)
@@ -90,6 +91,31 @@ def test_on_a_gpu_the_cases_reach_what_the_kernels_are_made_for(hopper):
     assert {name for name, dtype in dtypes if dtype == torch.float16} >= {"fa2", "fa3", "cudnn", "triton"}
     assert ("cuda", torch.float16) not in dtypes and "64x376x376" not in sizes["attention", "cuda"]
     assert not any(c.dtype == torch.float16 for c in found if c.implementation == "cuda")
+
+
+@pytest.mark.parametrize(
+    "capability, cuda, why",
+    [
+        ((9, 0), "13.0", None),
+        ((9, 0), "12.9", None),
+        ((9, 0), "12.8", "it needs torch built with CUDA 12.9 or newer for float32 results, got 12.8"),
+        ((10, 0), "13.0", "it has float32 results on capability 9 alone, got 10"),
+        ((8, 9), "13.0", "it has float32 results on capability 9 alone, got 8"),
+    ],
+)
+def test_row_scales_with_float32_results_are_refused_by_version(hopper, monkeypatch, capability, cuda, why):
+    """The case stays in the list and says why; bfloat16 runs everywhere, and the default is plain torch."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    own = [c for c in cases("cuda") if (c.op, c.implementation) == ("fp8_linear", "scaled_mm")]
+    assert {c.dtype for c in own if module._refusal(c) is None} >= {torch.bfloat16}
+    float32 = [c for c in own if c.dtype == torch.float32]
+    assert len(float32) == (1 if why else 3)
+    default, _ = dispatch.default("fp8_linear", "cuda", torch.float32)
+    assert default == (dispatch.REFERENCE if why else "scaled_mm")
+    if why:
+        row = run(float32[0])
+        assert (row.state, row.detail) == (REFUSED, why)
 
 
 @on_cpu

@@ -28,6 +28,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: NAME)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("PRFL_TUNING", str(tmp_path / "tuning"))
     tuning.tuned.cache_clear()
     yield tmp_path / "tuning/test-gpu-80gb.json"
@@ -52,6 +53,34 @@ def test_tuned_choices_come_back_and_do_not_change_within_a_process(gpu):
     tuning.tuned.cache_clear()
     with pytest.raises(ValueError, match=rf"tuning: {gpu}: got \[5, 6\] for some kernel, want 3 numbers"):
         tuning.choice("some kernel", (16, "n"), (1, 2, 3))
+
+
+def test_where_gpus_differ_each_has_the_choices_of_its_kind(gpu, monkeypatch):
+    names = {None: NAME, 0: NAME, 1: "Other GPU"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: names[index])
+    tuning.write(gpu, {("some kernel", ()): (3,)})
+    names |= {None: "Other GPU"}
+    tuning.write(gpu.with_name("other-gpu.json"), {("some kernel", ()): (5,)})
+    names |= {None: NAME}
+    devices = [torch.device(name) for name in ("cuda:0", "cuda:1", "meta")]
+    assert [tuning.choice("some kernel", (), (1,), device)[0] for device in devices] == [3, 5, 3]
+    assert tuning.tuned() is tuning.tuned(0)  # read once
+
+
+def test_launchers_ask_for_the_device_of_their_tensors(monkeypatch):
+    asked = set()
+
+    def choice(kernel, key, default, device):
+        asked.add((kernel, device))
+        return default
+
+    monkeypatch.setattr(tuning, "choice", choice)
+    launcher = type(add_norm._forward)
+    monkeypatch.setattr(launcher, "run", lambda *arguments, **options: None)
+    for _, bind in tune.launches(["1.3B"], [32760], 1):
+        bind("meta")()
+    assert {kernel for kernel, _ in asked} == set(tune.CANDIDATES)
+    assert {device for _, device in asked} == {torch.device("meta")}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"gpu": "Test GPU 80GB"}', b"\xff"])

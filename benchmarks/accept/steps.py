@@ -5,6 +5,7 @@ Bytes are those of a step before the optimizer, in addition to weights, gradient
 planner counts them: by torch's allocator on CUDA, by LiveBytes on a CPU.
 """
 
+import itertools
 import statistics
 import time
 import warnings
@@ -21,23 +22,35 @@ from prfl_bench.accept.costs import RATES
 from prfl_bench.accept.row import RAN, REFUSED, Context, Outcome, Row
 from prfl_engine import flow
 from prfl_engine.batch import Batch
-from prfl_engine.config import LoraConfig, LossConfig, OptimConfig, RolloutConfig
+from prfl_engine.config import Config, LoraConfig, LossConfig, OptimConfig, RolloutConfig
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.model import lora
 from prfl_engine.model.wan import PRESETS, WanConfig
-from prfl_engine.objectives import graded_windows, index_range, reward_loss, sft_loss, stratified_indices
+from prfl_engine.objectives import (
+    GradedWindow,
+    Grader,
+    Grading,
+    index_range,
+    reward_loss,
+    sft_loss,
+    stratified_indices,
+)
 from prfl_engine.optim.optimizer import make_optimizer, update
 from prfl_engine.planner import dry_run
+from prfl_engine.planner.fit_memory import pool_bytes
 from prfl_engine.planner.plan import kinds_of, make_kinds, predicted_peak
 from prfl_engine.planner.seconds import block_seconds
 from prfl_engine.planner.setup import ROUND, RewardSetup, Setup
 from prfl_engine.rollout.accelerated import make_rollout
+from prfl_engine.rollout.persistent import Persistent
 from prfl_kernels import dispatch
 
 PHASES = ("flow matching", "rollout and reward", "backward", "optimizer")
 SMALL = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=6, text_dim=64, text_len=16, freq_dim=64)
 ONE, FOUR = RolloutConfig(steps=4, range=(2, 2)), RolloutConfig(steps=6, range=(1, 4), samples=4)
+# The steps up to the one of ONE; two chains, so that all there are have been rolled out after two steps.
+PERSISTENT = RolloutConfig(mode="persistent", steps=4, range=(0, 2), pool=2, probe_every=2**31 - 1)
 REPEAT = 2  # steps that count, after one that compiles
 LORA = LoraConfig(rank=128)
 
@@ -73,6 +86,7 @@ def jobs(context: Context) -> dict[str, Job]:
         "step/1.3B/full": Job(one, "full"),
         "step/1.3B/offload": Job(one, "offload attention, input"),
         "step/1.3B/four-samples": Job(replace(one, rollout=FOUR), "attention"),
+        "step/1.3B/persistent": Job(chains_of(replace(one, rollout=PERSISTENT)), "attention"),
         "step/1.3B/fp8-rollout": Job(
             replace(one, rollout=replace(ONE, precision="fp8")), "attention", like=base
         ),
@@ -91,6 +105,11 @@ def jobs(context: Context) -> dict[str, Job]:
     found["large/14B/lora"] = Job(replace(big, lora=rank, rollout=FOUR), "attention")
     found["large/14B/full"] = Job(big, "offload attention, input", optim=states)
     return found
+
+
+def chains_of(setup: Setup) -> Setup:
+    """With the bytes of its chains that persist."""
+    return replace(setup, pool=pool_bytes(setup, setup.rollout.pool))
 
 
 def predict(context: Context, name: str) -> Outcome:
@@ -115,7 +134,10 @@ def ahead(setup: Setup) -> float:
 
 
 def forwards(setup: Setup) -> int:
-    """Steps without gradient: all up to the last graded one that are not graded."""
+    """Steps without gradient: all up to the last graded one that are not graded; none of chains that persist,
+    whose range begins at the noise."""
+    if setup.rollout.mode == "persistent":
+        return 0
     return int(indices(setup.rollout)[-1]) + 1 - setup.rollout.samples
 
 
@@ -152,7 +174,26 @@ class Step:
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         policy = kinds_of(setup)[job.kind]
         self.run_blocks = run_under([policy] * setup.count)
-        self.score_blocks = run_under([policy] * setup.reward_blocks)
+        self.grader = Grader(
+            self.policy,
+            self.reward,
+            self.schedule,
+            setup.chain,
+            self.rollout and self.rollout.stretches,
+            self.run_blocks,
+            run_under([policy] * setup.reward_blocks),
+        )
+        self.keys = itertools.count()  # of micro-batches
+        self.source: Persistent | None = None
+        if setup.rollout.mode == "persistent":
+            config = Config(rollout=setup.rollout, chain=setup.chain)
+            self.source = Persistent(self.grader, config, None, lambda key: [0])
+
+    def windows(self, batch: Batch, noise: Tensor) -> Iterator[GradedWindow]:
+        """The graded steps of a step."""
+        if self.source is None:
+            return Grading(self.grader, batch).windows(noise, indices(self.job.setup.rollout))
+        return (window for window, _ in self.source.windows(batch, next(self.keys)))
 
     def losses(self, lap: Callable[[str], None]) -> Iterator[Tensor]:
         """Take the step up to the optimizer; yields the losses, detached."""
@@ -166,11 +207,7 @@ class Step:
         lap(PHASES[2])
         yield loss.detach()
         del loss
-        rest = self.schedule, batch, noise, indices(setup.rollout), setup.chain
-        stretches = self.rollout and self.rollout.stretches
-        for window in graded_windows(
-            self.policy, self.reward, *rest, stretches, self.run_blocks, self.score_blocks
-        ):
+        for window in self.windows(batch, noise):
             loss = reward_loss(window.logit, LossConfig()).mean() / setup.rollout.samples
             lap(PHASES[1])
             window.backward(loss)

@@ -60,11 +60,11 @@ def setup_of(
         sequence=c.parallel.sequence,
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
-        setup = replace(setup, pool=_pool(setup, c.pool if c.rollout.pool_place == "device" else 0))
+        setup = replace(setup, pool=pool_bytes(setup, c.pool if c.rollout.pool_place == "device" else 0))
     return setup
 
 
-def _pool(setup: Setup, chains: int) -> int:
+def pool_bytes(setup: Setup, chains: int) -> int:
     """Bytes of so many chains that persist on the device, the states that a window needs and the prompt; and
     of the prompts of those that are graded."""
     c, (size, *shape) = setup.config, setup.latent

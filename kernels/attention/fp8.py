@@ -209,7 +209,7 @@ def launch_forward(
     batch, length, heads, dim = q8.shape
     keys, padded = k8.shape[1], v8.shape[3]
     key = dim, tuning.bucket(length), tuning.bucket(keys)
-    rows, warps, stages = tuning.choice("attention_fp8", key, FORWARD)
+    rows, warps, stages = tuning.choice("attention_fp8", key, FORWARD, q8.device)
     out = q8.new_empty(q8.shape, dtype=torch.bfloat16)
     lse = q8.new_empty(batch, heads, length, dtype=torch.float32)
     # By head, so that a block's scales are one run of memory; padding is any finite number.

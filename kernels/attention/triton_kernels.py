@@ -243,7 +243,7 @@ def _tile(kernel: str, defaults: dict, q: Tensor, k: Tensor) -> tuple[int, int, 
     """(queries, keys, warps, stages) of a program."""
     kind = 8 * q.element_size(), max(64, q.shape[3])
     key = *kind, tuning.bucket(q.shape[1]), tuning.bucket(k.shape[1])
-    return tuning.choice(f"attention {kernel}", key, defaults[kind])
+    return tuning.choice(f"attention {kernel}", key, defaults[kind], q.device)
 
 
 def _last(scale: float, repeats: int) -> float | None:

@@ -8,11 +8,11 @@ as the GPU kernel takes it) or float32. Weights are quantised once and used for 
 There is no backward.
 
 On CUDA the product is torch._scaled_mm with row-wise scales: cuBLASLt on Hopper with CUDA 12.9 or
-newer, else torch's CUTLASS kernels. It wants K and N to be multiples of 16, x by rows and the
-weight transposed; rows are free, so they are never padded. use_fast_accum stays off: Hopper's fp8
-tensor cores add with 14 bits (`hopper_product`), and off means that partial sums are moved to
-float32 registers on the way. Elsewhere the same formula runs in float32, where every product of two
-e4m3 values is exact.
+newer, else torch's CUTLASS kernels, which have no float32 results. It wants K and N to be multiples
+of 16, x by rows and the weight transposed; rows are free, so they are never padded. use_fast_accum
+stays off: Hopper's fp8 tensor cores add with 14 bits (`hopper_product`), and off means that partial
+sums are moved to float32 registers on the way. Elsewhere the same formula runs in float32, where
+every product of two e4m3 values is exact.
 Source: torch's aten/src/ATen/native/cuda/ScaledBlas.cpp and RowwiseScaledMM.cu; DeepSeek-V3
 technical report, section 3.3.2.
 """
@@ -108,7 +108,7 @@ def _fp8_linear(
     if fake:
         return x8.new_empty(*shape, n, dtype=out_dtype)
     rows = x8.reshape(-1, k), x_scale.reshape(-1)
-    return record(op, x8).forward(*rows, w8, w_scale, bias, out_dtype).view(*shape, n)
+    return record(op, x8, dtype=out_dtype).forward(*rows, w8, w_scale, bias, out_dtype).view(*shape, n)
 
 
 def fp8_linear(

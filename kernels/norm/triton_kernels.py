@@ -140,15 +140,17 @@ def _stride(a: Tensor | None) -> int:
 
 
 def run_grid(
-    kernel: str, kind: tuning.Key, batch: int, length: int, block: int, warps: int
+    kernel: str, kind: tuning.Key, like: Tensor, block: int, warps: int
 ) -> tuple[tuple[int, int], int, int]:
-    """((runs, samples), tokens of a run, warps) of kernels whose programs walk over runs of tokens.
+    """((runs, samples), tokens of a run, warps) of kernels whose programs walk over runs of the tokens of
+    `like` [B, L, C].
 
     kind is what else a tuned choice depends on, warps the default.
     """
+    batch, length, _ = like.shape
     default = warps, RUNS_WIDE if block > 4096 else RUNS
     key = block, *kind, tuning.bucket(batch * length)
-    warps, runs = tuning.choice(kernel, key, default)
+    warps, runs = tuning.choice(kernel, key, default, like.device)
     rows = triton.cdiv(length, max(1, runs // batch))
     return (triton.cdiv(length, rows), batch), rows, warps
 
@@ -160,10 +162,10 @@ def _plan(
 
     lanes: values of a row for a warp, 32 times the 16 bytes of a thread at least.
     """
-    batch, length, width = like.shape
+    width = like.shape[2]
     block = triton.next_power_of_2(width)
     default = min(max_warps, max(1, block // lanes))
-    grid, rows, warps = run_grid(kernel, kind, batch, length, block, default)
+    grid, rows, warps = run_grid(kernel, kind, like, block, default)
     options = {"C": width, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
     return grid, rows, options
 

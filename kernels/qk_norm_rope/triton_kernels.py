@@ -175,12 +175,12 @@ def _plan(kernel: str, what: str, a: Forward | Backward, max_warps: int, lanes: 
     what: letters of the tensors there are, for `tuning`. lanes: values of a row for a warp, 32 times
     the 16 bytes of a thread at least.
     """
-    batch, length, width = a.q.shape
+    _, length, width = a.q.shape
     head_dim = width // a.num_heads
     heads, dims = triton.next_power_of_2(a.num_heads), triton.next_power_of_2(head_dim)
     default = min(max_warps, max(1, heads * dims // lanes))
     kind = 8 * a.q.element_size(), "q" + "k" * (a.k is not None) + what
-    grid, run, warps = run_grid(kernel, kind, batch, length, heads * dims, default)
+    grid, run, warps = run_grid(kernel, kind, a.q, heads * dims, default)
     tables, places, turned = (None, None), (1, 1), (0, 0, 0)
     if a.grid is not None:
         tables = cos_sin(head_dim, tuple(a.grid), False, a.q.device, torch.float32)

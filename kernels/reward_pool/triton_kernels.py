@@ -170,7 +170,7 @@ def _plan(kernel: str, x: Tensor, queries: int, passes: int) -> tuple[tuple[int,
     padded = max(16, triton.next_power_of_2(queries))
     key = padded, 8 * x.element_size(), width, tuning.bucket(length)
     columns, tokens, warps, stages = tuning.choice(
-        f"reward_pool {kernel}", key, FEW if queries <= 16 else MANY
+        f"reward_pool {kernel}", key, FEW if queries <= 16 else MANY, x.device
     )
     while tokens > 16 and tokens * width * x.element_size() > TILE_BYTES:
         tokens //= 2
