@@ -1,29 +1,38 @@
 """Fresh rollouts, several samples of a rollout and chains that persist, compared at equal seconds.
 
     python benchmarks/samples_quality.py runs/demo [--modes fresh samples:4 persistent:1 persistent:4
-        persistent:16] [--lr 2e-4 4e-4] [--seeds 0 1 2] [--steps 120] [--every 20] [--count 64]
-        [--max-drift 0.05]
+        persistent:16 persistent:1:4] [--lr 1e-4 2e-4 4e-4] [--seeds 0 1 2] [--steps 120] [--count 64]
+        [--max-drift X] [--clock cpu] [--out FILE]
 
 DIR is a finished folder of `prfl demo`, as it was named there. Its PRFL stage is trained again, from the same
 generator against the same reward model, for every mode, learning rate and seed. samples:K has K graded
-samples of a rollout, persistent:N a pool of N batches, persistent:N:S also flow matching in one step of S.
-`fresh` takes --steps steps. The others take as many as fit into the seconds of those: a short run of every
-mode is timed first. In their first round persistent chains are fresh rollouts and are counted as such.
-Seconds are those of training steps, not of validation.
+samples of a rollout, persistent:N a pool of N batches, persistent:N:S also flow matching in one step of S,
+persistent:N:S:T also a stride of T.
 
-Every few steps the mean reward of samples at held-out prompts is taken, from noise that is always the same.
-At the end samples of the final weights are measured as in the demo: their reward, and the distance of their
-unsteadiness from that of clean video, on which nothing was trained. Drift is the mean of what a run has
-measured (`chain_drift`). Without --max-drift no chain is renewed. The gate comes first: the losses' gradient
-of K samples is the mean of those of K = 1 at the same indices.
+`fresh` takes --steps steps, the others as many as fit into its seconds. First a pilot times some steps of
+every mode, all modes in turn, several times; the median of the ratios to fresh decides. In their first round
+persistent chains are fresh rollouts and are counted as such. `--clock cpu` counts the process's CPU seconds
+on one thread, which other processes disturb little; `wall` counts seconds on torch's threads and needs an
+idle machine. A run of a given number of steps is the same to the bit every time.
+
+Samples of the weights at half of the steps and at the end are measured as in the demo: their reward, and the
+distance of their unsteadiness from that of clean video, on which nothing was trained. Drift and age are means
+of what a run has measured (`chain_drift`, `chain_age`). Without --max-drift no chain is renewed. Every pilot
+and every finished run is a line of FILE; another call goes on from there. All modes have their first seed
+before the second. The gate comes first: the losses' gradient of K samples is the mean of those of K = 1 at
+the same indices.
 """
 
 import argparse
-import math
+import json
 import statistics
 import tempfile
+import time
+from collections.abc import Callable, Iterable
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -32,14 +41,16 @@ from prfl_engine import flow
 from prfl_engine.config import ChainConfig, Config, load_config
 from prfl_engine.data import Reader, fixed_batches, read_lists
 from prfl_engine.demo.run import measure
-from prfl_engine.files import checkpoints
-from prfl_engine.metrics import read_metrics
+from prfl_engine.files import checkpoints, write_whole
+from prfl_engine.metrics import MetricsWriter, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.objectives import graded_windows
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 
-PILOT = 8  # timed steps of a short run, a multiple of the usual S
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+PILOT, ROUNDS = 8, 3  # timed steps of a mode in one round of the pilot, a multiple of the usual S; rounds
+MODES = ("fresh", "samples:4", "persistent:1", "persistent:4", "persistent:16", "persistent:1:4")
 
 
 def settings(folder: Path, *overrides: str) -> Config:
@@ -79,13 +90,15 @@ class Mode(NamedTuple):
     samples: int = 1
     pool: int = 0  # batches; 0: fresh rollouts
     sft_every: int = 1
+    stride: int = 1
 
     @classmethod
     def of(cls, text: str) -> "Mode":
         name, *numbers = text.split(":")
-        known = {"fresh": (0,), "samples": (1,), "persistent": (1, 2)}
+        known = {"fresh": (0,), "samples": (1,), "persistent": (1, 2, 3)}
         if len(numbers) not in known.get(name, ()) or not all(n.isdigit() and int(n) for n in numbers):
-            raise SystemExit(f"--modes: got {text!r}, want fresh, samples:K, persistent:N or persistent:N:S")
+            want = "fresh, samples:K, persistent:N, persistent:N:S or persistent:N:S:T"
+            raise SystemExit(f"--modes: got {text!r}, want {want}")
         values = [int(n) for n in numbers]
         if name == "samples":
             return cls(text, samples=values[0])
@@ -97,86 +110,164 @@ class Mode(NamedTuple):
         found = [f"rollout.samples={self.samples}", f"loss.sft_every={self.sft_every}"]
         if self.pool:
             found += ["rollout.mode=persistent", f"rollout.pool={self.pool * batch}"]
-            found += ["rollout.probe_every=20"]
+            found += ["rollout.probe_every=20", f"rollout.stride={self.stride}"]
         return found
 
-
-class Run(NamedTuple):
-    """What a training run has measured."""
-
-    scores: dict[int, float]  # held-out reward by step
-    seconds: list[float]  # of every training step before another one, where no validation is in between
-    drift: float  # NaN: none
+    def steps(self, fresh: int, ratio: float) -> int:
+        """Steps that take as long as `fresh` steps of fresh rollouts; ratio: a step's seconds over one of
+        those, after the first round."""
+        return self.pool + max(1, round((fresh - self.pool) / ratio))
 
 
-def trained(folder: Path, out: Path, mode: Mode, steps: int, every: int, *more: str) -> Run:
-    """Train into the folder `out`; every: steps from one validation to the next, 0 for none."""
-    config = settings(
-        folder, f"train.out={out}", f"train.steps={steps}", f"eval.every={every}", "eval.samples=64",
-        "eval.batch_size=16", "eval.videos=0", "train.log_every=1", "train.tensorboard=false",
-        "train.resume=false", *mode.overrides(folder), *more,
+def config_of(folder: Path, out: str, mode: Mode, steps: int, *more: str) -> Config:
+    """The configuration of a run of a mode, with checkpoints at half of its steps and at the end."""
+    return settings(
+        folder, f"train.out={out}", f"train.steps={steps}", "eval.every=0", "train.log_every=1",
+        "train.tensorboard=false", "train.resume=false", f"train.save_every={-(-steps // 2)}", "train.keep=2",
+        *mode.overrides(folder), *more,
     )  # fmt: skip
-    train(config)
-    records = [(r["step"], r["time"], r["values"]) for r in read_metrics(out)]
-    scores = {step: values["eval/score"] for step, _, values in records if "eval/score" in values}
-    times = {step: time for step, time, values in records if "train/lr" in values}
-    seconds = [times[s + 1] - times[s] for s in times if s + 1 in times and s not in scores]
-    drifts = {values["train/chain_drift"] for _, _, values in records if "train/chain_drift" in values}
-    return Run(scores, seconds, statistics.mean(drifts) if drifts else math.nan)
 
 
-def steps_in(folder: Path, mode: Mode, steps: int, fresh: float) -> tuple[int, float]:
-    """(how many steps of a mode take as long as so many of fresh rollouts, its seconds a step after the first
-    round); fresh: seconds of one of those."""
+def step_seconds(folder: Path, mode: Mode, clock: Callable[[], float]) -> float:
+    """Seconds of a step of a mode after its first round: the mean of PILOT."""
+    marks: list[float] = []
+    log = MetricsWriter.log
+
+    def marked(self, step: int, values: dict[str, float], prefix: str = "") -> None:
+        marks.append(clock())
+        log(self, step, values, prefix)
+
+    # A step is logged after the next one's first loss, the last step after its own end.
+    with tempfile.TemporaryDirectory() as out, patch.object(MetricsWriter, "log", marked):
+        train(config_of(folder, out, mode, mode.pool + PILOT + 2, "rollout.max_drift=1e9"))
+    return statistics.mean(b - a for a, b in list(pairwise(marks))[-PILOT - 1 : -1])
+
+
+def pilot(folder: Path, modes: Iterable[Mode], clock: Callable[[], float]) -> dict[str, list[float]]:
+    """{mode: seconds of a step in every round}, and those of `fresh`."""
+    found: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        for mode in dict.fromkeys([Mode("fresh"), *modes]):
+            found.setdefault(mode.name, []).append(step_seconds(folder, mode, clock))
+    return found
+
+
+def trained(folder: Path, mode: Mode, steps: int, count: int, clock: Callable[[], float], *more: str) -> dict:
+    """What a training run of so many steps, with these overrides, has measured."""
     with tempfile.TemporaryDirectory() as out:
-        seconds = trained(folder, Path(out), mode, mode.pool + PILOT + 1, 0).seconds
-    one = statistics.mean(seconds[-PILOT:])
-    return mode.pool + max(1, round((steps - mode.pool) * fresh / one)), one
+        begun = clock()
+        train(config_of(folder, out, mode, steps, *more))
+        seconds = clock() - begun
+        values = [r["values"] for r in read_metrics(out)]
+        models = dict(zip(("half", "end"), checkpoints(Path(out)), strict=True))
+        data = folder / "data"
+        samples, _ = measure(settings(folder), data / "codec.json", data / "clean_val.list", models, count)
+    drifts = {v["train/chain_drift"] for v in values if "train/chain_drift" in v}
+    ages = [v["train/chain_age"] for v in values if "train/chain_age" in v]
+    found = {name: {k: s[k].mean().item() for k in ("reward", "distance")} for name, s in samples.items()}
+    means = {k: statistics.mean(of) if of else None for k, of in (("drift", drifts), ("age", ages))}
+    return {"steps": steps, "seconds": seconds} | found | means
+
+
+class Record:
+    """The lines of FILE: the settings, pilots, finished runs."""
+
+    def __init__(self, path: Path, settings: dict):
+        """SystemExit where the file was made with other settings."""
+        self.path = path
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # a killed call may have left part of a line
+        if whole != text:
+            write_whole(path, whole)
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if lines and lines[0] != (want := {"settings": settings}):
+            raise SystemExit(f"{path}: got {lines[0]}, want {want}, or another --out")
+        self.seconds: dict[str, tuple[float, float]] = {}
+        self.runs: dict[tuple[str, float, int], dict] = {}
+        if not lines:
+            self._append({"settings": settings})
+        for line in lines[1:]:
+            self._take(line)
+
+    def add(self, line: dict) -> None:
+        """Append a line: {"pilot": {mode: [seconds]}} or {"run": {...}}."""
+        self._append(line)
+        self._take(line)
+
+    def _append(self, line: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _take(self, line: dict) -> None:
+        if "pilot" in line:
+            fresh = line["pilot"]["fresh"]
+            for name, found in line["pilot"].items():
+                ratio = statistics.median(a / b for a, b in zip(found, fresh, strict=True))
+                self.seconds.setdefault(name, (statistics.median(found), ratio))
+        else:
+            run = line["run"]
+            self.runs[run["mode"], run["lr"], run["seed"]] = run
+
+
+def table(record: Record) -> Iterable[str]:
+    """The lines of what has been measured: means over seeds, and every seed's value at the end."""
+    what = "reward at half, end (seeds); distance at half, end (seeds); drift; age"
+    yield f"{'at equal seconds':18}{'lr':>7}{'ratio':>7}{'steps':>7}{'seconds':>9}   {what}"
+    cells: dict[tuple[str, float], list[dict]] = {}
+    for (name, lr, _), run in sorted(record.runs.items(), key=lambda item: item[0][1:]):
+        cells.setdefault((name, lr), []).append(run)
+    for name, lr in sorted(cells, key=lambda cell: (list(record.seconds).index(cell[0]), cell[1])):
+        runs, parts = cells[name, lr], []
+        for key in ("reward", "distance"):
+            half, end = ([run[at][key] for run in runs] for at in ("half", "end"))
+            each = ", ".join(f"{value:.3f}" for value in end)
+            parts.append(f"{statistics.mean(half):.3f}, {statistics.mean(end):.3f} ({each})")
+        for key, digits in (("drift", 3), ("age", 0)):
+            known = [run[key] for run in runs if run[key] is not None]
+            parts.append(f"{statistics.mean(known):.{digits}f}" if known else "-")
+        seconds = statistics.mean(run["seconds"] for run in runs)
+        steps, ratio = runs[0]["steps"], record.seconds[name][1]
+        yield f"{name:18}{lr:7g}{ratio:7.3f}{steps:7}{seconds:9.1f}   {'; '.join(parts)}"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
-    modes = ["fresh", "samples:4", "persistent:1", "persistent:4", "persistent:16"]
-    parser.add_argument("--modes", nargs="+", default=modes, metavar="MODE")
-    parser.add_argument("--lr", nargs="+", type=float, default=[2e-4, 4e-4])
+    parser.add_argument("--modes", nargs="+", default=MODES, metavar="MODE")
+    parser.add_argument("--lr", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=120, help="of fresh rollouts")
-    parser.add_argument("--every", type=int, default=20, help="steps from one validation to the next")
-    parser.add_argument("--count", type=int, default=64, help="samples of the final weights")
+    parser.add_argument("--count", type=int, default=64, help="samples of the weights")
     parser.add_argument("--max-drift", type=float, default=1e9, metavar="X", help="rollout.max_drift")
+    parser.add_argument("--clock", choices=CLOCKS, default="cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/samples_quality.jsonl")
     args = parser.parse_args(argv)
-    chosen = [Mode.of(text) for text in args.modes]
+    modes = [Mode.of(text) for text in args.modes]
+    for mode in modes:
+        if args.steps <= mode.pool + 1:
+            raise SystemExit(f"--steps: got {args.steps}, want more than {mode.pool + 1} with {mode.name}")
+    if args.clock == "cpu":
+        torch.set_num_threads(1)
+    clock = CLOCKS[args.clock]
+    same = {k: getattr(args, k) for k in ("steps", "count", "max_drift", "clock")}
+    path = args.out or args.folder / "samples_quality.jsonl"
+    record = Record(path, {"folder": str(args.folder), "machine": machine("cpu")} | same)
     gate(args.folder)
-    _, fresh = steps_in(args.folder, Mode("fresh"), args.steps, 1.0)
-    print(f"{machine('cpu')}; {args.steps} steps of fresh rollouts: {args.steps * fresh:.1f} s")
-    data = args.folder / "data"
-    codec, clean = data / "codec.json", data / "clean_val.list"
-    rows = []
-    for mode in chosen:
-        steps, one = args.steps, fresh
-        if mode.name != "fresh":
-            steps, one = steps_in(args.folder, mode, args.steps, fresh)
-        for lr in args.lr:
-            found = []
-            for seed in args.seeds:
-                with tempfile.TemporaryDirectory() as out:
-                    more = f"train.seed={seed}", f"optim.lr={lr}", f"rollout.max_drift={args.max_drift}"
-                    run = trained(args.folder, Path(out), mode, steps, args.every, *more)
-                    model = {"final": checkpoints(Path(out))[-1]}
-                    samples, _ = measure(settings(args.folder), codec, clean, model, args.count)
-                final = {name: samples["final"][name].mean().item() for name in ("reward", "distance")}
-                found.append((run, final))
-            scores = [run.scores for run, _ in found]
-            mean = {step: statistics.mean(s[step] for s in scores) for step in scores[0]}
-            print(f"{mode.name}, lr {lr:g}: {one:.3f} s a step, {steps} steps")
-            print("    " + "  ".join(f"{step}: {value:.3f}" for step, value in mean.items()), flush=True)
-            rows.append((mode, lr, steps, one, found))
-    print(f"\n{'at equal seconds':20}{'lr':>8}{'s a step':>10}{'steps':>7}   reward, distance by seed; drift")
-    for mode, lr, steps, one, found in rows:
-        reward, distance = (", ".join(f"{f[k]:.3f}" for _, f in found) for k in ("reward", "distance"))
-        drift = statistics.mean(run.drift for run, _ in found)
-        print(f"{mode.name:20}{lr:8g}{one:10.3f}{steps:7}   {reward}; {distance}; {drift:.3f}")
+    if new := [mode for mode in modes if mode.name not in record.seconds]:
+        record.add({"pilot": pilot(args.folder, new, clock)})
+    for seed, lr, mode in product(args.seeds, args.lr, modes):
+        if (mode.name, lr, seed) in record.runs:
+            continue
+        steps = mode.steps(args.steps, record.seconds[mode.name][1])
+        more = f"train.seed={seed}", f"optim.lr={lr}", f"rollout.max_drift={args.max_drift}"
+        found = trained(args.folder, mode, steps, args.count, clock, *more)
+        record.add({"run": {"mode": mode.name, "lr": lr, "seed": seed} | found})
+        end = found["end"]
+        print(
+            f"{mode.name}, lr {lr:g}, seed {seed}: {steps} steps, {found['seconds']:.1f} s, "
+            f"reward {end['reward']:.3f}, distance {end['distance']:.3f}", flush=True,
+        )  # fmt: skip
+    print("", *table(record), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Chains that persist: their gradients are exact, their staleness is measured and bounded."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -12,12 +14,13 @@ from prfl_engine import chain as chain_module
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig, Config, DataConfig, RolloutConfig, TrainConfig
 from prfl_engine.objectives import Grader, bind, graded_windows, index_range
+from prfl_engine.parallel import World
 from prfl_engine.rollout.accelerated import make_rollout
 from prfl_engine.rollout.persistent import Persistent
 from prfl_engine.rollout.pool import Finite
 
 
-def setup(size=2, samples=1, window=1, model_type="t2v", accumulate=1, **rollout):
+def setup(size=2, samples=1, window=1, model_type="t2v", accumulate=1, world=World(), **rollout):  # noqa: B008
     """A float64 grader, a configuration and micro-batches with their positions in the stream."""
     config = tiny_config(model_type)
     model, reward = tiny_model(config).double(), tiny_reward(config).double().freeze()
@@ -35,7 +38,7 @@ def setup(size=2, samples=1, window=1, model_type="t2v", accumulate=1, **rollout
     def sources(key):
         return [key % 4 * size + row for row in range(size)]
 
-    return Persistent(grader, c, None, sources), grader, c, data
+    return Persistent(grader, c, None, sources, world), grader, c, data
 
 
 def backward(windows):
@@ -189,7 +192,7 @@ def test_accelerated_steps_lead_to_the_range_and_graded_ones_go_on_plainly(how):
 # Staleness.
 
 
-def test_drift_is_measured_and_bounded():
+def test_drift_is_measured_and_bounded(monkeypatch):
     """With weights that move, ages and drift grow. Above the bound the oldest chains are rolled out again
     until one of them was closer than that."""
     source, grader, c, data = setup(size=1, pool=4, probe_every=1, max_drift=1e3)
@@ -204,16 +207,27 @@ def test_drift_is_measured_and_bounded():
     for key in range(24):
         found = step(source, key)
     assert found["chain_age"] > 4 and found["chain_drift"] > 0.01 and found["chain_renewed"] == 0
-    strict = replace(c, rollout=replace(c.rollout, max_drift=found["chain_drift"].item() / 4))
-    source.config = strict
+    bound = found["chain_drift"].item() / 4
+    source.config = replace(c, rollout=replace(c.rollout, max_drift=bound))
+    rolled, seen = Persistent._rolled, []
+
+    def recorded(self, chain):
+        states, drift = rolled(self, chain)
+        seen.append((chain.numbers.birth, drift))
+        return states, drift
+
+    monkeypatch.setattr(Persistent, "_rolled", recorded)
     while found["chain_renewed"] == 0:
         key += 1
-        births = {id(chain): chain.numbers.birth for chain in source.pool.alive()}
+        seen.clear()
         found = step(source, key)
-    now = {id(chain): chain.numbers.birth for chain in source.pool.alive() if id(chain) in births}
-    renewed = [births[chain] for chain, birth in now.items() if birth > births[chain]]
-    left = [births[chain] for chain, birth in now.items() if birth == births[chain]]
-    assert renewed and max(renewed) <= min(left, default=key)
+    (_, measured), *renewed = seen
+    births, drifts = zip(*renewed, strict=True)
+    assert measured > bound and found["chain_drift"].item() == pytest.approx(measured)
+    alive = source.pool.alive()
+    assert list(births) == sorted(births) and found["chain_renewed"] == len(renewed) < len(alive)
+    assert all(drift > bound for drift in drifts[:-1]) and drifts[-1] <= bound
+    assert [chain.numbers.birth for chain in alive].count(key) >= len(renewed)
 
 
 def test_a_renewed_chain_is_what_present_weights_make():
@@ -245,3 +259,63 @@ def test_a_chain_that_is_not_finite_is_dropped_and_counted():
         assert window.logit.isfinite().all()
         assert source.pool.chains[slot] is not bad
     assert extra["chain_dropped"] == 1 and len(source.pool.alive()) == 2
+
+
+# Several processes.
+
+
+class Lockstep:
+    """A rank of two that are threads, as Persistent knows it; a rank that waits alone for 20 s fails."""
+
+    readers, sequence = 2, 1
+
+    def __init__(self, reader, barrier, numbers):
+        self.reader = self.rank = reader
+        self.barrier, self.numbers = barrier, numbers
+
+    def most(self, number):
+        self.numbers[self.reader] = number
+        self.barrier.wait(20)
+        found = max(self.numbers)
+        self.barrier.wait(20)
+        return found
+
+
+def test_ranks_make_the_same_forwards_whatever_happens_to_one():
+    """Their forwards are those of sharded weights, which wait for each other. Chains of the second rank alone
+    go bad, and drift is above the bound on either."""
+    numbers, barrier = [0, 0], threading.Barrier(2)
+
+    def rank(reader):
+        how = {"accumulate": 4, "pool": 12, "range": (1, 4), "probe_every": 2, "max_drift": 0.02, "stride": 2}
+        source, grader, _, data = setup(size=1, world=Lockstep(reader, barrier, numbers), **how)
+        pool, generator = source.pool, torch.Generator().manual_seed(0)
+        calls, forwards, turns, lost, poisoned = [], [], [], [], []
+        grader.model.register_forward_pre_hook(lambda *_: calls.append(0))
+        for micro in range(28):
+            step, turn = micro // 2, source.turns[pool.counts.drawn]
+            chain = pool.chains[turn.slot]
+            old = chain is not None and chain.numbers.lap == turn.lap and chain.numbers.birth < step
+            if old and micro % 8 == 2:
+                poisoned.append(step)
+                if reader == 1:
+                    chain.states[-1].x.fill_(math.nan)
+            for window, _ in source.windows(data[(micro + reader) % 4], 2 * micro + reader):
+                bad = reader == 1 and poisoned[-1:] == [step] and micro % 2 == 0
+                assert window.logit.isfinite().all() != bad
+            forwards.append(len(calls))
+            turns.append(turn)
+            if micro % 2:
+                lost.append(source.lost(step))
+                with torch.no_grad():
+                    for p in grader.model.parameters():
+                        p.add_(torch.randn(p.shape, dtype=p.dtype, generator=generator), alpha=0.01)
+        assert [step for step, flag in enumerate(lost) if flag] == poisoned
+        return (forwards, turns, lost, pool.counts), {chain.numbers.position for chain in pool.alive()}
+
+    with ThreadPoolExecutor(2) as threads:
+        (first, positions), (second, others) = threads.map(rank, (0, 1))
+    assert first == second and not positions & others
+    _, turns, lost, counts = first
+    assert counts.dropped == sum(lost) > 1
+    assert counts.renewed > 0 and counts.drift > 0 and len({turn.index for turn in turns}) == 4

@@ -202,6 +202,9 @@ CHANGES = {
     "slot 1 holds no whole chain": lambda said, tensors: tensors.update({"1.0.m0": torch.zeros(3)}),
     "slot 7 holds no whole chain": lambda said, tensors: said["chains"].update({"7": said["chains"]["0"]}),
     "got 'other', want the tensors of the chains": lambda said, tensors: tensors.update(other=torch.ones(1)),
+    "got the chain of slot 1 in lap": lambda said, tensors: said["chains"]["1"].update(lap=7),
+    "got the chain of slot 0 in lap": lambda said, tensors: said["chains"]["0"].update(index=10**6),
+    "want it where the last of 2 draws left it": lambda said, tensors: said["counts"].update(drawn=2),
     "0.0.x holds NaN": lambda said, tensors: tensors["0.0.x"].fill_(math.nan),
 }
 

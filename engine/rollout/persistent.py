@@ -30,7 +30,7 @@ from torch import Tensor
 from prfl_engine.batch import Batch, collate
 from prfl_engine.chain import Chain
 from prfl_engine.config import Config
-from prfl_engine.errors import check
+from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState, init_state
 from prfl_engine.metrics import note
 from prfl_engine.objectives import GradedWindow, Grader, Grading, bind, index_range
@@ -172,8 +172,16 @@ class Persistent:
             self.pool.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Read the pool of a checkpoint; UserError where it does not fit."""
+        """Read the pool of a checkpoint; UserError where it does not fit. Every chain has to be where the
+        last draw of its slot left it."""
         self.pool.load(folder)
+        drawn, path = self.pool.counts.drawn, folder / self.pool.name
+        last = (self.turns[k] for k in range(max(0, drawn - 2 * self.turns.pool), drawn))
+        left = {turn.slot: (turn.lap, turn.index + 1) for turn in last}
+        for slot, chain in enumerate(self.pool.chains):
+            if chain is not None and (at := (chain.numbers.lap, chain.numbers.index)) != left.get(slot):
+                at = f"got the chain of slot {slot} in lap {at[0]} before step {at[1]}"
+                raise UserError(f"{path}: {at}, want it where the last of {drawn} draws left it")
 
     def lost(self, step: int) -> bool:
         """Whether a chain that was graded in optimizer step `step` (the last one or the one before) is not
