@@ -18,7 +18,7 @@ from prfl_engine.memory.recompute import run_under
 from prfl_engine.model.layers import Block
 from prfl_engine.patch.diffusers_wan import Diffusers
 from prfl_engine.patch.fastvideo import FastVideo
-from prfl_engine.patch.layers import Replacement, complaint, sharded
+from prfl_engine.patch.layers import Replacement, complaint, hooked, sharded
 from prfl_engine.patch.memo import Memo
 from prfl_engine.patch.official import Official
 from prfl_engine.patch.probe import probe
@@ -51,7 +51,7 @@ class Forward(Replacement):
         """What the block's own forward returns for its own arguments."""
         block, structure, report = self.module, self.patch.structure, self.patch.report
         call, parts = structure.bind(block, self.patch.memo, *args, **kwargs), structure.parts(block)
-        why = call if isinstance(call, str) else structure.complaint(block) or _unread(parts)
+        why = call if isinstance(call, str) else hooked(block) or structure.complaint(block) or _unread(parts)
         report.note(why)
         if why is not None:
             args, kwargs = structure.unpatched(args, kwargs)
@@ -161,7 +161,7 @@ def _refusal(block: nn.Module, structure: Structure) -> str | None:
             return f"{name}: it is an FSDP unit inside of a block; want whole blocks as units"
         if isinstance(m, nn.Dropout) and m.p > 0 and "lora_dropout" not in name:
             return f"{name}: it drops values out (p = {m.p})"
-    if found := structure.complaint(block):
+    if found := hooked(block) or structure.complaint(block):
         return found
     parts = structure.parts(block)
     names = {id(m): name for name, m in block.named_modules()}
@@ -229,7 +229,8 @@ def fp8(model: nn.Module) -> Iterator[None]:
     for forward in blocks:
         parts = forward.patch.structure.parts(forward.module)
         check_widths(parts.modulation.shape[2], parts.ffn[0].weight.shape[0], parts.heads)
-        found = _unread(parts) or (isinstance(parts.modulation, DTensor) and "its weights are sharded")
+        found = hooked(forward.module) or _unread(parts)
+        found = "its weights are sharded" if isinstance(parts.modulation, DTensor) else found
         if found:
             raise UserError(f"fp8: {found}")
     try:

@@ -13,7 +13,6 @@ from prfl_engine.patch.structure import (
     TEXT_TOKENS,
     TOKENS,
     Structure,
-    any_hooked,
     attend,
 )
 from prfl_engine.patch.view import Call, ImageProjections, Parts, Projections, widened
@@ -57,11 +56,10 @@ class FastVideo(Structure):
         )  # fmt: skip
 
     def complaint(self, block):
-        names = "attn1", "attn2", "ffn", "norm1", "self_attn_residual_norm", "cross_attn_residual_norm"
         kinds = type(block.attn1).__name__, type(block.attn2.attn).__name__
         if kinds != ("DistributedAttention", "LocalAttention"):
             return f"attn1, attn2: their attention is {' and '.join(kinds)}"
-        return any_hooked(block, *names)
+        return None
 
     def model_complaint(self, model):
         return None if hasattr(model, "patch_embedding") else "it has no patch_embedding"

@@ -14,7 +14,6 @@ from prfl_engine.patch.structure import (
     TEXT_TOKENS,
     TOKENS,
     Structure,
-    any_hooked,
     attend,
     unwrapped,
 )
@@ -40,8 +39,6 @@ class Official(Structure):
         )  # fmt: skip
 
     def complaint(self, block):
-        if found := any_hooked(block, "self_attn", "cross_attn", "ffn", "norm1", "norm2", "norm3"):
-            return found
         window = getattr(block.self_attn, "window_size", (-1, -1))
         return None if tuple(window) == (-1, -1) else f"self_attn: it attends to a window of {window}"
 
