@@ -291,6 +291,10 @@ def test_another_model_of_such_blocks_is_refused():
         accelerate(vace)
     with pytest.raises(UserError, match="blocks.0: norm2: it is no norm over 48 channels with a weight"):
         accelerate(model_of(cross_attn_norm=False))
+    old = model_of()
+    del old.rope.freqs_cos
+    with pytest.raises(UserError, match="WanTransformer3DModel: rope: it has no freqs_cos and freqs_sin"):
+        accelerate(old)
 
 
 # FSDP2

@@ -80,6 +80,8 @@ class Diffusers(Structure):
             return "it runs context-parallel"
         if "forward" in vars(model.rope):
             return "rope: its forward was replaced"
+        if not hasattr(model.rope, "freqs_cos"):
+            return "rope: it has no freqs_cos and freqs_sin, as newer versions of diffusers have"
         known = model.rope.freqs_cos.is_meta or Rotations(model.rope, Memo()).known()
         return None if known else f"rope: it has {ROPE}"
 
