@@ -9,7 +9,7 @@ from helpers import randomize, relative
 from torch.distributed.tensor import DTensor
 
 from prfl_engine.errors import UserError
-from prfl_engine.patch import accelerate, report_of, restore
+from prfl_engine.patch import accelerate, fp8, report_of, restore
 
 pytest.importorskip("diffusers")
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel, WanVACETransformer3DModel  # noqa: E402
@@ -318,6 +318,8 @@ def test_sharded_blocks(one_process, first):
     assert_close(outcome(model, inputs), want)
     report = report or report_of(model)
     assert report.calls == 2 and not report.fallbacks
+    with pytest.raises(UserError, match="fp8: got sharded weights, want whole ones"), fp8(model):
+        pass
 
 
 def test_units_inside_of_blocks(one_process):

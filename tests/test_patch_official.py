@@ -100,6 +100,7 @@ def test_a_policy_of_names_and_what_is_refused_of_settings():
         (dict(recompute="some"), "recompute: got 'some', want one of none, full, attention"),
         (dict(recompute=BlockPolicy({"input"}, {"hidden"})), "recompute: got .'hidden'., want a policy that"),
         (dict(chunk=0), "chunk: got 0, want"),
+        (dict(recompute=None), "recompute: got None, want a name or a BlockPolicy"),
     ):
         with pytest.raises(UserError, match=words):
             accelerate(model_of(), **settings)
@@ -317,6 +318,8 @@ def test_fp8_runs_blocks_without_gradient():
         after = torch.cat([a.flatten() for a in model(**arguments)])
     assert 1e-3 < relative(fast, plain) < 0.1
     assert relative(graded, plain) < 1e-5 and torch.equal(after, plain)
+    del model.blocks[1:]
+    restore(model)
     small = model_of()
     accelerate(small)
     with pytest.raises(UserError, match="got fp8 with heads of 24, want heads of 64 or 128"), fp8(small):

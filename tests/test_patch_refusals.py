@@ -98,6 +98,10 @@ def without_norm(model):
     model.blocks[0].norm3 = nn.Identity()
 
 
+def without_a_layer(model):
+    del model.blocks[1].cross_attn.o
+
+
 def other_eps(model):
     model.blocks[1].cross_attn.norm_k.eps = 1e-5
 
@@ -153,6 +157,7 @@ WORDS = {
     subclass: "blocks.0: self_attn.v: it is a Packed",
     without_bias: "blocks.0: self_attn.k: it has no bias",
     without_norm: "blocks.0: norm3: it is no norm over 48 channels with a weight",
+    without_a_layer: "blocks.1: it is not as in WanModel .*: 'CrossAttention' object has no attribute 'o'",
     other_eps: "blocks.1: cross_attn.norm_k: its eps is 1e-05, that of the first norm 1e-06",
     norm_of_heads: "blocks.0: self_attn.norm_q: it is no norm over 48 channels",
     sparse: "blocks.0: to_gate_compress.weight, to_gate_compress.bias: our block has nothing like it",
