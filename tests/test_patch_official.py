@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.patch import accelerate, fast_reward_pool, fp8, report_of, restore
+from prfl_engine.patch.memo import Memo
+from prfl_engine.patch.official import Official
+from prfl_engine.patch.view import Call
 
 GRID = (2, 3, 4)
 TOKENS = 24
@@ -260,6 +263,19 @@ def test_calls_that_are_not_ours_run_the_original_code_and_are_counted():
     assert report.calls == 1
     assert report.fallbacks == {"ffn.0: it has hooks, which would not run": 1}
     assert "1 times: ffn.0: it has hooks" in str(report)
+
+
+def test_compiled_code_sees_another_table():
+    """It breaks the graph where it reads it."""
+    block, memo, x = model_of(layers=1).blocks[0], Memo(), torch.randn(1, TOKENS, 48)
+    rest = torch.ones(1, 6, 48), torch.tensor([TOKENS]), torch.tensor([GRID])
+
+    @torch.compile(backend="eager")
+    def ours(freqs):
+        return isinstance(Official().bind(block, memo, x, *rest, freqs, x, None), Call)
+
+    torch.compiler.reset()
+    assert ours(twins.table(24)) and not ours(twins.table(24, theta=5000.0))
 
 
 def test_arguments_of_videox_fun_are_known():

@@ -3,6 +3,7 @@
 import math
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from prfl_engine.patch.layers import Replacement
@@ -64,6 +65,7 @@ class FastVideo(Structure):
     def model_complaint(self, model):
         return None if hasattr(model, "patch_embedding") else "it has no patch_embedding"
 
+    @torch.compiler.disable  # it reads tables of rotations
     def bind(self, block, memo, hidden_states, encoder_hidden_states, temb, freqs_cis, **more):
         for name, value in more.items():
             if value is not None:

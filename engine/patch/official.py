@@ -50,6 +50,7 @@ class Official(Structure):
         table = model.freqs
         return None if table.is_meta or ours(table, head_dim, "complex") else f"freqs: it has {ROPE}"
 
+    @torch.compiler.disable  # it reads the grids and lengths from their tensors
     def bind(
         self, block, memo, x, e, seq_lens, grid_sizes, freqs, context, context_lens, dtype=None, t=None,
         **more,
