@@ -93,7 +93,8 @@ class SelfAttention(nn.Module):
     def forward(self, x, seq_lens, grid_sizes, freqs):
         q, k = (self.heads(norm(m(x))) for norm, m in ((self.norm_q, self.q), (self.norm_k, self.k)))
         q, k = rotate(q, grid_sizes, freqs), rotate(k, grid_sizes, freqs)
-        return self.o(flash_attention(q, k, self.heads(self.v(x)), seq_lens, self.window_size).flatten(2))
+        how = dict(k_lens=seq_lens, window_size=self.window_size)
+        return self.o(flash_attention(q, k, self.heads(self.v(x)), **how).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -109,7 +110,7 @@ class CrossAttention(SelfAttention):
             k, v = self.heads(self.norm_k_img(self.k_img(image))), self.heads(self.v_img(image))
             total = flash_attention(q, k, v)
         k, v = self.heads(self.norm_k(self.k(context))), self.heads(self.v(context))
-        return self.o((total + flash_attention(q, k, v, context_lens)).flatten(2))
+        return self.o((total + flash_attention(q, k, v, k_lens=context_lens)).flatten(2))
 
 
 class Block(nn.Module):

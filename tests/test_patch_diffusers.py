@@ -9,7 +9,7 @@ from helpers import randomize, relative
 from torch.distributed.tensor import DTensor
 
 from prfl_engine.errors import UserError
-from prfl_engine.patch import accelerate, report_of, restore
+from prfl_engine.patch import accelerate, fp8, report_of, restore
 
 pytest.importorskip("diffusers")
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel, WanVACETransformer3DModel  # noqa: E402
@@ -291,6 +291,10 @@ def test_another_model_of_such_blocks_is_refused():
         accelerate(vace)
     with pytest.raises(UserError, match="blocks.0: norm2: it is no norm over 48 channels with a weight"):
         accelerate(model_of(cross_attn_norm=False))
+    old = model_of()
+    del old.rope.freqs_cos
+    with pytest.raises(UserError, match="WanTransformer3DModel: rope: it has no freqs_cos and freqs_sin"):
+        accelerate(old)
 
 
 # FSDP2
@@ -314,6 +318,8 @@ def test_sharded_blocks(one_process, first):
     assert_close(outcome(model, inputs), want)
     report = report or report_of(model)
     assert report.calls == 2 and not report.fallbacks
+    with pytest.raises(UserError, match="fp8: got sharded weights, want whole ones"), fp8(model):
+        pass
 
 
 def test_units_inside_of_blocks(one_process):

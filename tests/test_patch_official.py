@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.patch import accelerate, fast_reward_pool, fp8, report_of, restore
+from prfl_engine.patch.memo import Memo
+from prfl_engine.patch.official import Official
+from prfl_engine.patch.view import Call
 
 GRID = (2, 3, 4)
 TOKENS = 24
@@ -100,6 +103,7 @@ def test_a_policy_of_names_and_what_is_refused_of_settings():
         (dict(recompute="some"), "recompute: got 'some', want one of none, full, attention"),
         (dict(recompute=BlockPolicy({"input"}, {"hidden"})), "recompute: got .'hidden'., want a policy that"),
         (dict(chunk=0), "chunk: got 0, want"),
+        (dict(recompute=None), "recompute: got None, want a name or a BlockPolicy"),
     ):
         with pytest.raises(UserError, match=words):
             accelerate(model_of(), **settings)
@@ -257,8 +261,21 @@ def test_calls_that_are_not_ours_run_the_original_code_and_are_counted():
     hooked(model)
     outcome(model, inputs_of())
     assert report.calls == 1
-    assert report.fallbacks == {"a linear layer: it has hooks, which would not run": 1}
-    assert "1 times: a linear layer: it has hooks" in str(report)
+    assert report.fallbacks == {"ffn.0: it has hooks, which would not run": 1}
+    assert "1 times: ffn.0: it has hooks" in str(report)
+
+
+def test_compiled_code_sees_another_table():
+    """It breaks the graph where it reads it."""
+    block, memo, x = model_of(layers=1).blocks[0], Memo(), torch.randn(1, TOKENS, 48)
+    rest = torch.ones(1, 6, 48), torch.tensor([TOKENS]), torch.tensor([GRID])
+
+    @torch.compile(backend="eager")
+    def ours(freqs):
+        return isinstance(Official().bind(block, memo, x, *rest, freqs, x, None), Call)
+
+    torch.compiler.reset()
+    assert ours(twins.table(24)) and not ours(twins.table(24, theta=5000.0))
 
 
 def test_arguments_of_videox_fun_are_known():
@@ -317,6 +334,8 @@ def test_fp8_runs_blocks_without_gradient():
         after = torch.cat([a.flatten() for a in model(**arguments)])
     assert 1e-3 < relative(fast, plain) < 0.1
     assert relative(graded, plain) < 1e-5 and torch.equal(after, plain)
+    del model.blocks[1:]
+    restore(model)
     small = model_of()
     accelerate(small)
     with pytest.raises(UserError, match="got fp8 with heads of 24, want heads of 64 or 128"), fp8(small):

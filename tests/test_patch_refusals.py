@@ -35,6 +35,36 @@ def hook(model):
     model.blocks[0].ffn[2].register_forward_hook(lambda *_: None)
 
 
+def hook_on_norm(model):
+    model.blocks[1].cross_attn.norm_k.register_forward_pre_hook(lambda *_: None)
+
+
+def window_in_a_class(model):
+    class Windowed(twins.SelfAttention):
+        def forward(self, *arguments):
+            self.window_size = (64, 64)
+            made = super().forward(*arguments)
+            self.window_size = (-1, -1)
+            return made
+
+    for block in model.blocks:
+        block.self_attn.__class__ = Windowed
+
+
+def sparse_attention(model):
+    """Every token to the 128 of its own block, by a function of its own."""
+
+    class Sparse(twins.SelfAttention):
+        def forward(self, x, seq_lens, grid_sizes, freqs):
+            q, k = (self.heads(norm(m(x))) for norm, m in ((self.norm_q, self.q), (self.norm_k, self.k)))
+            q, k = (twins.rotate(a, grid_sizes, freqs).split(128, 1) for a in (q, k))
+            parts = zip(q, k, self.heads(self.v(x)).split(128, 1), strict=True)
+            return self.o(torch.cat([twins.attend(*part) for part in parts], 1).flatten(2))
+
+    for block in model.blocks:
+        block.self_attn.__class__ = Sparse
+
+
 def backward_hook(model):
     model.blocks[0].cross_attn.register_full_backward_hook(lambda *_: None)
 
@@ -66,6 +96,10 @@ def without_bias(model):
 
 def without_norm(model):
     model.blocks[0].norm3 = nn.Identity()
+
+
+def without_a_layer(model):
+    del model.blocks[1].cross_attn.o
 
 
 def other_eps(model):
@@ -114,12 +148,16 @@ WORDS = {
     other_forward: "blocks.0: self_attn: its forward was replaced",
     block_forward: "blocks.1: its forward was replaced .offloading, caching.; call accelerate before",
     hook: "blocks.0: ffn.2: it has hooks, which would not run",
+    hook_on_norm: "blocks.1: cross_attn.norm_k: it has hooks",
+    window_in_a_class: r"the original Block and ours differ: ValueError: attention to a window of \(64, 64\)",
+    sparse_attention: "blocks.0: the original Block and ours differ: a relative distance of",
     backward_hook: "blocks.0: cross_attn: it has hooks",
     stored: "blocks.1: ffn.0: it is stored as float8_e4m3fn",
     quantised: "blocks.1: self_attn.o: it is a Linear4bit, not a plain linear layer",
     subclass: "blocks.0: self_attn.v: it is a Packed",
     without_bias: "blocks.0: self_attn.k: it has no bias",
     without_norm: "blocks.0: norm3: it is no norm over 48 channels with a weight",
+    without_a_layer: "blocks.1: it is not as in WanModel .*: 'CrossAttention' object has no attribute 'o'",
     other_eps: "blocks.1: cross_attn.norm_k: its eps is 1e-05, that of the first norm 1e-06",
     norm_of_heads: "blocks.0: self_attn.norm_q: it is no norm over 48 channels",
     sparse: "blocks.0: to_gate_compress.weight, to_gate_compress.bias: our block has nothing like it",

@@ -18,7 +18,7 @@ from prfl_engine.memory.recompute import run_under
 from prfl_engine.model.layers import Block
 from prfl_engine.patch.diffusers_wan import Diffusers
 from prfl_engine.patch.fastvideo import FastVideo
-from prfl_engine.patch.layers import Replacement, complaint, sharded
+from prfl_engine.patch.layers import Replacement, complaint, hooked, sharded
 from prfl_engine.patch.memo import Memo
 from prfl_engine.patch.official import Official
 from prfl_engine.patch.probe import probe
@@ -51,7 +51,7 @@ class Forward(Replacement):
         """What the block's own forward returns for its own arguments."""
         block, structure, report = self.module, self.patch.structure, self.patch.report
         call, parts = structure.bind(block, self.patch.memo, *args, **kwargs), structure.parts(block)
-        why = call if isinstance(call, str) else structure.complaint(block) or _unread(parts)
+        why = call if isinstance(call, str) else hooked(block) or structure.complaint(block) or _unread(parts)
         report.note(why)
         if why is not None:
             args, kwargs = structure.unpatched(args, kwargs)
@@ -86,11 +86,11 @@ def accelerate(
 ) -> Report:
     """Let the blocks of a Wan transformer compute by our operations, forward and backward.
 
-    model is a transformer of Wan2.1, Wan2.2, HY-Video-PRFL, VideoX-Fun or diffusers, or a module with one in
-    it. recompute and keep are what a block saves for its backward, as model.recompute and model.keep of a
-    configuration (without offloading), and chunk the tokens that a sublayer works on at a time. Returns what
-    was replaced. Products run in autocast's dtype where it is on, else in that of the weights; norms,
-    modulation and rotation in float32.
+    model is a transformer of Wan2.1, Wan2.2, HY-Video-PRFL, VideoX-Fun, diffusers or FastVideo, or a module
+    with one in it. recompute and keep are what a block saves for its backward, as model.recompute and
+    model.keep of a configuration (without offloading), and chunk the tokens that a sublayer works on at a
+    time. Returns what was replaced. Products run in autocast's dtype where it is on, else in that of the
+    weights; norms, modulation and rotation in float32.
 
     Raises UserError, and has changed nothing, for a transformer that is not known or has something our code
     does not do (quantised weights, hooks inside of blocks, sparse attention, another rope, ...), for a block
@@ -99,6 +99,7 @@ def accelerate(
     with refusing("accelerate"):
         policy = named(recompute, keep) if isinstance(recompute, str) else recompute
         check_chunk(chunk)
+    check(isinstance(policy, BlockPolicy), "recompute", policy, "a name or a BlockPolicy")
     check(not policy.offload, "recompute", sorted(policy.offload), "a policy that offloads nothing")
     owner = _transformer(model)
     blocks = {f"blocks.{i}": unwrapped(block) for i, block in enumerate(owner.blocks)}
@@ -161,9 +162,12 @@ def _refusal(block: nn.Module, structure: Structure) -> str | None:
             return f"{name}: it is an FSDP unit inside of a block; want whole blocks as units"
         if isinstance(m, nn.Dropout) and m.p > 0 and "lora_dropout" not in name:
             return f"{name}: it drops values out (p = {m.p})"
-    if found := structure.complaint(block):
+    try:
+        parts = structure.parts(block)
+    except (AttributeError, IndexError) as error:
+        return f"it is not as in {structure.name}: {error}"
+    if found := hooked(block) or structure.complaint(block):
         return found
-    parts = structure.parts(block)
     names = {id(m): name for name, m in block.named_modules()}
     for m in parts.linears():
         if found := complaint(m):
@@ -205,7 +209,7 @@ def restore(model: nn.Module) -> None:
     owners = [m for m in model.modules() if PATCH in vars(m)]
     for owner in owners:
         there = sum(isinstance(vars(m).get("forward"), Forward) for m in owner.modules())
-        if (want := vars(owner)[PATCH].report.blocks) != there:
+        if (want := len(owner.blocks)) != there:
             name = type(owner).__name__
             raise UserError(
                 f"{name}: {want - there} of {want} blocks had their forward replaced since; undo that first"
@@ -228,10 +232,11 @@ def fp8(model: nn.Module) -> Iterator[None]:
     blocks = [f for m in model.modules() if isinstance(f := vars(m).get("forward"), Forward)]
     for forward in blocks:
         parts = forward.patch.structure.parts(forward.module)
-        check_widths(parts.modulation.shape[2], parts.ffn[0].weight.shape[0], parts.heads)
-        found = _unread(parts) or (isinstance(parts.modulation, DTensor) and "its weights are sharded")
-        if found:
+        if isinstance(parts.modulation, DTensor):
+            raise UserError("fp8: got sharded weights, want whole ones")
+        if found := hooked(forward.module) or _unread(parts):
             raise UserError(f"fp8: {found}")
+        check_widths(parts.modulation.shape[2], parts.ffn[0].weight.shape[0], parts.heads)
     try:
         for forward in blocks:
             forward.fp8 = _quantized(forward)

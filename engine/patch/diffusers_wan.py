@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from prfl_engine.patch.layers import Replacement, hooked
+from prfl_engine.patch.layers import Replacement
 from prfl_engine.patch.memo import Memo, ours, rows_equal
-from prfl_engine.patch.structure import MODULATION, ROPE, TEXT_TOKENS, TOKENS, Structure, any_hooked
+from prfl_engine.patch.structure import MODULATION, ROPE, TEXT_TOKENS, TOKENS, Structure
 from prfl_engine.patch.view import Call, ImageProjections, Parts, Projections, widened
 from prfl_kernels.qk_norm_rope.rope import Grid, rope_angles
 
@@ -59,8 +59,6 @@ class Diffusers(Structure):
         )  # fmt: skip
 
     def complaint(self, block):
-        if found := any_hooked(block, "attn1", "attn2", "ffn", "norm1", "norm2", "norm3"):
-            return found
         for name, attn in (("attn1", block.attn1), ("attn2", block.attn2)):
             p = attn.processor
             if type(p).__name__ != "WanAttnProcessor":
@@ -80,8 +78,10 @@ class Diffusers(Structure):
             return f"it has {', '.join(sorted(more))} besides a WanTransformer3DModel's parts"
         if getattr(model, "_parallel_config", None) is not None:
             return "it runs context-parallel"
-        if found := hooked(model.rope):
-            return f"rope: {found}"
+        if "forward" in vars(model.rope):
+            return "rope: its forward was replaced"
+        if not hasattr(model.rope, "freqs_cos"):
+            return "rope: it has no freqs_cos and freqs_sin, as newer versions of diffusers have"
         known = model.rope.freqs_cos.is_meta or Rotations(model.rope, Memo()).known()
         return None if known else f"rope: it has {ROPE}"
 

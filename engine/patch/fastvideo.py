@@ -3,6 +3,7 @@
 import math
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from prfl_engine.patch.layers import Replacement
@@ -13,7 +14,6 @@ from prfl_engine.patch.structure import (
     TEXT_TOKENS,
     TOKENS,
     Structure,
-    any_hooked,
     attend,
 )
 from prfl_engine.patch.view import Call, ImageProjections, Parts, Projections, widened
@@ -57,15 +57,15 @@ class FastVideo(Structure):
         )  # fmt: skip
 
     def complaint(self, block):
-        names = "attn1", "attn2", "ffn", "norm1", "self_attn_residual_norm", "cross_attn_residual_norm"
         kinds = type(block.attn1).__name__, type(block.attn2.attn).__name__
         if kinds != ("DistributedAttention", "LocalAttention"):
             return f"attn1, attn2: their attention is {' and '.join(kinds)}"
-        return any_hooked(block, *names)
+        return None
 
     def model_complaint(self, model):
         return None if hasattr(model, "patch_embedding") else "it has no patch_embedding"
 
+    @torch.compiler.disable  # it reads tables of rotations
     def bind(self, block, memo, hidden_states, encoder_hidden_states, temb, freqs_cis, **more):
         for name, value in more.items():
             if value is not None:

@@ -57,12 +57,15 @@ class Replacement:
     """A forward that took the place of a module's own; `restore` deletes it."""
 
 
-def hooked(m: nn.Module) -> str | None:
-    """Why our code, which does not call this module, would leave out something that its call does."""
-    if "forward" in vars(m):
-        return "its forward was replaced (offloading, casting and sequence parallelism do that)"
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-        return "it has hooks, which would not run"
+def hooked(block: nn.Module) -> str | None:
+    """Which module inside of a block does more than its class says when it is called: ours never calls it."""
+    for name, m in block.named_modules():
+        if m is block:
+            continue
+        if "forward" in vars(m):
+            return f"{name}: its forward was replaced (offloading, casting and sequence parallelism do that)"
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return f"{name}: it has hooks, which would not run"
     return None
 
 
@@ -89,8 +92,7 @@ def not_plain(m: nn.Module, bias: bool = True) -> str | None:
         return "it is quantised, or does not add its bias"
     if (m.bias is not None) != bias:
         return "it has no bias" if bias else "it has a bias"
-    found = hooked(m) or unusual(m.weight)
-    return found or (unusual(m.bias) if bias else None)
+    return unusual(m.weight) or (unusual(m.bias) if bias else None)
 
 
 def active(m: nn.Module) -> list[str]:
@@ -114,7 +116,7 @@ def not_adapted(m: nn.Module) -> str | None:
         found = not_plain(m.lora_A[name], False) or not_plain(m.lora_B[name], False)
         if found:
             return f"adapter {name!r}: {found}"
-    return hooked(m)
+    return None
 
 
 def complaint(m: nn.Module) -> str | None:

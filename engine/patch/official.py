@@ -14,7 +14,6 @@ from prfl_engine.patch.structure import (
     TEXT_TOKENS,
     TOKENS,
     Structure,
-    any_hooked,
     attend,
     unwrapped,
 )
@@ -40,8 +39,6 @@ class Official(Structure):
         )  # fmt: skip
 
     def complaint(self, block):
-        if found := any_hooked(block, "self_attn", "cross_attn", "ffn", "norm1", "norm2", "norm3"):
-            return found
         window = getattr(block.self_attn, "window_size", (-1, -1))
         return None if tuple(window) == (-1, -1) else f"self_attn: it attends to a window of {window}"
 
@@ -53,6 +50,7 @@ class Official(Structure):
         table = model.freqs
         return None if table.is_meta or ours(table, head_dim, "complex") else f"freqs: it has {ROPE}"
 
+    @torch.compiler.disable  # it reads the grids and lengths from their tensors
     def bind(
         self, block, memo, x, e, seq_lens, grid_sizes, freqs, context, context_lens, dtype=None, t=None,
         **more,

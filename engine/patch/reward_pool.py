@@ -58,6 +58,6 @@ def fast_reward_pool(module: nn.Module) -> None:
     plain = attn.batch_first and attn.bias_k is None and not attn.add_zero_attn
     if type(attn) is not nn.MultiheadAttention or attn.in_proj_bias is None or not plain:
         raise UserError("reward pool: its attention is no MultiheadAttention as HY-Video-PRFL makes it")
-    if why := hooked(attn):
-        raise UserError(f"reward pool: multihead_attn: {why}")
+    if why := hooked(pool):
+        raise UserError(f"reward pool: {why}")
     pool.forward = PoolForward(pool)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prfl_engine.patch.layers import Replacement, hooked
+from prfl_engine.patch.layers import Replacement
 from prfl_engine.patch.memo import Memo
 from prfl_engine.patch.view import Call, Parts
 from prfl_kernels.qk_norm_rope.rope import Grid
@@ -38,7 +38,7 @@ class Structure(ABC):
 
     @abstractmethod
     def complaint(self, block: nn.Module) -> str | None:
-        """What of the block, besides its layers, our code does not do; also asked before every call."""
+        """What of the block, besides layers and hooks, our code does not do; also asked in every call."""
 
     @abstractmethod
     def model_complaint(self, model: nn.Module) -> str | None:
@@ -68,14 +68,11 @@ class Structure(ABC):
         yield
 
 
-def any_hooked(block: nn.Module, *names: str) -> str | None:
-    """The first of these parts that is `hooked`, and why."""
-    found = ((name, hooked(getattr(block, name))) for name in names)
-    return next((f"{name}: {why}" for name, why in found if why), None)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, *args, **kwargs) -> Tensor:
-    """Attention [B, L, H, D] of q, k, v [B, L, H, D] to everything, in their dtype."""
+def attend(q: Tensor, k: Tensor, v: Tensor, *, window_size=(-1, -1), causal=False, **more) -> Tensor:
+    """Attention [B, L, H, D] of q, k, v [B, L, H, D] to everything, in the dtype of q. ValueError where the
+    caller asks for less."""
+    if tuple(window_size) != (-1, -1) or causal:
+        raise ValueError(f"attention to a window of {window_size}, causal {causal}")
     q, k, v = (a.to(q.dtype).transpose(1, 2) for a in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
