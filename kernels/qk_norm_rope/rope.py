@@ -20,6 +20,14 @@ def pairs_of(head_dim: int) -> Grid:
     return head_dim // 2 - 2 * third, third, third
 
 
+def placing(head_dim: int, grid: Grid | None, offset: int) -> dict[str, int]:
+    """What a kernel finds the angles of a token with: how many pairs of a head turn with its frame and its
+    row, rows and columns of the grid, and the number of the first token. Without grid nothing turns."""
+    frame_pairs, row_pairs, _ = (0, 0, 0) if grid is None else pairs_of(head_dim)
+    _, rows, columns = (1, 1, 1) if grid is None else grid
+    return dict(frame_pairs=frame_pairs, row_pairs=row_pairs, rows=rows, columns=columns, offset=offset)
+
+
 def axis_angles(head_dim: int, size: int) -> Tensor:
     """Angles [size, head_dim / 2] in float64: every pair at positions 0 ... size - 1 of its axis."""
     frequencies = [THETA ** (-torch.arange(n, dtype=torch.float64) / n) for n in pairs_of(head_dim)]
