@@ -3,14 +3,12 @@
     n    = x / sqrt(mean_C(x^2) + eps) * weight               over all C = H * D channels, not per head
     out  = rotate pairs (2i, 2i+1) of every head by angle_i(frame, row, column)
 
-Of the D/2 pairs the first D/2 - 2 (D/2 // 3) turn with the frame index, the next D/2 // 3 with the
-row and the last D/2 // 3 with the column; each part has its own frequencies
-theta^(-2j / dim_part). Tokens run frame-major over grid = (frames, rows, columns); `offset` is the
-index of the first token held here, for shards of a sequence. Norm and rotation run in float32 with
-angles computed in float64 (the official code rotates in complex128); the result is rounded once.
+rope.py has the angles. Tokens run frame-major over grid = (frames, rows, columns); `offset` is the index of
+the first token held here, for shards of a sequence. Norm and rotation run in float32 with angles computed in
+float64 (the official code rotates in complex128); the result is rounded once.
 Saved for the backward: q and k before the norm, the weights, and 1/rms of every token. `rms_norm` is the
 norm alone, of one tensor.
-Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`, `WanRMSNorm`.
+Source: Wan2.1 `WanRMSNorm`.
 """
 
 from collections.abc import Callable

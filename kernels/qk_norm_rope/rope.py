@@ -1,7 +1,7 @@
 """The angles of 3-D rotary position embedding: tables by axis, of a few hundred rows.
 
-Of the D / 2 pairs of a head the first turn with a token's frame, then some with its row and some with its
-column, each part with its own frequencies theta^(-2j / dim_part). Angles are computed in float64.
+Of the D/2 pairs of a head the first D/2 - 2 (D/2 // 3) turn with a token's frame, the next D/2 // 3 with its
+row and the last D/2 // 3 with its column, each part with its own frequencies theta^(-2j / dim_part).
 Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`.
 """
 
