@@ -19,7 +19,7 @@ from torch import Tensor
 from prfl_kernels import dispatch
 from prfl_kernels.checks import expect, expect_places, expect_rows
 from prfl_kernels.declare import allocator, gradients_like, operation, or_empty
-from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, record
+from prfl_kernels.dispatch import record
 from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows
 from prfl_kernels.jit import unit_last, wide
 from prfl_kernels.qk_norm_rope import cpu, cuda, triton_kernels
@@ -72,13 +72,9 @@ def reference_backward(a: Backward) -> None:
             a.dweight[i] = (d * x_hat).sum((0, 1))
 
 
+_plain = reference_forward, reference_backward
 for _op in ("rms_norm", "qk_norm_rope"):
-    dispatch.register(_op, dispatch.common({
-        REFERENCE: (reference_forward, reference_backward),
-        CPU: (cpu.forward, cpu.backward),
-        TRITON: (triton_kernels.forward, triton_kernels.backward),
-        CUDA: (cuda.forward, cuda.backward),
-    }))  # fmt: skip
+    dispatch.register(_op, dispatch.room(_plain, cpu=cpu, triton=triton_kernels, cuda=cuda))
 
 
 def forward(
