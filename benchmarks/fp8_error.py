@@ -14,9 +14,10 @@ import argparse
 import torch
 from torch import Tensor
 
+from prfl_bench.hopper_product import hopper_product
 from prfl_kernels.attention.fp8 import attention_fp8_reference, quantize_values
 from prfl_kernels.fp8.e4m3 import quantize_rows
-from prfl_kernels.fp8.linear import hopper_product, quantize_weight
+from prfl_kernels.fp8.linear import quantize_weight
 
 HEAD_DIM = 128
 PROMOTED = 128  # products that the tensor core adds before they move to float32

@@ -55,7 +55,7 @@ def reference_backward(dg, h, bias, dh, g, dbias):
 
 def cpu_forward(h, bias, g):
     """Fill g by the compiled CPU kernel. ValueError for dtypes but float32 and bfloat16."""
-    supported(h, bias)
+    supported("bias_gelu", h, bias)
     h, bias = unit_last(h), unit_last(bias)
     batch, length, width = h.shape
     extension.launch("bias_gelu_forward", h=h, bias=bias, g=g, batch=batch, length=length, width=width)
@@ -63,7 +63,7 @@ def cpu_forward(h, bias, g):
 
 def cpu_backward(dg, h, bias, dh, g, dbias):
     """Fill dh, g and dbias by the compiled CPU kernel. ValueError for dtypes but float32 and bfloat16."""
-    supported(h, bias)
+    supported("bias_gelu", h, bias)
     dg, h, bias = unit_last(dg.to(h.dtype)), unit_last(h), unit_last(bias)
     (batch, length, width), count = h.shape, runs(h.shape[1])
     part = None if dbias is None else empty(dbias, batch, count, width)

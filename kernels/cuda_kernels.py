@@ -48,13 +48,6 @@ def _device(name: str, tensors: dict[str, Tensor]) -> torch.device:
     return a.device
 
 
-def supported(name: str, *tensors: Tensor | None) -> None:
-    """Raise ValueError unless every tensor is float32 or bfloat16."""
-    for a in tensors:
-        if a is not None and a.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"{name}: got {a.dtype}, want float32 or bfloat16")
-
-
 def vectors(a: Tensor) -> bool:
     """Whether every row of a begins at a multiple of 16 bytes."""
     strides = zip(a.shape[:-1], a.stride(), strict=False)

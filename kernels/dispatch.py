@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Container, Iterable
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -139,6 +140,12 @@ def common(functions: dict[str, tuple[Callable, ...] | Callable], e4m3: bool = F
         return Implementation(name, reason, always, *pair)
 
     return [record(name, pair if isinstance(pair, tuple) else (pair,)) for name, pair in functions.items()]
+
+
+def room(plain: tuple[Callable, Callable], **files: ModuleType) -> list[Implementation]:
+    """Records of plain torch, (forward, backward), and of the files of a room by the names of `common`: each
+    has a forward and a backward."""
+    return common({REFERENCE: plain} | {name: (file.forward, file.backward) for name, file in files.items()})
 
 
 def configure(choice: str) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 PARTS = ("cpu", "cuda")
-DTYPES = (torch.float32, torch.bfloat16)  # of the CPU kernels
+DTYPES = (torch.float32, torch.bfloat16)  # of the compiled kernels
 CODES = {**{dtype: i for i, dtype in enumerate(DTYPES)}, torch.float8_e4m3fn: 2}
 View = tuple[Tensor | int, ...]
 Argument = Tensor | float | None  # of a launch
@@ -195,11 +195,11 @@ def runs(length: int) -> int:
     return max(1, min(RUNS, length // TOKENS_OF_A_RUN))
 
 
-def supported(*tensors: Tensor | None) -> None:
-    """Raise ValueError unless every tensor is float32 or bfloat16."""
+def supported(op: str, *tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor has one of DTYPES."""
     for a in tensors:
         if a is not None and a.dtype not in DTYPES:
-            raise ValueError(f"kernels: got {a.dtype} for a compiled CPU kernel, want float32 or bfloat16")
+            raise ValueError(f"{op}: got {a.dtype} for a compiled kernel, want float32 or bfloat16")
 
 
 def keep_freed_memory() -> bool:

@@ -22,6 +22,7 @@ from prfl_kernels import cuda_kernels, dispatch
 from prfl_kernels.checks import expect, expect_float
 from prfl_kernels.declare import operation
 from prfl_kernels.dispatch import CUDA, REFERENCE, record
+from prfl_kernels.extension import supported
 
 
 def reference(x, x_last, m0, m1, velocity, columns, x_next, x_c, m_t):
@@ -39,7 +40,7 @@ def cuda(x, x_last, m0, m1, velocity, columns, *made):
     bfloat16."""
     if x.dtype != torch.float32:
         raise ValueError(f"solver_step: got {x.dtype} for cuda, want float32")
-    cuda_kernels.supported("solver_step", velocity)
+    supported("solver_step", velocity)
     names = "x", "x_last", "m0", "m1", "velocity", "columns", "x_next", "x_c", "m_t"
     held = [a.contiguous() for a in (x, x_last, m0, m1, velocity, columns.float())]
     tensors = {name: a.view(len(x), -1) for name, a in zip(names, (*held, *made), strict=True)}

@@ -14,6 +14,7 @@ from fused import (
 )
 from torch.library import opcheck
 
+from prfl_kernels import rows
 from prfl_kernels.norm.gated_add import gated_add, gated_add_modulate, gated_add_norm
 from prfl_kernels.norm.op import layer_norm, modulate, modulate_fp8
 
@@ -59,9 +60,7 @@ def test_widths_of_the_models(name, width):
 
 def test_more_tokens_than_programs(monkeypatch):
     """Runs of several tokens, the last one shorter: L = 23 in 4 runs of 6 for each of two samples."""
-    from prfl_kernels.norm import triton_kernels as add_norm
-
-    monkeypatch.setattr(add_norm, "RUNS", 9)
+    monkeypatch.setattr(rows, "RUNS", 9)
     for name in NAMES:
         assert_as_good_as_torch(*row_inputs(name, 2, 23, 40))
 

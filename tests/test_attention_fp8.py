@@ -8,11 +8,11 @@ from e4m3 import CHECKS, E4M3, INSTRUCTION, rounding
 from fused import DEVICE, error, needs_triton, normal, strided
 from torch.library import opcheck
 
+from prfl_bench.hopper_product import hopper_product
 from prfl_kernels import dispatch
 from prfl_kernels.attention import fp8 as module
 from prfl_kernels.attention.fp8 import attention_fp8, attention_fp8_reference, quantize_values
 from prfl_kernels.fp8.e4m3 import quantize_rows
-from prfl_kernels.fp8.linear import hopper_product
 
 F32, BF16 = torch.float32, torch.bfloat16
 SHAPES = pytest.mark.parametrize(

@@ -10,13 +10,13 @@ from fused import assert_as_good_as_torch, error, needs_triton, normal, strided
 from test_attention_fp8 import exact, quantized, values_of
 from test_cuda_kernels import watch
 
+from prfl_bench.hopper_product import hopper_product
 from prfl_kernels import cuda_kernels, dispatch
 from prfl_kernels import extension as compiled
 from prfl_kernels.attention import cuda as attention_hopper
 from prfl_kernels.attention.fp8 import BLOCK_N, attention_fp8, attention_fp8_reference
 from prfl_kernels.attention.op import ORDER, RECORDS, attention_with_lse
 from prfl_kernels.attention.reference import forward as reference_forward
-from prfl_kernels.fp8.linear import hopper_product
 
 pytestmark = [
     needs_triton,

@@ -6,9 +6,10 @@ from e4m3 import CHECKS, E4M3, INSTRUCTION, assert_rounded, rounding
 from fused import DEVICE, error, normal, strided
 from torch.library import opcheck
 
+from prfl_bench.hopper_product import hopper_product
 from prfl_kernels import dispatch
 from prfl_kernels.fp8.e4m3 import quantize_rows
-from prfl_kernels.fp8.linear import fp8_linear, hopper_product, quantize_weight
+from prfl_kernels.fp8.linear import fp8_linear, quantize_weight
 
 F32, BF16 = torch.float32, torch.bfloat16
 

@@ -14,8 +14,8 @@ from prfl_bench.ledger import collect as ledger
 from prfl_bench.ledger import sass
 from prfl_bench.ledger import text as ledger_text
 from prfl_bench.shapes import MODELS, TEXT, Model, Shape
+from prfl_kernels import rows as row_kernels
 from prfl_kernels.jit import INTERPRETED, jit, tl
-from prfl_kernels.norm import triton_kernels as add_norm
 from prfl_kernels.reward_pool import triton_kernels as reward_pool
 
 pytestmark = needs_triton
@@ -321,7 +321,7 @@ def test_sampling_agrees_with_every_program_and_iteration(launch, monkeypatch):
     """330 tokens in 9 runs of 37, the last one shorter (of the pooling: 2 runs of up to 3 tiles)."""
     from prfl_bench.ledger import traffic as ledger_traffic
 
-    monkeypatch.setattr(add_norm, "RUNS", 9)
+    monkeypatch.setattr(row_kernels, "RUNS", 9)
     monkeypatch.setattr(reward_pool, "SMS", 2)
     tiny = Model("tiny", 256, 2, 700)
     s = Shape(tiny, (3, 10, 11), 1, 1, TEXT, torch.bfloat16, launch.streams[0], "meta")

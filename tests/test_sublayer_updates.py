@@ -137,7 +137,7 @@ def test_attention_of_an_earlier_call_serves_with_updates_and_chunks(monkeypatch
     earlier = modulated_attention(
         *inputs[:4], AttentionWeights(*inputs[4:14]), GRID, HEADS, keep="attention", low=low, chunk=7
     ).attention
-    monkeypatch.setattr(attention_sublayer, "attention_with_lse", None)
+    monkeypatch.setattr(attention_sublayer, "attend", None)
     again = operation("attention", names, "attention", 7, attention=tuple(a.detach() for a in earlier))
     for a, b in zip(sum(outputs_and_gradients(again, inputs), []), sum(want, []), strict=True):
         assert error(a, b) < 1e-12

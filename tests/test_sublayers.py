@@ -148,7 +148,7 @@ def test_attention_of_an_earlier_call_is_taken_as_it_is(next_norm, monkeypatch):
     x.requires_grad_()
     earlier = modulated_attention(x, shift, scale, gate, weights, keep="attention", **how).attention
     assert [a.shape for a in earlier] == [(2, LENGTH, HEADS, 16), (2, HEADS, LENGTH)]
-    monkeypatch.setattr(attention_sublayer, "attention_with_lse", None)
+    monkeypatch.setattr(attention_sublayer, "attend", None)
 
     def again(x, shift, scale, gate, *rest):
         w, how["norm"] = AttentionWeights(*rest[:10]), rest[10:] or None

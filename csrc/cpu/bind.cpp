@@ -29,8 +29,8 @@ void def_launch(py::module_& m, const char* name, void (*prfl::Kernels::*kernel)
 #define PAIR(member) PRFL_NAMED(#member "_q", member[0]), PRFL_NAMED(#member "_k", member[1])
 #define ROPE                                                                                 \
   PRFL_NAMED("cos", rope.cos), PRFL_NAMED("sin", rope.sin), PRFL_NAMED("heads", rope.heads), \
-      PRFL_NAMED("head_dim", rope.head_dim), PRFL_NAMED("frames", rope.frames),              \
-      PRFL_NAMED("frames_rows", rope.frames_rows), PRFL_NAMED("rows", rope.rows),            \
+      PRFL_NAMED("head_dim", rope.head_dim), PRFL_NAMED("frame_pairs", rope.frame_pairs),    \
+      PRFL_NAMED("row_pairs", rope.row_pairs), PRFL_NAMED("rows", rope.rows),                \
       PRFL_NAMED("columns", rope.columns), PRFL_NAMED("offset", rope.offset)
 #define ATTENTION_SHAPE                                                                                   \
   PRFL_NAMED("batch", shape.batch), PRFL_NAMED("queries", shape.queries), PRFL_NAMED("keys", shape.keys), \

@@ -38,11 +38,11 @@ struct NormBackward {
 
 // qk_norm_rope: RMSNorm over a row of heads * head_dim, then rotation of the pairs of every head.
 // cos, sin: float [positions, head_dim] with every cosine twice and (-sine, sine); absent: no rotation.
-// Channels below `frames` of a head take the row of the token's frame, those below `frames_rows` that
-// of its row in the frame, the others that of its column.
+// The first `frame_pairs` pairs of a head take the row of the token's frame, the next `row_pairs` that of its
+// row in the frame, the others that of its column.
 struct Rope {
   View cos, sin;
-  int64_t heads, head_dim, frames, frames_rows, rows, columns, offset;
+  int64_t heads, head_dim, frame_pairs, row_pairs, rows, columns, offset;
 };
 struct QkNormRopeForward {
   View x[2], weight[2];  // q and k; x[1] may be absent

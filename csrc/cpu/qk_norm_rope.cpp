@@ -15,9 +15,10 @@ struct Angles {
   void take(int64_t l) {
     const int64_t token = rope.offset + l;
     const int64_t frame = token / (rope.rows * rope.columns);
-    copy(frame, 0, rope.frames);
-    copy(token / rope.columns % rope.rows, rope.frames, rope.frames_rows);
-    copy(token % rope.columns, rope.frames_rows, rope.head_dim);
+    const int64_t frames = 2 * rope.frame_pairs, frames_rows = frames + 2 * rope.row_pairs;
+    copy(frame, 0, frames);
+    copy(token / rope.columns % rope.rows, frames, frames_rows);
+    copy(token % rope.columns, frames_rows, rope.head_dim);
   }
   void copy(int64_t place, int64_t from, int64_t to) {
     memcpy(cos + from, rope.cos.at<float>(place) + from, (to - from) * sizeof(float));

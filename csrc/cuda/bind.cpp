@@ -91,7 +91,7 @@ void bind_norm_backward(py::module_& m) {
       PRFL_NAMED("columns", rotation.columns), PRFL_NAMED("offset", rotation.offset)
 
 void bind_qk_norm_rope_forward(py::module_& m) {
-  using A = prfl::cuda::QkForward;
+  using A = prfl::cuda::QkNormRopeForward;
   def_launch<A>(m, "qk_norm_rope_forward", prfl::cuda::qk_norm_rope_forward,
                 {ROWS(q), ROWS(k), FIELD(weight_q), FIELD(weight_k), FIELD(out_q), FIELD(out_k),
                  FIELD(quant_q), FIELD(quant_k), FIELD(rstd_q), FIELD(rstd_k), FIELD(batch), FIELD(length),
@@ -99,7 +99,7 @@ void bind_qk_norm_rope_forward(py::module_& m) {
 }
 
 void bind_qk_norm_rope_backward(py::module_& m) {
-  using A = prfl::cuda::QkBackward;
+  using A = prfl::cuda::QkNormRopeBackward;
   def_launch<A>(m, "qk_norm_rope_backward", prfl::cuda::qk_norm_rope_backward,
                 {ROWS(dout_q), ROWS(dout_k), ROWS(q), ROWS(k), FIELD(weight_q), FIELD(weight_k),
                  FIELD(rstd_q), FIELD(rstd_k), FIELD(dq), FIELD(dk), FIELD(part), FIELD(batch), FIELD(length),
@@ -107,14 +107,14 @@ void bind_qk_norm_rope_backward(py::module_& m) {
 }
 
 void bind_reward_pool_forward(py::module_& m) {
-  using A = prfl::cuda::PoolForward;
+  using A = prfl::cuda::RewardPoolForward;
   def_launch<A>(m, "reward_pool_forward", prfl::cuda::reward_pool_forward,
                 {ROWS(x), FIELD(u), FIELD(pooled), FIELD(lse), FIELD(scores), FIELD(top), FIELD(total),
                  FIELD(acc), FIELD(batch), FIELD(length), FIELD(width), FIELD(queries), FIELD(bf16)});
 }
 
 void bind_reward_pool_backward(py::module_& m) {
-  using A = prfl::cuda::PoolBackward;
+  using A = prfl::cuda::RewardPoolBackward;
   def_launch<A>(m, "reward_pool_backward", prfl::cuda::reward_pool_backward,
                 {ROWS(x), FIELD(u), FIELD(dpooled), FIELD(scores), FIELD(lse), FIELD(delta), FIELD(dx),
                  FIELD(part), FIELD(batch), FIELD(length), FIELD(width), FIELD(queries), FIELD(bf16)});

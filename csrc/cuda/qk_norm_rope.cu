@@ -57,8 +57,8 @@ __device__ __forceinline__ void store_heads(const Columns<kWidth>& columns, int 
 }
 
 template <class T, int kWidth>
-__device__ __forceinline__ void store_row(const QkForward& a, const Columns<kWidth>& columns, int64_t token,
-                                          int64_t width, float rstd, const float* weight,
+__device__ __forceinline__ void store_row(const QkNormRopeForward& a, const Columns<kWidth>& columns,
+                                          int64_t token, int64_t width, float rstd, const float* weight,
                                           const Angles& angles, float (&x)[8], void* out, float* quant) {
   float w[8];
   columns.load(weight, w);
@@ -72,7 +72,8 @@ __device__ __forceinline__ void store_row(const QkForward& a, const Columns<kWid
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>) qk_forward_kernel(const QkForward a) {
+__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>)
+    qk_forward_kernel(const QkNormRopeForward a) {
   PRFL_SHARED(memory);
   const int64_t b = blockIdx.y, l = blockIdx.x, width = kWidth ? kWidth : a.width;
   const int64_t token = b * a.length + l;
@@ -134,7 +135,7 @@ __device__ __forceinline__ void store_dx(const Columns<kWidth>& columns, void* o
 }
 
 template <class T, int kWidth>
-__device__ __forceinline__ void fetch(const QkBackward& a, const Columns<kWidth>& columns, int64_t b,
+__device__ __forceinline__ void fetch(const QkNormRopeBackward& a, const Columns<kWidth>& columns, int64_t b,
                                       int64_t l, Pair<T>& q, Pair<T>& k) {
   q.d = columns.load(static_cast<const T*>(a.dout_q) + b * a.dout_q_b + l * a.dout_q_l);
   q.x = columns.load(static_cast<const T*>(a.q) + b * a.q_b + l * a.q_l);
@@ -147,7 +148,7 @@ __device__ __forceinline__ void fetch(const QkBackward& a, const Columns<kWidth>
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
-    qk_backward_kernel(const QkBackward a, int64_t run) {
+    qk_backward_kernel(const QkNormRopeBackward a, int64_t run) {
   PRFL_SHARED(memory);
   // Four prefetched rows of float32, in addition to those in use, would not fit the registers.
   constexpr bool kAhead = sizeof(T) == 2;
@@ -187,14 +188,14 @@ int64_t checked(const Arguments& a) {
 }
 
 template <class T>
-void forward(const QkForward& a, cudaStream_t stream) {
+void forward(const QkNormRopeForward& a, cudaStream_t stream) {
   with_width(checked(a), [&](auto width) {
     launch_tokens("qk_norm_rope forward", qk_forward_kernel<T, width()>, a, stream);
   });
 }
 
 template <class T>
-void backward(const QkBackward& a, cudaStream_t stream) {
+void backward(const QkNormRopeBackward& a, cudaStream_t stream) {
   with_width(checked(a), [&](auto width) {
     launch_runs("qk_norm_rope backward", qk_backward_kernel<T, width()>, a, stream);
   });
@@ -202,7 +203,7 @@ void backward(const QkBackward& a, cudaStream_t stream) {
 
 }  // namespace
 
-void qk_norm_rope_forward(const QkForward& a, cudaStream_t stream) {
+void qk_norm_rope_forward(const QkNormRopeForward& a, cudaStream_t stream) {
   const int d = a.rotation.head_dim;
   if (a.out_kind == kE4m3 && (d < 8 || d > 256 || d & (d - 1)))
     throw std::runtime_error("qk_norm_rope: got heads of " + std::to_string(d) +
@@ -210,7 +211,7 @@ void qk_norm_rope_forward(const QkForward& a, cudaStream_t stream) {
   (a.q_kind == kBfloat16 ? forward<bf16> : forward<float>)(a, stream);
 }
 
-void qk_norm_rope_backward(const QkBackward& a, cudaStream_t stream) {
+void qk_norm_rope_backward(const QkNormRopeBackward& a, cudaStream_t stream) {
   (a.q_kind == kBfloat16 ? backward<bf16> : backward<float>)(a, stream);
 }
 

@@ -15,7 +15,7 @@ struct Rotation {
   int rows, columns, offset;             // of the grid of tokens; index of the first token here
 };
 
-struct QkForward {
+struct QkNormRopeForward {
   const void *q, *k;
   const float *weight_q, *weight_k;  // [width]
   void *out_q, *out_k;
@@ -28,7 +28,7 @@ struct QkForward {
   bool aligned;          // all rows begin at multiples of 16 bytes, width is a multiple of 8
 };
 
-struct QkBackward {
+struct QkNormRopeBackward {
   const void *dout_q, *dout_k, *q, *k;
   const float *weight_q, *weight_k, *rstd_q, *rstd_k;
   void *dq, *dk;
@@ -39,7 +39,7 @@ struct QkBackward {
   bool aligned;
 };
 
-void qk_norm_rope_forward(const QkForward& arguments, cudaStream_t stream);
-void qk_norm_rope_backward(const QkBackward& arguments, cudaStream_t stream);
+void qk_norm_rope_forward(const QkNormRopeForward& arguments, cudaStream_t stream);
+void qk_norm_rope_backward(const QkNormRopeBackward& arguments, cudaStream_t stream);
 
 }  // namespace prfl::cuda

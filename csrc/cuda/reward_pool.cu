@@ -45,7 +45,8 @@ __device__ __forceinline__ void put_sums(const PoolTiles<T, kGroups>& tiles, int
 }
 
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kThreads, 1) pool_forward(const PoolForward a, int64_t runs, int64_t run) {
+__global__ void __launch_bounds__(kThreads, 1)
+    pool_forward(const RewardPoolForward a, int64_t runs, int64_t run) {
   PRFL_SHARED(memory);
   const int64_t b = blockIdx.y;
   using Tiles = PoolTiles<T, kGroups>;
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) pool_forward(const PoolForward a,
 }
 
 // Joins the runs: four columns a thread; grid (columns, queries, batch).
-__global__ void __launch_bounds__(kThreads) pool_merge(const PoolForward a, int64_t runs) {
+__global__ void __launch_bounds__(kThreads) pool_merge(const RewardPoolForward a, int64_t runs) {
   const int64_t c = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * 4,
                 row = blockIdx.z * a.queries + blockIdx.y;
   const int64_t first = blockIdx.z * runs * a.queries + blockIdx.y;  // of run 0
@@ -151,7 +152,7 @@ struct Gradient {
 };
 
 template <class T, int kGroups>
-__device__ __forceinline__ void load_gradient(const PoolBackward& a, const PoolTiles<T, kGroups>& tiles,
+__device__ __forceinline__ void load_gradient(const RewardPoolBackward& a, const PoolTiles<T, kGroups>& tiles,
                                               const float* dpooled, Gradient<T, kGroups>& state) {
   tiles.vectors(dpooled, a.width, int(a.queries), state.g);
   const int g4 = lane_id() / 4, t = lane_id() % 4;
@@ -215,7 +216,7 @@ __device__ __forceinline__ void differentiate(const PoolTiles<T, kGroups>& tiles
 
 template <class T, int kGroups>
 __global__ void __launch_bounds__(kThreads, 1)
-    pool_backward(const PoolBackward a, int64_t runs, int64_t run) {
+    pool_backward(const RewardPoolBackward a, int64_t runs, int64_t run) {
   PRFL_SHARED(memory);
   const int64_t b = blockIdx.y;
   using Tiles = PoolTiles<T, kGroups>;
@@ -274,13 +275,13 @@ Shape shape(const Geometry& g, int64_t batch, int64_t width) {
 }
 
 template <class T, int kGroups>
-void forward(const PoolForward& a, const Geometry& g, cudaStream_t stream) {
+void forward(const RewardPoolForward& a, const Geometry& g, cudaStream_t stream) {
   launch("reward_pool forward", pool_forward<T, kGroups>, shape<T>(g, a.batch, a.width), stream, a, g.runs,
          g.run);
 }
 
 template <class T, int kGroups>
-void backward(const PoolBackward& a, const Geometry& g, cudaStream_t stream) {
+void backward(const RewardPoolBackward& a, const Geometry& g, cudaStream_t stream) {
   launch("reward_pool backward", pool_backward<T, kGroups>, shape<T>(g, a.batch, a.width), stream, a, g.runs,
          g.run);
 }
@@ -299,7 +300,7 @@ int64_t reward_pool_runs(int64_t batch, int64_t length, int64_t width, bool bf16
   return geometry(batch, length, width, bf16).runs;
 }
 
-void reward_pool_forward(const PoolForward& a, cudaStream_t stream) {
+void reward_pool_forward(const RewardPoolForward& a, cudaStream_t stream) {
   const Geometry g = checked(a);
   const auto run = a.bf16 ? (g.ranks == 8 ? forward<bf16, 5> : forward<bf16, 3>)
                           : (g.ranks == 8 ? forward<float, 5> : forward<float, 3>);
@@ -309,7 +310,7 @@ void reward_pool_forward(const PoolForward& a, cudaStream_t stream) {
   launch("reward_pool merge", pool_merge, Shape{grid, dim3(kThreads)}, stream, a, g.runs);
 }
 
-void reward_pool_backward(const PoolBackward& a, cudaStream_t stream) {
+void reward_pool_backward(const RewardPoolBackward& a, cudaStream_t stream) {
   const Geometry g = checked(a);
   const auto run = a.bf16 ? (g.ranks == 8 ? backward<bf16, 5> : backward<bf16, 3>)
                           : (g.ranks == 8 ? backward<float, 5> : backward<float, 3>);

@@ -8,7 +8,7 @@
 
 namespace prfl::cuda {
 
-struct PoolForward {
+struct RewardPoolForward {
   const void* x;
   const float* u;            // [queries, width]
   float *pooled, *lse;       // [batch, queries, width], [batch, queries]
@@ -17,7 +17,7 @@ struct PoolForward {
   int64_t x_b, x_l, batch, length, width, queries, bf16;
 };
 
-struct PoolBackward {
+struct RewardPoolBackward {
   const void* x;
   const float *u, *dpooled, *scores, *lse, *delta;
   void* dx;     // [batch, length, width], or null
@@ -29,7 +29,7 @@ constexpr int kPoolQueries = 8, kPoolWidth = 5120;
 
 // How many runs of tokens of a sample there are; each leaves a partial result.
 int64_t reward_pool_runs(int64_t batch, int64_t length, int64_t width, bool bf16);
-void reward_pool_forward(const PoolForward& arguments, cudaStream_t stream);
-void reward_pool_backward(const PoolBackward& arguments, cudaStream_t stream);
+void reward_pool_forward(const RewardPoolForward& arguments, cudaStream_t stream);
+void reward_pool_backward(const RewardPoolBackward& arguments, cudaStream_t stream);
 
 }  // namespace prfl::cuda

@@ -164,7 +164,7 @@ static void test_qk_norm_rope(int64_t batch, int64_t length, int64_t heads, int6
     sin[i] = std::sin(angle(i / dim, i % dim)) * (i % 2 ? 1 : -1);
   }
   // Two rows of one column: frames turn the first pair, columns none.
-  prfl::Rope rope{view(cos, dim), view(sin, dim), heads, dim, 2, dim, 2, 1, 0};
+  prfl::Rope rope{view(cos, dim), view(sin, dim), heads, dim, 1, dim / 2 - 1, 2, 1, 0};
   View stats[2] = {view(rq, s.length), view(rk, s.length)};
   prfl::kernels().qk_norm_rope_forward({{s.view3(q), s.view3(k)},
                                         {view(wq), view(wk)},

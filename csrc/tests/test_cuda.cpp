@@ -79,14 +79,14 @@ static void test_reward_pool(int64_t b, int64_t l, int64_t c, int64_t n, bool bf
   for (int64_t i = 0; i < n * c; ++i) floats(u)[i] /= std::sqrt(float(c));
   Bytes top(b * runs * n * 4), total(top), acc(b * runs * n * c * 4), part(acc), dx(x.size());
   Bytes g = random(b * n * c), delta = random(b * n);
-  PoolForward f{};
+  RewardPoolForward f{};
   f.x = x.data(), f.x_b = l * c, f.x_l = c, f.u = floats(u);
   f.pooled = floats(pooled), f.lse = floats(lse), f.scores = floats(scores);
   f.top = floats(top), f.total = floats(total), f.acc = floats(acc);
   f.batch = b, f.length = l, f.width = c, f.queries = n, f.bf16 = bf16;
   check("reward_pool forward", {{&pooled, false}, {&lse, false}, {&scores, false}},
         [&] { reward_pool_forward(f, nullptr); });
-  PoolBackward d{};
+  RewardPoolBackward d{};
   d.x = x.data(), d.x_b = l * c, d.x_l = c, d.u = floats(u), d.dpooled = floats(g), d.delta = floats(delta);
   d.lse = floats(lse), d.scores = floats(scores), d.dx = dx.data(), d.part = floats(part);
   d.batch = b, d.length = l, d.width = c, d.queries = n, d.bf16 = bf16;
@@ -132,7 +132,7 @@ static void test_qk_norm_rope(int64_t b, int64_t l, int heads, int d, bool bf16)
   Bytes out_q(q.size()), out_k(q.size()), small_q(b * l * c), small_k(small_q);
   Bytes quant_q(b * l * heads * 4), quant_k(quant_q), part(b * runs * 2 * c * 4);
   const Rotation r{floats(cos), floats(sin), d, d / 2 - 2 * (d / 6), d / 6, 1, 1, 0};
-  QkForward f{};
+  QkNormRopeForward f{};
   f.q = q.data(), f.q_b = l * c, f.q_l = c, f.k = k.data(), f.k_b = l * c, f.k_l = c;
   f.weight_q = f.weight_k = floats(w), f.out_q = out_q.data(), f.out_k = out_k.data();
   f.rstd_q = floats(rstd_q), f.rstd_k = floats(rstd_k), f.rotation = r;
@@ -145,7 +145,7 @@ static void test_qk_norm_rope(int64_t b, int64_t l, int heads, int d, bool bf16)
   if ((d & (d - 1)) == 0)
     check("qk_norm_rope forward in e4m3", {{&quant_q, false}, {&quant_k, false}},
           [&] { qk_norm_rope_forward(f, nullptr); });
-  QkBackward g{};
+  QkNormRopeBackward g{};
   g.dout_q = dq.data(), g.dout_q_b = l * c, g.dout_q_l = c, g.dout_k = dk.data(), g.dout_k_b = l * c;
   g.dout_k_l = c, g.q = q.data(), g.q_b = l * c, g.q_l = c, g.k = k.data(), g.k_b = l * c, g.k_l = c;
   g.weight_q = g.weight_k = floats(w), g.rstd_q = floats(rstd_q), g.rstd_k = floats(rstd_k);

@@ -80,8 +80,8 @@ def attention_fp8_reference(
 ) -> tuple[Tensor, Tensor]:
     """(out float32 [B, Lq, H, D], lse [B, H, Lq]) in plain torch, with every rounding of the kernel.
 
-    product(a, b, acc) multiplies e4m3 values held as float32 (`hopper_product` emulates the tensor
-    cores); without two_level the accumulator goes through all of them.
+    product(a, b, acc) multiplies e4m3 values held as float32 (benchmarks/hopper_product.py emulates the
+    tensor cores); without two_level the accumulator goes through all of them.
     """
     q, k = (a.float().transpose(1, 2) for a in (q8, k8))  # [B, H, L, D]
     v = _natural(v8.float()).mT  # [B, H, padded Lk, D]

@@ -41,7 +41,8 @@ def _module(name: str) -> ModuleType:
     return hub.flash_attention_3() if name == FA3_HUB else import_module(name)
 
 
-def _fa3_forward(module, q, k, v, scale):
+def _flash_forward(module, q, k, v, scale):
+    """Of FlashAttention-2 and -3."""
     flash = _module(module).flash_attn_func
     out, lse, *_ = flash(q, k, v, softmax_scale=scale, return_attn_probs=True)
     return out, lse
@@ -68,13 +69,6 @@ def _fa4_backward(dout, q, k, v, out, lse, scale):
         q, k, v, out, dout, lse, scale, deterministic=torch.are_deterministic_algorithms_enabled()
     )
     return made[:3]
-
-
-def _fa2_forward(q, k, v, scale):
-    out, lse, *_ = import_module("flash_attn").flash_attn_func(
-        q, k, v, softmax_scale=scale, return_attn_probs=True
-    )
-    return out, lse
 
 
 def _fa2_backward(dout, q, k, v, out, lse, scale):
@@ -255,7 +249,7 @@ IMPLEMENTATIONS = (
                   Need("xformers.ops", "memory_efficient_attention_backward")),
     ),
     _record(
-        "fa2", "FlashAttention-2", _fa2_forward, _fa2_backward,
+        "fa2", "FlashAttention-2", partial(_flash_forward, "flash_attn"), _fa2_backward,
         _packages(Need("flash_attn", "flash_attn_func"),
                   Need("flash_attn.flash_attn_interface", "_flash_attn_backward", "window_size_left",
                        "want version 2.7 or later")),
@@ -272,10 +266,11 @@ IMPLEMENTATIONS = (
                   Need("flash_attn.cute.interface", "_flash_attn_bwd"), lowest=9),
     ),
     _record(
-        "fa3_hub", "FlashAttention-3 from the kernel hub's cache", partial(_fa3_forward, FA3_HUB),
+        "fa3_hub", "FlashAttention-3 from the kernel hub's cache", partial(_flash_forward, FA3_HUB),
         partial(_fa3_backward, FA3_HUB), _fa3_probe(FA3_HUB),
     ),
     _record(
-        "fa3", "FlashAttention-3", partial(_fa3_forward, FA3), partial(_fa3_backward, FA3), _fa3_probe(FA3)
+        "fa3", "FlashAttention-3", partial(_flash_forward, FA3), partial(_fa3_backward, FA3),
+        _fa3_probe(FA3),
     ),
 )  # fmt: skip

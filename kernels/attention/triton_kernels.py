@@ -32,25 +32,14 @@ from prfl_kernels.jit import absence, jit, launch, tl, triton
 HEAD_DIMS = (16, 32, 64, 128)  # the first two for small models
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = math.log2(math.e)
-# (queries, keys, warps, stages) of a program by bits of a value and D; and what `prfl tune` tries beside.
-FORWARD = {
-    (16, 64): (128, 128, 8, 3),
-    (16, 128): (128, 128, 8, 2),
-    (32, 64): (32, 32, 4, 1),
-    (32, 128): (32, 32, 4, 1),
+# (queries, keys, warps, stages) of a program by D for values of 16 bits, and of float32 for any D; and what
+# `prfl tune` tries beside, by bits of a value and D.
+TILES = {
+    "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2)},
+    "keys": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2)},
+    "queries": {64: (128, 128, 8, 2), 128: (128, 64, 8, 2)},
 }
-KEYS = {
-    (16, 64): (64, 128, 8, 2),
-    (16, 128): (64, 128, 8, 2),
-    (32, 64): (32, 32, 4, 1),
-    (32, 128): (32, 32, 4, 1),
-}
-QUERIES = {
-    (16, 64): (128, 128, 8, 2),
-    (16, 128): (128, 64, 8, 2),
-    (32, 64): (32, 32, 4, 1),
-    (32, 128): (32, 32, 4, 1),
-}
+FLOAT32 = (32, 32, 4, 1)
 CANDIDATES = {
     "attention forward": {(16, 128): ((128, 64, 8, 3), (128, 64, 4, 2), (256, 64, 8, 2))},
     "attention keys": {(16, 128): ((64, 128, 8, 3), (64, 64, 4, 2))},
@@ -239,11 +228,12 @@ def _descriptor(a: Tensor, rows: int):
     return TensorDescriptor(a, list(a.shape), [*strides[:3], 1], [1, 1, rows, a.shape[3]])
 
 
-def _tile(kernel: str, defaults: dict, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+def _tile(kernel: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
     """(queries, keys, warps, stages) of a program."""
-    kind = 8 * q.element_size(), max(64, q.shape[3])
-    key = *kind, tuning.bucket(q.shape[1]), tuning.bucket(k.shape[1])
-    return tuning.choice(f"attention {kernel}", key, defaults[kind], q.device)
+    bits, dim = 8 * q.element_size(), max(64, q.shape[3])
+    key = bits, dim, tuning.bucket(q.shape[1]), tuning.bucket(k.shape[1])
+    default = FLOAT32 if bits == 32 else TILES[kernel][dim]
+    return tuning.choice(f"attention {kernel}", key, default, q.device)
 
 
 def _last(scale: float, repeats: int) -> float | None:
@@ -258,7 +248,7 @@ def forward(
     counts `repeats` times."""
     q, k, v = (addressable(a) for a in (q, k, v))
     batch, length, heads, dim = q.shape
-    m, n, warps, stages = _tile("forward", FORWARD, q, k)
+    m, n, warps, stages = _tile("forward", q, k)
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, length, dtype=torch.float32)
     launch(
@@ -299,7 +289,7 @@ def backward(
     )  # fmt: skip
     dq = dk = dv = None
     if wants_kv:
-        m, n, warps, stages = _tile("keys", KEYS, q, k)
+        m, n, warps, stages = _tile("keys", q, k)
         blocks = triton.cdiv(length, m)
         runs = min(blocks, max(1, PROGRAMS // (triton.cdiv(keys, n) * batch * heads)))
         run = triton.cdiv(blocks, runs) * m
@@ -316,7 +306,7 @@ def backward(
             dk, dv = (a.unflatten(0, (runs, batch)).sum(0).to(k.dtype) for a in (dk, dv))
     if wants_q:
         dq = q.new_empty(q.shape)
-        m, n, warps, stages = _tile("queries", QUERIES, q, k)
+        m, n, warps, stages = _tile("queries", q, k)
         held = ((q, m), (k, n), (v, n), (dout, m), (dq, m))
         launch(
             _queries_kernel, (triton.cdiv(length, m), batch * heads),

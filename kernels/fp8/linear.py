@@ -10,9 +10,9 @@ There is no backward.
 On CUDA the product is torch._scaled_mm with row-wise scales: cuBLASLt on Hopper with CUDA 12.9 or
 newer, else torch's CUTLASS kernels, which have no float32 results. It wants K and N to be multiples
 of 16, x by rows and the weight transposed; rows are free, so they are never padded. use_fast_accum
-stays off: Hopper's fp8 tensor cores add with 14 bits (`hopper_product`), and off means that partial
-sums are moved to float32 registers on the way. Elsewhere the same formula runs in float32, where
-every product of two e4m3 values is exact.
+stays off: Hopper's fp8 tensor cores add with 14 bits (benchmarks/hopper_product.py), and off means
+that partial sums are moved to float32 registers on the way. Elsewhere the same formula runs in
+float32, where every product of two e4m3 values is exact.
 Source: torch's aten/src/ATen/native/cuda/ScaledBlas.cpp and RowwiseScaledMM.cu; DeepSeek-V3
 technical report, section 3.3.2.
 """
@@ -27,42 +27,11 @@ from prfl_kernels.dispatch import REFERENCE, SCALED_MM, record
 from prfl_kernels.fp8.e4m3 import E4M3, forbid_gradient, never, quantize_rows
 
 MULTIPLE = 16  # of K and N, in _scaled_mm
-# Of one tensor-core instruction (QGMMA) on sm_90: products it adds, significant bits of the sum.
-PRODUCTS, BITS = 32, 14
 
 
 def quantize_weight(w: Tensor) -> tuple[Tensor, Tensor]:
     """(e4m3 [N, K], float32 scales [N]) of a weight [N, K]: one scale an output channel."""
     return quantize_rows(w)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    return (exponent.clamp(-126, 127) + 127 << 23).view(torch.float32)
-
-
-def _truncated(x: Tensor, exponent: Tensor) -> Tensor:
-    """x [...] cut, toward zero, to multiples of 2^(exponent - BITS); x is below 2^exponent."""
-    return (x * _power_of_two(BITS - exponent)).trunc_() * _power_of_two(exponent - BITS)
-
-
-def hopper_product(a: Tensor, b: Tensor, acc: Tensor | None = None) -> Tensor:
-    """acc + a @ b as Hopper's fp8 tensor cores add, emulated; float32 [..., M, N].
-
-    a [..., M, K] and b [..., K, N] hold e4m3 values as float32, acc is the accumulator before. An
-    emulation after published measurements, not the hardware: an instruction takes 32 exact products
-    and the accumulator, aligns them to the largest exponent among them, cuts each to 14 bits below
-    it, adds those exactly, and keeps 14 bits of the sum (DeepSeek-V3, section 3.3.2;
-    SageAttention2, section 3.2: 1 + 8 + 13 bits). All of this is exact in float32.
-    """
-    if acc is None:
-        acc = a.new_zeros(*a.shape[:-1], b.shape[-1])
-    for k in range(0, a.shape[-1], PRODUCTS):
-        terms = a[..., k : k + PRODUCTS, None] * b[..., None, k : k + PRODUCTS, :]  # [..., M, 32, N]
-        largest = torch.maximum(terms.abs().amax(-2), acc.abs())
-        exponent = torch.frexp(largest).exponent
-        total = _truncated(terms, exponent[..., None, :]).sum(-2) + _truncated(acc, exponent)
-        acc = _truncated(total, torch.frexp(total).exponent)
-    return acc
 
 
 def _reference(x8, x_scale, w8, w_scale, bias, out_dtype):
@@ -108,7 +77,7 @@ def _fp8_linear(
     if fake:
         return x8.new_empty(*shape, n, dtype=out_dtype)
     rows = x8.reshape(-1, k), x_scale.reshape(-1)
-    return record(op, x8, dtype=out_dtype).forward(*rows, w8, w_scale, bias, out_dtype).view(*shape, n)
+    return record(op, x8).forward(*rows, w8, w_scale, bias, out_dtype).view(*shape, n)
 
 
 def fp8_linear(

@@ -10,7 +10,7 @@ from prfl_kernels.norm.launch import Backward, Forward
 
 def forward(a: Forward) -> None:
     """Fill a launch. ValueError for dtypes but float32 and bfloat16."""
-    supported(a.x, a.y, a.gate, a.scale, a.shift, a.n)
+    supported("norm", a.x, a.y, a.gate, a.scale, a.shift, a.n)
     given = a._asdict()
     del given["quant"]
     batch, length, width = a.x.shape
@@ -23,7 +23,7 @@ def backward(a: Backward) -> None:
         a = a._replace(dsum=a.dsum.to(a.x.dtype))
     if a.y is not None and a.dy is not None:
         a = a._replace(y=a.y.to(a.dy.dtype))
-    supported(*a.inputs, a.dy)
+    supported("norm", *a.inputs, a.dy)
     (batch, length, width), slots = a.rows.shape, a.sums.shape[1]
     count = runs(length)
     part = empty(a.sums, batch, count, slots, width) if slots else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cuda_kernels
-from prfl_kernels.extension import CODES
+from prfl_kernels.extension import CODES, supported
 from prfl_kernels.jit import unit_last
 from prfl_kernels.norm.launch import Backward, Forward
 
@@ -22,7 +22,7 @@ def forward(a: Forward) -> None:
     """Fill a launch."""
     batch, length, width = a.x.shape
     y = a.x if a.y is None else a.y
-    cuda_kernels.supported("norm", a.x, y)
+    supported("norm", a.x, y)
     cuda_kernels.narrow("norm", width, a.x.dtype, y.dtype)
     a = a._replace(**{name: _f32(getattr(a, name), batch) for name in ("gate", "scale", "shift")})
     cuda_kernels.launch(
@@ -38,7 +38,7 @@ def backward(a: Backward) -> None:
     residual = (a.dsum if a.x is None else a.x).dtype
     dn = residual if a.dn is None else a.dn.dtype
     y = dn if a.dy is None else a.dy.dtype
-    cuda_kernels.supported("norm", a.dn, a.dsum, a.x, a.y)
+    supported("norm", a.dn, a.dsum, a.x, a.y)
     cuda_kernels.narrow("norm", width, residual, y, dn)
     a = a._replace(gate=_f32(a.gate, batch), scale=_f32(a.scale, batch))
     given = a._asdict()

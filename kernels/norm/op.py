@@ -25,7 +25,7 @@ from torch import Tensor
 from prfl_kernels import dispatch
 from prfl_kernels.checks import expect, expect_float, expect_rows
 from prfl_kernels.declare import allocator, gradients_like, operation
-from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, record
+from prfl_kernels.dispatch import record
 from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows
 from prfl_kernels.jit import unit_last, wide
 from prfl_kernels.norm import cpu, cuda, triton_kernels
@@ -80,13 +80,9 @@ def reference_backward(a: Backward) -> None:
         a.dy.copy_(dx if a.gate is None else dx * a.gate.to(dtype)[:, None])
 
 
+_plain = reference_forward, reference_backward
 for _op in ("modulate", "layer_norm", "gated_add", "gated_add_modulate", "gated_add_norm"):
-    dispatch.register(_op, dispatch.common({
-        REFERENCE: (reference_forward, reference_backward),
-        CPU: (cpu.forward, cpu.backward),
-        TRITON: (triton_kernels.forward, triton_kernels.backward),
-        CUDA: (cuda.forward, cuda.backward),
-    }))  # fmt: skip
+    dispatch.register(_op, dispatch.room(_plain, cpu=cpu, triton=triton_kernels, cuda=cuda))
 
 
 def _vector(a: Tensor | None) -> Tensor | None:

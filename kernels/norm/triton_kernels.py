@@ -9,28 +9,13 @@ so results are the same from run to run, without atomics. Everything is computed
 import torch
 from torch import Tensor
 
-from prfl_kernels import tuning
+from prfl_kernels import rows, tuning
 from prfl_kernels.fp8.e4m3 import row_scales
 from prfl_kernels.jit import jit, launch, tl, triton
 from prfl_kernels.norm.launch import Backward, Forward
 
-# Runs of tokens on the whole batch: enough to fill 132 SMs, few enough that their partial sums stay
-# under 5 % of the traffic at 32,760 tokens. A wide row takes a whole SM in the backward.
-RUNS_WIDE, RUNS = 264, 528
-# Most warps of a program. Three accumulators and six rows of 5,120 in float32 fit the registers of
-# one SM with 8 warps (238 a thread); with 16 they spill.
-WARPS_FORWARD, WARPS_BACKWARD = 16, 8
-# (warps, runs) that `prfl tune` tries in addition to the default, by the width rounded up to a power of two.
-CANDIDATES = {
-    "add_norm forward": {
-        (2048,): ((8, 528), (8, 264), (4, 528)),
-        (8192,): ((16, 528), (8, 264), (8, 528)),
-    },
-    "add_norm backward": {
-        (2048,): ((8, 264), (8, 1056)),
-        (8192,): ((8, 132), (8, 528)),
-    },
-}
+CANDIDATES = rows.candidates("add_norm")
+
 
 @jit
 def _row(pointer, stride_b, stride_l, b, l, o_c, m_c):
@@ -139,35 +124,14 @@ def _stride(a: Tensor | None) -> int:
     return 0 if a is None else a.stride(0)
 
 
-def run_grid(
-    kernel: str, kind: tuning.Key, like: Tensor, block: int, warps: int
-) -> tuple[tuple[int, int], int, int]:
-    """((runs, samples), tokens of a run, warps) of kernels whose programs walk over runs of the tokens of
-    `like` [B, L, C].
-
-    kind is what else a tuned choice depends on, warps the default.
-    """
-    batch, length, _ = like.shape
-    default = warps, RUNS_WIDE if block > 4096 else RUNS
-    key = block, *kind, tuning.bucket(batch * length)
-    warps, runs = tuning.choice(kernel, key, default, like.device)
-    rows = triton.cdiv(length, max(1, runs // batch))
-    return (triton.cdiv(length, rows), batch), rows, warps
-
-
 def _plan(
-    kernel: str, kind: tuning.Key, like: Tensor, max_warps: int, lanes: int = 256
-) -> tuple[tuple[int, int], int, dict[str, int]]:
-    """(grid, tokens of a run, constants and launch options) for rows of `like` [B, L, C].
-
-    lanes: values of a row for a warp, 32 times the 16 bytes of a thread at least.
-    """
+    way: rows.Way, kind: tuning.Key, like: Tensor, fp8: bool = False
+) -> tuple[tuple[int, int], int, dict[str, int | bool]]:
+    """(grid, tokens of a run, constants and launch options) for rows of `like` [B, L, C]."""
     width = like.shape[2]
     block = triton.next_power_of_2(width)
-    default = min(max_warps, max(1, block // lanes))
-    grid, rows, warps = run_grid(kernel, kind, like, block, default)
-    options = {"C": width, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
-    return grid, rows, options
+    grid, run, options = rows.plan("add_norm", way, kind, like, block, fp8)
+    return grid, run, {"C": width, "BLOCK": block, **options}
 
 
 def forward(a: Forward) -> None:
@@ -175,11 +139,11 @@ def forward(a: Forward) -> None:
     fp8 = a.quant is not None
     parts = "y" * (a.y is not None) + "n" * (a.n is not None) + "8" * fp8
     kind = 8 * a.x.element_size(), parts
-    grid, rows, options = _plan("add_norm forward", kind, a.x, WARPS_FORWARD, 512 if fp8 else 256)
+    grid, run, options = _plan("forward", kind, a.x, fp8)
     launch(
         _forward, grid,
         *a.tensors, *_strides(a.x, a.y), *map(_stride, (a.gate, a.scale, a.shift)),
-        a.x.shape[1], rows, a.eps, a.base, **options,
+        a.x.shape[1], run, a.eps, a.base, **options,
     )  # fmt: skip
 
 
@@ -188,13 +152,13 @@ def backward(a: Backward) -> None:
     parts = "n" * (a.dn is not None) + "p" * a.wants_parameters
     parts += "y" * (a.dy is not None) + "g" * a.wants_gate
     kind = 8 * (a.rows if a.x is None else a.x).element_size(), parts
-    grid, rows, options = _plan("add_norm backward", kind, a.rows, WARPS_BACKWARD)
+    grid, run, options = _plan("backward", kind, a.rows)
     batch, slots, width = a.sums.shape
     part = a.sums.new_empty(batch, grid[0], slots, width)
     launch(
         _backward, grid,
         *a.inputs, a.dx, a.dy, part,
-        *_strides(a.dn, a.dsum, a.x, a.y), _stride(a.gate), _stride(a.scale), a.rows.shape[1], rows, a.base,
+        *_strides(a.dn, a.dsum, a.x, a.y), _stride(a.gate), _stride(a.scale), a.rows.shape[1], run, a.base,
         PARAMETERS=a.wants_parameters, GATE=a.wants_gate, **options,
     )  # fmt: skip
     torch.sum(part, 1, out=a.sums)

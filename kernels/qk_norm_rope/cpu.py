@@ -11,7 +11,7 @@ from torch import Tensor
 from prfl_kernels.extension import empty, is_dry, launch, runs, supported
 from prfl_kernels.jit import unit_last
 from prfl_kernels.qk_norm_rope.launch import Backward, Forward
-from prfl_kernels.qk_norm_rope.rope import Grid, cos_sin, pairs_of
+from prfl_kernels.qk_norm_rope.rope import Grid, cos_sin, placing
 
 
 @lru_cache(maxsize=16)
@@ -23,21 +23,16 @@ def _turns(head_dim: int, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def _common(a: Forward | Backward) -> dict[str, Tensor | int | None]:
-    """What both directions take: q and k, weights, sizes and the rotation, with the first channels of a head
-    that turn with the row and with the column."""
+    """What both directions take: q and k, weights, sizes and the rotation."""
     batch, length, width = a.q.shape
     head_dim = width // a.num_heads
     cos = sin = None
-    frames, frames_rows, rows, columns = 0, 0, 1, 1
     if a.grid is not None and not is_dry():  # tables are cached: one without values must not be
-        frame_pairs, row_pairs, _ = pairs_of(head_dim)
-        frames, frames_rows = 2 * frame_pairs, 2 * (frame_pairs + row_pairs)
         cos, sin = _turns(head_dim, tuple(a.grid))
-        _, rows, columns = a.grid
     return dict(
         q=a.q, k=a.k, weight_q=a.weight_q, weight_k=a.weight_k, rstd_q=a.rstd_q, rstd_k=a.rstd_k,
         batch=batch, length=length, width=width, cos=cos, sin=sin, heads=a.num_heads, head_dim=head_dim,
-        frames=frames, frames_rows=frames_rows, rows=rows, columns=columns, offset=a.offset,
+        **placing(head_dim, a.grid, a.offset),
     )  # fmt: skip
 
 
@@ -45,13 +40,13 @@ def forward(a: Forward) -> None:
     """Fill a launch. ValueError for e4m3 and for dtypes but float32 and bfloat16."""
     if a.fp8:
         raise ValueError("qk_norm_rope: got fp8 for the compiled CPU kernel, want bfloat16 or float32")
-    supported(a.q, a.k, a.weight_q, a.weight_k)
+    supported("qk_norm_rope", a.q, a.k, a.weight_q, a.weight_k)
     launch("qk_norm_rope_forward", **_common(a), out_q=a.out_q, out_k=a.out_k, eps=a.eps)
 
 
 def backward(a: Backward) -> None:
     """Fill a launch. ValueError for dtypes but float32 and bfloat16."""
-    supported(a.q, a.k, a.weight_q, a.weight_k)
+    supported("qk_norm_rope", a.q, a.k, a.weight_q, a.weight_k)
     # Heads keep their stride: attention may hand its gradient back transposed.
     dout_q, dout_k = (d if d is None else unit_last(d.to(a.q.dtype)) for d in (a.dout_q, a.dout_k))
     batch, length, width = a.q.shape

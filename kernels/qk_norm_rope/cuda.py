@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cuda_kernels as cuda
-from prfl_kernels.extension import CODES
+from prfl_kernels.extension import CODES, supported
 from prfl_kernels.qk_norm_rope.launch import Backward, Forward
-from prfl_kernels.qk_norm_rope.rope import cos_sin, pairs_of
+from prfl_kernels.qk_norm_rope.rope import cos_sin, placing
 
 
 def _common(a: Forward | Backward) -> dict[str, Tensor | int | None]:
@@ -19,21 +19,18 @@ def _common(a: Forward | Backward) -> dict[str, Tensor | int | None]:
     batch, length, width = a.q.shape
     head_dim = width // a.num_heads
     cos = sin = None
-    frame_pairs, row_pairs, rows, columns, offset = 0, 0, 1, 1, 0
     if a.grid is not None:
         cos, sin = cos_sin(head_dim, tuple(a.grid), False, a.q.device, torch.float32)
-        frame_pairs, row_pairs, _ = pairs_of(head_dim)
-        (_, rows, columns), offset = a.grid, a.offset
     return dict(
         q=a.q, k=a.k, weight_q=weight_q, weight_k=weight_k, rstd_q=a.rstd_q, rstd_k=a.rstd_k, batch=batch,
-        length=length, width=width, cos=cos, sin=sin, head_dim=head_dim, frame_pairs=frame_pairs,
-        row_pairs=row_pairs, rows=rows, columns=columns, offset=offset, q_kind=CODES[a.q.dtype],
+        length=length, width=width, cos=cos, sin=sin, head_dim=head_dim, q_kind=CODES[a.q.dtype],
+        **placing(head_dim, a.grid, a.offset),
     )  # fmt: skip
 
 
 def forward(a: Forward) -> None:
     """Fill a launch."""
-    cuda.supported("qk_norm_rope", a.q, a.k)
+    supported("qk_norm_rope", a.q, a.k)
     width, head_dim = a.q.shape[2], a.out_q.shape[3]
     cuda.narrow("qk_norm_rope", width, a.q.dtype, a.q.dtype if a.k is None else a.k.dtype)
     if a.fp8 and (head_dim & (head_dim - 1) or not 8 <= head_dim <= 256):
@@ -48,7 +45,7 @@ def forward(a: Forward) -> None:
 
 def backward(a: Backward) -> None:
     """Fill a launch."""
-    cuda.supported("qk_norm_rope", a.dout_q, a.dout_k, a.q, a.k)
+    supported("qk_norm_rope", a.dout_q, a.dout_k, a.q, a.k)
     batch, length, width = a.q.shape
     runs = cuda.library().row_runs(batch, length, width)
     part = None if a.dweight is None else a.dweight.new_empty(batch, runs, 2, width)

@@ -3,14 +3,12 @@
     n    = x / sqrt(mean_C(x^2) + eps) * weight               over all C = H * D channels, not per head
     out  = rotate pairs (2i, 2i+1) of every head by angle_i(frame, row, column)
 
-Of the D/2 pairs the first D/2 - 2 (D/2 // 3) turn with the frame index, the next D/2 // 3 with the
-row and the last D/2 // 3 with the column; each part has its own frequencies
-theta^(-2j / dim_part). Tokens run frame-major over grid = (frames, rows, columns); `offset` is the
-index of the first token held here, for shards of a sequence. Norm and rotation run in float32 with
-angles computed in float64 (the official code rotates in complex128); the result is rounded once.
+rope.py has the angles. Tokens run frame-major over grid = (frames, rows, columns); `offset` is the index of
+the first token held here, for shards of a sequence. Norm and rotation run in float32 with angles computed in
+float64 (the official code rotates in complex128); the result is rounded once.
 Saved for the backward: q and k before the norm, the weights, and 1/rms of every token. `rms_norm` is the
 norm alone, of one tensor.
-Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`, `WanRMSNorm`.
+Source: Wan2.1 `WanRMSNorm`.
 """
 
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from torch import Tensor
 from prfl_kernels import dispatch
 from prfl_kernels.checks import expect, expect_places, expect_rows
 from prfl_kernels.declare import allocator, gradients_like, operation, or_empty
-from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, record
+from prfl_kernels.dispatch import record
 from prfl_kernels.fp8.e4m3 import E4M3, quantize_rows
 from prfl_kernels.jit import unit_last, wide
 from prfl_kernels.qk_norm_rope import cpu, cuda, triton_kernels
@@ -74,13 +72,9 @@ def reference_backward(a: Backward) -> None:
             a.dweight[i] = (d * x_hat).sum((0, 1))
 
 
+_plain = reference_forward, reference_backward
 for _op in ("rms_norm", "qk_norm_rope"):
-    dispatch.register(_op, dispatch.common({
-        REFERENCE: (reference_forward, reference_backward),
-        CPU: (cpu.forward, cpu.backward),
-        TRITON: (triton_kernels.forward, triton_kernels.backward),
-        CUDA: (cuda.forward, cuda.backward),
-    }))  # fmt: skip
+    dispatch.register(_op, dispatch.room(_plain, cpu=cpu, triton=triton_kernels, cuda=cuda))
 
 
 def forward(

@@ -1,7 +1,7 @@
 """The angles of 3-D rotary position embedding: tables by axis, of a few hundred rows.
 
-Of the D / 2 pairs of a head the first turn with a token's frame, then some with its row and some with its
-column, each part with its own frequencies theta^(-2j / dim_part). Angles are computed in float64.
+Of the D/2 pairs of a head the first D/2 - 2 (D/2 // 3) turn with a token's frame, the next D/2 // 3 with its
+row and the last D/2 // 3 with its column, each part with its own frequencies theta^(-2j / dim_part).
 Source: Su et al., "RoFormer"; Wan2.1 `rope_apply`.
 """
 
@@ -18,6 +18,14 @@ def pairs_of(head_dim: int) -> Grid:
     """How many of the head_dim / 2 pairs turn with the frame, the row and the column."""
     third = head_dim // 2 // 3
     return head_dim // 2 - 2 * third, third, third
+
+
+def placing(head_dim: int, grid: Grid | None, offset: int) -> dict[str, int]:
+    """What a kernel finds the angles of a token with: how many pairs of a head turn with its frame and its
+    row, rows and columns of the grid, and the number of the first token. Without grid nothing turns."""
+    frame_pairs, row_pairs, _ = (0, 0, 0) if grid is None else pairs_of(head_dim)
+    _, rows, columns = (1, 1, 1) if grid is None else grid
+    return dict(frame_pairs=frame_pairs, row_pairs=row_pairs, rows=rows, columns=columns, offset=offset)
 
 
 def axis_angles(head_dim: int, size: int) -> Tensor:

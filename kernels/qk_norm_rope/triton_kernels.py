@@ -10,25 +10,13 @@ rounded once.
 import torch
 from torch import Tensor
 
+from prfl_kernels import rows
 from prfl_kernels.fp8.e4m3 import row_scales
 from prfl_kernels.jit import jit, launch, tl, triton
-from prfl_kernels.norm.triton_kernels import run_grid
 from prfl_kernels.qk_norm_rope.launch import Backward, Forward
-from prfl_kernels.qk_norm_rope.rope import cos_sin, pairs_of
+from prfl_kernels.qk_norm_rope.rope import cos_sin, placing
 
-# Most warps of a program, as in add_norm: a row of 5,120 in float32, and two accumulators of d weight.
-WARPS_FORWARD, WARPS_BACKWARD = 16, 8
-# (warps, runs) that `prfl tune` tries in addition to the default, by the padded width.
-CANDIDATES = {
-    "qk_norm_rope forward": {
-        (2048,): ((8, 528), (8, 264), (4, 528)),
-        (8192,): ((16, 528), (8, 264), (8, 528)),
-    },
-    "qk_norm_rope backward": {
-        (2048,): ((8, 264), (8, 1056)),
-        (8192,): ((8, 132), (8, 528)),
-    },
-}
+CANDIDATES = rows.candidates("qk_norm_rope")
 
 
 @jit
@@ -169,27 +157,24 @@ def _backward(
         tl.store(part_ptr + slot + H * D + o_x, dweight_k, mask=m_x)
 
 
-def _plan(kernel: str, what: str, a: Forward | Backward, max_warps: int, lanes: int = 256) -> tuple:
+def _plan(way: rows.Way, what: str, a: Forward | Backward, fp8: bool = False) -> tuple:
     """(launch grid, tables, integer arguments, constants and options) of both kernels.
 
-    what: letters of the tensors there are, for `tuning`. lanes: values of a row for a warp, 32 times
-    the 16 bytes of a thread at least.
+    what: letters of the tensors there are, for `tuning`.
     """
     _, length, width = a.q.shape
-    head_dim = width // a.num_heads
+    head_dim, tables = width // a.num_heads, (None, None)
     heads, dims = triton.next_power_of_2(a.num_heads), triton.next_power_of_2(head_dim)
-    default = min(max_warps, max(1, heads * dims // lanes))
     kind = 8 * a.q.element_size(), "q" + "k" * (a.k is not None) + what
-    grid, run, warps = run_grid(kernel, kind, a.q, heads * dims, default)
-    tables, places, turned = (None, None), (1, 1), (0, 0, 0)
+    grid, run, options = rows.plan("qk_norm_rope", way, kind, a.q, heads * dims, fp8)
     if a.grid is not None:
         tables = cos_sin(head_dim, tuple(a.grid), False, a.q.device, torch.float32)
-        places, turned = a.grid[1:], pairs_of(head_dim)
-    options = {
-        "H": a.num_heads, "D": head_dim, "HP": heads, "DP": dims, "FRAME": turned[0], "ROW": turned[1],
-        "ROPE": a.grid is not None, "num_warps": warps, "enable_fp_fusion": True,
+    place = placing(head_dim, a.grid, a.offset)
+    constants = {
+        "H": a.num_heads, "D": head_dim, "HP": heads, "DP": dims, "FRAME": place["frame_pairs"],
+        "ROW": place["row_pairs"], "ROPE": a.grid is not None,
     }  # fmt: skip
-    return grid, tables, (length, run, a.offset, *places), options
+    return grid, tables, (length, run, a.offset, place["rows"], place["columns"]), constants | options
 
 
 def _strides(x: Tensor, other: Tensor | None) -> tuple[int, ...]:
@@ -199,9 +184,7 @@ def _strides(x: Tensor, other: Tensor | None) -> tuple[int, ...]:
 
 def forward(a: Forward) -> None:
     """Fill a launch."""
-    grid, tables, integers, options = _plan(
-        "qk_norm_rope forward", "8" * a.fp8, a, WARPS_FORWARD, 512 if a.fp8 else 256
-    )
+    grid, tables, integers, options = _plan("forward", "8" * a.fp8, a, a.fp8)
     launch(
         _forward, grid,
         a.q, a.k, a.weight_q, a.weight_k, *tables, a.out_q, a.out_k, a.quant_q, a.quant_k, a.rstd_q,
@@ -212,7 +195,7 @@ def forward(a: Forward) -> None:
 def backward(a: Backward) -> None:
     """Fill a launch."""
     what = "" if a.dweight is None else "p"
-    grid, tables, integers, options = _plan("qk_norm_rope backward", what, a, WARPS_BACKWARD)
+    grid, tables, integers, options = _plan("backward", what, a)
     part = None if a.dweight is None else a.dweight.new_empty(len(a.q), grid[0], *a.dweight.shape)
     dout_q, dout_k = (d if d is None else d.flatten(2) for d in (a.dout_q, a.dout_k))
     launch(

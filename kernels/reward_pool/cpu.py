@@ -25,7 +25,7 @@ def _runs(x: Tensor, queries: int) -> int:
 
 def _common(a: Forward | Backward) -> dict[str, Tensor | int]:
     """What both directions take: x, u in whole groups of queries, and sizes."""
-    supported(a.x)
+    supported("reward_pool", a.x)
     (batch, length, width), u = a.x.shape, _grouped(a.u)
     return dict(
         x=a.x, u=u, batch=batch, length=length, width=width, queries=len(u), wanted=len(a.u),

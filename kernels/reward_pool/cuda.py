@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import cuda_kernels as cuda
+from prfl_kernels.extension import supported
 from prfl_kernels.reward_pool.launch import Backward, Forward
 
 
 def _common(a: Forward | Backward) -> dict[str, Tensor | int]:
     """What both directions take: x with rows that begin at multiples of 16 bytes, u and sizes."""
     module, (queries, width) = cuda.library(), a.u.shape
-    cuda.supported("reward_pool", a.x)
+    supported("reward_pool", a.x)
     if not 1 <= queries <= module.reward_pool_queries:
         raise ValueError(f"reward_pool: got {queries} folded queries, want 1 to {module.reward_pool_queries}")
     if width % 8 or width > module.reward_pool_width:

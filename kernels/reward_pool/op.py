@@ -23,7 +23,7 @@ from torch import Tensor
 from prfl_kernels import dispatch
 from prfl_kernels.checks import expect, expect_rank, expect_rows
 from prfl_kernels.declare import allocator, gradients_like, operation, or_empty
-from prfl_kernels.dispatch import CPU, CUDA, REFERENCE, TRITON, record
+from prfl_kernels.dispatch import record
 from prfl_kernels.jit import unit_last, wide
 from prfl_kernels.reward_pool import cpu, cuda, triton_kernels
 from prfl_kernels.reward_pool.launch import Backward, Forward
@@ -48,12 +48,8 @@ def reference_backward(a: Backward) -> None:
         torch.matmul(ds.flatten(0, 1).T, x.flatten(0, 1), out=a.du)
 
 
-dispatch.register("reward_pool", dispatch.common({
-    REFERENCE: (reference_forward, reference_backward),
-    CPU: (cpu.forward, cpu.backward),
-    TRITON: (triton_kernels.forward, triton_kernels.backward),
-    CUDA: (cuda.forward, cuda.backward),
-}))  # fmt: skip
+_plain = reference_forward, reference_backward
+dispatch.register("reward_pool", dispatch.room(_plain, cpu=cpu, triton=triton_kernels, cuda=cuda))
 
 
 def _folded(x: Tensor, u: Tensor) -> Tensor:

@@ -111,9 +111,6 @@ def _cut(op: str, settings, length: int) -> None:
         raise ValueError(f"{op}: got {got}, want the {tokens} of the grid, cut as x is")
 
 
-# -- modulated_ffn
-
-
 def modulated_ffn(op, inputs, settings, saved):
     """ValueError where an argument of modulated_ffn or, if saved is given, its backward is wrong."""
     width = expect_rows(op, "x", inputs.x)[2]
@@ -128,9 +125,6 @@ def modulated_ffn(op, inputs, settings, saved):
     expect_length(op, "factors", settings.factors, 2)
     expect_float(op, "dtype", settings.dtype)
     check_chunk(settings.chunk)
-
-
-# -- cross_attention
 
 
 def cross_attention(op, inputs, settings, saved):

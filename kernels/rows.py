@@ -1,0 +1,50 @@
+"""The launch of Triton kernels whose programs walk over runs of tokens with a row, and sums, in registers."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from prfl_kernels import tuning
+from prfl_kernels.jit import triton
+
+Way = Literal["forward", "backward"]
+# Runs of tokens on the whole batch: enough to fill 132 SMs, few enough that their partial sums stay
+# under 5 % of the traffic at 32,760 tokens. A wide row takes a whole SM in the backward.
+RUNS_WIDE, RUNS = 264, 528
+# Most warps of a program. Three accumulators and six rows of 5,120 in float32 fit the registers of
+# one SM with 8 warps (238 a thread); with 16 they spill.
+WARPS = {"forward": 16, "backward": 8}
+_CANDIDATES = {
+    "forward": {
+        (2048,): ((8, 528), (8, 264), (4, 528)),
+        (8192,): ((16, 528), (8, 264), (8, 528)),
+    },
+    "backward": {
+        (2048,): ((8, 264), (8, 1056)),
+        (8192,): ((8, 132), (8, 528)),
+    },
+}
+
+
+def candidates(kernel: str) -> dict[str, dict[tuple[int], tuple[tuple[int, int], ...]]]:
+    """(warps, runs) that `prfl tune` tries in addition to the default, by the width rounded up to a power of
+    two."""
+    return {f"{kernel} {way}": found for way, found in _CANDIDATES.items()}
+
+
+def plan(
+    kernel: str, way: Way, kind: tuning.Key, like: Tensor, block: int, fp8: bool = False
+) -> tuple[tuple[int, int], int, dict[str, int | bool]]:
+    """((runs, samples), tokens of a run, launch options) for the rows of `like` [B, L, C], `block` values
+    each with padding.
+
+    kind is what else a tuned choice depends on. A warp has 256 values of a row, and 512 where e4m3 is
+    written: 16 bytes of a thread at least.
+    """
+    batch, length, _ = like.shape
+    warps = min(WARPS[way], max(1, block // (512 if fp8 else 256)))
+    key = block, *kind, tuning.bucket(batch * length)
+    default = warps, RUNS_WIDE if block > 4096 else RUNS
+    warps, runs = tuning.choice(f"{kernel} {way}", key, default, like.device)
+    rows = triton.cdiv(length, max(1, runs // batch))
+    return (triton.cdiv(length, rows), batch), rows, {"num_warps": warps, "enable_fp_fusion": True}
