@@ -8,6 +8,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 def checkpoints(out: Path) -> list[Path]:
     """The folders checkpoint-N of a run, oldest first."""
-    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    found = [p for p in out.glob("checkpoint-*") if re.fullmatch("checkpoint-(0|[1-9][0-9]*)", p.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 

@@ -20,7 +20,7 @@ from prfl_engine import files
 from prfl_engine.config import Config
 from prfl_engine.config_file import plain, read_yaml
 from prfl_engine.errors import UserError
-from prfl_engine.inputs import check_out, load_pickle
+from prfl_engine.inputs import check_out, load_pickle, read_json
 from prfl_engine.metrics import FILE, check_writers, note, read_metrics
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import load_state
@@ -167,15 +167,14 @@ def _compare(checkpoint: Path, config: Config, sources: dict[str, dict]) -> tupl
 def _read_run(checkpoint: Path) -> tuple[dict, dict | None]:
     """(configuration, digests of its sources) of a checkpoint; None: not known, of an older version's."""
     path = checkpoint / RUN
-    if path.exists():
-        try:
-            held = json.loads(path.read_text())
-            config, sources = held["config"], held["sources"]
-            if all(isinstance(section, dict) for section in (sources, *config.values(), *sources.values())):
-                return config, sources
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            pass
-        raise UserError(f"{path}: got no configuration of a run, want the file as it was written")
+    if os.path.lexists(path):
+        held = read_json(path, "the configuration of a run")
+        config, sources = held.get("config"), held.get("sources")
+        sections = [config, sources]
+        sections += [v for part in sections if isinstance(part, dict) for v in part.values()]
+        if not all(isinstance(section, dict) for section in sections):
+            raise UserError(f"{path}: got no configuration of a run, want the file as it was written")
+        return config, sources
     path = checkpoint.parent / "config.yaml"
     if not path.exists():
         raise UserError(f"{checkpoint}: got no {RUN} and no {path}, want one: what the run was is unknown")
@@ -225,10 +224,10 @@ def _files(path: Path) -> Iterable[Path]:
     if path.suffix != ".json":
         return [path] if path.is_file() else []
     try:
-        meta = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, FileNotFoundError):
-        return []  # the reader names it
-    named = [Path(v) for v in meta.values() if isinstance(v, str)] if isinstance(meta, dict) else []
+        meta = read_json(path, "a meta JSON")
+    except UserError:
+        return []  # the reader of the data names it
+    named = [Path(v) for v in meta.values() if isinstance(v, str)]
     named = [p if p.is_absolute() or p.is_file() else path.parent / p for p in named if p.suffix == ".npy"]
     return [p for p in named if p.is_file()]
 
@@ -317,13 +316,14 @@ def _progress(state: dict, step: int) -> Progress:
     found.broken = {Path(path): why for path, why in broken.items()}
     if type(found.step) is not int or found.step != step:
         raise ValueError(f"step: got {found.step!r}, want {step} as its folder's name has it")
-    if type(found.best) not in (int, float) or math.isnan(found.best):
+    if type(found.best) not in (int, float) or not found.best < math.inf:
         raise ValueError(f"best: got {found.best!r}, want a score")
     if type(found.unvalidated) is not bool:
         raise ValueError(f"unvalidated: got {found.unvalidated!r}, want true or false")
     if not isinstance(found.unlogged, dict):
         raise ValueError(f"unlogged: got {type(found.unlogged).__name__}, want a dict")
     for name, value in found.unlogged.items():
-        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
-            raise ValueError(f"unlogged: {name}: want a 0-dim tensor of floating-point numbers")
+        number = isinstance(value, Tensor) and not value.dim() and value.is_floating_point()
+        if not isinstance(name, str) or not number:
+            raise ValueError(f"unlogged: {name}: want a name and a 0-dim tensor of floating-point numbers")
     return found

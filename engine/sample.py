@@ -13,6 +13,7 @@ from prfl_engine.build import DTYPES, pick_device
 from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
+from prfl_engine.files import atomic_folder
 from prfl_engine.inputs import check_new
 from prfl_engine.metrics import progress
 from prfl_engine.model import lora
@@ -70,8 +71,13 @@ def sample(config: Config, out: str | Path) -> list[Path]:
 
 
 def write_samples(folder: Path, latents: Sequence[Tensor], config: SampleConfig) -> list[Path]:
-    """Write latents [16, T, h, w] as sample-NN.npy and, with a codec, as videos."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write latents [16, T, h, w] as sample-NN.npy and, with a codec, as videos: the whole folder or nothing.
+    Returns the files."""
+    with atomic_folder(folder) as temporary:
+        return [folder / file.name for file in _write(temporary, latents, config)]
+
+
+def _write(folder: Path, latents: Sequence[Tensor], config: SampleConfig) -> list[Path]:
     written = []
     for i, latent in enumerate(latents):
         written.append(folder / f"sample-{i:02d}.npy")

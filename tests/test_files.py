@@ -45,7 +45,8 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
 
 
 def test_checkpoints_are_in_order_of_their_step(tmp_path):
-    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "best", ".checkpoint-11.tmp"):
+    others = "checkpoint-x", "checkpoint-²", "checkpoint-٣", "checkpoint-09", "best", ".checkpoint-11.tmp"
+    for name in ("checkpoint-10", "checkpoint-9", *others):
         (tmp_path / name).mkdir()
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import one_line, write_run
@@ -259,6 +260,14 @@ def test_what_is_no_failure_of_the_machine_keeps_its_traceback():
 
 def test_a_full_disk_of_another_command(tmp_path, monkeypatch, capsys):
     config = write_run(tmp_path)
-    monkeypatch.setattr("numpy.save", no_space)
+    save, names = np.save, []
+
+    def full(path, array):
+        names.append(path)
+        return save(path, array) if len(names) < 2 else no_space()
+
+    monkeypatch.setattr("numpy.save", full)
+    before = sorted(tmp_path.iterdir())
     assert main(["sample", str(config), "--out", str(tmp_path / "s")]) == 1
     assert one_line(capsys) == "prfl: cannot write: file: No space left on device"
+    assert len(names) == 2 and sorted(tmp_path.iterdir()) == before

@@ -1,8 +1,10 @@
 """Adapter files of other programs: names, strengths, mistakes; and the file that other programs read."""
 
 import json
+import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +256,19 @@ def test_settings_of_peft_that_cannot_be_right_are_refused(tmp_path, field, valu
     with pytest.raises(UserError, match=message) as error:
         read(tmp_path)
     assert "\n" not in str(error.value) and "adapter_config.json" in str(error.value)
+
+
+def test_no_other_file_stands_in_for_weights_that_cannot_be_read(tmp_path):
+    """A folder of ours has the adapter in two files."""
+    lora.save(model(), tmp_path)
+    peft = tmp_path / "adapter_model.safetensors"
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    kinds = {Path.mkdir: "is a folder", os.mkfifo: "is a pipe", lambda p: p.symlink_to(p): "levels of"}
+    for make, message in kinds.items():
+        peft.rmdir() if peft.is_dir() else peft.unlink()
+        make(peft)
+        with pytest.raises(UserError, match=f"{peft}: .*{message}"):
+            read(tmp_path)
 
 
 def test_an_adapter_of_an_image_model_is_refused_for_one_without(tmp_path):

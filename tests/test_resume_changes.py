@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import asdict
 
@@ -156,6 +157,11 @@ def test_a_checkpoint_of_before_is_compared_with_the_configuration_beside_it(fin
     run("train", finished / "config.yaml", *more, code=2)
     assert f"{RUN}: got no configuration" in capsys.readouterr().err
     (tmp_path / "run/checkpoint-2" / RUN).unlink()
+    for make, needle in ((os.mkfifo, "is a pipe"), (lambda p: p.symlink_to(p), "Too many levels")):
+        make(tmp_path / "run/checkpoint-2" / RUN)
+        run("train", finished / "config.yaml", *more, code=2)
+        assert f"{RUN}: {needle}" in one_line(capsys)
+        (tmp_path / "run/checkpoint-2" / RUN).unlink()
     (tmp_path / "run/config.yaml").unlink()
     run("train", finished / "config.yaml", *more, code=2)
     assert "what the run was is unknown" in capsys.readouterr().err
@@ -204,6 +210,11 @@ def moments(change):
     return broken
 
 
+def last(name, value):
+    """The last number of every such tensor."""
+    return moments(lambda entry: entry[name].view(-1)[-1:].fill_(value))
+
+
 def put(*keys):
     """A change of one entry: its keys, then its value."""
     *path, last, value = keys
@@ -222,6 +233,10 @@ BROKEN = {
     "expanded": (moments(lambda e: e.update(exp_avg=torch.zeros(()).expand(e["exp_avg"].shape))), "strides"),
     "no moment": (moments(lambda e: e.pop("exp_avg")), "parameter 0: got a dict of exp_avg_sq, step, want"),
     "count": (moments(lambda e: e.update(step="1")), "parameter 0: step: got str"),
+    "not a number": (last("exp_avg", math.nan), "exp_avg: holds NaN or infinity"),
+    "infinite": (last("exp_avg_sq", math.inf), "exp_avg_sq: holds NaN or infinity"),
+    "negative square": (last("exp_avg_sq", -1), "exp_avg_sq: holds -1, want no negative numbers"),
+    "negative count": (last("step", -3), "step: holds -3, want"),
     "a parameter more": (put("optimizer", "state", 99, {}), "parameter 99"),
     "list": (put("optimizer", []), "optimizer: want a dict"),
     "groups": (put("optimizer", "param_groups", [1]), "groups of [None] parameters"),
@@ -232,7 +247,9 @@ BROKEN = {
     "random": (put("rng", torch.zeros(5056)), "rng: got float32"),
     "random size": (put("rng", torch.zeros(3, dtype=torch.uint8)), "rng: got uint8 [3]"),
     "random bits": (put("rng", torch.full((5056,), 255, dtype=torch.uint8)), "does not fit"),
+    "best infinite": (put("best", math.inf), "best: got inf"),
     "unlogged": (put("unlogged", {"a": 1}), "unlogged: a: want"),
+    "unlogged name": (put("unlogged", {1: torch.zeros(())}), "unlogged: 1: want a name"),
     "half": (None, "not a safe state dict"),
 }
 
@@ -260,6 +277,7 @@ BLOCKS = {
     "no block": lambda s: s[0].update(blocks=[]),
     "another block": lambda s: s[0]["blocks"].append({}),
     "text": lambda s: s[0]["blocks"][0].update(exp_avg="x"),
+    "not a number": lambda s: s[0]["blocks"][0]["exp_avg"][-1:].fill_(math.nan),
     "no list": lambda s: s[0].update(blocks={}),
     "expanded": lambda s: s[0]["blocks"][0].update(exp_avg=torch.zeros(()).expand(64)),
     "step": lambda s: s[0].update(step=1),

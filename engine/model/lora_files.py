@@ -94,9 +94,9 @@ def read(path: str | Path) -> tuple[dict[str, LowRank], set[str]]:
     UserError where the file is not an adapter, or one whose arithmetic is not that above.
     """
     path = Path(path)
-    file = next((f for f in (path / name for name in _FILES) if f.is_file()), path)
+    file = next((f for f in (path / name for name in _FILES) if os.path.lexists(f)), path)
     want = f"a folder with {WEIGHTS}, or a safetensors file"
-    if file.is_dir():
+    if file == path and file.is_dir():
         raise UserError(f"{path}: no adapter there, want {want}")
     with open_tensors(file, want) as opened:
         header = opened.metadata() or {}

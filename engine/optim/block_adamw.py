@@ -20,7 +20,7 @@ from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError, check
 from prfl_engine.memory.host import HostBlocks, new_block
 from prfl_engine.memory.live_bytes import host_memory
-from prfl_engine.optim.states import check_groups, check_like
+from prfl_engine.optim.states import check_groups, check_like, check_moments
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_engine.shards import local, offset, summed
 from prfl_kernels.jit import wide
@@ -204,6 +204,7 @@ class BlockAdamW(torch.optim.Optimizer):
         mine = self.state_dict()["state"]
         for i, own in mine.items():
             check_like(f"parameter {i}", saved["state"].get(i), own)
+            check_moments(f"parameter {i}", saved["state"][i])
         for i, own in mine.items():
             own["step"].copy_(saved["state"][i]["step"])
             for block, source in zip(own["blocks"], saved["state"][i]["blocks"], strict=True):

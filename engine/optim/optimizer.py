@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from prfl_engine.config import OptimConfig
 from prfl_engine.errors import UserError
 from prfl_engine.optim.block_adamw import BlockAdamW, norm_of
-from prfl_engine.optim.states import check_groups, check_like
+from prfl_engine.optim.states import check_groups, check_like, check_moments
 from prfl_engine.shards import local
 
 
@@ -81,6 +81,7 @@ def load_state(optimizer: torch.optim.Optimizer, saved: object) -> None:
         like = torch.empty_like(parameters[i], device="meta")
         want = {"exp_avg": like, "exp_avg_sq": like} | ({"step": torch.zeros(())} if adamw else {})
         check_like(f"parameter {i}", entry, want)
+        check_moments(f"parameter {i}", entry)
     groups = optimizer.state_dict()["param_groups"]
     for group, source in zip(groups, saved["param_groups"], strict=True):
         group.update({name: source[name] for name in counters})

@@ -1,5 +1,6 @@
 """What a saved optimizer state must look like before any of it is used."""
 
+import math
 from typing import Any
 
 from torch import Tensor, strided
@@ -37,6 +38,21 @@ def check_like(name: str, got: object, want: Any) -> None:
         return
     for key, value in want.items() if isinstance(want, dict) else enumerate(want):
         check_like(f"{name}: {key}", got[key], value)
+
+
+def check_moments(name: str, state: dict[str, Any]) -> None:
+    """ValueError, which names the first, unless the floating-point numbers of a parameter's state, or of its
+    blocks, are finite, and none but the first moments (exp_avg) negative. Reads every value once."""
+    for key, value in state.items():
+        if isinstance(value, list):
+            for i, block in enumerate(value):
+                check_moments(f"{name}: {key}: {i}", block)
+        elif value.is_floating_point() and value.numel():
+            low, high = (bound.item() for bound in value.aminmax())
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"{name}: {key}: holds NaN or infinity, want finite numbers")
+            if low < 0 and key != "exp_avg":
+                raise ValueError(f"{name}: {key}: holds {low:.3g}, want no negative numbers")
 
 
 def _summary(value: object) -> str:
