@@ -111,6 +111,8 @@ def fit(
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
             raise
+        if failures.lost_rank(error):
+            reason = f"{world.who_is_lost()}; {reason}"
         raise TrainingError(f"{reason}; {checkpoints.last()}") from None
 
 
