@@ -35,6 +35,11 @@ def lost_worker(error: Exception) -> WorkerLost | None:
     return WorkerLost(f"the connection to it broke ({type(error).__name__})")
 
 
+def lost_rank(error: BaseException) -> bool:
+    """Whether a collective of several processes has failed: one has ended, or did not come in time."""
+    return isinstance(error, RuntimeError) and _RANK.search(str(error)) is not None
+
+
 def reason(error: BaseException) -> str | None:
     """What failed, in one line; None for every other error."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -55,6 +60,6 @@ def reason(error: BaseException) -> str | None:
         return f"cannot write: {line} (torch.save; is the disk full?)"
     if _MEMORY.search(line):
         return f"out of memory: {line}"
-    if _RANK.search(line):
+    if lost_rank(error):
         return f"lost another process: {line}"
     return f"lost a loader process: {line}" if isinstance(error, WorkerLost) else None

@@ -111,6 +111,8 @@ def fit(
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
             raise
+        if failures.lost_rank(error):
+            reason = f"{world.who_is_lost()}; {reason}"
         raise TrainingError(f"{reason}; {checkpoints.last()}") from None
 
 
@@ -160,14 +162,14 @@ class Run:
         with self.signals.at_once(False), ExitStack() as held:
             with self.world.agreed():
                 if self.world.leads:
-                    self.take_folder(out, held)
+                    self.take_folder(out, held, device)
             with self.checkpoints:
                 self.steps(device)
             if self.signals.asked is not None:
                 saved = f"{self.checkpoints.last()}, train.resume=true goes on from it"
                 raise self.signals.stopped(saved if files.checkpoints(out) else "nothing to save")
 
-    def take_folder(self, out: Path, held: ExitStack) -> None:
+    def take_folder(self, out: Path, held: ExitStack, device: torch.device) -> None:
         """Lock the folder for as long as `held` is open, and say how the run starts."""
         found = self.begin.checkpoint
         if not held.enter_context(files.locked(make_folder(out, "train.out"))):
@@ -177,7 +179,7 @@ class Run:
         files.clear_leftovers(out)
         note_run(out)
         files.write_whole(out / "config.yaml", self.config.to_yaml())
-        print(f"prfl: kernels: {kernels(pick_device(self.config).type)}", flush=True)
+        print(f"prfl: kernels: {kernels(device.type)}", flush=True)
         for change in self.begin.changes:
             print(f"prfl: {change}", flush=True)
         self.list_broken(at_start=True)

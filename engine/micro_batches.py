@@ -94,6 +94,10 @@ class MicroBatches:
         self.batches_per_epoch = sum(-(-len(some) // batch_size) for some in self._alike.values())
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
+    def __getstate__(self) -> dict:
+        """Loader processes read; what ranks agree upon they never ask."""
+        return self.__dict__ | {"agree": None}
+
     def __getitem__(self, position: int) -> Batch | tuple[Batch, Batch]:
         item = self.read(position)
         if item.batch is None:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 from prfl_engine.agree import Agreed, gathered, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ParallelConfig
-from prfl_engine.errors import UserError, check
+from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel
@@ -105,6 +105,15 @@ class World:
         asked = self.all(self.signals and self.signals.asked)
         if (name := next((number.name for number in asked if number), None)) is not None:
             raise Stopped(f"{name}: stopped; nothing to save")
+
+    def who_is_lost(self) -> str:
+        """After a collective that broke or timed out: which ranks do not answer, in words; every rank that is
+        left asks."""
+        try:
+            self.all(None)
+        except TrainingError as error:
+            return str(error)
+        return "all processes still answer"
 
     def to_first(self, value: list[Any], rank: int) -> list[Any]:
         """On the first rank the list of another rank, which has to ask, too; nothing on all others."""

@@ -3,7 +3,7 @@
     python scripts/kill_ranks.py [--trials 20] [--ranks 2] [--steps 6] [--seed 0]
 
 A tiny PRFL run saves in the background after every step and validates. In every trial a random rank is killed
-at a random moment of its length, start included. The others must end by themselves within a minute. Then
+at a random moment of its length, start included. The others must end by themselves within 10 minutes. Then
 the run is started again, with train.resume=auto, and must end with the checkpoint and the metrics of a run
 that nothing has disturbed, to the bit. Exit code 1 where one does not.
 """
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-LIMIT = 60.0  # seconds in which a rank ends by itself
+LIMIT = 600.0  # seconds in which a rank ends by itself, with a whole training
 
 
 def _rank(rank: int, size: int, port: int, log: str, arguments: list[str]) -> None:
@@ -115,7 +115,7 @@ def trials(folder: Path, count: int, size: int, steps: int, seed: int):
         ok, what = again == [0] * size and None not in codes, "equal to the bit"
         try:
             assert_equal(_outcome(out, steps), want)
-        except (AssertionError, FileNotFoundError) as error:
+        except (AssertionError, KeyError, FileNotFoundError) as error:
             ok, what = False, f"differs: {error}"
         left = sorted(p.name for p in out.glob(".*.tmp"))
         line = (

@@ -18,7 +18,7 @@ FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).
 # The rooms of the engine, bottom up: a room, or a file that stands in none, imports nothing that comes after
 # it. What stands in one line knows nothing of each other. The kernels know nothing of the engine.
 ROOMS = [
-    {"errors", "__version__"},
+    {"errors", "__version__", "phases", "restarts"},
     {"bounds", "tensor_files", "shards"},
     {"inputs", "failures"},
     {"config_file", "config_models", "config_method", "files", "gpu"},
@@ -27,10 +27,10 @@ ROOMS = [
     {"batch", "chain"},
     {"model", "media"},
     {"memory", "objectives", "data"},
-    {"optim"},
+    {"optim", "micro_batches"},
     {"checkpoint_shards"},
-    {"parallel"},
-    {"rollout"},
+    {"parallel", "checkpoints"},
+    {"rollout", "measurements"},
     {"patch"},
     {"planner", "resume", "validation"},
     {"build"},

@@ -64,6 +64,30 @@ def test_a_lap_has_the_seconds_between_its_marks(monkeypatch):
     assert after.seconds() == {"graded": 4, "validation": 5} and not after.work
 
 
+def test_on_a_gpu_marks_are_events_that_nothing_waits_for(monkeypatch):
+    class Event:
+        """At 2, 4, 8, ... ms; it has no synchronize."""
+
+        now = 1.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.now *= 2
+            self.at = Event.now
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = phases.Clock(torch.device("cuda"))
+    clock.mark("graded")
+    clock.mark("reward")
+    clock.mark("graded")
+    assert clock.lap().seconds() == pytest.approx({"data": 0.002, "graded": 0.020, "reward": 0.008})
+
+
 def test_ranks_are_summed_up(monkeypatch):
     """Two ranks of one sample count its work once."""
     other = {"seconds": {"graded": 3.0, "save": 1.0}, "memory": 1e15, "tokens": 8, "flops": 100.0}

@@ -1,5 +1,7 @@
 """The stream of batches, which follows from the seed and the position alone, and held-out batches."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +159,13 @@ def test_another_sample_takes_the_place_of_a_broken_one(workers, tmp_path):
     again = MicroBatches(whole.reader, whole.paths, 1, 0, skip=2)
     again.leave_out(stream.broken)
     assert same([item.batch for item in accepted(again, 9, 12)], [item.batch for item in items[9:]])
+
+
+def test_loader_processes_can_get_a_pickled_stream(tmp_path):
+    whole, stream = skipping(tmp_path, agree=lambda found: found)
+    sent = pickle.loads(pickle.dumps(stream))
+    assert sent.agree is None and sent.broken == stream.broken
+    assert same([sent[3]], [stream[3]])
 
 
 def test_broken_headers_are_left_out_of_batches_of_one_shape(tmp_path):
