@@ -41,10 +41,10 @@ class World:
     size: int = 1
     sequence: int = 1  # neighbouring ranks that share every sample
     resident: bool = False
-    reduce_dtype: torch.dtype | None = None  # of gradients on their way; None: that of the weights
     mesh: DeviceMesh | None = None  # [shard] or [replicate, shard], over all ranks
     group: dist.ProcessGroup | None = None  # the ranks that share this one's samples
     control: dist.ProcessGroup | None = None  # all ranks, over gloo, for what the host knows
+    reduce_dtype: torch.dtype | None = None  # of sums of gradients over ranks; None: that of the weights
 
     @property
     def leads(self) -> bool:
@@ -209,7 +209,9 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
             group = cut.get_group("sequence")
         control = dist.new_group(backend="gloo", timeout=limit)
         dtype = torch.float32 if whole.optim.grad_dtype == "float32" else None
-        yield World(rank, size, config.sequence, config.resident, dtype, mesh, group, control)
+        yield World(
+            rank, size, config.sequence, config.resident, mesh, group, control, reduce_dtype=dtype
+        )
     finally:
         dist.destroy_process_group()
 

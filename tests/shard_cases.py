@@ -65,7 +65,7 @@ def world_of(replicate: int = 1, sequence: int = 1, resident: bool = False, redu
         both = init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))
         group = both.get_group("sequence")
     mesh = mesh_of(replicate)
-    return World(dist.get_rank(), size, sequence, resident, reduce_dtype, mesh, group)
+    return World(dist.get_rank(), size, sequence, resident, mesh, group, reduce_dtype=reduce_dtype)
 
 
 def of_first(make):
@@ -247,10 +247,11 @@ def trained(settings: dict, dtype, lr: float, replicate: int) -> tuple[float, fl
     config = OptimConfig(**{"eps": 1e-4, **settings})
 
     def trained_on(world, given, own):
-        eights = dict(dim=256, num_heads=4, ffn_dim=256, num_layers=1)
-        size = eights if config.name == "adamw8bit" else {}
-        model = world.place(tiny_model(tiny_config(**size)).to(dtype).set_precision(torch.float32))
-        if size:  # encoding is slow
+        eights = config.name == "adamw8bit"
+        size = dict(dim=256, num_heads=4, ffn_dim=256) if eights else {}
+        model = tiny_model(tiny_config(num_layers=1, **size)).to(dtype).set_precision(torch.float32)
+        model = world.place(model)
+        if eights:  # encoding is slow
             model.requires_grad_(False).blocks[0].ffn.requires_grad_(True)
         optimizer, ema = make_optimizer([(model, lr)], config), EMA(model, 0.5)
         start, losses = weights(optimizer), []
