@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 
 from prfl_engine.agree import Agreed, gathered, shared_folder
 from prfl_engine.checkpoint_shards import INDEX
-from prfl_engine.config import Config
+from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import UserError, check
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel
@@ -175,6 +175,19 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def copies(config: ParallelConfig, size: int) -> int:
+    """parallel.replicate, or one copy of the weights for each node of `size` processes. UserError for nodes
+    with different numbers of them."""
+    if config.replicate is not None:
+        return config.replicate
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", size // here))
+    if here * nodes != size:
+        why = f"{size} processes on {nodes} nodes are not {here} on each"
+        raise UserError(f"parallel.replicate: got null, want a number: {why}")
+    return nodes
+
+
 @contextmanager
 def started(whole: Config, device: torch.device) -> Iterator[World]:
     """The world of the processes that torchrun has started, for as long as the block runs; without torchrun a
@@ -182,14 +195,14 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
     config = whole.parallel
     if not launched():
         for name in ("replicate", "sequence"):
-            check(getattr(config, name) == 1, f"parallel.{name}", getattr(config, name), "1 without torchrun")
+            given = getattr(config, name)
+            check(given in (None, 1), f"parallel.{name}", given, "1 without torchrun")
         yield World()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    per_copy = size // config.replicate
-    check(
-        size % config.replicate == 0, "parallel.replicate", config.replicate, f"a divisor of {size} processes"
-    )
+    replicate = copies(config, size)
+    per_copy = size // replicate
+    check(size % replicate == 0, "parallel.replicate", replicate, f"a divisor of {size} processes")
     check(
         per_copy % config.sequence == 0, "parallel.sequence", config.sequence,
         f"a divisor of the {per_copy} processes of a copy",
@@ -199,8 +212,8 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
         "nccl" if cuda else "gloo", timeout=limit, device_id=device if cuda else None
     )
     try:
-        shape = (per_copy,) if config.replicate == 1 else (config.replicate, per_copy)
-        names = ("shard",) if config.replicate == 1 else ("replicate", "shard")
+        shape = (per_copy,) if replicate == 1 else (replicate, per_copy)
+        names = ("shard",) if replicate == 1 else ("replicate", "shard")
         mesh, group = init_device_mesh(device.type, shape, mesh_dim_names=names), None
         if config.sequence > 1:
             cut = init_device_mesh(

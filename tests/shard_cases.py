@@ -320,13 +320,18 @@ def float32_sums() -> tuple[dict[str, float], list[str]]:
     return errors, sorted(on_the_way)
 
 
-def own_precision() -> float:
+def own_precision(updates: bool) -> float:
     """The largest difference, in bfloat16 compute, of the velocity of a sample in a sharded model: norms,
-    modulation and time embedding keep the float32 of their weights."""
+    modulation and time embedding keep the float32 of their weights; so do updates of bfloat16 weights."""
     inputs = _inputs("t2v", torch.float32)
 
     def velocity(world, given):
-        model = world.place(tiny_model().set_precision(torch.bfloat16))
+        model = tiny_model()
+        if updates:
+            lora.start(model.bfloat16(), LoraConfig(rank=2), 0, None)
+            for p in lora.parameters(model).values():
+                torch.nn.init.normal_(p.data, generator=torch.Generator().manual_seed(p.numel()))
+        model = world.place(model.set_precision(torch.bfloat16))
         with torch.no_grad():
             return bind(model, given[0])(given[1], 1000 * given[2], torch.arange(len(given[1])))
 

@@ -107,8 +107,7 @@ def test_optimizer_modes(ranks, settings, dtype, lr, limit):
 
 
 def test_gradients_of_several_micro_batches(ranks):
-    layout = (2, 1) if ranks.size == 4 else (1, 2)
-    for loss, gradient, name in ranks(cases.accumulated, *layout):
+    for loss, gradient, name in ranks(cases.accumulated, 2, 1):
         assert loss < 1e-12
         assert gradient < 1e-11, name
 
@@ -119,8 +118,9 @@ def test_float32_sums_of_bfloat16_gradients(two):
         assert on_the_way == [("float32", "torch.float32"), ("weights", "torch.bfloat16")]
 
 
-def test_sharding_casts_nothing(two):
-    assert max(two(cases.own_precision)) == 0
+@pytest.mark.parametrize("updates", [False, True])
+def test_sharding_casts_nothing(two, updates):
+    assert max(two(cases.own_precision, updates)) == 0
 
 
 def test_ranks_agree_on_a_gradient_that_is_no_number(ranks):
