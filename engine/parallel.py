@@ -109,7 +109,7 @@ class World:
         not, a rank keeps the sum over the shards of its copy until then; so it must be in the last backwards
         of an optimizer step, and only there.
 
-        The rest of the model, a hundredth, is added up in every backward: not all of its parameters have a
+        The rest of the model, 2 % of 14B, is added up in every backward: not all of its parameters have a
         gradient in each, and FSDP adds what it keeps by position.
         """
         if self.mesh is not None and self.mesh.ndim > 1:
