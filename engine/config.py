@@ -170,10 +170,11 @@ class TrainConfig(Section, name="train"):
 
 @dataclass(frozen=True)
 class ParallelConfig(Section, name="parallel"):
-    """How the processes that torchrun has started share the work; weights are sharded over all of them."""
+    """How the processes that torchrun has started share the weights and the work."""
 
-    replicate: Count = 1
-    """Copies of the sharded weights (HSDP); it divides the processes. 1 shards over all of them."""
+    replicate: Count | None = None
+    """Copies of the sharded weights (HSDP); it divides the processes. null: one a node, so that weights are
+    gathered inside nodes; 1 shards over all processes."""
     sequence: Count = 1
     """Neighbouring processes that share every sample, each with a part of its tokens; it divides the heads
     and the processes of one copy."""

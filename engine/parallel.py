@@ -43,12 +43,12 @@ class World:
     size: int = 1
     sequence: int = 1  # neighbouring ranks that share every sample
     resident: bool = False
-    reduce_dtype: torch.dtype | None = None  # of gradients on their way; None: that of the weights
     mesh: DeviceMesh | None = None  # [shard] or [replicate, shard], over all ranks
     group: dist.ProcessGroup | None = None  # the ranks that share this one's samples
     control: dist.ProcessGroup | None = None  # all ranks, over gloo, for what the host knows
     saves: dist.ProcessGroup | None = None  # the same for checkpoints that a thread writes
     signals: Interrupts | None = None  # of several processes: what `stop_if_asked` asks
+    reduce_dtype: torch.dtype | None = None  # of sums of gradients over ranks; None: that of the weights
 
     @property
     def leads(self) -> bool:
@@ -147,7 +147,7 @@ class World:
         not, a rank keeps the sum over the shards of its copy until then; so it must be in the last backwards
         of an optimizer step, and only there.
 
-        The rest of the model, a hundredth, is added up in every backward: not all of its parameters have a
+        The rest of the model, 2 % of 14B, is added up in every backward: not all of its parameters have a
         gradient in each, and FSDP adds what it keeps by position.
         """
         if self.mesh is not None and self.mesh.ndim > 1:
@@ -213,6 +213,19 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def copies(config: ParallelConfig, size: int) -> int:
+    """parallel.replicate, or one copy of the weights for each node of `size` processes. UserError for nodes
+    with different numbers of them."""
+    if config.replicate is not None:
+        return config.replicate
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", size // here))
+    if here * nodes != size:
+        why = f"{size} processes on {nodes} nodes are not {here} on each"
+        raise UserError(f"parallel.replicate: got null, want a number: {why}")
+    return nodes
+
+
 @contextmanager
 def started(whole: Config, device: torch.device) -> Iterator[World]:
     """The world of the processes that torchrun has started, for as long as the block runs; without torchrun a
@@ -220,18 +233,20 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
     config = whole.parallel
     if not launched():
         for name in ("replicate", "sequence"):
-            check(getattr(config, name) == 1, f"parallel.{name}", getattr(config, name), "1 without torchrun")
+            given = getattr(config, name)
+            check(given in (None, 1), f"parallel.{name}", given, "1 without torchrun")
         yield World()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    per_copy = check_layout(config, size)
+    replicate = copies(config, size)
+    per_copy = check_layout(config, replicate, size)
     limit, cuda = timedelta(seconds=config.timeout), device.type == "cuda"
     dist.init_process_group(
         "nccl" if cuda else "gloo", timeout=limit, device_id=device if cuda else None
     )
     try:
-        shape = (per_copy,) if config.replicate == 1 else (config.replicate, per_copy)
-        names = ("shard",) if config.replicate == 1 else ("replicate", "shard")
+        shape = (per_copy,) if replicate == 1 else (replicate, per_copy)
+        names = ("shard",) if replicate == 1 else ("replicate", "shard")
         mesh, group = init_device_mesh(device.type, shape, mesh_dim_names=names), None
         if config.sequence > 1:
             cut = init_device_mesh(
@@ -240,17 +255,18 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
             group = cut.get_group("sequence")
         dtype = torch.float32 if whole.optim.grad_dtype == "float32" else None
         with interrupts() as signals, signals.at_once(False), watched_groups(2, limit) as gloo:
-            yield World(rank, size, config.sequence, config.resident, dtype, mesh, group, *gloo, signals)
+            yield World(
+                rank, size, config.sequence, config.resident, mesh, group, *gloo, signals, reduce_dtype=dtype
+            )
     finally:
         dist.destroy_process_group()
 
 
-def check_layout(config: ParallelConfig, size: int) -> int:
-    """How many of so many processes have a copy of the weights. UserError unless the sizes divide."""
-    per_copy = size // config.replicate
-    check(
-        size % config.replicate == 0, "parallel.replicate", config.replicate, f"a divisor of {size} processes"
-    )
+def check_layout(config: ParallelConfig, replicate: int, size: int) -> int:
+    """How many of so many processes have a copy of the weights, of which there are `replicate`. UserError
+    unless the sizes divide."""
+    per_copy = size // replicate
+    check(size % replicate == 0, "parallel.replicate", replicate, f"a divisor of {size} processes")
     check(
         per_copy % config.sequence == 0, "parallel.sequence", config.sequence,
         f"a divisor of the {per_copy} processes of a copy",

@@ -65,7 +65,7 @@ def world_of(replicate: int = 1, sequence: int = 1, resident: bool = False, redu
         both = init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))
         group = both.get_group("sequence")
     mesh = mesh_of(replicate)
-    return World(dist.get_rank(), size, sequence, resident, reduce_dtype, mesh, group)
+    return World(dist.get_rank(), size, sequence, resident, mesh, group, reduce_dtype=reduce_dtype)
 
 
 def of_first(make):
@@ -247,10 +247,11 @@ def trained(settings: dict, dtype, lr: float, replicate: int) -> tuple[float, fl
     config = OptimConfig(**{"eps": 1e-4, **settings})
 
     def trained_on(world, given, own):
-        eights = dict(dim=256, num_heads=4, ffn_dim=256, num_layers=1)
-        size = eights if config.name == "adamw8bit" else {}
-        model = world.place(tiny_model(tiny_config(**size)).to(dtype).set_precision(torch.float32))
-        if size:  # encoding is slow
+        eights = config.name == "adamw8bit"
+        size = dict(dim=256, num_heads=4, ffn_dim=256) if eights else {}
+        model = tiny_model(tiny_config(num_layers=1, **size)).to(dtype).set_precision(torch.float32)
+        model = world.place(model)
+        if eights:  # encoding is slow
             model.requires_grad_(False).blocks[0].ffn.requires_grad_(True)
         optimizer, ema = make_optimizer([(model, lr)], config), EMA(model, 0.5)
         start, losses = weights(optimizer), []
@@ -319,13 +320,18 @@ def float32_sums() -> tuple[dict[str, float], list[str]]:
     return errors, sorted(on_the_way)
 
 
-def own_precision() -> float:
+def own_precision(updates: bool) -> float:
     """The largest difference, in bfloat16 compute, of the velocity of a sample in a sharded model: norms,
-    modulation and time embedding keep the float32 of their weights."""
+    modulation and time embedding keep the float32 of their weights; so do updates of bfloat16 weights."""
     inputs = _inputs("t2v", torch.float32)
 
     def velocity(world, given):
-        model = world.place(tiny_model().set_precision(torch.bfloat16))
+        model = tiny_model()
+        if updates:
+            lora.start(model.bfloat16(), LoraConfig(rank=2), 0, None)
+            for p in lora.parameters(model).values():
+                torch.nn.init.normal_(p.data, generator=torch.Generator().manual_seed(p.numel()))
+        model = world.place(model.set_precision(torch.bfloat16))
         with torch.no_grad():
             return bind(model, given[0])(given[1], 1000 * given[2], torch.arange(len(given[1])))
 

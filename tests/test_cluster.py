@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prfl_engine.config import load_config
+from prfl_engine.config import ParallelConfig, load_config
 from prfl_engine.errors import UserError
-from prfl_engine.parallel import World, check_config
+from prfl_engine.parallel import World, check_config, copies
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -19,14 +19,27 @@ SCRIPT = ROOT / "scripts/slurm.sbatch"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configurations_load_and_fit_the_gpus_of_their_name(path):
+def test_configurations_load_and_fit_the_gpus_of_their_name(path, monkeypatch):
     c = load_config(path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     if (gpus := re.search(r"_(\d+)gpu$", path.stem)) is None:
-        assert c.parallel.replicate == c.parallel.sequence == 1
+        assert (c.parallel.replicate, c.parallel.sequence) == (None, 1)
         return
     size, p = int(gpus[1]), c.parallel
-    assert size % (p.replicate * p.sequence) == 0 and 40 % p.sequence == 0  # of 14B's heads
+    assert copies(p, size) == size // 8 and 8 % p.sequence == 40 % p.sequence == 0  # of 14B's heads
     check_config(c, World(size=size, sequence=p.sequence, resident=p.resident, mesh=object()))
+
+
+def test_weights_are_sharded_inside_nodes(monkeypatch):
+    """Unless it is said otherwise, and where all nodes have as many processes."""
+    assert copies(ParallelConfig(), 8) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert copies(ParallelConfig(), 8) == 2
+    assert copies(ParallelConfig(replicate=1), 8) == 1
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    line = "parallel.replicate: got null, want a number: 6 processes on 2 nodes are not 4 on each"
+    with pytest.raises(UserError, match=line):
+        copies(ParallelConfig(), 6)
 
 
 @pytest.mark.parametrize("size, sequence, accumulate", [(1, 1, 3), (4, 1, 8), (4, 2, 4)])
@@ -62,9 +75,9 @@ def slurm(tmp_path: Path, steps_done: int, code: int = 0, state: str = "RUNNING"
     stubs = {
         "scontrol": f'echo "scontrol $*" >> {log}; echo node1; echo node2',
         "squeue": f"echo {state}",
-        "srun": "export SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_STEP_NUM_TASKS=4\n"
+        "srun": "export SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_STEP_NUM_TASKS=4 SLURM_STEP_NUM_NODES=2\n"
         f'shift 2; PYTHON={tmp_path}/train "$@"',
-        "train": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $*" >> {log}; '
+        "train": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $*" >> {log}; '
         f"mkdir -p {out}/checkpoint-{steps_done}; exit {code}",
     }
     for name, body in stubs.items():
@@ -79,7 +92,7 @@ def slurm(tmp_path: Path, steps_done: int, code: int = 0, state: str = "RUNNING"
 def test_the_slurm_script_names_ranks_and_requeues_a_stopped_run(tmp_path):
     code, log = slurm(tmp_path, steps_done=2)
     assert code == 0
-    assert f"3 1 4 node1 -m prfl_engine.cli train {tmp_path}/c.yaml train.resume=auto\n" in log
+    assert f"3 1 4 2 node1 -m prfl_engine.cli train {tmp_path}/c.yaml train.resume=auto\n" in log
     assert log.endswith("scontrol requeue 7\n")
 
 

@@ -118,11 +118,10 @@ def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     assert "got a sharded checkpoint, want torchrun (any number of processes)" in out
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_reward_model_trains_on_two_processes(run, tmp_path, rank):
-    """As on one, with updates too, and goes on from its checkpoint."""
+def test_a_reward_model_trains_on_two_processes(run, tmp_path):
+    """As on one, with updates of its transformer, and goes on from its checkpoint."""
     train = {"accumulate": 2, "steps": 2, "ema": 0.5}
-    config = write_run(tmp_path, samples=8, train=train, eval={"every": 2}, lora={"rank": rank})
+    config = write_run(tmp_path, samples=8, train=train, eval={"every": 2}, lora={"rank": 2})
     for processes, name in ((2, "two"), (1, "one")):
         launch = {"processes": processes, "torchrun": processes > 1}
         run(config, f"train.out={tmp_path}/{name}", command="train-reward", **launch)
@@ -130,10 +129,9 @@ def test_a_reward_model_trains_on_two_processes(run, tmp_path, rank):
         assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
     one, two = (tmp_path / name / "best" for name in ("one", "two"))
     assert {p.relative_to(one) for p in one.rglob("*")} == {p.relative_to(two) for p in two.rglob("*")}
-    if rank:
-        resumed = "train.resume=true", "train.steps=3"
-        run(config, f"train.out={tmp_path}/two", *resumed, processes=2, command="train-reward")
-        assert len(values(tmp_path / "two")) == len(values(tmp_path / "one")) + 2
+    resumed = "train.resume=true", "train.steps=3"
+    run(config, f"train.out={tmp_path}/two", *resumed, processes=2, command="train-reward")
+    assert len(values(tmp_path / "two")) == len(values(tmp_path / "one")) + 2
 
 
 def test_mistakes_end_all_processes_with_a_line(run, tmp_path):

@@ -12,11 +12,23 @@ OFFLOAD = BlockPolicy({"input", "rotated"}, {"attention", "projections", "after_
 MIXED = BlockPolicy({"input", "attention", "hidden"}, {"after_attention"})
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request):
-    made = Ranks(request.param, ("shard_cases", "phase_cases"))
+@pytest.fixture(scope="module")
+def two():
+    made = Ranks(2, ("shard_cases", "phase_cases"))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def four():
+    made = Ranks(4, ("shard_cases", "phase_cases"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["two", "four"])
+def ranks(request):
+    return request.getfixturevalue(request.param)
 
 
 def layouts(size: int) -> list[tuple[int, int]]:
@@ -35,13 +47,17 @@ def check(ranks, function, *arguments) -> None:
     "policy, keep, backend",
     [
         ("none", "all", None), ("none", "nothing", None), ("none", "projections", None),
-        ("full", "all", None),
-        ("attention", "all", None), (OFFLOAD, "all", None), (MIXED, "all", None),
+        ("full", "all", None), ("attention", "all", None), (OFFLOAD, "all", None), (MIXED, "all", None),
         ("none", "all", "aot_eager"), ("attention", "all", "aot_eager"),
     ],
 )  # fmt: skip
-def test_flow_matching(ranks, policy, keep, backend):
-    check(ranks, cases.flow_matching, policy, keep, backend)
+def test_flow_matching(two, policy, keep, backend):
+    check(two, cases.flow_matching, policy, keep, backend)
+
+
+@pytest.mark.parametrize("policy", ["none", MIXED])
+def test_flow_matching_on_four_ranks(four, policy):
+    check(four, cases.flow_matching, policy, "all", None)
 
 
 EQUAL, UNEQUAL = [[2] * 4, [4] * 4], [[0, 1, 0, 2], [1, 4, 2, 3]]
@@ -91,20 +107,20 @@ def test_optimizer_modes(ranks, settings, dtype, lr, limit):
 
 
 def test_gradients_of_several_micro_batches(ranks):
-    layout = (2, 1) if ranks.size == 4 else (1, 2)
-    for loss, gradient, name in ranks(cases.accumulated, *layout):
+    for loss, gradient, name in ranks(cases.accumulated, 2, 1):
         assert loss < 1e-12
         assert gradient < 1e-11, name
 
 
-def test_float32_sums_of_bfloat16_gradients(ranks):
-    for errors, on_the_way in ranks(cases.float32_sums):
+def test_float32_sums_of_bfloat16_gradients(two):
+    for errors, on_the_way in two(cases.float32_sums):
         assert 2 * errors["float32"] < errors["weights"]
         assert on_the_way == [("float32", "torch.float32"), ("weights", "torch.bfloat16")]
 
 
-def test_sharding_casts_nothing(ranks):
-    assert max(ranks(cases.own_precision)) == 0
+@pytest.mark.parametrize("updates", [False, True])
+def test_sharding_casts_nothing(two, updates):
+    assert max(two(cases.own_precision, updates)) == 0
 
 
 def test_ranks_agree_on_a_gradient_that_is_no_number(ranks):
@@ -125,15 +141,24 @@ def test_shards_are_rounded_by_other_numbers_and_copies_by_the_same(ranks):
     assert len(shards) == 2 and all("exp_avg_rms" in names for names in states)
 
 
-def test_a_reward_model_with_updates_is_written_from_its_shards(ranks, tmp_path):
-    assert all(ranks(cases.adapted, str(tmp_path)))
+def test_a_reward_model_with_updates_is_written_from_its_shards(two, tmp_path):
+    assert all(two(cases.adapted, str(tmp_path)))
 
 
 @pytest.mark.parametrize("precision, cache", [("fp8", 0.0), ("same", 0.3), ("fp8", 0.3)])
 @pytest.mark.parametrize("resident", [False, True])
-def test_accelerated_rollouts(ranks, precision, cache, resident):
+def test_accelerated_rollouts(two, precision, cache, resident):
     """They are those of one process. With resident weights samples and indices differ, and every group
     chooses by itself which steps to compute."""
+    check_rollouts(two, precision, cache, resident)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_accelerated_rollouts_on_four_ranks(four, resident):
+    check_rollouts(four, "fp8", 0.3, resident)
+
+
+def check_rollouts(ranks, precision, cache, resident):
     for layout in layouts(ranks.size):
         made = ranks(phase_cases.rollout, precision, cache, resident, not resident, *layout)
         for sharded, accelerated, _, same in made:
@@ -169,7 +194,7 @@ def test_collectives_of_a_step(ranks, window, resident, last):
 
 
 @pytest.mark.parametrize("policy", ["none", "full", "attention", OFFLOAD, MIXED])
-def test_a_block_is_gathered_before_the_backward_of_the_one_after_it(ranks, policy):
+def test_a_block_is_gathered_before_the_backward_of_the_one_after_it(two, policy):
     """FSDP's own order, which recomputation leaves as it is: the rest, the last block and the one before it;
     another one; none."""
-    assert all(seen == [3, 4, 4] for seen in ranks(phase_cases.ahead, policy))
+    assert all(seen == [3, 4, 4] for seen in two(phase_cases.ahead, policy))
