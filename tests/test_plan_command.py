@@ -10,12 +10,15 @@ from helpers import one_line, tiny_config, tiny_model, write_run
 
 from prfl_engine import cli
 from prfl_engine.config import ChainConfig, OptimConfig, RolloutConfig, load_config
+from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import named
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.objectives import index_range, stratified_indices
+from prfl_engine.planner import pareto
 from prfl_engine.planner.command import Options, predict
 from prfl_engine.planner.flops import forward_flops, graded_passes, rollout_forwards, step_flops
 from prfl_engine.planner.machine import MACHINES
+from prfl_engine.planner.picture import moments
 from prfl_engine.planner.plan import make_kind
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import RewardSetup, Setup
@@ -154,6 +157,42 @@ def test_less_room_more_sharing_and_other_machines():
 def test_a_mistake_is_one_line(capsys, arguments, message):
     assert cli.main(["plan", str(LORA), *arguments]) == 2
     assert message in one_line(capsys)
+
+
+def test_the_picture_has_the_peaks_of_the_phases(tmp_path):
+    path = write_run(tmp_path, eval={"every": 0})
+    found = predict(str(path), ("model.recompute=attention",))
+    most: dict[str, int] = {}
+    for moment in moments(found):
+        name = moment.phase.split(", forward")[0].split(", backward")[0]
+        most[name] = max(most.get(name, 0), sum(moment.bytes.values()))
+    phases = {phase.name: phase.bytes for phase in found.memory.phases}
+    assert {"flow matching", "graded step", "reward", "optimizer"} < set(most)
+    for name in ("graded step", "reward", "optimizer"):
+        assert most[name] == phases[name], name
+    picture = tmp_path / "memory.png"
+    assert cli.main(["plan", str(path), "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_search_finds_the_fastest_that_fits(tmp_path, monkeypatch):
+    """Its rows, pasted behind the configuration, are predicted alike."""
+    monkeypatch.setattr(pareto, "POLICIES", pareto.POLICIES[1:2])
+    monkeypatch.setattr(pareto, "OPTIMIZERS", pareto.OPTIMIZERS[:1])
+    monkeypatch.setattr(pareto, "CHAINS", pareto.CHAINS[:3:2])
+    path = str(write_run(tmp_path, eval={"every": 0}))
+    found = pareto.search(path, (), Options(gpus=2, budget=1.0))
+    overrides, row = found.rows[-1]
+    again = predict(path, overrides, Options(gpus=row.times.gpus, budget=1.0))
+    assert again.values() == row.values() and row.fits
+    assert "rollout.mode=persistent" in overrides  # nothing else takes less time
+    seconds = [r.times.per_sample for _, r in found.rows]
+    assert seconds == sorted(seconds, reverse=True) and found.tried > len(found.rows)
+    text = found.text()
+    assert all(len(line) <= 100 for line in text.splitlines()) and "what another setting" in text
+    monkeypatch.setattr(pareto.Search, "candidates", lambda *_: iter(()))
+    with pytest.raises(UserError, match="--search: nothing of 0 settings fits 1.0 GB on 2 GPUs"):
+        pareto.search(path, (), Options(gpus=2, budget=1.0))
 
 
 def test_what_is_here_is_read(tmp_path, capsys):
