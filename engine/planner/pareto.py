@@ -24,6 +24,7 @@ from prfl_engine.planner.sharded import Exchanged, Shards, exchanged_bytes
 from prfl_engine.planner.standing import models_of
 from prfl_engine.planner.subject import Subject, find
 from prfl_engine.planner.timing import times
+from prfl_kernels.attention.fp8 import HEAD_DIMS
 
 MOST = 64  # GPUs, where --gpus does not say
 AHEAD = 12  # candidates of a number of GPUs that are predicted in full before it is given up
@@ -112,7 +113,8 @@ class Search:
         self.kinds: dict[object, Kind] = {}
         self.exchanges: dict[object, Exchanged] = {}
         base = load_config(path, given)
-        self.heads = find(base, path, options.latent, options.model).setup.config.num_heads
+        model = find(base, path, options.latent, options.model).setup.config
+        self.heads, self.head_dim = model.num_heads, model.dim // model.num_heads
 
     def candidates(self, gpus: int) -> Iterator[Candidate]:
         """All settings on so many GPUs that are no mistake."""
@@ -175,7 +177,8 @@ class Search:
     def _more(self, gpus: int) -> list[Overrides]:
         if gpus > 1:
             return [("parallel.resident=false",), ("parallel.resident=true",)]
-        return [()] + [("rollout.precision=fp8",)] * (self.gpu.rates.products_fp8 is not None)
+        fp8 = self.gpu.rates.products_fp8 is not None and self.head_dim in HEAD_DIMS
+        return [(), ("rollout.precision=fp8",)] if fp8 else [()]
 
     def full(self, c: Candidate) -> Prediction:
         """A candidate with dry runs of its own."""
@@ -214,7 +217,7 @@ def _neighbours(s: Search, overrides: Overrides, best: Prediction) -> Iterator[t
     gpus = best.times.gpus
     groups = [s._layouts(gpus), [(p,) for p in POLICIES], list(OPTIMIZERS), list(CHAINS), s._more(gpus)]
     for group in groups:
-        here = next(option for option in group if set(option) <= set(overrides))
+        here = max((option for option in group if set(option) <= set(overrides)), key=len)
         for other in group:
             if other != here:
                 changed = tuple(o for o in overrides if o not in here) + other
