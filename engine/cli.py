@@ -92,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--latent", metavar="SIZE", help="480p, 720p or TxHxW (default: of the data)")
     plan.add_argument("--model", metavar="PRESET", help="the generator where its folder is not here")
     plan.add_argument("--price", type=float, metavar="X", help="of a GPU hour")
+    plan.add_argument("--search", action="store_true", help="the fastest settings on up to N (or 64) GPUs")
+    plan.add_argument("--picture", metavar="FILE", help="also memory over a step, as PNG")
     plan.add_argument("--json", action="store_true", help="as JSON")
     command("train-reward", _train_reward, "Train a latent reward model.")
     command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
@@ -154,7 +156,18 @@ def _plan(args) -> None:
     options = Options(
         args.gpu, args.gpus, args.nodes, args.budget, args.latent, args.model, args.price
     )
-    found = predict(args.config, args.overrides, options)
+    if args.search:
+        if args.picture:
+            raise UserError("--picture: got it with --search, want one of the two")
+        from prfl_engine.planner.pareto import search
+
+        found = search(args.config, args.overrides, options)
+    else:
+        found = predict(args.config, args.overrides, options)
+        if args.picture:
+            from prfl_engine.planner.picture import draw
+
+            draw(found, Path(args.picture))
     print(json.dumps(found.values(), indent=2) if args.json else found.text())
 
 

@@ -54,13 +54,8 @@ def of_subject(
     config: Config, subject: Subject, gpu: Machine, count: int, options: Options = Options()  # noqa: B008
 ) -> Prediction:
     """The prediction for what has been found."""
+    checked(config, count)
     p = config.parallel
-    if count > 1:
-        check_layout(p, count)
-        check_many(config, count // p.sequence)
-    else:
-        for name in ("replicate", "sequence"):
-            check(getattr(p, name) == 1, f"parallel.{name}", getattr(p, name), "1 with one GPU, see --gpus")
     heads = subject.setup.config.num_heads
     check(heads % p.sequence == 0, "parallel.sequence", p.sequence, f"a divisor of the {heads} heads")
     shards = Shards(count, p.replicate, p.sequence, p.resident)
@@ -71,3 +66,14 @@ def of_subject(
     moved = exchanged_bytes(setup, models, shards, made.reward)
     took = times(config, setup, made.kinds, made.reward, models, gpu, shards, moved)
     return Prediction(subject, gpu, shards, limit, made, took, moved, options.price)
+
+
+def checked(config: Config, count: int) -> None:
+    """UserError for settings that so many GPUs cannot have."""
+    p = config.parallel
+    if count > 1:
+        check_layout(p, count)
+        check_many(config, count // p.sequence)
+        return
+    for name in ("replicate", "sequence"):
+        check(getattr(p, name) == 1, f"parallel.{name}", getattr(p, name), "1 with one GPU, see --gpus")

@@ -83,9 +83,16 @@ class Memory:
         return max(self.phases, key=lambda phase: phase.bytes)
 
 
-def memory(config: Config, setup: Setup, gpu: Machine | None, shards: Shards = Shards()) -> Memory:  # noqa: B008
-    """The memory of a run; gpu None: of a CPU, without estimates. UserError where auto:GB fits nothing."""
-    made, kinds, reward = _kinds(config, setup, gpu)
+def memory(
+    config: Config,
+    setup: Setup,
+    gpu: Machine | None,
+    shards: Shards = Shards(),  # noqa: B008 - never changed
+    kind: Kind | None = None,
+) -> Memory:
+    """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known.
+    UserError where auto:GB fits nothing."""
+    made, kinds, reward = _kinds(config, setup, gpu) if kind is None else (None, [kind] * setup.count, kind)
     models, c = models_of(setup, shards.shards), config
     stands = _standing(c, setup, models, gpu, shards)
     gradients = _entries(

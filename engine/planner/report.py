@@ -43,10 +43,10 @@ class Prediction:
         where = f"{self.shards.size} x {self.gpu.name}"
         if self.shards.many:
             where += f" (sharded over {self.shards.shards}, {self.shards.sequence} for a sample)"
-        lines = [
+        lines = wrapped(
             f"{self.subject.model}, latents {grid}, {s.tokens // s.latent[0]:,} tokens,"
             f" micro-batches of {s.latent[0]}, on {where}"
-        ]
+        )
         runs = itertools.groupby(kind.name for kind in self.memory.kinds)
         blocks = ", ".join(f"{len(list(run))} x {name}" for name, run in runs)
         if self.memory.plan is not None:

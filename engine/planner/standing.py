@@ -7,7 +7,8 @@ holds ceil(rows / ranks) rows of each: FSDP2 pads the first dimension to a multi
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -80,11 +81,20 @@ class Models:
 
 def models_of(setup: Setup, shards: int = 1) -> Models:
     """The parameters of a setup's models on one of so many ranks."""
+    same = Setup(
+        setup.config, (1, 16, 1, 2, 2), weight_dtype=setup.weight_dtype, reward=setup.reward,
+        blocks=setup.blocks, lora=setup.lora,
+    )  # fmt: skip
+    return _models(same, shards)
+
+
+@cache
+def _models(setup: Setup, shards: int) -> Models:
     with meta_tensors():
-        policy = parameters_of(generator(replace(setup, sequence=1), 1), setup.count, shards)
+        policy = parameters_of(generator(setup, 1), setup.count, shards)
         if setup.reward is None:
             return Models(policy, [])
-        reward = reward_model(replace(setup, sequence=1), 1)
+        reward = reward_model(setup, 1)
     return Models(policy, parameters_of(reward, setup.reward.blocks, shards))
 
 
@@ -149,7 +159,12 @@ def update_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> U
     alone = optim.in_backward  # then parameters come one at a time
     rows = blocks if alone else [list(itertools.chain.from_iterable(blocks))]
     pairs = [row[i : i + 2] for row in rows for i in range(max(1, len(row) - 1))]
-    sizes = max(pairs, key=sum)
+    return _updated(tuple(max(pairs, key=sum)), dtype, optim)
+
+
+@cache
+def _updated(sizes: tuple[int, ...], dtype: torch.dtype, optim: OptimConfig) -> Update:
+    """A real update of parameters of these sizes."""
     module = nn.ParameterList([nn.Parameter(torch.zeros(n, dtype=dtype)) for n in sizes])
     gradients = torch.float32 if optim.grad_dtype == "float32" else dtype
     for p in module:
