@@ -6,8 +6,8 @@ sys.path gives way to an installed package of the same name.
 
 prfl_kernels._C holds the compiled kernels of csrc/ (listed in csrc/sources.txt): those for the CPU
 wherever there is a C++ compiler, those for CUDA where there is nvcc 12.4 or newer (CUDA_HOME, the pip
-packages of the extra cuda-build, PATH). PRFL_BUILD_CUDA=1 insists on them, =0 leaves them out. CXX is the
-C++ compiler, CXXFLAGS more flags for it.
+packages of the extra cuda-build, PATH, /usr/local/cuda). PRFL_BUILD_CUDA=1 insists on them, =0 leaves
+them out. CXX is the C++ compiler, CXXFLAGS more flags for it.
 """
 
 import os
@@ -97,7 +97,8 @@ def find_cuda() -> tuple[Path | None, Path | None, str]:
     if (wheel := find_spec("nvidia")) is not None:
         homes += [Path(folder, "cu13") for folder in wheel.submodule_search_locations]
     if (path := shutil.which("nvcc")) is not None:
-        homes += [Path(path).resolve().parent.parent, Path("/usr/local/cuda")]
+        homes.append(Path(path).resolve().parent.parent)
+    homes.append(Path("/usr/local/cuda"))
     why = "no nvcc 12.4 or newer was found when it was installed"
     for home in homes:
         nvcc = home / "bin/nvcc"

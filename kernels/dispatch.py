@@ -100,7 +100,7 @@ def _cpu(device, dtype=None, head_dim=None, e4m3=False):
 
 
 def _triton(device, dtype=None, head_dim=None, e4m3=False):
-    return None if jit.INTERPRETED else jit.absence(device) or (_lacks_e4m3() if e4m3 else None)
+    return jit.absence(device) or (_lacks_e4m3() if e4m3 and not jit.INTERPRETED else None)
 
 
 def _lacks_e4m3() -> str | None:

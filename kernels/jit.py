@@ -7,6 +7,7 @@ the kernel alone and `dispatch` never chooses it.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
+from importlib import metadata
 from types import SimpleNamespace
 
 import torch
@@ -37,10 +38,28 @@ REGISTERED: dict[str, Callable] = {}  # of every operation, under its full name 
 def absence(device_type: str) -> str | None:
     """Why Triton kernels do not run on a device, to follow "it"; None if they do."""
     if INTERPRETED:
-        return None
+        return interpreter_fault()
     if device_type != "cuda":
         return "needs a cuda device (or TRITON_INTERPRET=1 in the environment)"
     return "triton is not installed" if triton is None else None
+
+
+@jit
+def _loop(out, n):
+    for i in range(n):
+        tl.store(out + i, i)
+
+
+@cache
+def interpreter_fault() -> str | None:
+    """Why Triton's interpreter runs no loop here, as that of 3.4 with NumPy 2.4 and of 3.6 with NumPy 2.5;
+    None if it does."""
+    try:
+        _loop[(1,)](torch.empty(2, device="cpu"), 2)
+    except triton.runtime.errors.InterpreterError as error:
+        numpy = metadata.version("numpy")
+        return f"needs another Triton or NumPy: the interpreter of {triton.__version__} with {numpy}: {error}"
+    return None
 
 
 def launch(kernel: Callable, grid: tuple[int, ...], *arguments, **options) -> None:

@@ -1,6 +1,7 @@
 """The acceptance run: workers that survive faults, results that are kept, the list of rows, single stages."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import accept_faults
 import pytest
 import torch
+from fused import needs_triton
 
 from prfl_bench import bench_kernels, selftest
 from prfl_bench.accept import claims, correct, listing, report, sanitizer, steps, tiles
@@ -21,6 +23,7 @@ from prfl_bench.accept.row import DIED, FAILED, HUNG, RAN, REFUSED, STAGES, Cont
 from prfl_bench.accept.run import Run, chosen
 from prfl_engine import cli
 from prfl_engine.errors import UserError
+from prfl_kernels import dispatch, jit
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "accept_faults:rows"
@@ -276,6 +279,26 @@ def test_tiles_are_measured_and_the_default_kept_unless_another_is_faster(monkey
     for times, best in (({(1,): 1.0, (2,): 0.5, (3,): None}, [2]), ({(1,): 1.0, (2,): 0.99}, [1])):
         monkeypatch.setattr(tiles.tune, "measure", lambda *_, times=times: times)
         assert tiles.run(Context("cuda", {}, "some")).values["best"] == best
+
+
+@needs_triton
+def test_an_interpreter_that_runs_nothing_is_no_fault_of_a_row(monkeypatch):
+    """As of Triton 3.6 with NumPy 2.5: refused with the reason, in the rows and by the dispatcher."""
+
+    def run(*_):
+        raise jit.triton.runtime.errors.InterpreterError("TypeError('only 0-dimensional arrays')")
+
+    assert jit.interpreter_fault() is None
+    monkeypatch.setattr(jit, "_loop", {(1,): run})
+    monkeypatch.setattr(jit, "interpreter_fault", jit.interpreter_fault.__wrapped__)
+    monkeypatch.setattr(jit, "INTERPRETED", True)
+    assert tiles.names("cpu", "norms") == [""]
+    found = tiles.run(CPU)
+    assert found.state == REFUSED
+    assert re.fullmatch(
+        r"Triton needs another Triton or NumPy: the interpreter of \S+ with \S+: Type.*", found.detail
+    )
+    assert dispatch.absence("modulate", "triton", "cpu") == found.detail.removeprefix("Triton ")
 
 
 SANITIZER = {

@@ -278,7 +278,12 @@ FAULTS = {  # what is changed in the source
         "    mma_wait<0>();\n    if (release) mbarrier_arrive_at(&s.empty[v_slot], lane);\n    format",
         "    if (release) mbarrier_arrive_at(&s.empty[v_slot], lane);\n    format",
     ),
-    "results are divided by the next sums": ("group, slot, acc, sums", "group, slot, acc, softmax"),
+    "results are divided by the next sums": (
+        "    write_lse<Format>(a, done, group, softmax, inverse);\n    mma_wait<1>();\n"
+        "    next.scale(scores, s, k_slot);\n    begin(next.factor);\n",
+        "    mma_wait<1>();\n    next.scale(scores, s, k_slot);\n    begin(next.factor);\n"
+        "    write_lse<Format>(a, done, group, softmax, inverse);\n",
+    ),
     "results are added to the next ones": ("    clear();\n  }\n", "    Format::round(p, scores);\n  }\n"),
     "keys of a head stay for the next one": ("phase ^= !stays", "phase ^= 0"),
 }

@@ -103,13 +103,14 @@ def test_attention_has_its_warp_groups_and_pipes(cuda_rows):
 
 
 def test_cross_attention_is_predicted_to_use_the_tensor_cores(cuda_rows):
-    """For the keys that are there, of what they can without a pause; 257 keys are padded to 288."""
+    """For the keys that are there, of what they can without a pause; 257 keys are padded to 288, and a
+    cluster has 24 tiles of queries where 1.3B has 23.3 for it."""
     for row, k in attention_rows(cuda_rows):
         if "fp8" in row["op"] or "cross" not in row["op"]:
             continue
         keys, width = (257 if "257" in row["op"] else 512), {"14B": 5120, "1.3B": 1536}[row["model"]]
         use = 4 * row["length"] * keys * width / k["seconds"]["products"] / ledger_rows.PEAK
-        least = 0.78 if keys == 257 else 0.9
+        least = 0.8 if keys == 257 else 0.91
         assert least < use < 1 and k["grid"] == [132, 1, 1], (row["op"], row["model"], use)
 
 

@@ -136,31 +136,30 @@ def test_kernels_gives_way_to_an_installed_package_of_that_name(tmp_path):
     assert not (ROOT / "kernels/__init__.py").exists()
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("")
-    code = (
-        f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.__file__)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.__file__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(tmp_path / "kernels/__init__.py")
 
 
 def test_packages_import_from_another_folder(tmp_path):
-    code = (
-        "import prfl_engine; print(prfl_engine.__version__)\n"
-        "from prfl_kernels.norm.op import modulate"
-    )
+    code = "import prfl_engine; print(prfl_engine.__version__)\nfrom prfl_kernels.norm.op import modulate"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert re.fullmatch(r"\d+\.\d+\.\d+", run.stdout.strip())
 
 
-def run_setup(wanted: str = "kept", **environment: str) -> subprocess.CompletedProcess:
-    """Print what setup.py hands to setuptools, or another expression, without building anything."""
+USUAL = "/usr/local/cuda"
+
+
+def run_setup(
+    wanted: str = "kept", usual: str = "/nowhere", **environment: str
+) -> subprocess.CompletedProcess:
+    """Print what setup.py hands to setuptools, or another expression, without building anything; `usual` in
+    place of USUAL, where this machine may have a toolkit."""
     code = (
         "import json, setuptools; kept = {}; setuptools.setup = lambda **k: kept.update(k)\n"
         "made = {'__file__': 'setup.py', 'kept': kept}\n"
-        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), made)\n"
+        f"exec(compile(open('setup.py').read().replace({USUAL!r}, {usual!r}), 'setup.py', 'exec'), made)\n"
         f"print(json.dumps(eval({wanted!r}, made), default=str))"
     )
     return subprocess.run(
@@ -210,12 +209,12 @@ needs_shell = pytest.mark.skipif(sys.platform != "linux", reason="kernels are bu
 
 @needs_shell
 def test_nvcc_is_found_where_it_is(tmp_path):
-    """CUDA_HOME before pip's wheels before PATH; what is too old is passed over and named."""
+    """CUDA_HOME before pip's wheels before PATH before USUAL; what is too old is passed over and named."""
     wheel, home, old = tmp_path / "site/nvidia/cu13", tmp_path / "home", tmp_path / "old"
     nvccs = [toolkit(wheel, "13.0"), toolkit(home, "12.4", "lib64"), toolkit(old, "12.3")]
 
-    def found(**environment):
-        run = run_setup("find_cuda()", PRFL_BUILD_CUDA="", **environment)
+    def found(**given):
+        run = run_setup("find_cuda()", PRFL_BUILD_CUDA="", **given)
         assert run.returncode == 0, run.stderr
         return json.loads(run.stdout)
 
@@ -225,6 +224,7 @@ def test_nvcc_is_found_where_it_is(tmp_path):
     assert found(**site | {"CUDA_HOME": str(old)})[:2] == [str(nvccs[0]), f"{wheel}/lib/libcudart_static.a"]
     if not has_nvcc_wheel():
         assert found(**plain | {"PATH": str(nvccs[1].parent)})[0] == str(nvccs[1])
+        assert found(usual=str(home), **plain)[0] == str(nvccs[1])
         why = f"{nvccs[2]} is older than 12.4"
         assert found(**plain | {"CUDA_HOME": str(old)}) == [None, None, why]
 
@@ -241,8 +241,14 @@ def has_nvcc_wheel() -> bool:
 def test_cuda_kernels_asked_for_without_nvcc_are_an_error_that_says_how(tmp_path):
     (tmp_path / "g++").symlink_to(shutil.which("g++"))
     environment = {**os.environ, "PRFL_BUILD_CUDA": "1", "PATH": str(tmp_path), "CUDA_HOME": ""}
-    command = [sys.executable, "setup.py", "build_ext", "-b", str(tmp_path / "b"), "-t", str(tmp_path / "t")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    code = (
+        f"source = open('setup.py').read().replace({USUAL!r}, '/nowhere')\n"
+        "exec(compile(source, 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': '__main__'})"
+    )
+    arguments = ["build_ext", "-b", str(tmp_path / "b"), "-t", str(tmp_path / "t")]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
     assert run.returncode != 0
     assert "cannot be built: no nvcc 12.4 or newer was found" in run.stderr
     assert "[cuda-build]" in run.stderr and "--no-build-isolation" in run.stderr

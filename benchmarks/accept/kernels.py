@@ -156,7 +156,7 @@ def memory_row(name: str, model: str, tokens: int) -> Row:
         f"memory/{slug(name)}/{model}/{tokens}",
         partial(memory, name=name, model=model, tokens=tokens),
         seconds,
-        15 if name in COMPILED_ON_CPU else 0.6,
+        25 if name in COMPILED_ON_CPU else 0.6,
     )
 
 

@@ -22,12 +22,13 @@ DONE, UNSUPPORTED = "called", "Device not supported"  # the second under gVisor
 
 
 def program() -> str | None:
-    """Where compute-sanitizer is: on PATH, in CUDA_HOME, beside nvcc, or in NVIDIA's wheel."""
+    """Where compute-sanitizer is: on PATH, in CUDA_HOME, by nvcc, in NVIDIA's wheel, in /usr/local/cuda."""
     homes = [Path(os.environ["CUDA_HOME"])] if os.environ.get("CUDA_HOME") else []
     if nvcc := shutil.which("nvcc"):
         homes.append(Path(nvcc).resolve().parent.parent)
     if (wheel := find_spec("nvidia")) is not None:
         homes += [Path(folder, "cu13") for folder in wheel.submodule_search_locations]
+    homes.append(Path("/usr/local/cuda"))
     places = [folder / name / NAME for folder in homes for name in ("bin", "compute-sanitizer")]
     return shutil.which(NAME) or next((str(path) for path in places if path.is_file()), None)
 

@@ -33,7 +33,7 @@ def choices(small: bool) -> dict[str, tuple]:
 
 
 def names(device: str, group: str) -> list[str]:
-    if jit.triton is None or (device == "cpu" and not jit.INTERPRETED):
+    if jit.absence(device):
         return [""]
     return [name for name in choices(device == "cpu") if name.startswith(GROUPS[group])] or [""]
 
@@ -41,7 +41,8 @@ def names(device: str, group: str) -> list[str]:
 def run(context: Context) -> Outcome:
     """Seconds of every candidate of a choice; the refused ones give another result or do not fit."""
     if not context.part:
-        return Outcome(REFUSED, "no choice of these kernels here")
+        why = jit.absence(context.device)
+        return Outcome(REFUSED, f"Triton {why}" if why else "no choice of these kernels here")
     _, bind, one = choices(context.small)[context.part]
     timer = (lambda call: 1.0) if context.small else tune.device_seconds
     times = tune.measure(bind(context.device), one, timer)

@@ -21,6 +21,10 @@
 #include "attention_hopper.h"
 #include "launch.h"
 
+#ifdef __CUDACC__
+#pragma nv_diag_suppress 177  // no target but sm_90a uses what the kernel is made of
+#endif
+
 namespace prfl::cuda {
 namespace {
 
@@ -106,21 +110,32 @@ __device__ __forceinline__ void carry(Shared<Format>& s, const Arguments<Format>
   }
 }
 
-// Normalised rows go out through this group's queries, which all of its products have read by now.
+// The first of the two rows of a group that a thread has.
+__device__ __forceinline__ int own_row() {
+  const int thread = threadIdx.x % kWarpGroup;
+  return thread / kWarp * 16 + thread % kWarp / 4;
+}
+
+// log-sum-exp of a tile's rows goes out; inverse is what normalises them. All of it is known, and runs, while
+// the last p v of the tile does.
 template <class Format>
-__device__ __forceinline__ void write(Shared<Format>& s, const Arguments<Format>& a, const Place& at,
-                                      int group, int slot, const float (&acc)[kDim / 2],
-                                      const RowSoftmax<Format::kBits>& softmax) {
-  const int thread = threadIdx.x % kWarpGroup, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+__device__ __forceinline__ void write_lse(const Arguments<Format>& a, const Place& at, int group,
+                                          const RowSoftmax<Format::kBits>& softmax, float (&inverse)[2]) {
   const int first = at.row(group);
   float* lse = a.lse + (int64_t(at.batch) * a.heads + at.head) * a.queries + first;
-  float inverse[2];
   PRFL_UNROLL
   for (int h = 0; h < 2; ++h) {
     float value;
     softmax.finish(h, inverse[h], value);
-    if (lane % 4 == 0 && first + row + 8 * h < a.queries) put(lse + row + 8 * h, value);
+    if (threadIdx.x % 4 == 0 && first + own_row() + 8 * h < a.queries) put(lse + own_row() + 8 * h, value);
   }
+}
+
+// Normalised rows go out through this group's queries, which all of its products have read by now.
+template <class Format>
+__device__ __forceinline__ void write(Shared<Format>& s, int group, int slot, const float (&acc)[kDim / 2],
+                                      const float (&inverse)[2]) {
+  const int lane = threadIdx.x % kWarp, row = own_row();
   named_barrier_wait(own(group), kWarpGroup);
   PRFL_UNROLL
   for (int i = 0; i < kDim / 2; i += 2) {
@@ -239,7 +254,8 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
     const Place done = at;
     at.next(a);
     const Format next(a, at, group);
-    const RowSoftmax<Format::kBits> sums = softmax;
+    float inverse[2];
+    write_lse<Format>(a, done, group, softmax, inverse);
     mma_wait<1>();
     next.scale(scores, s, k_slot);
     begin(next.factor);
@@ -247,7 +263,7 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
     mma_wait<0>();
     if (release) mbarrier_arrive_at(&s.empty[v_slot], lane);
     format.finish(acc, a, done);
-    write<Format>(s, a, done, group, slot, acc, sums);
+    write<Format>(s, group, slot, acc, inverse);
     format.factor[0] = next.factor[0], format.factor[1] = next.factor[1];
     clear();
   }
@@ -255,10 +271,12 @@ __device__ __forceinline__ void consume(Shared<Format>& s, const Arguments<Forma
   mma_fence();
   format.issue_values(acc, p, v + ring.slot * kStep);
   mma_commit();
-  mma_wait<0>();
   if (Format::kQuerySlots == 1) at = Place(a, opaque(blockIdx.x));  // rather than registers through the loop
+  float inverse[2];
+  write_lse<Format>(a, at, group, softmax, inverse);
+  mma_wait<0>();
   format.finish(acc, a, at);
-  write<Format>(s, a, at, group, queries.slot, acc, softmax);
+  write<Format>(s, group, queries.slot, acc, inverse);
 }
 
 template <class Format>
