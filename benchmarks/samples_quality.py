@@ -18,9 +18,9 @@ idle machine. A run of a given number of steps is the same to the bit every time
 Samples of the weights at half of the steps and at the end are measured as in the demo: their reward, and the
 distance of their unsteadiness from that of clean video, on which nothing was trained. Drift and age are means
 of what a run has measured (`chain_drift`, `chain_age`). Without --max-drift no chain is renewed. Every pilot
-and every finished run is a line of FILE; another call goes on from there. All modes have their first seed
-before the second. The gate comes first: the losses' gradient of K samples is the mean of those of K = 1 at
-the same indices.
+and every finished run is a line of FILE, with the samples' jerk, too; another call goes on from there. All
+modes have their first seed before the second. The gate comes first: the losses' gradient of K samples is the
+mean of those of K = 1 at the same indices.
 """
 
 import argparse
@@ -108,10 +108,10 @@ class Mode(NamedTuple):
         c = settings(folder)
         batch = c.data.batch_size * c.train.accumulate
         found = [f"rollout.samples={self.samples}", f"loss.sft_every={self.sft_every}"]
-        if self.pool:
-            found += ["rollout.mode=persistent", f"rollout.pool={self.pool * batch}"]
-            found += ["rollout.probe_every=20", f"rollout.stride={self.stride}"]
-        return found
+        if not self.pool:
+            return [*found, "rollout.mode=fresh", "rollout.pool=null"]
+        found += ["rollout.mode=persistent", f"rollout.pool={self.pool * batch}"]
+        return [*found, "rollout.probe_every=20", f"rollout.stride={self.stride}"]
 
     def steps(self, fresh: int, ratio: float) -> int:
         """Steps that take as long as `fresh` steps of fresh rollouts; ratio: a step's seconds over one of
@@ -164,7 +164,8 @@ def trained(folder: Path, mode: Mode, steps: int, count: int, clock: Callable[[]
         samples, _ = measure(settings(folder), data / "codec.json", data / "clean_val.list", models, count)
     drifts = {v["train/chain_drift"] for v in values if "train/chain_drift" in v}
     ages = [v["train/chain_age"] for v in values if "train/chain_age" in v]
-    found = {name: {k: s[k].mean().item() for k in ("reward", "distance")} for name, s in samples.items()}
+    keys = "reward", "distance", "jerk"
+    found = {name: {k: s[k].mean().item() for k in keys} for name, s in samples.items()}
     means = {k: statistics.mean(of) if of else None for k, of in (("drift", drifts), ("age", ages))}
     return {"steps": steps, "seconds": seconds} | found | means
 

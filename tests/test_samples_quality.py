@@ -37,6 +37,7 @@ def folder(tmp_path):
     """A folder with the configuration of a PRFL stage, as far as reading it goes."""
     (tmp_path / "prfl").mkdir()
     lines = "model: {path: generator}\ndata: {batch_size: 8, train: train.list}\nreward: {path: reward}\n"
+    lines += "rollout: {mode: persistent, pool: 8}\nloss: {sft_every: 4}\n"
     (tmp_path / "prfl/config.yaml").write_text(lines)
     return tmp_path
 
@@ -47,7 +48,7 @@ def test_a_mode_is_a_configuration(folder):
     assert (r.mode, r.pool, r.stride, c.loss.sft_every, c.optim.lr) == ("persistent", 32, 3, 2, 1e-3)
     assert (c.train.steps, c.train.save_every, c.train.keep, c.eval.every) == (7, 4, 2, 0)  # 4 and 7
     c = config_of(folder, "out", Mode.of("samples:4"), 8)
-    assert (c.rollout.mode, c.rollout.samples, c.train.save_every) == ("fresh", 4, 4)
+    assert (c.rollout.mode, c.rollout.samples, c.loss.sft_every, c.train.save_every) == ("fresh", 4, 1, 4)
 
 
 def test_a_pilot_times_whole_steps_after_the_first_round(folder, monkeypatch):

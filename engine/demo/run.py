@@ -46,7 +46,7 @@ class Settings:
 
     pretrain: int = 1300
     reward: int = 1300
-    prfl: int = 120
+    prfl: int = 240
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
     data: clips.DemoSpec = field(default_factory=clips.DemoSpec)
@@ -98,16 +98,17 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
         base,
         model=replace(base.model, path=str(generator)),
         reward=replace(base.reward, path=str(_last(reward) / "ema")),
-        loss=LossConfig(weight=1.0),
+        # Ahead of fresh rollouts at equal seconds, see docs/persistent.md.
+        loss=LossConfig(weight=1.0, sft_every=4),
         # Where the reward model knows something: at earlier steps its accuracy is near 0.5.
-        rollout=replace(base.rollout, range=(6, 18)),
+        rollout=replace(base.rollout, range=(6, 18), mode="persistent", pool=128, max_drift=10.0),
         optim=OptimConfig(lr=2e-4, warmup=5),
         data=replace(base.data, batch_size=8),
         train=replace(base.train, out=str(out / "prfl"), steps=s.prfl),
     )
     control = replace(
         prfl,
-        loss=replace(prfl.loss, weight=0),
+        loss=LossConfig(weight=0),
         train=replace(prfl.train, out=str(out / "control")),
     )
     stage("PRFL", train, prfl)
