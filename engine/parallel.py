@@ -213,17 +213,21 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def copies(config: ParallelConfig, size: int) -> int:
-    """parallel.replicate, or one copy of the weights for each node of `size` processes. UserError for nodes
-    with different numbers of them."""
+def copies(config: ParallelConfig, size: int, here: int, nodes: int) -> int:
+    """parallel.replicate, or one copy of the weights for each of so many nodes with `here` processes.
+    UserError for nodes with different numbers of them."""
     if config.replicate is not None:
         return config.replicate
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", size // here))
     if here * nodes != size:
         why = f"{size} processes on {nodes} nodes are not {here} on each"
         raise UserError(f"parallel.replicate: got null, want a number: {why}")
     return nodes
+
+
+def nodes_of(size: int) -> tuple[int, int]:
+    """(processes of this node, nodes), as torchrun or Slurm says; without a word one node."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return here, int(os.environ.get("GROUP_WORLD_SIZE", size // here))
 
 
 @contextmanager
@@ -238,7 +242,7 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
         yield World()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    replicate = copies(config, size)
+    replicate = copies(config, size, *nodes_of(size))
     per_copy = check_layout(config, replicate, size)
     limit, cuda = timedelta(seconds=config.timeout), device.type == "cuda"
     dist.init_process_group(

@@ -157,7 +157,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         return dict(load_transformer(folder, torch.float32, device).named_parameters())
 
     scored = None if reward is None else (reward.transformer.config, reward.feature_layer)
-    costs = partial(flops.costs, policy.config, trained=not c.lora.rank, reward=scored)
+    costs = partial(flops.costs, policy.config, rank=c.lora.rank, reward=scored)
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
         validate if c.eval.every else None, save, load, costs, graded if persists else None, world,

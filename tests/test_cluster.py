@@ -11,7 +11,7 @@ import yaml
 
 from prfl_engine.config import ParallelConfig, load_config
 from prfl_engine.errors import UserError
-from prfl_engine.parallel import World, check_config, copies
+from prfl_engine.parallel import World, check_config, copies, nodes_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -26,20 +26,21 @@ def test_configurations_load_and_fit_the_gpus_of_their_name(path, monkeypatch):
         assert (c.parallel.replicate, c.parallel.sequence) == (None, 1)
         return
     size, p = int(gpus[1]), c.parallel
-    assert copies(p, size) == size // 8 and 8 % p.sequence == 40 % p.sequence == 0  # of 14B's heads
+    assert copies(p, size, *nodes_of(size)) == size // 8
+    assert 8 % p.sequence == 40 % p.sequence == 0  # of 14B's heads
     check_config(c, World(size=size, sequence=p.sequence, resident=p.resident, mesh=object()))
 
 
 def test_weights_are_sharded_inside_nodes(monkeypatch):
     """Unless it is said otherwise, and where all nodes have as many processes."""
-    assert copies(ParallelConfig(), 8) == 1
+    assert copies(ParallelConfig(), 8, *nodes_of(8)) == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert copies(ParallelConfig(), 8) == 2
-    assert copies(ParallelConfig(replicate=1), 8) == 1
+    assert copies(ParallelConfig(), 8, *nodes_of(8)) == 2
+    assert copies(ParallelConfig(replicate=1), 8, *nodes_of(8)) == 1
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     line = "parallel.replicate: got null, want a number: 6 processes on 2 nodes are not 4 on each"
     with pytest.raises(UserError, match=line):
-        copies(ParallelConfig(), 6)
+        copies(ParallelConfig(), 6, *nodes_of(6))
 
 
 @pytest.mark.parametrize("size, sequence, accumulate", [(1, 1, 3), (4, 1, 8), (4, 2, 4)])

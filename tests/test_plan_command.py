@@ -12,11 +12,12 @@ from prfl_engine import cli
 from prfl_engine.config import ChainConfig, OptimConfig, RolloutConfig, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import named
+from prfl_engine.model.flops import forward_work
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.objectives import index_range, stratified_indices
 from prfl_engine.planner import pareto, plan
 from prfl_engine.planner.command import Options, predict
-from prfl_engine.planner.flops import forward_flops, graded_passes, rollout_forwards, step_flops
+from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops
 from prfl_engine.planner.machine import MACHINES
 from prfl_engine.planner.picture import moments
 from prfl_engine.planner.plan import make_kind
@@ -83,7 +84,7 @@ def test_the_e4m3_copy_is_that_of_a_rollout():
 def test_flops_are_the_hand_count():
     """6.52 PFLOP a forward of 14B at 75,600 tokens, 28 forwards and more of a step."""
     block = 2 * L * (6 * C * C + 2 * C * F) + 4 * L * C * (L + 512) + 2 * 2 * 512 * C * C
-    assert forward_flops(BIG.config, 40, L).total == pytest.approx(40 * block, rel=1e-3)
+    assert forward_work(BIG.config, 40, L).forward == pytest.approx(40 * block, rel=1e-3)
     step = step_flops(BIG)
     assert step["flow matching"] == step["graded step"] == pytest.approx(3 * 40 * block, rel=1e-3)
     assert step["rollout"] == pytest.approx(19 * 40 * block, rel=1e-3)

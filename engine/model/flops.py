@@ -8,6 +8,7 @@ for weights that are trained; in attention twice as many as the forward.
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
@@ -36,9 +37,20 @@ class Work(NamedTuple):
     context: float
     """Products of weights with the tokens of text and image."""
     attention: float
+    updates: float = 0
+    """Products of low-rank updates."""
 
     def __mul__(self, n: float) -> "Work":
         return Work(*(n * a for a in self))
+
+    def plus(self, other: "Work") -> "Work":
+        """The sum of both."""
+        return Work(*map(sum, zip(self, other, strict=True)))
+
+    @property
+    def products(self) -> float:
+        """All but attention."""
+        return self.tokens + self.context + self.updates
 
     @property
     def forward(self) -> float:
@@ -46,24 +58,26 @@ class Work(NamedTuple):
         return sum(self)
 
     def backward(self, trained: bool) -> float:
-        """All of a backward; trained: with gradients of the weights."""
-        return (1 + trained) * (self.tokens + self.context) + 2 * self.attention
+        """All of a backward; trained: with gradients of the weights, not of updates alone."""
+        return (1 + trained) * (self.tokens + self.context) + 2 * (self.attention + self.updates)
 
 
-def block_work(c: WanConfig, tokens: int) -> Work:
-    """A block's forward of one sample of so many tokens: self-attention, cross-attention, FFN."""
+def block_work(c: WanConfig, tokens: int, rank: int = 0) -> Work:
+    """A block's forward of one sample of so many tokens: self-attention, cross-attention, FFN. rank: of
+    low-rank updates of all its linear layers."""
     context = c.text_len + IMAGE_TOKENS * c.image
     linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim)
-    return Work(linear, 4 * context * c.dim**2, 4 * tokens * c.dim * (tokens + context))
+    updates = 2 * rank * (tokens * (14 * c.dim + 2 * c.ffn_dim) + 4 * context * c.dim)
+    return Work(linear, 4 * context * c.dim**2, 4 * tokens * c.dim * (tokens + context), updates)
 
 
-def _ends(c: WanConfig, tokens: int) -> Work:
+def end_work(c: WanConfig, tokens: int, head: bool = True) -> Work:
     """The forward before and after the blocks: patches, text, image and time, and the head."""
-    patch = math.prod(c.patch_size)
+    patch, out = math.prod(c.patch_size), c.out_dim * head
     time = c.freq_dim * c.dim + 7 * c.dim**2
     image = IMAGE_TOKENS * (IMAGE_DIM**2 + IMAGE_DIM * c.dim) if c.image else 0
     text = c.text_len * (c.text_dim * c.dim + c.dim**2)
-    return Work(2 * (tokens * c.dim * patch * (c.in_dim + c.out_dim) + time), 2 * (text + image), 0)
+    return Work(2 * (tokens * c.dim * patch * (c.in_dim + out) + time), 2 * (text + image), 0)
 
 
 class Costs(NamedTuple):
@@ -77,24 +91,29 @@ class Costs(NamedTuple):
 
 def costs(
     c: WanConfig,
-    shape: tuple[int, int, int],
-    trained: bool = True,
+    shape: Sequence[int],
+    rank: int = 0,
     reward: tuple[WanConfig, int] | None = None,
     reward_trained: bool = False,
 ) -> Costs:
     """FLOPs of every phase for one sample of latents [*, *shape].
 
-    trained: the generator's weights are, not an adapter (whose own FLOPs are not counted). reward: the
-    configuration of the reward model and how many blocks of it run; reward_trained: its weights are trained.
+    rank: of low-rank updates of all linear layers of the generator's blocks, which alone are trained then; 0:
+    its weights are. A rollout is counted without updates, as merged ones. reward: the configuration of the
+    reward model and how many blocks of it run, without pooling; reward_trained: its weights are trained.
     """
     tokens = math.prod(n // p for n, p in zip(shape, c.patch_size, strict=True))
-    whole, ends = block_work(c, tokens) * c.num_layers, _ends(c, tokens)
-    whole = Work(*map(sum, zip(whole, ends, strict=True)))
-    forward, backward = whole.forward, whole.backward(trained)
+    plain = forward_work(c, c.num_layers, tokens)
+    whole = plain._replace(updates=c.num_layers * block_work(c, tokens, rank).updates)
+    forward, backward = whole.forward, whole.backward(not rank)
     both = forward + backward
-    found = {"rollout": forward, "graded": both, "earlier": backward, "flow_matching": both}
+    found = {"rollout": plain.forward, "graded": both, "earlier": backward, "flow_matching": both}
     if reward is not None:
-        theirs, blocks = reward
-        scored = block_work(theirs, tokens) * blocks
+        scored = forward_work(*reward, tokens, head=False)
         found["reward"] = scored.forward + scored.backward(reward_trained)
     return Costs(tokens, found)
+
+
+def forward_work(c: WanConfig, blocks: int, tokens: int, head: bool = True) -> Work:
+    """The forward of one sample through the first `blocks` blocks; head: and the head."""
+    return (block_work(c, tokens) * blocks).plus(end_work(c, tokens, head))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from prfl_engine.config import Config, load_config
 from prfl_engine.errors import check
-from prfl_engine.parallel import check_layout, check_many
+from prfl_engine.parallel import check_layout, check_many, check_readers, copies
 from prfl_engine.planner.machine import Machine, machine
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.report import Prediction
@@ -54,11 +54,9 @@ def of_subject(
     config: Config, subject: Subject, gpu: Machine, count: int, options: Options = Options()  # noqa: B008
 ) -> Prediction:
     """The prediction for what has been found."""
-    checked(config, count)
-    p = config.parallel
-    heads = subject.setup.config.num_heads
-    check(heads % p.sequence == 0, "parallel.sequence", p.sequence, f"a divisor of the {heads} heads")
-    shards = Shards(count, p.replicate, p.sequence, p.resident)
+    shards = layout(config, gpu, count)
+    heads, p = subject.setup.config.num_heads, shards.sequence
+    check(heads % p == 0, "parallel.sequence", p, f"a divisor of the {heads} heads")
     subject = replace(subject, config=config)
     setup, limit = subject.setup, 1e9 * options.budget if options.budget else gpu.memory
     made = memory(config, setup, gpu, shards)
@@ -68,12 +66,18 @@ def of_subject(
     return Prediction(subject, gpu, shards, limit, made, took, moved, options.price)
 
 
-def checked(config: Config, count: int) -> None:
-    """UserError for settings that so many GPUs cannot have."""
+def layout(config: Config, gpu: Machine, count: int) -> Shards:
+    """How so many GPUs share the work. UserError for settings that they cannot have."""
     p = config.parallel
-    if count > 1:
-        check_layout(p, count)
-        check_many(config, count // p.sequence)
-        return
-    for name in ("replicate", "sequence"):
-        check(getattr(p, name) == 1, f"parallel.{name}", getattr(p, name), "1 with one GPU, see --gpus")
+    if count == 1:
+        for name in ("replicate", "sequence"):
+            given = getattr(p, name)
+            check(given in (None, 1), f"parallel.{name}", given, "1 with one GPU, see --gpus")
+        check_readers(config, 1)
+        return Shards(resident=p.resident)
+    here = min(count, gpu.per_node)
+    replicate = copies(p, count, here, count // here)
+    check_layout(p, replicate, count)
+    check_readers(config, count // p.sequence)
+    check_many(config, count // p.sequence)
+    return Shards(count, replicate, p.sequence, p.resident)

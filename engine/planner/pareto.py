@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from prfl_engine.config import Config, RolloutConfig, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import of_config
-from prfl_engine.planner.command import Options, checked, machine_of, of_subject
+from prfl_engine.planner.command import Options, layout, machine_of, of_subject
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind, make_kind
 from prfl_engine.planner.predict import memory
@@ -28,6 +28,7 @@ from prfl_kernels.attention.fp8 import HEAD_DIMS
 
 MOST = 64  # GPUs, where --gpus does not say
 AHEAD = 12  # candidates of a number of GPUs that are predicted in full before it is given up
+FOR_ROLLOUTS = {"rollout.precision=fp8", "parallel.resident=true"}
 POLICIES = (
     "model.recompute=none", "model.recompute=attention", "model.recompute=full",
     "model.recompute={keep: [], offload: [attention, input]}",
@@ -119,10 +120,10 @@ class Search:
     def candidates(self, gpus: int) -> Iterator[Candidate]:
         """All settings on so many GPUs that are no mistake."""
         for parts in itertools.product(self._layouts(gpus), POLICIES, OPTIMIZERS, CHAINS, self._more(gpus)):
-            layout, policy, *rest = parts
-            if "rollout.mode=persistent" in rest[1] and "parallel.resident=true" in rest[2]:
-                continue  # without rollouts there is nothing to be resident for
-            overrides = (*layout, policy, *itertools.chain.from_iterable(rest))
+            ranks, policy, *rest = parts
+            if "rollout.mode=persistent" in rest[1] and FOR_ROLLOUTS & {*rest[2]}:
+                continue
+            overrides = (*ranks, policy, *itertools.chain.from_iterable(rest))
             if (made := self.candidate(gpus, overrides)) is not None:
                 yield made
 
@@ -130,12 +131,10 @@ class Search:
         """These settings; None where they are a mistake."""
         try:
             config = load_config(self.path, (*self.given, *overrides))
-            checked(config, gpus)
+            shards = layout(config, self.gpu, gpus)
             subject = find(config, self.path, self.options.latent, self.options.model)
-        except UserError:  # such as fp8 on several GPUs
+        except UserError:
             return None
-        p = config.parallel
-        shards = Shards(gpus, p.replicate, p.sequence, p.resident)
         setup = replace(subject.setup, validation=None)
         kind = self._kind(config, setup)
         models = models_of(setup, shards.shards)
@@ -175,10 +174,11 @@ class Search:
         return found
 
     def _more(self, gpus: int) -> list[Overrides]:
-        if gpus > 1:
-            return [("parallel.resident=false",), ("parallel.resident=true",)]
         fp8 = self.gpu.rates.products_fp8 is not None and self.head_dim in HEAD_DIMS
-        return [(), ("rollout.precision=fp8",)] if fp8 else [()]
+        found = [(), ("rollout.precision=fp8",)] if fp8 else [()]
+        if gpus == 1:
+            return found
+        return [(*one, f"parallel.resident={flag}") for one in found for flag in ("false", "true")]
 
     def full(self, c: Candidate) -> Prediction:
         """A candidate with dry runs of its own."""

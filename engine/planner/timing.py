@@ -10,15 +10,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prfl_engine.config import Config
+from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
-from prfl_engine.planner.flops import (
-    block_flops,
-    end_flops,
-    forward_flops,
-    graded_passes,
-    rollout_forwards,
-    step_flops,
-)
+from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind
 from prfl_engine.planner.seconds import Rates, block_seconds
@@ -73,12 +67,12 @@ def moved(setup: Setup, frozen: bool = False) -> tuple[float, float]:
 def forward_seconds(setup: Setup, rates: Rates, fp8: bool = False) -> float:
     """A forward of one sample without gradient, if all of it were on one GPU."""
     one = replace(setup, latent=(1, *setup.latent[1:]))
-    c, block = setup.config, block_flops(setup.config, one.tokens)
+    c, block = setup.config, block_work(setup.config, one.tokens)
     products, attention = rates.products, rates.attention
     if fp8:
         products, attention = rates.products_fp8 or products, rates.attention_fp8
     seconds = block.products / products + block.attention / attention + moved(one)[0] / rates.memory
-    return setup.count * seconds + end_flops(c, one.tokens).products / rates.products
+    return setup.count * seconds + end_work(c, one.tokens).products / rates.products
 
 
 def pass_seconds(setup: Setup, kinds: Sequence[Kind], rates: Rates, frozen: bool, head: bool = True) -> float:
@@ -87,7 +81,8 @@ def pass_seconds(setup: Setup, kinds: Sequence[Kind], rates: Rates, frozen: bool
     for i, kind in enumerate(kinds):
         host = kind.host * p if i < len(kinds) - 1 else 0
         total += block_seconds(kind.policy, setup, host, rates, frozen) / p
-    ends = end_flops(setup.config, setup.tokens, setup.latent[0], head).products * (2 if frozen else 3)
+    size = setup.latent[0]
+    ends = size * end_work(setup.config, setup.tokens // size, head).products * (2 if frozen else 3)
     return total + (len(kinds) * sum(moved(setup)) / rates.memory + ends / rates.products) / p
 
 
@@ -139,7 +134,7 @@ def times(
     add("flow matching", sft, one, links.graded, links.exchange_graded, flops.get("flow matching", 0.0))
     rows.append(_optimizer(c, models, gpu, shards, rows, sft + graded * passes))
     if setup.validation is not None:
-        e, whole = c.eval, forward_flops(setup.config, setup.count, setup.tokens // samples).total
+        e, whole = c.eval, forward_work(setup.config, setup.count, setup.tokens // samples).forward
         work = e.samples * (c.rollout.steps + 1)
         trunk = 0.0
         if setup.validation.scored and setup.reward is not None:
