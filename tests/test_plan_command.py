@@ -136,7 +136,7 @@ def test_the_text_and_the_json_are_one_prediction(eight, capsys):
 
 def test_less_room_and_slower_links(eight):
     assert eight.fits and eight.memory.peak.bytes < eight.limit == MACHINES["h100-80"].memory
-    tight = predict(str(EIGHT), ONE, Options(gpus=8, nodes=4, budget=30))
+    tight = predict(str(EIGHT), (*ONE, "parallel.replicate=1"), Options(gpus=8, nodes=4, budget=30))
     assert not tight.fits and "DOES NOT FIT" in tight.text()
     assert tight.memory == eight.memory
     assert tight.times.seconds > eight.times.seconds  # gathers between nodes

@@ -101,7 +101,7 @@ def cut(model: nn.Module, ranks: int) -> nn.Module:
     return model if ranks == 1 else cut_modules(model, _OneOf(ranks))
 
 
-COLLECTIVES = "all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor"
+COLLECTIVES = "all_to_all_single", exchange.GATHER, exchange.REDUCE
 traffic = [0]  # bytes of the larger side of all exchanges in dry runs so far
 
 
