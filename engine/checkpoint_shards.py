@@ -28,6 +28,7 @@ from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import open_tensors, read_json
 from prfl_engine.optim.block_adamw import GROUP, BlockAdamW
 from prfl_engine.optim.optimizer import EMA
+from prfl_engine.optim.states import check_moments
 from prfl_engine.shards import local, offset, reshard
 from prfl_engine.tensor_files import DTYPES, in_order, write_tensors
 
@@ -121,7 +122,7 @@ def load_sharded(
 
     Arguments as save_sharded takes them; what the checkpoint holds in addition is left unread. UserError on
     every rank, before anything has changed, for files that are not there, and names, shapes, dtypes or places
-    that do not fit.
+    that do not fit; and for states that are read and are not finite.
     """
     with Agreed():
         index = _read_index(folder)
@@ -134,6 +135,16 @@ def load_sharded(
         if optimizer is not None:
             for group, updates in zip(optimizer.param_groups, index["updates"], strict=True):
                 group["updates"] = updates
+            _check_moments(folder, model, optimizer)
+
+
+def _check_moments(folder: Path, model: nn.Module, optimizer: BlockAdamW) -> None:
+    names = {p: name for name, p in model.named_parameters()}
+    for p, state in optimizer.state.items():
+        try:
+            check_moments(f"optimizer/{names[p]}", state)
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from None
 
 
 def pieces(

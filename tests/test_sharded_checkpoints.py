@@ -1,6 +1,7 @@
 """A sharded checkpoint holds everything to the bit, for any number of ranks, or is not there at all."""
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -109,6 +110,18 @@ def test_what_does_not_fit_is_refused_before_anything_changes(ranks, saved, tmp_
     for said, same in ranks[1](cases.refused_read, tmp_path / "made", mode):
         assert words in said
         assert same
+
+
+def test_a_state_that_is_not_finite_is_refused_on_all_ranks(ranks, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "made")
+    path = tmp_path / "made/shard-00001.safetensors"
+    held = load_file(path)
+    key = max(k for k in held if k.startswith("optimizer/blocks.0.ffn.0.weight/exp_avg@"))
+    held[key][-1] = torch.nan
+    save_file(held, path)
+    said = [line for line, _ in ranks[2](cases.refused_read, tmp_path / "made", "plain")]
+    where = r"made: optimizer/blocks\.0\.ffn\.0\.weight: blocks: \d+: exp_avg: holds NaN"
+    assert said[0].startswith("rank 1: ") and all(re.search(where, line) for line in said)
 
 
 @pytest.mark.parametrize("kind, dtype", [("t2v", None), ("i2v", torch.bfloat16), ("reward", torch.bfloat16)])
