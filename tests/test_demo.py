@@ -25,6 +25,8 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys):
         assert f"{found['reward']:.3f}" in page, name
     assert set(report["reward_accuracy"]["learned"]) == {"201", "400", "600", "800", "1000"}
     assert page.count("<img") == 5
+    pools = [path.parent.parent.name for path in (tmp_path / "demo").glob("*/*/pool.safetensors")]
+    assert pools == ["prfl"]  # it trains by chains that persist, the control without a reward
     weights = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").glob("*/checkpoint-*/*.safetensors")}
     again = demo(tmp_path / "demo", TINY)
     assert weights == {p: p.stat().st_mtime_ns for p in weights}  # nothing was trained again

@@ -46,7 +46,7 @@ class Settings:
 
     pretrain: int = 1300
     reward: int = 1300
-    prfl: int = 240
+    prfl: int = 120
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
     data: clips.DemoSpec = field(default_factory=clips.DemoSpec)
