@@ -103,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("base", metavar="BASE", help="folder of the generator")
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or safetensors file of the adapter")
     merge.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    convert = command("convert", _convert, "A generator or an adapter in another layout.", config=False)
+    convert.add_argument("source", metavar="SOURCE", help="folder or file, in any layout")
+    convert.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    convert.add_argument(
+        "--to", required=True, metavar="LAYOUT",
+        help="native, diffusers or comfyui; of an adapter peft, diffusers, comfyui or kohya",
+    )  # fmt: skip
+    convert.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of each tensor"
+    )
+    convert.add_argument("--shard", type=float, metavar="GB", help="10^9 bytes of a file (default: 5)")
     doctor = command("doctor", _doctor, "What is here, and what will run.", config=False)
     doctor.add_argument("--json", action="store_true", help="as JSON")
     doctor.add_argument(
@@ -199,6 +210,15 @@ def _merge_lora(args) -> None:
     from prfl_engine.model.lora import merge_folders
 
     merge_folders(args.base, args.adapter, args.out)
+
+
+def _convert(args) -> None:
+    import torch
+
+    from prfl_engine.convert import convert
+
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    print(convert(args.source, args.out, args.to, dtype, args.shard))
 
 
 def _doctor(args) -> int:

@@ -134,12 +134,10 @@ def open_tensors(path: str | Path, want: str = "a safetensors file") -> safe_ope
         raise UserError(f"{path}: not a safetensors file: {_reason(error)}, want {want}") from None
 
 
-def check_float(file: safe_open, path: str | Path, key: str) -> tuple[int, ...]:
-    """The shape of a tensor of an open file; UserError unless it holds floating-point numbers."""
-    header = file.get_slice(key)
-    if header.get_dtype() not in _FLOATS:
-        raise UserError(f"{path}: {key} is {header.get_dtype()}, want floating-point numbers")
-    return tuple(header.get_shape())
+def check_float(dtype: str, path: str | Path, key: str) -> None:
+    """UserError unless a dtype, as safetensors names it, is one of floating-point numbers."""
+    if dtype not in _FLOATS:
+        raise UserError(f"{path}: {key} is {dtype}, want floating-point numbers")
 
 
 def check_finite(tensor: Tensor, path: str | Path, key: str) -> None:
@@ -154,7 +152,7 @@ def read_tensors(path: str | Path, want: str = "a safetensors file") -> dict[str
     found = {}
     with open_tensors(path, want) as file:
         for key in file.keys():  # noqa: SIM118
-            check_float(file, path, key)
+            check_float(file.get_slice(key).get_dtype(), path, key)
             found[key] = file.get_tensor(key).clone()
             check_finite(found[key], path, key)
     return found
@@ -188,7 +186,17 @@ def load_pickle(path: str | Path, device: torch.device | str = "cpu", mmap: bool
 
 def read_state(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """A state dict of floating-point, finite tensors that are wholly in the file, saved by torch.save."""
-    state = load_pickle(path, device)
+    state = open_state(path, device, mmap=False)
+    for key, value in state.items():
+        check_finite(value, path, show(key))
+    return state
+
+
+def open_state(
+    path: str | Path, device: torch.device | str = "cpu", mmap: bool = True
+) -> dict[str, Tensor]:
+    """read_state, its values not yet checked, and with mmap left in the file until they are read."""
+    state = load_pickle(path, device, mmap)
     for key, value in state.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path}: {show(key)} is a {type(value).__name__}, want a tensor")
@@ -197,7 +205,6 @@ def read_state(path: str | Path, device: torch.device | str = "cpu") -> dict[str
             raise UserError(f"{path}: {show(key)} is {value.dtype} {value.layout}, want dense float32")
         if value.numel() == 0 or value.nbytes > value.untyped_storage().nbytes():
             raise UserError(f"{path}: {show(key)} is {list(value.shape)}, want all its numbers in the file")
-        check_finite(value, path, show(key))
     return state
 
 

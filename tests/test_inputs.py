@@ -16,6 +16,7 @@ from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, named
 from prfl_engine.model.checkpoint import load_reward, load_transformer, save_transformer
 from prfl_engine.model.layout import name_layout
+from prfl_engine.model.names import to_diffusers
 from prfl_engine.seeds import Purpose, seeded
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -263,16 +264,7 @@ def test_a_pooling_that_is_none(value, run, tmp_path):
         load_reward(transformer=reward, query_attention=path, mlp=reward / "mlp_step_0.ckpt", feature_layer=1)
 
 
-# Generators in other layouts.
-
-
-def renamed(state, *pairs):
-    def name(key):
-        for old, new in pairs:
-            key = key.replace(old, new)
-        return key
-
-    return {name(k): v for k, v in state.items()}
+# Generators that the engine does not run.
 
 
 def wider(state, channels):
@@ -280,22 +272,22 @@ def wider(state, channels):
     return state | {"patch_embedding.weight": weight[:, :1].expand(-1, channels, -1, -1, -1).contiguous()}
 
 
-DIFFUSERS = (("self_attn.q", "attn1.to_q"), ("text_embedding.0", "condition_embedder.text_embedder.linear_1"))
 LAYOUTS = {
-    "ComfyUI": lambda s: {f"model.diffusion_model.{k}": v for k, v in s.items()},
-    "diffusers": lambda s: renamed(s, *DIFFUSERS),
-    "fp8": lambda s: s | {"blocks.0.ffn.0.scale_weight": torch.ones(1), "scaled_fp8": torch.ones(2)},
+    "scaled fp8": lambda s: s | {"blocks.0.ffn.0.scale_weight": torch.ones(1), "scaled_fp8": torch.ones(2)},
     "adapter": lambda s: {"diffusion_model.blocks.0.ffn.0.lora_A.weight": torch.ones(1, 32)},
     "wrapper": lambda s: {f"module.{k}": v for k, v in s.items()},
     "VACE": lambda s: s | {"vace_blocks.0.ffn.0.weight": s[KEY].clone()},
     "FLF2V": lambda s: s | {"img_emb.emb_pos": torch.ones(1)},
+    "scaled fp8 .*blocks.0.ffn.0.scale_weight": lambda s: {
+        f"model.diffusion_model.{k}": v for k, v in LAYOUTS["scaled fp8"](s).items()},
+    "Wan VACE": lambda s: {to_diffusers(k): v for k, v in s.items()} | {"vace_blocks.0.x": torch.ones(1)},
     "Wan2.2 I2V": lambda s: wider(s, 36),
     "Wan2.2 TI2V-5B": lambda s: wider(s, 48),
 }
 
 
 @pytest.mark.parametrize("want", LAYOUTS)
-def test_a_generator_in_another_layout_is_told_apart(want, generator):
+def test_a_generator_that_is_not_run_is_told_apart(want, generator):
     folder, state = generator
     save_file(LAYOUTS[want](state), folder / WEIGHTS)
     with pytest.raises(UserError, match=f"^{folder}: got .*{want}"):
@@ -303,7 +295,7 @@ def test_a_generator_in_another_layout_is_told_apart(want, generator):
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_a_native_generator_has_no_other_layout(kind):
+def test_a_generator_of_wan_is_run(kind):
     state = tiny_model(tiny_config(kind)).state_dict()
     assert name_layout({k: tuple(v.shape) for k, v in state.items()}) is None
 

@@ -34,7 +34,7 @@ ROOMS = [
     {"patch"},
     {"planner", "resume", "validation"},
     {"build"},
-    {"loop", "sample"},
+    {"loop", "sample", "convert"},
     {"train", "train_reward"},
     {"demo", "tools"},
     {"cli"},

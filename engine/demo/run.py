@@ -33,7 +33,7 @@ from prfl_engine.files import checkpoints
 from prfl_engine.media.codec import DCTCodec
 from prfl_engine.metrics import progress, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
-from prfl_engine.model.wan import WanConfig
+from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import bind, noisy_reward
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
@@ -269,7 +269,7 @@ def accuracies(config: Config, data: clips.DemoData) -> dict:
     """Held-out accuracy per timestep: of the trained reward model, and of hand-made features."""
     last = [r for r in read_metrics(config.train.out) if "eval/score" in r["values"]][-1]
     learned = {str(t): last["values"][f"eval/accuracy_t{t:g}"] for t in config.eval.timesteps}
-    reader = Reader(WanConfig.from_json(Path(config.model.path) / "config.json"), config.data.label)
+    reader = Reader(read_config(config.model.path), config.data.label)
     train, val = (
         next(fixed_batches(reader, read_lists([str(path)], "list"), 10**6, torch.device("cpu")))
         for path in (data.reward_train, data.reward_val)

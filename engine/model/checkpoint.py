@@ -8,11 +8,9 @@ A sharded model (parallel.shard) is loaded and written by all ranks together, in
 safetensors every rank reads its own rows; the first rank writes what is gathered parameter by parameter.
 """
 
-import json
-import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -21,17 +19,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from prfl_engine.agree import Agreed, leads
-from prfl_engine.errors import UserError, check
-from prfl_engine.inputs import check_file, check_finite, check_float, open_tensors, read_json, read_state
+from prfl_engine.errors import UserError
+from prfl_engine.inputs import check_finite, read_state
 from prfl_engine.model.layers import Linear
-from prfl_engine.model.layout import name_layout
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.reward_files import check_steps, find_heads, settle, write_settings
+from prfl_engine.model.sources import WEIGHTS, Stored, check_blocks, count_blocks, find
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.shards import local, put, reshard, rows, whole
-from prfl_engine.tensor_files import DTYPES, Layout, in_order, write_tensors
+from prfl_engine.tensor_files import divide, in_order, write_divided
 
-WEIGHTS = "diffusion_pytorch_model"
 SHARD_BYTES = 10 * 2**30
 _COMPUTED = {
     torch.float64: torch.float32, torch.float16: torch.float32,
@@ -51,7 +48,7 @@ def load_transformer(
     blocks: int | None = None,
     shard: Shard | None = None,
 ) -> WanTransformer:
-    """A Wan transformer from a folder with config.json and one or many native safetensors files.
+    """A Wan transformer from a folder or a file in any layout that sources.find reads.
 
     dtype None keeps float32, bfloat16 and, in the matrices of layers.Linear, which converts them as it
     computes, float16 and fp8; elsewhere fp8 becomes bfloat16, all others float32. With `trunk` the model is
@@ -61,16 +58,8 @@ def load_transformer(
     Raises UserError where a key is missing, unexpected, of the wrong shape or not finite, and for a
     generator in another layout, which it names.
     """
-    folder = Path(folder)
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file, want a folder with config.json and safetensors files")
-    where = tensor_files(folder)
-    shapes = _shapes(where)
-    layout = name_layout(shapes)
-    if layout is not None:
-        raise UserError(f"{folder}: {layout}")
-    config = WanConfig.from_json(folder / "config.json")
-    held = _blocks(where)
+    source = find(folder)
+    config, where, held = source.config, source.tensors, count_blocks(source.tensors)
     if trunk:
         if held < (blocks or 1):
             raise UserError(f"{folder}: got {held} blocks, want at least {blocks or 1}")
@@ -82,27 +71,39 @@ def load_transformer(
             }  # fmt: skip
         held = blocks or held
     else:
-        check_blocks(where, folder / "config.json", config.num_layers)
-    return build(config, where, folder, dtype, device, held, head=not trunk, shard=shard)
+        check_blocks(where, f"{source.path}: config.json", config.num_layers)
+    return build(config, where, source.path, dtype, device, held, head=not trunk, shard=shard)
 
 
 def build(
     config: WanConfig,
-    where: dict[str, Path],
-    source: Path,
+    where: dict[str, Stored],
+    source: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     blocks: int | None = None,
     head: bool = True,
     shard: Shard | None = None,
 ) -> WanTransformer:
-    """A transformer of `blocks` blocks (None: all) from tensors of {key: its safetensors file}; `shard` as
+    """A transformer of `blocks` blocks (None: all) from the tensors of these native names; `shard` as
     load_transformer takes it."""
-    shapes = _shapes(where)
+    model = fitting(config, where, source, blocks, head)
+    _assign(model, where, dtype, device, shard)
+    return model
+
+
+def fitting(
+    config: WanConfig,
+    where: dict[str, Stored],
+    source: str | Path,
+    blocks: int | None = None,
+    head: bool = True,
+) -> WanTransformer:
+    """The transformer without memory (device meta) that tensors are for; UserError unless they fit."""
     with torch.device("meta"):
         model = WanTransformer(config, blocks, head)
-    _compare({k: tuple(v.shape) for k, v in model.state_dict().items()}, shapes, source)
-    _assign(model, where, dtype, device, shard)
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    _compare(own, {k: s.shape for k, s in where.items()}, source)
     return model
 
 
@@ -115,31 +116,13 @@ def save_transformer(
     ranks call it, the first one writes, and all raise if that fails.
     """
     folder, state = Path(folder), _state(model, values)
-    files: list[dict[str, Tensor]] = [{}]
-    room = SHARD_BYTES
-    for key, value in state.items():
-        size = value.numel() * value.itemsize
-        if files[-1] and size > room:
-            files.append({})
-            room = SHARD_BYTES
-        files[-1][key] = value
-        room -= size
-    names = [f"{WEIGHTS}.safetensors"]
-    if len(files) > 1:
-        names = [f"{WEIGHTS}-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
-    layouts: list[Layout] = [{k: (v.dtype, tuple(v.shape)) for k, v in held.items()} for held in files]
+    layouts = divide({k: (v.dtype, tuple(v.shape)) for k, v in state.items()}, SHARD_BYTES)
     whole_values = (whole(state[key]) for layout in layouts for key in in_order(layout))
     with _written_by_first(state, whole_values) as first:
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             model.config.to_json(folder / "config.json")
-            for name, layout in zip(names, layouts, strict=True):
-                write_tensors(folder / name, layout, whole_values, {"format": "pt"})
-            if len(files) > 1:
-                index = {key: name for name, layout in zip(names, layouts, strict=True) for key in layout}
-                total = sum(v.numel() * v.itemsize for v in state.values())
-                text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-                (folder / f"{WEIGHTS}.safetensors.index.json").write_text(text)
+            write_divided(folder, WEIGHTS, layouts, whole_values)
 
 
 def _state(module: nn.Module, values: dict[str, Tensor] | None, prefix: str = "") -> dict[str, Tensor]:
@@ -301,70 +284,25 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path)
             put(own, state[key])
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file of the folder holds which key; any *.safetensors files, sharded or not."""
-    index, single = (folder / f"{WEIGHTS}.safetensors{end}" for end in (".index.json", ""))
-    if os.path.lexists(single):
-        paths = [single]
-    elif os.path.lexists(index):
-        names = read_json(index, "an index of safetensors files").get("weight_map")
-        good = isinstance(names, dict) and all(isinstance(n, str) and "/" not in n for n in names.values())
-        if not good:
-            raise UserError(f"{index}: not an index, want JSON with a weight_map of file names")
-        paths = [folder / name for name in sorted(set(names.values()))]
-        for path in paths:
-            check_file(path, f"a safetensors file, {index.name} names it")
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    where: dict[str, Path] = {}
-    for path in paths:
-        for key in open_tensors(path).keys():  # noqa: SIM118
-            if key in where:
-                raise UserError(f"{path}: holds {key}, which {where[key].name} holds too")
-            where[key] = path
-    if not where:
-        raise UserError(f"{folder}: no safetensors file, want native Wan weights")
-    return where
-
-
-def _shapes(where: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors, from the headers of their files; UserError for those that are no numbers."""
-    files = {path: open_tensors(path) for path in set(where.values())}
-    return {key: check_float(files[path], path, key) for key, path in where.items()}
-
-
-def check_blocks(keys: Iterable[str], source: Path, blocks: int) -> None:
-    """UserError unless tensors of these names are of so many blocks: said before a model is built."""
-    held = _blocks(keys)
-    check(held == blocks, f"{source}: num_layers", blocks, f"the {held} blocks that the tensors are of")
-
-
-def _blocks(keys: Iterable[str]) -> int:
-    """How many blocks there are, by the largest number."""
-    return 1 + max((int(m[1]) for k in keys if (m := re.match(r"blocks\.(\d{1,9})\.", k))), default=-1)
-
-
-def _assign(model: WanTransformer, where: dict[str, Path], dtype, device, shard: Shard | None) -> None:
+def _assign(model: WanTransformer, where: dict[str, Stored], dtype, device, shard: Shard | None) -> None:
     """Give the meta parameters of the model the tensors of the files, one at a time."""
-    files = {path: open_tensors(path) for path in set(where.values())}
-    sources = {key: files[path].get_slice(key) for key, path in where.items()}
-    for key, source in sources.items():
+    for key, source in where.items():
         name, _, leaf = key.rpartition(".")
-        module, held = model.get_submodule(name), DTYPES[source.get_dtype()]
+        module, held = model.get_submodule(name), source.dtype
         matrix = type(module) is Linear and leaf == "weight" and held != torch.float64
         to = dtype or (held if matrix else _COMPUTED.get(held, held))
-        empty = torch.empty(source.get_shape(), dtype=to, device=device if shard is None else "meta")
+        empty = torch.empty(source.shape, dtype=to, device=device if shard is None else "meta")
         setattr(module, leaf, nn.Parameter(empty))
     if shard is not None:
         shard(model)
         model.to_empty(device=device)
     own = model.state_dict()
     with nullcontext() if shard is None else Agreed(), torch.no_grad():
-        for key, source in sources.items():
+        for key, source in where.items():
             here = local(own[key])
             if here.numel():
-                here.copy_(source[rows(own[key])])
-                check_finite(here, where[key], key)
+                here.copy_(source.values[rows(own[key])])
+                check_finite(here, source.path, source.key)
 
 
 def _compare(own: dict[str, tuple], held: dict[str, tuple], source) -> None:

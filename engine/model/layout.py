@@ -1,4 +1,4 @@
-"""Telling apart generators that are not native Wan2.1 weights, by the names and shapes of their tensors."""
+"""Telling apart generators that the engine does not run, by the native names and shapes of their tensors."""
 
 import re
 from collections.abc import Mapping
@@ -9,11 +9,6 @@ _LAYOUTS = (
     (r"lora_|\.alpha$", "an adapter (LoRA)", "give it as lora.path, and its generator as model.path"),
     (r"scale_weight|scale_input|scaled_fp8|weight_scale|input_scale|comfy_quant|\.absmax|quant_state",
      "scaled fp8 or otherwise quantised weights", "use the bfloat16, float16 or unscaled fp8 file"),
-    (r"^(model\.)?diffusion_model\.", "a checkpoint of ComfyUI, its keys begin with (model.)diffusion_model.",
-     "remove that from all keys, or use the native files of Wan2.1"),
-    (r"condition_embedder\.|\.attn1\.|scale_shift_table|^proj_out\.",
-     "the layout of diffusers (WanTransformer3DModel)",
-     "use the native files, from the Wan2.1 repository whose name does not end in -Diffusers"),
     (r"^(_orig_mod|module|_fsdp_wrapped_module|model|transformer|dit|generator)\.",
      "keys with the prefix of a wrapper", "remove it from all keys"),
     (r"^vace_", "Wan VACE", f"use {_NATIVE}, T2V or I2V"),
@@ -25,9 +20,10 @@ _LAYOUTS = (
 
 
 def name_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The layout of a generator and what to do about it, in one line; None for a native or an unknown one.
+    """The layout of a generator and what to do about it, in one line; None for a Wan2.1 model or an
+    unknown one.
 
-    shapes: {key: shape of the tensor}.
+    shapes: {key, native where it is one of Wan: shape of the tensor}.
     """
     for pattern, layout, advice in _LAYOUTS:
         key = next((k for k in shapes if re.search(pattern, k)), None)

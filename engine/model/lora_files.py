@@ -33,6 +33,7 @@ from torch import Tensor
 
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import check_finite, open_tensors, parse_json, read_bytes
+from prfl_engine.model.names import LINEAR_IN_BLOCK, LINEAR_OUTSIDE
 from prfl_kernels.sublayers.products import LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,26 +42,10 @@ _FILES = (
     WEIGHTS, "pytorch_lora_transformers_weights.safetensors", "pytorch_lora_weights.safetensors", SHARED
 )  # fmt: skip
 
-_IN_BLOCK = {
-    **{f"self_attn.{a}": f"attn1.to_{a}" for a in "qkv"}, "self_attn.o": "attn1.to_out.0",
-    **{f"cross_attn.{a}": f"attn2.to_{a}" for a in "qkv"}, "cross_attn.o": "attn2.to_out.0",
-    "cross_attn.k_img": "attn2.add_k_proj", "cross_attn.v_img": "attn2.add_v_proj",
-    "ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2",
-}  # fmt: skip
-_OUTSIDE = {
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "head.head": "proj_out",
-}
 # {whether it is in a block: {flat name, native or of diffusers: native name}}
 _NATIVE = {
     inside: {name.replace(".", "_"): native for native, other in table.items() for name in (native, other)}
-    for inside, table in ((True, _IN_BLOCK), (False, _OUTSIDE))
+    for inside, table in ((True, LINEAR_IN_BLOCK), (False, LINEAR_OUTSIDE))
 }
 _KEY = re.compile(
     r"(?:lora_unet_+|(?:base_model\.model\.|model\.|diffusion_model\.|transformer\.|pipe\.dit\.)*)"

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from prfl_engine.bounds import Section, Within, hints
 from prfl_engine.errors import UserError, check, named
-from prfl_engine.inputs import read_json
 from prfl_engine.model.layers import IMAGE_TOKENS, Block, Head, ImageEmbedding, Linear, WideLinear
 from prfl_kernels.exchange import SequenceGroup, gather
 from prfl_kernels.jit import wide
@@ -62,11 +61,6 @@ class WanConfig(Section, name=""):
     def image(self) -> bool:
         """Whether the model takes a first frame (I2V)."""
         return self.model_type == "i2v"
-
-    @classmethod
-    def from_json(cls, path: Path) -> "WanConfig":
-        """Read config.json of a native checkpoint; keys that mean nothing here are left alone."""
-        return cls.from_values(read_json(path, "the config.json of a Wan transformer"), path)
 
     @classmethod
     def from_values(cls, values: Any, source: Path) -> "WanConfig":

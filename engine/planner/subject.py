@@ -12,6 +12,7 @@ from prfl_engine.config import Config
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
 from prfl_engine.model.reward_files import OFFICIAL, settle
+from prfl_engine.model.sources import CONFIG, read_config, transformer_folder
 from prfl_engine.model.wan import PRESETS, Precision, WanConfig
 from prfl_engine.planner.fit_memory import setup_of
 from prfl_engine.planner.setup import RewardSetup, Setup
@@ -57,10 +58,10 @@ def _generator(c: Config, preset: str | None, assumed: list[str]) -> tuple[str, 
         return preset, PRESETS[preset]
     if c.model.path is not None:
         folder = Path(c.model.path)
-        if (folder / "config.json").is_file():
-            return folder.name, WanConfig.from_json(folder / "config.json")
+        if folder.is_file() or (transformer_folder(folder) / CONFIG).is_file():
+            return folder.name, read_config(folder)
         preset = _named(folder.name, PRESETS)
-        want = f"a folder that is here, or --model with one of {known}"
+        want = f"a folder or file that is here, or --model with one of {known}"
         check(preset is not None, "model.path", c.model.path, want)
         assumed.append(f"model.path is not here: taken for {preset} by its name")
         return preset, PRESETS[preset]
@@ -98,8 +99,8 @@ def _reward(c: Config, model: WanConfig, assumed: list[str]) -> RewardSetup:
     given = {name: value for name, value in r.pooling.items() if name != "add_query"}
     if "add_query" in r.pooling:
         given["return_type"] = "query" if r.pooling["add_query"] else None
-    if c.reward.path is not None and (folder / "config.json").is_file():
-        trunk, settings = WanConfig.from_json(folder / "config.json"), settle(folder, given)
+    if c.reward.path is not None and (folder / CONFIG).is_file():
+        trunk, settings = read_config(folder), settle(folder, given)
     else:
         trunk, settings = model, OFFICIAL | given
         layers = settings["feature_layer"]

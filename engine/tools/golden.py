@@ -17,10 +17,11 @@ from prfl_engine.batch import Batch
 from prfl_engine.bounds import Count, Natural, Positive, Probability, Section, Within, describe, hints
 from prfl_engine.config import LossConfig
 from prfl_engine.errors import UserError, check, named
-from prfl_engine.inputs import check_file, open_tensors, read_json, read_tensors
-from prfl_engine.model.checkpoint import build, check_blocks, with_heads
+from prfl_engine.inputs import check_file, read_json, read_tensors
+from prfl_engine.model.checkpoint import build, with_heads
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.sources import check_blocks, stored
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.objectives import bind, graded_windows, reward_loss, sft_loss
 
@@ -161,7 +162,7 @@ def _inputs(path: Path, config: WanConfig) -> dict[str, Tensor]:
 def _models(folder: Path, spec: RewardSpec, config: WanConfig) -> tuple[WanTransformer, RewardModel]:
     def read(name: str, blocks: int, head: bool) -> WanTransformer:
         path = folder / name
-        where = dict.fromkeys(open_tensors(path).keys(), path)
+        where = stored(path)
         check_blocks(where, path, blocks)
         return build(config, where, path, torch.float32, blocks=blocks, head=head)
 

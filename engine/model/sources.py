@@ -1,0 +1,208 @@
+"""Where the weights of a Wan transformer come from: files in any layout, their tensors under native names.
+
+    what a path names                                        hyper-parameters
+    a native folder: safetensors, with an index or without   its config.json
+    a folder of diffusers, or its parent with transformer/   its config.json
+    a .safetensors, .pth, .pt, .ckpt or .bin file            config.json next to it, or its shapes
+
+Names in them are native, those of diffusers, or have ComfyUI's prefix (prfl_engine.model.names). Only
+headers are read; a file of torch.save is read without executing code.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from prfl_engine.errors import UserError, check, named
+from prfl_engine.inputs import check_file, check_float, open_state, open_tensors, read_json
+from prfl_engine.model import wan_json
+from prfl_engine.model.layout import name_layout
+from prfl_engine.model.names import to_native
+from prfl_engine.model.wan import WanConfig
+from prfl_engine.tensor_files import DTYPES, NAMES
+
+WEIGHTS = "diffusion_pytorch_model"
+"""The file of a folder, before .safetensors, of Wan and of diffusers."""
+CONFIG = "config.json"
+_PICKLED = (".pth", ".pt", ".ckpt", ".bin")
+_FILES = "a .safetensors, .pth, .pt, .ckpt or .bin file"
+
+
+class Values(Protocol):
+    """A tensor that is in a file until some of its rows are read; safetensors' slices are such."""
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+
+    def get_dtype(self) -> str:
+        """Its dtype, as safetensors names it."""
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Some rows of it."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, under the name that it has there."""
+
+    path: Path
+    key: str
+    values: Values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.values.get_shape())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        return DTYPES[self.values.get_dtype()]
+
+
+class _Pickled(NamedTuple):
+    """A tensor of a file of torch.save; Values."""
+
+    tensor: Tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        return NAMES[self.tensor.dtype]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.tensor[rows]
+
+
+class Source(NamedTuple):
+    """A generator, or the trunk of a reward model, that has not been read yet."""
+
+    path: Path
+    """As the user gave it."""
+    config: WanConfig
+    tensors: dict[str, Stored]
+    """By native names."""
+
+
+def find(path: str | Path) -> Source:
+    """What is at a path. UserError, one line, where nothing is, and for what is no Wan transformer or one
+    that the engine does not run (quantised, VACE, ...), by its name."""
+    path = Path(path)
+    tensors: dict[str, Stored] = {}
+    for key, found in (stored(path) if path.is_file() else _in_folder(transformer_folder(path))).items():
+        name = to_native(key)
+        if name in tensors:
+            raise UserError(f"{found.path}: holds {key}, which is {tensors[name].key} in another layout")
+        tensors[name] = found
+    layout = name_layout({name: s.shape for name, s in tensors.items()})
+    if layout is not None:
+        raise UserError(f"{path}: {layout}")
+    return Source(path, _config(path, tensors), tensors)
+
+
+def read_config(path: str | Path) -> WanConfig:
+    """The hyper-parameters of what is at a path; of a folder its config.json alone is read."""
+    path = Path(path)
+    return find(path).config if path.is_file() else wan_json.read(transformer_folder(path) / CONFIG)
+
+
+def transformer_folder(path: Path) -> Path:
+    """The folder with config.json and weights: `path`, or of a pipeline of diffusers its transformer."""
+    inner = path / "transformer"
+    if os.path.lexists(path / CONFIG) or not inner.is_dir():
+        return path
+    if (path / "transformer_2").is_dir():
+        raise UserError(f"{path}: got two generators (Wan2.2 A14B), want {inner} or {path / 'transformer_2'}")
+    return inner
+
+
+def stored(path: Path) -> dict[str, Stored]:
+    """The tensors of a file, by their names there. UserError for those that are no floating-point numbers."""
+    if path.suffix in _PICKLED:
+        found = {k: Stored(path, k, _Pickled(a)) for k, a in open_state(path).items()}
+    else:
+        check(path.suffix == ".safetensors", str(path), path.suffix, f"{_FILES}, or a folder with {CONFIG}")
+        file = open_tensors(path)
+        found = {k: Stored(path, k, file.get_slice(k)) for k in file.keys()}  # noqa: SIM118
+    for key, s in found.items():
+        check_float(s.values.get_dtype(), path, key)
+    return found
+
+
+def check_blocks(keys: Iterable[str], source: str | Path, blocks: int) -> None:
+    """UserError unless tensors of these names are of so many blocks: said before a model is built."""
+    held = count_blocks(keys)
+    check(held == blocks, f"{source}: num_layers", blocks, f"the {held} blocks that the tensors are of")
+
+
+def count_blocks(keys: Iterable[str]) -> int:
+    """How many blocks there are, by the largest number."""
+    return 1 + max((int(m[1]) for k in keys if (m := re.match(r"blocks\.(\d{1,9})\.", k))), default=-1)
+
+
+def _in_folder(folder: Path) -> dict[str, Stored]:
+    """The tensors of a folder, by their names there; of any *.safetensors files, sharded or not."""
+    index, single = (folder / f"{WEIGHTS}.safetensors{end}" for end in (".index.json", ""))
+    if os.path.lexists(single):
+        paths = [single]
+    elif os.path.lexists(index):
+        names = read_json(index, "an index of safetensors files").get("weight_map")
+        good = isinstance(names, dict) and all(isinstance(n, str) and "/" not in n for n in names.values())
+        if not good:
+            raise UserError(f"{index}: not an index, want JSON with a weight_map of file names")
+        paths = [folder / name for name in sorted(set(names.values()))]
+        for path in paths:
+            check_file(path, f"a safetensors file, {index.name} names it")
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    found: dict[str, Stored] = {}
+    for path in paths:
+        held = stored(path)
+        if both := found.keys() & held.keys():
+            key = min(both)
+            raise UserError(f"{path}: holds {key}, which {found[key].path.name} holds too")
+        found |= held
+    if not found:
+        raise UserError(f"{folder}: no safetensors file, want a folder of Wan weights, or {_FILES}")
+    return found
+
+
+def _config(path: Path, tensors: Mapping[str, Stored]) -> WanConfig:
+    if not path.is_file():
+        return wan_json.read(transformer_folder(path) / CONFIG)
+    beside = path.with_name(CONFIG)
+    if os.path.lexists(beside):
+        return wan_json.read(beside)
+    return by_shapes({name: s.shape for name, s in tensors.items()}, path)
+
+
+def by_shapes(shapes: Mapping[str, tuple[int, ...]], source: Path) -> WanConfig:
+    """The hyper-parameters that tensors show. The others are those of all of Wan, as ComfyUI takes them:
+    heads of width 128, texts of 512 tokens, eps 1e-6. UserError where they are no whole generator."""
+
+    def shape(key: str, dims: int) -> tuple[int, ...]:
+        if len(found := shapes.get(key, ())) != dims:
+            raise UserError(f"{key} is {list(found)}, want {dims} dimensions, as in Wan")
+        return found
+
+    with named(str(source)):
+        dim, channels, *patch = shape("patch_embedding.weight", 5)
+        check(dim % 128 == 0, "width", dim, f"a multiple of 128, or {CONFIG} next to the file")
+        return WanConfig(
+            model_type="i2v" if "img_emb.proj.1.weight" in shapes else "t2v",
+            dim=dim,
+            ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
+            num_heads=dim // 128,
+            num_layers=count_blocks(shapes),
+            in_dim=channels,
+            out_dim=shape("head.head.weight", 2)[0] // max(1, math.prod(patch)),
+            text_dim=shape("text_embedding.0.weight", 2)[1],
+            freq_dim=shape("time_embedding.0.weight", 2)[1],
+            patch_size=tuple(patch),
+        )
