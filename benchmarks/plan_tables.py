@@ -12,6 +12,7 @@ AWAY = "model.recompute={keep: [], offload: [attention, input]}"
 LEAN = (
     "model.weights_dtype=bfloat16", "optim.rounding=stochastic", "optim.offload=all", AWAY, "model.chunk=8192"
 )  # fmt: skip
+PERSIST = "chains that persist, `sft_every=4`"
 KEPT = ("rollout.mode=persistent", "loss.sft_every=4")
 # (model, latents, GPUs, what it is, configuration, overrides)
 README = [
@@ -19,7 +20,7 @@ README = [
     ("1.3B", "720p", 1, "float32, attention saved", "prfl_t2v_1.3b_480p", ()),
     ("1.3B", "480p", 8, "float32, 4 GPUs a sample", "prfl_t2v_1.3b_480p",
      ("parallel.sequence=4", "train.accumulate=8")),
-    ("1.3B", "720p", 64, "float32, 4 GPUs a sample, chains that persist", "prfl_t2v_1.3b_480p",
+    ("1.3B", "720p", 64, f"float32, 4 GPUs a sample, {PERSIST}", "prfl_t2v_1.3b_480p",
      ("parallel.sequence=4", "parallel.replicate=8", "train.accumulate=16", *KEPT)),
     ("14B", "480p", 1, "LoRA of rank 128, 4 samples, blocks offload", "prfl_t2v_14b_480p_lora", (AWAY,)),
     ("14B", "720p", 1, "LoRA of rank 128, 4 samples, blocks offload", "prfl_t2v_14b_480p_lora", (AWAY,)),
@@ -27,11 +28,14 @@ README = [
     ("14B", "720p", 1, "all weights in bfloat16, states and blocks offload", "prfl_t2v_14b_480p", LEAN),
     ("14B", "480p", 8, "float32, 8 GPUs a sample", "prfl_t2v_14b_480p_8gpu", ()),
     ("14B", "720p", 8, "float32, 8 GPUs a sample", "prfl_t2v_14b_480p_8gpu", ()),
-    ("14B", "720p", 8, "float32, 8 GPUs a sample, chains that persist", "prfl_t2v_14b_480p_8gpu", KEPT),
-    ("14B", "480p", 64, "float32, 8 GPUs a sample, chains that persist", "prfl_t2v_14b_480p_64gpu", ()),
-    ("14B", "720p", 64, "float32, 8 GPUs a sample, chains that persist", "prfl_t2v_14b_720p_64gpu", ()),
+    ("14B", "720p", 8, f"float32, 8 GPUs a sample, {PERSIST}", "prfl_t2v_14b_480p_8gpu", KEPT),
+    ("14B", "480p", 64, f"float32, 8 GPUs a sample, {PERSIST}", "prfl_t2v_14b_480p_64gpu", ()),
+    ("14B", "720p", 64, f"float32, 8 GPUs a sample, {PERSIST}", "prfl_t2v_14b_720p_64gpu", ()),
 ]  # fmt: skip
-OFFICIAL = ("model.recompute=full", "model.weights_dtype=float32", "parallel.sequence=4", "eval.every=0")
+OFFICIAL = (
+    "model.recompute=full", "model.weights_dtype=float32", "parallel.sequence=4", "parallel.replicate=1",
+    "eval.every=0",
+)  # fmt: skip
 PAPER = [
     (
         "14B", latent, gpus, "official settings", "prfl_t2v_14b_480p",

@@ -5,6 +5,7 @@ blocks compute while copies to the host run. What exceeds that is waited for. Ex
 inside an operation, so all of them are waited for. Not included: launches, waits for data, checkpoints.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -135,10 +136,11 @@ def times(
     rows.append(_optimizer(c, models, gpu, shards, rows, sft + graded * passes))
     if setup.validation is not None:
         e, whole = c.eval, forward_work(setup.config, setup.count, setup.tokens // samples).forward
-        work = e.samples * (c.rollout.steps + 1)
+        mine = math.ceil(e.samples / readers)  # of a group of ranks
+        work = mine * (c.rollout.steps + 1)
         trunk = 0.0
         if setup.validation.scored and setup.reward is not None:
-            trunk = setup.reward.blocks / setup.count * e.samples * len(e.timesteps)
+            trunk = setup.reward.blocks / setup.count * mine * len(e.timesteps)
         seconds = (work + trunk) * max(plain + links.exchange_forward, links.forward)
         rows.append(Row("validation", seconds / e.every, (work + trunk) * whole / p / e.every))
     probes = _probes(c, setup)
