@@ -26,11 +26,12 @@ from prfl_engine import files
 from prfl_engine.agree import Agreed, gathered, leads, several
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import open_tensors, read_json
+from prfl_engine.model.sources import Stored
 from prfl_engine.optim.block_adamw import GROUP, BlockAdamW
 from prfl_engine.optim.optimizer import EMA
 from prfl_engine.optim.states import check_moments
 from prfl_engine.shards import local, offset, reshard
-from prfl_engine.tensor_files import DTYPES, in_order, write_tensors
+from prfl_engine.tensor_files import DTYPES, NAMES, in_order, write_tensors
 
 INDEX = "shards.json"
 
@@ -130,8 +131,7 @@ def load_sharded(
         _check(folder, found, index, optimizer)
         stored = _stored(folder, index)
         for parts in [_sources(folder, p, stored[p.name]) for p in found]:
-            for values, s, start in parts:
-                values.copy_(s.file.get_slice(s.key)[start : start + len(values)])
+            _copy(parts)
         if optimizer is not None:
             for group, updates in zip(optimizer.param_groups, index["updates"], strict=True):
                 group["updates"] = updates
@@ -145,6 +145,41 @@ def _check_moments(folder: Path, model: nn.Module, optimizer: BlockAdamW) -> Non
             check_moments(f"optimizer/{names[p]}", state)
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
+
+
+class _Whole(NamedTuple):
+    """A tensor that is in pieces; the Values of model.sources."""
+
+    folder: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stored: "list[_Stored]"
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return NAMES[self.dtype]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        made = torch.empty(self.shape, dtype=self.dtype)
+        _copy(_sources(self.folder, Piece(self.name, 0, made.view(-1), self.shape, False), self.stored))
+        return made[rows]
+
+
+def stored_weights(folder: Path) -> dict[str, Stored]:
+    """The weights of a sharded checkpoint by their names in the model, each read whole; needs no ranks."""
+    index, found = _read_index(folder), {}
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
+    for name, stored in _stored(folder, index).items():
+        kind, _, key = name.partition("/")
+        if kind == "model":
+            dtype, shape = index["tensors"][name]
+            good = dtype in dtypes and all(type(n) is int and 0 <= n < 2**40 for n in shape)
+            check(good, f"{folder / INDEX}: {name}", [dtype, shape], "a dtype and a shape")
+            found[key] = Stored(folder, name, _Whole(folder, name, dtypes[dtype], tuple(shape), stored))
+    return found
 
 
 def pieces(
@@ -261,6 +296,12 @@ def _stored(folder: Path, index: dict) -> dict[str, list[_Stored]]:
                 raise UserError(f"{path}: {key}: got {dtype} {shape}, want a piece as {INDEX} has it")
             found[name].append(_Stored(int(first), shape[0], key, file))
     return {name: sorted(stored, key=lambda s: s.first) for name, stored in found.items()}
+
+
+def _copy(parts: "list[tuple[Tensor, _Stored, int]]") -> None:
+    """Read from the files what `_sources` has found."""
+    for values, s, start in parts:
+        values.copy_(s.file.get_slice(s.key)[start : start + len(values)])
 
 
 def _sources(folder: Path, piece: Piece, stored: list[_Stored]) -> list[tuple[Tensor, _Stored, int]]:

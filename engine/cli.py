@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = command("sample", _sample, "Sample videos from a generator.")
     sample.add_argument("--out", default="runs/samples", help="new folder (default: %(default)s)")
     merge = command("merge-lora", _merge_lora, "Add an adapter to a generator's weights.", config=False)
-    merge.add_argument("base", metavar="BASE", help="folder of the generator")
+    merge.add_argument("base", metavar="BASE", help="folder or file of the generator")
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or safetensors file of the adapter")
     merge.add_argument("--out", required=True, metavar="DIR", help="new folder")
     convert = command("convert", _convert, "A generator or an adapter in another layout.", config=False)

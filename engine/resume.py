@@ -22,6 +22,7 @@ from prfl_engine.config_file import plain, read_yaml
 from prfl_engine.errors import UserError
 from prfl_engine.inputs import check_out, load_pickle, read_json
 from prfl_engine.metrics import FILE, check_writers, note, read_metrics
+from prfl_engine.model.sources import transformer_folder
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import load_state
 from prfl_engine.optim.states import check_like
@@ -220,7 +221,8 @@ def _digest(paths: list[Path]) -> dict:
 
 def _files(path: Path) -> Iterable[Path]:
     if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".ckpt") and p.is_file())
+        folder = transformer_folder(path)
+        return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".ckpt") and p.is_file())
     if path.suffix != ".json":
         return [path] if path.is_file() else []
     try:

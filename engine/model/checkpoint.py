@@ -4,8 +4,8 @@ Loads are strict (every key, every shape) and safe: safetensors, or torch.load(w
 Weights go from the file to their parameter one tensor at a time, and back, so no second copy of a model is
 held. Whoever writes a folder does so inside files.atomic_folder, of several ranks agree.shared_folder.
 
-A sharded model (parallel.shard) is loaded and written by all ranks together, in the same files: of
-safetensors every rank reads its own rows; the first rank writes what is gathered parameter by parameter.
+A sharded model (parallel.shard) is loaded and written by all ranks together, in the same files:
+every rank reads its own rows; the first rank writes what is gathered parameter by parameter.
 """
 
 import re
@@ -56,7 +56,7 @@ def load_transformer(
     still names all 40), or the first `blocks` of a whole generator, whose other weights are then left unread.
     With `shard` every rank reads its own rows alone; all ranks load together, and fail together.
     Raises UserError where a key is missing, unexpected, of the wrong shape or not finite, and for a
-    generator in another layout, which it names.
+    generator that is not run, which it names.
     """
     source = find(folder)
     config, where, held = source.config, source.tensors, count_blocks(source.tensors)

@@ -20,8 +20,8 @@ _LAYOUTS = (
 
 
 def name_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The layout of a generator and what to do about it, in one line; None for a Wan2.1 model or an
-    unknown one.
+    """What a generator is and what to do about it, in one line; None for a Wan2.1 model or an unknown
+    one.
 
     shapes: {key, native where it is one of Wan: shape of the tensor}.
     """

@@ -247,7 +247,7 @@ def merged(model: WanTransformer, values: dict[str, Tensor] | None = None) -> It
 
 @torch.no_grad()
 def merge_folders(base: str | Path, adapter: str | Path, out: str | Path) -> None:
-    """Write the generator of the folder `base` with an adapter merged to `out`, which must not exist yet; in
+    """Write the generator at `base`, native, with an adapter merged to `out`, which must not exist yet; in
     float32, since most of an update is below the last bit of a bfloat16 weight.
 
     UserError for values that are not finite, too; then nothing is written.

@@ -1,4 +1,4 @@
-"""Files of LoRA adapters: one reader for what is found in the wild, and two writers.
+"""Files of LoRA adapters: one reader for what is found in the wild, and four writers.
 
 An adapter is a safetensors file with two matrices a layer and, in some formats, a number:
 
@@ -33,14 +33,13 @@ from torch import Tensor
 
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import check_finite, open_tensors, parse_json, read_bytes
-from prfl_engine.model.names import LINEAR_IN_BLOCK, LINEAR_OUTSIDE
+from prfl_engine.model.names import LINEAR_IN_BLOCK, LINEAR_OUTSIDE, to_diffusers
 from prfl_kernels.sublayers.products import LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SHARED = "lora_comfyui.safetensors"  # what ComfyUI and diffusers read, saved in addition to PEFT's files
-_FILES = (
-    WEIGHTS, "pytorch_lora_transformers_weights.safetensors", "pytorch_lora_weights.safetensors", SHARED
-)  # fmt: skip
+DIFFUSERS, KOHYA = "pytorch_lora_weights.safetensors", "lora_kohya.safetensors"
+_FILES = WEIGHTS, "pytorch_lora_transformers_weights.safetensors", DIFFUSERS, SHARED, KOHYA
 
 # {whether it is in a block: {flat name, native or of diffusers: native name}}
 _NATIVE = {
@@ -107,6 +106,14 @@ def read(path: str | Path) -> tuple[dict[str, LowRank], set[str]]:
     return {k: LowRank(held["lora_A"], held["lora_B"], scales[k]) for k, held in parts.items()}, own
 
 
+def holds_adapter(path: str | Path) -> bool:
+    """Whether `read` is meant for what is at a path, and not a reader of whole models."""
+    path = Path(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return any(".lora_" in key for key in open_tensors(path).keys())  # noqa: SIM118
+    return any((path / name).is_file() for name in _FILES)
+
+
 def write_peft(updates: dict[str, LowRank], folder: Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors as PEFT does."""
     terms = {name: (len(low.down), low.scale * len(low.down)) for name, low in updates.items()}
@@ -143,6 +150,28 @@ def write_shared(updates: dict[str, LowRank], folder: Path) -> None:
         tensors[f"{key}.lora_A.weight"] = low.down.detach().float().contiguous()
         tensors[f"{key}.lora_B.weight"] = up.contiguous()
     save_file(tensors, folder / SHARED, {"format": "pt"})
+
+
+def write_diffusers(updates: dict[str, LowRank], folder: Path) -> None:
+    """Write pytorch_lora_weights.safetensors as diffusers does. The scale is in B, and alpha is r: a version
+    that does not read alphas from metadata would leave them out."""
+    tensors = {}
+    for name, low in updates.items():
+        key = f"transformer.{to_diffusers(name)}"
+        tensors[f"{key}.lora_A.weight"] = low.down.detach().float().contiguous()
+        tensors[f"{key}.lora_B.weight"] = (low.scale * low.up.detach().float()).contiguous()
+    save_file(tensors, folder / DIFFUSERS, {"format": "pt"})
+
+
+def write_kohya(updates: dict[str, LowRank], folder: Path) -> None:
+    """Write lora_kohya.safetensors, with the names of kohya's sd-scripts and musubi-tuner."""
+    tensors = {}
+    for name, low in updates.items():
+        key = "lora_unet_" + name.replace(".", "_")
+        tensors[f"{key}.lora_down.weight"] = low.down.detach().float().contiguous()
+        tensors[f"{key}.lora_up.weight"] = low.up.detach().float().contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(float(low.scale * len(low.down)))
+    save_file(tensors, folder / KOHYA, {"format": "pt"})
 
 
 def _parse(file: Path, key: str, a: Tensor) -> tuple[str, str, str]:
