@@ -53,15 +53,15 @@ class HeldOut:
         """(number of the first sample, a batch of every side) of this rank's part. Ranks gather weights in
         every forward, so all get as many batches: the last one again where a rank has fewer."""
         own = self.span or range(1)
-        reads = (fixed_batches(reader, [side[i] for i in own], size, device) for side in self.sides)
-        batches, first, given = zip(*reads, strict=True), own.start, None
+        reads = [fixed_batches(reader, [side[i] for i in own], size, device) for side in self.sides]
+        first, given = own.start, []
         while True:
-            with self.world.agreed():
-                more = next(batches, None)
-            self._counts = more is not None and len(self.span) > 0
+            with self.world.agreed():  # not by zip, which would keep its first batches alive
+                more = [batch for read in reads if (batch := next(read, None)) is not None]
+            self._counts = bool(more) and len(self.span) > 0
             if not self.world.any(self._counts):
                 return
-            given = given if more is None else more
+            given = more or given
             yield first, list(given)
             first += len(given[0].latent) * self._counts
 

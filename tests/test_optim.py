@@ -246,20 +246,20 @@ def test_a_step_takes_no_number_out_of_a_tensor(how, dtype):
             graded.backward(reward_loss(graded.logit, LossConfig()).mean())
         norm = update(optimizer, config.clip)
         ema.update()
-        measured = loop.Measured(0, 1e-3, {"grad_norm": norm}, World().mean)
+        measured = measurements.Measured(0, 1e-3, {"grad_norm": norm}, World().mean)
     assert measured.read()["grad_norm"] > 0
     assert not any(torch.equal(a, p) for a, p in zip(before, policy.parameters(), strict=True) if a.dim() > 1)
 
 
 def test_the_flag_of_a_step_is_read_while_the_next_one_runs(tmp_path, monkeypatch):
     config, order = write_run(tmp_path), []
-    read, make, loss = loop.Measured.read, loop.update, train_module.sft_loss
+    read, make, loss = measurements.Measured.read, loop.update, train_module.sft_loss
 
     def counted(self):
         order.append(f"read {self.step}")
         return read(self)
 
-    monkeypatch.setattr(loop.Measured, "read", counted)
+    monkeypatch.setattr(measurements.Measured, "read", counted)
     monkeypatch.setattr(loop, "update", lambda *args: order.append("update") or make(*args))
     monkeypatch.setattr(train_module, "sft_loss", lambda *args: order.append("loss") or loss(*args))
     run("train", config, "train.steps=3")

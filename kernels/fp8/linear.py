@@ -77,7 +77,7 @@ def _fp8_linear(
     if fake:
         return x8.new_empty(*shape, n, dtype=out_dtype)
     rows = x8.reshape(-1, k), x_scale.reshape(-1)
-    return record(op, x8).forward(*rows, w8, w_scale, bias, out_dtype).view(*shape, n)
+    return record(op, x8, dtype=out_dtype).forward(*rows, w8, w_scale, bias, out_dtype).view(*shape, n)
 
 
 def fp8_linear(
