@@ -21,7 +21,7 @@ from prfl_engine.agree import gathered, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import load_sharded, save_sharded
 from prfl_engine.config import LoraConfig, OptimConfig
 from prfl_engine.errors import TrainingError, UserError
-from prfl_engine.model import checkpoint, lora
+from prfl_engine.model import checkpoint, lora, sources
 from prfl_engine.model.checkpoint import load_reward, load_transformer, save_reward, save_transformer
 from prfl_engine.objectives import sft_loss
 from prfl_engine.optim import block_adamw
@@ -166,14 +166,14 @@ class CountedSlice:
 
 def load(kind: str, folder: str, dtype) -> tuple[bool, int]:
     """(equal to the model that one process loads?, bytes that this rank has read of the transformer)."""
-    mesh, original = mesh_of(1), checkpoint.open_tensors
+    mesh, original = mesh_of(1), sources.open_tensors
     read = load_reward if kind == "reward" else load_transformer
     want = read(folder, dtype=dtype)
-    checkpoint.open_tensors, Counted.total = lambda path: Counted(original(path)), 0
+    sources.open_tensors, Counted.total = lambda path: Counted(original(path)), 0
     try:
         model = read(folder, dtype=dtype, shard=lambda model: shard(model, mesh))
     finally:
-        checkpoint.open_tensors = original
+        sources.open_tensors = original
     own, whole = dict(model.named_parameters()), dict(want.named_parameters())
     same = [isinstance(own[k], DTensor) and own[k].dtype == p.dtype for k, p in whole.items()]
     same += [torch.equal(own[k].full_tensor(), p) for k, p in whole.items()]
@@ -182,14 +182,14 @@ def load(kind: str, folder: str, dtype) -> tuple[bool, int]:
 
 def refused_load(folder: str) -> tuple[str, int]:
     """(what a rank says, bytes that it has read before)."""
-    mesh, original = mesh_of(1), checkpoint.open_tensors
-    checkpoint.open_tensors, Counted.total = lambda path: Counted(original(path)), 0
+    mesh, original = mesh_of(1), sources.open_tensors
+    sources.open_tensors, Counted.total = lambda path: Counted(original(path)), 0
     try:
         load_transformer(folder, shard=lambda model: shard(model, mesh))
     except UserError as error:
         return str(error), Counted.total
     finally:
-        checkpoint.open_tensors = original
+        sources.open_tensors = original
     return "loaded", Counted.total
 
 

@@ -145,6 +145,17 @@ def test_sampling_from_a_pipeline_of_diffusers_is_that_of_the_native_folder(tmp_
     assert (made[0] == made[1]).all()
 
 
+def test_a_plan_for_a_pipeline_or_a_file_is_for_its_model(tmp_path, capsys):
+    config, found = write_run(tmp_path), []
+    convert(tmp_path / "policy", tmp_path / "pipeline/transformer", "diffusers")
+    for path in ("policy", "pipeline", f"policy/{WEIGHTS}"):
+        assert main(["plan", str(config), f"model.path={tmp_path / path}", "--json"]) == 0
+        out = capsys.readouterr().out
+        assert "not here" not in out
+        found.append(json.loads(out.replace("pipeline", "policy").replace(WEIGHTS, "policy")))
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_pipeline_with_two_generators_is_refused(tmp_path):
     for name in ("transformer", "transformer_2"):
         save_transformer(tiny_model(), tmp_path / name)

@@ -278,6 +278,7 @@ LAYOUTS = {
     "wrapper": lambda s: {f"module.{k}": v for k, v in s.items()},
     "VACE": lambda s: s | {"vace_blocks.0.ffn.0.weight": s[KEY].clone()},
     "FLF2V": lambda s: s | {"img_emb.emb_pos": torch.ones(1)},
+    "Wan FLF2V": lambda s: s | {"condition_embedder.image_embedder.pos_embed": torch.ones(1)},
     "scaled fp8 .*blocks.0.ffn.0.scale_weight": lambda s: {
         f"model.diffusion_model.{k}": v for k, v in LAYOUTS["scaled fp8"](s).items()},
     "Wan VACE": lambda s: {to_diffusers(k): v for k, v in s.items()} | {"vace_blocks.0.x": torch.ones(1)},
