@@ -55,7 +55,7 @@ def interpreter_fault() -> str | None:
     """Why Triton's interpreter runs no loop here, as that of 3.4 with NumPy 2.4 and of 3.6 with NumPy 2.5;
     None if it does."""
     try:
-        _loop[(1,)](torch.empty(2, device="cpu"), 2)
+        launch(_loop, (1,), torch.empty(2, device="cpu"), 2)
     except triton.runtime.errors.InterpreterError as error:
         numpy = metadata.version("numpy")
         return f"needs another Triton or NumPy: the interpreter of {triton.__version__} with {numpy}: {error}"

@@ -15,12 +15,11 @@ from helpers import one_line, write_run
 from safetensors import SafetensorError
 from training_runs import assert_equal, content, run, values
 
-from prfl_engine import failures, files, loop, resume
+from prfl_engine import failures, files, loop, resume, tensor_files
 from prfl_engine import train as train_module
 from prfl_engine.cli import main
 from prfl_engine.errors import UserError
 from prfl_engine.interrupt import Stopped, interrupts
-from prfl_engine.model import checkpoint
 from prfl_engine.rollout import fresh as fresh_module
 
 LONG = ["train.steps=100000", "train.save_every=100000", "loss.weight=0"]
@@ -206,7 +205,7 @@ NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocato
 
 
 @pytest.mark.parametrize("module, name, broken, needle", [
-    (checkpoint, "write_tensors", no_space, "cannot write: file: No space left"),
+    (tensor_files, "write_tensors", no_space, "cannot write: file: No space left"),
     (torch, "save", torn(WRITER), "inline_container"),
     (torch, "save", torn(RuntimeError("basic_ios::clear: iostream error")), "iostream"),
     (resume, "write_run", no_space, "cannot write: file: No space left"),

@@ -10,7 +10,7 @@ from no_sync import NoBlockingCopy, NoSync
 from safetensors.torch import load_file
 from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 
-from prfl_engine import flow, loop
+from prfl_engine import flow, loop, measurements
 from prfl_engine import train as train_module
 from prfl_engine.config import ChainConfig, Config, LossConfig, OptimConfig, load_config
 from prfl_engine.errors import UserError

@@ -161,7 +161,7 @@ def test_auto_plans_as_training_does(monkeypatch):
         (["--budget", "-1"], "--budget: got -1.0, want more than 0 GB"),
         (["--latent", "21x61x104"], "--latent: got '21x61x104', want 480p, 720p, or TxHxW"),
         (["--model", "t2v-15b"], "--model: got 't2v-15b', want one of t2v-1.3b"),
-        (["model.path=weights/none"], "model.path: got 'weights/none', want a folder that is here"),
+        (["model.path=weights/none"], "model.path: got 'weights/none', want a folder or file that is here"),
         (["parallel.sequence=8"], "parallel.sequence: got 8, want 1 with one GPU"),
         (["--gpus", "8", "parallel.sequence=3"], "parallel.sequence: got 3, want a divisor of the 8"),
         (["--gpus", "3"], "train.accumulate: got 1, want a multiple of 3"),

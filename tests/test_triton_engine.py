@@ -12,6 +12,7 @@ from prfl_engine import flow
 from prfl_engine.batch import Batch
 from prfl_engine.config import LossConfig
 from prfl_engine.model.checkpoint import build
+from prfl_engine.model.sources import stored
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.objectives import bind, graded_windows, reward_loss, sft_loss
 from prfl_engine.tools import golden
@@ -48,8 +49,7 @@ def test_losses_and_gradients(triton):
 
 def load_policy(model: dict):
     config = WanConfig.from_values(model, "model")
-    where = dict.fromkeys(load_file(GOLDEN / "policy.safetensors"), GOLDEN / "policy.safetensors")
-    return build(config, where, GOLDEN).set_precision(torch.float32)
+    return build(config, stored(GOLDEN / "policy.safetensors"), GOLDEN).set_precision(torch.float32)
 
 
 def test_golden_values(triton):

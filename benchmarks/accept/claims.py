@@ -340,7 +340,7 @@ CLAIMS = (
         no_forwards,
     ),
     Claim(
-        "engine/planner/plan.py",
+        "engine/planner/seconds.py",
         "Of an H100 SXM: products and copies as measured there once",
         "The rates that the planner assumes are reached to a tenth",
         planner_rates,
