@@ -4,7 +4,8 @@ The sections model, lora and reward are in config_models.py, rollout, chain and 
 others here.
 
 A value that cannot be right raises UserError, one line that names the field, what it got and what
-it wants. The bounds of a field are part of its type; the checks here are those that involve several fields.
+it wants. The bounds of a field are part of its type, and bounds.Section checks them; the checks here are
+those that involve several fields.
 """
 
 from collections.abc import Sequence

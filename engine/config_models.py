@@ -32,7 +32,8 @@ class ModelConfig(Section, name="model"):
     """The generator: where it comes from, its precision, and its memory policy."""
 
     path: FilePath | None = None
-    """Folder or file, native, of diffusers or ComfyUI (docs/convert.md); None: random weights of `preset`."""
+    """Folder or file of the generator, in any layout that engine/model/sources.py lists; None: random weights
+    of `preset`."""
     preset: Name | None = None
     """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, tiny-t2v, tiny-i2v."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -254,7 +254,7 @@ class Progress:
 
     step: int = 0
     best: float = -math.inf
-    unlogged: dict[str, Tensor] = field(default_factory=dict)  # see loop.Measurements
+    unlogged: dict[str, Tensor] = field(default_factory=dict)  # see measurements.Measurements
     unvalidated: bool = False  # stopped by a signal before the validation of this step
     broken: dict[Path, str] = field(default_factory=dict)  # see micro_batches.MicroBatches
 

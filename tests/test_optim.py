@@ -2,6 +2,7 @@
 
 import sys
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -10,16 +11,18 @@ from no_sync import NoBlockingCopy, NoSync
 from safetensors.torch import load_file
 from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 
-from prfl_engine import flow, loop, measurements
+from prfl_engine import flow, loop
 from prfl_engine import train as train_module
 from prfl_engine.config import ChainConfig, Config, LossConfig, OptimConfig, load_config
 from prfl_engine.errors import UserError
+from prfl_engine.measurements import Measured
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.objectives import graded_windows, reward_loss, sft_loss
 from prfl_engine.optim import optimizer as optim
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import EMA, make_optimizer, update
 from prfl_engine.parallel import World
+from prfl_engine.phases import Lap
 
 BF16 = torch.bfloat16
 
@@ -246,20 +249,20 @@ def test_a_step_takes_no_number_out_of_a_tensor(how, dtype):
             graded.backward(reward_loss(graded.logit, LossConfig()).mean())
         norm = update(optimizer, config.clip)
         ema.update()
-        measured = measurements.Measured(0, 1e-3, {"grad_norm": norm}, World().mean)
+        measured = Measured(0, 1e-3, {"grad_norm": norm}, Lap([], Counter()), World().mean)
     assert measured.read()["grad_norm"] > 0
     assert not any(torch.equal(a, p) for a, p in zip(before, policy.parameters(), strict=True) if a.dim() > 1)
 
 
 def test_the_flag_of_a_step_is_read_while_the_next_one_runs(tmp_path, monkeypatch):
     config, order = write_run(tmp_path), []
-    read, make, loss = measurements.Measured.read, loop.update, train_module.sft_loss
+    read, make, loss = Measured.read, loop.update, train_module.sft_loss
 
     def counted(self):
         order.append(f"read {self.step}")
         return read(self)
 
-    monkeypatch.setattr(measurements.Measured, "read", counted)
+    monkeypatch.setattr(Measured, "read", counted)
     monkeypatch.setattr(loop, "update", lambda *args: order.append("update") or make(*args))
     monkeypatch.setattr(train_module, "sft_loss", lambda *args: order.append("loss") or loss(*args))
     run("train", config, "train.steps=3")

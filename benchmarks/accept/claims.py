@@ -237,19 +237,19 @@ CLAIMS = (
     Claim("README.md", "Nothing in this repository has run on a GPU yet", "Nothing ran here", no_gpu_yet),
     Claim(
         "README.md",
-        "Wan 1.3B, 32,760 tokens, all weights in float32, AdamW, `model.recompute=attention`",
+        "| 1.3B | 32,760 | 1 | all weights in float32 |",
         STEP,
         partial(job_bytes, name="step/1.3B/attention"),
     ),
     Claim(
         "README.md",
-        "Wan 14B, 32,760 tokens, LoRA of rank 128",
+        "| 14B | 32,760 | 1 | LoRA of rank 128, 4 graded steps of a rollout, blocks offload |",
         f"{STEP}, for the first 8 blocks",
         partial(job_bytes, name="large/14B/lora"),
     ),
     Claim(
         "README.md",
-        "all weights in bfloat16, moments and gradients on the host",
+        "all weights in bfloat16, states and blocks offload",
         f"{STEP}, for the first 8 blocks at 32,760 tokens",
         partial(job_bytes, name="large/14B/full"),
     ),
