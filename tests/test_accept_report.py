@@ -72,7 +72,7 @@ def test_claims_stand_where_they_are_said_to(claim):
 @pytest.mark.parametrize(
     "text, change",
     [
-        ("Attention is the first", dict(cudnn=40.0)), ("model.recompute=attention", dict(size=20e9)),
+        ("Attention is the first", dict(cudnn=40.0)), ("| 1.3B | 32,760", dict(size=20e9)),
         ("A step reads nothing", dict(waits=3)), ("rollout.cuda_graph`: for few", dict(graphs=0.9)),
         ("assumptions are printed below the table", dict(product=7e14)),
         ("costs no forward without gradient", dict(persistent=4.2)),
