@@ -22,6 +22,9 @@ from prfl_engine.objectives import bind
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
 
+LIST = "samples.list"
+"""The meta JSONs of the samples of a folder, in order."""
+
 
 def guided(velocity: chain.Velocity, against: chain.Velocity, scale: float) -> chain.Velocity:
     """Classifier-free guidance: against + scale * (velocity - against)."""
