@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--out", metavar="FILE", help="also as CSV, a new file")
     sample = command("sample", _sample, "Sample videos from a generator.")
     sample.add_argument("--out", default="runs/samples", help="new folder (default: %(default)s)")
+    sample.add_argument(
+        "--best-of", type=int, default=1, metavar="N", help="seeds a prompt, the best one by reward.path"
+    )
+    sample.add_argument("--judge-at", type=int, metavar="STEP", help="steps after which one of N is kept")
     merge = command("merge-lora", _merge_lora, "Add an adapter to a generator's weights.", config=False)
     merge.add_argument("base", metavar="BASE", help="folder of the generator")
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or safetensors file of the adapter")
@@ -228,7 +232,7 @@ def _score(args) -> None:
 def _sample(args) -> None:
     from prfl_engine.sample import sample
 
-    for path in sample(_load(args), args.out):
+    for path in sample(_load(args), args.out, args.best_of, args.judge_at):
         print(path)
 
 
