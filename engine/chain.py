@@ -209,13 +209,19 @@ class Window:
             torch.autograd.backward(out, [torch.zeros_like(a) for a in out])
 
 
-def rollout(velocity: Velocity, schedule: flow.Schedule, noise: Tensor, index: Tensor) -> flow.SolverState:
-    """Denoise every sample from noise up to (not including) step index[b], without gradient.
+def rollout(
+    velocity: Velocity,
+    schedule: flow.Schedule,
+    start: Tensor | list[list[flow.SolverState | None]],
+    index: Tensor,
+) -> flow.SolverState:
+    """Denoise every sample up to (not including) step index[b], without gradient.
 
-    noise [B, C, T, H, W]; index [B] long on the CPU, 0 <= index <= len(schedule). A sample leaves
-    the batch as soon as its index is reached, so a batch costs index.sum() forwards of one sample.
+    start: noise [B, C, T, H, W], or known states, as `Chain` takes it; index [B] long on the CPU,
+    0 <= index <= len(schedule). A sample leaves the batch as soon as its index is reached, so from noise a
+    batch costs index.sum() forwards of one sample.
     """
-    chain = Chain(velocity, schedule, noise)
+    chain = Chain(velocity, schedule, start)
     chain.advance_to(index, index)
     return chain.at(index, torch.arange(len(index)))
 

@@ -97,8 +97,25 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="as JSON")
     command("train-reward", _train_reward, "Train a latent reward model.")
     command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
+    score = command("score", _score, "Rank latents by a reward model.", config=False)
+    score.add_argument("model", metavar="CONFIG|DIR", help="YAML file, or folder of a reward model")
+    score.add_argument(
+        "overrides", nargs="*", metavar="SAMPLES|SECTION.FIELD=VALUE",
+        help=".list files, folders of latents or of samples, .npy latents (default: data.val)",
+    )  # fmt: skip
+    score.add_argument(
+        "--timesteps", nargs="+", type=float, metavar="T", help="default: eval.timesteps below 1000"
+    )
+    score.add_argument("--draws", type=int, default=4, metavar="N", help="of noise (default: %(default)s)")
+    score.add_argument("--text", metavar="FILE", help="text of latents NAME.npy without a NAME.text.npy")
+    score.add_argument("--json", action="store_true", help="as JSON, with the score at every timestep")
+    score.add_argument("--out", metavar="FILE", help="also as CSV, a new file")
     sample = command("sample", _sample, "Sample videos from a generator.")
     sample.add_argument("--out", default="runs/samples", help="new folder (default: %(default)s)")
+    sample.add_argument(
+        "--best-of", type=int, default=1, metavar="N", help="seeds a prompt, the best one by reward.path"
+    )
+    sample.add_argument("--judge-at", type=int, metavar="STEP", help="steps after which one of N is kept")
     merge = command("merge-lora", _merge_lora, "Add an adapter to a generator's weights.", config=False)
     merge.add_argument("base", metavar="BASE", help="folder or file of the generator")
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or safetensors file of the adapter")
@@ -199,10 +216,23 @@ def _eval_reward(args) -> None:
     print(f"mean of t < 1000: accuracy {score(config, accuracy):.4f}")
 
 
+def _score(args) -> None:
+    import json
+
+    from prfl_engine.tools import score
+
+    options = score.Options(args.timesteps and tuple(args.timesteps), args.draws, args.text)
+    config, found = score.run(args.model, args.overrides, options, args.out)
+    if args.json:
+        print(json.dumps(score.as_values(config, found, args.draws), indent=2))
+    else:
+        print("\n".join(score.table(found)))
+
+
 def _sample(args) -> None:
     from prfl_engine.sample import sample
 
-    for path in sample(_load(args), args.out):
+    for path in sample(_load(args), args.out, args.best_of, args.judge_at):
         print(path)
 
 

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ from prfl_engine.seeds import Purpose, seeded
 LATENT_KEYS = ("video_vae_latent_path", "vae_latent_path", "latents_path")
 CONDITION_KEYS = ("f1_black_path", "latents_condition_path")
 CLIP_KEYS = ("image_embeds", "imgclip_path")
-REWARD_TEXT_KEYS = ("save_textshort_path", "textshort_path", "text_en_path")
+TEXT_KEY = "text_en_path"
+REWARD_TEXT_KEYS = ("save_textshort_path", "textshort_path", TEXT_KEY)
 MASK_CHANNELS, CONDITION_CHANNELS = 4, 16
 
 
@@ -82,7 +83,7 @@ class Reader:
         """The sample of a meta JSON: latent [16, T, h, w], text [n, text_dim], and for an I2V model clip and
         condition, float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. UserError
         where a file or key is missing or holds something else."""
-        c, meta = self.config, read_meta(path)
+        c, meta = self.config, self.meta(path)
         patch_h, patch_w = c.patch_size[1:]
         latent = self._tensor(path, meta, LATENT_KEYS, (1, c.out_dim, None, None, None), "latent")
         if latent.shape[-2] % patch_h or latent.shape[-1] % patch_w:
@@ -108,20 +109,38 @@ class Reader:
                 label = torch.tensor(label_of(meta, self.label))
         return Batch(latent, text, clip, condition, label)
 
+    def meta(self, path: Path) -> dict:
+        """What describes the sample `path`: the object of its meta JSON."""
+        return read_meta(path)
+
+    def given(self, path: Path) -> dict[str, str]:
+        """What the model is given besides the latent, as part of a meta JSON: the keys and absolute paths of
+        the short text and, for an I2V model, of CLIP features and condition."""
+        meta = self.meta(path)
+        files = {TEXT_KEY: (self.text_keys(meta, False), "text")}
+        if self.config.image:
+            files[CLIP_KEYS[0]] = CLIP_KEYS, "CLIP features"
+            files[CONDITION_KEYS[0]] = CONDITION_KEYS, "condition"
+        found = {name: self._file(path, meta, keys, what)[0] for name, (keys, what) in files.items()}
+        return {name: str(file.absolute()) for name, file in found.items()}
+
     def shape(self, path: Path) -> tuple[int, ...]:
         """Shape of a sample's latent, from the header of its file."""
         shape = (1, self.config.out_dim, None, None, None)
-        file, where = self._file(path, read_meta(path), LATENT_KEYS, "latent")
+        file, where = self._file(path, self.meta(path), LATENT_KEYS, "latent")
         with named(where):
             return read_array(file, shape, "latent").shape
 
-    def _text(self, path: Path, meta: dict, long: bool) -> Tensor:
+    def text_keys(self, meta: dict, long: bool) -> tuple[str, ...]:
+        """The keys of a sample's text, the first that it has counts."""
         if self.label is not None:
-            keys = REWARD_TEXT_KEYS
-        elif "textshort_path" in meta and "textlong_path" in meta:
-            keys = ("textlong_path",) if long else ("textshort_path",)
-        else:
-            keys = ("text_en_path", "textshort_path", "textlong_path")
+            return REWARD_TEXT_KEYS
+        if "textshort_path" in meta and "textlong_path" in meta:
+            return ("textlong_path",) if long else ("textshort_path",)
+        return (TEXT_KEY, "textshort_path", "textlong_path")
+
+    def _text(self, path: Path, meta: dict, long: bool) -> Tensor:
+        keys = self.text_keys(meta, long)
         return self._tensor(path, meta, keys, (1, None, self.config.text_dim), "text", self.config.text_len)
 
     def _tensor(
@@ -167,7 +186,7 @@ def _read_tensor(path: str | Path, shape, what: str, longest: int | None = None)
 
 def fixed_batches(reader: Reader, paths: list[Path], batch_size: int, device) -> Iterator[Batch]:
     """All samples once and in order, in batches of one shape, without dropout; for validation."""
-    plain = Reader(reader.config, reader.label)
+    plain = replace(reader, text_dropout=0.0, long_caption=0.0)
     run: list[Batch] = []
     for path in paths:
         one = plain.read(path, seeded(Purpose.CAPTION, 0, 0))  # nothing depends on it

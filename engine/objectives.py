@@ -1,6 +1,6 @@
 """The losses: flow matching, the reward of a graded denoising step, and those of reward training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,6 +61,14 @@ def noisy_reward(
     """Logits [B] of the batch's latents at noise levels sigma [B]."""
     x = flow.add_noise(batch.latent, noise, sigma)
     return reward(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition, run_blocks)
+
+
+def noisy_rewards(
+    reward: RewardModel, batch: Batch, noise: Tensor, timesteps: Sequence[float]
+) -> Tensor:
+    """Logits [B, n] of the batch's latents under one noise at n timesteps, 1000 times the noise level."""
+    levels = (torch.full((len(noise),), t / flow.TRAIN_STEPS, device=noise.device) for t in timesteps)
+    return torch.stack([noisy_reward(reward, batch, noise, level) for level in levels], 1)
 
 
 def index_range(rollout: RolloutConfig) -> tuple[int, int]:

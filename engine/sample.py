@@ -1,5 +1,6 @@
 """Sampling videos from a trained generator."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,18 +10,22 @@ from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
-from prfl_engine.build import DTYPES, pick_device
+from prfl_engine.best_of import best_of, check_choice, forwards, judge
+from prfl_engine.build import DTYPES, make_frozen_reward, pick_device
 from prfl_engine.config import Config, SampleConfig
-from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_text
+from prfl_engine.data import LATENT_KEYS, Reader, counted, fixed_batches, read_lists, read_text
 from prfl_engine.errors import UserError
 from prfl_engine.files import atomic_folder
 from prfl_engine.inputs import check_new
-from prfl_engine.metrics import progress
+from prfl_engine.metrics import note, progress
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.objectives import bind
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
+
+LIST = "samples.list"
+"""The meta JSONs of the samples of a folder, in order."""
 
 
 def guided(velocity: chain.Velocity, against: chain.Velocity, scale: float) -> chain.Velocity:
@@ -33,17 +38,23 @@ def guided(velocity: chain.Velocity, against: chain.Velocity, scale: float) -> c
     return combined
 
 
-def sample(config: Config, out: str | Path) -> list[Path]:
+def sample(config: Config, out: str | Path, count: int = 1, step: int | None = None) -> list[Path]:
     """Sample the prompts of data.val with the generator of model.path, and the adapter of lora.path if there
     is one; returns the files written.
 
-    The noise of sample i follows from sample.seed and i alone. `out` must not exist yet. Every sample is
-    written as latents .npy [1, 16, T, h, w] float32, in the layout of the training data, and as .mp4 and
-    .webp where sample.codec can decode it. TrainingError, and nothing written, for one that is not finite.
+    The noise of sample i follows from sample.seed and i alone. With `count` above 1 the best of the samples
+    of sample.seed, sample.seed + 1, ... by the reward model of reward.path, judged after `step` denoising
+    steps; the others are not finished. `out` must not exist yet. Every sample is written as latents .npy
+    [1, 16, T, h, w] float32 with a meta JSON, in the layout of the training data, all of them listed in
+    samples.list, and as .mp4 and .webp where sample.codec can decode it. TrainingError, and nothing written,
+    for one that is not finite.
     """
-    out, s = check_new(out, "--out"), config.sample
+    out, s, r = check_new(out, "--out"), config.sample, config.rollout
+    check_choice(count, step, r.steps)
     if config.model.path is None:
         raise UserError("model.path: got null, want the folder of a generator")
+    if count > 1 and config.reward.path is None:
+        raise UserError("reward.path: got null, want the folder of a reward model (--best-of)")
     if s.guidance != 1 and config.data.negative_text is None:
         raise UserError("data.negative_text: got null, want a .npy (sample.guidance is not 1)")
     device = pick_device(config)
@@ -53,28 +64,73 @@ def sample(config: Config, out: str | Path) -> list[Path]:
     if config.lora.path is not None:
         lora.apply(model, config.lora.path)
     model.set_precision(DTYPES[config.model.compute_dtype], DTYPES[config.model.residual_dtype])
+    reward = make_frozen_reward(config, model, device) if count > 1 else None
     if s.guidance != 1:
         negative = read_text(config.data.negative_text, model.config).to(device)
-    schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
+    schedule = flow.make_schedule(r.solver, r.steps, r.shift)
     latents: list[Tensor] = []
+    chosen: list[dict] = []
     reader, size = Reader(model.config), config.eval.batch_size
     batches = fixed_batches(reader, paths, size, device)
     with torch.no_grad():
         for first, batch in counted(progress(batches, "sampling", -(-len(paths) // size))):
-            noise = noise_like(batch.latent, Purpose.SAMPLE, s.seed, first)
+            noises = (noise_like(batch.latent, Purpose.SAMPLE, s.seed + n, first) for n in range(count))
             velocity = bind(model, batch)
             if s.guidance != 1:
                 plain: Batch = batch._replace(text=negative.expand(len(batch.text), -1, -1))
                 velocity = guided(velocity, bind(model, plain), s.guidance)
-            latents.extend(finite("sample", chain.sample(velocity, schedule, noise), paths[first:]).cpu())
-    return write_samples(out, latents, s)
+            if reward is None:
+                latent = chain.sample(velocity, schedule, next(noises))
+                chosen += [{"seed": s.seed}] * len(latent)
+            else:
+                score = judge(reward, schedule, batch, step)
+                latent, kept, logits = best_of(velocity, schedule, noises, step, score)
+                finite("the reward of a chain", logits.T, paths[first:])
+                rewards = logits.double().sigmoid().T.tolist()
+                chosen += [
+                    {"seed": s.seed + n, "judged": {"step": step, "rewards": of}}
+                    for n, of in zip(kept.tolist(), rewards, strict=True)
+                ]
+            latents.extend(finite("sample", latent, paths[first:]).cpu())
+    if reward is not None:
+        note(_cost(count, step, r.steps, s.guidance != 1))
+    metas = [
+        {**reader.given(path), "source": str(path.absolute()), **of}
+        for path, of in zip(paths, chosen, strict=True)
+    ]
+    return write_samples(out, latents, s, metas)
 
 
-def write_samples(folder: Path, latents: Sequence[Tensor], config: SampleConfig) -> list[Path]:
-    """Write latents [16, T, h, w] as sample-NN.npy and, with a codec, as videos: the whole folder or nothing.
-    Returns the files."""
+def _cost(count: int, step: int, steps: int, guided: bool) -> str:
+    ours, all_ = (n * (1 + guided) for n in forwards(count, step, steps))
+    return (
+        f"best of {count}, judged after {step} of {steps} steps: {ours} forwards of the generator a sample, "
+        f"{ours / all_:.2f} of the {all_} to finish all, and {count} of the reward model"
+    )
+
+
+def write_samples(
+    folder: Path, latents: Sequence[Tensor], config: SampleConfig, metas: Sequence[dict] = ()
+) -> list[Path]:
+    """Write latents [16, T, h, w] as sample-NN.npy, with `metas` also a meta JSON of each and the list of
+    these, and with a codec videos: the whole folder or nothing. Returns the files."""
     with atomic_folder(folder) as temporary:
-        return [folder / file.name for file in _write(temporary, latents, config)]
+        files = _write(temporary, latents, config) + _describe(temporary, folder.absolute(), metas)
+        return [folder / file.name for file in files]
+
+
+def _describe(temporary: Path, folder: Path, metas: Sequence[dict]) -> list[Path]:
+    """Absolute paths: another folder that is worked in may have a sample of that name, too."""
+    written = []
+    for i, meta in enumerate(metas):
+        written.append(temporary / f"sample-{i:02d}.json")
+        meta = {LATENT_KEYS[0]: str(folder / f"sample-{i:02d}.npy"), **meta}
+        written[-1].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    if metas:
+        lines = [str(folder / file.name) + "\n" for file in written]
+        written.append(temporary / LIST)
+        written[-1].write_text("".join(lines), encoding="utf-8")
+    return written
 
 
 def _write(folder: Path, latents: Sequence[Tensor], config: SampleConfig) -> list[Path]:

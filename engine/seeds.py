@@ -40,6 +40,7 @@ class Purpose(Enum):
     VALIDATION_SCORE = auto()  # validation: noise under which samples are scored
     ACCURACY = auto()  # validation of a reward model: noise of the latents
     SAMPLE = auto()  # prfl sample: noise that samples start from
+    SCORE = auto()  # prfl score: noise under which all samples are scored (draw)
     ROUNDING = auto()  # stochastic rounding; the seed is the update's number (parameter and block of it)
     DEMO_SAMPLE = auto()  # the demo's comparison: noise that samples start from
     DEMO_SCORE = auto()  # the demo's comparison: noise under which samples are scored

@@ -26,7 +26,7 @@ ROOMS = [
     {"interrupt", "metrics", "flow"},
     {"batch", "chain"},
     {"model", "media"},
-    {"memory", "objectives", "data"},
+    {"memory", "objectives", "data", "best_of"},
     {"optim", "micro_batches"},
     {"checkpoint_shards"},
     {"parallel", "checkpoints"},

@@ -34,7 +34,7 @@ from prfl_engine.media.codec import DCTCodec
 from prfl_engine.metrics import progress, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.sources import read_config
-from prfl_engine.objectives import bind, noisy_reward
+from prfl_engine.objectives import bind, noisy_rewards
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 from prfl_engine.train_reward import train_reward
@@ -176,9 +176,8 @@ def measure(
             noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, e.seed, first)
             latent = chain.sample(bind(model, batch), schedule, noise)
             noise = noise_like(batch.latent, Purpose.DEMO_SCORE, e.seed, first)
-            levels = (torch.full((len(latent),), t / flow.TRAIN_STEPS, device=device) for t in e.timesteps)
-            logits = [noisy_reward(score, batch._replace(latent=latent), noise, level) for level in levels]
-            rewards.append(torch.sigmoid(torch.stack(logits, 1)))
+            logits = noisy_rewards(score, batch._replace(latent=latent), noise, e.timesteps)
+            rewards.append(torch.sigmoid(logits))
             latents.append(latent)
             truth.append(batch.latent)
         video = torch.cat([codec.decode(z.cpu()) for z in latents])

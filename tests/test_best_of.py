@@ -1,0 +1,96 @@
+"""`prfl sample --best-of`: which chain is kept, that it is the same as alone, and what it costs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import one_line, write_run
+from training_runs import run
+
+from prfl_engine import chain, flow
+from prfl_engine.cli import main
+from prfl_engine.data import Reader, fixed_batches, read_lists
+from prfl_engine.model.checkpoint import load_reward, load_transformer
+from prfl_engine.model.wan import WanTransformer
+from prfl_engine.objectives import bind
+from prfl_engine.seeds import Purpose, noise_like
+
+SEEDS, STEPS, AT, COUNT = 3, 5, 2, 4
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Samples of three seeds alone, and the best of them; the batches are of three and one samples."""
+    folder = tmp_path_factory.mktemp("best")
+    config = write_run(folder, rollout={"steps": STEPS}, sample={"count": COUNT, "seed": 3})
+    overrides = ["eval.batch_size=3"]
+    for seed in range(3, 3 + SEEDS):
+        run("sample", config, f"sample.seed={seed}", *overrides, "--out", str(folder / str(seed)))
+    choice = "--best-of", str(SEEDS), "--judge-at", str(AT)
+    run("sample", config, *overrides, "--out", str(folder / "best"), *choice)
+    metas = [json.loads((folder / f"best/sample-{i:02d}.json").read_text()) for i in range(COUNT)]
+    return folder, metas
+
+
+def test_the_kept_chain_is_that_of_its_seed_to_the_bit(made):
+    folder, metas = made
+    assert len({meta["seed"] for meta in metas}) > 1  # or the choice would not show
+    for i, meta in enumerate(metas):
+        names = (folder / f"{where}/sample-{i:02d}.npy" for where in ("best", meta["seed"]))
+        np.testing.assert_array_equal(*map(np.load, names))
+
+
+def test_the_choice_is_by_the_reward_of_the_state_at_that_step(made):
+    folder, metas = made
+    policy, reward = load_transformer(folder / "policy"), load_reward(folder / "reward").freeze()
+    schedule = flow.make_schedule("unipc", STEPS, 5.0)
+    paths = read_lists([str(folder / "val/all.list")], "val")
+    for i, meta in enumerate(metas):
+        batch = next(fixed_batches(Reader(policy.config), [paths[i % 3]], 1, "cpu"))
+        want = []
+        for seed in range(3, 3 + SEEDS):
+            noise = noise_like(batch.latent, Purpose.SAMPLE, seed, i)
+            state = chain.rollout(bind(policy, batch), schedule, noise, torch.tensor([AT]))
+            with torch.no_grad():
+                logit = reward(state.x, schedule.timesteps[[AT]], batch.text)
+            want.append(logit.sigmoid().item())
+        assert meta["judged"] == {"step": AT, "rewards": pytest.approx(want, rel=1e-4)}
+        assert meta["seed"] == 3 + int(np.argmax(want))
+
+
+@pytest.mark.parametrize("guidance", [1, 5])
+def test_the_cost_that_is_printed_is_that_of_the_generator(guidance, made, tmp_path, capsys, monkeypatch):
+    folder, _ = made
+    counts, forward = [], WanTransformer.forward
+
+    def counted(self, x, *rest):
+        counts.append(len(x))
+        return forward(self, x, *rest)
+
+    monkeypatch.setattr(WanTransformer, "forward", counted)
+    capsys.readouterr()
+    run(
+        "sample", folder / "config.yaml", f"data.negative_text={folder / 'val/null.npy'}",
+        f"sample.guidance={guidance}", "--out", str(tmp_path / "out"), "--best-of", "4", "--judge-at", "1",
+    )  # fmt: skip
+    each = (1 if guidance == 1 else 2) * (4 + 4)
+    assert sum(counts) == COUNT * each
+    text = f"best of 4, judged after 1 of 5 steps: {each} forwards of the generator a sample, 0.40 of the "
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, needle", [
+    (["--best-of", "0"], "--best-of: got 0, want"),
+    (["--best-of", "4"], "--judge-at: got None, want 1 to 4 of the 5 steps"),
+    (["--best-of", "4", "--judge-at", "5"], "--judge-at: got 5, want 1 to 4"),
+    (["--best-of", "4", "--judge-at", "0"], "--judge-at: got 0, want 1 to 4"),
+    (["--judge-at", "2"], "--judge-at: got 2, want none without --best-of"),
+    (["reward.path=null", "--best-of", "4", "--judge-at", "2"], "reward.path: got null, want"),
+])  # fmt: skip
+def test_mistakes_are_one_line(words, needle, made, tmp_path, capsys):
+    folder, _ = made
+    capsys.readouterr()
+    assert main(["sample", str(folder / "config.yaml"), "--out", str(tmp_path / "out"), *words]) == 2
+    assert needle in one_line(capsys)
+    assert not (tmp_path / "out").exists()
