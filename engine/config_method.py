@@ -33,6 +33,9 @@ class RolloutConfig(Section, name="rollout"):
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
     every sample of a micro-batch, each of another chain."""
+    one_index: bool = False
+    """All samples of an optimizer step have the same graded steps, as in the official code, so that groups of
+    processes wait for no longer rollout. false: every sample has its own, spread more evenly."""
     precision: Literal["same", "fp8"] = "same"
     """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
     cache: Nonnegative = 0.0
@@ -63,6 +66,8 @@ class RolloutConfig(Section, name="rollout"):
             check(self.pool is None, "rollout.pool", self.pool, f"null {want}")
             check(self.pool_place == "device", "rollout.pool_place", self.pool_place, f"device {want}")
             check(self.stride == 1, "rollout.stride", self.stride, f"1 {want}")
+        else:
+            check(not self.one_index, "rollout.one_index", True, "false with rollout.mode persistent")
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ KINDS = {
     "rollout": {
         "score": "solver steps shift",
         # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
-        "free": "mode pool pool_place stride range samples precision cache probe_every max_drift cuda_graph",
+        "free": "mode pool pool_place stride range samples one_index precision cache probe_every max_drift "
+        "cuda_graph",
     },
     "chain": {"free": "window detach_input"},
     "loss": {"free": "form weight target sft_weight sft_every alternate"},

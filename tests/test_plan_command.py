@@ -142,6 +142,19 @@ def test_less_room_and_slower_links(eight):
     assert tight.times.seconds > eight.times.seconds  # gathers between nodes
 
 
+def test_groups_wait_for_the_longest_rollout(tmp_path):
+    """Unless all have the same graded step."""
+    path = str(write_run(tmp_path, train={"accumulate": 4}, eval={"every": 0}, rollout={"steps": 9}))
+
+    def seconds(one_index: str) -> float:
+        found = predict(path, (f"rollout.one_index={one_index}",), Options(gpus=4))
+        return next(row.seconds for row in found.times.rows if row.phase == "rollout")
+
+    setup = replace(BIG, rollout=RolloutConfig(steps=9))
+    ratio = rollout_forwards(setup, 4, padded=True) / rollout_forwards(setup)
+    assert ratio > 1.5 and seconds("false") == pytest.approx(ratio * seconds("true"))
+
+
 def test_auto_plans_as_training_does(monkeypatch):
     """The same policies as `fit_memory`, by fewer kinds."""
     monkeypatch.setattr(plan, "KINDS", {k: plan.KINDS[k] for k in ("attention", "offload attention, input")})

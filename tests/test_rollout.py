@@ -19,7 +19,7 @@ from training_runs import assert_equal, content, interrupt, values
 
 from prfl_engine import chain, flow
 from prfl_engine.cli import main
-from prfl_engine.config import ChainConfig, RolloutConfig
+from prfl_engine.config import ChainConfig, Config, DataConfig, RolloutConfig, TrainConfig
 from prfl_engine.model.checkpoint import save_transformer
 from prfl_engine.objectives import bind, graded_windows
 from prfl_engine.rollout import accelerated as module
@@ -292,6 +292,28 @@ def test_a_stopped_accelerated_run_goes_on_to_the_bit(fields, tmp_path, monkeypa
     on = {v["train/rollout_accelerated"] for v in values(whole).values()}
     assert on == {0, 1}
     assert any(values(whole)[s] != values(found)[s] for s in values(whole))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_graded_steps_are_drawn_by_sample_or_by_optimizer_step(samples):
+    """However samples are put into micro-batches; uniform over the range in both cases."""
+
+    def drawn(one_index: bool, batch: int, steps: int) -> torch.Tensor:
+        fields = {"steps": 7, "samples": samples, "one_index": one_index}
+        c = Config(
+            rollout=RolloutConfig(**fields), data=DataConfig(batch_size=batch),
+            train=TrainConfig(accumulate=6 // batch),
+        )  # fmt: skip
+        fresh = fresh_module.Fresh(None, c)
+        return torch.cat([fresh.indices(key, batch) for key in range(steps * 6 // batch)], 1)
+
+    for one_index in (False, True):
+        found = drawn(one_index, 2, 400)
+        assert torch.equal(found, drawn(one_index, 3, 400))
+        by_step = found.view(samples, 400, 6)
+        assert (by_step == by_step[:, :, :1]).all() == one_index
+        share = torch.bincount(found.flatten(), minlength=6) / found.numel()
+        assert len(share) == 6 and (share - 1 / 6).abs().max() < (0.05 if one_index else 0.03)
 
 
 def test_nothing_is_made_where_nothing_is_asked_for():

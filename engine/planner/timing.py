@@ -119,7 +119,8 @@ def times(
     scored = pass_seconds(*_scoring(setup, reward), rates, True, head=False) if setup.reward_blocks else 0.0
     resident = shards.resident
     if graded:
-        padded = shards.many and not resident and c.rollout.mode == "fresh"
+        # Groups wait for the longest rollout, in it or, with resident weights, after their own.
+        padded = c.rollout.mode == "fresh" and not c.rollout.one_index
         count = rollout_forwards(setup, readers, padded) * samples
         useful = rollout_forwards(setup) * samples
         share = useful / count if count else 0.0

@@ -24,8 +24,7 @@ class Fresh:
         window before taking the next one."""
         c, g, extra = self.config, self.grader, {}
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
-        uniform = [rng.random(c.rollout.samples) for rng in each(Purpose.ROLLOUT_INDEX, *at, n)]
-        indices = stratified_indices(*index_range(c.rollout), torch.from_numpy(np.stack(uniform, 1)))
+        indices = self.indices(key, n)
         noise = noise_like(batch.latent, Purpose.ROLLOUT_NOISE, *at)
         if self.meter is not None:
             self.meter.begin(key // c.train.accumulate)
@@ -34,3 +33,14 @@ class Fresh:
             yield window, extra
             del window  # its graph holds the state before it
             extra = {}  # once for every micro-batch
+
+    def indices(self, key: int, n: int) -> Tensor:
+        """Graded steps [rollout.samples, n] of the n samples of micro-batch `key`, int64 on the CPU: by the
+        seed and the sample, or with rollout.one_index by the seed and the optimizer step."""
+        c = self.config
+        first, count = key * c.data.batch_size, n
+        if c.rollout.one_index:
+            first, count = key // c.train.accumulate, 1
+        drawn = each(Purpose.ROLLOUT_INDEX, c.train.seed, first, count)
+        uniform = np.stack([rng.random(c.rollout.samples) for rng in drawn], 1)
+        return stratified_indices(*index_range(c.rollout), torch.from_numpy(uniform)).expand(-1, n)
