@@ -1,4 +1,4 @@
-"""The demo end to end at a tiny size, and its statistics."""
+"""The demo end to end at a tiny size, its statistics, and best of N on what it leaves behind."""
 
 import json
 
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from prfl_bench import best_of
 from prfl_engine.demo.baseline import evaluate_handmade
 from prfl_engine.demo.clips import DemoSpec
 from prfl_engine.demo.run import Settings, demo, jerk, paired_p, spread, unsteadiness
@@ -31,6 +32,15 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys):
     again = demo(tmp_path / "demo", TINY)
     assert weights == {p: p.stat().st_mtime_ns for p in weights}  # nothing was trained again
     assert again["models"] == first["models"]
+    capsys.readouterr()
+    words = "--counts", "2", "--judge-at", "3", "9", "--prompts", "2", "--out", str(tmp_path / "best.json")
+    best_of.main([str(tmp_path / "demo"), *words])
+    assert "gate: best of 2 at step 3 keeps the same chains, error 0.0e+00" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "best.json").read_text())["rows"]
+    assert [(r["judged"], r["forwards"]) for r in rows] == [
+        ("all finished", 20), (3, 23), (9, 29), ("all finished", 40),
+    ]  # fmt: skip
+    assert all(0 < r["reward"] < 1 and r["distance"] >= 0 for r in rows)
 
 
 def test_jerk_is_zero_for_uniform_motion():

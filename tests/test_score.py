@@ -90,7 +90,8 @@ def test_a_text_for_latents_without_one(folder, capsys, tmp_path):
 def test_a_configuration_ranks_its_held_out_data(folder, capsys, tmp_path):
     config, out = tmp_path / "c.yaml", tmp_path / "scores.csv"
     config.write_text(
-        f"model: {{compute_dtype: float32}}\nreward: {{path: {folder / 'reward'}}}\ntrain: {{device: cpu}}\n"
+        f"model: {{compute_dtype: float32, recompute: auto:40}}\n"
+        f"reward: {{path: {folder / 'reward'}}}\ntrain: {{device: cpu}}\n"
         f"data: {{val: {folder / 'data/all.list'}}}\neval: {{timesteps: [300, 1000]}}\n"
     )
     assert main(["score", str(config), "--out", str(out), "--draws", "2"]) == 0
@@ -137,7 +138,8 @@ def test_mistakes_are_one_line(folder, capsys, tmp_path):
     refuse(folder, capsys, [data], "no.yaml", model="no.yaml")
     refuse(folder, capsys, [data], "config.json", model="data")
     (tmp_path / "clip.mp4").write_bytes(b"")
-    for path in (tmp_path, tmp_path / "clip.mp4"):
+    (tmp_path / "clips.list").write_text("clip.mp4\n")
+    for path in (tmp_path, tmp_path / "clip.mp4", tmp_path / "clips.list"):
         refuse(folder, capsys, [path], "clip.mp4: is a video, want its latents as .npy", "no VAE")
     (tmp_path / "clip.mp4").unlink()
     refuse(folder, capsys, [tmp_path], "got no latents, want samples.list or files NAME.npy")

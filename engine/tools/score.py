@@ -8,20 +8,21 @@ import csv
 import io
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from prfl_engine.build import make_reward, pick_device
+from prfl_engine.build import DTYPES, pick_device, set_up
 from prfl_engine.config import Config, load_config
 from prfl_engine.data import LATENT_KEYS, REWARD_TEXT_KEYS, TEXT_KEY, Reader, by_shape, read_lists
 from prfl_engine.errors import UserError, check, one_line
 from prfl_engine.files import write_whole
 from prfl_engine.inputs import check_file, check_new
 from prfl_engine.metrics import note, progress
+from prfl_engine.model.checkpoint import load_reward
 from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import noisy_rewards
 from prfl_engine.parallel import World
@@ -117,7 +118,7 @@ def find_samples(names: Sequence[str]) -> list[Path]:
         elif path.suffix == ".npy":
             found.append(check_file(path, "a latent"))
         else:
-            _refuse_video(path)
+            _refuse_videos([path])
             found += read_lists([name], "samples")
     return found
 
@@ -128,15 +129,16 @@ def _of_folder(folder: Path) -> list[Path]:
     files = sorted(folder.iterdir())
     found = [f for f in files if f.suffix == ".npy" and not f.name.endswith(TEXT_SUFFIX)]
     if not found:
-        for file in files:
-            _refuse_video(file)
+        _refuse_videos(files)
         raise UserError(f"{folder}: got no latents, want {LIST} or files NAME.npy")
     return found
 
 
-def _refuse_video(path: Path) -> None:
-    if path.suffix.lower() in VIDEOS:
-        raise UserError(f"{path}: is a video, want its latents as .npy: the engine has no VAE to encode it")
+def _refuse_videos(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.suffix.lower() in VIDEOS:
+            want = "want its latents as .npy: the engine has no VAE to encode it"
+            raise UserError(f"{path}: is a video, {want}")
 
 
 def _check_texts(paths: Sequence[Path], text: str | None, image: bool) -> None:
@@ -160,15 +162,17 @@ def score(config: Config, paths: Sequence[Path], options: Options) -> list[Score
     The noise of draw d follows from eval.seed, d and the latent's shape alone. UserError for a sample that
     does not fit the model; TrainingError for a reward that is not finite.
     """
+    _refuse_videos(paths)
     reader = ScoreReader(read_config(config.reward.path), text=options.text)
     _check_texts(paths, options.text, reader.config.image)
     shapes = by_shape(reader, paths)
     if len(shapes) > 1:
         note(f"{len(shapes)} latent shapes: samples of different shapes meet different noise")
-    model = make_reward(config, config.reward.path, pick_device(config)).freeze()
+    device, m, r = pick_device(config), config.model, config.reward
+    model = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, **r.pooling).freeze()
+    set_up(model.transformer, m)
     timesteps = options.timesteps or config.eval.scored
     samples, size = HeldOut([list(paths)], World()), config.eval.batch_size
-    device = next(model.parameters()).device
     batches = samples.batches(reader, size, device)
     for _, (batch,) in progress(batches, "scoring", -(-len(paths) // size)):
         for draw in range(options.draws):
@@ -228,7 +232,7 @@ def as_csv(scored: Sequence[Scored]) -> str:
     writer.writerow(["rank", "score", "spread", *(f"t{t:g}" for t in scored[0].by_timestep), "file"])
     for s in scored:
         spread = "" if s.spread is None else s.spread
-        writer.writerow([s.rank, s.score, spread, *s.by_timestep.values(), s.file])
+        writer.writerow([s.rank, s.score, spread, *s.by_timestep.values(), one_line(s.file)])
     return file.getvalue()
 
 
