@@ -79,7 +79,8 @@ def draw(p: Prediction, path: Path) -> None:
     starts = [i for i, m in enumerate(found) if i == 0 or m.phase != found[i - 1].phase]
     for i in starts:
         axes.axvline(i, color="white", linewidth=1)
-    axes.set_xticks(starts, [found[i].phase for i in starts], rotation=25, ha="right", fontsize=8)
+    phases = [found[i].phase for i in starts]
+    axes.set_xticks(starts, phases, rotation=60, rotation_mode="anchor", ha="right", fontsize=8)
     axes.set_ylabel("GB on a GPU, predicted")
     axes.set_title(f"{p.subject.model}, {p.subject.setup.tokens:,} tokens, {p.shards.size} x {p.gpu.name}")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
