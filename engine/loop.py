@@ -165,9 +165,9 @@ class Run:
                     self.take_folder(out, held, device)
             with self.checkpoints:
                 self.steps(device)
-            if self.signals.asked is not None:
+            if (name := self.world.signal(self.signals)) is not None:
                 saved = f"{self.checkpoints.last()}, train.resume=true goes on from it"
-                raise self.signals.stopped(saved if files.checkpoints(out) else "nothing to save")
+                raise Stopped(f"{name}: stopped; {saved if files.checkpoints(out) else 'nothing to save'}")
 
     def take_folder(self, out: Path, held: ExitStack, device: torch.device) -> None:
         """Lock the folder for as long as `held` is open, and say how the run starts."""
@@ -331,17 +331,18 @@ class Run:
 
     def check_weights(self) -> None:
         """TrainingError if a trained weight is not finite."""
-        with self.world.agreed():
-            if (name := not_finite(self.model)) is None:
-                return
-            step = self.progress.step - 1
+        if (name := self.not_finite()) is not None:
             what = f"{name} is not finite after the update"
-            raise TrainingError(f"step {step}: {what}; {self.checkpoints.last()}")
+            raise TrainingError(f"step {self.progress.step - 1}: {what}; {self.checkpoints.last()}")
+
+    def not_finite(self) -> str | None:
+        """The name of a trained parameter that is not finite on some rank; every rank must ask."""
+        return next(filter(None, self.world.all(not_finite(self.model))), None)
 
     def bad_gradient(self, step: int, norm: float) -> None:
         """TrainingError for a norm that is not finite, with what may be its cause; none where what is carried
         explains it."""
-        if (name := not_finite(self.model)) is not None:
+        if (name := self.not_finite()) is not None:
             cause = f"the weights were not finite: {name}"
         elif self.carried is not None and self.carried.lost(step):
             note(f"step {step}: the norm of the gradient is {norm}, as a chain was not finite: no update")

@@ -206,6 +206,11 @@ class MicroBatches:
         """The shapes of latents that may have to share a micro-batch; batches of one sample mix nothing."""
         return set(self._alike)
 
+    @property
+    def full(self) -> bool:
+        """Whether all micro-batches have data.batch_size samples."""
+        return all(len(some) % self.batch_size == 0 for some in self._alike.values())
+
     def latents(self) -> list[tuple[int, ...]]:
         """The shapes of all samples that are not left out, from their headers."""
         found: dict[Path, str] = {}

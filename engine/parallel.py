@@ -102,9 +102,12 @@ class World:
     def stop_if_asked(self) -> None:
         """Stopped on all ranks where a signal has come to one of them, with nothing to save yet; every
         rank must ask. One process by itself is stopped when the signal comes."""
-        asked = self.all(self.signals and self.signals.asked)
-        if (name := next((number.name for number in asked if number), None)) is not None:
+        if (name := self.signal(self.signals)) is not None:
             raise Stopped(f"{name}: stopped; nothing to save")
+
+    def signal(self, signals: Interrupts | None) -> str | None:
+        """The name of a signal that has come to some rank; every rank must ask."""
+        return next((asked.name for asked in self.all(signals and signals.asked) if asked), None)
 
     def who_is_lost(self) -> str:
         """After a collective that broke or timed out: which ranks do not answer, in words; every rank that is

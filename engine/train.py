@@ -98,6 +98,10 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     if persists and len(stream.shapes) > 1:
         want = "one with rollout.mode persistent and data.batch_size > 1"
         raise UserError(f"data.train: got latents of {len(stream.shapes)} shapes, want {want}")
+    if persists and world.readers > 1 and not stream.full:
+        size = c.data.batch_size
+        want = f"a multiple of data.batch_size = {size}, for chains that persist in several processes"
+        raise UserError(f"data.train: got {len(paths)} samples, want {want}")
     if c.model.budget is not None:
         shapes = stream.latents(), [reader.shape(p) for p in held_out]
         made = fit_memory(c, policy, reward, *([shape[1:] for shape in of] for of in shapes))

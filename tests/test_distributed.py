@@ -68,12 +68,13 @@ def values(folder: Path) -> list[dict[str, float]]:
         {"rollout": {"steps": 5}, "parallel": {"sequence": 2}},
         {"rollout": {"steps": 5, "cache": 0.3, "max_drift": 9}, "parallel": {"resident": True}},
         {"rollout": {"steps": 5, "mode": "persistent", "pool": 8}},
+        {"rollout": {"steps": 5, "mode": "persistent", "pool": 4}, "parallel": {"sequence": 2}},
     ],
-    ids=["shards", "sequence", "resident", "persistent"],
+    ids=["shards", "sequence", "resident", "persistent", "persistent sequence"],
 )
 def test_two_processes_train_as_one(run, tmp_path, settings):
-    """The same losses, rewards and norms, since the samples of a step are the same. Chains that persist
-    are drawn otherwise."""
+    """The same losses, rewards and norms, since the samples of a step are the same. Two pools of chains that
+    persist are drawn otherwise than one."""
     validation = {"every": 3, "samples": 3, "batch_size": 1, "videos": 3}
     shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": validation}
     config = write_run(tmp_path, samples=8, **shared, **settings)
@@ -83,7 +84,7 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
     assert [out.count("evaluated 1") for out in said] == [batches] * 2
     two = values(tmp_path / "two")
     assert (tmp_path / "two/checkpoint-3/shards.json").is_file()
-    if "mode" in settings["rollout"]:
+    if settings["rollout"].get("pool") == 8:
         assert all(v is not None for step in two for v in step.values())
         return
     run(config, f"train.out={tmp_path}/one", "parallel.sequence=1", processes=1, torchrun=False)
@@ -138,6 +139,9 @@ def test_mistakes_end_all_processes_with_a_line(run, tmp_path):
     config = write_run(tmp_path, samples=8, train={"accumulate": 2})
     for out in run(config, "train.accumulate=3", ok=False):
         assert "train.accumulate: got 3, want a multiple of 2" in out
+    few = "data.batch_size=3", "rollout.mode=persistent", "rollout.steps=5"
+    for out in run(config, *few, ok=False):
+        assert "data.train: got 8 samples, want a multiple of data.batch_size = 3" in out
     broken = tmp_path / "data/latent-5.npy"
     broken.write_bytes(b"")
     for out in run(config, "train.steps=9", f"train.out={tmp_path}/broken", ok=False):

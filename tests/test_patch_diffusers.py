@@ -13,6 +13,7 @@ from prfl_engine.patch import accelerate, fp8, report_of, restore
 
 pytest.importorskip("diffusers")
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel, WanVACETransformer3DModel  # noqa: E402
+from diffusers.models.attention_dispatch import AttentionBackendName  # noqa: E402
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2"]
 IMAGE = pytest.mark.parametrize("image", [False, True])
@@ -283,6 +284,16 @@ def test_what_ours_does_not_compute_is_refused_by_name(change):
     change(model)
     with pytest.raises(UserError, match=WORDS[change]):
         accelerate(model)
+
+
+def test_a_backend_of_16_bits_is_no_obstacle():
+    """The probe in float32 asks the plain one; afterwards it is there as before."""
+    model = model_of()
+    flash = AttentionBackendName.FLASH
+    for block in model.blocks:
+        block.attn1.processor._attention_backend = block.attn2.processor._attention_backend = flash
+    accelerate(model)
+    assert all(block.attn1.processor._attention_backend is flash for block in model.blocks)
 
 
 def test_another_model_of_such_blocks_is_refused():

@@ -1,6 +1,7 @@
 """accelerate on a transformer with the names, shapes and calls of FastVideo's (fastvideo_twin)."""
 
 import copy
+from types import SimpleNamespace
 
 import fastvideo_twin as twin
 import pytest
@@ -94,6 +95,8 @@ def test_what_is_refused():
     quantised, sparse, updated = model_of(), model_of(), model_of()
     quantised.blocks[1].ffn.fc_in.quant_method = object()
     sparse.blocks[0].attn1.__class__ = type("DistributedAttention_VSA", (twin.DistributedAttention,), {})
+    tiled = model_of()
+    tiled.blocks[1].attn1.backend = SimpleNamespace(name="SLIDING_TILE_ATTN")
     layer = updated.blocks[0].to_q
     updated.blocks[0].to_q = torch.nn.Module()
     updated.blocks[0].to_q.base_layer = layer
@@ -101,6 +104,7 @@ def test_what_is_refused():
     for model, words in (
         (quantised, "blocks.1: ffn.fc_in: it is quantised, or does not add its bias"),
         (sparse, "blocks.0: attn1, attn2: their attention is DistributedAttention_VSA and LocalAttention"),
+        (tiled, "blocks.1: attn1: its attention is .*SLIDING_TILE_ATTN.*, which may quantise"),
         (updated, "blocks.0: to_q: it is a Module, an adapter that is not PEFT's LoRA"),
     ):
         with pytest.raises(UserError, match=words):

@@ -171,6 +171,10 @@ def test_auto_plans_as_training_does(monkeypatch):
         (["--gpu", "h10"], "--gpu: got 'h10', want one of h100-80, h200"),
         (["--gpus", "0"], "--gpus: got 0, want a number from 1 on"),
         (["--gpus", "6", "--nodes", "4"], "--nodes: got 4, want a divisor of --gpus = 6"),
+        (
+            ["--gpu", "a100-80", "rollout.precision=fp8"],
+            "rollout.precision: got 'fp8', want same: a100-80 has no fp8",
+        ),
         (["--budget", "-1"], "--budget: got -1.0, want more than 0 GB"),
         (["--latent", "21x61x104"], "--latent: got '21x61x104', want 480p, 720p, or TxHxW"),
         (["--model", "t2v-15b"], "--model: got 't2v-15b', want one of t2v-1.3b"),

@@ -116,6 +116,10 @@ def test_what_is_gathered_grows_with_the_padding_alone():
     kind = make_kind("full", named("full"), setup, Rates())
     sums = exchanged_bytes(setup, models_of(setup, 8), Shards(64, 8), kind)
     assert sums.gather == sums.reduce and sums.replicas == pytest.approx(2 * sums.reduce / 8, rel=0.01)
+    wide = exchanged_bytes(setup, models_of(setup, 8), Shards(64, 8, reduce=4), kind)
+    assert (wide.gather, wide.reduce, wide.replicas) == (sums.gather, 2 * sums.reduce, 2 * sums.replicas)
+    parts = (gathered_bytes(models_of(setup, 8), Shards(8, reduce=n)).reduced for n in (None, 4))
+    assert 2 * next(parts) == next(parts)
     assert gathered_bytes(models_of(setup), Shards()) == (0,) * 6
 
 

@@ -74,7 +74,7 @@ class _Pickled(NamedTuple):
         return list(self.tensor.shape)
 
     def get_dtype(self) -> str:
-        return NAMES[self.tensor.dtype]
+        return NAMES.get(self.tensor.dtype, str(self.tensor.dtype))
 
     def __getitem__(self, rows: slice) -> Tensor:
         return self.tensor[rows]
@@ -125,7 +125,10 @@ def transformer_folder(path: Path) -> Path:
 def stored(path: Path) -> dict[str, Stored]:
     """The tensors of a file, by their names there. UserError for those that are no floating-point numbers."""
     if path.suffix in _PICKLED:
-        found = {k: Stored(path, k, _Pickled(a)) for k, a in open_state(path).items()}
+        state = open_state(path)
+        for key in state:
+            check(isinstance(key, str), str(path), key, "names of tensors")
+        found = {k: Stored(path, k, _Pickled(a)) for k, a in state.items()}
     else:
         check(path.suffix == ".safetensors", str(path), path.suffix, f"{_FILES}, or a folder with {CONFIG}")
         file = open_tensors(path)

@@ -1,6 +1,7 @@
 """The layout of diffusers."""
 
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,19 @@ class Diffusers(Structure):
             return "rope: it has no freqs_cos and freqs_sin, as newer versions of diffusers have"
         known = model.rope.freqs_cos.is_meta or Rotations(model.rope, Memo()).known()
         return None if known else f"rope: it has {ROPE}"
+
+    @contextmanager
+    def exact(self, block):
+        """Backends of 16 bits take no float32."""
+        processors = block.attn1.processor, block.attn2.processor
+        held = [(p, p._attention_backend) for p in processors if getattr(p, "_attention_backend", None)]
+        try:
+            for p, backend in held:
+                p._attention_backend = type(backend)("native")
+            yield
+        finally:
+            for p, backend in held:
+                p._attention_backend = backend
 
     def bind(self, block, memo, hidden_states, encoder_hidden_states, temb, rotary_emb):
         if len(rotary_emb) != 3:

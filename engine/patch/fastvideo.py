@@ -35,6 +35,9 @@ class Patches(Replacement):
         return made
 
 
+BACKENDS = "FLASH_ATTN", "TORCH_SDPA"  # attention without approximation
+
+
 class FastVideo(Structure):
     """WanTransformer3DModel of FastVideo."""
 
@@ -60,6 +63,10 @@ class FastVideo(Structure):
         kinds = type(block.attn1).__name__, type(block.attn2.attn).__name__
         if kinds != ("DistributedAttention", "LocalAttention"):
             return f"attn1, attn2: their attention is {' and '.join(kinds)}"
+        for name, attention in (("attn1", block.attn1), ("attn2", block.attn2.attn)):
+            backend = getattr(attention, "backend", None)
+            if backend is not None and getattr(backend, "name", backend) not in BACKENDS:
+                return f"{name}: its attention is {backend}, which may quantise or leave out keys"
         return None
 
     def model_complaint(self, model):

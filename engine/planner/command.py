@@ -68,7 +68,9 @@ def of_subject(
 
 def layout(config: Config, gpu: Machine, count: int) -> Shards:
     """How so many GPUs share the work. UserError for settings that they cannot have."""
-    p = config.parallel
+    p, precision = config.parallel, config.rollout.precision
+    fits = precision != "fp8" or gpu.rates.products_fp8 is not None
+    check(fits, "rollout.precision", precision, f"same: {gpu.name} has no fp8")
     if count == 1:
         for name in ("replicate", "sequence"):
             given = getattr(p, name)
@@ -80,4 +82,5 @@ def layout(config: Config, gpu: Machine, count: int) -> Shards:
     check_layout(p, replicate, count)
     check_readers(config, count // p.sequence)
     check_many(config, count // p.sequence)
-    return Shards(count, replicate, p.sequence, p.resident)
+    reduce = 4 if config.optim.grad_dtype == "float32" else None
+    return Shards(count, replicate, p.sequence, p.resident, reduce)

@@ -33,13 +33,13 @@ MACHINES = {
         Machine(
             "h100-80", int(79.1 * GIB), 989e12, Rates(), 360e9, 40e9, 8,
             "H100 SXM: products and copies measured once, attention as published for FlashAttention-3;"
-            f" assumed: 50 GB/s to the host, 0.8 of 450 GB/s NVLink and of {_BETWEEN}",
+            f" assumed: e4m3 rates, 50 GB/s to the host, 0.8 of 450 GB/s NVLink and of {_BETWEEN}",
         ),
         Machine(
             "h200", int(139.8 * GIB), 989e12, Rates(785e12, 673e12, 561e12, 4.3e12, 50e9), 360e9, 40e9, 8,
             "H200: products and copies measured once, attention forward as published for FlashAttention-3,"
-            " backward that of an H100; assumed: 50 GB/s to the host, 0.8 of 450 GB/s NVLink and of"
-            f" {_BETWEEN}",
+            " backward that of an H100; assumed: e4m3 rates, 50 GB/s to the host, 0.8 of 450 GB/s NVLink"
+            f" and of {_BETWEEN}",
         ),
         Machine(
             "a100-80", int(79.1 * GIB), 312e12, Rates(260e12, 190e12, 165e12, 1.6e12, 22e9, None), 240e9,

@@ -6,6 +6,7 @@ that is named; *estimated* ones are what no count reaches (work space of attenti
 tests/test_predict.py compares the counted ones with real runs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -98,7 +99,7 @@ def memory(
     gradients = _entries(
         (("gradients", gradient_bytes(models, c.optim), COUNTED, "parameters that an optimizer updates"),)
     )
-    phases = [Phase("load", _load(c, setup, models, gpu))]
+    phases = [Phase("load", _load(c, setup, models, gpu, shards))]
     training = (*stands, *gradients)
     for name, own in _step(c, setup, kinds, reward, models, gpu, shards).items():
         phases.append(Phase(name, (*training, *own)))
@@ -168,12 +169,17 @@ def _standing(
     return _entries(found)
 
 
-def _load(c: Config, setup: Setup, models: Models, gpu: Machine | None) -> tuple[Entry, ...]:
-    """Files are read tensor by tensor; random weights are made in float32 and converted."""
+def _load(
+    c: Config, setup: Setup, models: Models, gpu: Machine | None, shards: Shards
+) -> tuple[Entry, ...]:
+    """Files are read tensor by tensor; random weights are made whole in float32, then converted or
+    sharded."""
     weights = sum(p.bytes() for p in models.generator)
+    if c.model.path is None and shards.many:
+        weights = sum(4 * p.count * math.prod(p.shape) for p in models.generator)
     reward = sum(p.bytes() for p in models.reward)
     found = [("weights", weights, COUNTED, "shapes of the parameters"), ("reward model", reward, COUNTED, "")]
-    if c.model.path is None and c.model.weights_dtype != "float32":
+    if c.model.path is None and c.model.weights_dtype != "float32" and not shards.many:
         found.append(("temporaries", max(0, weights - reward), COUNTED, "random weights in float32 first"))
     if gpu is not None:
         found.append(("CUDA context", CONTEXT, ESTIMATED, "assumed 0.6 GB"))
@@ -238,13 +244,15 @@ def _step(
 
 def _rollout(setup: Setup, gathered: Gathered) -> tuple[Entry, ...]:
     most, cache = rollout_bytes(setup), accelerated_bytes(setup)
-    states = min(longest(setup), most)
+    states, buffers = min(longest(setup), most), max(gathered.forward, gathered.begin)
+    if gathered.resident:  # which are gathered one after another, before the rollout
+        buffers = gathered.begin - gathered.forward
     return _entries((
         ("sampler states", states, COUNTED, "states of the chain"),
         ("step cache, first tokens", cache, COUNTED, "residual, modulated input, tokens"),
         ("chains that persist", setup.pool, COUNTED, "states and prompts of the pool"),
         ("temporaries", most - states - cache - setup.pool, COUNTED, "dry run of the rollout's forwards"),
-        ("gathered blocks", max(gathered.forward, gathered.begin), PREDICTED, BUFFERS),
+        ("gathered blocks", buffers, PREDICTED, BUFFERS),
         ("resident weights", gathered.resident, COUNTED, "all weights gathered for a rollout"),
     ))  # fmt: skip
 

@@ -25,6 +25,7 @@ class Shards(NamedTuple):
     replicate: int = 1
     sequence: int = 1
     resident: bool = False
+    reduce: int | None = None  # bytes of a gradient's value on its way; None: of its weight
 
     @property
     def many(self) -> bool:
@@ -94,9 +95,15 @@ def gathered_bytes(models: Models, shards: Shards) -> Gathered:
         scored = max(scored, 2 * theirs["pool"].padded + theirs["mlp"].padded)
     count = next(p.count for p in blocks)
     return Gathered(
-        root + 2 * block, root + 2 * block + round(GRADED * share * block), round(share * block),
+        root + 2 * block, root + 2 * block + round(GRADED * share * block),
+        round(share * block * wider(models.trained, shards)),
         root + 3 * block, scored, (root + count * block) if shards.resident else 0,
     )  # fmt: skip
+
+
+def wider(trained: Sequence[Parameter], shards: Shards) -> float:
+    """How many times the bytes of their weights gradients take on their way."""
+    return 1.0 if shards.reduce is None else shards.reduce / trained[0].dtype.itemsize
 
 
 class Links(NamedTuple):
@@ -105,6 +112,7 @@ class Links(NamedTuple):
     forward: float = 0.0
     graded: float = 0.0
     reward: float = 0.0
+    replicas: float = 0.0  # once an optimizer step, in its last backward
     exchange_forward: float = 0.0
     exchange_graded: float = 0.0
     exchange_reward: float = 0.0
@@ -125,9 +133,10 @@ class Exchanged(NamedTuple):
         """By the rates of the links: inside a node where the shards and the ranks of a sample are."""
         inner = gpu.fast if shards.shards <= gpu.per_node else gpu.slow
         cut = gpu.fast if shards.sequence <= gpu.per_node else gpu.slow
-        reduce = self.reduce / inner + self.replicas / (gpu.slow if shards.size > gpu.per_node else gpu.fast)
+        between = gpu.slow if shards.size > gpu.per_node else gpu.fast
         return Links(
-            self.gather / inner, 2 * self.gather / inner + reduce, 2 * self.gather_reward / inner,
+            self.gather / inner, (2 * self.gather + self.reduce) / inner, 2 * self.gather_reward / inner,
+            self.replicas / between,
             self.forward / cut, self.graded / cut, self.reward / cut,
         )  # fmt: skip
 
@@ -145,9 +154,10 @@ def exchanged_bytes(setup: Setup, models: Models, shards: Shards, reward: Kind) 
         units = units_of(parameters, n)
         return round(sum(u.padded * (blocks if k == "block" else 1) for k, u in units.items()) * (n - 1) / n)
 
-    trained = received(models.trained)
+    factor = wider(models.trained, shards)
+    trained = round(factor * received(models.trained))
     copies = 2 * (shards.replicate - 1) / shards.replicate
-    replicas = copies * sum(p.bytes() for p in models.trained)
+    replicas = factor * copies * sum(p.bytes() for p in models.trained)
     found = Exchanged(
         received(models.generator), trained, round(replicas), received(models.reward) if models.reward else 0
     )

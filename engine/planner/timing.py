@@ -124,9 +124,9 @@ def times(
         count = rollout_forwards(setup, readers, padded) * samples
         useful = rollout_forwards(setup) * samples
         share = useful / count if count else 0.0
-        gather = links.forward / count if resident and count else links.forward
+        gather = links.forward / (count if resident and count else samples)
         model = share * flops["rollout"] / useful if useful else 0.0
-        add("rollout", graded * count, forward, gather, links.exchange_forward, model)
+        add("rollout", graded * count, forward, gather, links.exchange_forward / samples, model)
     passes = graded_passes(setup)
     if graded:
         model = flops["graded step"] / passes
@@ -134,6 +134,8 @@ def times(
         k = c.rollout.samples
         add("reward", k * graded, scored, links.reward, links.exchange_reward, flops["reward"] / k)
     add("flow matching", sft, one, links.graded, links.exchange_graded, flops.get("flow matching", 0.0))
+    if (waits := links.replicas - one / 2) > 0:  # the last backward hides the rest
+        rows.append(Row("gradients of copies", waits, 0.0, waits))
     rows.append(_optimizer(c, models, gpu, shards, rows, sft + graded * passes))
     if setup.validation is not None:
         e, whole = c.eval, forward_work(setup.config, setup.count, setup.tokens // samples).forward
@@ -142,7 +144,8 @@ def times(
         trunk = 0.0
         if setup.validation.scored and setup.reward is not None:
             trunk = setup.reward.blocks / setup.count * mine * len(e.timesteps)
-        seconds = (work + trunk) * max(plain + links.exchange_forward, links.forward)
+        one_forward = plain + links.exchange_forward / samples
+        seconds = (work + trunk) * max(one_forward, links.forward / e.batch_size)
         rows.append(Row("validation", seconds / e.every, (work + trunk) * whole / p / e.every))
     probes = _probes(c, setup)
     if probes:

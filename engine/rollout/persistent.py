@@ -130,7 +130,8 @@ class Persistent:
         counts.probed = step // r.probe_every
         counts.drift = self.world.most(self._rolled(finished)[1])
         drift, before = counts.drift, counts.renewed
-        oldest = sorted(self.pool.alive(), key=lambda chain: (chain.numbers.birth, chain.numbers.position))
+        # By birth and slot alone, which are the same on all ranks.
+        oldest = sorted(self.pool.alive(), key=lambda chain: chain.numbers.birth)
         for chain in oldest:
             if drift <= r.max_drift:
                 break
@@ -168,8 +169,7 @@ class Persistent:
 
     def save(self, folder: Path) -> None:
         """Write the pool into a checkpoint."""
-        if self.world.rank % self.world.sequence == 0:
-            self.pool.save(folder)
+        self.pool.save(folder, self.world.rank % self.world.sequence == 0)
 
     def load(self, folder: Path) -> None:
         """Read the pool of a checkpoint; UserError where it does not fit. Every chain has to be where the

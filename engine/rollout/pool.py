@@ -140,11 +140,14 @@ class Pool:
 
     # The file.
 
-    def save(self, folder: Path) -> None:
-        """Write pool.safetensors. Chains that are not finite are dropped first."""
+    def save(self, folder: Path, writes: bool = True) -> None:
+        """Write pool.safetensors. Chains that are not finite are dropped first, by all ranks together, which
+        all call this; writes: whether this one then writes."""
         tensors: dict[str, Tensor] = {}
         for slot in range(len(self.chains)):
             self._check(slot)
+        if not writes:
+            return
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the copies to the host have ended
         held = {slot: chain for slot, chain in enumerate(self.chains) if chain is not None}
