@@ -91,10 +91,9 @@ def on(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-@cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics and reductions run in: float32, or float64 for float64 input."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def unit_last(a: torch.Tensor | None) -> torch.Tensor | None:
