@@ -5,6 +5,7 @@ training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def _load(args):
 def _demo(args) -> None:
     from prfl_engine.demo.run import demo
 
-    demo(make_folder(args.out, "--out"))
+    demo(make_folder(args.out, "--out"), command=f"prfl demo --out {shlex.quote(args.out)}")
 
 
 def _train(args) -> None:

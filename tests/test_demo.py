@@ -1,10 +1,14 @@
 """The demo end to end at a tiny size, its statistics, and best of N on what it leaves behind."""
 
+import base64
+import io
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from prfl_bench import best_of
 from prfl_engine.demo.baseline import evaluate_handmade
@@ -25,7 +29,14 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys):
         assert 0 < found["reward"] < 1 and found["distance"] >= 0
         assert f"{found['reward']:.3f}" in page, name
     assert set(report["reward_accuracy"]["learned"]) == {"201", "400", "600", "800", "1000"}
-    assert page.count("<img") == 5
+    assert report["result"] in page and report["command"] == "demo()"
+    player = re.search(r'<script type="application/json">(.*?)</script>', page)
+    facts = json.loads(player.group(1))
+    assert facts["names"] == ["real, held out", "before", "control", "PRFL"] and facts["frames"] == 17
+    sheets = re.findall(r'src="data:image/webp;base64,([^"]*)"', page)
+    assert facts["prompts"] == report["captions"] and len(sheets) == len(report["captions"])
+    assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (17 * 32, 4 * 32)
+    assert page.count("image/png") == 4
     pools = [path.parent.parent.name for path in (tmp_path / "demo").glob("*/*/pool.safetensors")]
     assert pools == ["prfl"]  # it trains by chains that persist, the control without a reward
     weights = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").glob("*/checkpoint-*/*.safetensors")}

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with plots and animations, and the same numbers as JSON."""
+"""The demo's report: one HTML file with a player and plots, and the same numbers as JSON."""
 
 import base64
 import html
@@ -7,18 +7,29 @@ from pathlib import Path
 
 from torch import Tensor
 
+from prfl_engine.demo import player
 from prfl_engine.media.video import pixels, write_animation
 from prfl_engine.metrics import read_metrics
 
 COLORS = {"before": "#8a8f98", "control": "#d98c2b", "PRFL": "#2268b3"}
 SHOWN = 6  # seeds in the animation
+OFFERED = 12  # seeds in the player
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c2733 }
-h1, h2 { line-height: 1.2 } img { max-width: 100% } .plots img { width: 100% }
+:root { color-scheme: light dark; --text: #1c2733; --page: #fff; --line: #d9dee4; --quiet: #5b6875 }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e3e8ee; --page: #14191f; --line: #37424e; --quiet: #9fabb8 }
+}
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem;
+       color: var(--text); background: var(--page) }
+h1, h2 { line-height: 1.2 } .result { font-size: 1.15rem } .quiet { color: var(--quiet); font-size: .9rem }
+code { overflow-wrap: anywhere }
+.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
+.plots img { width: 100%; background: #fff; border-radius: 4px } .plots .wide { grid-column: 1 / -1 }
+.box { overflow-x: auto }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .3rem .9rem; text-align: right;
-       border-bottom: 1px solid #d9dee4 } td:first-child, th:first-child { text-align: left }
+       border-bottom: 1px solid var(--line); white-space: nowrap }
+td:first-child, th:first-child { text-align: left }
 """
 
 
@@ -26,6 +37,7 @@ def write_report(out: Path, numbers: dict) -> Path:
     """Write report.html, report.json, plots (.png) and the animation (.webp) to `out`."""
     out = Path(out)
     videos = numbers.pop("videos")
+    numbers["result"] = _result(numbers)
     (out / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
     pictures = [
         _plot(out / "accuracy.png", lambda ax: _accuracy(ax, numbers)),
@@ -36,7 +48,9 @@ def write_report(out: Path, numbers: dict) -> Path:
     animation = out / "samples.webp"
     _animate(animation, videos, numbers["captions"])
     page = out / "report.html"
-    page.write_text(_page(numbers, pictures, animation))
+    chosen = _spread(len(numbers["captions"]), OFFERED)
+    shown = player.player(videos, numbers["captions"], chosen, f'<img alt="samples" src="{animation.name}">')
+    page.write_text(_page(numbers, pictures, shown))
     return page
 
 
@@ -104,13 +118,44 @@ def _training(axes, out: Path) -> None:
 
 
 def _animate(path: Path, videos: dict[str, Tensor], captions: list[str]) -> None:
-    chosen = [i * len(captions) // SHOWN for i in range(SHOWN)]
+    chosen = _spread(len(captions), SHOWN)
     cells = [pixels(video[i]) for video in videos.values() for i in chosen]
     labels = [captions[i] if name.startswith("real") else name for name in videos for i in chosen]
-    write_animation(path, cells, [label[:22] for label in labels], columns=SHOWN, scale=3, fps=8)
+    labels = [label[:22] for label in labels]
+    write_animation(path, cells, labels, columns=len(chosen), scale=3, fps=8)
 
 
-def _page(numbers: dict, pictures: list[Path], animation: Path) -> str:
+def _spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of the positions 0..count-1, at equal distances."""
+    return sorted({i * count // wanted for i in range(wanted)})
+
+
+def _result(numbers: dict) -> str:
+    """What came out, in one sentence."""
+    models, settings = numbers["models"], numbers["settings"]
+    test = numbers["tests"]["PRFL against control"]
+
+    def values(key: str) -> str:
+        at = {name: f"{m[key]:.3f}" for name, m in models.items()}
+        return f"{at['PRFL']} against {at['control']}, before {at['before']}"
+
+    reward = _against(test["reward_gain"], test["reward_p"], ("higher", "lower", "not measurably other"))
+    motion = _against(
+        test["distance_gain"], test["distance_p"], ("closer to", "farther from", "not measurably closer to")
+    )
+    return (
+        f"After {settings['prfl']} updates of PRFL, on {settings['seeds']} held-out seeds, the reward of "
+        f"samples is {reward} than the control's ({values('reward')}). Their motion is {motion} real video "
+        f"than the control's, by a measure that nothing was trained on (distance {values('distance')})."
+    )
+
+
+def _against(gain: float, p: float, words: tuple[str, str, str]) -> str:
+    """The word for a gain, for a loss, or for neither at p = 0.05."""
+    return words[2] if p >= 0.05 else words[gain <= 0]
+
+
+def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
     accuracy, seconds = numbers["reward_accuracy"], numbers["seconds"]
     low = [t for t in accuracy["learned"] if float(t) <= 600]
     mean_low = {name: _mean([a[t] for t in low]) for name, a in accuracy.items()}
@@ -133,16 +178,21 @@ def _page(numbers: dict, pictures: list[Path], animation: Path) -> str:
         for name, a in accuracy.items()
     ]
     steps = numbers["settings"]
+    plots = "".join(_image(p, wide) for p, wide in zip(pictures, (False, False, True, True), strict=True))
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>PRFL demo</title><style>{STYLE}</style>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>PRFL demo</title><style>{STYLE}{player.STYLE}</style>
 <h1>Process reward feedback learning on real video</h1>
+<p class="result">{html.escape(numbers["result"])}</p>
+{shown}
+<p class="quiet">A real window, and samples of its prompt from one seed: before, after the control, after
+PRFL. Made by <code>{html.escape(numbers["command"])}</code>.</p>
+<h2>What was done</h2>
 <p>A tiny Wan transformer was pre-trained on windows of real clips, half of them with broken motion
 ({steps["pretrain"]} steps); its blocks became a reward model that tells clean from broken on
 <em>noisy latents</em> ({steps["reward"]} steps); its reward was propagated back through single
 denoising steps into the generator ({steps["prfl"]} updates). No pixel was decoded in training.
 The control had the same data, seeds and number of updates, with the flow-matching loss only.</p>
-<h2>A real window, and samples of its prompt: before, control, PRFL</h2>
-{_image(animation)}
 <h2>Generators, on {steps["seeds"]} held-out seeds</h2>
 {_table(["", "reward", "distance", "unsteadiness", "jerk"], rows)}
 <p><em>Reward</em>: mean over the timesteps below 1000 of the reward of the noised sample.
@@ -159,9 +209,10 @@ frames of the same shots that training never saw; the ends of the shots that are
 that slow and fast motion is on both sides. Hand-made: one logistic regression per timestep on the
 temporal differences of the same noisy latents. At t = 1000 the input is noise alone and 0.5 is all
 there is.</p>
-<div class="plots">{"".join(_image(p) for p in pictures)}</div>
+<div class="plots">{plots}</div>
 <h2>Time</h2>
 {_table(["stage", "wall time"], stages)}
+<p class="quiet">All numbers of this page, and those of every seed, are in <code>report.json</code>.</p>
 </html>
 """
 
@@ -170,12 +221,13 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     def line(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
-    return "<table>" + line(head, "th") + "".join(line(r, "td") for r in rows) + "</table>"
+    body = "".join(line(r, "td") for r in rows)
+    return f'<div class="box"><table>{line(head, "th")}{body}</table></div>'
 
 
-def _image(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{path.stem}" src="data:image/{path.suffix[1:]};base64,{data}">'
+def _image(path: Path, wide: bool) -> str:
+    data, kind = base64.b64encode(path.read_bytes()).decode(), path.suffix[1:]
+    return f'<img alt="{path.stem}" class="{"wide" * wide}" src="data:image/{kind};base64,{data}">'
 
 
 def _mean(values: list[float]) -> float:

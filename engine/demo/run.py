@@ -52,8 +52,11 @@ class Settings:
     data: clips.DemoSpec = field(default_factory=clips.DemoSpec)
 
 
-def demo(out: str | Path, settings: Settings | None = None) -> dict:
-    """Run what is not yet done of the demo in the folder `out`; returns the report's numbers."""
+def demo(out: str | Path, settings: Settings | None = None, command: str = "demo()") -> dict:
+    """Run what is not yet done of the demo in the folder `out`; returns the report's numbers.
+
+    `command` is what the report says it was made by.
+    """
     out, s = Path(out), settings or Settings()
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
@@ -120,6 +123,7 @@ def demo(out: str | Path, settings: Settings | None = None) -> dict:
     numbers["seconds"] = seconds | {"all": time.perf_counter() - begun}
     numbers["settings"] = asdict(s)
     numbers["data"] = data.counts
+    numbers["command"] = command
     page = stage("report", write_report, out, numbers)
     print(f"report: {page}")
     return numbers
