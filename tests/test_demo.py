@@ -1,6 +1,7 @@
 """The demo end to end at a tiny size, its statistics, and best of N on what it leaves behind."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -29,7 +30,7 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys):
         assert 0 < found["reward"] < 1 and found["distance"] >= 0
         assert f"{found['reward']:.3f}" in page, name
     assert set(report["reward_accuracy"]["learned"]) == {"201", "400", "600", "800", "1000"}
-    assert report["result"] in page and report["command"] == "demo()"
+    assert html.escape(report["result"]) in page and report["command"] == "demo()"
     player = re.search(r'<script type="application/json">(.*?)</script>', page)
     facts = json.loads(player.group(1))
     assert facts["names"] == ["real, held out", "before", "control", "PRFL"] and facts["frames"] == 17
