@@ -1,8 +1,8 @@
 """The command `prfl`.
 
 A mistake in what was given is one line on stderr and exit code 2; a run that cannot go on, one line and 1. A
-training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and 130 if a second one comes. `prfl
-encode` exits with 3 where it had to leave rows out.
+training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and 130 if a second one comes.
+`prfl encode` exits with 3 where it had to leave rows out.
 """
 
 import argparse

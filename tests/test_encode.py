@@ -145,9 +145,8 @@ def test_what_cannot_be_encoded_is_left_out_and_named(models, clips, tmp_path, c
     assert reasons["10"] == "got no video and no image"
     # A shorter one is taken if so asked, as 4n + 1 frames.
     encode(tmp_path / "rows.csv", models, tmp_path / "more", "--min-frames", "5", code=3)
-    assert [np.load(tmp_path / "more/meta" / m["vae_latent_path"]).shape[2] for m in metas(tmp_path / "more")] == [
-        3, 2,
-    ]  # fmt: skip
+    found = [np.load(tmp_path / "more/meta" / m["vae_latent_path"]) for m in metas(tmp_path / "more")]
+    assert [array.shape[2] for array in found] == [3, 2]
     (tmp_path / "rows.csv").write_text("\n".join([lines[0], *lines[2:5]]))
     capsys.readouterr()
     encode(tmp_path / "rows.csv", models, tmp_path / "none", code=1)
@@ -219,8 +218,9 @@ def test_under_torchrun_the_exit_code_ends_no_other_process(models, clips, tmp_p
 
 
 def test_float16_is_stored_where_it_can_be(models, clips, tmp_path, monkeypatch, capsys):
-    encode(clips / "clips.csv", models, tmp_path / "half", "--store", "float16")
-    paths = [tmp_path / "half/meta" / m[k] for m in metas(tmp_path / "half") for k in m if k.endswith("_path")]
+    half = tmp_path / "half"
+    encode(clips / "clips.csv", models, half, "--store", "float16")
+    paths = [half / "meta" / m[key] for m in metas(half) for key in m if key.endswith("_path")]
     assert {np.load(path).dtype for path in paths} == {np.dtype("float16")}
     monkeypatch.setattr(VideoVAE, "encode", lambda self, video: torch.full((1, 16, 1, 2, 2), 7e4))
     encode(clips / "clips.csv", models, tmp_path / "inf", "--store", "float16", code=1)
