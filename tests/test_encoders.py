@@ -114,6 +114,12 @@ def test_weights_that_are_not_whole_are_refused(folders, tmp_path):
         VideoVAE(broken)
 
 
+def test_the_negative_prompt_is_that_of_wan():
+    plain, image = text.negative_prompt(False), text.negative_prompt(True)
+    assert image.endswith(plain) and len(image) == len(plain) + 5
+    assert plain.startswith("色调艳丽，过曝，静态，") and plain.count("，") == 27
+
+
 def test_prompts_are_cleaned_as_wan_does(monkeypatch):
     monkeypatch.setattr(text, "find_spec", lambda _: None)
     assert text.clean("  a\t cat \n runs ") == "a cat runs"

@@ -83,7 +83,9 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
         assert needle in one_line(capsys)
         assert not os.path.exists(tmp_path / "samples")
 
-    prompt = ("--prompt", "a cat", "--text-encoder", models, *SIZE, "--negative", "blurry")
+    prompt = ("--prompt", "a cat", "--text-encoder", models, *SIZE)
+    refused("--negative: got 'blurry', want --guidance S", *prompt, "--negative", "blurry")
+    refused("--text-encoder: got", "--text-encoder", models)
     refused("--prompt: got ('a cat',), want --text-encoder DIR", "--prompt", "a cat")
     refused("--size: got '32x48', want --prompt TEXT", "--size", "32x48")
     refused("--size: got '480p', want one", *prompt, "--size", "480p")

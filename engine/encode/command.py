@@ -17,7 +17,7 @@ from prfl_engine.encode import encoders, work
 from prfl_engine.encode.buckets import parse_sizes
 from prfl_engine.encode.places import LIST, Places, Report
 from prfl_engine.encode.sources import Row, Skipped, read_rows
-from prfl_engine.encode.text import NEGATIVE, clean
+from prfl_engine.encode.text import clean, negative_prompt
 from prfl_engine.errors import TrainingError, check, one_line
 from prfl_engine.inputs import make_folder
 
@@ -37,7 +37,7 @@ class Options:
     min_frames: int | None = None  # None: frames
     fps: str = "16"
     i2v: bool = False
-    negative: str = NEGATIVE
+    negative: str | None = None  # None: that of Wan2.1
     store: str = "float32"
     text_dtype: str = "bfloat16"
     text_batch: int = 8
@@ -60,6 +60,11 @@ class Options:
         """The fewest frames that a video may have."""
         return self.frames if self.min_frames is None else self.min_frames
 
+    @property
+    def against(self) -> str:
+        """The negative prompt."""
+        return negative_prompt(self.i2v) if self.negative is None else self.negative
+
     def settings(self, source: Path) -> dict[str, Any]:
         """All that arrays depend on: a data set has one of each."""
         kinds = [encoders.VAE, encoders.TEXT] + [encoders.IMAGE] * self.i2v
@@ -72,7 +77,7 @@ class Options:
             "min_frames": self.fewest,
             "fps": str(Fraction(self.fps)),
             "i2v": self.i2v,
-            "negative": self.negative,
+            "negative": self.against,
             "store": self.store,
             "text_dtype": self.text_dtype,
         }
@@ -95,7 +100,7 @@ def encode(source: str | Path, out: str | Path, options: Options) -> Summary:
     rows, wrong = read_rows(source)
     rows, repeated = _distinct(rows)
     prompts = {row.where: work.prompts_of(row) for row in rows}
-    negative, settings = clean(options.negative), options.settings(Path(source))
+    negative, settings = clean(options.against), options.settings(Path(source))
     device = pick_device(load_config(None, [f"train.device={options.device}"]))
     places = Places(make_folder(out, "--out"))
     places.check(settings)

@@ -19,7 +19,7 @@ from prfl_engine.encode import encoders
 from prfl_engine.encode.buckets import parse_sizes
 from prfl_engine.encode.encoders import ImageEncoder, TextEncoder, VideoVAE
 from prfl_engine.encode.places import save
-from prfl_engine.encode.text import NEGATIVE, clean
+from prfl_engine.encode.text import clean, negative_prompt
 from prfl_engine.encode.work import condition_of, floats
 from prfl_engine.errors import UserError, check
 from prfl_engine.files import sync
@@ -77,29 +77,33 @@ def prompted(config: Config, given: Prompts) -> Iterator[Config]:
     if given.text_encoder is None:
         yield config
         return
-    device, data = pick_device(config), config.data
-    model = read_config(config.model.path) if config.model.path else None
+    if config.model.path is None:
+        raise UserError("model.path: got null, want the folder of a generator")
+    model, device, data = read_config(config.model.path), pick_device(config), config.data
+    guided = config.sample.guidance != 1
+    check(guided or given.negative is None, "--negative", given.negative, "--guidance S with it")
     texts = dict(enumerate(given.prompts))
-    if given.negative is not None or data.negative_text is None:
-        texts["negative"] = given.negative or NEGATIVE
+    if guided and (given.negative is not None or data.negative_text is None):
+        texts["negative"] = given.negative or negative_prompt(model.image)
+    check(bool(texts), "--text-encoder", given.text_encoder, "--prompt TEXT or --negative TEXT with it")
     with tempfile.TemporaryDirectory(prefix="prfl-prompts-") as name:
-        folder, model = Path(name), read_config(config.model.path) if config.model.path else None
-        files = _texts(folder, given.text_encoder, texts, device, model and model.text_dim)
+        folder = Path(name)
+        files = _texts(folder, given.text_encoder, texts, device, model.text_dim)
         if "negative" in files:
             data = replace(data, negative_text=files.pop("negative"))
         if files:
-            frame = _frame(folder, given, model is not None and model.image, device)
+            frame = _frame(folder, given, model.image, device)
             data = replace(data, val=(_listed(folder, given.prompts, files, frame),))
         yield replace(config, data=data)
 
 
 def _texts(
-    folder: Path, path: str, texts: dict, device: torch.device, width: int | None
+    folder: Path, path: str, texts: dict, device: torch.device, width: int
 ) -> dict[int | str, str]:
     """The files of embeddings, by the keys of `texts`; width: of the generator's texts."""
     encoder, files = TextEncoder(path, device), {}
     got = encoder.model.config.d_model
-    check(width in (None, got), "--text-encoder: width", got, f"{width}, the generator's")
+    check(width == got, "--text-encoder: width", got, f"{width}, the generator's")
     for key, text in texts.items():
         save(folder / f"text-{key}.npy", encoder([clean(text)])[0], torch.float32)
         files[key] = str(folder / f"text-{key}.npy")
