@@ -68,26 +68,35 @@ def check_vae(folder: Path, out: Path) -> dict[str, float] | None:
     }
 
 
+def tokenizer(words: int):
+    """One of the words w0, w1, ..., with <pad> as the first token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {"<pad>": 0} | {f"w{i}": i + 1 for i in range(words)}
+    fast = Tokenizer(models.WordLevel(known, unk_token="<pad>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>")
+
+
 def check_text(folder: Path, out: Path) -> dict[str, float] | None:
-    """Two prompts of different lengths, padded to 150 tokens as the official code pads to 512."""
-    torch.cuda.current_device = lambda: "cpu"  # a default argument there
-    code = module(folder, "t5")
+    """Two prompts of different lengths; the official code pads both to its longest, here 150 tokens."""
+    known, torch.cuda.current_device = torch.cuda.current_device, lambda: "cpu"  # a default argument there
+    try:
+        code = module(folder, "t5")
+    finally:
+        torch.cuda.current_device = known
     if code is None:
         return None
     model = randomize(code.T5Encoder(40, 24, 32, 40, 4, 2, 8, shared_pos=False))
     torch.save(model.state_dict(), out / "models_t5_umt5-xxl-enc-bf16.pth")
-    encoders.find_tokenizer = lambda _: out
-    sys.modules["transformers"].AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda *_, **__: {})
-    ours = TextEncoder(out, dtype=torch.float32)
-    lengths = (140, 17)
-    ids, mask = torch.randint(40, (2, 150)), torch.zeros(2, 150, dtype=torch.long)
-    for row, length in zip(mask, lengths, strict=True):
-        row[:length] = 1
-    theirs = [text[:n] for text, n in zip(model(ids, mask), lengths, strict=True)]
-    cut = types.SimpleNamespace(input_ids=ids[:, :140], attention_mask=mask[:, :140])
-    ours.tokenizer = lambda *_, **__: cut
-    found = zip(ours(["", ""]), theirs, strict=True)
-    return {"text encoder": max(relative(got, want) for got, want in found)}
+    words = tokenizer(39)
+    words.save_pretrained(out / "google/umt5-xxl")
+    prompts = [" ".join(f"w{i}" for i in torch.randint(39, (n,)).tolist()) for n in (140, 17)]
+    given = words(prompts, padding="max_length", max_length=150, return_tensors="pt")
+    theirs = model(given.input_ids, given.attention_mask)
+    ours = TextEncoder(out, dtype=torch.float32)(prompts)
+    return {"text encoder": max(relative(a, b[: len(a)]) for a, b in zip(ours, theirs, strict=True))}
 
 
 def check_image(folder: Path, out: Path) -> dict[str, float] | None:

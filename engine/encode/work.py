@@ -1,7 +1,8 @@
 """What one process encodes. One encoder is in memory at a time: text, image features (I2V), then the VAE."""
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ class Share:
             return
         encoder = TextEncoder(self.options.models, self.device, DTYPES[self.options.text_dtype])
         size, longest = self.options.text_batch, 0
-        for i in progress(range(0, len(missing), size), "texts"):
+        for i in _bar(range(0, len(missing), size), "texts"):
             batch = missing[i : i + size]
             for (path, _), text in zip(batch, encoder([text for _, text in batch]), strict=True):
                 save(path, text, self.dtype)
@@ -87,7 +88,7 @@ class Share:
         """The samples whose files are there in the end; an encoder is loaded for the first that has to be
         written."""
         encoder, done = None, []
-        for sample in progress(samples, what):
+        for sample in _bar(samples, what):
             if not all(file.exists() for file in files(sample)):
                 encoder = encoder or kind(self.options.models, self.device)
                 try:
@@ -157,6 +158,11 @@ def write_meta(places: Places, sample: Sample, prompts: tuple[str, str], i2v: bo
     text = json.dumps(meta, indent=2, ensure_ascii=False) + "\n"
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write(path, text)
+
+
+def _bar(items: Sequence, what: str) -> Iterable:
+    """A progress bar of the first process; the others have as much to do."""
+    return progress(items, what) if os.environ.get("RANK", "0") == "0" else items
 
 
 def floats(frames: Tensor) -> Tensor:
