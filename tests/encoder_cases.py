@@ -38,7 +38,7 @@ def text_encoder():
 
     config = UMT5Config(
         vocab_size=24, d_model=TEXT_DIM, d_kv=4, d_ff=20, num_layers=2, num_heads=3,
-        relative_attention_num_buckets=8,
+        relative_attention_num_buckets=8, tie_word_embeddings=False,
     )  # fmt: skip
     return randomize(UMT5EncoderModel(config), 2)
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+for package in ("diffusers", "transformers"):
+    pytest.importorskip(package)
+
 SCRIPT = Path(__file__).parents[1] / "scripts/check_encoders.py"
 STAND_IN = """
 import torch

@@ -17,6 +17,9 @@ from prfl_engine.data import Reader, read_lists, read_text
 from prfl_engine.encode.encoders import ImageEncoder, TextEncoder, VideoVAE
 from prfl_engine.media.video import read_clip
 
+for package in ("diffusers", "transformers"):
+    pytest.importorskip(package)
+
 SIZE = ("--size", "32x48,48x32", "--frames", "9", "--negative", "blurry", "--device", "cpu")
 
 

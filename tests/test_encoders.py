@@ -16,6 +16,10 @@ from prfl_engine.encode.encoders import IMAGE, TEXT, VAE, ImageEncoder, TextEnco
 from prfl_engine.errors import UserError
 
 
+for package in ("diffusers", "transformers"):
+    pytest.importorskip(package)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -58,6 +62,12 @@ def test_a_path_may_name_one_encoder(folders, tmp_path):
     assert torch.equal(VideoVAE(tmp_path).encode(video), VideoVAE(native / "Wan2.1_VAE.pth").encode(video))
 
 
+def test_without_the_libraries_a_line_says_so(folders, monkeypatch):
+    monkeypatch.setattr(encoders, "find_spec", lambda name: None if name == "diffusers" else True)
+    with pytest.raises(UserError, match="diffusers: not installed, .*: pip install diffusers"):
+        encoders.find(VAE, folders[0])
+
+
 def test_digests_are_of_what_files_hold(folders, tmp_path):
     first = encoders.digest(folders[0] / "vae")
     assert first == encoders.digest(folders[0] / "vae") != encoders.digest(folders[0] / "text_encoder")
@@ -66,6 +76,15 @@ def test_digests_are_of_what_files_hold(folders, tmp_path):
     assert encoders.digest(tmp_path / "a.bin") == encoders.digest(tmp_path / "b.bin")
     (tmp_path / "b.bin").write_bytes(b"1235")
     assert encoders.digest(tmp_path / "a.bin") != encoders.digest(tmp_path / "b.bin")
+
+
+def test_embeddings_that_transformers_lost_are_refused(folders, monkeypatch):
+    model = cases.text_encoder()
+    model.encoder.embed_tokens = torch.nn.Embedding(24, cases.TEXT_DIM)
+    report = {"missing_keys": set(), "mismatched_keys": set()}
+    monkeypatch.setattr(type(model), "from_pretrained", lambda *_, **__: (model, report))
+    with pytest.raises(UserError, match="transformers did not load its embeddings"):
+        TextEncoder(folders[0])
 
 
 def changed(source: Path, out: Path, change) -> Path:

@@ -14,6 +14,9 @@ from training_runs import run
 from prfl_engine.encode.encoders import TextEncoder, VideoVAE
 from prfl_engine.media.video import read_video
 
+for package in ("diffusers", "transformers"):
+    pytest.importorskip(package)
+
 SIZE = ("--size", "32x48", "--frames", "5")
 
 
@@ -89,12 +92,29 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
     refused("--prompt: got ('a cat',), want --text-encoder DIR", "--prompt", "a cat")
     refused("--size: got '32x48', want --prompt TEXT", "--size", "32x48")
     refused("--size: got '480p', want one", *prompt, "--size", "480p")
-    refused("--frames: got 6, want 1, 5, 9", *prompt, "--frames", "6")
+    for frames in ("6", "0"):
+        refused(f"--frames: got {frames}, want 1, 5, 9", *prompt, "--frames", frames)
     refused("has no VAE", "--vae", str(tmp_path))
     refused("has no text encoder", *prompt, "--text-encoder", str(tmp_path))
     refused("--image: got", *prompt, "--image", str(tmp_path / "a.png"))
+    refused("--image-encoder: got", *prompt, "--image-encoder", models)
     refused("sample.codec: got 'a.json', want null with --vae", "--vae", models, "sample.codec=a.json")
     (tmp_path / "policy/config.json").write_text(
         (tmp_path / "policy/config.json").read_text().replace('"text_dim": 12', '"text_dim": 16')
     )
     refused("--text-encoder: width: got 12, want 16, the generator's", *prompt)
+
+
+def test_an_i2v_generator_needs_a_first_frame(models, tmp_path, capsys):
+    config = write_run(tmp_path, "i2v")
+    words = ["--prompt", "a cat", "--text-encoder", models, *SIZE, "--out", str(tmp_path / "samples")]
+    image = str(tmp_path / "a.png")
+    for more, needle in (
+        ([], "--image: got None, want one: the generator needs a first frame"),
+        (["--image", image], "--image-encoder: got None, want one"),
+        (["--image", image, "--image-encoder", models], "--vae: got None, want one"),
+        (["--image", image, "--image-encoder", models, "--vae", models], "a.png: no such file"),
+    ):
+        capsys.readouterr()
+        run("sample", config, *words, *more, code=2)
+        assert needle in one_line(capsys)

@@ -13,6 +13,7 @@ been converted to safetensors.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ IMAGE = Kind(
 
 def find(kind: Kind, path: str | Path) -> Path:
     """The folder of diffusers' layout or the native file of an encoder. UserError where there is neither."""
+    check_libraries()
     path = Path(path)
     if path.is_file():
         return path
@@ -66,6 +68,13 @@ def find(kind: Kind, path: str | Path) -> Path:
         if (path / f"{kind.native}{end}").is_file():
             return path / f"{kind.native}{end}"
     raise UserError(f"{path}: has no {kind.what}, want {kind.folder}/ of diffusers or {kind.native}.pth")
+
+
+def check_libraries() -> None:
+    """UserError unless diffusers and transformers are installed."""
+    for name in ("diffusers", "transformers"):
+        if find_spec(name) is None:
+            raise UserError(f"{name}: not installed, want it for Wan's encoders: pip install {name}")
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -140,6 +149,9 @@ class TextEncoder:
 
         at = find(TEXT, path)
         model = _transformer(UMT5EncoderModel, UMT5Config, at, native.text_encoder, dtype)
+        shared, own = model.shared.weight, model.encoder.embed_tokens.weight
+        if shared is not own and not torch.equal(shared, own):  # transformers 5.0 and 5.1 left it at zero
+            raise UserError(f"{at}: transformers did not load its embeddings, want another version of it")
         tokenizer = find_tokenizer(path)
         with _loading(tokenizer):
             self.tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)

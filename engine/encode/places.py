@@ -130,7 +130,7 @@ class Places:
 def save(path: Path, array: Tensor, dtype: torch.dtype) -> None:
     """Write [...] as .npy [1, ...]. UserError where a number is not finite, in that dtype."""
     array = array[None].to(dtype)
-    check(bool(array.isfinite().all()), "encoded", "NaN or infinity", f"finite numbers in {dtype}")
+    check(bool(array.isfinite().all()), path.name, "NaN or infinity", f"finite numbers in {dtype}")
     data = io.BytesIO()
     np.save(data, array.cpu().numpy())
     write(path, data.getvalue())

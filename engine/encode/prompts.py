@@ -16,14 +16,14 @@ from prfl_engine.build import pick_device
 from prfl_engine.config import Config
 from prfl_engine.data import CLIP_KEYS, CONDITION_KEYS, LATENT_KEYS, TEXT_KEY
 from prfl_engine.encode import encoders
-from prfl_engine.encode.buckets import parse_sizes
+from prfl_engine.encode.buckets import Size, parse_sizes
 from prfl_engine.encode.encoders import ImageEncoder, TextEncoder, VideoVAE
 from prfl_engine.encode.places import save
 from prfl_engine.encode.text import clean, negative_prompt
 from prfl_engine.encode.work import condition_of, floats
 from prfl_engine.errors import UserError, check
 from prfl_engine.files import sync
-from prfl_engine.inputs import check_new
+from prfl_engine.inputs import check_file, check_new
 from prfl_engine.media.codec import CHANNELS, STRIDE_S, STRIDE_T
 from prfl_engine.media.video import pixels, read_image, write_video
 from prfl_engine.metrics import progress
@@ -45,29 +45,45 @@ class Prompts:
     vae: str | None = None
 
     def __post_init__(self):
-        if self.vae is not None:
-            encoders.find(encoders.VAE, self.vae)
         if self.text_encoder is None:
             for option, value in ("--prompt", self.prompts), ("--negative", self.negative):
-                check(not value, option, value, "--text-encoder DIR with it")
+                check(value in (None, ()), option, value, "--text-encoder DIR with it")
         if not self.prompts:
             for option in ("size", "frames", "image", "image_encoder"):
-                value = getattr(self, option)
-                check(value is None, f"--{option.replace('_', '-')}", value, "--prompt TEXT with it")
+                _check_none(self, option, "--prompt TEXT with it")
+        sizes = parse_sizes("480x832" if self.size is None else self.size)
+        check(len(sizes) == 1, "--size", self.size, "one such as 480x832")
+        good = self.length >= 1 and self.length % STRIDE_T == 1
+        check(good, "--frames", self.frames, "1, 5, 9, ...: 4n + 1")
+        if self.vae is not None:
+            encoders.find(encoders.VAE, self.vae)
+
+    @property
+    def pixels(self) -> Size:
+        """Height and width of a sample."""
+        return parse_sizes("480x832" if self.size is None else self.size)[0]
+
+    @property
+    def length(self) -> int:
+        """Frames of a sample."""
+        return 81 if self.frames is None else self.frames
+
+    def check_image(self, wanted: bool) -> None:
+        """UserError unless there is all that an I2V generator needs, or nothing for it where it is none."""
+        if not wanted:
+            for option in ("image", "image_encoder"):
+                _check_none(self, option, "none: the generator is text-to-video")
         else:
-            check(len(parse_sizes(self.pixels)) == 1, "--size", self.size, "one such as 480x832")
-            good = self.latent_frames * STRIDE_T - STRIDE_T + 1 == (self.frames or 81) > 0
-            check(good, "--frames", self.frames, "1, 5, 9, ...: 4n + 1")
+            for option in ("image", "image_encoder", "vae"):
+                name, there = option.replace("_", "-"), getattr(self, option) is not None
+                check(there, f"--{name}", None, "one: the generator needs a first frame")
+            encoders.find(encoders.IMAGE, self.image_encoder)
+            check_file(self.image, "the first frame")
 
-    @property
-    def pixels(self) -> str:
-        """Height and width of a sample, such as 480x832."""
-        return self.size or "480x832"
 
-    @property
-    def latent_frames(self) -> int:
-        """Frames of a sample's latent."""
-        return ((self.frames or 81) - 1) // STRIDE_T + 1
+def _check_none(given: Prompts, option: str, want: str) -> None:
+    value = getattr(given, option)
+    check(value is None, f"--{option.replace('_', '-')}", value, want)
 
 
 @contextmanager
@@ -80,11 +96,13 @@ def prompted(config: Config, given: Prompts) -> Iterator[Config]:
     if config.model.path is None:
         raise UserError("model.path: got null, want the folder of a generator")
     model, device, data = read_config(config.model.path), pick_device(config), config.data
+    if given.prompts:
+        given.check_image(model.image)
     guided = config.sample.guidance != 1
     check(guided or given.negative is None, "--negative", given.negative, "--guidance S with it")
     texts = dict(enumerate(given.prompts))
     if guided and (given.negative is not None or data.negative_text is None):
-        texts["negative"] = given.negative or negative_prompt(model.image)
+        texts["negative"] = negative_prompt(model.image) if given.negative is None else given.negative
     check(bool(texts), "--text-encoder", given.text_encoder, "--prompt TEXT or --negative TEXT with it")
     with tempfile.TemporaryDirectory(prefix="prfl-prompts-") as name:
         folder = Path(name)
@@ -113,19 +131,12 @@ def _texts(
 def _frame(folder: Path, given: Prompts, image: bool, device: torch.device) -> dict[str, str]:
     """The files that all prompts share, by their keys in meta JSONs: a latent that only says its size, and
     what an I2V generator is given of the first frame."""
-    (size,) = parse_sizes(given.pixels)
-    t, h, w = given.latent_frames, size[0] // STRIDE_S, size[1] // STRIDE_S
+    t, (h, w) = 1 + (given.length - 1) // STRIDE_T, (n // STRIDE_S for n in given.pixels)
     arrays = {LATENT_KEYS[0]: torch.zeros(CHANNELS, t, h, w)}
     if image:
-        for option in ("image", "image_encoder", "vae"):
-            value = getattr(given, option)
-            check(value is not None, f"--{option.replace('_', '-')}", value, "it for an I2V generator")
-        first = floats(read_image(given.image, lambda *_: size))
+        first = floats(read_image(given.image, lambda *_: given.pixels))
         arrays[CLIP_KEYS[0]] = ImageEncoder(given.image_encoder, device)(first[:, :, 0])[0]
-        frames = 1 + STRIDE_T * (t - 1)
-        arrays[CONDITION_KEYS[0]] = condition_of(VideoVAE(given.vae, device), first, frames)
-    elif given.image is not None:
-        raise UserError(f"--image: got {given.image}, but the generator is text-to-video, want none")
+        arrays[CONDITION_KEYS[0]] = condition_of(VideoVAE(given.vae, device), first, given.length)
     for key, array in arrays.items():
         save(folder / f"{key}.npy", array, torch.float32)
     return {key: str(folder / f"{key}.npy") for key in arrays}

@@ -83,7 +83,7 @@ class Share:
         what: str,
         kind: type,
         files: Callable[[Sample], list[Path]],
-        write: Callable[[Sample, Any], None],
+        make: Callable[[Sample, Any], None],
     ) -> list[Sample]:
         """The samples whose files are there in the end; an encoder is loaded for the first that has to be
         written."""
@@ -92,7 +92,7 @@ class Share:
             if not all(file.exists() for file in files(sample)):
                 encoder = encoder or kind(self.options.models, self.device)
                 try:
-                    write(sample, encoder)
+                    make(sample, encoder)
                 except UserError as error:  # of this row: the encoder is loaded
                     skipped.append(Skipped(sample.row.where, str(error)))
                     continue
