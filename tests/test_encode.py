@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import encoder_cases as cases
@@ -254,3 +255,19 @@ def test_mistakes_are_one_line(models, clips, tmp_path, capsys):
     (out / "notes.txt").write_text("mine")
     encode(table, models, out, code=2)
     assert "want a new or empty folder" in capsys.readouterr().err
+
+
+def test_one_encoder_is_in_memory_at_a_time(models, clips, tmp_path, monkeypatch):
+    (tmp_path / "rows.csv").write_text(f"video,prompt\n{clips / 'wide.mp4'},a cat\n")
+    alive, made = weakref.WeakSet(), []
+    for kind in (TextEncoder, ImageEncoder, VideoVAE):
+
+        def counted(self, *arguments, init=kind.__init__):
+            assert not alive
+            init(self, *arguments)
+            alive.add(self.model)
+            made.append(type(self))
+
+        monkeypatch.setattr(kind, "__init__", counted)
+    encode(tmp_path / "rows.csv", models, tmp_path / "out", "--i2v")
+    assert made == [TextEncoder, ImageEncoder, VideoVAE]

@@ -15,7 +15,6 @@ from prfl_engine.encode import encoders, text
 from prfl_engine.encode.encoders import IMAGE, TEXT, VAE, ImageEncoder, TextEncoder, VideoVAE
 from prfl_engine.errors import UserError
 
-
 for package in ("diffusers", "transformers"):
     pytest.importorskip(package)
 
@@ -151,3 +150,17 @@ def test_prompts_are_cleaned_as_wan_does(monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", ftfy)
     monkeypatch.setattr(text, "find_spec", lambda _: ftfy.__spec__)
     assert text.clean("\u201ca  cat\u201c &amp;lt;3") == '"a cat" <3'
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(folders):
+    """Products are in TF32 there."""
+    video, folder = torch.rand(1, 3, 5, 32, 48), folders[0]
+    latent = VideoVAE(folder).encode(video)
+    gpu = VideoVAE(folder, "cuda")
+    assert (gpu.encode(video).cpu() - latent).abs().max() < 0.02 * latent.abs().max()
+    assert gpu.decode(latent).shape == video.shape
+    (text,), (want,) = (TextEncoder(folder, device)(["a red boat"]) for device in ("cuda", "cpu"))
+    assert text.device.type == "cpu" and (text - want).abs().max() < 0.1
+    features, want = (ImageEncoder(folder, device)(video[:, :, 0]) for device in ("cuda", "cpu"))
+    assert (features.cpu() - want).abs().max() < 0.02 * want.abs().max()
