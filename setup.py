@@ -228,7 +228,7 @@ setup(
         # nvcc without a CUDA toolkit; then PRFL_BUILD_CUDA=1 pip install --no-build-isolation
         "cuda-build": ["cuda-toolkit[nvcc,cudart,cccl]==13.0.*", "pybind11", "setuptools>=77"],
         "fa4": ["flash-attn-4>=4.0.0b1"],  # prereleases only, so the bound has to name one
-        "wan": ["diffusers", "transformers"],
+        "wan": ["diffusers>=0.33", "transformers>=4.56", "ftfy"],
         "lora": ["peft"],
         "lowmem": ["torchao"],  # the 8-bit numbers of optim.name=adamw8bit
         "dev": [

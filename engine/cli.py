@@ -2,6 +2,7 @@
 
 A mistake in what was given is one line on stderr and exit code 2; a run that cannot go on, one line and 1. A
 training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and 130 if a second one comes.
+`prfl encode` exits with 3 where it had to leave rows out.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from prfl_engine import __version__
 from prfl_engine.config import load_config
+from prfl_engine.encode.arguments import ENCODE, SAMPLE, add_encode, add_sample, given
 from prfl_engine.errors import TrainingError, UserError, refusing
 from prfl_engine.inputs import check_new, make_folder
 from prfl_engine.interrupt import Stopped, interrupts
@@ -117,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         "--best-of", type=int, default=1, metavar="N", help="seeds a prompt, the best one by reward.path"
     )
     sample.add_argument("--judge-at", type=int, metavar="STEP", help="steps after which one of N is kept")
+    add_sample(sample)
+    add_encode(command("encode", _encode, "Videos, images and prompts to training data.", config=False))
     merge = command("merge-lora", _merge_lora, "Add an adapter to a generator's weights.", config=False)
     merge.add_argument("base", metavar="BASE", help="folder or file of the generator")
     merge.add_argument("adapter", metavar="ADAPTER", help="folder or safetensors file of the adapter")
@@ -233,8 +237,27 @@ def _score(args) -> None:
 def _sample(args) -> None:
     from prfl_engine.sample import sample
 
-    for path in sample(_load(args), args.out, args.best_of, args.judge_at):
+    if args.guidance is not None:
+        args.overrides.append(f"sample.guidance={args.guidance}")
+    config = _load(args)
+    words = given(args, SAMPLE)
+    if args.prompt or words:
+        from prfl_engine.encode.prompts import Prompts, sample_prompts
+
+        prompts = Prompts(tuple(args.prompt), **words)
+        files = sample_prompts(config, args.out, args.best_of, args.judge_at, prompts)
+    else:
+        files = sample(config, args.out, args.best_of, args.judge_at)
+    for path in files:
         print(path)
+
+
+def _encode(args) -> int:
+    from prfl_engine.encode.command import Options, encode
+
+    found = encode(args.source, args.out, Options(**given(args, ENCODE)))
+    print("\n".join(found.lines))
+    return found.code
 
 
 def _merge_lora(args) -> None:

@@ -38,9 +38,10 @@ def sync(path: Path) -> None:
         os.close(file)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file; it has its old content or the new one, and no other."""
-    part = path.with_name(f".{path.name}.tmp")
+def write_whole(path: Path, content: str | bytes, writer: str = "") -> None:
+    """Write a file; it has its old content or the new one, and no other. Processes that may write the same
+    file at the same time each have a name, `writer`."""
+    part = path.with_name(f".{path.name}{writer and '.' + writer}.tmp")
     try:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(part)

@@ -1,6 +1,7 @@
 """Sampling videos from a trained generator."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,18 @@ from prfl_engine.batch import Batch
 from prfl_engine.best_of import best_of, check_choice, forwards, judge
 from prfl_engine.build import DTYPES, make_frozen_reward, pick_device
 from prfl_engine.config import Config, SampleConfig
-from prfl_engine.data import LATENT_KEYS, Reader, counted, fixed_batches, read_lists, read_text
+from prfl_engine.data import (
+    CLIP_KEYS,
+    CONDITION_KEYS,
+    LATENT_KEYS,
+    TEXT_KEY,
+    Reader,
+    counted,
+    fixed_batches,
+    read_lists,
+    read_meta,
+    read_text,
+)
 from prfl_engine.errors import UserError
 from prfl_engine.files import atomic_folder
 from prfl_engine.inputs import check_new
@@ -38,7 +50,9 @@ def guided(velocity: chain.Velocity, against: chain.Velocity, scale: float) -> c
     return combined
 
 
-def sample(config: Config, out: str | Path, count: int = 1, step: int | None = None) -> list[Path]:
+def sample(
+    config: Config, out: str | Path, count: int = 1, step: int | None = None, keep: bool = False
+) -> list[Path]:
     """Sample the prompts of data.val with the generator of model.path, and the adapter of lora.path if there
     is one; returns the files written.
 
@@ -46,8 +60,8 @@ def sample(config: Config, out: str | Path, count: int = 1, step: int | None = N
     of sample.seed, sample.seed + 1, ... by the reward model of reward.path, judged after `step` denoising
     steps; the others are not finished. `out` must not exist yet. Every sample is written as latents .npy
     [1, 16, T, h, w] float32 with a meta JSON, in the layout of the training data, all of them listed in
-    samples.list, and as .mp4 and .webp where sample.codec can decode it. TrainingError, and nothing written,
-    for one that is not finite.
+    samples.list, and as .mp4 and .webp where sample.codec can decode it. `keep` copies what a sample was made
+    from to the folder. TrainingError, and nothing written, for one that is not finite.
     """
     out, s, r = check_new(out, "--out"), config.sample, config.rollout
     check_choice(count, step, r.steps)
@@ -98,7 +112,7 @@ def sample(config: Config, out: str | Path, count: int = 1, step: int | None = N
         {**reader.given(path), "source": str(path.absolute()), **of}
         for path, of in zip(paths, chosen, strict=True)
     ]
-    return write_samples(out, latents, s, metas)
+    return write_samples(out, latents, s, metas, keep)
 
 
 def _cost(count: int, step: int, steps: int, guided: bool) -> str:
@@ -110,13 +124,32 @@ def _cost(count: int, step: int, steps: int, guided: bool) -> str:
 
 
 def write_samples(
-    folder: Path, latents: Sequence[Tensor], config: SampleConfig, metas: Sequence[dict] = ()
+    folder: Path,
+    latents: Sequence[Tensor],
+    config: SampleConfig,
+    metas: Sequence[dict] = (),
+    keep: bool = False,
 ) -> list[Path]:
     """Write latents [16, T, h, w] as sample-NN.npy, with `metas` also a meta JSON of each and the list of
-    these, and with a codec videos: the whole folder or nothing. Returns the files."""
+    these, and with a codec videos: the whole folder or nothing. `keep` copies the files that metas name, and
+    the prompts. Returns the files."""
     with atomic_folder(folder) as temporary:
+        if keep:
+            metas = [_kept(temporary, folder.absolute(), i, meta) for i, meta in enumerate(metas)]
         files = _write(temporary, latents, config) + _describe(temporary, folder.absolute(), metas)
         return [folder / file.name for file in files]
+
+
+def _kept(temporary: Path, folder: Path, i: int, meta: dict) -> dict:
+    """The meta of a sample that was made from files of another folder, with copies of them in this one."""
+    source = read_meta(Path(meta["source"]))
+    meta = {**meta, "short_caption": source.get("short_caption")}
+    del meta["source"]
+    for key, end in (TEXT_KEY, "text"), (CLIP_KEYS[0], "clip"), (CONDITION_KEYS[0], "first"):
+        if key in meta:
+            shutil.copyfile(meta[key], temporary / f"sample-{i:02d}.{end}.npy")
+            meta[key] = str(folder / f"sample-{i:02d}.{end}.npy")
+    return meta
 
 
 def _describe(temporary: Path, folder: Path, metas: Sequence[dict]) -> list[Path]:

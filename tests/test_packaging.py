@@ -36,7 +36,7 @@ ROOMS = [
     {"build"},
     {"loop", "sample", "convert"},
     {"train", "train_reward"},
-    {"demo", "tools"},
+    {"demo", "tools", "encode"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

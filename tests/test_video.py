@@ -1,10 +1,23 @@
 """Video files: what is written comes back, sizes and refusals."""
 
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from prfl_engine.media.video import grid, read_video, write_animation, write_video
+from prfl_engine.media.video import (
+    _scaled,
+    _upright,
+    grid,
+    read_clip,
+    read_image,
+    read_video,
+    write_animation,
+    write_video,
+)
 
 
 def moving_square(frames=6, h=48, w=64):
@@ -64,6 +77,51 @@ def test_grid_without_labels_holds_the_pixels():
     assert page.shape == (6, 2 * 48 + 4, 64, 3)
     assert torch.equal(page[:, :48], a) and torch.equal(page[:, 52:], 255 - a)
     assert torch.equal(grid([a]), a)
+
+
+def numbered(path, frames, fps):
+    """A video whose frames are gray levels 20, 24, ..."""
+    video = torch.stack([torch.full((32, 48, 3), 20 + 4 * i, dtype=torch.uint8) for i in range(frames)])
+    write_video(path, video, fps)
+    return path
+
+
+@pytest.mark.parametrize("fps, want", [
+    (24, [0, 1, 3, 4, 6, 7, 9, 10]), (16, [*range(12)]), (30, [0, 1, 3, 5, 7, 9, 11]),
+    (8, [i // 2 for i in range(24)]),
+])  # fmt: skip
+def test_clips_are_resampled(tmp_path, fps, want):
+    """Frame i is at i / 16 s of the file, or just before."""
+    path = numbered(tmp_path / "a.mp4", 12, fps)
+    clip = read_clip(path, Fraction(16), 99, lambda h, w: (h // 2, w))
+    assert clip.shape == (len(want), 16, 48, 3)
+    assert [round((frame.float().mean().item() - 20) / 4) for frame in clip] == want
+    assert torch.equal(read_clip(path, Fraction(16), 5, lambda h, w: (h // 2, w)), clip[:5])
+
+
+@pytest.mark.parametrize("rotation, turns", [(0, 0), (90, 1), (-90, 3), (180, 2)])
+def test_videos_of_phones_are_shown_upright(rotation, turns):
+    """`rotation` is counterclockwise, as PyAV says it."""
+    stored = torch.arange(4 * 6 * 3, dtype=torch.uint8).view(4, 6, 3).numpy()
+    frame = SimpleNamespace(
+        height=4, width=6, rotation=rotation,
+        to_ndarray=lambda width, height, **_: stored if (height, width) == (4, 6) else None,
+    )  # fmt: skip
+    shown = np.rot90(stored, turns)
+    assert _upright(frame) == shown.shape[:2]
+    assert np.array_equal(_scaled(frame, None), shown)
+    assert np.array_equal(_scaled(frame, shown.shape[:2]), shown)
+
+
+def test_images_are_videos_of_one_frame(tmp_path):
+    Image.new("RGBA", (40, 20), (10, 200, 30, 255)).save(tmp_path / "a.png")
+    seen = []
+    image = read_image(tmp_path / "a.png", lambda *size: seen.append(size) or (16, 16))
+    assert seen == [(20, 40)] and image.shape == (1, 16, 16, 3)
+    assert (image.float() - torch.tensor([10.0, 200, 30])).abs().max() <= 2
+    (tmp_path / "b.png").write_text("nonsense")
+    with pytest.raises(ValueError, match="b.png: not a readable image"):
+        read_image(tmp_path / "b.png", lambda *_: (16, 16))
 
 
 def test_refusals(tmp_path):

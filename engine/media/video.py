@@ -1,6 +1,7 @@
 """Video files: decode with PyAV, write mp4 and animations. A video is uint8 [F, H, W, 3], RGB."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from prfl_engine.errors import UserError, check
@@ -28,30 +29,81 @@ def read_video(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     """
     if size is not None:
         check(len(size) == 2 and min(size) > 0, "size", size, "(height, width), both positive")
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file, want a video")
-    frames = []
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path}: got no video stream, want a video")
-            container.streams.video[0].thread_type = "AUTO"
-            for frame in container.decode(video=0):
-                frames.append(_scaled(frame, size))
-    except av.error.FFmpegError as error:
-        raise UserError(f"{path}: not a readable video: {error.strerror}") from None
+    frames = [_scaled(frame, size) for frame, _ in _decoded(path)]
     if not frames:
         raise UserError(f"{path}: got a video without frames")
     return torch.from_numpy(np.stack(frames))
 
 
+def read_clip(
+    path: str | Path, fps: Fraction, count: int, size: Callable[[int, int], tuple[int, int]]
+) -> Tensor:
+    """The first frames of a file at `fps`, `count` or as many as it has, uint8 [F, H, W, 3].
+
+    Frame i is frame floor(i * rate / fps) of the file, whose mean rate is `rate`: frames are repeated or left
+    out, as HY-Video-PRFL's preprocessing does. size(height, width) of the file gives the (H, W) to scale and
+    crop to. UserError for a file that cannot be decoded that far, or that says nothing of its rate.
+    """
+    frames: list[np.ndarray] = []
+    for index, (frame, rate) in enumerate(_decoded(path)):
+        if not index:
+            if not rate:
+                raise UserError(f"{path}: got no frame rate")
+            target = size(*_upright(frame))
+        if int(len(frames) * rate / fps) == index:
+            image = _scaled(frame, target)
+            while len(frames) < count and int(len(frames) * rate / fps) == index:
+                frames.append(image)
+        if len(frames) == count:
+            break
+    if not frames:
+        raise UserError(f"{path}: got a video without frames")
+    return torch.from_numpy(np.stack(frames))
+
+
+def read_image(path: str | Path, size: Callable[[int, int], tuple[int, int]]) -> Tensor:
+    """An image as a video of one frame, uint8 [1, H, W, 3], scaled and cropped as `read_clip` does."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image: {error}") from None
+    scaled = _scaled(VideoFrame.from_image(image), size(image.height, image.width))
+    return torch.from_numpy(scaled[None].copy())
+
+
+def _decoded(path: str | Path) -> Iterator[tuple[VideoFrame, Fraction | None]]:
+    """The frames of a file, each with the mean rate of all."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file, want a video")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise UserError(f"{path}: got no video stream, want a video")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            for frame in container.decode(video=0):
+                yield frame, stream.average_rate
+    except av.error.FFmpegError as error:
+        raise UserError(f"{path}: not a readable video: {error.strerror}") from None
+
+
+def _upright(frame: VideoFrame) -> tuple[int, int]:
+    """Height and width of a frame as it is shown: phones store an upright video lying, with its rotation."""
+    return (frame.width, frame.height) if frame.rotation % 180 == 90 else (frame.height, frame.width)
+
+
 def _scaled(frame: VideoFrame, size: tuple[int, int] | None) -> np.ndarray:
-    h, w = size or (frame.height, frame.width)
-    scale = max(h / frame.height, w / frame.width)
-    cover_h, cover_w = max(h, round(frame.height * scale)), max(w, round(frame.width * scale))
+    """A frame as it is shown, uint8 [H, W, 3], scaled to cover `size` and cropped around the centre."""
+    height, width = _upright(frame)
+    h, w = size or (height, width)
+    scale = max(h / height, w / width)
+    cover_h, cover_w = max(h, round(height * scale)), max(w, round(width * scale))
     # Area averages going down; bicubic going up, where area repeats pixels.
     how = Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
-    image = frame.to_ndarray(format="rgb24", width=cover_w, height=cover_h, interpolation=how)
+    stored_h, stored_w = (cover_w, cover_h) if frame.rotation % 180 == 90 else (cover_h, cover_w)
+    image = frame.to_ndarray(format="rgb24", width=stored_w, height=stored_h, interpolation=how)
+    image = np.rot90(image, frame.rotation // 90)  # counterclockwise, as ffmpeg counts
     top, left = (cover_h - h) // 2, (cover_w - w) // 2
     return image[top : top + h, left : left + w]
 

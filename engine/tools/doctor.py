@@ -58,6 +58,7 @@ BACKENDS = (
     Backend("peft", "peft", "peft", None, "pip install peft"),
     Backend("diffusers", "diffusers", "diffusers", None, "pip install diffusers"),
     Backend("transformers", "transformers", "transformers", None, "pip install transformers"),
+    Backend("ftfy", "ftfy", "ftfy", None, "pip install ftfy"),
     Backend("wandb", "wandb", "wandb", None, "pip install wandb"),
     Backend("nvidia-ml-py", "pynvml", "nvidia-ml-py", "nvmlInit", "pip install nvidia-ml-py"),
 )  # fmt: skip

@@ -21,6 +21,7 @@ from prfl_engine.data import LATENT_KEYS, REWARD_TEXT_KEYS, TEXT_KEY, Reader, by
 from prfl_engine.errors import UserError, check, one_line
 from prfl_engine.files import write_whole
 from prfl_engine.inputs import check_file, check_new
+from prfl_engine.media import VIDEOS
 from prfl_engine.metrics import note, progress
 from prfl_engine.model.checkpoint import load_reward
 from prfl_engine.model.sources import read_config
@@ -31,7 +32,6 @@ from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import HeldOut
 
 TEXT_SUFFIX = ".text.npy"
-VIDEOS = (".mp4", ".webm", ".webp", ".mkv", ".mov", ".avi", ".gif")
 WIDTH = 100
 """Most characters of a line of the table."""
 
@@ -136,9 +136,8 @@ def _of_folder(folder: Path) -> list[Path]:
 
 def _refuse_videos(paths: Iterable[Path]) -> None:
     for path in paths:
-        if path.suffix.lower() in VIDEOS:
-            want = "want its latents as .npy: the engine has no VAE to encode it"
-            raise UserError(f"{path}: is a video, {want}")
+        if path.suffix.lower() in (*VIDEOS, ".webp"):
+            raise UserError(f"{path}: is a video, want its latents as .npy: `prfl encode` makes them")
 
 
 def _check_texts(paths: Sequence[Path], text: str | None, image: bool) -> None:

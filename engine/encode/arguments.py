@@ -1,0 +1,47 @@
+"""The options of `prfl encode`, and those of `prfl sample` for prompts and videos; imports little."""
+
+from argparse import ArgumentParser, Namespace
+
+ENCODE = (
+    "models", "size", "frames", "min_frames", "fps", "i2v", "negative", "store", "text_dtype", "text_batch",
+    "device",
+)  # fmt: skip
+SAMPLE = ("text_encoder", "negative", "size", "frames", "image", "image_encoder", "vae")
+
+
+def add_encode(parser: ArgumentParser) -> None:
+    """Those of `prfl encode`."""
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder of videos and .txt, or .csv, .jsonl, .json")
+    add("--models", required=True, metavar="DIR", help="Wan's VAE, UMT5, tokenizer and, for I2V, CLIP")
+    add("--out", required=True, metavar="DIR", help="new folder, or one to go on with")
+    add("--size", default="480p", metavar="SIZE", help="480p, 720p or HxW,HxW,... (default: %(default)s)")
+    add("--frames", type=int, default=81, metavar="N", help="4n + 1 (default: %(default)s)")
+    add("--min-frames", type=int, metavar="N", help="of shorter videos that are taken, too")
+    add("--fps", default="16", metavar="F", help="frames a second (default: %(default)s)")
+    add("--i2v", action="store_true", help="also first frames and CLIP features")
+    add("--negative", metavar="TEXT", help="negative prompt (default: that of Wan2.1)")
+    add("--store", choices=("float32", "float16"), default="float32", help="arrays (default: %(default)s)")
+    add("--text-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="UMT5 computes in it")
+    add("--text-batch", type=int, default=8, metavar="N", help="prompts at a time (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def add_sample(parser: ArgumentParser) -> None:
+    """Those of `prfl sample`."""
+    add = parser.add_argument
+    add("--vae", metavar="DIR", help="Wan's VAE: samples are written as .mp4, too")
+    add("--guidance", type=float, metavar="S", help="short for sample.guidance=S")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="in place of data.val; may be repeated")
+    add("--text-encoder", metavar="DIR", help="Wan's UMT5 and its tokenizer, for --prompt and guidance")
+    add("--negative", metavar="TEXT", help="for guidance (default: data.negative_text, or that of Wan2.1)")
+    add("--size", metavar="HxW", help="pixels, with --prompt (default: 480x832)")
+    add("--frames", type=int, metavar="N", help="with --prompt (default: 81)")
+    add("--image", metavar="FILE", help="first frame, with --prompt for an I2V generator")
+    add("--image-encoder", metavar="DIR", help="Wan's CLIP, for --image")
+
+
+def given(args: Namespace, names: tuple[str, ...]) -> dict[str, object]:
+    """Those of some options that are not None."""
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
