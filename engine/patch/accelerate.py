@@ -16,6 +16,7 @@ from prfl_engine.errors import UserError, check, refusing
 from prfl_engine.memory.policy import BlockPolicy, named
 from prfl_engine.memory.recompute import Run, run_block
 from prfl_engine.model.layers import Block
+from prfl_engine.patch.block_cache import BlockCache
 from prfl_engine.patch.diffusers_wan import Diffusers
 from prfl_engine.patch.fastvideo import FastVideo
 from prfl_engine.patch.layers import Replacement, complaint, hooked, sharded
@@ -23,7 +24,6 @@ from prfl_engine.patch.memo import Memo
 from prfl_engine.patch.official import Official
 from prfl_engine.patch.probe import probe
 from prfl_engine.patch.report import Report
-from prfl_engine.patch.step_cache import BlockCache
 from prfl_engine.patch.structure import Structure, unwrapped
 from prfl_engine.patch.view import BlockView, Call, Parts, compute_dtype
 from prfl_engine.rollout.fp8 import Fp8Block, check_widths
