@@ -1,4 +1,4 @@
-# make demo | test | fuzz | lint | env | clean. Everything lives in .venv; a second run starts at once.
+# make demo | test | fuzz | lint | docs | env | clean. Everything lives in .venv; a second run starts at once.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,7 +12,7 @@ KEY := $(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d' ' -f
 STAMP := .venv/installed-$(KEY)
 BUILT := .venv/built-$(KEY)
 
-.PHONY: demo test fuzz lint env clean
+.PHONY: demo test fuzz lint docs env clean
 
 demo: env
 	GOMP_SPINCOUNT=20000 .venv/bin/prfl demo
@@ -33,6 +33,18 @@ fuzz: env
 
 lint: env
 	.venv/bin/ruff check .
+
+# build/site: docs/ and a reference from docstrings; a warning is an error. The sources are read, not imported.
+docs: .venv/docs
+	mkdir -p build/docs
+	ln -sfn ../../engine build/docs/prfl_engine
+	ln -sfn ../../kernels build/docs/prfl_kernels
+	ln -sfn ../../benchmarks build/docs/prfl_bench
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
+.venv/docs: $(STAMP) requirements-docs.txt
+	$(PIP) -r requirements-docs.txt
+	touch $@
 
 env: $(BUILT)
 

@@ -230,6 +230,7 @@ setup(
         "fa4": ["flash-attn-4>=4.0.0b1"],  # prereleases only, so the bound has to name one
         "wan": ["diffusers>=0.33", "transformers>=4.56", "ftfy"],
         "lora": ["peft"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],  # what `make docs` builds the pages with
         "lowmem": ["torchao"],  # the 8-bit numbers of optim.name=adamw8bit
         "dev": [
             "pytest", "pytest-xdist", "ruff", "hypothesis", "ninja", "pybind11", "diffusers", "peft",

@@ -1,6 +1,6 @@
 """A diffusers Wan transformer as it is and patched: seconds of forward and backward, and exact live bytes.
 
-    python benchmarks/bench_patch.py [--dtype bfloat16] [--image] [--rows original attention ...]
+    python benchmarks/bench_patch.py [--dtype bfloat16] [--image] [--rows original attention ...] [--out FILE]
 
 Rows: the original, with its own gradient checkpointing, and patched under each policy of recompute. float32
 computes in float32, bfloat16 under autocast with weights in float32. First the gate: result and gradients of
@@ -12,15 +12,19 @@ its own (LiveBytes). The size by default, width 512, 4 blocks and 1,080 tokens, 
 
 import argparse
 import copy
+import json
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from prfl_bench.timing import machine, measure
+from prfl_engine.files import write_whole
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.patch import accelerate, report_of
+from prfl_kernels import extension
 
 ORIGINAL, CHECKPOINTED = "original", "original, checkpointed"
 ROWS = (ORIGINAL, CHECKPOINTED, "none", "attention", "full")
@@ -130,16 +134,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--latent", type=int, nargs=3, default=(9, 24, 20), metavar=("T", "H", "W"))
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also as JSON")
     args = parser.parse_args(argv)
+    extension.keep_freed_memory()
     step = Step(args)
     gate(step)
-    print(f"{machine(args.device)}, {args.dtype}")
-    print(f"{'':30}{'seconds':>10}{'MiB':>10}")
+    where, rows = f"{machine(args.device)}, torch {torch.__version__}, {args.dtype}", []
+    print(where, f"{'':30}{'seconds':>10}{'MiB':>10}", sep="\n")
     times = measure({row: step.prepared(row) for row in args.rows}, args.device, args.repeat)
     for row, found in times.items():
         seconds = "no memory" if found is None else f"{found.median:.3f}"
         name = row if row.startswith(ORIGINAL) else f"patched, recompute {row}"
-        print(f"{name:30}{seconds:>10}{step.peak(row) / 2**20:>10.1f}")
+        peak = step.peak(row)
+        print(f"{name:30}{seconds:>10}{peak / 2**20:>10.1f}")
+        rows.append({"name": name, "seconds": found and found._asdict(), "bytes": peak})
+    if args.out is not None:
+        write_whole(args.out, json.dumps({"machine": where, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

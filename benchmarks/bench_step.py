@@ -121,6 +121,7 @@ class Step:
         self.index, self.device, self.dtype, self.keep = args.index, device, DTYPES[args.dtype], args.keep
         self.steps, self.keys = args.steps, itertools.count()  # keys of micro-batches
         self.sources: dict[Setting, Persistent] = {}
+        self.frozen: list[nn.Module] = [self.reward]
         self.peers: dict[str, Peer] = {}  # by recomputation
         for mode in ("none", "full") if args.peer else ():
             peer = Peer(args.peer, self.policy, self.reward, self.schedule, SHIFT)
@@ -284,7 +285,7 @@ class Step:
         """Most live bytes of a step before the optimizer, over those of weights and gradients."""
         live, trained = LiveBytes(512), self._trained(self.model(setting)).values()
         peers = (m for p in self.peers.values() for m in p.modules())
-        models = [*self.policies.values(), self.reward, *peers]
+        models = [*self.policies.values(), *self.frozen, *peers]
         live.add([*(p for m in models for p in m.parameters()), *(p.grad for p in trained)])
         live.add([*(a for s in self.start.values() for a in s.values()), self.noise])
         live.add(a for a in self.batch if a is not None)

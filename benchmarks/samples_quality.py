@@ -28,13 +28,15 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise, product
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from prfl_bench.timing import machine
 from prfl_engine import flow
@@ -49,6 +51,7 @@ from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+MEASURES = "reward", "distance", "jerk"
 PILOT, ROUNDS = 8, 3  # timed steps of a mode in one round of the pilot, a multiple of the usual S; rounds
 MODES = ("fresh", "samples:4", "persistent:1", "persistent:4", "persistent:16", "persistent:1:4")
 
@@ -69,7 +72,7 @@ def gate(folder: Path, limit: float = 1e-4) -> None:
     noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, 0, 0)
     schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
 
-    def gradient(*indices: int) -> torch.Tensor:
+    def gradient(*indices: int) -> Tensor:
         policy.zero_grad()
         rows = torch.tensor(indices)[:, None]
         for window in graded_windows(policy, reward, schedule, batch, noise, rows, ChainConfig()):
@@ -152,8 +155,17 @@ def pilot(folder: Path, modes: Iterable[Mode], clock: Callable[[], float]) -> di
     return found
 
 
-def trained(folder: Path, mode: Mode, steps: int, count: int, clock: Callable[[], float], *more: str) -> dict:
-    """What a training run of so many steps, with these overrides, has measured."""
+def trained(
+    folder: Path,
+    mode: Mode,
+    steps: int,
+    count: int,
+    clock: Callable[[], float],
+    *more: str,
+    looks: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
+) -> dict:
+    """What a training run of so many steps, with these overrides, has measured. looks: what else is measured
+    on the samples' frames [B, 3, F, H, W], a number each."""
     with tempfile.TemporaryDirectory() as out:
         begun = clock()
         train(config_of(folder, out, mode, steps, *more))
@@ -164,10 +176,16 @@ def trained(folder: Path, mode: Mode, steps: int, count: int, clock: Callable[[]
         samples, _ = measure(settings(folder), data / "codec.json", data / "clean_val.list", models, count)
     drifts = {v["train/chain_drift"] for v in values if "train/chain_drift" in v}
     ages = [v["train/chain_age"] for v in values if "train/chain_age" in v]
-    keys = "reward", "distance", "jerk"
-    found = {name: {k: s[k].mean().item() for k in keys} for name, s in samples.items()}
+    found = {name: means_of(s, looks) for name, s in samples.items()}
     means = {k: statistics.mean(of) if of else None for k, of in (("drift", drifts), ("age", ages))}
     return {"steps": steps, "seconds": seconds} | found | means
+
+
+def means_of(samples: dict, looks: Mapping[str, Callable[[Tensor], Tensor]]) -> dict:
+    """Means over the samples of one model, as demo.run.measure gives them: of MEASURES and of `looks`."""
+    looked = {name: look(samples["video"]) for name, look in looks.items()}
+    values = {name: samples[name] for name in MEASURES} | looked
+    return {k: v.mean().item() for k, v in values.items()}
 
 
 class Record:

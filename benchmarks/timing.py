@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from prfl_kernels import processor
+
 # Sizes of the buffer in caches. On a GPU it also gives the host a lead: 500 MB on an H100, read and
 # written at 3 TB/s, are 0.3 ms.
 FLUSH = {"cuda": 10, "cpu": 2}
@@ -47,7 +49,8 @@ def machine(device: str) -> str:
     """What was measured on, in a line."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"{processor.name()} ({capability}), {threads} threads"
 
 
 def compile_absence(device: str) -> str | None:

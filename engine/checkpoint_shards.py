@@ -168,13 +168,14 @@ class _Whole(NamedTuple):
         return made[rows]
 
 
-def stored_weights(folder: Path) -> dict[str, Stored]:
-    """The weights of a sharded checkpoint by their names in the model, each read whole; needs no ranks."""
+def stored_weights(folder: Path, which: str = "model") -> dict[str, Stored]:
+    """The weights of a sharded checkpoint by their names in the model, each read whole; needs no ranks.
+    which: model, or ema for the averaged ones alone."""
     index, found = _read_index(folder), {}
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
     for name, stored in _stored(folder, index).items():
         kind, _, key = name.partition("/")
-        if kind == "model":
+        if kind == which:
             dtype, shape = index["tensors"][name]
             good = dtype in dtypes and all(type(n) is int and 0 <= n < 2**40 for n in shape)
             check(good, f"{folder / INDEX}: {name}", [dtype, shape], "a dtype and a shape")

@@ -13,16 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_engine.checkpoint_shards import INDEX, stored_weights
-from prfl_engine.errors import TrainingError, UserError, check, named
+from prfl_engine import convert_shards
+from prfl_engine.convert_shards import Reward
+from prfl_engine.errors import TrainingError, check
 from prfl_engine.files import atomic_folder
-from prfl_engine.inputs import check_finite, check_new, read_json
+from prfl_engine.inputs import check_finite, check_new
 from prfl_engine.model import lora_files, names, wan_json
-from prfl_engine.model.checkpoint import fitting
-from prfl_engine.model.sources import CONFIG, WEIGHTS, Source, Stored, check_blocks, find, read_config
-from prfl_engine.model.wan import PRESETS, WanConfig
-from prfl_engine.resume import RUN
+from prfl_engine.model.checkpoint import fitting, read_heads, write_heads
+from prfl_engine.model.sources import CONFIG, WEIGHTS, Source, Stored, check_blocks, find
+from prfl_engine.model.wan import WanConfig
 from prfl_engine.tensor_files import Layout, divide, in_order, write_divided
+from prfl_kernels.sublayers.products import LowRank
 
 SUMS = "sha256.txt"
 SHARD = 5.0
@@ -62,24 +63,30 @@ def convert(
 ) -> str:
     """Write what is at `source` to the new folder `out` in the layout `to`; returns a line about it.
 
-    A generator is a sharded checkpoint or anything that sources.find reads; dtype None: each tensor keeps its
-    own. shard: 10^9 bytes of a file at most (None: SHARD), unless a single tensor is larger. sha256.txt has
-    the checksum of the bytes of every tensor by its native name, so a model has the same one in every layout.
+    A sharded checkpoint, or `ema` in it for its averaged weights, is what convert_shards.read finds there; a
+    reward model is written as its official files. Else a generator is anything that sources.find reads; dtype
+    None: each tensor keeps its own. shard: 10^9 bytes of a file at most (None: SHARD), unless a single tensor
+    is larger. sha256.txt has the checksum of the bytes of every tensor by its native name, so a model has the
+    same one in every layout.
     An adapter is anything that lora_files.read reads; it is written in float32.
     UserError for a mistake, and for values that are not finite, in the new dtype too; TrainingError for files
     that do not read back as they were written. Then nothing is written.
     """
     out, path = check_new(out, "--out"), Path(source)
-    if lora_files.holds_adapter(path):
+    found = convert_shards.read(path) if convert_shards.sharded(path) else None
+    if isinstance(found, dict) or lora_files.holds_adapter(path):
         for name, value in (("--dtype", dtype), ("--shard", shard)):
             check(value is None, name, value, "none with an adapter")
         check(to in ADAPTERS, "--to", to, f"one of {', '.join(ADAPTERS)} for an adapter")
-        return _convert_adapter(path, out, to)
+        return _convert_adapter(lora_files.read(path)[0] if found is None else found, out, to)
+    found = find(path) if found is None else found
     check(shard is None or 0 < shard < 1e9, "--shard", shard, "a positive number of 10^9 bytes")
     check(to in GENERATORS, "--to", to, f"one of {', '.join(GENERATORS)} for a generator")
     if GENERATORS[to].one_file:
         check(shard is None, "--shard", shard, f"none with --to {to}, which is one file")
-    found = _of_shards(path) if (path / INDEX).is_file() else find(path)
+    if isinstance(found, Reward):
+        check(to == "native", "--to", to, "native for a reward model, which has its official files alone")
+        return _convert_reward(found, out, dtype, shard or SHARD)
     return _convert_generator(found, out, GENERATORS[to], dtype, shard or SHARD)
 
 
@@ -88,21 +95,41 @@ def _convert_generator(
 ) -> str:
     check_blocks(found.tensors, f"{found.path}: {CONFIG}", found.config.num_layers)
     native = fitting(found.config, found.tensors, found.path).state_dict()
+    with atomic_folder(out) as folder:
+        size = _write(folder, found, list(native), form, dtype, shard)
+    return f"{out}: {len(native)} tensors, {size / 1e9:.3g} GB, read back and equal; checksums in {SUMS}"
+
+
+def _convert_reward(found: Reward, out: Path, dtype: torch.dtype | None, shard: float) -> str:
+    model, names = found.model, list(found.model.transformer.state_dict())
+    with atomic_folder(out) as folder:
+        size = _write(folder, found.trunk, names, GENERATORS["native"], dtype, shard)
+        write_heads(model, folder, found.step)
+        for part, state in read_heads(folder).items():
+            own = model.get_submodule(part).state_dict()
+            if any(not torch.equal(own[k], a) for k, a in state.items()):
+                raise TrainingError(f"{folder}: {part} does not read back as it was written")
+    what = f"a reward model of step {found.step}, its transformer of {size / 1e9:.3g} GB"
+    return f"{out}: {what}, read back and equal"
+
+
+def _write(
+    folder: Path, found: Source, native: list[str], form: _Format, dtype: torch.dtype | None, shard: float
+) -> int:
+    """Write these tensors of a source with the configuration, read them back, write their checksums; returns
+    the bytes of the tensors."""
     stored = {form.rename(k): found.tensors[k] for k in native}
     layout: Layout = {k: (dtype or s.dtype, s.shape) for k, s in stored.items()}
     layouts = [layout] if form.one_file else divide(layout, int(1e9 * shard))
     sums: dict[str, str] = {}
-    with atomic_folder(out) as folder:
-        write_divided(folder, form.stem, layouts, _values(layouts, stored, sums))
-        form.write_config(found.config, folder / CONFIG)
-        _check_written(folder, found.config, {k: sums[form.rename(k)] for k in native})
-        (folder / SUMS).write_text("".join(f"{sums[form.rename(k)]}  {k}\n" for k in sorted(native)))
-    size = sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
-    return f"{out}: {len(native)} tensors, {size / 1e9:.3g} GB, read back and equal; checksums in {SUMS}"
+    write_divided(folder, form.stem, layouts, _values(layouts, stored, sums))
+    form.write_config(found.config, folder / CONFIG)
+    _check_written(folder, found.config, {k: sums[form.rename(k)] for k in native})
+    (folder / SUMS).write_text("".join(f"{sums[form.rename(k)]}  {k}\n" for k in sorted(native)))
+    return sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
 
 
-def _convert_adapter(path: Path, out: Path, to: str) -> str:
-    updates, _ = lora_files.read(path)
+def _convert_adapter(updates: dict[str, LowRank], out: Path, to: str) -> str:
     with atomic_folder(out) as folder:
         ADAPTERS[to](updates, folder)
         (file,) = folder.glob("*.safetensors")
@@ -114,25 +141,6 @@ def _convert_adapter(path: Path, out: Path, to: str) -> str:
             if not same or not torch.allclose(back.scale * back.up, low.scale * low.up, 1e-6, 1e-37):
                 raise TrainingError(f"{folder}: {name} does not read back as it was written")
     return f"{out / file.name}: {len(updates)} updates, read back and equal"
-
-
-def _of_shards(folder: Path) -> Source:
-    """The generator of a sharded checkpoint; its hyper-parameters are those of the model that the run began
-    with."""
-    weights = stored_weights(folder)
-    for part, what in (("lora_A", "an adapter"), ("pool.queries", "a reward model")):
-        if any(key.endswith(part) for key in weights):
-            raise UserError(f"{folder}: got a sharded checkpoint of {what}, want one of a generator; "
-                            "best in the folder of the run has its files")  # fmt: skip
-    values = read_json(folder / RUN, "the configuration of a run").get("config")
-    model = values.get("model") if isinstance(values, dict) else None
-    check(isinstance(model, dict), f"{folder / RUN}: config.model", model, "a section of a configuration")
-    path, preset = model.get("path"), model.get("preset")
-    with named(f"{folder / RUN}: model.path"):
-        if path is None:
-            check(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
-            return Source(folder, PRESETS[preset], weights)
-        return Source(folder, read_config(str(path)), weights)
 
 
 def _values(layouts: list[Layout], stored: dict[str, Stored], sums: dict[str, str]) -> Iterator[Tensor]:

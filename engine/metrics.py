@@ -22,6 +22,12 @@ from prfl_engine.files import write_whole
 FILE = "metrics.jsonl"
 
 
+def decimal(value: float) -> str:
+    """The shortest decimal that reads back as `value`: 400, 400.0001. Two timesteps have two names."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
 def read_metrics(path: str | Path) -> list[dict]:
     """The records of a metrics.jsonl, or of the one in a folder; null values come back as NaN.
 

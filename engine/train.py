@@ -16,6 +16,7 @@ from prfl_engine.errors import UserError, check
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
+from prfl_engine.metrics import decimal
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import flops, lora
 from prfl_engine.model.checkpoint import load_transformer, save_transformer
@@ -203,7 +204,7 @@ def evaluate_policy(
         for t in e.timesteps:
             sigma = torch.full((n,), t / flow.TRAIN_STEPS, device=device)
             logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma)
-            samples.put(f"reward_t{t:g}", logit)
+            samples.put(f"reward_t{decimal(t)}", logit)
     found = samples.all()
     kept = samples.first(kept, e.videos)
     with world.agreed():
@@ -211,8 +212,8 @@ def evaluate_policy(
             write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
     values = {"sft_loss": found["sft_loss", 0].mean().item()}
     if reward is not None:
-        names = [f"reward_t{t:g}" for t in e.timesteps]
+        names = [f"reward_t{decimal(t)}" for t in e.timesteps]
         values |= {name: found[name, 0].sigmoid().mean().item() for name in names}
     trained = reward is not None and config.loss.weight > 0
-    scored = [values[f"reward_t{t:g}"] for t in e.scored] if trained else [-values["sft_loss"]]
+    scored = [values[f"reward_t{decimal(t)}"] for t in e.scored] if trained else [-values["sft_loss"]]
     return values | {"score": sum(scored) / len(scored)}

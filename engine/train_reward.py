@@ -15,7 +15,7 @@ from prfl_engine.errors import UserError
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
-from prfl_engine.metrics import note, progress
+from prfl_engine.metrics import decimal, note, progress
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import flops, lora
 from prfl_engine.model.checkpoint import (
@@ -133,7 +133,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
 
     def validate(step: int) -> dict[str, float]:
         accuracy = evaluate_reward(c, model, held_out, val_lose, world=world)
-        return {f"accuracy_t{t:g}": a for t, a in accuracy.items()} | {"score": score(c, accuracy)}
+        return {f"accuracy_t{decimal(t)}": a for t, a in accuracy.items()} | {"score": score(c, accuracy)}
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
         (save_adapted if adapted else save_reward)(model, folder, step, values)
@@ -180,13 +180,13 @@ def evaluate_reward(
         for t in e.timesteps:
             sigma = torch.full((len(noise),), t / flow.TRAIN_STEPS, device=device)
             for side, batch in enumerate(given):
-                samples.put(f"accuracy_t{t:g}", noisy_reward(model, batch, noise, sigma), side)
+                samples.put(f"accuracy_t{decimal(t)}", noisy_reward(model, batch, noise, sigma), side)
     found = samples.all()
 
     def right(t: float) -> Tensor:
-        logit = found[f"accuracy_t{t:g}", 0]
+        logit = found[f"accuracy_t{decimal(t)}", 0]
         if lose is not None:
-            return logit > found[f"accuracy_t{t:g}", 1]
+            return logit > found[f"accuracy_t{decimal(t)}", 1]
         return (logit > 0) == (found["label", 0] > 0.5)
 
     return {t: right(t).double().mean().item() for t in e.timesteps}

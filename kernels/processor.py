@@ -1,6 +1,7 @@
 """What the processor has, as far as a choice depends on it."""
 
 import os
+import platform
 import re
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,23 @@ import torch
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
 
+def _told(key: str) -> str | None:
+    """The first value of a key of /proc/cpuinfo; None where the file or the key is missing."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(rf"^(?:{key})\s*: (.*)$", info.read_text(), re.M) if info.exists() else None
+    return found and found[1].strip()
+
+
+@cache
+def name() -> str:
+    """The processor's model, as the system names it."""
+    return _told("model name") or platform.processor() or platform.machine()
+
+
 @cache
 def flags() -> frozenset[str]:
     """The features that the system names in /proc/cpuinfo; none where there is no such file."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^(?:flags|Features)\s*: (.*)$", info.read_text(), re.M) if info.exists() else None
-    return frozenset(found[1].split()) if found else frozenset()
+    return frozenset((_told("flags|Features") or "").split())
 
 
 @torch.compiler.assume_constant_result  # of the machine, not of the tensors

@@ -45,6 +45,20 @@ class DistributedAttention(LocalAttention):
         return super().forward(q, k, v), None
 
 
+class LaterAttention(DistributedAttention):
+    """That of newer versions, which leaves out padding and turns q and k itself."""
+
+    @torch.compiler.disable
+    def forward(self, q, k, v, original_seq_len=None, freqs_cis=None):
+        padding = q.shape[1] - original_seq_len
+        q, k, v = (a[:, :original_seq_len] for a in (q, k, v))
+        y, _ = super().forward(turn(q, *freqs_cis), turn(k, *freqs_cis), v)
+        return F.pad(y, (0, 0, 0, 0, 0, padding)), None
+
+
+LaterAttention.__name__ = "DistributedAttention"
+
+
 class CrossAttention(nn.Module):
     def __init__(self, dim, heads, eps, image):
         super().__init__()
@@ -108,17 +122,31 @@ class Block(nn.Module):
         self.ffn = MLP(dim, hidden)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, hidden_states, encoder_hidden_states, temb, freqs_cis):
+    def attend(self, q, k, v, freqs_cis):
+        return self.attn1(turn(q, *freqs_cis), turn(k, *freqs_cis), v)[0]
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, freqs_cis, *more):
         x, dtype = hidden_states, hidden_states.dtype
         a, b, c, d, f, g = (self.scale_shift_table + temb.float()).chunk(6, 1)
         n = (self.norm1(x.float()) * (1 + b) + a).to(dtype)
         q, k = self.norm_q(self.to_q(n)[0]), self.norm_k(self.to_k(n)[0])
         q, k, v = (y.unflatten(2, (self.num_attention_heads, -1)) for y in (q, k, self.to_v(n)[0]))
-        y, _ = self.attn1(turn(q, *freqs_cis), turn(k, *freqs_cis), v)
+        y = self.attend(q, k, v, freqs_cis, *more)
         n, x = self.self_attn_residual_norm(x, self.to_out(y.flatten(2))[0], c, 0, 0)
         y = self.attn2(n.to(dtype), context=encoder_hidden_states, context_lens=None)
         n, x = self.cross_attn_residual_norm(x.to(dtype), y, 1, d, f)
         return (x.to(dtype) + self.ffn(n.to(dtype)) * g).to(dtype)
+
+
+class LaterBlock(Block):
+    """The block of newer versions, which is told how many tokens are no padding."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.attn1 = LaterAttention()
+
+    def attend(self, q, k, v, freqs_cis, original_seq_len):
+        return self.attn1(q, k, v, original_seq_len, freqs_cis=freqs_cis)[0]
 
 
 class PatchEmbed(nn.Module):
@@ -131,13 +159,16 @@ class PatchEmbed(nn.Module):
 
 
 class FastVideoTwin(nn.Module):
-    def __init__(self, image=False, dim=48, heads=2, hidden=80, layers=2, eps=1e-6):
+    def __init__(self, image=False, dim=48, heads=2, hidden=80, layers=2, eps=1e-6, later=False):
         super().__init__()
+        self.later, self.padding = later, 0
         self.dim, self.heads, self.checkpointing = dim, heads, False
         self.patch_embedding = PatchEmbed(16, dim)
         self.text, self.time = nn.Linear(12, dim), nn.Linear(1, 6 * dim)
         self.image = nn.Linear(24, dim) if image else None
-        self.blocks = nn.ModuleList(Block(dim, hidden, heads, eps, image) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            (LaterBlock if later else Block)(dim, hidden, heads, eps, image) for _ in range(layers)
+        )
         self.proj_out = nn.Linear(dim, 64)
 
     def rotations(self, f, h, w):
@@ -157,10 +188,12 @@ class FastVideoTwin(nn.Module):
         temb = self.time(timestep[:, None] / 1000).unflatten(1, (6, -1))
         if encoder_hidden_states_image is not None:
             context = torch.cat([self.image(encoder_hidden_states_image), context], 1)
+        tokens = x.shape[1]
+        x = F.pad(x, (0, 0, 0, self.padding))
         for block in self.blocks:
+            arguments = x, context, temb, freqs_cis, *(tokens,) * self.later
             if self.checkpointing:
-                arguments = x, context, temb, freqs_cis
                 x = torch.utils.checkpoint.checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, context, temb, freqs_cis)
-        return self.proj_out(x).transpose(1, 2).reshape(len(x), 64, math.prod(grid))
+                x = block(*arguments)
+        return self.proj_out(x[:, :tokens]).transpose(1, 2).reshape(len(x), 64, math.prod(grid))

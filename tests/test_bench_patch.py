@@ -1,5 +1,7 @@
 """The benchmark of a patched diffusers model, on a tiny one."""
 
+import json
+
 import pytest
 
 from prfl_bench import bench_patch, timing
@@ -13,9 +15,12 @@ TINY = (
 
 
 @pytest.mark.parametrize("dtype, shown", [("float32", ("original", "none", "full")), ("bfloat16", ("none",))])
-def test_every_row_is_gated_and_has_a_time(capsys, monkeypatch, dtype, shown):
+def test_every_row_is_gated_and_has_a_time(capsys, monkeypatch, dtype, shown, tmp_path):
     monkeypatch.setattr(timing, "FLUSH", {"cpu": 0})
-    bench_patch.main([*TINY, "--dtype", dtype, "--rows", *shown])
+    bench_patch.main([*TINY, "--dtype", dtype, "--rows", *shown, "--out", str(tmp_path / "out.json")])
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert dtype in content["machine"] and len(content["rows"]) == len(shown)
+    assert all(row["bytes"] > 0 and row["seconds"]["median"] > 0 for row in content["rows"])
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if line.startswith("gate:")]) == len(shown)
     found = (line for line in lines if line.startswith(("original", "patched")))

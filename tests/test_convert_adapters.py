@@ -1,25 +1,22 @@
-"""prfl convert of adapters and of sharded checkpoints."""
+"""prfl convert of adapters."""
 
-import json
 import os
 
 import pytest
 import torch
 from helpers import one_line, tiny_config, tiny_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_lora import model as with_updates
 from test_lora_files import ALL, diffusers_name
 
-from prfl_engine.checkpoint_shards import save_sharded
 from prfl_engine.cli import main
 from prfl_engine.config import LoraConfig
 from prfl_engine.convert import ADAPTERS, convert
-from prfl_engine.errors import UserError
 from prfl_engine.model import lora, lora_files
-from prfl_engine.model.checkpoint import load_transformer, save_transformer
+from prfl_engine.model.checkpoint import save_transformer
 from prfl_engine.model.layers import Linear
 from prfl_engine.model.lora_files import read
-from prfl_engine.resume import RUN, _digest
+from prfl_engine.resume import _digest
 
 ENDS = {"lora_A.weight", "lora_B.weight"}
 
@@ -98,53 +95,6 @@ def test_what_an_adapter_cannot_be(more, needle, adapter, tmp_path, capsys):
     assert main(["convert", str(adapter[1]), "--out", str(tmp_path / "made"), "--to", "kohya", *more]) == 2
     assert needle in one_line(capsys)
     assert os.listdir(tmp_path) == ["peft"]
-
-
-def sharded(folder, model, config):
-    """A checkpoint as two ranks write it: every tensor in two pieces, in two files."""
-    folder.mkdir()
-    save_sharded(folder, model)
-    (path,) = folder.glob("shard-*.safetensors")
-    halves = [{}, {}]
-    for name, a in load_file(path).items():
-        cut = len(a) // 2
-        halves[0][name], halves[1][name.replace("@0", f"@{cut}")] = a[:cut].clone(), a[cut:].clone()
-    for rank, held in enumerate(halves):
-        save_file({k: a for k, a in held.items() if len(a)}, folder / f"shard-{rank:05d}.safetensors")
-    index = json.loads((folder / "shards.json").read_text())
-    names = [f"shard-{rank:05d}.safetensors" for rank in range(2)]
-    (folder / "shards.json").write_text(json.dumps(index | {"files": names}))
-    (folder / RUN).write_text(json.dumps({"config": {"model": config}, "sources": {}}))
-
-
-def test_a_sharded_checkpoint_without_its_ranks(tmp_path):
-    start, trained = tiny_model(), tiny_model(seed=1)
-    save_transformer(start, tmp_path / "base")
-    sharded(tmp_path / "checkpoint-5", trained, {"path": str(tmp_path / "base"), "preset": None})
-    convert(tmp_path / "checkpoint-5", tmp_path / "made", "native")
-    made = load_transformer(tmp_path / "made")
-    assert made.config == trained.config
-    assert all(torch.equal(a, made.state_dict()[k]) for k, a in trained.state_dict().items())
-
-
-@pytest.mark.parametrize("config, needle", [
-    ({"path": "{}/gone", "preset": None}, "run.json: model.path: .*gone"),
-    ({"path": None, "preset": "x"}, "run.json: model.path: preset: got 'x'"),
-    (3, "config.model: got 3"),
-])  # fmt: skip
-def test_a_sharded_checkpoint_of_an_unknown_model(config, needle, tmp_path):
-    if config != 3 and config["path"]:
-        config = config | {"path": config["path"].format(tmp_path)}
-    sharded(tmp_path / "checkpoint-5", tiny_model(), config)
-    with pytest.raises(UserError, match=needle):
-        convert(tmp_path / "checkpoint-5", tmp_path / "made", "native")
-    assert os.listdir(tmp_path) == ["checkpoint-5"]
-
-
-def test_a_sharded_checkpoint_of_an_adapter_is_refused(tmp_path):
-    sharded(tmp_path / "checkpoint-5", with_updates(), {"path": None, "preset": "tiny-t2v"})
-    with pytest.raises(UserError, match="sharded checkpoint of an adapter, want one of a generator"):
-        convert(tmp_path / "checkpoint-5", tmp_path / "made", "native")
 
 
 def test_another_model_in_a_pipeline_is_another_source(tmp_path):

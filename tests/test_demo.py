@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prfl_bench import best_of
+from prfl_bench import best_of, rgb_on_demo, samples_quality
 from prfl_engine.demo.baseline import evaluate_handmade
 from prfl_engine.demo.clips import DemoSpec
 from prfl_engine.demo.run import Settings, demo, jerk, paired_p, spread, unsteadiness
@@ -21,7 +21,7 @@ TINY = Settings(
 )
 
 
-def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys):
+def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     first = demo(tmp_path / "demo", TINY)
     report = json.loads((tmp_path / "demo/report.json").read_text())
     page = (tmp_path / "demo/report.html").read_text()
@@ -53,6 +53,17 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys):
         ("all finished", 20), (3, 23), (9, 29), ("all finished", 40),
     ]  # fmt: skip
     assert all(0 < r["reward"] < 1 and r["distance"] >= 0 for r in rows)
+
+    monkeypatch.setattr(samples_quality, "PILOT", 1)
+    monkeypatch.setattr(rgb_on_demo, "ROUNDS", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    words = "--modes", "PRFL", "first:last", "--steps", "2", "--learn", "2", "--count", "2"
+    rgb_on_demo.main([str(tmp_path / "demo"), *words, "--out", str(tmp_path / "rgb.json")])
+    assert "gate: RGB ReFL, all frames, float64" in capsys.readouterr().out
+    found = json.loads((tmp_path / "rgb.json").read_text())
+    assert set(found["accuracy"]) == {"all", "first"} and set(found["runs"]) == {"PRFL", "first:last"}
+    assert found["runs"]["PRFL"]["end"] != found["before"] != found["runs"]["first:last"]["end"]
+    assert found["runs"]["first:last"]["end"] != found["runs"]["PRFL"]["end"]
 
 
 def test_jerk_is_zero_for_uniform_motion():

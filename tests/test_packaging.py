@@ -33,7 +33,7 @@ ROOMS = [
     {"rollout", "measurements"},
     {"patch"},
     {"planner", "resume", "validation"},
-    {"build"},
+    {"build", "convert_shards"},
     {"loop", "sample", "convert"},
     {"train", "train_reward"},
     {"demo", "tools", "encode"},

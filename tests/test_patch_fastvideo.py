@@ -45,10 +45,10 @@ def assert_close(got, want, tolerance=1e-5):
         assert (got[1][name] - a).norm() < tolerance * max(a.norm(), floor), name
 
 
-@pytest.mark.parametrize("image", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "attention"])
-def test_values_and_all_gradients_stay(image, recompute):
-    model, inputs = model_of(image), inputs_of(image)
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("image, recompute", [(False, "none"), (True, "attention")])
+def test_values_and_all_gradients_stay(image, recompute, later):
+    model, inputs = model_of(image, later=later), inputs_of(image)
     want = outcome(model, inputs)
     report = accelerate(model, recompute)
     copied = copy.deepcopy(model)
@@ -93,12 +93,26 @@ def test_calls_that_are_not_ours(monkeypatch):
     assert "another table of rotations" in rope and "cut over processes" in ranks and report.calls == 0
 
 
+def test_padding_of_newer_versions_is_left_to_the_original():
+    model, inputs = model_of(later=True), inputs_of()
+    with torch.no_grad():
+        want = model(*inputs)
+        report = accelerate(model)
+        model.padding = 3
+        assert relative(model(*inputs), want) < 1e-6
+        assert (report.calls, *report.fallbacks.values()) == (0, 2) and "padded" in str(report)
+        model.padding = 0
+        assert relative(model(*inputs), want) < 1e-5 and report.calls == 2
+
+
 def test_what_is_refused():
     quantised, sparse, updated = model_of(), model_of(), model_of()
     quantised.blocks[1].ffn.fc_in.quant_method = object()
     sparse.blocks[0].attn1.__class__ = type("DistributedAttention_VSA", (twin.DistributedAttention,), {})
     tiled = model_of()
     tiled.blocks[1].attn1.backend = SimpleNamespace(name="SLIDING_TILE_ATTN")
+    moved = model_of()
+    moved.patch_embedding.forward = moved.patch_embedding.forward
     layer = updated.blocks[0].to_q
     updated.blocks[0].to_q = torch.nn.Module()
     updated.blocks[0].to_q.base_layer = layer
@@ -107,6 +121,7 @@ def test_what_is_refused():
         (quantised, "blocks.1: ffn.fc_in: it is quantised, or does not add its bias"),
         (sparse, "blocks.0: attn1, attn2: their attention is DistributedAttention_VSA and LocalAttention"),
         (tiled, "blocks.1: attn1: its attention is .*SLIDING_TILE_ATTN.*, which may quantise"),
+        (moved, "FastVideoTwin: patch_embedding: its forward was replaced"),
         (updated, "blocks.0: to_q: it is a Module, an adapter that is not PEFT's LoRA"),
     ):
         with pytest.raises(UserError, match=words):

@@ -65,6 +65,14 @@ def test_a_score_is_the_mean_reward_under_noise_that_all_share(folder, capsys):
         assert list(got["by_timestep"].values()) == pytest.approx(want.mean(0).tolist(), rel=1e-5)
 
 
+def test_timesteps_that_are_near_have_scores_of_their_own(folder, capsys):
+    t = 500, 500.0004, 500.002
+    found, _ = scores(folder, capsys, folder / "data/all.list", "--timesteps", *t, "--draws", 1)
+    for sample in found.values():
+        assert list(sample["by_timestep"]) == ["500", "500.0004", "500.002"]
+        assert sample["score"] == pytest.approx(sum(sample["by_timestep"].values()) / 3, abs=1e-7)
+
+
 def test_folders_of_latents_score_like_the_lists_that_name_them(folder, capsys):
     listed, _ = scores(folder, capsys, folder / "data/all.list", "--draws", 1)
     plain, _ = scores(folder, capsys, folder / "plain", "--draws", 1)

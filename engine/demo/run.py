@@ -31,7 +31,7 @@ from prfl_engine.demo.baseline import evaluate_handmade
 from prfl_engine.demo.report import write_report
 from prfl_engine.files import checkpoints
 from prfl_engine.media.codec import DCTCodec
-from prfl_engine.metrics import progress, read_metrics
+from prfl_engine.metrics import decimal, progress, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import bind, noisy_rewards
@@ -271,7 +271,7 @@ def paired_p(difference: np.ndarray, draws: int = 100_000) -> float:
 def accuracies(config: Config, data: clips.DemoData) -> dict:
     """Held-out accuracy per timestep: of the trained reward model, and of hand-made features."""
     last = [r for r in read_metrics(config.train.out) if "eval/score" in r["values"]][-1]
-    learned = {str(t): last["values"][f"eval/accuracy_t{t:g}"] for t in config.eval.timesteps}
+    learned = {str(t): last["values"][f"eval/accuracy_t{decimal(t)}"] for t in config.eval.timesteps}
     reader = Reader(read_config(config.model.path), config.data.label)
     train, val = (
         next(fixed_batches(reader, read_lists([str(path)], "list"), 10**6, torch.device("cpu")))

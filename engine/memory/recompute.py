@@ -63,20 +63,39 @@ def run_under(
         found = [policies] * len(blocks) if isinstance(policies, BlockPolicy) else policies[: len(blocks)]
         found = [*found[:-1], *(policy.staying() for policy in found[-1:])]
         border = None if watch is None else watch()
-        before, store = None, store_of(tokens.device) if any(policy.offload for policy in found) else None
+        before = None
         for block, policy in zip(blocks, found, strict=True):
             if border is not None:
                 border(tokens)
-            batches, this = store.batches if store is not None else 0, Run(policy, before)
-            tokens = block(tokens, e, context, repeats, grid, this)
-            before = this if this.active else None
-            if store is not None:
-                store.release(store.batches - batches)
+            tokens, before = run_block(block, policy, before, tokens, e, context, repeats, grid)
         if border is not None:
             border(tokens)
         return tokens
 
     return run
+
+
+def run_block(
+    block: Block,
+    policy: BlockPolicy,
+    before: "Run | None",
+    tokens: Tensor,
+    e: Tensor,
+    context: Tensor,
+    repeats: int,
+    grid: Grid,
+) -> tuple[Tensor, "Run | None"]:
+    """A block with gradient under its policy, after a block that ran as `before`: (the tokens after it, its
+    run, None without a backward). What the block before has offloaded has left the device then."""
+    this = Run(policy, before)
+    if not policy.offload and (before is None or not before.policy.offload):
+        tokens = block(tokens, e, context, repeats, grid, this)
+    else:
+        store = store_of(tokens.device)
+        batches = store.batches
+        tokens = block(tokens, e, context, repeats, grid, this)
+        store.release(store.batches - batches)
+    return tokens, this if this.active else None
 
 
 class _Slot:

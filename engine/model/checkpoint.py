@@ -236,6 +236,14 @@ def save_reward(
     folder, values = Path(folder), {} if values is None else values
     inner = {k.removeprefix("transformer."): v for k, v in values.items() if k.startswith("transformer.")}
     save_transformer(model.transformer, folder, inner)
+    write_heads(model, folder, step, values)
+
+
+def write_heads(
+    model: RewardModel, folder: Path, step: int, values: dict[str, Tensor] | None = None
+) -> None:
+    """Write the pooling, the MLP and reward.json of a reward model, as save_reward does."""
+    values = {} if values is None else values
     for part, name in (("pool", "query_attention"), ("mlp", "mlp")):
         state = _state(model.get_submodule(part), values, f"{part}.")
         gathers = (whole(v) for v in state.values())

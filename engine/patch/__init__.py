@@ -7,8 +7,8 @@
 Parameters, state dict, hooks on blocks, checkpoint wrappers, FSDP by blocks and PEFT layers stay as they are.
 """
 
-from prfl_engine.patch.accelerate import accelerate, fp8, report_of, restore
+from prfl_engine.patch.accelerate import accelerate, fp8, report_of, restore, step_cache
 from prfl_engine.patch.report import Report
 from prfl_engine.patch.reward_pool import fast_reward_pool
 
-__all__ = ["Report", "accelerate", "fast_reward_pool", "fp8", "report_of", "restore"]
+__all__ = ["Report", "accelerate", "fast_reward_pool", "fp8", "report_of", "restore", "step_cache"]

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from prfl_engine.errors import UserError, check, refusing
 from prfl_engine.memory.policy import BlockPolicy, named
-from prfl_engine.memory.recompute import run_under
+from prfl_engine.memory.recompute import Run, run_block
 from prfl_engine.model.layers import Block
+from prfl_engine.patch.block_cache import BlockCache
 from prfl_engine.patch.diffusers_wan import Diffusers
 from prfl_engine.patch.fastvideo import FastVideo
 from prfl_engine.patch.layers import Replacement, complaint, hooked, sharded
@@ -38,13 +39,19 @@ class Patch:
     def __init__(self, report: Report, structure: Structure):
         self.report, self.structure, self.memo = report, structure, Memo()
         self.plain, self.saves = report.policy.plain, report.policy.saves  # torch.compile reads no properties
+        self.before: Run | None = None  # of the block before, while a forward runs
+        self.cache: BlockCache | None = None  # inside `step_cache`
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"before": None, "cache": None}
 
 
 class Forward(Replacement):
     """The forward of a patched block."""
 
-    def __init__(self, block: nn.Module, patch: Patch):
-        self.module, self.patch = block, patch
+    def __init__(self, block: nn.Module, patch: Patch, place: int):
+        self.module, self.patch, self.original = block, patch, type(block).forward
+        self.place = place == 0, place == patch.report.blocks - 1  # the first block? the last one?
         self.fp8: Fp8Block | None = None  # runs the block without gradient, inside `fp8`
 
     def __call__(self, *args, **kwargs) -> Tensor:
@@ -54,19 +61,45 @@ class Forward(Replacement):
         why = call if isinstance(call, str) else hooked(block) or structure.complaint(block) or _unread(parts)
         report.note(why)
         if why is not None:
+            if self.patch.cache is not None and not torch.is_grad_enabled():
+                raise UserError(f"step_cache: got a call for the original code ({why}), want one for ours")
             args, kwargs = structure.unpatched(args, kwargs)
-            return type(block).forward(block, *args, **kwargs)
+            # FSDP2 changes the class; torch.compile cannot follow the attribute of one.
+            original = self.original if torch.compiler.is_compiling() else type(block).forward
+            return original(block, *args, **kwargs)
         return self._run(call, parts)
 
     def _run(self, call: Call, parts: Parts) -> Tensor:
-        report, dtype = self.patch.report, compute_dtype(call.x, parts.attention.q.weight)
-        view = BlockView(self.module, parts, dtype, call.image_tokens, report.chunk)
-        x, e, context, grid, _ = call
-        if self.fp8 is not None and not torch.is_grad_enabled():
-            return view(x, e, context, 1, grid, self.fp8)
-        if self.patch.plain or not torch.is_grad_enabled():
-            return view.compute(x, e, context, 1, grid, self.patch.saves)
-        return run_under(report.policy)([view], x, e, context, 1, grid)
+        x, e, context, grid, image_tokens = call
+        dtype = compute_dtype(x, parts.attention.q.weight)
+        view = BlockView(self.module, parts, dtype, image_tokens, self.patch.report.chunk)
+        if torch.is_grad_enabled() and not self.patch.plain:
+            return self._under_policy(view, x, e, context, 1, grid)
+        arguments = x, e, context, 1, grid
+        if torch.is_grad_enabled() or (self.fp8 is None and self.patch.cache is None):
+            return view.compute(*arguments, self.patch.saves)
+        if any(a.requires_grad for a in (x, e, context)):
+            raise UserError(
+                "fp8 and step_cache: got inputs of a block that require gradient while none is enabled, as "
+                "checkpointing with use_reentrant=True gives; want use_reentrant=False, or no checkpointing"
+            )
+
+        def run() -> Tensor:
+            if self.fp8 is not None:
+                return view(*arguments, self.fp8)
+            return view.compute(*arguments, self.patch.saves)
+
+        if self.patch.cache is None:
+            return run()
+        return self.patch.cache(self.place, x, lambda: view.attention_input(x, e), run)
+
+    def _under_policy(self, view: BlockView, *arguments) -> Tensor:
+        """A block with gradient, as memory.recompute runs a row of them: the last one offloads nothing."""
+        patch, (first, last) = self.patch, self.place
+        policy, before = patch.report.policy, None if first else patch.before
+        tokens, this = run_block(view, policy.staying() if last else policy, before, *arguments)
+        patch.before = None if last else this
+        return tokens
 
 
 def _unread(parts: Parts) -> str | None:
@@ -88,7 +121,7 @@ def accelerate(
 
     model is a transformer of Wan2.1, Wan2.2, HY-Video-PRFL, VideoX-Fun, diffusers or FastVideo, or a module
     with one in it. recompute and keep are what a block saves for its backward, as model.recompute and
-    model.keep of a configuration (without offloading), and chunk the tokens that a sublayer works on at a
+    model.keep of a configuration, and chunk the tokens that a sublayer works on at a
     time. Returns what was replaced. Products run in autocast's dtype where it is on, else in that of the
     weights; norms, modulation and rotation in float32.
 
@@ -100,7 +133,6 @@ def accelerate(
         policy = named(recompute, keep) if isinstance(recompute, str) else recompute
         check_chunk(chunk)
     check(isinstance(policy, BlockPolicy), "recompute", policy, "a name or a BlockPolicy")
-    check(not policy.offload, "recompute", sorted(policy.offload), "a policy that offloads nothing")
     owner = _transformer(model)
     blocks = {f"blocks.{i}": unwrapped(block) for i, block in enumerate(owner.blocks)}
     structure = _structure(type(owner).__name__, next(iter(blocks.values())))
@@ -118,8 +150,8 @@ def accelerate(
     kept = tuple(name for name, m in owner.named_children() if name != "blocks" and [*m.parameters()])
     first = type(next(iter(blocks.values()))).__name__
     patch = Patch(Report(structure.name, first, len(blocks), kept, policy, chunk), structure)
-    for block in blocks.values():
-        block.forward = Forward(block, patch)
+    for place, block in enumerate(blocks.values()):
+        block.forward = Forward(block, patch, place)
     for m, forward in structure.others(owner, patch.memo).items():
         m.forward = forward
     setattr(owner, PATCH, patch)
@@ -253,3 +285,30 @@ def _quantized(forward: Forward) -> Fp8Block:
     for product in made.products:
         product.quantize()
     return made
+
+
+@contextmanager
+def step_cache(model: nn.Module, threshold: float, steps: int, lanes: int = 1) -> Iterator[BlockCache]:
+    """Inside a with block a patched model reuses what its blocks added in an earlier denoising step, where no
+    gradient is enabled, as rollout.cache does it (prfl_engine.rollout.step_cache).
+
+    A step is computed when its first modulated input has moved by `threshold` since the last computed one, in
+    sum and relative to its size; and the first and the last of `steps` always are. Every forward of the model
+    is a step; with lanes = 2 every other one, as where a sampler calls the model with the prompt and without
+    it in turn. After `steps` steps the next chain begins. All samples of a batch are computed together.
+    Yields the cache, which counts forwards that were `computed` and `reused`.
+
+    Raises UserError for numbers out of range; inside, for calls that the original code would take, for tokens
+    whose shape changes within a chain, and for checkpointing with use_reentrant=True.
+    """
+    report_of(model)
+    check(0 < threshold < float("inf"), "threshold", threshold, "a positive number")
+    check(steps >= 1, "steps", steps, "at least 1")
+    check(lanes >= 1, "lanes", lanes, "at least 1")
+    (patch,) = (vars(m)[PATCH] for m in model.modules() if PATCH in vars(m))
+    check(patch.cache is None, "model", "a model with a step cache", "one without")
+    patch.cache = BlockCache(threshold, steps, lanes)
+    try:
+        yield patch.cache
+    finally:
+        patch.cache = None

@@ -24,10 +24,11 @@ class Rotations(Replacement):
         """(cos, sin, grid) of latents [B, c, T, H, W]."""
         rope = self.module
         cos, sin = type(rope).forward(rope, hidden_states)
-        if not torch.compiler.is_compiling() and not self.known():
+        if not self.known():
             return cos, sin, ROPE
         return cos, sin, tuple(n // p for n, p in zip(hidden_states.shape[2:], rope.patch_size, strict=True))
 
+    @torch.compiler.assume_constant_result  # compiled code looks whenever it is made
     def known(self) -> bool:
         """Whether the tables are those of Wan."""
         rope, dim = self.module, self.module.attention_head_dim

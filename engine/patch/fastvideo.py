@@ -1,5 +1,6 @@
 """The layout of FastVideo, whose blocks hold the projections of self-attention themselves."""
 
+import inspect
 import math
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ from prfl_engine.patch.structure import (
     attend,
 )
 from prfl_engine.patch.view import Call, ImageProjections, Parts, Projections, widened
-from prfl_kernels.qk_norm_rope.rope import rope_angles
+from prfl_kernels.qk_norm_rope.rope import rope_angles, rotate
 
 IMAGE_TOKENS = 257
 
@@ -33,6 +34,14 @@ class Patches(Replacement):
         made = type(self.module).forward(self.module, *args, **kwargs)
         self.memo.grid = tuple(made.shape[2:]) if made.dim() == 5 else None
         return made
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *more, freqs_cis=None) -> tuple[Tensor, None]:
+    """Self-attention of FastVideo, which turns q and k itself where it is given the rotations."""
+    if freqs_cis is not None:
+        cos, sin = (a[:, None].to(q.dtype) for a in freqs_cis)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    return attend(q, k, v), None
 
 
 BACKENDS = "FLASH_ATTN", "TORCH_SDPA"  # attention without approximation
@@ -70,15 +79,25 @@ class FastVideo(Structure):
         return None
 
     def model_complaint(self, model):
-        return None if hasattr(model, "patch_embedding") else "it has no patch_embedding"
+        if not hasattr(model, "patch_embedding"):
+            return "it has no patch_embedding"
+        if "forward" in vars(model.patch_embedding):
+            return "patch_embedding: its forward was replaced"
+        return None
 
     @torch.compiler.disable  # it reads tables of rotations
-    def bind(self, block, memo, hidden_states, encoder_hidden_states, temb, freqs_cis, **more):
+    def bind(
+        self, block, memo, hidden_states, encoder_hidden_states, temb, freqs_cis, original_seq_len=None,
+        **more,
+    ):  # fmt: skip
         for name, value in more.items():
             if value is not None:
                 return f"argument {name}, which is not known"
-        ranks = type(block.attn1).forward.__globals__.get("get_sp_world_size")
+        # inspect.unwrap: FastVideo keeps it out of torch.compile by a decorator.
+        ranks = inspect.unwrap(type(block.attn1).forward).__globals__.get("get_sp_world_size")
         if ranks is None or ranks() > 1 or hidden_states.dim() != 3:
+            return TOKENS
+        if original_seq_len not in (None, hidden_states.shape[1]):
             return TOKENS
         head_dim = hidden_states.shape[2] // block.num_attention_heads
         found = [
@@ -104,11 +123,13 @@ class FastVideo(Structure):
     def examples(self, memo, x, e, context, grid, head_dim):
         memo.grid = grid
         angles = rope_angles(head_dim, grid).to(x.device)
-        yield x, context, e, (angles.cos().float(), angles.sin().float())
+        arguments = x, context, e, (angles.cos().float(), angles.sin().float())
+        yield arguments
+        yield *arguments, x.shape[1]  # where self-attention itself leaves out padding, and turns q and k
 
     @contextmanager
     def exact(self, block):
-        block.attn1.forward = lambda q, k, v, *a, **k_: (attend(q, k, v), None)
+        block.attn1.forward = _attend
         block.attn2.attn.forward = attend
         try:
             yield

@@ -18,6 +18,7 @@ class Fresh:
 
     def __init__(self, grader: Grader, config: Config, meter: DriftMeter | None = None):
         self.grader, self.config, self.meter = grader, config, meter
+        self.range = index_range(config.rollout)
 
     def windows(self, batch: Batch, key: int) -> Iterator[tuple[GradedWindow, dict[str, Tensor]]]:
         """The rollout.samples windows of micro-batch `key`, each with metrics to add up. Backpropagate a
@@ -43,4 +44,4 @@ class Fresh:
             first, count = key // c.train.accumulate, 1
         drawn = each(Purpose.ROLLOUT_INDEX, c.train.seed, first, count)
         uniform = np.stack([rng.random(c.rollout.samples) for rng in drawn], 1)
-        return stratified_indices(*index_range(c.rollout), torch.from_numpy(uniform)).expand(-1, n)
+        return stratified_indices(*self.range, torch.from_numpy(uniform)).expand(-1, n)

@@ -71,7 +71,7 @@ class StepCache:
         the samples of the batch that they are.
         """
         samples = active.tolist()
-        compute = self._chosen(modulated, t, samples)
+        compute = self.chosen(modulated, t, samples)
         rows = [row for row, chosen in enumerate(compute) if chosen]
         self.computed, self.reused = self.computed + len(rows), self.reused + len(samples) - len(rows)
         made = iter(blocks(tokens if all(compute) else tokens[rows], rows).split(1)) if rows else iter(())
@@ -80,13 +80,23 @@ class StepCache:
             x = tokens[row : row + 1]
             if chosen:
                 out.append(next(made))
-                self.kept[b] = _Kept(modulated[row], out[-1] - x, torch.zeros((), device=x.device))
+                self.keep(b, modulated[row], x, out[-1])
             else:
-                out.append(x + self.kept[b].residual)
+                out.append(self.reuse(b, x))
         return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _chosen(self, modulated: Tensor, t: Tensor, samples: list[int]) -> list[bool]:
-        """Which of the samples are to be computed; the changes of the others' inputs are added up."""
+    def keep(self, sample: int, modulated: Tensor, x: Tensor, out: Tensor) -> None:
+        """A computed step of a sample: its first modulated input [L, C], its tokens [1, L, C] before
+        and after the blocks."""
+        self.kept[sample] = _Kept(modulated, out - x, torch.zeros((), device=x.device))
+
+    def reuse(self, sample: int, x: Tensor) -> Tensor:
+        """Tokens x [1, L, C] of a sample with what the blocks added in its last computed step."""
+        return x + self.kept[sample].residual
+
+    def chosen(self, modulated: Tensor, t: Tensor, samples: list[int]) -> list[bool]:
+        """Which of the samples are to be computed; the changes of the others' inputs are added up. modulated
+        [N, L, C] and t [N] as in a call."""
         flags: dict[int, Tensor] = {}
         for row, b in enumerate(samples):
             if b not in self.kept:

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -174,13 +173,10 @@ def _render_gpu(gpu: dict) -> str:
 
 
 def _cpu() -> dict:
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    model = re.search(r"^model name\s*: (.*)$", text, re.M)
     # Cores of this process: a container or taskset leaves it fewer than the machine has.
     affinity = getattr(os, "sched_getaffinity", None)
     return {
-        "model": model[1].strip() if model else platform.processor() or platform.machine(),
+        "model": processor.name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "flags": [flag for flag in CPU_FLAGS if flag in processor.flags()],

@@ -22,7 +22,7 @@ from prfl_engine.errors import UserError, check, one_line
 from prfl_engine.files import write_whole
 from prfl_engine.inputs import check_file, check_new
 from prfl_engine.media import VIDEOS
-from prfl_engine.metrics import note, progress
+from prfl_engine.metrics import decimal, note, progress
 from prfl_engine.model.checkpoint import load_reward
 from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import noisy_rewards
@@ -171,6 +171,10 @@ def score(config: Config, paths: Sequence[Path], options: Options) -> list[Score
     model = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, **r.pooling).freeze()
     set_up(model.transformer, m)
     timesteps = options.timesteps or config.eval.scored
+
+    def name(t: float, draw: int) -> str:
+        return f"reward at t = {decimal(t)}, draw {draw}"
+
     samples, size = HeldOut([list(paths)], World()), config.eval.batch_size
     batches = samples.batches(reader, size, device)
     for _, (batch,) in progress(batches, "scoring", -(-len(paths) // size)):
@@ -178,9 +182,9 @@ def score(config: Config, paths: Sequence[Path], options: Options) -> list[Score
             noise = common_noise(batch.latent, config.eval.seed, draw)
             logits = noisy_rewards(model, batch, noise, timesteps)
             for t, logit in zip(timesteps, logits.T, strict=True):
-                samples.put(f"reward at t = {t:g}, draw {draw}", logit)
+                samples.put(name(t, draw), logit)
     found = samples.all()
-    logits = [[found[f"reward at t = {t:g}, draw {d}", 0] for t in timesteps] for d in range(options.draws)]
+    logits = [[found[name(t, draw), 0] for t in timesteps] for draw in range(options.draws)]
     return ranked(torch.stack([torch.stack(of) for of in logits]).sigmoid(), timesteps, paths)
 
 
@@ -228,7 +232,7 @@ def as_csv(scored: Sequence[Scored]) -> str:
     """The same with a column of every timestep, numbers in full."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["rank", "score", "spread", *(f"t{t:g}" for t in scored[0].by_timestep), "file"])
+    writer.writerow(["rank", "score", "spread", *(f"t{decimal(t)}" for t in scored[0].by_timestep), "file"])
     for s in scored:
         spread = "" if s.spread is None else s.spread
         writer.writerow([s.rank, s.score, spread, *s.by_timestep.values(), one_line(s.file)])
@@ -237,7 +241,7 @@ def as_csv(scored: Sequence[Scored]) -> str:
 
 def as_values(config: Config, scored: Sequence[Scored], draws: int) -> dict:
     """The same as JSON takes it."""
-    samples = [asdict(s) | {"by_timestep": {f"{t:g}": v for t, v in s.by_timestep.items()}} for s in scored]
+    samples = [asdict(s) | {"by_timestep": {decimal(t): v for t, v in s.by_timestep.items()}} for s in scored]
     return {"reward": config.reward.path, "seed": config.eval.seed, "draws": draws, "samples": samples}
 
 

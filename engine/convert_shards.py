@@ -1,0 +1,128 @@
+"""What a sharded checkpoint holds, without the ranks that wrote it: a generator, adapter or reward model.
+
+Hyper-parameters and scales are those of the configuration in its run.json. The folder `ema` of a checkpoint,
+which a sharded one does not have, stands for the averaged weights in it; what is not averaged is as it was.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from prfl_engine.checkpoint_shards import INDEX, stored_weights
+from prfl_engine.errors import UserError, check, named
+from prfl_engine.inputs import read_json
+from prfl_engine.model import lora_files
+from prfl_engine.model.checkpoint import fitting, load_strict
+from prfl_engine.model.lora import PARTS
+from prfl_engine.model.reward import QueryPool, RewardModel
+from prfl_engine.model.reward_files import settle
+from prfl_engine.model.sources import Source, Stored, count_blocks, read_config
+from prfl_engine.model.wan import PRESETS, WanConfig
+from prfl_engine.resume import RUN
+from prfl_kernels.sublayers.products import LowRank
+
+EMA = "ema"
+TRUNK = "transformer."
+
+
+class Reward(NamedTuple):
+    """A reward model: `model` with pooling and MLP; the values of its transformer are in `trunk` alone."""
+
+    model: RewardModel
+    trunk: Source
+    step: int
+
+
+def sharded(path: Path) -> Path | None:
+    """The sharded checkpoint at a path or in the folder above its `ema`; None for another path."""
+    folder = path.parent if path.name == EMA else path
+    return folder if (folder / INDEX).is_file() else None
+
+
+def read(path: Path) -> Source | Reward | dict[str, LowRank]:
+    """The generator, the reward model or the updates of an adapter, of a path that is `sharded`. UserError
+    for what run.json does not say, and for the adapter of a reward model."""
+    folder = sharded(path)
+    weights = stored_weights(folder)
+    if path != folder:
+        averaged = stored_weights(folder, EMA)
+        check(bool(averaged), str(path), "no averaged weights", "a checkpoint of a run with train.ema")
+        weights |= averaged
+    values = read_json(folder / RUN, "the configuration of a run").get("config")
+    where = f"{folder / RUN}: config"
+    check(isinstance(values, dict), where, values, "a configuration")
+    if not any(key.endswith(PARTS) for key in weights):
+        if "pool.queries" in weights:
+            return _reward(folder, weights, values, where)
+        with named(where):
+            return Source(path, _generator(values), weights)
+    if any(key.startswith(TRUNK) for key in weights):
+        want = "want another one; best in the folder of the run has its files"
+        raise UserError(f"{folder}: got a sharded checkpoint of the adapter of a reward model, {want}")
+    with named(where):
+        return _adapter(weights, _section(values, "lora"))
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    check(isinstance(section, dict), name, section, "a section of a configuration")
+    return section
+
+
+def _generator(values: dict[str, Any]) -> WanConfig:
+    """The hyper-parameters of the generator that a run began with."""
+    model = _section(values, "model")
+    path, preset = model.get("path"), model.get("preset")
+    if path is None:
+        check(preset in PRESETS, "model.preset", preset, f"one of {', '.join(PRESETS)}")
+        return PRESETS[preset]
+    with named("model.path"):
+        return read_config(str(path))
+
+
+def _adapter(weights: dict[str, Stored], lora: dict[str, Any]) -> dict[str, LowRank]:
+    rank, alpha, path = (lora.get(name) for name in ("rank", "alpha", "path"))
+    check(type(rank) is int and rank > 0, "lora.rank", rank, "a whole number from 1 on")
+    good = alpha is None or (type(alpha) in (int, float) and alpha > 0)
+    check(good, "lora.alpha", alpha, "a positive number")
+    scales: dict[str, float] = {}
+    if path is not None:  # its patterns may give a layer a scale of its own
+        with named("lora.path"):
+            updates, own = lora_files.read(str(path))
+        scales = {name: updates[name].scale for name in own}
+    found = {}
+    for name in sorted({key.rpartition(".")[0] for key in weights if key.endswith(PARTS)}):
+        down, up = (weights[f"{name}.{part}"].values[:].float() for part in PARTS)
+        found[name] = LowRank(down, up, scales.get(name, (rank if alpha is None else alpha) / rank))
+    return found
+
+
+def _reward(folder: Path, weights: dict[str, Stored], values: dict[str, Any], where: str) -> Reward:
+    step = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    check(step is not None, str(folder), folder.name, "a folder checkpoint-N, as a run names it")
+    inner = {k.removeprefix(TRUNK): s for k, s in weights.items() if k.startswith(TRUNK)}
+    with named(where):
+        reward = _section(values, "reward")
+        begin = reward.get("path")
+        names = "num_heads", "feature_layer", "return_type"
+        given = {k: reward[k] for k in names if reward.get(k, "auto") != "auto"}
+        if begin is None:
+            config = _generator(values)
+            given = {"feature_layer": count_blocks(inner), "num_heads": 8, "return_type": "query"} | given
+        else:
+            with named("reward.path"):
+                config, given = read_config(str(begin)), settle(Path(begin), given)
+    trunk = fitting(config, inner, folder, count_blocks(inner), head=False)
+    parts: dict[str, dict[str, Tensor]] = {"pool": {}, "mlp": {}}
+    for key, stored in weights.items():
+        part, _, name = key.partition(".")
+        if part in parts:
+            parts[part][name] = stored.values[:]
+    queries, add_query = len(parts["pool"]["queries"]), given["return_type"] == "query"
+    pool = QueryPool(config.dim, queries, given["num_heads"], add_query=add_query)
+    model = RewardModel(trunk, pool, given["feature_layer"])
+    for part, state in parts.items():
+        load_strict(model.get_submodule(part), state, f"{folder}: {part}")
+    return Reward(model, Source(folder, config, inner), int(step[1]))

@@ -1,0 +1,146 @@
+"""prfl convert of sharded checkpoints, without their ranks."""
+
+import json
+import os
+
+import pytest
+import torch
+from helpers import tiny_model, tiny_reward
+from safetensors.torch import load_file, save_file
+from test_lora import model as with_updates
+
+from prfl_engine.checkpoint_shards import save_sharded
+from prfl_engine.config import LoraConfig
+from prfl_engine.convert import convert
+from prfl_engine.errors import UserError
+from prfl_engine.model import lora
+from prfl_engine.model.checkpoint import load_reward, load_transformer, save_reward, save_transformer
+from prfl_engine.model.lora_files import read
+from prfl_engine.optim.optimizer import EMA
+from prfl_engine.resume import RUN
+
+
+def sharded(folder, model, config, ema=None, **sections):
+    """A checkpoint as two ranks write it: every tensor in two pieces, in two files."""
+    folder.mkdir()
+    save_sharded(folder, model, ema=ema, trained=ema is not None)
+    (path,) = folder.glob("shard-*.safetensors")
+    halves = [{}, {}]
+    for name, a in load_file(path).items():
+        cut = len(a) // 2
+        halves[0][name], halves[1][name.replace("@0", f"@{cut}")] = a[:cut].clone(), a[cut:].clone()
+    for rank, held in enumerate(halves):
+        save_file({k: a for k, a in held.items() if len(a)}, folder / f"shard-{rank:05d}.safetensors")
+    index = json.loads((folder / "shards.json").read_text())
+    names = [f"shard-{rank:05d}.safetensors" for rank in range(2)]
+    (folder / "shards.json").write_text(json.dumps(index | {"files": names}))
+    (folder / RUN).write_text(json.dumps({"config": {"model": config} | sections, "sources": {}}))
+
+
+def test_a_sharded_checkpoint_without_its_ranks(tmp_path):
+    start, trained = tiny_model(), tiny_model(seed=1)
+    save_transformer(start, tmp_path / "base")
+    sharded(tmp_path / "checkpoint-5", trained, {"path": str(tmp_path / "base"), "preset": None})
+    convert(tmp_path / "checkpoint-5", tmp_path / "made", "native")
+    made = load_transformer(tmp_path / "made")
+    assert made.config == trained.config
+    assert all(torch.equal(a, made.state_dict()[k]) for k, a in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("config, needle", [
+    ({"path": "{}/gone", "preset": None}, "run.json: config: model.path: .*gone"),
+    ({"path": None, "preset": "x"}, "run.json: config: model.preset: got 'x'"),
+    (3, "config: model: got 3"),
+])  # fmt: skip
+def test_a_sharded_checkpoint_of_an_unknown_model(config, needle, tmp_path):
+    if config != 3 and config["path"]:
+        config = config | {"path": config["path"].format(tmp_path)}
+    sharded(tmp_path / "checkpoint-5", tiny_model(), config)
+    with pytest.raises(UserError, match=needle):
+        convert(tmp_path / "checkpoint-5", tmp_path / "made", "native")
+    assert os.listdir(tmp_path) == ["checkpoint-5"]
+
+
+PRESET = {"path": None, "preset": "tiny-t2v"}
+
+
+def averaged(model, factor=2.0):
+    """The average of the trained weights, which is `factor` times them."""
+    ema = EMA(model, 0.9)
+    ema.average = {k: factor * p.detach() for k, p in ema.own.items()}
+    return ema
+
+
+def test_averaged_weights_of_a_sharded_checkpoint(tmp_path):
+    start, trained = tiny_model(), tiny_model(seed=1)
+    save_transformer(start, tmp_path / "base")
+    trained.patch_embedding.requires_grad_(False)
+    model = {"path": str(tmp_path / "base"), "preset": None}
+    sharded(tmp_path / "checkpoint-5", trained, model)
+    with pytest.raises(UserError, match="checkpoint-5/ema: got 'no averaged weights', want a checkpoint"):
+        convert(tmp_path / "checkpoint-5/ema", tmp_path / "made", "native")
+    sharded(tmp_path / "checkpoint-6", tiny_model(seed=1), model, averaged(trained))
+    convert(tmp_path / "checkpoint-6/ema", tmp_path / "made", "native")
+    made = load_transformer(tmp_path / "made").state_dict()
+    for name, p in trained.named_parameters():
+        assert torch.equal(made[name], (2 if p.requires_grad else 1) * p), name
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_sharded_checkpoint_of_an_adapter(average, tmp_path):
+    model, path = with_updates(), tmp_path / "checkpoint-5"
+    rank = len(next(iter(lora.updates(model).values())).down)
+    section = {"rank": rank, "alpha": 3 * rank, "path": None}
+    sharded(path, model, PRESET, averaged(model), lora=section)
+    convert(path / "ema" if average else path, tmp_path / "made", "peft")
+    got, _ = read(tmp_path / "made")
+    assert got.keys() == lora.updates(model).keys()
+    for name, low in lora.updates(model).items():
+        factor = 2 if average else 1
+        assert torch.equal(got[name].down, factor * low.down) and torch.equal(got[name].up, factor * low.up)
+        assert got[name].scale == 3
+    with pytest.raises(UserError, match="--dtype: got torch.bfloat16, want none with an adapter"):
+        convert(path, tmp_path / "other", "peft", torch.bfloat16)
+
+
+@pytest.mark.parametrize("section, needle", [
+    (None, "run.json: config: lora: got None, want a section"),
+    ({"rank": 0}, "run.json: config: lora.rank: got 0, want"),
+    ({"rank": 4, "alpha": -1}, "run.json: config: lora.alpha: got -1, want"),
+    ({"rank": 4, "path": "gone"}, "run.json: config: lora.path: gone: no adapter|gone"),
+])  # fmt: skip
+def test_a_sharded_adapter_whose_scale_is_not_known(section, needle, tmp_path):
+    sharded(tmp_path / "checkpoint-5", with_updates(), PRESET, lora=section)
+    with pytest.raises(UserError, match=needle):
+        convert(tmp_path / "checkpoint-5", tmp_path / "made", "peft")
+
+
+@pytest.mark.parametrize("begun", ["new", "path"])
+def test_a_sharded_checkpoint_of_a_reward_model(begun, tmp_path):
+    model, section = tiny_reward(num_heads=4, add_query=False), {"path": None, "num_heads": 4}
+    section |= {"feature_layer": "auto", "return_type": None}
+    if begun == "path":
+        save_reward(tiny_reward(num_heads=4, add_query=False), tmp_path / "begun", 1)
+        section = {"path": str(tmp_path / "begun")} | dict.fromkeys(
+            ("num_heads", "feature_layer", "return_type"), "auto"
+        )
+    save_transformer(tiny_model(), tmp_path / "base")
+    path = tmp_path / "checkpoint-12"
+    sharded(path, model, {"path": str(tmp_path / "base"), "preset": None}, reward=section)
+    convert(path, tmp_path / "made", "native", torch.bfloat16)
+    assert (tmp_path / "made/mlp_step_12.ckpt").is_file()
+    made = load_reward(tmp_path / "made")
+    assert (made.pool.multihead_attn.num_heads, made.pool.add_query, made.feature_layer) == (4, False, 1)
+    for name, a in model.state_dict().items():
+        low = a.bfloat16() if name.startswith("transformer.") else a
+        assert torch.equal(made.state_dict()[name], low), name
+    with pytest.raises(UserError, match="--to: got 'diffusers', want native for a reward model"):
+        convert(path, tmp_path / "other", "diffusers")
+
+
+def test_a_sharded_adapter_of_a_reward_model_is_refused(tmp_path):
+    model = tiny_reward()
+    lora.attach(model.transformer, LoraConfig(rank=2))
+    sharded(tmp_path / "checkpoint-5", model, PRESET)
+    with pytest.raises(UserError, match="checkpoint of the adapter of a reward model, want another one"):
+        convert(tmp_path / "checkpoint-5", tmp_path / "made", "native")
