@@ -210,10 +210,10 @@ def _eval_reward(args) -> None:
     from prfl_engine.train_reward import eval_reward, score
 
     config = _load(args)
-    accuracy = eval_reward(config)
-    for t, value in accuracy.items():
-        print(f"t = {t:4g}   accuracy {value:.4f}")
-    print(f"mean of t < 1000: accuracy {score(config, accuracy):.4f}")
+    found = eval_reward(config)
+    for t, values in found.items():
+        print(f"t = {t:4g}   " + "   ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    print(f"mean of t < 1000: accuracy {score(config, found):.4f}")
 
 
 def _score(args) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prfl_engine.batch import Batch, collate, to_device
 from prfl_engine.errors import UserError, check, named
+from prfl_engine.flow import rounded
 from prfl_engine.inputs import check_file, check_finite, find_from, read_array, read_json, read_lines
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.wan import WanConfig
@@ -72,6 +73,8 @@ class Reader:
     null_text: str | None = None
     text_dropout: float = 0.0
     long_caption: float = 0.0
+    dtype: torch.dtype | None = None
+    """What the values of a sample are rounded to; they are held in float32."""
     null: Tensor | None = field(init=False, default=None)
     """The embedding of null_text, read when the reader is made."""
 
@@ -107,7 +110,8 @@ class Reader:
         if self.label is not None:
             with named(str(path)):
                 label = torch.tensor(label_of(meta, self.label))
-        return Batch(latent, text, clip, condition, label)
+        given = (None if a is None else rounded(a, self.dtype) for a in (latent, text, clip, condition))
+        return Batch(*given, label)
 
     def meta(self, path: Path) -> dict:
         """What describes the sample `path`: the object of its meta JSON."""

@@ -1,9 +1,10 @@
 """The loop that both trainings share: accumulate, clip, step, measure, validate, save, resume.
 
-One optimizer step uses the gradients of all losses of all accumulated micro-batches, clipped once. The host
-never waits for the device in a step: the device skips the update if the gradient is not finite, and the host
-reads the metrics of a step while the next one runs. All random numbers depend only on the seed and the step,
-so a run that was stopped and resumed gives the same result as one that was not; on the CPU, to the bit.
+One optimizer step uses the gradients of all losses of all accumulated micro-batches, clipped and applied once
+unless configured otherwise (optim/updates.py). The host never waits for the device in a step: the device
+skips the update if the gradient is not finite, and the host reads the metrics of a step while the next one
+runs. All random numbers depend only on the seed and the step, so a run that was stopped and resumed gives the
+same result as one that was not; on the CPU, to the bit.
 """
 
 import json
@@ -31,7 +32,8 @@ from prfl_engine.metrics import MetricsWriter, NoMetrics, note
 from prfl_engine.metrics import progress as progress_bar
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model.flops import Costs
-from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
+from prfl_engine.optim.optimizer import EMA, make_optimizer, not_finite
+from prfl_engine.optim.updates import Updates
 from prfl_engine.parallel import World
 from prfl_engine.phases import Shape, count, mark, timed
 from prfl_engine.restarts import note_run
@@ -209,12 +211,12 @@ class Run:
                 stop = world.any(self.signals.asked is not None)
             if stop:
                 return
+            updates = Updates(optimizer, self.config, self.ema, own)
             steps = range(progress.step, train.steps)
             if world.leads:
                 steps = progress_bar(steps, out.name, train.steps, initial=progress.step)
             for step in steps:
-                factor = lr_factor(step, train.steps, self.config.optim)
-                set_lr(optimizer, factor)
+                updates.begin(step)
                 seen: dict[str, Tensor] = {}
                 for micro in range(own):
                     mark("data")
@@ -225,15 +227,13 @@ class Run:
                     self.list_broken()
                     for batch in [item.batch] if isinstance(item.batch, Batch) else item.batch:
                         count("samples", batch.latent)
-                    for values in self.backpropagate(item.batch, key, 1 / own):
+                    for number, values in enumerate(self.backpropagate(item.batch, key, 1 / own)):
                         for k, v in values.items():
                             seen[k] = seen.get(k, 0) + v.detach() / own
+                        updates.after(number, micro == own - 1)
                         measurements.settle()  # the device has a backward of this step to do meanwhile
-                mark("optimizer")
-                norm = update(optimizer, self.config.optim.clip)
-                if self.ema is not None:
-                    self.ema.update()
-                measurements.put(step, optimizer.param_groups[0]["base_lr"] * factor, norm, seen)
+                norm = updates.end()
+                measurements.put(step, updates.lr, norm, seen)
                 progress.step = done = step + 1
                 last = done == train.steps
                 check_now = self.validate is not None and (done % self.config.eval.every == 0 or last)
