@@ -8,6 +8,9 @@ it wants. The bounds of a field are part of its type, and bounds.Section checks 
 those that involve several fields.
 """
 
+import copy
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Annotated, Literal
 
 import yaml
 
+from prfl_engine import official_yaml
 from prfl_engine.bounds import (
     Count,
     FilePath,
@@ -305,9 +309,32 @@ class Config(Section, name=""):
         return yaml.safe_dump(plain(asdict(self)), sort_keys=False)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Config from a YAML file (None: all defaults) and overrides such as "train.steps=100"."""
-    values = {} if path is None else read_yaml(Path(path))
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), job: official_yaml.Job | None = None
+) -> Config:
+    """Config from a YAML file (None: all defaults) and overrides such as "train.steps=100".
+
+    The file may be one of HY-Video-PRFL; a line on stderr then names the keys that have no meaning here. With
+    a job its paths have to be there, and it has to be of that kind.
+    """
+    values, made = {} if path is None else read_yaml(Path(path)), None
+    if official_yaml.recognised(values):
+        made = official_yaml.settings(values)
+        values = copy.deepcopy(made.values)
+    origin = made.origin if made else {}
     for item in overrides:
         override(values, item)
-    return from_dict(Config, values, "")
+        origin.pop(item.partition("=")[0], None)
+    official_yaml.compat(values, made.updates if made else 0)
+    try:
+        config = from_dict(Config, values, "")
+    except UserError as error:
+        key = origin.get(str(error).partition(":")[0])
+        raise UserError(f"{key}: {error}" if key else str(error)) from None
+    if made is not None:
+        if job is not None:
+            official_yaml.check_paths(made, asdict(config), job)
+        if os.environ.get("RANK", "0") == "0":
+            line = official_yaml.report(made, Path(path), config.train.compat is not None)
+            print(f"prfl: {line}", file=sys.stderr)
+    return config
