@@ -79,6 +79,7 @@ def fit(
     costs: Callable[[Shape], Costs],
     carried: Carried | None = None,
     world: World = World(),  # noqa: B008 - frozen
+    split: bool = False,
 ) -> None:
     """Train `model` for config.train.steps optimizer steps, from where `begin` says.
 
@@ -88,7 +89,8 @@ def fit(
     save(folder, step, values) writes the trained parameters, or in their place `values` by the same names;
     load(folder) reads them back in float32, under their names in the model. costs(shape) counts the work on
     a sample of latents [*, *shape]. What is `carried` is in every checkpoint, too. Every process of `world`
-    calls this; the first one writes what is written once.
+    calls this; the first one writes what is written once. split: update also after the first backward of the
+    last micro-batch.
 
     SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises UserError before anything is written,
     TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
@@ -109,7 +111,7 @@ def fit(
                 elif (name := not_finite(model)) is not None:
                     raise UserError(f"model to start from: {name} is not finite, want finite weights")
             trained = config, begin, model, optimizer, ema, batches, backpropagate, validate, save, costs
-            Run(*trained, progress, signals, carried, world, checkpoints).train(device)
+            Run(*trained, progress, signals, carried, world, checkpoints, split).train(device)
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
             raise
@@ -157,6 +159,7 @@ class Run:
     carried: Carried | None
     world: World
     checkpoints: Checkpoints
+    split: bool
 
     def train(self, device: torch.device) -> None:
         """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
@@ -211,7 +214,7 @@ class Run:
                 stop = world.any(self.signals.asked is not None)
             if stop:
                 return
-            updates = Updates(optimizer, self.config, self.ema, own)
+            updates = Updates(optimizer, self.config, self.ema, own, self.split)
             steps = range(progress.step, train.steps)
             if world.leads:
                 steps = progress_bar(steps, out.name, train.steps, initial=progress.step)

@@ -179,6 +179,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
         validate if c.eval.every else None, save, load, costs, graded if persists else None, world,
+        c.loss.split,
     )  # fmt: skip
 
 

@@ -17,10 +17,17 @@ from prfl_engine.phases import mark
 class Updates:
     """The updates of a run. In every optimizer step: `begin`, `after` every backward, `end`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: Config, ema: EMA | None, micro_batches: int):
-        """micro_batches: those of this process in an optimizer step."""
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        ema: EMA | None,
+        micro_batches: int,
+        split: bool,
+    ):
+        """micro_batches: those of this process in an optimizer step; split: two updates in it."""
         self.optimizer, self.config, self.ema = optimizer, config.optim, ema
-        self.split, self.micro_batches = config.loss.split, micro_batches
+        self.split, self.micro_batches = split, micro_batches
         self.each = config.train.ema_each == "micro_batch"
         self.count = 2 if self.split else 1  # in an optimizer step
         self.horizon = config.optim.horizon or self.count * config.train.steps
