@@ -1,4 +1,4 @@
-"""Runs the training step of a checkout of HY-Video-PRFL and ours, and compares losses and weights.
+"""Runs the training steps of a checkout of HY-Video-PRFL and ours, and compares losses and weights.
 
     .venv/bin/python scripts/check_official.py --checkout DIR [--cycles 2] [--precision fp32 bf16]
 
@@ -6,8 +6,10 @@ A small random generator and reward model are trained for some cycles of five mi
 checkout's own train_step, train_step_refl, models, samplers and moving average, and by `prfl train` with a
 YAML file in the checkout's form and train.compat=official. Both get the same samples, noise, noise levels and
 graded steps. Compared are the mean losses of every cycle, the change of the weights after the last one, and
-that of the average. In fp32 everything has to agree. In bf16, where both round everywhere, ours must be no
-further from the checkout than FACTOR times as far as the checkout is from its own fp32.
+that of the average. Then the reward model is trained for as many micro-batches, each of which is an update:
+by the checkout's train_step of train_pavrm.py, and by `prfl train-reward`. In fp32 everything has to agree.
+In bf16, where both round everywhere, ours must be no further from the checkout than FACTOR times as far as
+the checkout is from its own fp32.
 
 What is replaced in the checkout, since it runs on several GPUs alone: torch.distributed and FSDP (one
 process), CUDA autocast (the CPU's), flash attention (torch's); see prfl_bench.peer. Its packages that are not
@@ -27,10 +29,11 @@ import sys
 import tempfile
 import types
 from collections import deque
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Iterator
+from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +42,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from prfl_bench.peer import PACKAGE, Peer, load_module
+from prfl_bench.stand_ins import Dict, StandIns, Torch, attributes
 from prfl_engine import flow
 from prfl_engine.build import make_schedule
 from prfl_engine.config import Config, load_config
@@ -56,74 +60,22 @@ from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.seeds import Purpose, integers, noise_like
 from prfl_engine.train import train
+from prfl_engine.train_reward import train_reward
 
 CYCLE, SAMPLES, LATENT, TEXT = 5, 6, (16, 2, 8, 8), 7
 LOSSES, WEIGHTS = 1e-5, 1e-4
 """Limits in fp32: relative of a loss; relative L2 of the change of the weights, which AdamW makes by the sign
 of the smallest gradients too."""
 FACTOR = 1.5
-
-
-class Dict(dict):
-    """A mapping whose keys are attributes, as EasyDict and OmegaConf have it."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    __setattr__ = dict.__setitem__
-
-
-def attributes(value: Any) -> Any:
-    """A mapping with all mappings in it as Dict."""
-    return Dict({k: attributes(v) for k, v in value.items()}) if isinstance(value, dict) else value
-
-
-class StandIns(MetaPathFinder, Loader):
-    """Modules for packages that are not installed; whatever is imported from them is an empty class."""
-
-    NAMES = "easydict", "einops", "omegaconf", "decord", "sklearn", "torchvision", "imageio", "flash_attn"
-    CLASSES = {"EasyDict": Dict, "InterpolationMode": types.SimpleNamespace(BICUBIC=3)}
-
-    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
-        """A stand-in for a package of NAMES that nothing else has found."""
-        known = name.partition(".")[0] in self.NAMES
-        return ModuleSpec(name, self, is_package=True) if known else None
-
-    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
-        """An empty module whose every attribute is a class."""
-        module = types.ModuleType(spec.name)
-
-        def attribute(name: str) -> type:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return self.CLASSES.get(name) or type(name, (), {})
-
-        module.__getattr__ = attribute
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        """Nothing to run."""
-
-
-class Torch:
-    """torch as a module of the checkout sees it, with some functions replaced."""
-
-    def __init__(self, **replaced: Any):
-        self.__dict__.update(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 class Outcome(NamedTuple):
-    """What a run leaves: mean losses of every cycle, and weights and their average by name."""
+    """What a run leaves: losses of every cycle or step, and weights and their average by name."""
 
-    losses: list[tuple[float, float]]
+    losses: list[tuple[float, ...]]
     weights: dict[str, Tensor]
-    average: dict[str, Tensor]
+    average: dict[str, Tensor] | None = None
 
 
 def official_config(folder: Path, cycles: int, precision: str) -> dict:
@@ -171,6 +123,20 @@ def official_config(folder: Path, cycles: int, precision: str) -> dict:
     }  # fmt: skip
 
 
+def reward_config(folder: Path, cycles: int, precision: str) -> dict:
+    """A configuration of reward training in the checkout's form, which goes on from the three files."""
+    values = official_config(folder, cycles, precision)
+    model = values["model"]
+    for name in ("transformer", "query_attention", "mlp"):
+        model[f"resume_{name}_path"] = model.pop(f"lrm_{name}_path")
+    model["ema"]["use_ema"] = False
+    values["train_id"] = f"reward-{precision}"
+    values["optimizer"] |= {"learning_rate": "1e-4", "learning_rate_mlp": "2e-4"}
+    values["optimizer"]["max_train_steps"] += 3  # those are in the names of the files
+    values["lrm"]["loss"] = "ce"
+    return values
+
+
 def write(folder: Path) -> None:
     """A random generator, a reward model with its files in two folders, and data."""
     torch.manual_seed(0)
@@ -195,6 +161,7 @@ def write(folder: Path) -> None:
         meta = {key: str(data / f"{key}-{i}.npy") for key in shapes}
         for key, shape in shapes.items():
             np.save(meta[key], rng.standard_normal((1, *shape)).astype(np.float32))
+        meta |= {"physics_quality": 1, "human_quality": i % 2}
         path = data / f"{i}.json"
         path.write_text(json.dumps(meta))
         metas.append(str(path))
@@ -206,44 +173,49 @@ def trained(model: torch.nn.Module) -> dict[str, Tensor]:
     return {k: p.detach().clone() for k, p in model.named_parameters()}
 
 
-def run_ours(config: Config) -> Outcome:
-    """`prfl train`."""
+def run_ours(config: Config, reward: bool) -> Outcome:
+    """`prfl train`, or `prfl train-reward`."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train(config)
+        (train_reward if reward else train)(config)
     out = Path(config.train.out)
-    names = "train/sft_loss", "train/reward_loss"
+    names = ("train/loss",) if reward else ("train/sft_loss", "train/reward_loss")
     records = [r["values"] for r in read_metrics(out) if names[0] in r["values"]]
     saved = out / f"checkpoint-{config.train.steps}"
-    name = "diffusion_pytorch_model.safetensors"
     losses = [tuple(values[name] for name in names) for values in records]
-    return Outcome(losses, load_file(saved / name), load_file(saved / "ema" / name))
+    if reward:
+        return Outcome(losses, trained(load_reward(saved, **config.reward.pooling)))
+    return Outcome(losses, load_file(saved / WEIGHTS_FILE), load_file(saved / "ema" / WEIGHTS_FILE))
 
 
 class Checkout:
-    """The checkout's step on the models and data of ours."""
+    """The checkout's step of PRFL on the models and data of ours."""
+
+    SCRIPT = "scripts.prfl.train_prfl"
 
     def __init__(self, folder: Path, config: Config, values: dict):
         self.config, self.values = config, attributes(copy.deepcopy(values))
         policy = load_transformer(config.model.path, torch.float32)
-        reward = load_reward(config.reward.path, **config.reward.heads, **config.reward.pooling).freeze()
+        r = config.reward
+        reward = load_reward(r.path, **r.heads, **r.pooling).freeze()
         self.peer = Peer(folder, policy, reward, make_schedule(config), config.rollout.shift)
-        self.code = load_module(folder, "scripts.prfl.train_prfl")
+        self.code = load_module(folder, self.SCRIPT)
         self.levels = load_module(folder, f"{PACKAGE}.schedulers.scheduling_flow_match_discrete")
         self.average = copy.deepcopy(self.peer.policy)
         self.dtype = torch.float32 if config.model.compute_dtype == "float32" else torch.bfloat16
         self.drawn: deque[Tensor] = deque()  # noise, in the order in which the step asks for it
         self.level = self.index = 0
-        reader = Reader(policy.config, long_caption=config.data.long_caption)
+        label = None if self.SCRIPT == Checkout.SCRIPT else config.data.label
+        reader = Reader(policy.config, label, long_caption=config.data.long_caption)
         paths = read_lists(config.data.train, "data.train")
         self.batches = MicroBatches(reader, paths, 1, config.train.seed)
         self._replace()
 
     def _replace(self) -> None:
         """What runs on several GPUs alone, and what is drawn."""
-        code, policy, nothing = self.code, self.peer.policy, lambda *_, **__: None
-        policy.clip_grad_norm_ = lambda max_norm: torch.nn.utils.clip_grad_norm_(
-            list(policy.parameters()), max_norm
-        )
+        code, nothing = self.code, lambda *_, **__: None
+        for model in (self.peer.policy, self.peer.trunk):
+            clip = partial(torch.nn.utils.clip_grad_norm_, list(model.parameters()))
+            model.clip_grad_norm_ = clip  # as FSDP's
         code.dist = types.SimpleNamespace(
             get_rank=lambda: 0, broadcast=nothing, all_reduce=nothing, barrier=nothing,
             ReduceOp=types.SimpleNamespace(AVG=None),
@@ -264,21 +236,28 @@ class Checkout:
 
         self.levels.torch = Torch(rand=rand)
 
-    def run(self) -> Outcome:
-        """All micro-batches."""
-        code, c, peer = self.code, self.values, self.peer
-        basic = Dict(device=torch.device("cpu"), dtype=self.dtype, rank=0, local_rank=0)
+    def _given(self) -> tuple[Dict, Dict]:
+        """What its functions take in addition to models and data."""
+        c = self.values
         scheduler = c.extra_model.scheduler
         levels = self.levels.FlowMatchDiscreteScheduler(shift=scheduler.flow_shift)
         levels.set_timesteps(scheduler.num_train_timesteps, dtype=torch.int64)
-        extra = Dict(noise_scheduler=levels, noise_scheduler_refl=peer.sampler, vae=None)
+        extra = Dict(noise_scheduler=levels, noise_scheduler_refl=self.peer.sampler, vae=None)
         extra |= dict(text_encoder=None, image_encoder=None)
+        for name in ("learning_rate", "learning_rate_mlp"):
+            if name in c.optimizer:
+                c.optimizer[name] = float(c.optimizer[name])
+        c.optimizer |= dict(lr_num_cycles=1, lr_power=1.0)
+        return Dict(device=torch.device("cpu"), dtype=self.dtype, rank=0, local_rank=0), extra
+
+    def run(self) -> Outcome:
+        """All micro-batches."""
+        code, c, peer = self.code, self.values, self.peer
+        basic, extra = self._given()
         models = Dict(
             transformer=peer.policy.train(), lrm_transformer=peer.trunk, query_attention=peer.pool.eval(),
             mlp=peer.mlp.eval(), ema_transformer=self.average,
         )  # fmt: skip
-        c.optimizer.learning_rate = float(c.optimizer.learning_rate)
-        c.optimizer |= dict(lr_num_cycles=1, lr_power=1.0)
         optimizers = code.optimizer_init(c, basic, models)
         losses = []
         for step in range(c.optimizer.max_train_steps):
@@ -304,16 +283,53 @@ class Checkout:
         return batch.latent, batch.text, batch.text, None, None, ""
 
 
+class RewardCheckout(Checkout):
+    """The checkout's step of reward training."""
+
+    SCRIPT = "scripts.pavrm.train_pavrm"
+
+    def run(self) -> Outcome:
+        """All micro-batches."""
+        code, c, peer = self.code, self.values, self.peer
+        c.dataset.sp_size = 2  # with 1 it pools nothing and fails; what it would broadcast is here
+        basic, extra = self._given()
+        models = Dict(
+            transformer=peer.trunk, query_attention=peer.pool, mlp=peer.mlp.requires_grad_(True),
+            feature_layer=c.lrm.feature_layer, criterion=torch.nn.BCELoss(),
+        )  # fmt: skip
+        optimizers, losses = code.optimizer_init(c, basic, models), []
+        for step in range(self.config.train.steps):
+            data = code.before_train_step(c, iter([self._sample(step)]), basic, extra)
+            made = code.train_step(c, step, basic, models, extra, optimizers, data)
+            losses.append((float(made.loss),))
+        parts = ("transformer", peer.trunk), ("pool", peer.pool), ("mlp", peer.mlp)
+        return Outcome(losses, {f"{n}.{k}": a for n, part in parts for k, a in trained(part).items()})
+
+    def _sample(self, key: int) -> tuple:
+        batch, seed = self.batches[key], self.config.train.seed
+        self.level = integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, seed, key, 1).item()
+        self.drawn.append(noise_like(batch.latent, Purpose.REWARD_NOISE, seed, key))
+        nothing = torch.zeros(1)
+        labels = nothing, nothing, torch.ones(1), batch.label
+        return batch.latent, batch.text, batch.text, None, None, nothing, *labels
+
+
 def change(after: dict[str, Tensor], before: dict[str, Tensor]) -> Tensor:
-    """The change of all weights as one vector."""
-    return torch.cat([(after[k].double() - a.double()).flatten() for k, a in before.items()])
+    """The change of all weights as one vector, without the key bias of the pooling: its gradient is zero, and
+    what rounding leaves of it AdamW scales up."""
+    found = []
+    for k, a in before.items():
+        whole = after[k].double() - a.double()
+        q, _, v = whole.chunk(3) if k.endswith("in_proj_bias") else (whole, None, whole[:0])
+        found += [q.flatten(), v.flatten()]
+    return torch.cat(found)
 
 
 def distances(got: Outcome, want: Outcome, before: dict[str, Tensor]) -> dict[str, float]:
     """Largest relative distance of a loss; relative L2 of the changes of weights and average."""
     a, b = (torch.tensor(outcome.losses, dtype=torch.float64) for outcome in (got, want))
     found = {"losses": (a / b - 1).abs().max().item()}
-    for name in ("weights", "average"):
+    for name in ("weights",) if want.average is None else ("weights", "average"):
         a, b = (change(getattr(outcome, name), before) for outcome in (got, want))
         found[name] = ((a - b).norm() / b.norm()).item()
     return found
@@ -332,31 +348,41 @@ def main(arguments: list[str] | None = None) -> int:
     encoders = (f"{PACKAGE}.wan.modules.{part}" for part in ("t5", "vae", "clip"))
     sys.modules |= {name: StandIns().create_module(ModuleSpec(name, None)) for name in encoders}
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    failed, official = False, {}
+    failed = False
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(folder)
-        before = load_file(folder / "policy/diffusion_pytorch_model.safetensors")
-        for precision in dict.fromkeys(["fp32", *args.precision]):
-            values = official_config(folder, args.cycles, precision)
-            (file := folder / f"{precision}.yaml").write_text(yaml.safe_dump(values))
-            given = ["train.compat=official", "train.device=cpu", "train.tensorboard=false"]
-            config = load_config(file, given, "train")
-            with contextlib.redirect_stdout(io.StringIO()):
-                official[precision] = Checkout(args.checkout.resolve(), config, values).run()
-            if precision not in args.precision:
-                continue
-            found = distances(run_ours(config), official[precision], before)
-            limits = {"losses": LOSSES, "weights": WEIGHTS, "average": WEIGHTS}
-            if precision == "bf16":
-                far = distances(official["bf16"], official["fp32"], before)
-                limits = {name: FACTOR * d for name, d in far.items()}
-            for name, d in found.items():
-                good = d <= limits[name]
+        for reward in (False, True):
+            for line, good in checks(folder, args, reward):
                 failed |= not good
-                start = f"{'pass' if good else 'FAIL'}  {precision}, {name}"
-                print(f"{start}: {d:.1e} (limit {limits[name]:.1e})", flush=True)
+                print(f"{'pass' if good else 'FAIL'}  {line}", flush=True)
     return int(failed)
+
+
+def checks(folder: Path, args: argparse.Namespace, reward: bool) -> Iterator[tuple[str, bool]]:
+    """(what and how far, whether it is within its limit) of one of both trainings."""
+    what, official = "reward training" if reward else "PRFL", {}
+    for precision in dict.fromkeys(["fp32", *args.precision]):
+        values = (reward_config if reward else official_config)(folder, args.cycles, precision)
+        (file := folder / f"{values['train_id']}.yaml").write_text(yaml.safe_dump(values))
+        given = ["train.compat=official", "train.device=cpu", "train.tensorboard=false"]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            config = load_config(file, given, "train-reward" if reward else "train")
+            made = (RewardCheckout if reward else Checkout)(args.checkout.resolve(), config, values)
+            before = load_file(folder / "policy" / WEIGHTS_FILE)
+            if reward:
+                r = config.reward
+                before = trained(load_reward(r.path, **r.heads, **r.pooling))
+            official[precision] = made.run()
+        if precision not in args.precision:
+            continue
+        found = distances(run_ours(config, reward), official[precision], before)
+        limits = {"losses": LOSSES, "weights": WEIGHTS, "average": WEIGHTS}
+        if precision == "bf16":
+            far = distances(official["bf16"], official["fp32"], before)
+            limits = {name: FACTOR * d for name, d in far.items()}
+        for name, d in found.items():
+            yield f"{what}, {precision}, {name}: {d:.1e} (limit {limits[name]:.1e})", d <= limits[name]
 
 
 if __name__ == "__main__":
