@@ -1,4 +1,4 @@
-"""What lets modules of a HY-Video-PRFL checkout be imported, and run, where its packages are not installed."""
+"""What lets modules of a checkout of HY-Video-PRFL be imported where its packages are not installed."""
 
 import types
 from importlib.abc import Loader, MetaPathFinder
