@@ -342,6 +342,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cycles", type=int, default=2, metavar="N")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     args = parser.parse_args(arguments)
+    for kind in (Checkout, RewardCheckout):
+        file = args.checkout.joinpath(*kind.SCRIPT.split(".")).with_suffix(".py")
+        if not file.is_file():
+            raise SystemExit(f"{file}: no such file, want a checkout of HY-Video-PRFL")
     for name in ("peft", "diffusers.optimization", "transformers.models.auto.modeling_auto"):
         importlib.import_module(name)  # with stand-ins these would believe in packages that are not there
     sys.meta_path.append(StandIns())

@@ -13,7 +13,7 @@ from training_runs import run
 from prfl_engine.config import Config, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.official_keys import KEYS, Copy, Into
-from prfl_engine.official_yaml import recognised, settings
+from prfl_engine.official_yaml import OFFICIAL, recognised, settings
 
 MODEL = """
 model:
@@ -307,7 +307,9 @@ def test_a_path_of_ours_takes_the_place_of_a_missing_one(trained):
     tmp_path, lists, _ = trained
     reward = [f"reward.{name}=x" for name in ("path", "mlp", "query_attention")]
     path = official(tmp_path, "prfl", lists)
-    load_config(path, [*reward, "data.text_dropout=0", "data.null_text=null"], "train")
+    plain = "data.text_dropout=0", "data.null_text=null"
+    for given in (reward, reward[:1]):  # three files, or a folder with all of them
+        load_config(path, [*given, *plain], "train")
 
 
 @pytest.mark.parametrize("kind, job, other", [
@@ -329,6 +331,16 @@ def test_a_file_of_ours_is_none_of_theirs(tmp_path):
     with pytest.raises(UserError, match="optimizer: unknown field"):
         (tmp_path / "typo.yaml").write_text("optimizer: {lr: 1}\n")
         load_config(tmp_path / "typo.yaml")
+
+
+def test_the_page_has_every_key_and_every_setting_of_compat():
+    page = (Path(__file__).parents[1] / "docs/official.md").read_text()
+    for key, rule in KEYS.items():
+        if rule is not None:
+            assert f"`{key}`" in page, key
+    for name, value in OFFICIAL.items():
+        text = json.dumps(value) if not isinstance(value, str) else value
+        assert f"`{name}: {text.replace(chr(34), '')}`" in page, name
 
 
 def test_every_key_leads_to_fields_that_exist():
