@@ -118,7 +118,8 @@ class OptimConfig(Section, name="optim"):
     """Largest norm of the whole gradient; null clips nothing."""
     clip_each: bool = False
     """Clip what has been added up after every backward, as the official script does; false: once, before the
-    update. So the first losses of an optimizer step weigh less where the norm is above `clip`."""
+    update. So the first losses of an optimizer step weigh less where the norm is above `clip`. Several groups
+    of processes make a backward together, so a run is not the same on another number of them."""
     clip_heads: bool = True
     """In reward training pooling and MLP belong to the gradient that is clipped; false: the transformer's
     alone is, as in the official script."""
