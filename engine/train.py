@@ -221,8 +221,8 @@ def evaluate_policy(
         noise = flow.rounded(noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first), dtype)
         for t in e.timesteps:
             sigma = torch.full((n,), levels.at(t, "eval.timesteps"), device=device)
-            given = batch._replace(latent=latent), noise, sigma
-            logit = noisy_reward(reward, *given, t=torch.full((n,), float(t), device=device))
+            at = torch.full((n,), float(t), device=device)
+            logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma, t=at)
             samples.put(f"reward_t{t:g}", logit)
     found = samples.all()
     kept = samples.first(kept, e.videos)

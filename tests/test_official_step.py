@@ -296,3 +296,18 @@ def test_all_held_out_samples_have_one_noise(tmp_path, monkeypatch):
     run("eval-reward", path, f"reward.path={tmp_path / 'reward'}", "eval.one_noise=true")
     rows = torch.cat(seen)
     assert len(rows) == 60 and all(torch.equal(row, rows[0]) for row in rows)
+
+
+@pytest.mark.parametrize("fields", [
+    {"model": {"weights_dtype": "bfloat16"}, "optim": {"offload": "states"}},
+    {"lora": {"rank": 2, "targets": ["q", "ffn.0"]}},
+    {"rollout": {"steps": 4, "samples": 2, "cache": 0.1, "max_drift": 9.0}},
+], ids=["bfloat16", "lora", "samples"])  # fmt: skip
+def test_the_cycle_goes_with_other_settings(fields, tmp_path):
+    """Gradients are clipped and applied in every dtype, of adapters, and after several graded steps."""
+    train = {"compat": "official", "accumulate": 2, "steps": 2}
+    path = write_run(tmp_path, **{"train": train, "optim": {"clip": 1e-3}} | fields)
+    run("train", path, "optim.clip=1e-3")
+    run("train", path, "optim.clip=1e-3", "optim.clip_each=false", f"train.out={tmp_path / 'once'}")
+    norms = [values(tmp_path / name)[2]["train/grad_norm"] for name in ("run", "once")]
+    assert norms[0] != norms[1] and min(norms) > 0

@@ -179,9 +179,9 @@ def load_reward(
     if add_query is not None:
         given["return_type"] = "query" if add_query else None
     settings = settle(transformer, given)
-    mlp = Path(mlp or find_head(Path(folder), "mlp"))
     if settings["pool"] == "query":
-        query_attention = Path(query_attention or find_head(Path(folder), "query_attention"))
+        query_attention = Path(query_attention or find_head(transformer, "query_attention"))
+    mlp = Path(mlp or find_head(transformer, "mlp"))
     check_steps(transformer, query_attention, mlp)
     trunk = load_transformer(transformer, dtype, device, trunk=True, shard=shard)
     model = with_heads(trunk, query_attention, mlp, **settings, dropout=dropout, device=device)
