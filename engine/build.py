@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from prfl_engine import flow
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ModelConfig
 from prfl_engine.errors import UserError, refusing
@@ -16,6 +17,23 @@ from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels import dispatch, extension, tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def latent_dtype(config: Config) -> torch.dtype | None:
+    """What latents are rounded to; None: nothing."""
+    return None if config.model.latent_dtype == "float32" else DTYPES[config.model.latent_dtype]
+
+
+def make_levels(config: Config) -> flow.Levels:
+    """The noise levels of flow matching and of reward training."""
+    r = config.rollout
+    return flow.Levels(r.shift, r.whole_timesteps, latent_dtype(config))
+
+
+def make_schedule(config: Config) -> flow.Schedule:
+    """The sampler of rollouts."""
+    r = config.rollout
+    return flow.make_schedule(r.solver, r.steps, r.shift, latent_dtype(config))
 
 
 def pick_device(config: Config) -> torch.device:
@@ -98,7 +116,8 @@ def make_frozen_reward(
     r, m = config.reward, config.model
     if r.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
-    reward = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, shard=shard, **r.pooling)
+    made = dict(dtype=DTYPES[m.weights_dtype], device=device, shard=shard)
+    reward = load_reward(r.path, **r.heads, **made, **r.pooling)
     ours, theirs = policy.config, reward.transformer.config
     for name in ("model_type", "in_dim", "text_dim", "text_len"):
         got, want = getattr(theirs, name), getattr(ours, name)
@@ -126,9 +145,9 @@ def make_reward(
     r, m = config.reward, config.model
     dtype = dtype or DTYPES[m.weights_dtype]
     if source is not None:
-        model = load_reward(
-            source, dropout=r.dropout, dtype=dtype, device=device, shard=shard, **r.pooling
-        )
+        heads = r.heads if source == r.path else {}
+        made = dict(dropout=r.dropout, dtype=dtype, device=device, shard=shard)
+        model = load_reward(source, **heads, **made, **r.pooling)
     else:
         if m.path is None:
             raise UserError("model.path: got null, want the generator that the reward starts from")

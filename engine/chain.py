@@ -70,7 +70,7 @@ class Chain:
         self.together = together
         self.velocity, self.schedule, self.stretch = velocity, schedule, stretch
         if isinstance(start, Tensor):
-            first = flow.init_state(start.detach())
+            first = flow.init_state(flow.rounded(start.detach(), schedule.dtype))
             start = [[first.select(slice(b, b + 1))] for b in range(len(start))]
         # states[b][i]: the state [1, ...] of sample b before step i, None where it was dropped.
         self.states = start

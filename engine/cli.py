@@ -164,8 +164,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(args):
-    return load_config(args.config, args.overrides)
+def _load(args, job=None):
+    return load_config(args.config, args.overrides, job)
 
 
 def _demo(args) -> None:
@@ -178,7 +178,7 @@ def _train(args) -> None:
     with interrupts():  # imports and models take a while
         from prfl_engine.train import train
 
-        train(_load(args))
+        train(_load(args, "train"))
 
 
 def _plan(args) -> None:
@@ -208,17 +208,17 @@ def _train_reward(args) -> None:
     with interrupts():
         from prfl_engine.train_reward import train_reward
 
-        train_reward(_load(args))
+        train_reward(_load(args, "train-reward"))
 
 
 def _eval_reward(args) -> None:
     from prfl_engine.train_reward import eval_reward, score
 
-    config = _load(args)
-    accuracy = eval_reward(config)
-    for t, value in accuracy.items():
-        print(f"t = {t:4g}   accuracy {value:.4f}")
-    print(f"mean of t < 1000: accuracy {score(config, accuracy):.4f}")
+    config = _load(args, "eval-reward")
+    found = eval_reward(config)
+    for t, values in found.items():
+        print(f"t = {t:4g}   " + "   ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    print(f"mean of t < 1000: accuracy {score(config, found):.4f}")
 
 
 def _score(args) -> None:

@@ -8,6 +8,9 @@ it wants. The bounds of a field are part of its type, and bounds.Section checks 
 those that involve several fields.
 """
 
+import copy
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Annotated, Literal
 
 import yaml
 
+from prfl_engine import official_yaml
 from prfl_engine.bounds import (
     Count,
     FilePath,
@@ -103,11 +107,22 @@ class OptimConfig(Section, name="optim"):
     weight_decay: Annotated[float, Within(0, 1000)] = 0.01
     """In an update a weight loses its learning rate times this of itself, at the most all of it."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; cosine falls to 0 at train.steps."""
+    """After the warm-up; cosine falls to 0 at `horizon`."""
     warmup: Natural = 0
-    """Optimizer steps of linear warm-up."""
+    """Updates of linear warm-up; an optimizer step is one, with loss.split two."""
+    horizon: Count | None = None
+    """Updates, the warm-up included, at which `schedule` ends; null: those of train.steps."""
+    cycles: Positive = 0.5
+    """Periods of the cosine; 0.5 falls once, 1 falls and rises."""
     clip: Positive | None = 1.0
     """Largest norm of the whole gradient; null clips nothing."""
+    clip_each: bool = False
+    """Clip what has been added up after every backward, as the official script does; false: once, before the
+    update. So the first losses of an optimizer step weigh less where the norm is above `clip`. Several groups
+    of processes make a backward together, so a run is not the same on another number of them."""
+    clip_heads: bool = True
+    """In reward training pooling and MLP belong to the gradient that is clipped; false: the transformer's
+    alone is, as in the official script."""
     rounding: Literal["master", "stochastic"] = "master"
     """Of bfloat16 weights. master: the optimizer keeps the other 16 bits of a float32 weight; stochastic: it
     keeps none and rounds up or down at random; the expected value is right."""
@@ -128,6 +143,13 @@ class OptimConfig(Section, name="optim"):
                 getattr(self, name) * self.weight_decay <= 1, "optim.weight_decay", self.weight_decay,
                 f"at most 1 / optim.{name}",
             )  # fmt: skip
+        if self.clip_each:
+            check(self.clip is not None, "optim.clip", None, "a norm with optim.clip_each")
+            check(self.offload != "all", "optim.offload", self.offload, "none or states with optim.clip_each")
+        if not self.clip_heads:
+            check(self.clip is not None, "optim.clip", None, "a norm with optim.clip_heads false")
+            want = "none or states with optim.clip_heads false"
+            check(self.offload != "all", "optim.offload", self.offload, want)
         if self.in_backward:
             check(
                 self.clip is None, "optim.clip", self.clip,
@@ -147,6 +169,9 @@ class TrainConfig(Section, name="train"):
 
     out: FilePath = "runs/prfl"
     """Output folder: metrics, checkpoints, samples."""
+    compat: Literal["official"] | None = None
+    """official: what HY-Video-PRFL does and we do otherwise is set as there, as far as a field is not set
+    itself (docs/official.md has the list); null: our defaults."""
     resume: bool | Literal["auto"] = False
     """true: go on from the newest checkpoint in `out`, which must hold a run; auto: start if it holds none;
     false: a folder that holds a run is refused. docs/training.md says what a resumed run may change."""
@@ -164,6 +189,9 @@ class TrainConfig(Section, name="train"):
     log_every: Count = 1
     ema: Fraction = 0.0
     """Decay of the exponential moving average of the weights; 0 keeps none."""
+    ema_each: Literal["step", "micro_batch"] = "step"
+    """When the average moves: once after an optimizer step, or as often as a process has micro-batches in it,
+    as in the official script."""
     tensorboard: bool = True
     wandb: Name | None = None
     """Weights & Biases project; needs the wandb package."""
@@ -204,6 +232,12 @@ class EvalConfig(Section, name="eval"):
     """Where rewards and accuracies are measured, with fixed noise. At 1000 the input is noise alone: it is
     shown, and is no part of a score."""
     seed: Seed = 1234
+    one_noise: bool = False
+    """Reward training: all held-out samples have the same noise, as in the official script; false: every
+    sample has its own."""
+    pairs: bool = True
+    """With reward.loss bt a validation compares pairs of data.val and data.val_lose; false: the sign of a
+    logit with the label of data.val, as with ce and as in the official script."""
     videos: Natural = 4
     """How many of the samples are written as latents, and as videos if data are codec latents."""
 
@@ -258,6 +292,10 @@ class Config(Section, name=""):
             f"a multiple of {self.graded} = data.batch_size * train.accumulate * rollout.samples",
         )  # fmt: skip
 
+        if self.loss.split:
+            want = "same with loss.split: weights are quantised once in an optimizer step"
+            check(self.rollout.precision == "same", "rollout.precision", self.rollout.precision, want)
+
     @property
     def graded(self) -> int:
         """Graded samples of an optimizer step, where all micro-batches are full."""
@@ -272,9 +310,32 @@ class Config(Section, name=""):
         return yaml.safe_dump(plain(asdict(self)), sort_keys=False)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Config from a YAML file (None: all defaults) and overrides such as "train.steps=100"."""
-    values = {} if path is None else read_yaml(Path(path))
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), job: official_yaml.Job | None = None
+) -> Config:
+    """Config from a YAML file (None: all defaults) and overrides such as "train.steps=100".
+
+    The file may be one of HY-Video-PRFL; a line on stderr then names the keys that have no meaning here. With
+    a job its paths have to be there, and it has to be of that kind.
+    """
+    values, made = {} if path is None else read_yaml(Path(path)), None
+    if official_yaml.recognised(values):
+        made = official_yaml.settings(values)
+        values = copy.deepcopy(made.values)
+    origin = made.origin if made else {}
     for item in overrides:
         override(values, item)
-    return from_dict(Config, values, "")
+        origin.pop(item.partition("=")[0], None)
+    official_yaml.compat(values, made.updates if made else 0)
+    try:
+        config = from_dict(Config, values, "")
+    except UserError as error:
+        key = origin.get(str(error).partition(":")[0])
+        raise UserError(f"{key}: {error}" if key else str(error)) from None
+    if made is not None:
+        if job is not None:
+            official_yaml.check_paths(made, asdict(config), job)
+        if os.environ.get("RANK", "0") == "0":
+            line = official_yaml.report(made, Path(path), config.train.compat is not None)
+            print(f"prfl: {line}", file=sys.stderr)
+    return config

@@ -33,9 +33,13 @@ class RolloutConfig(Section, name="rollout"):
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
     every sample of a micro-batch, each of another chain."""
-    one_index: bool = False
-    """All samples of an optimizer step have the same graded steps, as in the official code, so that groups of
-    processes wait for no longer rollout. false: every sample has its own, spread more evenly."""
+    one_index: bool | Literal["turn"] = False
+    """true: all samples of an optimizer step have the same graded steps, so that groups of processes wait for
+    no longer rollout. turn: those have, of which every group of processes works on one at the same time, as
+    in the official code. false: every sample has its own, spread more evenly."""
+    whole_timesteps: bool = False
+    """Flow matching and reward training give the model the timestep without its fraction, as rollouts always
+    do and as the official code does; false: 1000 times the noise level."""
     precision: Literal["same", "fp8"] = "same"
     """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
     cache: Nonnegative = 0.0
@@ -67,7 +71,8 @@ class RolloutConfig(Section, name="rollout"):
             check(self.pool_place == "device", "rollout.pool_place", self.pool_place, f"device {want}")
             check(self.stride == 1, "rollout.stride", self.stride, f"1 {want}")
         else:
-            check(not self.one_index, "rollout.one_index", True, "false with rollout.mode persistent")
+            want = "false with rollout.mode persistent"
+            check(not self.one_index, "rollout.one_index", self.one_index, want)
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,11 @@ class LossConfig(Section, name="loss"):
     alternate: bool = False
     """true: one optimizer step has the flow-matching loss of all its micro-batches, the next one the reward
     loss of all of its own, in turn. false: every step has the reward loss, and as many as sft_every says have
-    both losses of every micro-batch. The official
-    script computes both losses of every micro-batch and updates twice for a = `train.accumulate` of them: by
-    a gradients of flow matching and a - 1 of the reward, then by the last one of the reward. With a = 1 it
-    alternates too, but both updates are by the same sample."""
+    both losses of every micro-batch."""
+    split: bool = False
+    """Two updates in an optimizer step, as in the official script: by all gradients up to the flow-matching
+    gradient of the last micro-batch, then by the reward gradient of that micro-batch alone, whose rollout is
+    by the updated weights."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,3 +125,8 @@ class LossConfig(Section, name="loss"):
             want = "1, or positive loss.weight and loss.sft_weight"
             check(both, "loss.sft_every", self.sft_every, want)
             check(not self.alternate, "loss.sft_every", self.sft_every, "1 with loss.alternate")
+        if self.split:
+            both = self.weight > 0 and self.sft_weight > 0
+            check(both, "loss.split", True, "false, or positive loss.weight and loss.sft_weight")
+            check(not self.alternate, "loss.alternate", True, "false with loss.split")
+            check(self.sft_every == 1, "loss.sft_every", self.sft_every, "1 with loss.split")

@@ -42,6 +42,8 @@ class ModelConfig(Section, name="model"):
     """Linear layers and attention."""
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Residual stream; the official code keeps it in float32."""
+    latent_dtype: Literal["float32", "bfloat16"] = "float32"
+    """To what samples, noise and the states of a rollout are rounded; the official code has bfloat16."""
     recompute: KeptConfig | str = "none"
     """What blocks save for backward. none: all that `keep` names; full: their inputs; attention: also the
     output of their self-attention, which is most of a block's work; auto:GB: the fastest policies whose step
@@ -114,12 +116,19 @@ class RewardConfig(Section, name="reward"):
     path: FilePath | None = None
     """Folder with the three files of a reward model; None: train-reward makes a new one of the generator's
     first blocks."""
+    query_attention: FilePath | None = None
+    """File of the pooling, where it is not in `path`."""
+    mlp: FilePath | None = None
+    """File of the MLP, where it is not in `path`."""
     blocks: Annotated[int, Within(1, 10_000)] = 8
     """How many of the generator's first blocks a new reward model is made of."""
-    feature_layer: Count | Literal["auto"] = "auto"
-    """The block whose output is pooled, counted from 1. auto: as stored with the reward model of `path`, 8
-    for an official one, which stores nothing; for a new one its last block. A value that differs from the
-    stored one is refused."""
+    feature_layer: Count | Annotated[tuple[Count, ...], NotEmpty()] | Literal["auto"] = "auto"
+    """The block whose output is pooled, counted from 1, or several, whose pooled vectors are averaged. auto:
+    as stored with the reward model of `path`, 8 for an official one, which stores nothing; for a new one its
+    last block. A value that differs from the stored one is refused."""
+    pool: Literal["query", "mean", "max", "auto"] = "auto"
+    """What makes one vector of all tokens: attention of learned queries, their mean, or the largest value of
+    every channel (of several layers too). auto: as stored, or query."""
     num_queries: Annotated[int, Within(1, 65536)] = 1
     num_heads: Annotated[int, Within(1, 65536)] | Literal["auto"] = "auto"
     """Heads of the pooling. auto: as stored, or 8."""
@@ -132,18 +141,37 @@ class RewardConfig(Section, name="reward"):
     """Train the transformer's embeddings (patches, text, time, image) too; the paper's code freezes them."""
     loss: Literal["ce", "bt"] = "ce"
     """ce: binary cross-entropy on the label; bt: Bradley-Terry on (winner, loser) pairs."""
+    timesteps: tuple[Annotated[float, Within(0, 1000)], ...] = ()
+    """Train at these timesteps alone, one optimizer step after another in turn; empty: at a noise level that
+    is drawn for every sample from the 1000 of the schedule."""
 
     def __post_init__(self):
         super().__post_init__()
-        check(
-            self.feature_layer == "auto" or self.feature_layer <= self.blocks, "reward.feature_layer",
-            self.feature_layer, f"1 to reward.blocks = {self.blocks}",
-        )  # fmt: skip
+        layers = self.feature_layer
+        several = isinstance(layers, tuple)
+        ok = layers == "auto" or max(layers if several else (layers,)) <= self.blocks
+        check(ok, "reward.feature_layer", layers, f"1 to reward.blocks = {self.blocks}")
+        rising = not several or all(a < b for a, b in zip(layers, layers[1:], strict=False))
+        check(rising, "reward.feature_layer", layers, "each layer after the one before")
+        if self.query_attention is not None or self.mlp is not None:
+            check(self.path is not None, "reward.path", None, "the folder of the transformer of reward.mlp")
+        if self.pool in ("mean", "max"):
+            check(self.dropout == 0, "reward.dropout", self.dropout, f"0 with reward.pool {self.pool}")
+            path = self.query_attention
+            check(path is None, "reward.query_attention", path, f"null with reward.pool {self.pool}")
+            for name, usual in (("num_queries", 1), ("num_heads", "auto"), ("return_type", "auto")):
+                value = getattr(self, name)
+                check(value == usual, f"reward.{name}", value, f"{usual} with reward.pool {self.pool}")
 
     @property
-    def pooling(self) -> dict[str, int | bool]:
-        """num_heads, add_query and feature_layer as functions of checkpoint.py take them, without those that
-        are auto."""
-        named = {"num_heads": self.num_heads, "feature_layer": self.feature_layer}
+    def heads(self) -> dict[str, str | None]:
+        """query_attention and mlp as load_reward takes them."""
+        return {"query_attention": self.query_attention, "mlp": self.mlp}
+
+    @property
+    def pooling(self) -> dict[str, int | bool | str | tuple[int, ...]]:
+        """num_heads, add_query, feature_layer and pool as functions of checkpoint.py take them, without those
+        that are auto."""
+        named = {"num_heads": self.num_heads, "feature_layer": self.feature_layer, "pool": self.pool}
         found = {name: value for name, value in named.items() if value != "auto"}
         return found if self.return_type == "auto" else found | {"add_query": self.return_type == "query"}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prfl_engine.batch import Batch, collate, to_device
 from prfl_engine.errors import UserError, check, named
+from prfl_engine.flow import rounded
 from prfl_engine.inputs import check_file, check_finite, find_from, read_array, read_json, read_lines
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.wan import WanConfig
@@ -72,6 +73,8 @@ class Reader:
     null_text: str | None = None
     text_dropout: float = 0.0
     long_caption: float = 0.0
+    dtype: torch.dtype | None = None
+    """What the values of a sample are rounded to; they are held in float32."""
     null: Tensor | None = field(init=False, default=None)
     """The embedding of null_text, read when the reader is made."""
 
@@ -98,16 +101,26 @@ class Reader:
         if c.image:
             shape = (1, IMAGE_TOKENS, IMAGE_DIM)
             clip = self._tensor(path, meta, CLIP_KEYS, shape, "CLIP features")
-            shape = (1, CONDITION_CHANNELS, *latent.shape[1:])
-            first = self._tensor(path, meta, CONDITION_KEYS, shape, "condition")
-            mask = torch.zeros(MASK_CHANNELS, *latent.shape[1:])
-            mask[:, 0] = 1
-            condition = torch.cat([mask, first])
+            condition = self._condition(path, meta, latent.shape[1:])
         label = None
         if self.label is not None:
             with named(str(path)):
                 label = torch.tensor(label_of(meta, self.label))
-        return Batch(latent, text, clip, condition, label)
+        given = (None if a is None else rounded(a, self.dtype) for a in (latent, text, clip, condition))
+        return Batch(*given, label)
+
+    def _condition(self, path: Path, meta: dict, shape: tuple[int, ...]) -> Tensor:
+        """Mask and encoded first frame [20, T, h, w]; the mask is made where a file has the frame alone."""
+        first = self._tensor(path, meta, CONDITION_KEYS, (1, None, *shape), "condition")
+        whole = MASK_CHANNELS + CONDITION_CHANNELS
+        if len(first) not in (CONDITION_CHANNELS, whole):
+            wanted = f"{CONDITION_CHANNELS} channels, or {whole} with the mask"
+            raise UserError(f"{path}: condition is [1, {len(first)}, ...], want {wanted}")
+        if len(first) == whole:
+            return first
+        mask = torch.zeros(MASK_CHANNELS, *shape)
+        mask[:, 0] = 1
+        return torch.cat([mask, first])
 
     def meta(self, path: Path) -> dict:
         """What describes the sample `path`: the object of its meta JSON."""

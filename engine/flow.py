@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prfl_engine.errors import check
 from prfl_kernels.solver_step import solver_step
 
 SIGMA_MAX = 0.999  # the largest sigma of a table of 1000 steps, before shifting
@@ -35,6 +36,42 @@ def shift_sigma(u, shift: float):
 def train_sigmas(shift: float) -> Tensor:
     """The 1000 training noise levels [1000], float32, from 1 downwards; timestep = 1000 sigma."""
     return shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1, dtype=torch.float64), shift)[:-1].float()
+
+
+def rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`a` in its own dtype with values that `dtype` has, its gradient too; None: as it is."""
+    return a if dtype is None else a.to(dtype).to(a.dtype)
+
+
+class Levels:
+    """The noise levels of flow matching and of reward training: `sigmas` [1000] falling from 1, on the CPU,
+    and the timesteps that the model is given with them.
+
+    whole: timesteps without their fraction, by the float32 arithmetic of the official table, in which some
+    are one less. dtype: what the level of a given timestep is rounded to.
+    """
+
+    def __init__(self, shift: float, whole: bool = False, dtype: torch.dtype | None = None):
+        self.whole, self.dtype, self.sigmas = whole, dtype, train_sigmas(shift)
+        if whole:
+            self.sigmas = shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1), shift)[:-1]
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Timesteps [B] of noise levels [B]."""
+        t = TRAIN_STEPS * sigma
+        return t.floor() if self.whole else t
+
+    def at(self, t: float, name: str) -> float:
+        """The noise level of a timestep; `name` is the field that it is from. UserError where whole timesteps
+        of the table have to be given and it has not this one."""
+        sigma = torch.tensor(t / TRAIN_STEPS)
+        if self.whole:
+            table = self.timestep(self.sigmas)
+            near = table[(table - t).abs().argmin()].item()
+            want = f"timesteps of the schedule, such as {near:g}, with rollout.whole_timesteps"
+            check(near == t, name, t, want)
+            sigma = self.sigmas[table == t][0]
+        return rounded(sigma, self.dtype).item()
 
 
 def add_noise(latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -69,13 +106,17 @@ class Schedule:
     sigmas: Tensor
     timesteps: Tensor
     table: Tensor  # columns: sigma, a_x, a_l, a_0, a_1, a_t, b_x, b_t, b_0
+    dtype: torch.dtype | None = None  # what samples are rounded to; the x_0 predictions are not
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
 
-def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
-    """Schedule of `solver` ("euler" or "unipc") with steps >= 1 and shift > 0; ValueError otherwise."""
+def make_schedule(
+    solver: str, steps: int, shift: float, dtype: torch.dtype | None = None
+) -> Schedule:
+    """Schedule of `solver` ("euler" or "unipc") with steps >= 1 and shift > 0; ValueError otherwise. dtype:
+    what samples are rounded to after every step; None: nothing is."""
     if solver not in ("euler", "unipc"):
         raise ValueError(f"solver: got {solver!r}, want euler or unipc")
     if steps < 1 or shift <= 0:
@@ -85,7 +126,7 @@ def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
     timesteps = (TRAIN_STEPS * sigmas[:-1]).floor().float()
     row = _euler_row if solver == "euler" else _unipc_row
     table = torch.tensor([row(sigmas.tolist(), i) for i in range(steps)], dtype=torch.float64)
-    return Schedule(sigmas, timesteps, table)
+    return Schedule(sigmas, timesteps, table, dtype)
 
 
 def step(schedule: Schedule, state: SolverState, velocity: Tensor, index: Tensor) -> SolverState:
@@ -97,6 +138,7 @@ def step(schedule: Schedule, state: SolverState, velocity: Tensor, index: Tensor
     x = state.x
     columns = schedule.table[index].to(x.device, x.dtype, non_blocking=True)
     x_next, x_c, m_t = solver_step(*state, velocity, columns)
+    x_next, x_c = rounded(x_next, schedule.dtype), rounded(x_c, schedule.dtype)
     return SolverState(x_next, x_c, m_t, state.m0)
 
 

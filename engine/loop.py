@@ -1,9 +1,10 @@
 """The loop that both trainings share: accumulate, clip, step, measure, validate, save, resume.
 
-One optimizer step uses the gradients of all losses of all accumulated micro-batches, clipped once. The host
-never waits for the device in a step: the device skips the update if the gradient is not finite, and the host
-reads the metrics of a step while the next one runs. All random numbers depend only on the seed and the step,
-so a run that was stopped and resumed gives the same result as one that was not; on the CPU, to the bit.
+One optimizer step uses the gradients of all losses of all accumulated micro-batches, clipped and applied once
+unless configured otherwise (optim/updates.py). The host never waits for the device in a step: the device
+skips the update if the gradient is not finite, and the host reads the metrics of a step while the next one
+runs. All random numbers depend only on the seed and the step, so a run that was stopped and resumed gives the
+same result as one that was not; on the CPU, to the bit.
 """
 
 import json
@@ -31,7 +32,8 @@ from prfl_engine.metrics import MetricsWriter, NoMetrics, note
 from prfl_engine.metrics import progress as progress_bar
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model.flops import Costs
-from prfl_engine.optim.optimizer import EMA, lr_factor, make_optimizer, not_finite, set_lr, update
+from prfl_engine.optim.optimizer import EMA, make_optimizer, not_finite
+from prfl_engine.optim.updates import Updates
 from prfl_engine.parallel import World
 from prfl_engine.phases import Shape, count, mark, timed
 from prfl_engine.restarts import note_run
@@ -77,6 +79,7 @@ def fit(
     costs: Callable[[Shape], Costs],
     carried: Carried | None = None,
     world: World = World(),  # noqa: B008 - frozen
+    split: bool = False,
 ) -> None:
     """Train `model` for config.train.steps optimizer steps, from where `begin` says.
 
@@ -86,7 +89,8 @@ def fit(
     save(folder, step, values) writes the trained parameters, or in their place `values` by the same names;
     load(folder) reads them back in float32, under their names in the model. costs(shape) counts the work on
     a sample of latents [*, *shape]. What is `carried` is in every checkpoint, too. Every process of `world`
-    calls this; the first one writes what is written once.
+    calls this; the first one writes what is written once. split: update also after the first backward of the
+    last micro-batch.
 
     SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises UserError before anything is written,
     TrainingError for a run that cannot go on: numbers that are not finite, or what `failures` lists.
@@ -107,7 +111,7 @@ def fit(
                 elif (name := not_finite(model)) is not None:
                     raise UserError(f"model to start from: {name} is not finite, want finite weights")
             trained = config, begin, model, optimizer, ema, batches, backpropagate, validate, save, costs
-            Run(*trained, progress, signals, carried, world, checkpoints).train(device)
+            Run(*trained, progress, signals, carried, world, checkpoints, split).train(device)
     except failures.KINDS as error:
         if (reason := failures.reason(error)) is None:
             raise
@@ -155,6 +159,7 @@ class Run:
     carried: Carried | None
     world: World
     checkpoints: Checkpoints
+    split: bool
 
     def train(self, device: torch.device) -> None:
         """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
@@ -209,12 +214,12 @@ class Run:
                 stop = world.any(self.signals.asked is not None)
             if stop:
                 return
+            updates = Updates(optimizer, self.config, self.ema, own, self.split)
             steps = range(progress.step, train.steps)
             if world.leads:
                 steps = progress_bar(steps, out.name, train.steps, initial=progress.step)
             for step in steps:
-                factor = lr_factor(step, train.steps, self.config.optim)
-                set_lr(optimizer, factor)
+                updates.begin(step)
                 seen: dict[str, Tensor] = {}
                 for micro in range(own):
                     mark("data")
@@ -225,15 +230,13 @@ class Run:
                     self.list_broken()
                     for batch in [item.batch] if isinstance(item.batch, Batch) else item.batch:
                         count("samples", batch.latent)
-                    for values in self.backpropagate(item.batch, key, 1 / own):
+                    for number, values in enumerate(self.backpropagate(item.batch, key, 1 / own)):
                         for k, v in values.items():
                             seen[k] = seen.get(k, 0) + v.detach() / own
+                        updates.after(number, micro == own - 1)
                         measurements.settle()  # the device has a backward of this step to do meanwhile
-                mark("optimizer")
-                norm = update(optimizer, self.config.optim.clip)
-                if self.ema is not None:
-                    self.ema.update()
-                measurements.put(step, optimizer.param_groups[0]["base_lr"] * factor, norm, seen)
+                norm = updates.end()
+                measurements.put(step, updates.lr, norm, seen)
                 progress.step = done = step + 1
                 last = done == train.steps
                 check_now = self.validate is not None and (done % self.config.eval.every == 0 or last)

@@ -44,10 +44,13 @@ def sft_loss(
     noise: Tensor,
     sigma: Tensor,
     run_blocks: RunBlocks = plain_blocks,
+    t: Tensor | None = None,
 ) -> Tensor:
-    """Flow matching at noise levels sigma [B]: mean of (v(x_t) - (eps - x_0))^2 [B], per sample."""
+    """Flow matching at noise levels sigma [B]: mean of (v(x_t) - (eps - x_0))^2 [B], per sample. t [B]: the
+    timesteps that the model is given; None: 1000 sigma."""
     x = flow.add_noise(batch.latent, noise, sigma)
-    velocity = bind(model, batch, run_blocks=run_blocks)(x, flow.TRAIN_STEPS * sigma, torch.arange(len(x)))
+    t = flow.TRAIN_STEPS * sigma if t is None else t
+    velocity = bind(model, batch, run_blocks=run_blocks)(x, t, torch.arange(len(x)))
     return (velocity - (noise - batch.latent)).square().flatten(1).mean(1)
 
 
@@ -57,10 +60,12 @@ def noisy_reward(
     noise: Tensor,
     sigma: Tensor,
     run_blocks: RunBlocks = plain_blocks,
+    t: Tensor | None = None,
 ) -> Tensor:
-    """Logits [B] of the batch's latents at noise levels sigma [B]."""
+    """Logits [B] of the batch's latents at noise levels sigma [B]; t as sft_loss takes it."""
     x = flow.add_noise(batch.latent, noise, sigma)
-    return reward(x, flow.TRAIN_STEPS * sigma, batch.text, batch.clip, batch.condition, run_blocks)
+    t = flow.TRAIN_STEPS * sigma if t is None else t
+    return reward(x, t, batch.text, batch.clip, batch.condition, run_blocks)
 
 
 def noisy_rewards(

@@ -30,7 +30,7 @@ from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.model.layers import Block
-from prfl_engine.model.reward import QueryPool, RewardModel
+from prfl_engine.model.reward import QueryPool, RewardModel, TokenPool
 from prfl_engine.model.wan import WanTransformer
 from prfl_kernels.exchange import SequenceGroup
 
@@ -338,11 +338,12 @@ def shard(
             fully_shard(block, **how)
         fully_shard(transformer, **how)
         # Called in addition to forward. None calls another: FSDP would end the outer with the inner one.
-        for name in ("embed_context", "features"):
+        for name in ("embed_context", "features", "layers"):
             register_fsdp_forward_method(transformer, name)
     if isinstance(model, RewardModel):
         for part in (model.pool, model.mlp):
-            fully_shard(part, **how)
+            if next(part.parameters(), None) is not None:
+                fully_shard(part, **how)
     return model
 
 
@@ -362,6 +363,6 @@ def cut_modules(model: nn.Module, sequence: SequenceGroup) -> nn.Module:
         if isinstance(module, QueryPool) and module.training and module.multihead_attn.dropout > 0:
             dropout = module.multihead_attn.dropout
             raise UserError(f"reward.dropout: got {dropout:g} with parallel.sequence > 1, want 0")
-        if isinstance(module, (Block, QueryPool, WanTransformer)):
+        if isinstance(module, (Block, QueryPool, TokenPool, WanTransformer)):
             module.sequence = sequence
     return model

@@ -37,13 +37,13 @@ KINDS = {
     "model": {
         "source": "path",
         "fixed": "preset weights_dtype",
-        "free": "compute_dtype residual_dtype recompute keep compile chunk kernels host costs",
+        "free": "compute_dtype residual_dtype latent_dtype recompute keep compile chunk kernels host costs",
     },
     "lora": {"source": "path", "fixed": "rank alpha targets"},
     "reward": {
-        "source": "path",
-        "fixed": "blocks feature_layer num_queries num_heads return_type train_embeddings loss",
-        "free": "dropout",
+        "source": "path query_attention mlp",
+        "fixed": "blocks feature_layer pool num_queries num_heads return_type train_embeddings loss",
+        "free": "dropout timesteps",
     },
     "data": {
         "source": "train lose null_text",
@@ -52,24 +52,24 @@ KINDS = {
         "free": "negative_text text_dropout long_caption skip_broken num_workers",
     },
     "rollout": {
-        "score": "solver steps shift",
+        "score": "solver steps shift whole_timesteps",
         # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
         "free": "mode pool pool_place stride range samples one_index precision cache probe_every max_drift "
         "cuda_graph",
     },
     "chain": {"free": "window detach_input"},
-    "loss": {"free": "form weight target sft_weight sft_every alternate"},
+    "loss": {"free": "form weight target sft_weight sft_every alternate split"},
     "optim": {
         "state": "name rounding grad_dtype in_backward offload",
-        "free": "lr lr_head betas eps weight_decay schedule warmup clip",
+        "free": "lr lr_head betas eps weight_decay schedule warmup horizon cycles clip clip_each clip_heads",
     },
     "train": {
         "fixed": "accumulate seed",
-        "free": "device steps save_every keep log_every ema tensorboard wandb",
-        "call": "out resume",
+        "free": "device steps save_every keep log_every ema ema_each tensorboard wandb",
+        "call": "out resume compat",
     },
     "parallel": {"free": "replicate sequence resident save_async timeout"},
-    "eval": {"score": "samples timesteps seed", "free": "every batch_size videos"},
+    "eval": {"score": "samples timesteps seed one_noise pairs", "free": "every batch_size videos"},
     "sample": {"free": "count seed guidance codec fps"},
 }
 KIND = {
@@ -78,7 +78,9 @@ KIND = {
     for kind, names in kinds.items()
     for name in names.split()
 }
-MODELS = ("model.path", "lora.path", "reward.path", "data.null_text")  # the other sources are lists
+MODELS = (  # the other sources are lists
+    "model.path", "lora.path", "reward.path", "reward.query_attention", "reward.mlp", "data.null_text",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

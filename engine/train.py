@@ -9,7 +9,14 @@ from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
-from prfl_engine.build import make_frozen_reward, make_policy, pick_device
+from prfl_engine.build import (
+    latent_dtype,
+    make_frozen_reward,
+    make_levels,
+    make_policy,
+    make_schedule,
+    pick_device,
+)
 from prfl_engine.config import Config, LossConfig
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
@@ -48,6 +55,7 @@ def check_one_backward(config: Config) -> None:
     c, want = config, "with optim.in_backward: one backward in an optimizer step"
     both = c.loss.weight > 0 and c.loss.sft_weight > 0
     check(not both or c.loss.alternate, "loss.alternate", c.loss.alternate, f"true or one loss alone {want}")
+    check(not c.loss.split, "loss.split", True, f"false {want}")
     if c.loss.weight > 0:
         check(c.rollout.samples == 1, "rollout.samples", c.rollout.samples, f"1 {want}")
         check(c.chain.window == 1, "chain.window", c.chain.window, f"1 {want}")
@@ -75,8 +83,10 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     text_dropout = c.data.dropout(0.1)
     if c.optim.in_backward:
         check_one_backward(c)
-    schedule = flow.make_schedule(c.rollout.solver, c.rollout.steps, c.rollout.shift)
-    sigmas = flow.train_sigmas(c.rollout.shift)
+    schedule, levels, dtype = make_schedule(c), make_levels(c), latent_dtype(c)
+    if c.loss.weight > 0 or c.reward.path is not None:
+        for t in c.eval.timesteps if c.eval.every else ():
+            levels.at(t, "eval.timesteps")
     paths = read_lists(c.data.train, "data.train")
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
     begin = prepare_out(c, {"data.train": paths})
@@ -93,6 +103,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         null_text=c.data.null_text,
         text_dropout=text_dropout,
         long_caption=c.data.long_caption,
+        dtype=dtype,
     )
     broken = {"skip": c.data.skip_broken, "agree": world.union}
     stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed, **broken)
@@ -120,20 +131,23 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
         stretches = rollout and rollout.stretches
         grader = Grader(policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together)
-        graded = Persistent(grader, c, meter, stream.picked, world) if persists else Fresh(grader, c, meter)
+        if persists:
+            graded = Persistent(grader, c, meter, stream.picked, world)
+        else:
+            graded = Fresh(grader, c, meter, world.readers)
 
     def backpropagate(batch: Batch, key: int, share: float):
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         sft_due, reward_due = due(c.loss, key // c.train.accumulate)
-        last = world.last(key, c.train.accumulate)
+        last, each = world.last(key, c.train.accumulate), c.optim.clip_each
         if sft_due:
             mark("flow_matching")
             count("flow_matching", batch.latent)
-            sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
+            sigma = levels.sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
             sigma = sigma.to(device, non_blocking=True)
-            noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
-            loss = sft_loss(policy, batch, noise, sigma, run_blocks).mean()
-            world.add_up_copies(policy, last and not reward_due)
+            noise = flow.rounded(noise_like(batch.latent, Purpose.SFT_NOISE, *at), dtype)
+            loss = sft_loss(policy, batch, noise, sigma, run_blocks, levels.timestep(sigma)).mean()
+            world.add_up_copies(policy, each or (last and (c.loss.split or not reward_due)))
             (share * c.loss.sft_weight * loss).backward()
             values = {"sft_loss": loss.detach()}
             del loss, noise, sigma  # they and the loss's graph would live as long as the graded steps
@@ -142,7 +156,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             mark("rollout")
             part = 1 / c.rollout.samples
             for number, (window, extra) in enumerate(graded.windows(batch, key), 1):
-                world.add_up_copies(policy, last and number == c.rollout.samples)
+                world.add_up_copies(policy, each or (last and number == c.rollout.samples))
                 loss = part * reward_loss(window.logit, c.loss).mean()
                 window.backward(share * loss)
                 reward_now = part * torch.sigmoid(window.logit).mean()
@@ -151,7 +165,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
                 yield values
 
     def validate(step: int) -> dict[str, float]:
-        return evaluate_policy(c, policy, reward, schedule, held_out, step, world)
+        return evaluate_policy(c, policy, reward, schedule, held_out, step, world, levels)
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
         (lora.save if c.lora.rank else save_transformer)(policy, folder, values)
@@ -166,6 +180,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
         validate if c.eval.every else None, save, load, costs, graded if persists else None, world,
+        c.loss.split,
     )  # fmt: skip
 
 
@@ -178,6 +193,7 @@ def evaluate_policy(
     paths: list[Path],
     step: int,
     world: World = World(),  # noqa: B008 - frozen
+    levels: flow.Levels | None = None,
 ) -> dict[str, float]:
     """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents.
 
@@ -186,24 +202,28 @@ def evaluate_policy(
     or minus the flow-matching loss where no reward is trained. Every group of processes evaluates a part of
     the samples; all get the same result. TrainingError for a number that is not finite.
     """
-    e, device = config.eval, next(policy.parameters()).device
+    e, device, dtype = config.eval, next(policy.parameters()).device, latent_dtype(config)
+    levels = levels or make_levels(config)
     paths = [paths[i % len(paths)] for i in range(e.samples)]
     samples, kept = HeldOut([paths], world), []
-    for first, (batch,) in samples.batches(Reader(policy.config), e.batch_size, device):
+    for first, (batch,) in samples.batches(Reader(policy.config, dtype=dtype), e.batch_size, device):
         n = len(batch.latent)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, e.seed, first)
         level = (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
-        samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
+        sigma = flow.shift_sigma(level, config.rollout.shift)
+        noise = flow.rounded(noise, dtype)
+        samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, t=levels.timestep(sigma)))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
         latent = chain.sample(bind(policy, batch), schedule, noise)
         samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:
             continue
-        noise = noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first)
+        noise = flow.rounded(noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first), dtype)
         for t in e.timesteps:
-            sigma = torch.full((n,), t / flow.TRAIN_STEPS, device=device)
-            logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma)
+            sigma = torch.full((n,), levels.at(t, "eval.timesteps"), device=device)
+            at = torch.full((n,), float(t), device=device)
+            logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma, t=at)
             samples.put(f"reward_t{decimal(t)}", logit)
     found = samples.all()
     kept = samples.first(kept, e.videos)

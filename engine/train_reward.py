@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import flow
-from prfl_engine.build import make_reward, pick_device
+from prfl_engine.build import latent_dtype, make_levels, make_reward, pick_device
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, read_lists
@@ -78,16 +78,20 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     c = config
     lora.check_path(c.lora)
     adapted = c.lora.rank > 0
-    text_dropout, pairs = c.data.dropout(0.0), c.reward.loss == "bt"
+    text_dropout, pairs, dtype = c.data.dropout(0.0), c.reward.loss == "bt", latent_dtype(c)
+    levels = make_levels(c)
+    fixed = [levels.at(t, "reward.timesteps") for t in c.reward.timesteps]
+    for t in c.eval.timesteps if c.eval.every else ():
+        levels.at(t, "eval.timesteps")
     win = read_lists(c.data.train, "data.train")
     lose = read_lists(c.data.lose, "data.lose") if pairs else None
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
-    val_lose = read_lists(c.data.val_lose, "data.val_lose") if pairs and c.eval.every else None
+    paired = pairs and c.eval.pairs
+    val_lose = read_lists(c.data.val_lose, "data.val_lose") if paired and c.eval.every else None
     if not pairs:
         check_labels(win, c.data.label, "data.train")
-        if c.eval.every:
-            check_labels(held_out, c.data.label, "data.val")
-    sigmas = flow.train_sigmas(c.rollout.shift)
+    if c.eval.every and not paired:
+        check_labels(held_out, c.data.label, "data.val")
     begin = prepare_out(c, {"data.train": win} | ({"data.lose": lose} if pairs else {}))
     resume = begin.checkpoint
     world.check_checkpoint(resume)
@@ -103,7 +107,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     if adapted:
         add_updates(model, c, resume)
     world.stop_if_asked()
-    reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout)
+    reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout, dtype=dtype)
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
     broken = {"skip": c.data.skip_broken, "agree": world.union}
@@ -117,12 +121,16 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
             count("reward", one.latent)
         batch = item[0] if pairs else item
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
-        sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, *at, n)]
-        sigma = sigma.to(device, non_blocking=True)
-        noise = noise_like(batch.latent, Purpose.REWARD_NOISE, *at)
-        logit = noisy_reward(model, batch, noise, sigma, run_blocks)
+        sigma = levels.sigmas[integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, *at, n)]
+        t = levels.timestep(sigma)
+        if fixed:
+            turn = key // c.train.accumulate % len(fixed)
+            sigma, t = torch.full((n,), fixed[turn]), torch.full((n,), float(c.reward.timesteps[turn]))
+        sigma, t = sigma.to(device, non_blocking=True), t.to(device, non_blocking=True)
+        noise = flow.rounded(noise_like(batch.latent, Purpose.REWARD_NOISE, *at), dtype)
+        logit = noisy_reward(model, batch, noise, sigma, run_blocks, t)
         if pairs:  # winner and loser share noise and noise level
-            logit_lose = noisy_reward(model, item[1], noise, sigma, run_blocks)
+            logit_lose = noisy_reward(model, item[1], noise, sigma, run_blocks, t)
             loss, right = bradley_terry(logit, logit_lose).mean(), logit > logit_lose
         else:
             loss = cross_entropy(logit, batch.label).mean()
@@ -132,8 +140,9 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         yield {"loss": loss.detach(), "accuracy": right.float().mean()}
 
     def validate(step: int) -> dict[str, float]:
-        accuracy = evaluate_reward(c, model, held_out, val_lose, world=world)
-        return {f"accuracy_t{decimal(t)}": a for t, a in accuracy.items()} | {"score": score(c, accuracy)}
+        found = evaluate_reward(c, model, held_out, val_lose, world=world)
+        values = {f"{name}_t{decimal(t)}": v for t, held in found.items() for name, v in held.items()}
+        return values | {"score": score(c, found)}
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
         (save_adapted if adapted else save_reward)(model, folder, step, values)
@@ -162,56 +171,76 @@ def evaluate_reward(
     lose: list[Path] | None = None,
     show: bool = False,
     world: World = World(),  # noqa: B008 - frozen
-) -> dict[float, float]:
-    """Accuracies on held-out latents at each of eval.timesteps: of sign(logit) against the label, or with
-    `lose` how often paths[i] has a higher logit than lose[i], of the same shape, under the same noise.
+) -> dict[float, dict[str, float]]:
+    """What is measured on held-out latents at each of eval.timesteps: of sign(logit) against the label
+    `by_label`, or with `lose` the accuracy alone, how often paths[i] has a higher logit than lose[i], of the
+    same shape, under the same noise.
 
-    The noise of a sample is fixed by eval.seed and the same at every timestep. Every group of processes
-    evaluates a part of the samples; all get the same result. TrainingError for a logit that is not finite.
+    The noise of a sample is fixed by eval.seed and the same at every timestep; with eval.one_noise also for
+    all samples. Every group of processes evaluates a part of the samples; all get the same result.
+    TrainingError for a logit that is not finite.
     """
-    e, device = config.eval, next(model.parameters()).device
-    samples = HeldOut([paths] if lose is None else [paths, lose], world)
-    batches = samples.batches(Reader(model.transformer.config, config.data.label), e.batch_size, device)
+    e, device, dtype = config.eval, next(model.parameters()).device, latent_dtype(config)
+    samples, levels = HeldOut([paths] if lose is None else [paths, lose], world), make_levels(config)
+    reader = Reader(model.transformer.config, config.data.label, dtype=dtype)
+    batches = samples.batches(reader, e.batch_size, device)
     if show:
         batches = progress(batches, "evaluating", -(-len(paths) // e.batch_size))
     for first, given in batches:
-        noise = noise_like(given[0].latent, Purpose.ACCURACY, e.seed, first)
+        latent = given[0].latent
+        if e.one_noise:
+            noise = noise_like(latent[:1], Purpose.ACCURACY, e.seed, 0).expand_as(latent)
+        else:
+            noise = noise_like(latent, Purpose.ACCURACY, e.seed, first)
+        noise = flow.rounded(noise, dtype)
         samples.put("label", given[0].label)
         for t in e.timesteps:
-            sigma = torch.full((len(noise),), t / flow.TRAIN_STEPS, device=device)
+            sigma = torch.full((len(noise),), levels.at(t, "eval.timesteps"), device=device)
+            at = torch.full((len(noise),), float(t), device=device)
             for side, batch in enumerate(given):
-                samples.put(f"accuracy_t{decimal(t)}", noisy_reward(model, batch, noise, sigma), side)
+                samples.put(f"accuracy_t{decimal(t)}", noisy_reward(model, batch, noise, sigma, t=at), side)
     found = samples.all()
-
-    def right(t: float) -> Tensor:
-        logit = found[f"accuracy_t{decimal(t)}", 0]
-        if lose is not None:
-            return logit > found[f"accuracy_t{decimal(t)}", 1]
-        return (logit > 0) == (found["label", 0] > 0.5)
-
-    return {t: right(t).double().mean().item() for t in e.timesteps}
+    if lose is not None:
+        sides = {t: [found[f"accuracy_t{decimal(t)}", side] for side in (0, 1)] for t in e.timesteps}
+        return {t: {"accuracy": (a > b).double().mean().item()} for t, (a, b) in sides.items()}
+    return {t: by_label(found[f"accuracy_t{decimal(t)}", 0], found["label", 0]) for t in e.timesteps}
 
 
-def score(config: Config, accuracy: dict[float, float]) -> float:
+def by_label(logit: Tensor, label: Tensor) -> dict[str, float]:
+    """Of logits [n] in float64 against labels [n], 0 or 1, that are positive where sigmoid(logit) > 1/2:
+    precision, recall and F1, 0 where nothing is, or is called, positive; cross-entropy, and accuracy."""
+    said, good = logit > 0, label > 0.5
+    hits = (said & good).sum().item()
+    called, there = said.sum().item(), good.sum().item()
+    return {
+        "precision": hits / called if called else 0.0,
+        "recall": hits / there if there else 0.0,
+        "f1": 2 * hits / (called + there) if called + there else 0.0,
+        "loss": cross_entropy(logit, label).mean().item(),
+        "accuracy": (said == good).double().mean().item(),
+    }
+
+
+def score(config: Config, found: dict[float, dict[str, float]]) -> float:
     """The mean accuracy over eval.scored."""
-    return sum(accuracy[t] for t in config.eval.scored) / len(config.eval.scored)
+    return sum(found[t]["accuracy"] for t in config.eval.scored) / len(config.eval.scored)
 
 
-def eval_reward(config: Config) -> dict[float, float]:
-    """Accuracies of the reward model of reward.path on data.val, with reward.loss bt those of pairs with
-    data.val_lose."""
+def eval_reward(config: Config) -> dict[float, dict[str, float]]:
+    """What `evaluate_reward` measures of the reward model of reward.path on data.val, with reward.loss bt of
+    pairs with data.val_lose unless eval.pairs is false."""
     c = config
     if c.reward.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model")
     paths, lose, labels = read_lists(c.data.val, "data.val"), None, set()
-    if c.reward.loss == "bt":
+    if c.reward.loss == "bt" and c.eval.pairs:
         lose = read_lists(c.data.val_lose, "data.val_lose")
     else:
         labels = set(read_labels(paths, c.data.label, "data.val"))
     model = make_reward(c, c.reward.path, pick_device(c)).freeze()
     if lose is not None:
         lose = partners(Reader(model.transformer.config), paths, lose, "data.val_lose")
-    accuracy = evaluate_reward(c, model, paths, lose, show=True)
+    found = evaluate_reward(c, model, paths, lose, show=True)
     if len(labels) == 1:
         note(f"{c.data.label} is {labels.pop():g} in all of data.val: a constant reward may be right on all")
-    return accuracy
+    return found

@@ -9,10 +9,11 @@ import yaml
 from helpers import tiny_config, tiny_model, tiny_reward, write_data
 from torch.utils._pytree import tree_iter
 
-from prfl_engine import loop, train
+from prfl_engine import train
 from prfl_engine.config import load_config
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.model.checkpoint import save_reward, save_transformer
+from prfl_engine.optim import updates
 from prfl_engine.planner.setup import ROUND
 
 OPTIMIZERS = (
@@ -110,7 +111,7 @@ class Measured:
 def measured(path: Path, monkeypatch) -> Measured:
     """Train by the configuration of a file and count."""
     found = Measured()
-    live, (fit, update) = found.live, (train.fit, loop.update)
+    live, (fit, update) = found.live, (train.fit, updates.update)
     policy_of, reward_of = train.make_policy, train.make_frozen_reward
 
     def seen(make):
@@ -139,7 +140,7 @@ def measured(path: Path, monkeypatch) -> Measured:
 
     monkeypatch.setattr(train, "make_policy", seen(policy_of))
     monkeypatch.setattr(train, "make_frozen_reward", seen(reward_of))
-    monkeypatch.setattr(loop, "update", updated)
+    monkeypatch.setattr(updates, "update", updated)
     monkeypatch.setattr(train, "fit", watched)
     train.train(load_config(path))
     found.host = live.host_peak

@@ -14,6 +14,7 @@ from prfl_engine.config import load_config
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.model.checkpoint import save_reward, save_transformer
 from prfl_engine.model.reward import RewardModel
+from prfl_engine.optim import updates
 from prfl_engine.planner import plan as plan
 from prfl_engine.planner.dry_run import SCALARS
 from prfl_engine.planner.setup import ROUND
@@ -90,7 +91,7 @@ def test_no_run_has_more_than_its_plan_says(seed, tmp_path, monkeypatch):
     kind = draw.choice(sorted(plan.KINDS))
     monkeypatch.setattr(plan, "KINDS", {kind: plan.KINDS[kind]})
     fit, fit_memory, make_optimizer = train.fit, train.fit_memory, loop.make_optimizer
-    update = loop.update
+    update = updates.update
     live, optimizers, models = LiveBytes(ROUND), [], []
 
     def planned(*given):
@@ -115,7 +116,7 @@ def test_no_run_has_more_than_its_plan_says(seed, tmp_path, monkeypatch):
         live.lap()
         return norm
 
-    monkeypatch.setattr(loop, "update", updated)
+    monkeypatch.setattr(updates, "update", updated)
     monkeypatch.setattr(train, "fit_memory", planned)
     monkeypatch.setattr(train, "fit", watched)
     monkeypatch.setattr(

@@ -234,6 +234,19 @@ def test_an_error_of_a_worker_is_one_line(name, workers, t2v):
     assert "\n" not in message and "Traceback" not in message
 
 
+def test_a_condition_may_hold_its_mask(tmp_path):
+    """20 channels are taken as they are; 16 and the mask are the same."""
+    config = tiny_config("i2v")
+    paths = read_lists([str(write_data(tmp_path, config, 2))], "data.train")
+    read = Reader(config).read
+    want, rng = read(paths[0], np.random.default_rng(0)).condition, np.random.default_rng(0)
+    np.save(tmp_path / "first-0.npy", want[None].numpy())
+    assert torch.equal(read(paths[0], rng).condition, want)
+    np.save(tmp_path / "first-0.npy", want[None, :18].numpy())
+    with pytest.raises(UserError, match=r"condition is \[1, 18, ...\], want 16 channels, or 20 with"):
+        read(paths[0], rng)
+
+
 def test_i2v_needs_condition_and_clip(tmp_path):
     config = tiny_config("i2v")
     write_data(tmp_path, config, 1)

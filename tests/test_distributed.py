@@ -238,3 +238,22 @@ def test_only_the_run_of_this_call_of_torchrun_goes_on(tmp_path, monkeypatch):
     assert restarts.restarted(tmp_path) and not restarts.restarted(tmp_path / "other")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert not restarts.restarted(tmp_path)
+
+
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_the_official_cycle_of_groups_is_that_of_batches(run, tmp_path, replicate):
+    """Two updates, clipping after every backward and the average: two processes with micro-batches of one
+    sample are one process with micro-batches of two."""
+    config = write_run(
+        tmp_path, samples=1, data={"text_dropout": 0.0}, rollout={"steps": 5}, optim={"clip": 0.05},
+        train={"compat": "official", "steps": 3, "ema": 0.5}, model={"latent_dtype": "float32"},
+    )  # fmt: skip
+    listed = tmp_path / "data/all.list"
+    listed.write_text(4 * listed.read_text())  # one sample, so that its place in the order is all one
+    run(config, f"train.out={tmp_path}/two", "train.accumulate=4", f"parallel.replicate={replicate}")
+    batches = "train.accumulate=2", "data.batch_size=2"
+    run(config, f"train.out={tmp_path}/one", *batches, processes=1, torchrun=False)
+    want, got = (values(tmp_path / name) for name in ("one", "two"))
+    for a, b in zip(want, got, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name

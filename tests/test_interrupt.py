@@ -20,6 +20,7 @@ from prfl_engine import train as train_module
 from prfl_engine.cli import main
 from prfl_engine.errors import UserError
 from prfl_engine.interrupt import Stopped, interrupts
+from prfl_engine.optim import updates
 from prfl_engine.rollout import fresh as fresh_module
 
 LONG = ["train.steps=100000", "train.save_every=100000", "loss.weight=0"]
@@ -210,8 +211,8 @@ NO_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocato
     (torch, "save", torn(RuntimeError("basic_ios::clear: iostream error")), "iostream"),
     (resume, "write_run", no_space, "cannot write: file: No space left"),
     (os, "fsync", no_space, "No space left"),
-    (loop, "update", torn(NO_MEMORY), "out of memory: "),
-    (loop, "update", torn(torch.OutOfMemoryError("CUDA out of memory. Tried")), "out of memory: CUDA"),
+    (updates, "update", torn(NO_MEMORY), "out of memory: "),
+    (updates, "update", torn(torch.OutOfMemoryError("CUDA out of memory. Tried")), "out of memory: CUDA"),
     (fresh_module, "Grading", torn(MemoryError("Unable to allocate 8 PiB")), "Unable to allocate"),
 ], ids=range(8))  # fmt: skip
 def test_a_failure_of_the_machine_is_one_line(module, name, broken, needle, tmp_path, monkeypatch, capsys):

@@ -90,6 +90,8 @@ FORMATS = {
     "diffusers": (in_pipeline, AB, False, {}),
     "diffusers, metadata": (in_pipeline, AB, False, {"lora_adapter_metadata": PEFT}),
     "diffusers, patterns": (in_pipeline, AB, False, {"lora_adapter_metadata": PATTERNS}),
+    "peft in one file": ("base_model.model.{}".format, AB, False, {}),
+    "kohya of HY-Video-PRFL": (lambda name: "lora_" + name.replace(".", "_"), UP_DOWN, False, {}),
     "peft on comfyui": ("base_model.model.diffusion_model.{}".format, AB, False, {}),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from no_sync import NoBlockingCopy, NoSync
 from safetensors.torch import load_file
 from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_run, run, values
 
-from prfl_engine import flow, loop
+from prfl_engine import flow
 from prfl_engine import train as train_module
 from prfl_engine.config import ChainConfig, Config, LossConfig, OptimConfig, load_config
 from prfl_engine.errors import UserError
@@ -19,6 +19,7 @@ from prfl_engine.measurements import Measured
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.objectives import graded_windows, reward_loss, sft_loss
 from prfl_engine.optim import optimizer as optim
+from prfl_engine.optim import updates
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import EMA, make_optimizer, update
 from prfl_engine.parallel import World
@@ -256,14 +257,14 @@ def test_a_step_takes_no_number_out_of_a_tensor(how, dtype):
 
 def test_the_flag_of_a_step_is_read_while_the_next_one_runs(tmp_path, monkeypatch):
     config, order = write_run(tmp_path), []
-    read, make, loss = Measured.read, loop.update, train_module.sft_loss
+    read, make, loss = Measured.read, updates.update, train_module.sft_loss
 
     def counted(self):
         order.append(f"read {self.step}")
         return read(self)
 
     monkeypatch.setattr(Measured, "read", counted)
-    monkeypatch.setattr(loop, "update", lambda *args: order.append("update") or make(*args))
+    monkeypatch.setattr(updates, "update", lambda *args: order.append("update") or make(*args))
     monkeypatch.setattr(train_module, "sft_loss", lambda *args: order.append("loss") or loss(*args))
     run("train", config, "train.steps=3")
     assert order == [
@@ -294,7 +295,7 @@ def test_a_stopped_run_goes_on_to_the_bit(way, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run("train", config, *WAYS[way], f"train.out={whole}")
     with monkeypatch.context() as patch:
-        interrupt(patch, loop, "update", 4)
+        interrupt(patch, updates, "update", 4)
         run("train", config, *WAYS[way], f"train.out={cut}", code=130)
     assert max(values(cut)) == 3
     run("train", config, *WAYS[way], f"train.out={cut}", "train.resume=true")

@@ -18,10 +18,10 @@ FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).
 # The rooms of the engine, bottom up: a room, or a file that stands in none, imports nothing that comes after
 # it. What stands in one line knows nothing of each other. The kernels know nothing of the engine.
 ROOMS = [
-    {"errors", "__version__", "phases", "restarts"},
+    {"errors", "__version__", "phases", "restarts", "official_keys"},
     {"bounds", "tensor_files", "shards"},
     {"inputs", "failures"},
-    {"config_file", "config_models", "config_method", "files", "gpu"},
+    {"config_file", "config_models", "config_method", "official_yaml", "files", "gpu"},
     {"config", "seeds", "agree"},
     {"interrupt", "metrics", "flow"},
     {"batch", "chain"},

@@ -14,10 +14,10 @@ from helpers import one_line, tiny_config, write_data, write_run
 from safetensors.torch import load_file, save_file
 from training_runs import NAME, STATE, reward_run, run, values
 
-from prfl_engine import loop
 from prfl_engine import train as train_module
 from prfl_engine.config import Config, OptimConfig
 from prfl_engine.optim import optimizer as optim
+from prfl_engine.optim import updates
 from prfl_engine.resume import KIND, RUN
 
 MORE = ["train.resume=true", "train.steps=3"]
@@ -313,7 +313,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, capsys, monkeypat
     config = write_run(tmp_path)
     run("train", config)
     capsys.readouterr()
-    monkeypatch.setattr(loop, "lr_factor", lambda *args: 1e41)  # of a learning rate of 1e-3
+    monkeypatch.setattr(updates, "lr_factor", lambda *args: 1e41)  # of a learning rate of 1e-3
     for how, needle in {"train.save_every=1": "is not finite after the update",
                         "train.save_every=9": "the weights were not finite"}.items():  # fmt: skip
         run("train", config, "train.resume=true", "train.steps=4", how, code=1)

@@ -10,7 +10,7 @@ every rank reads its own rows; the first rank writes what is gathered parameter 
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from prfl_engine.agree import Agreed, leads
 from prfl_engine.errors import UserError
 from prfl_engine.inputs import check_finite, read_state
 from prfl_engine.model.layers import Linear
-from prfl_engine.model.reward import QueryPool, RewardModel
-from prfl_engine.model.reward_files import check_steps, find_heads, settle, write_settings
+from prfl_engine.model.reward import RewardModel, make_pool
+from prfl_engine.model.reward_files import check_steps, find_head, settle, write_settings
 from prfl_engine.model.sources import WEIGHTS, Stored, check_blocks, count_blocks, find
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.shards import local, put, reshard, rows, whole
@@ -157,29 +157,32 @@ def load_reward(
     num_heads: int | None = None,
     dropout: float = 0.0,
     add_query: bool | None = None,
-    feature_layer: int | None = None,
+    feature_layer: int | Sequence[int] | None = None,
+    pool: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     shard: Shard | None = None,
 ) -> RewardModel:
     """The reward model from its three official files.
 
-    Either `folder`, which holds the transformer, query_attention*.ckpt and mlp*.ckpt, or the three
-    paths. num_heads, add_query and feature_layer None: as reward.json next to the transformer says, or
-    without one the official 8, True and 8. The pooling and the MLP keep float32. With `shard` every rank
+    `folder` holds the transformer, query_attention*.ckpt (unless pool is mean or max) and mlp*.ckpt, those
+    aside for which a path is given. num_heads, add_query, feature_layer and pool None: as reward.json next to
+    the transformer says, or without one the official 8, True, 8 and query. Of a feature_layer with one entry
+    that entry counts. The pooling and the MLP keep float32. With `shard` every rank
     reads its rows of the transformer, and the files of pooling and MLP whole, which have no slices; it is
     called for the transformer, then for the reward model. Raises UserError where reward.json says otherwise,
     and where the files are not of one step.
     """
-    if folder is not None:
-        transformer = folder
-        query_attention, mlp = find_heads(Path(folder))
-    check_steps(Path(transformer), Path(query_attention), Path(mlp))
-    given = {"num_heads": num_heads, "feature_layer": feature_layer}
+    transformer = Path(transformer or folder)
+    given = {"num_heads": num_heads, "feature_layer": feature_layer, "pool": pool}
     given = {name: value for name, value in given.items() if value is not None}
     if add_query is not None:
         given["return_type"] = "query" if add_query else None
-    settings = settle(Path(transformer), given)
+    settings = settle(transformer, given)
+    if settings["pool"] == "query":
+        query_attention = Path(query_attention or find_head(transformer, "query_attention"))
+    mlp = Path(mlp or find_head(transformer, "mlp"))
+    check_steps(transformer, query_attention, mlp)
     trunk = load_transformer(transformer, dtype, device, trunk=True, shard=shard)
     model = with_heads(trunk, query_attention, mlp, **settings, dropout=dropout, device=device)
     if shard is not None:
@@ -189,19 +192,21 @@ def load_reward(
 
 def with_heads(
     trunk: WanTransformer,
-    query_attention: str | Path,
+    query_attention: str | Path | None,
     mlp: str | Path,
     num_heads: int,
-    feature_layer: int,
+    feature_layer: int | Sequence[int],
     return_type: str | None,
+    pool: str = "query",
     dropout: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> RewardModel:
-    """The reward model of a trunk and the files of its pooling and MLP. UserError unless they fit."""
-    state = read_pooling(query_attention, device)
+    """The reward model of a trunk and the files of its pooling (None: it has no weights) and MLP. UserError
+    unless they fit."""
+    state = {} if pool != "query" else read_pooling(query_attention, device)
     with torch.device(device):
-        queries, add_query = len(state["queries"]), return_type == "query"
-        pool = QueryPool(trunk.config.dim, queries, num_heads, dropout, add_query)
+        queries, add_query = len(state.get("queries", ())), return_type == "query"
+        pool = make_pool(pool, trunk.config.dim, queries, num_heads, dropout, add_query)
         model = RewardModel(trunk, pool, feature_layer)
     load_strict(pool, state, query_attention)
     load_strict(model.mlp, read_state(mlp, device), mlp)
@@ -209,14 +214,18 @@ def with_heads(
 
 
 def read_heads(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Tensor]]:
-    """The state dicts of the pooling and the MLP in the folder of a reward model: {"pool": .., "mlp": ..}."""
-    pool, mlp = find_heads(Path(folder))
-    return {"pool": read_pooling(pool, device), "mlp": read_state(mlp, device)}
+    """The state dicts of the pooling, if it has weights, and of the MLP in the folder of a reward model:
+    {"pool": .., "mlp": ..}."""
+    folder = Path(folder)
+    heads = {"mlp": read_state(find_head(folder, "mlp"), device)}
+    if settle(folder, {})["pool"] == "query":
+        heads["pool"] = read_pooling(find_head(folder, "query_attention"), device)
+    return heads
 
 
 def load_heads(model: RewardModel, folder: str | Path) -> None:
     """Give a reward model the pooling and the MLP of a folder; UserError unless they fit."""
-    for part, state in read_heads(folder, model.pool.queries.device).items():
+    for part, state in read_heads(folder, model.mlp.fc1.weight.device).items():
         load_strict(model.get_submodule(part), state, f"{folder}: {part}")
 
 
@@ -246,6 +255,8 @@ def write_heads(
     values = {} if values is None else values
     for part, name in (("pool", "query_attention"), ("mlp", "mlp")):
         state = _state(model.get_submodule(part), values, f"{part}.")
+        if not state:  # a pooling without queries
+            continue
         gathers = (whole(v) for v in state.values())
         with _written_by_first(state, gathers) as first:
             if first:
@@ -262,7 +273,8 @@ def new_reward(
     num_heads: int = 8,
     dropout: float = 0.0,
     add_query: bool = True,
-    feature_layer: int | None = None,
+    feature_layer: int | Sequence[int] | None = None,
+    pool: str = "query",
 ) -> RewardModel:
     """An untrained reward model on a copy of the first blocks of a generator; feature_layer None: the last.
 
@@ -278,8 +290,8 @@ def new_reward(
         trunk = WanTransformer(transformer.config, blocks, head=False)
         state = transformer.state_dict()
         trunk.load_state_dict({k: state[k] for k in trunk.state_dict()})
-    pool = QueryPool(trunk.config.dim, num_queries, num_heads, dropout, add_query)
-    return RewardModel(trunk, pool, blocks if feature_layer is None else feature_layer)
+    made = make_pool(pool, trunk.config.dim, num_queries, num_heads, dropout, add_query)
+    return RewardModel(trunk, made, blocks if feature_layer is None else feature_layer)
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

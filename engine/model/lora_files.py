@@ -47,7 +47,7 @@ _NATIVE = {
     for inside, table in ((True, LINEAR_IN_BLOCK), (False, LINEAR_OUTSIDE))
 }
 _KEY = re.compile(
-    r"(?:lora_unet_+|(?:base_model\.model\.|model\.|diffusion_model\.|transformer\.|pipe\.dit\.)*)"
+    r"(?:lora_(?:unet_+)?|(?:base_model\.model\.|model\.|diffusion_model\.|transformer\.|pipe\.dit\.)*)"
     r"(.+)\.(?:(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight|alpha)"
 )
 _PARTS = {"lora_A": "lora_A", "lora_down": "lora_A", "lora_B": "lora_B", "lora_up": "lora_B", None: "alpha"}

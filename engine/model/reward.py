@@ -1,9 +1,11 @@
-"""The latent reward model: the generator's first blocks, learned-query pooling, an MLP head.
+"""The latent reward model: the generator's first blocks, a pooling over all tokens, an MLP head.
 
     r = sigmoid(MLP(pool(features(x_t, t, text))))          at any timestep t, on noisy latents x_t
 
 Source: PAVRM of PRFL (arXiv 2511.21541). State dicts have the keys of the official files.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,43 @@ class QueryPool(nn.Module):
         return out.view(len(x), -1)
 
 
+class TokenPool(nn.Module):
+    """The mean of all tokens, or the largest value of every channel; no parameters. A largest value sends its
+    gradient to one token."""
+
+    def __init__(self, kind: str):
+        """kind: mean or max."""
+        super().__init__()
+        self.kind = kind
+        self.sequence: SequenceGroup | None = None  # the ranks over which the tokens are cut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled vector [B, C], float32 or wider, of features x [B, L, C]: of all ranks' tokens if cut."""
+        x = x.to(wide(x.dtype))
+        if self.kind == "max":
+            largest = x.max(1).values
+            return largest if self.sequence is None else self.sequence.stack(largest).max(0).values
+        if self.sequence is None:
+            return x.mean(1)
+        count = x.new_full((1,), x.shape[1])
+        return self.sequence.stack(x.sum(1)).sum(0) / self.sequence.stack(count).sum(0)
+
+
+POOLS = ("query", "mean", "max")
+
+
+def make_pool(
+    kind: str,
+    dim: int,
+    num_queries: int = 1,
+    num_heads: int = 8,
+    dropout: float = 0.0,
+    add_query: bool = True,
+) -> "QueryPool | TokenPool":
+    """A pooling of POOLS; the numbers are those of the query pooling."""
+    return QueryPool(dim, num_queries, num_heads, dropout, add_query) if kind == "query" else TokenPool(kind)
+
+
 class MLP(nn.Module):
     """C -> 1024 -> 512 -> 1 with ReLU; float32 at least."""
 
@@ -99,16 +138,28 @@ class MLP(nn.Module):
 class RewardModel(nn.Module):
     """Scores noisy latents. `transformer` is a WanTransformer without head."""
 
-    def __init__(self, transformer: WanTransformer, pool: QueryPool, feature_layer: int):
+    def __init__(
+        self,
+        transformer: WanTransformer,
+        pool: QueryPool | TokenPool,
+        feature_layer: int | Sequence[int],
+    ):
+        """feature_layer: the blocks, counted from 1, after which features are pooled; several in rising
+        order."""
         super().__init__()
-        if not 1 <= feature_layer <= len(transformer.blocks):
+        self.layers = (feature_layer,) if isinstance(feature_layer, int) else tuple(feature_layer)
+        if not 1 <= self.layers[0] <= self.layers[-1] <= len(transformer.blocks):
             raise UserError(
                 f"reward.feature_layer: got {feature_layer}, "
                 f"want 1 to the {len(transformer.blocks)} blocks of the reward model"
             )
         self.transformer, self.pool = transformer, pool
         self.mlp = MLP(transformer.config.dim)
-        self.feature_layer = feature_layer
+
+    @property
+    def feature_layer(self) -> int:
+        """The last block that runs, counted from 1."""
+        return self.layers[-1]
 
     def forward(
         self,
@@ -135,8 +186,16 @@ class RewardModel(nn.Module):
         run_blocks: RunBlocks = plain_blocks,
     ) -> Tensor:
         """Logits [B] as above, with the context tokens of transformer.embed_context."""
-        x = self.transformer.features(x, t, context, condition, self.feature_layer, run_blocks)
-        return self.mlp(self.pool(x)).squeeze(1)
+        return self.mlp(self._pooled(x, t, context, condition, run_blocks)).squeeze(1)
+
+    def _pooled(self, x, t, context, condition, run_blocks) -> Tensor:
+        """One vector [B, C]: that of the feature layer, or of several the mean, by max the largest values."""
+        if len(self.layers) == 1:
+            return self.pool(self.transformer.features(x, t, context, condition, self.layers[0], run_blocks))
+        found = self.transformer.layers(x, t, context, condition, self.layers, run_blocks)
+        vectors = torch.stack([self.pool(features) for features in found])
+        largest = isinstance(self.pool, TokenPool) and self.pool.kind == "max"
+        return vectors.max(0).values if largest else vectors.mean(0)
 
     def freeze(self) -> "RewardModel":
         """Evaluation mode, and no gradient to any weight from here on. Returns self."""

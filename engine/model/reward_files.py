@@ -1,7 +1,8 @@
 """The files of a reward model, and the settings that their weights do not show.
 
-Next to the official three files (transformer, query_attention, mlp) is reward.json with num_heads,
-feature_layer, return_type and the training step. An official folder has none and is read without it.
+Next to the official three files (transformer, query_attention unless tokens are pooled without queries, mlp)
+is reward.json with the pooling (pool, num_heads, return_type), feature_layer (a number, or a list of several)
+and the training step. An official folder has none and is read without it.
 """
 
 import json
@@ -12,20 +13,21 @@ from typing import Any
 
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import read_json
-from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.reward import POOLS, QueryPool, RewardModel
 
 SETTINGS = "reward.json"
-OFFICIAL = {"num_heads": 8, "feature_layer": 8, "return_type": "query"}
+OFFICIAL = {"num_heads": 8, "feature_layer": 8, "return_type": "query", "pool": "query"}
 
 
 def write_settings(model: RewardModel, folder: Path, step: int) -> None:
     """Write reward.json of a model."""
-    values = {
-        "num_heads": model.pool.multihead_attn.num_heads,
-        "feature_layer": model.feature_layer,
-        "return_type": "query" if model.pool.add_query else None,
-        "step": step,
-    }
+    layers, pool = model.layers, model.pool
+    values = {"feature_layer": layers[0] if len(layers) == 1 else list(layers), "step": step}
+    if isinstance(pool, QueryPool):
+        return_type = "query" if pool.add_query else None
+        values |= {"num_heads": pool.multihead_attn.num_heads, "return_type": return_type}
+    else:
+        values |= {"pool": pool.kind}
     (folder / SETTINGS).write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -35,49 +37,66 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not os.path.lexists(path):
         return {}
     values = read_json(path, "the settings of a reward model")
+    layers = values.get("feature_layer", 1)
+    several = isinstance(layers, list) and len(layers) > 1 and layers == sorted(set(map(_number, layers)))
+    if several:
+        values["feature_layer"] = tuple(layers)
     for name, least in (("num_heads", 1), ("feature_layer", 1), ("step", 0)):
         value = values.get(name, least)
+        value = layers[0] if several and name == "feature_layer" else value
         check(type(value) is int and value >= least, f"{path}: {name}", value, f"a whole number from {least}")
     value = values.get("return_type")
     check(value in ("query", None), f"{path}: return_type", value, "query or null")
+    value = values.setdefault("pool", "query")
+    check(value in POOLS, f"{path}: pool", value, ", ".join(POOLS))
     return {name: values[name] for name in (*OFFICIAL, "step") if name in values}
 
 
-def settle(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """num_heads, feature_layer and return_type: as reward.json says, else as given, else the official values.
+def _number(value: Any) -> int:
+    return value if type(value) is int else -1
 
-    UserError where both say something, and not the same.
+
+def settle(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """num_heads, feature_layer, return_type and pool: as reward.json says, else as given, else the official
+    values. UserError where both say something, and not the same.
     """
+    layers = given.get("feature_layer", 1)
+    if not isinstance(layers, int):
+        given = given | {"feature_layer": layers[0] if len(layers) == 1 else tuple(layers)}
     stored = {name: value for name, value in read_settings(folder).items() if name != "step"}
     for name, value in given.items():
         if name in stored and value != stored[name]:
             got, want = json.dumps(value), json.dumps(stored[name])
             raise UserError(f"reward.{name}: got {got}, want {want} as {folder / SETTINGS} says")
-    return OFFICIAL | given | stored
+    settings = OFFICIAL | given | stored
+    for name in ("num_heads", "return_type"):
+        if settings["pool"] != "query" and name in given:
+            got = json.dumps(given[name])
+            raise UserError(f"reward.{name}: got {got}, want auto: {folder} pools by {settings['pool']}")
+    return settings
 
 
-def find_heads(folder: Path) -> tuple[Path, Path]:
-    """query_attention and mlp of a folder: NAME_step_N.ckpt of the largest N, or else NAME.ckpt."""
-    found = []
-    for name in ("query_attention", "mlp"):
-        steps = [path for path in folder.glob(f"{name}_step_*.ckpt") if step_of(path) is not None]
-        plain = folder / f"{name}.ckpt"
-        if not steps and not plain.is_file():
-            raise UserError(f"{folder}: got no {name}_step_N.ckpt, want the official reward model files")
-        found.append(max(steps, key=step_of, default=plain))
-    return found[0], found[1]
+def find_head(folder: Path, name: str) -> Path:
+    """query_attention or mlp of a folder: NAME_step_N.ckpt of the largest N, or else NAME.ckpt."""
+    steps = [path for path in folder.glob(f"{name}_step_*.ckpt") if step_of(path) is not None]
+    plain = folder / f"{name}.ckpt"
+    if not steps and not plain.is_file():
+        raise UserError(f"{folder}: got no {name}_step_N.ckpt, want the official reward model files")
+    return max(steps, key=step_of, default=plain)
 
 
-def check_steps(folder: Path, query_attention: Path, mlp: Path) -> None:
+def check_steps(folder: Path, query_attention: Path | None, mlp: Path) -> None:
     """UserError unless both files, and the transformer of `folder` where reward.json says it, are of one
-    step, as far as their names say it; two files in one folder both say it, or neither does."""
-    steps = step_of(query_attention), step_of(mlp)
-    known = None not in steps or query_attention.parent == mlp.parent
+    step, as far as their names say it; two files in one folder both say it, or neither does.
+    query_attention None: a pooling without queries."""
+    first = query_attention or mlp
+    steps = step_of(first), step_of(mlp)
+    known = None not in steps or first.parent == mlp.parent
     if known and steps[0] != steps[1]:
-        raise UserError(f"{mlp}: with {query_attention.name}, want two files of one step")
+        raise UserError(f"{mlp}: with {first.name}, want two files of one step")
     step = read_settings(folder).get("step")
     if None not in (step, steps[0]) and step != steps[0]:
-        raise UserError(f"{query_attention}: got step {steps[0]}, want {step} as {folder / SETTINGS} says")
+        raise UserError(f"{first}: got step {steps[0]}, want {step} as {folder / SETTINGS} says")
 
 
 def step_of(path: Path) -> int | None:

@@ -218,7 +218,19 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         """The residual stream [B, L, C] after the first `blocks` blocks (all if None), of the tokens of this
         rank if the sequence is cut; see forward."""
-        return self._run(x, t, context, condition, blocks, run_blocks)[0]
+        return self._run(x, t, context, condition, (blocks,), run_blocks)[0].pop()
+
+    def layers(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        condition: Tensor | None,
+        ends: Sequence[int],
+        run_blocks: RunBlocks = plain_blocks,
+    ) -> list[Tensor]:
+        """`features` after each of so many blocks, in rising order."""
+        return self._run(x, t, context, condition, ends, run_blocks)[0]
 
     def forward(
         self,
@@ -234,14 +246,14 @@ class WanTransformer(nn.Module):
         condition [B, 20, T, H, W] is the mask and the encoded first frame of an I2V model. run_blocks decides
         how the blocks run: plainly, under memory policies, in fp8, from a cache, as a CUDA graph.
         """
-        tokens, e, grid = self._run(x, t, context, condition, None, run_blocks)
-        patches = self.head(tokens, e)
+        found, e, grid = self._run(x, t, context, condition, (None,), run_blocks)
+        patches = self.head(found.pop(), e)
         if self.sequence is not None:
             patches = gather(patches, self.sequence.cut(math.prod(grid)))
         return self._unpatchify(patches, grid)
 
-    def _run(self, x, t, context, condition, blocks, run_blocks):
-        """(tokens after the blocks, embedding [B, C] of t, grid of patches)."""
+    def _run(self, x, t, context, condition, ends, run_blocks):
+        """(tokens after each of `ends` blocks, embedding [B, C] of t, grid of patches)."""
         c = self.config
         if condition is not None:
             x = torch.cat([x, condition.to(x.dtype)], dim=1)
@@ -250,9 +262,12 @@ class WanTransformer(nn.Module):
         tokens, grid = self._patchify(x)
         e = self.time_embedding(sinusoid(t, c.freq_dim))
         vectors = self.time_projection(e).unflatten(1, (6, c.dim))
-        first, repeats = [tokens], self.repeats(context)
+        held, repeats, found = [tokens], self.repeats(context), []
         del tokens  # this frame must not hold what the first block may offload, nor a tuple of *arguments
-        return run_blocks(self.blocks[:blocks], first.pop(), vectors, context, repeats, grid), e, grid
+        for start, end in zip((0, *ends), ends, strict=False):
+            found.append(run_blocks(self.blocks[start:end], held.pop(), vectors, context, repeats, grid))
+            held.append(found[-1])
+        return found, e, grid
 
     def compile_blocks(self, backend: str = "inductor") -> "WanTransformer":
         """Let torch.compile make the code of every block, without graph breaks and for fixed shapes: all

@@ -116,6 +116,16 @@ def update(optimizer: torch.optim.Optimizer, clip: float | None) -> Tensor:
     return norm
 
 
+@torch.no_grad()
+def clip_gradients(parameters: list[Tensor], clip: float) -> Tensor:
+    """Scale the gradients that are there to norm `clip` if theirs is larger; returns their norm before,
+    0-dim on the device."""
+    norm = norm_of(parameters)
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    torch._foreach_mul_(grads, (clip / norm).clamp(max=1))
+    return norm
+
+
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """The learning rate of every group becomes its base_lr times the factor; no host sync."""
     for group in optimizer.param_groups:
@@ -126,13 +136,13 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def lr_factor(step: int, steps: int, config: OptimConfig) -> float:
-    """Factor on the learning rate of optimizer step `step` (from 0) of `steps`."""
+    """Factor on the learning rate of update `step` (from 0) of `steps`, after which it stays."""
     if step < config.warmup:
         return (step + 1) / config.warmup
     if config.schedule == "constant":
         return 1.0
-    progress = (step - config.warmup) / max(1, steps - config.warmup)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+    progress = min(1.0, (step - config.warmup) / max(1, steps - config.warmup))
+    return 0.5 * (1 + math.cos(2 * math.pi * config.cycles * progress))
 
 
 def _apex(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
@@ -186,15 +196,16 @@ class EMA:
         self.average = {k: p.detach().float().clone() for k, p in self.own.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the parameters, after an optimizer step."""
+    def update(self, times: int = 1) -> None:
+        """Move the average so many times towards the parameters."""
+        weight = 1 - self.decay**times
         same = [(a, p) for a, p in zip(self.average.values(), self.own.values(), strict=True)]
         for a, p in same:
             if a.dtype != p.dtype:
-                a.lerp_(p.float(), 1 - self.decay)  # one parameter in float32 at a time
+                a.lerp_(p.float(), weight)  # one parameter in float32 at a time
         same = [(a, p) for a, p in same if a.dtype == p.dtype]
         if same:
-            torch._foreach_lerp_([a for a, _ in same], [p for _, p in same], 1 - self.decay)
+            torch._foreach_lerp_([a for a, _ in same], [p for _, p in same], weight)
 
     @contextmanager
     def applied(self, dtype: torch.dtype | None = None) -> Iterator[None]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from prfl_engine.config import Config
+from prfl_engine.errors import check
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
-from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import Precision, WanConfig, WanTransformer
 from prfl_engine.planner.plan import Plan, plan
 from prfl_engine.planner.setup import ROUND, RewardSetup, Setup, Validation
@@ -30,6 +31,7 @@ def fit_memory(
     rewarding = None
     if reward is not None:
         trunk, pool = reward.transformer, reward.pool
+        check_pooling("query" if isinstance(pool, QueryPool) else pool.kind, reward.layers)
         rewarding = RewardSetup(
             reward.feature_layer, trunk.config, len(pool.queries), pool.multihead_attn.num_heads,
             pool.add_query,
@@ -38,6 +40,13 @@ def fit_memory(
     setup = setup_of(config, model.config, model.precision, rewarding, shapes, held_out, on_cpu)
     host = float("inf") if config.model.host is None else 1e9 * config.model.host
     return plan(setup, config.model.budget, host, config.model.costs)
+
+
+def check_pooling(pool: str, layers: int | Sequence[int]) -> None:
+    """UserError for a reward model that pools otherwise than by queries after one block."""
+    one = isinstance(layers, int) or len(layers) == 1
+    check(pool == "query", "reward.pool", pool, "query: the planner counts no other")
+    check(one, "reward.feature_layer", layers, "one layer: the planner counts no more")
 
 
 def setup_of(

@@ -14,7 +14,7 @@ from prfl_engine.errors import UserError, check
 from prfl_engine.model.reward_files import OFFICIAL, settle
 from prfl_engine.model.sources import CONFIG, read_config, transformer_folder
 from prfl_engine.model.wan import PRESETS, Precision, WanConfig
-from prfl_engine.planner.fit_memory import setup_of
+from prfl_engine.planner.fit_memory import check_pooling, setup_of
 from prfl_engine.planner.setup import RewardSetup, Setup
 
 SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}  # latents of 81 frames at 832 x 480 and 1280 x 720
@@ -99,13 +99,16 @@ def _reward(c: Config, model: WanConfig, assumed: list[str]) -> RewardSetup:
     given = {name: value for name, value in r.pooling.items() if name != "add_query"}
     if "add_query" in r.pooling:
         given["return_type"] = "query" if r.pooling["add_query"] else None
-    if c.reward.path is not None and (folder / CONFIG).is_file():
+    here = c.reward.path is not None and (folder / CONFIG).is_file()
+    if here:
         trunk, settings = read_config(folder), settle(folder, given)
     else:
         trunk, settings = model, OFFICIAL | given
-        layers = settings["feature_layer"]
+    layers = settings["feature_layer"]
+    check_pooling(settings["pool"], layers)
+    layers = layers if isinstance(layers, int) else layers[0]
+    if not here:
         assumed.append(f"reward.path is not here: {layers} blocks of the generator's width, as official ones")
     return RewardSetup(
-        settings["feature_layer"], trunk, r.num_queries, settings["num_heads"],
-        settings["return_type"] == "query",
+        layers, trunk, r.num_queries, settings["num_heads"], settings["return_type"] == "query",
     )  # fmt: skip

@@ -16,8 +16,11 @@ from prfl_engine.seeds import Purpose, each, noise_like
 class Fresh:
     """Where graded steps come from, with `rollout.mode` fresh."""
 
-    def __init__(self, grader: Grader, config: Config, meter: DriftMeter | None = None):
-        self.grader, self.config, self.meter = grader, config, meter
+    def __init__(
+        self, grader: Grader, config: Config, meter: DriftMeter | None = None, readers: int = 1
+    ):
+        """readers: the groups of processes that have samples of their own."""
+        self.grader, self.config, self.meter, self.readers = grader, config, meter, readers
         self.range = index_range(config.rollout)
 
     def windows(self, batch: Batch, key: int) -> Iterator[tuple[GradedWindow, dict[str, Tensor]]]:
@@ -37,11 +40,12 @@ class Fresh:
 
     def indices(self, key: int, n: int) -> Tensor:
         """Graded steps [rollout.samples, n] of the n samples of micro-batch `key`, int64 on the CPU: by the
-        seed and the sample, or with rollout.one_index by the seed and the optimizer step."""
+        seed and the sample, or with rollout.one_index by the seed and the optimizer step, or turn in it."""
         c = self.config
         first, count = key * c.data.batch_size, n
         if c.rollout.one_index:
-            first, count = key // c.train.accumulate, 1
+            together = self.readers if c.rollout.one_index == "turn" else c.train.accumulate
+            first, count = key // together, 1
         drawn = each(Purpose.ROLLOUT_INDEX, c.train.seed, first, count)
         uniform = np.stack([rng.random(c.rollout.samples) for rng in drawn], 1)
         return stratified_indices(*self.range, torch.from_numpy(uniform)).expand(-1, n)

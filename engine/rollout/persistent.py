@@ -31,7 +31,7 @@ from prfl_engine.batch import Batch, collate
 from prfl_engine.chain import Chain
 from prfl_engine.config import Config
 from prfl_engine.errors import UserError, check
-from prfl_engine.flow import SolverState, init_state
+from prfl_engine.flow import SolverState, init_state, rounded
 from prfl_engine.metrics import note
 from prfl_engine.objectives import GradedWindow, Grader, Grading, bind, index_range
 from prfl_engine.parallel import World
@@ -208,5 +208,6 @@ class Births:
         latent, *prompt = (None if a is None else a[row : row + 1] for a in self.batch)
         prompt = Batch(torch.empty(1, 0), *(None if a is None else pool.hold(a) for a in prompt))
         chain = PooledChain(Numbers(lap, 0, position, self.sources[row], self.step), prompt, [])
-        pool.put(chain, [init_state(self.owner.noise(latent, position))])
+        noise = rounded(self.owner.noise(latent, position), self.owner.grader.schedule.dtype)
+        pool.put(chain, [init_state(noise)])
         return chain

@@ -168,7 +168,8 @@ def score(config: Config, paths: Sequence[Path], options: Options) -> list[Score
     if len(shapes) > 1:
         note(f"{len(shapes)} latent shapes: samples of different shapes meet different noise")
     device, m, r = pick_device(config), config.model, config.reward
-    model = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, **r.pooling).freeze()
+    made = dict(dtype=DTYPES[m.weights_dtype], device=device)
+    model = load_reward(r.path, **r.heads, **made, **r.pooling).freeze()
     set_up(model.transformer, m)
     timesteps = options.timesteps or config.eval.scored
 
