@@ -100,7 +100,7 @@ def make_frozen_reward(
         raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
     reward = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, shard=shard, **r.pooling)
     ours, theirs = policy.config, reward.transformer.config
-    for name in ("model_type", "in_dim", "text_dim", "text_len"):
+    for name in ("model_type", "in_dim", "clip", "text_dim", "text_len"):
         got, want = getattr(theirs, name), getattr(ours, name)
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")

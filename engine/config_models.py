@@ -35,7 +35,8 @@ class ModelConfig(Section, name="model"):
     """Folder or file of the generator, in any layout that engine/model/sources.py lists; None: random weights
     of `preset`."""
     preset: Name | None = None
-    """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, tiny-t2v, tiny-i2v."""
+    """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, t2v-a14b-high, -low,
+    i2v-a14b-high, -low, tiny-t2v, tiny-i2v, tiny-i2v-a14b."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """Trained weights, and those of a frozen reward model's transformer; bfloat16: see optim.rounding."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"

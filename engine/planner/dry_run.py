@@ -119,7 +119,7 @@ def _batch(config: WanConfig, latent: Latent) -> Batch:
     made = Batch(torch.empty(latent), text)
     if not config.image:
         return made
-    clip = torch.empty(n, IMAGE_TOKENS, IMAGE_DIM)
+    clip = torch.empty(n, IMAGE_TOKENS, IMAGE_DIM) if config.clip else None
     return made._replace(clip=clip, condition=torch.empty(n, 20, *latent[2:]))
 
 

@@ -70,7 +70,8 @@ def pool_bytes(setup: Setup, chains: int) -> int:
     c, (size, *shape) = setup.config, setup.latent
     states = [math.prod(shape)] * (len(SolverState._fields) * setup.window)
     prompt = [c.text_len * c.text_dim]
-    prompt += [IMAGE_TOKENS * IMAGE_DIM, 20 * math.prod(shape[1:])] if c.image else []
+    prompt += [IMAGE_TOKENS * IMAGE_DIM] if c.clip else []
+    prompt += [20 * math.prod(shape[1:])] if c.image else []
 
     def rounded(values: list[int]) -> int:
         return sum(-(-4 * n // ROUND) * ROUND for n in values)

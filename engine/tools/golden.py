@@ -147,7 +147,9 @@ def _inputs(path: Path, config: WanConfig) -> dict[str, Tensor]:
             "text_states": (1, tokens, config.text_dim)}  # fmt: skip
     if config.image:
         channels = config.in_dim - config.out_dim
-        want |= {"clip_features": (1, IMAGE_TOKENS, IMAGE_DIM), "latent_condition": (1, channels, *video)}
+        want["latent_condition"] = 1, channels, *video
+    if config.clip:
+        want["clip_features"] = 1, IMAGE_TOKENS, IMAGE_DIM
     for key, shape in want.items():
         tensor = inputs.get(key)
         got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
