@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from prfl_engine.bounds import Count, Nonnegative, Positive, Real, Section, Within
 from prfl_engine.errors import check
 
+Level = Annotated[float, Within(0, 1)]
 
 @dataclass(frozen=True)
 class RolloutConfig(Section, name="rollout"):
@@ -27,8 +28,16 @@ class RolloutConfig(Section, name="rollout"):
     """Denoising steps of the whole chain."""
     shift: Positive = 5.0
     """Shift of the flow schedule, for rollouts, flow matching and reward training alike."""
+    sigma_range: tuple[Level, Level] = (0.0, 1.0)
+    """Noise levels [low, high) that are trained at, in flow matching, reward training and graded steps alike;
+    1 is in [low, 1]. One model alone, such as an expert of Wan2.2 A14B, is used nowhere else: its chains end
+    below low, in validation too, where they are scored as they are instead of at eval.timesteps
+    (docs/wan22.md)."""
+    start: Literal["noise", "data"] = "noise"
+    """Where chains begin: data: at the first step of sigma_range, from latents of the data with noise."""
     range: Literal["all", "early", "middle", "late"] | tuple[int, int] = "all"
-    """Where the graded step is drawn: all of 0..steps-2, a third of it, or [first, last]."""
+    """Where the graded step is drawn: all of 0..steps-2 that are in sigma_range, a third of these, or [first,
+    last], which are."""
     samples: Annotated[int, Within(1, 10_000)] = 1
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
@@ -55,6 +64,10 @@ class RolloutConfig(Section, name="rollout"):
 
     def __post_init__(self):
         super().__post_init__()
+        low, high = self.sigma_range
+        check(low < high, "rollout.sigma_range", list(self.sigma_range), "[low, high] with low < high")
+        if self.start == "data":
+            check(high < 1, "rollout.start", "data", "noise where rollout.sigma_range ends at 1")
         if not isinstance(self.range, str):
             first, last = self.range
             check(

@@ -80,9 +80,9 @@ class Reader:
             object.__setattr__(self, "null", read_text(self.null_text, self.config))
 
     def read(self, path: Path, rng: np.random.Generator) -> Batch:
-        """The sample of a meta JSON: latent [16, T, h, w], text [n, text_dim], and for an I2V model the condition
-        and, with a CLIP branch, clip, float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. UserError
-        where a file or key is missing or holds something else."""
+        """The sample of a meta JSON: latent [16, T, h, w], text [n, text_dim], and for an I2V model the
+        condition and, with a CLIP branch, clip, float32 on the CPU; label 0-dim. rng draws the dropped and
+        the long caption. UserError where a file or key is missing or holds something else."""
         c, meta = self.config, self.meta(path)
         patch_h, patch_w = c.patch_size[1:]
         latent = self._tensor(path, meta, LATENT_KEYS, (1, c.out_dim, None, None, None), "latent")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from prfl_engine import chain, flow, phases
 from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
+from prfl_engine.errors import check
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
 
@@ -71,19 +72,70 @@ def noisy_rewards(
     return torch.stack([noisy_reward(reward, batch, noise, level) for level in levels], 1)
 
 
+def schedule_of(rollout: RolloutConfig) -> flow.Schedule:
+    """The steps of a chain that is trained on: all, or with rollout.start data those from the first in
+    rollout.sigma_range on."""
+    return flow.make_schedule(rollout.solver, rollout.steps, rollout.shift, _skipped(rollout))
+
+
+def train_levels(rollout: RolloutConfig) -> Tensor:
+    """The noise levels [n] that flow matching and reward training draw from; UserError where none are."""
+    levels, want = flow.train_sigmas(rollout.shift, *rollout.sigma_range), "one with noise levels to train at"
+    check(len(levels) > 0, "rollout.sigma_range", list(rollout.sigma_range), want)
+    return levels
+
+
+def start_of(rollout: RolloutConfig, schedule: flow.Schedule, latent: Tensor, noise: Tensor) -> Tensor:
+    """Where chains of latents [B, C, T, H, W] begin: at the noise, or with rollout.start data at the latents
+    with noise of the first level of `schedule`, which is that of schedule_of."""
+    if rollout.start == "noise":
+        return noise
+    return flow.add_noise(latent, noise, schedule.sigmas[:1].expand(len(latent)))
+
+
+def steps_inside(rollout: RolloutConfig) -> tuple[int, int]:
+    """First step of schedule_of(rollout) in rollout.sigma_range, and the one after the last."""
+    first, end = _inside(rollout.steps, rollout.shift, rollout.sigma_range)
+    return first - _skipped(rollout), end - _skipped(rollout)
+
+
 def index_range(rollout: RolloutConfig) -> tuple[int, int]:
-    """First and last step index that may be graded; the last step of the chain never is, since its
-    result has no timestep to be scored at."""
-    n = rollout.steps - 1
+    """First and last step of schedule_of(rollout) that may be graded: in rollout.sigma_range, and never the
+    last of the chain, since its result has no timestep to be scored at. UserError where there are none."""
+    first, end = _inside(rollout.steps, rollout.shift, rollout.sigma_range)
+    n, skipped, levels = min(end, rollout.steps - 1) - first, _skipped(rollout), list(rollout.sigma_range)
+    want = f"one with some of the {rollout.steps - 1} steps that can be graded"
+    check(n > 0, "rollout.sigma_range", levels, want)
     if not isinstance(rollout.range, str):
-        return rollout.range
-    first, end = {
+        inside = first <= rollout.range[0] and rollout.range[1] < first + n
+        want = f"[first, last] within {first}..{first + n - 1}, the steps of rollout.sigma_range = {levels}"
+        check(inside, "rollout.range", list(rollout.range), want)
+        return rollout.range[0] - skipped, rollout.range[1] - skipped
+    parts = {
         "all": (0, n),
         "early": (0, -(-n // 3)),
         "middle": (n // 3, -(-2 * n // 3)),
         "late": (2 * n // 3, n),
-    }[rollout.range]
-    return first, end - 1
+    }
+    begin, end = parts[rollout.range]
+    return first - skipped + begin, first - skipped + end - 1
+
+
+def _skipped(rollout: RolloutConfig) -> int:
+    """How many steps of the whole chain come before those of schedule_of."""
+    if rollout.start == "noise":
+        return 0
+    return _inside(rollout.steps, rollout.shift, rollout.sigma_range)[0]
+
+
+@cache
+def _inside(steps: int, shift: float, sigma_range: tuple[float, float]) -> tuple[int, int]:
+    """First step of the whole chain at a noise level in a range, and the one after the last. As in the
+    official code a step is at its whole timestep."""
+    with torch.device("cpu"):
+        timesteps = flow.make_schedule("euler", steps, shift).timesteps.double()
+    found = flow.within(timesteps / flow.TRAIN_STEPS, *sigma_range).nonzero().flatten().tolist()
+    return (found[0], found[-1] + 1) if found else (0, 0)
 
 
 class GradedWindow:

@@ -52,7 +52,7 @@ KINDS = {
         "free": "negative_text text_dropout long_caption skip_broken num_workers",
     },
     "rollout": {
-        "score": "solver steps shift",
+        "score": "solver steps shift sigma_range start",
         # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
         "free": "mode pool pool_place stride range samples one_index precision cache probe_every max_drift "
         "cuda_graph",

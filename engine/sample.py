@@ -14,7 +14,7 @@ from prfl_engine.best_of import best_of, check_choice, forwards, judge
 from prfl_engine.build import DTYPES, make_frozen_reward, pick_device
 from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import LATENT_KEYS, Reader, counted, fixed_batches, read_lists, read_text
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check
 from prfl_engine.files import atomic_folder
 from prfl_engine.inputs import check_new
 from prfl_engine.metrics import note, progress
@@ -55,6 +55,9 @@ def sample(config: Config, out: str | Path, count: int = 1, step: int | None = N
         raise UserError("model.path: got null, want the folder of a generator")
     if count > 1 and config.reward.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model (--best-of)")
+    low, high = r.sigma_range
+    want = "[0, 1]: an expert alone makes no sample"
+    check((low, high) == (0, 1), "rollout.sigma_range", [low, high], want)
     if s.guidance != 1 and config.data.negative_text is None:
         raise UserError("data.negative_text: got null, want a .npy (sample.guidance is not 1)")
     device = pick_device(config)

@@ -27,7 +27,11 @@ from prfl_engine.objectives import (
     index_range,
     noisy_reward,
     reward_loss,
+    schedule_of,
     sft_loss,
+    start_of,
+    steps_inside,
+    train_levels,
 )
 from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
@@ -52,6 +56,13 @@ def check_one_backward(config: Config) -> None:
         check(c.chain.window == 1, "chain.window", c.chain.window, f"1 {want}")
 
 
+def check_start(config: Config) -> None:
+    """UserError for chains that one model alone cannot begin."""
+    high, start = config.rollout.sigma_range[1], config.rollout.start
+    want = f"data: model.path is one model, used below rollout.sigma_range's {high:g} alone"
+    check(high == 1 or start == "data", "rollout.start", start, want)
+
+
 def due(loss: LossConfig, step: int) -> tuple[bool, bool]:
     """(flow matching?, reward?) in optimizer step `step`, counted from 0."""
     if loss.alternate:
@@ -74,8 +85,9 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     text_dropout = c.data.dropout(0.1)
     if c.optim.in_backward:
         check_one_backward(c)
-    schedule = flow.make_schedule(c.rollout.solver, c.rollout.steps, c.rollout.shift)
-    sigmas = flow.train_sigmas(c.rollout.shift)
+    check_start(c)
+    schedule, sigmas = schedule_of(c.rollout), train_levels(c.rollout)
+    steps = index_range(c.rollout) if use_reward else None
     paths = read_lists(c.data.train, "data.train")
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
     begin = prepare_out(c, {"data.train": paths})
@@ -115,8 +127,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         rollout = make_rollout(policy, c.rollout, schedule, device, together)
         if rollout is not None and rollout.approximate:
             sample = Batch(*(None if a is None else a[:1] for a in stream[0]))
-            last = index_range(c.rollout)[1]
-            meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
+            meter = DriftMeter(rollout, sample, steps[1], c.train.seed, c.train.save_every)
         stretches = rollout and rollout.stretches
         grader = Grader(policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together)
         graded = Persistent(grader, c, meter, stream.picked, world) if persists else Fresh(grader, c, meter)
@@ -128,7 +139,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         if sft_due:
             mark("flow_matching")
             count("flow_matching", batch.latent)
-            sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
+            sigma = sigmas[integers(len(sigmas), Purpose.SFT_LEVEL, *at, n)]
             sigma = sigma.to(device, non_blocking=True)
             noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
             loss = sft_loss(policy, batch, noise, sigma, run_blocks).mean()
@@ -180,24 +191,37 @@ def evaluate_policy(
 ) -> dict[str, float]:
     """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents.
 
-    Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n, shifted.
-    It is noised to every one of eval.timesteps and scored there. "score" is the mean reward over eval.scored,
-    or minus the flow-matching loss where no reward is trained. Every group of processes evaluates a part of
-    the samples; all get the same result. TrainingError for a number that is not finite.
+    Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n of those
+    in rollout.sigma_range, before the shift. It is noised to every one of eval.timesteps and scored there; a
+    chain that ends above noise level 0 is scored where it ends instead, and its prediction of the latent is
+    what is written. "score" is the mean reward over eval.scored, or where the chain ends, or minus the
+    flow-matching loss where no reward is trained. Every group of processes evaluates a part of the samples;
+    all get the same result. TrainingError for a number that is not finite.
     """
     e, device = config.eval, next(policy.parameters()).device
     paths = [paths[i % len(paths)] for i in range(e.samples)]
     samples, kept = HeldOut([paths], world), []
+    end = steps_inside(config.rollout)[1]
+    ends = None if end == len(schedule) else schedule.timesteps[end].item()
+    scored = e.scored if ends is None else (ends,)
+    low, high = (flow.unshift_sigma(s, config.rollout.shift) for s in config.rollout.sigma_range)
     for first, (batch,) in samples.batches(Reader(policy.config), e.batch_size, device):
         n = len(batch.latent)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, e.seed, first)
-        level = (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
+        level = low + (high - low) * (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
         samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
-        latent = chain.sample(bind(policy, batch), schedule, noise)
+        start = start_of(config.rollout, schedule, batch.latent, noise)
+        state = chain.rollout(bind(policy, batch), schedule, start, torch.full((n,), end))
+        latent = state.x if ends is None else state.m0
         samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:
+            continue
+        if ends is not None:
+            context = reward.transformer.embed_context(batch.text, batch.clip)
+            t = torch.full((n,), ends, device=device)
+            samples.put(f"reward_t{ends:g}", reward.score(state.x, t, context, batch.condition))
             continue
         noise = noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first)
         for t in e.timesteps:
@@ -211,8 +235,8 @@ def evaluate_policy(
             write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
     values = {"sft_loss": found["sft_loss", 0].mean().item()}
     if reward is not None:
-        names = [f"reward_t{t:g}" for t in e.timesteps]
+        names = [f"reward_t{t:g}" for t in (e.timesteps if ends is None else scored)]
         values |= {name: found[name, 0].sigmoid().mean().item() for name in names}
     trained = reward is not None and config.loss.weight > 0
-    scored = [values[f"reward_t{t:g}"] for t in e.scored] if trained else [-values["sft_loss"]]
+    scored = [values[f"reward_t{t:g}"] for t in scored] if trained else [-values["sft_loss"]]
     return values | {"score": sum(scored) / len(scored)}

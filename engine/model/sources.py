@@ -110,8 +110,8 @@ def find(path: str | Path) -> Source:
 
 
 def read_config(path: str | Path) -> WanConfig:
-    """The hyper-parameters of what is at a path; of a folder its config.json, and for an I2V model the names of
-    the weights, where there are any."""
+    """The hyper-parameters of what is at a path; of a folder its config.json, and for an I2V model the
+    names of the weights, where there are any."""
     path = Path(path)
     if path.is_file():
         return find(path).config

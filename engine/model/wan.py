@@ -196,10 +196,10 @@ class WanTransformer(nn.Module):
     def embed_context(self, text: Tensor, clip: Tensor | None = None) -> Tensor:
         """Context tokens of a sample, the same at every timestep.
 
-        text [B, n <= text_len, text_dim], clip [B, 257, 1280] for a model with a CLIP branch; returns [B, S (+ 257), C],
-        the image tokens first. S is text_len, or the multiple of 64 above n if that is less. Then the last
-        token is a padding token and represents all that are left out, see `repeats`. Raises UserError for a
-        longer text.
+        text [B, n <= text_len, text_dim], clip [B, 257, 1280] for a model with a CLIP branch; returns
+        [B, S (+ 257), C], the image tokens first. S is text_len, or the multiple of 64 above n if that is
+        less. Then the last token is a padding token and represents all that are left out, see `repeats`.
+        Raises UserError for a longer text.
         """
         n, whole = text.shape[1], self.config.text_len
         if n > whole:
