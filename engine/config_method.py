@@ -7,6 +7,12 @@ from prfl_engine.bounds import Count, Nonnegative, Positive, Real, Section, With
 from prfl_engine.errors import check
 
 Level = Annotated[float, Within(0, 1)]
+Scale = Real | tuple[Real, Real]
+
+
+def scales(scale: Scale) -> tuple[float, float]:
+    """The scales of guidance above the boundary of two experts, and below."""
+    return scale if isinstance(scale, tuple) else (scale, scale)
 
 @dataclass(frozen=True)
 class RolloutConfig(Section, name="rollout"):
@@ -45,6 +51,12 @@ class RolloutConfig(Section, name="rollout"):
     one_index: bool = False
     """All samples of an optimizer step have the same graded steps, as in the official code, so that groups of
     processes wait for no longer rollout. false: every sample has its own, spread more evenly."""
+    guidance: Scale = 1.0
+    """Classifier-free guidance of the steps without gradient, against data.negative_text; 1: none, as in the
+    paper. [high, low]: of the two experts of Wan2.2 A14B. Twice the forwards."""
+    guidance_at_once: bool = False
+    """The two forwards of a guided step, in validation too, as one batch of twice the size. A graded step
+    needs them apart, unless chain.unconditional is gradient."""
     precision: Literal["same", "fp8"] = "same"
     """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
     cache: Nonnegative = 0.0
@@ -92,6 +104,18 @@ class ChainConfig(Section, name="chain"):
     detach_input: bool = False
     """Give the model a detached input at every graded step, so that the gradient goes from step to step
     through the sampler alone (DRTune)."""
+    guidance: Scale = 1.0
+    """Classifier-free guidance of the steps with gradient, as rollout.guidance. Where the two differ, graded
+    steps start from latents of other chains than their own."""
+    unconditional: Literal["detached", "gradient"] = "detached"
+    """The half of a guided step with gradient that has data.negative_text. detached: a constant, for one
+    forward more; gradient: gets its gradient, too, for the time and the activations of two."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        guided = scales(self.guidance) != (1, 1)
+        ok = guided or self.unconditional == "detached"
+        check(ok, "chain.unconditional", self.unconditional, "detached with chain.guidance 1")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ class ModelConfig(Section, name="model"):
     preset: Name | None = None
     """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, t2v-a14b-high, -low,
     i2v-a14b-high, -low, tiny-t2v, tiny-i2v, tiny-i2v-a14b."""
+    boundary: Annotated[float, Within(0.001, 0.999)] | None = None
+    """Noise level at which chains go from the high-noise expert of Wan2.2 A14B to the low-noise one: 0.875 of
+    T2V, 0.9 of I2V; null: one model serves all levels."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """Trained weights, and those of a frozen reward model's transformer; bfloat16: see optim.rounding."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"

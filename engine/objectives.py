@@ -12,6 +12,7 @@ from prfl_engine import chain, flow, phases
 from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
 from prfl_engine.errors import check
+from prfl_engine.guidance import Guidance
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
 
@@ -30,6 +31,7 @@ def bind(
         context = model.embed_context(batch.text, batch.clip)
 
     def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
+        t = t.to(x.device, non_blocking=True)
         if len(active) == len(context):
             return model(x, t, context, batch.condition, run_blocks)
         rows = active.to(x.device, non_blocking=True)
@@ -37,6 +39,14 @@ def bind(
         return model(x, t, context[rows], condition, run_blocks)
 
     return velocity
+
+
+def chain_velocity(model: WanTransformer, batch: Batch, guidance: Guidance | None) -> chain.Velocity:
+    """The model with the batch's context, guided as steps without gradient are."""
+    if guidance is None:
+        return bind(model, batch)
+    batch = guidance.both(batch)
+    return guidance.velocity(partial(bind, model), batch, model.embed_context(batch.text, batch.clip))
 
 
 def sft_loss(
@@ -172,6 +182,7 @@ class Grader:
     run_blocks: RunBlocks = plain_blocks
     score_blocks: RunBlocks = plain_blocks
     together: chain.Together | None = None
+    guidance: Guidance | None = None
 
     @property
     def window(self) -> int:
@@ -185,11 +196,21 @@ class Grading:
     def __init__(self, grader: Grader, batch: Batch):
         g = self.grader = grader
         self.condition = batch.condition
+        prompts = batch
+        if g.guidance is not None:
+            batch = g.guidance.both(batch)
         self.context = g.model.embed_context(batch.text, batch.clip)
         self.leaf = self.context.detach().requires_grad_(self.context.requires_grad)
-        self.scored = g.reward.transformer.embed_context(batch.text, batch.clip)
-        self.velocity = bind(g.model, batch, self.leaf, g.run_blocks)
+        self.scored = g.reward.transformer.embed_context(prompts.text, prompts.clip)
         self.stretch = None if g.stretches is None else g.stretches(batch, self.leaf)
+        if g.guidance is None:
+            self.velocity = bind(g.model, batch, self.leaf, g.run_blocks)
+            return
+        bound = partial(bind, g.model, run_blocks=g.run_blocks)
+        self.velocity = g.guidance.velocity(bound, batch, self.leaf, with_gradient=True)
+        if self.stretch is None and (g.guidance.at_once or g.guidance.rollout != g.guidance.graded):
+            plain = g.guidance.velocity(bound, batch, self.leaf.detach())
+            self.stretch = lambda: plain
 
     def way(self, start: Tensor | list[list[flow.SolverState | None]]) -> chain.Chain:
         """The chain of the batch from `start`, as chain.Chain takes it."""
@@ -222,6 +243,7 @@ def graded_windows(
     stretches: Callable[[Batch, Tensor], Callable[[], chain.Velocity]] | None = None,
     run_blocks: RunBlocks = plain_blocks,
     score_blocks: RunBlocks = plain_blocks,
+    guidance: Guidance | None = None,
 ) -> Iterator[GradedWindow]:
     """The graded steps indices[0], indices[1], ... of one rollout from noise, one window after another.
 
@@ -235,9 +257,10 @@ def graded_windows(
     itself, so the loop may be left at any time. Text and image embeddings, the reward model's too, are
     computed once. Steps without gradient are made by stretches(batch, context) where it is given
     (`rollout.Rollout`); run_blocks runs the blocks of the generator in windows, score_blocks those of the
-    reward model.
+    reward model. guidance: of all of its steps; the reward model is not guided.
     """
-    grader = Grader(model, reward, schedule, config, stretches, run_blocks, score_blocks)
+    given = model, reward, schedule, config, stretches, run_blocks, score_blocks, None, guidance
+    grader = Grader(*given)
     return Grading(grader, batch).windows(noise, indices)
 
 

@@ -36,7 +36,7 @@ STATE, RUN = "training_state.pt", "run.json"
 KINDS = {
     "model": {
         "source": "path",
-        "fixed": "preset weights_dtype",
+        "fixed": "preset weights_dtype boundary",
         "free": "compute_dtype residual_dtype recompute keep compile chunk kernels host costs",
     },
     "lora": {"source": "path", "fixed": "rank alpha targets"},
@@ -54,10 +54,10 @@ KINDS = {
     "rollout": {
         "score": "solver steps shift sigma_range start",
         # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
-        "free": "mode pool pool_place stride range samples one_index precision cache probe_every max_drift "
-        "cuda_graph",
+        "free": "mode pool pool_place stride range samples one_index guidance guidance_at_once precision "
+        "cache probe_every max_drift cuda_graph",
     },
-    "chain": {"free": "window detach_input"},
+    "chain": {"free": "window detach_input guidance unconditional"},
     "loss": {"free": "form weight target sft_weight sft_every alternate"},
     "optim": {
         "state": "name rounding grad_dtype in_backward offload",
@@ -69,7 +69,7 @@ KINDS = {
         "call": "out resume",
     },
     "parallel": {"free": "replicate sequence resident save_async timeout"},
-    "eval": {"score": "samples timesteps seed", "free": "every batch_size videos"},
+    "eval": {"score": "samples timesteps seed guidance", "free": "every batch_size videos"},
     "sample": {"free": "count seed guidance codec fps"},
 }
 KIND = {

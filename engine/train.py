@@ -13,6 +13,7 @@ from prfl_engine.build import make_frozen_reward, make_policy, pick_device
 from prfl_engine.config import Config, LossConfig
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
+from prfl_engine.guidance import guidance_of, training_guidance
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
@@ -23,7 +24,7 @@ from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
     Grader,
-    bind,
+    chain_velocity,
     index_range,
     noisy_reward,
     reward_loss,
@@ -54,6 +55,8 @@ def check_one_backward(config: Config) -> None:
     if c.loss.weight > 0:
         check(c.rollout.samples == 1, "rollout.samples", c.rollout.samples, f"1 {want}")
         check(c.chain.window == 1, "chain.window", c.chain.window, f"1 {want}")
+        halves = c.chain.unconditional
+        check(halves == "detached", "chain.unconditional", halves, f"detached {want}")
 
 
 def check_start(config: Config) -> None:
@@ -122,14 +125,19 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))
     graded, meter = None, None
+    if c.eval.every:
+        guidance_of(c, c.eval.guidance, c.eval.guidance, policy, "eval.guidance")
     if use_reward:
+        guidance = training_guidance(c, policy)
         together = world.together(policy)
-        rollout = make_rollout(policy, c.rollout, schedule, device, together)
+        rollout = make_rollout(policy, c.rollout, schedule, device, together, guidance)
         if rollout is not None and rollout.approximate:
             sample = Batch(*(None if a is None else a[:1] for a in stream[0]))
             meter = DriftMeter(rollout, sample, steps[1], c.train.seed, c.train.save_every)
         stretches = rollout and rollout.stretches
-        grader = Grader(policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together)
+        grader = Grader(
+            policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together, guidance
+        )
         graded = Persistent(grader, c, meter, stream.picked, world) if persists else Fresh(grader, c, meter)
 
     def backpropagate(batch: Batch, key: int, share: float):
@@ -201,6 +209,7 @@ def evaluate_policy(
     e, device = config.eval, next(policy.parameters()).device
     paths = [paths[i % len(paths)] for i in range(e.samples)]
     samples, kept = HeldOut([paths], world), []
+    guidance = guidance_of(config, e.guidance, e.guidance, policy, "eval.guidance")
     end = steps_inside(config.rollout)[1]
     ends = None if end == len(schedule) else schedule.timesteps[end].item()
     scored = e.scored if ends is None else (ends,)
@@ -211,9 +220,10 @@ def evaluate_policy(
         level = low + (high - low) * (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
         samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
-        start = start_of(config.rollout, schedule, batch.latent, noise)
-        state = chain.rollout(bind(policy, batch), schedule, start, torch.full((n,), end))
-        latent = state.x if ends is None else state.m0
+        noise = start_of(config.rollout, schedule, batch.latent, noise)
+        state = chain.rollout(chain_velocity(policy, batch, guidance), schedule, noise, torch.full((n,), end))
+        latent, last = (state.x, None) if ends is None else (state.m0, state.x)
+        del state
         samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:
@@ -221,7 +231,7 @@ def evaluate_policy(
         if ends is not None:
             context = reward.transformer.embed_context(batch.text, batch.clip)
             t = torch.full((n,), ends, device=device)
-            samples.put(f"reward_t{ends:g}", reward.score(state.x, t, context, batch.condition))
+            samples.put(f"reward_t{ends:g}", reward.score(last, t, context, batch.condition))
             continue
         noise = noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first)
         for t in e.timesteps:

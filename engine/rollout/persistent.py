@@ -30,10 +30,11 @@ from torch import Tensor
 from prfl_engine.batch import Batch, collate
 from prfl_engine.chain import Chain
 from prfl_engine.config import Config
+from prfl_engine.config_method import scales
 from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState, init_state
 from prfl_engine.metrics import note
-from prfl_engine.objectives import GradedWindow, Grader, Grading, bind, index_range, start_of
+from prfl_engine.objectives import GradedWindow, Grader, Grading, index_range, start_of
 from prfl_engine.parallel import World
 from prfl_engine.rollout.drift import DriftMeter
 from prfl_engine.rollout.pool import FILE, Finite, Numbers, Pool, PooledChain
@@ -64,6 +65,7 @@ class Persistent:
         self.turns = Turns(steps, slots, config.graded // world.readers, size, r.stride, seed)
         names = "solver", "steps", "shift", "start", "samples", "stride"
         settings = {f"rollout.{name}": getattr(r, name) for name in names}
+        settings["chain.guidance"] = list(scales(config.chain.guidance))
         settings |= {"rollout.range": list(steps), "rollout.pool": config.pool, "chain.window": grader.window}
         settings |= {"processes with samples of their own": world.readers}
         name = FILE if world.readers == 1 else f"pool-{world.reader}.safetensors"
@@ -153,9 +155,8 @@ class Persistent:
         relative L2 distance of its newest latent from theirs)."""
         g, index = self.grader, torch.tensor([chain.numbers.index])
         old, prompt = self.pool.get(chain)[-1].x, self.pool.prompt(chain)
-        context = g.model.embed_context(prompt.text, prompt.clip)
-        velocity = bind(g.model, prompt, context, g.run_blocks)
-        way = Chain(velocity, g.schedule, self.start(prompt.latent, self.noise(old, chain.numbers.position)))
+        start = self.start(prompt.latent, self.noise(old, chain.numbers.position))
+        way = Chain(Grading(g, prompt).velocity, g.schedule, start)
         way.advance_to(index, (index - (g.window - 1)).clamp(min=0))
         states = [state for state in way.states[0] if state is not None]
         new = states[-1].x
