@@ -255,6 +255,11 @@ class Config(Section, name=""):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.model.boundary is not None:
+            r, want = self.rollout, "with model.boundary: of one expert alone"
+            check(r.precision == "same", "rollout.precision", r.precision, f"same {want}")
+            check(r.cache == 0, "rollout.cache", r.cache, f"0 {want}")
+            check(not r.cuda_graph, "rollout.cuda_graph", True, f"false {want}")
         for section in ("rollout", "chain", "eval", "sample"):
             scale = getattr(self, section).guidance
             ok = not isinstance(scale, tuple) or self.model.boundary is not None

@@ -21,6 +21,7 @@ from prfl_engine.config_method import Scale, scales
 from prfl_engine.data import read_text
 from prfl_engine.errors import UserError, check
 from prfl_engine.flow import TRAIN_STEPS
+from prfl_engine.model.experts import Experts
 from prfl_engine.model.wan import WanTransformer
 
 Bind = Callable[[Batch, Tensor], Velocity]
@@ -103,7 +104,7 @@ class Guidance:
 
 
 def guidance_of(
-    config: Config, rollout: Scale, graded: Scale, model: WanTransformer, field: str
+    config: Config, rollout: Scale, graded: Scale, model: WanTransformer | Experts, field: str
 ) -> Guidance | None:
     """The guidance with these scales, None where there is none. UserError without a negative text; `field`
     names the scale."""
@@ -118,7 +119,7 @@ def guidance_of(
     return Guidance(text, *found, gradient, config.rollout.guidance_at_once)
 
 
-def training_guidance(config: Config, model: WanTransformer) -> Guidance | None:
+def training_guidance(config: Config, model: WanTransformer | Experts) -> Guidance | None:
     """That of the chains that a generator is trained on. UserError where it does not fit."""
     r, c = config.rollout, config.chain
     if r.mode == "persistent":

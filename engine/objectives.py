@@ -13,12 +13,15 @@ from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
 from prfl_engine.errors import check
 from prfl_engine.guidance import Guidance
+from prfl_engine.model.experts import Experts
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
 
+Generator = WanTransformer | Experts
+
 
 def bind(
-    model: WanTransformer,
+    model: Generator,
     batch: Batch,
     context: Tensor | None = None,
     run_blocks: RunBlocks = plain_blocks,
@@ -31,7 +34,6 @@ def bind(
         context = model.embed_context(batch.text, batch.clip)
 
     def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
-        t = t.to(x.device, non_blocking=True)
         if len(active) == len(context):
             return model(x, t, context, batch.condition, run_blocks)
         rows = active.to(x.device, non_blocking=True)
@@ -41,7 +43,7 @@ def bind(
     return velocity
 
 
-def chain_velocity(model: WanTransformer, batch: Batch, guidance: Guidance | None) -> chain.Velocity:
+def chain_velocity(model: Generator, batch: Batch, guidance: Guidance | None) -> chain.Velocity:
     """The model with the batch's context, guided as steps without gradient are."""
     if guidance is None:
         return bind(model, batch)
@@ -50,13 +52,14 @@ def chain_velocity(model: WanTransformer, batch: Batch, guidance: Guidance | Non
 
 
 def sft_loss(
-    model: WanTransformer,
+    model: Generator,
     batch: Batch,
     noise: Tensor,
     sigma: Tensor,
     run_blocks: RunBlocks = plain_blocks,
 ) -> Tensor:
-    """Flow matching at noise levels sigma [B]: mean of (v(x_t) - (eps - x_0))^2 [B], per sample."""
+    """Flow matching at noise levels sigma [B] (for two experts on the CPU): mean of (v(x_t) - (eps - x_0))^2
+    [B], per sample."""
     x = flow.add_noise(batch.latent, noise, sigma)
     velocity = bind(model, batch, run_blocks=run_blocks)(x, flow.TRAIN_STEPS * sigma, torch.arange(len(x)))
     return (velocity - (noise - batch.latent)).square().flatten(1).mean(1)
@@ -174,7 +177,7 @@ class GradedWindow:
 class Grader:
     """What grades denoising steps: the models, the schedule, and how their blocks run; see graded_windows."""
 
-    model: WanTransformer
+    model: Generator
     reward: RewardModel
     schedule: flow.Schedule
     config: ChainConfig = ChainConfig()
@@ -201,7 +204,7 @@ class Grading:
             batch = g.guidance.both(batch)
         self.context = g.model.embed_context(batch.text, batch.clip)
         self.leaf = self.context.detach().requires_grad_(self.context.requires_grad)
-        self.scored = g.reward.transformer.embed_context(prompts.text, prompts.clip)
+        self.scored = g.reward.embed_context(prompts.text, prompts.clip)
         self.stretch = None if g.stretches is None else g.stretches(batch, self.leaf)
         if g.guidance is None:
             self.velocity = bind(g.model, batch, self.leaf, g.run_blocks)
@@ -233,7 +236,7 @@ class Grading:
 
 
 def graded_windows(
-    model: WanTransformer,
+    model: Generator,
     reward: RewardModel,
     schedule: flow.Schedule,
     batch: Batch,

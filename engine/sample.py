@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.best_of import best_of, check_choice, forwards, judge
-from prfl_engine.build import DTYPES, make_frozen_reward, pick_device
+from prfl_engine.build import load_generator, make_frozen_reward, pick_device
 from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import LATENT_KEYS, Reader, counted, fixed_batches, read_lists
 from prfl_engine.errors import UserError, check
@@ -18,8 +18,6 @@ from prfl_engine.files import atomic_folder
 from prfl_engine.guidance import guidance_of
 from prfl_engine.inputs import check_new
 from prfl_engine.metrics import note, progress
-from prfl_engine.model import lora
-from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.objectives import chain_velocity
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
@@ -45,16 +43,13 @@ def sample(config: Config, out: str | Path, count: int = 1, step: int | None = N
         raise UserError("model.path: got null, want the folder of a generator")
     if count > 1 and config.reward.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model (--best-of)")
-    low, high = r.sigma_range
-    want = "[0, 1]: an expert alone makes no sample"
-    check((low, high) == (0, 1), "rollout.sigma_range", [low, high], want)
+    alone = config.model.boundary is None and r.sigma_range != (0, 1)
+    want = "[0, 1], or both experts (model.boundary): one alone makes no sample"
+    check(not alone, "rollout.sigma_range", list(r.sigma_range), want)
     device = pick_device(config)
     paths = read_lists(config.data.val, "data.val")
     paths = [paths[i % len(paths)] for i in range(s.count)]
-    model = load_transformer(config.model.path, None, device).eval()
-    if config.lora.path is not None:
-        lora.apply(model, config.lora.path)
-    model.set_precision(DTYPES[config.model.compute_dtype], DTYPES[config.model.residual_dtype])
+    model = load_generator(config, device)
     reward = make_frozen_reward(config, model, device) if count > 1 else None
     guidance = guidance_of(config, s.guidance, s.guidance, model, "sample.guidance")
     schedule = flow.make_schedule(r.solver, r.steps, r.shift)

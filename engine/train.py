@@ -1,6 +1,7 @@
 """PRFL training: flow matching, and the reward of a graded denoising step (a step that carries gradient)."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,13 @@ from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
-from prfl_engine.build import make_frozen_reward, make_policy, pick_device
+from prfl_engine.build import (
+    make_frozen_reward,
+    make_policy,
+    pick_device,
+    read_generator,
+    save_generator,
+)
 from prfl_engine.config import Config, LossConfig
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
@@ -18,11 +25,10 @@ from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.micro_batches import MicroBatches
-from prfl_engine.model import flops, lora
-from prfl_engine.model.checkpoint import load_transformer, save_transformer
+from prfl_engine.model import flops
 from prfl_engine.model.reward import RewardModel
-from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
+    Generator,
     Grader,
     chain_velocity,
     index_range,
@@ -63,7 +69,7 @@ def check_start(config: Config) -> None:
     """UserError for chains that one model alone cannot begin."""
     high, start = config.rollout.sigma_range[1], config.rollout.start
     want = f"data: model.path is one model, used below rollout.sigma_range's {high:g} alone"
-    check(high == 1 or start == "data", "rollout.start", start, want)
+    check(config.model.boundary is not None or high == 1 or start == "data", "rollout.start", start, want)
 
 
 def due(loss: LossConfig, step: int) -> tuple[bool, bool]:
@@ -148,7 +154,6 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             mark("flow_matching")
             count("flow_matching", batch.latent)
             sigma = sigmas[integers(len(sigmas), Purpose.SFT_LEVEL, *at, n)]
-            sigma = sigma.to(device, non_blocking=True)
             noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
             loss = sft_loss(policy, batch, noise, sigma, run_blocks).mean()
             world.add_up_copies(policy, last and not reward_due)
@@ -172,12 +177,10 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         return evaluate_policy(c, policy, reward, schedule, held_out, step, world)
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
-        (lora.save if c.lora.rank else save_transformer)(policy, folder, values)
+        save_generator(policy, c, folder, values)
 
     def load(folder: Path) -> dict[str, Tensor]:
-        if c.lora.rank:
-            return lora.named(lora.read(folder)[0])
-        return dict(load_transformer(folder, torch.float32, device).named_parameters())
+        return read_generator(policy, c, folder, device)
 
     scored = None if reward is None else (reward.transformer.config, reward.feature_layer)
     costs = partial(flops.costs, policy.config, rank=c.lora.rank, reward=scored)
@@ -190,7 +193,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
 @torch.no_grad()
 def evaluate_policy(
     config: Config,
-    policy: WanTransformer,
+    policy: Generator,
     reward: RewardModel | None,
     schedule: flow.Schedule,
     paths: list[Path],
@@ -210,17 +213,20 @@ def evaluate_policy(
     paths = [paths[i % len(paths)] for i in range(e.samples)]
     samples, kept = HeldOut([paths], world), []
     guidance = guidance_of(config, e.guidance, e.guidance, policy, "eval.guidance")
-    end = steps_inside(config.rollout)[1]
+    r, end = config.rollout, steps_inside(config.rollout)[1]
+    if config.model.boundary is not None:  # both experts make whole chains, wherever they are trained
+        r = replace(r, sigma_range=(0.0, 1.0), start="noise")
+        schedule, end = schedule_of(r), r.steps
     ends = None if end == len(schedule) else schedule.timesteps[end].item()
     scored = e.scored if ends is None else (ends,)
-    low, high = (flow.unshift_sigma(s, config.rollout.shift) for s in config.rollout.sigma_range)
+    low, high = (flow.unshift_sigma(s, r.shift) for s in config.rollout.sigma_range)
     for first, (batch,) in samples.batches(Reader(policy.config), e.batch_size, device):
         n = len(batch.latent)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, e.seed, first)
-        level = low + (high - low) * (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
-        samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
+        level = low + (high - low) * (torch.arange(first, first + n) + 0.5) / len(paths)
+        samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, r.shift)))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
-        noise = start_of(config.rollout, schedule, batch.latent, noise)
+        noise = start_of(r, schedule, batch.latent, noise)
         state = chain.rollout(chain_velocity(policy, batch, guidance), schedule, noise, torch.full((n,), end))
         latent, last = (state.x, None) if ends is None else (state.m0, state.x)
         del state
@@ -229,7 +235,7 @@ def evaluate_policy(
         if reward is None:
             continue
         if ends is not None:
-            context = reward.transformer.embed_context(batch.text, batch.clip)
+            context = reward.embed_context(batch.text, batch.clip)
             t = torch.full((n,), ends, device=device)
             samples.put(f"reward_t{ends:g}", reward.score(last, t, context, batch.condition))
             continue

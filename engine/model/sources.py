@@ -31,6 +31,8 @@ from prfl_engine.tensor_files import DTYPES, NAMES
 WEIGHTS = "diffusion_pytorch_model"
 """The file of a folder, before .safetensors, of Wan and of diffusers."""
 CONFIG = "config.json"
+PAIRS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+"""The folders of the two experts of Wan2.2 A14B, high-noise first, native and of diffusers."""
 CLIP = "img_emb.proj.1.weight"
 """A tensor of the CLIP branch, which I2V models of Wan2.1 have and those of Wan2.2 do not."""
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin")
@@ -122,12 +124,14 @@ def read_config(path: str | Path) -> WanConfig:
 
 def transformer_folder(path: Path) -> Path:
     """The folder with config.json and weights: `path`, or of a pipeline of diffusers its transformer."""
-    inner = path / "transformer"
-    if os.path.lexists(path / CONFIG) or not inner.is_dir():
+    if os.path.lexists(path / CONFIG):
         return path
-    if (path / "transformer_2").is_dir():
-        raise UserError(f"{path}: got two generators (Wan2.2 A14B), want {inner} or {path / 'transformer_2'}")
-    return inner
+    for first, second in PAIRS:
+        if (path / second).is_dir():
+            want = f"{path / first} or {path / second}, or model.boundary for both"
+            raise UserError(f"{path}: got two experts of Wan2.2 A14B, want {want}")
+    inner = path / "transformer"
+    return inner if inner.is_dir() else path
 
 
 def stored(path: Path) -> dict[str, Stored]:

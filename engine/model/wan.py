@@ -239,7 +239,7 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         """Velocity [B, out_dim, T, H, W] in float32 at noisy latents x [B, 16, T, H, W].
 
-        t [B] is the timestep (1000 sigma, any real number), context comes from embed_context,
+        t [B] is the timestep (1000 sigma, any real number), on any device, context comes from embed_context,
         condition [B, 20, T, H, W] is the mask and the encoded first frame of an I2V model. run_blocks decides
         how the blocks run: plainly, under memory policies, in fp8, from a cache, as a CUDA graph.
         """
@@ -257,7 +257,7 @@ class WanTransformer(nn.Module):
         if x.shape[1] != c.in_dim:
             raise UserError(f"latent: got {x.shape[1]} channels (condition included), want {c.in_dim}")
         tokens, grid = self._patchify(x)
-        e = self.time_embedding(sinusoid(t, c.freq_dim))
+        e = self.time_embedding(sinusoid(t.to(x.device, non_blocking=True), c.freq_dim))
         vectors = self.time_projection(e).unflatten(1, (6, c.dim))
         first, repeats = [tokens], self.repeats(context)
         del tokens  # this frame must not hold what the first block may offload, nor a tuple of *arguments

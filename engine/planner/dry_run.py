@@ -200,7 +200,7 @@ def _rollout_bytes(setup: Setup) -> int:
         with live:
             batch, noise, _ = inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            extra = [reward.transformer.embed_context(batch.text, batch.clip)]
+            extra = [reward.embed_context(batch.text, batch.clip)]
             extra.append(ballast(accelerated_bytes(setup)))
             forward = Repeated(live).velocity(bind(model, batch, context.detach()))
 

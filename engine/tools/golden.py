@@ -107,7 +107,7 @@ def compute(folder: str | Path) -> dict[str, Tensor]:
         out["latent_next"] = chain.Chain(velocity, schedule, noise).graded(mid).x
         out["latent_final"] = chain.sample(velocity, schedule, noise)
         t_next = schedule.timesteps[mid + 1]
-        context = reward.transformer.embed_context(batch.text, batch.clip)
+        context = reward.embed_context(batch.text, batch.clip)
         features = reward.transformer.features(
             out["latent_next"], t_next, context, batch.condition, reward.feature_layer
         )
