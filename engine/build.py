@@ -208,7 +208,7 @@ def make_frozen_reward(
     reward = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, shard=shard, **r.pooling)
     ours, theirs = policy.config, reward.transformer.config
     # A T2V model scores the latents of an I2V generator, too, without its first frame.
-    names = ("in_dim", "model_type", "clip") if theirs.image else ()
+    names = ("model_type", "in_dim", "clip") if theirs.image else ()
     wanted = {name: getattr(ours, name) for name in (*names, "text_dim", "text_len")}
     wanted |= {} if theirs.image else {"in_dim": ours.out_dim}
     for name, want in wanted.items():

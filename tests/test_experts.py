@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from training_runs import assert_equal, content, run, values
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig, RolloutConfig
 from prfl_engine.model import checkpoint
-from prfl_engine.model.checkpoint import load_transformer, save_transformer
+from prfl_engine.model.checkpoint import load_transformer, save_reward, save_transformer
 from prfl_engine.model.sources import read_config
 from prfl_engine.model.wan import PRESETS, WanTransformer
 from prfl_engine.objectives import graded_windows, index_range, schedule_of, start_of, train_levels
@@ -173,3 +174,46 @@ def test_a_chain_from_data_has_the_gradient_of_plain_code(window):
     logit.sum().backward()
     want = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert relative(got, want) < 1e-10
+
+
+# Reward models of other structure.
+
+
+def test_a_narrower_t2v_reward_scores_a_wider_i2v_generator():
+    """In float64: by the latent and the text; the first frame reaches the generator alone."""
+    model, batch = model_and_batch("i2v-a14b", size=1, dtype=torch.float64)
+    reward = tiny_reward(tiny_config(dim=16, ffn_dim=20)).double().freeze()
+    schedule, noise = flow.make_schedule("unipc", 4, 5.0), torch.randn_like(batch.latent)
+    (graded,) = graded_windows(model, reward, schedule, batch, noise, torch.tensor([[0]]))
+    graded.backward(graded.logit.sum())
+    got = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    literal, t = LiteralUniPC(schedule.sigmas.tolist()), schedule.timesteps.double()
+    x = literal.step(noise, model(noise, t[:1], model.embed_context(batch.text), batch.condition))
+    logit = reward(x, t[1:2], batch.text)
+    torch.testing.assert_close(graded.logit, logit.detach(), rtol=1e-9, atol=1e-9)
+    logit.sum().backward()
+    assert relative(got, torch.cat([p.grad.flatten() for p in model.parameters()])) < 1e-9
+
+
+REWARDS = {
+    "t2v on i2v-a14b": None, "t2v on i2v": None, "i2v-a14b on i2v-a14b": None,
+    "i2v-a14b on t2v": "reward.path: model_type is 'i2v', want the generator's 't2v'",
+    "i2v on i2v-a14b": "reward.path: clip is True, want the generator's False",
+    "wide t2v on t2v": "reward.path: in_dim is 24, want the generator's 16",
+}
+
+
+@pytest.mark.parametrize("case", REWARDS)
+def test_which_rewards_fit_which_generators(case, tmp_path, capsys):
+    *_, kind, _, generator = case.split()
+    config, fields = write_run(tmp_path, generator), {"dim": 16, "ffn_dim": 20}
+    fields |= {"in_dim": 24, "out_dim": 24} if case.startswith("wide") else {}
+    shutil.rmtree(tmp_path / "reward")
+    save_reward(tiny_reward(tiny_config(kind, **fields)), tmp_path / "reward", 0)
+    line = REWARDS[case]
+    run("train", config, "train.steps=1", "eval.every=1", code=0 if line is None else 2)
+    if line is None:
+        assert 0 < values(tmp_path / "run", "eval")[1]["eval/reward_t201"] < 1
+    else:
+        assert line in one_line(capsys)
