@@ -79,8 +79,7 @@ def make_policy(
     if m.boundary is None:
         return _generator(config, m.path and Path(m.path), resume, config.lora, device, shard)
     paths = (None, None) if m.path is None else pair_at(m.path, m.low)
-    low, high = config.rollout.sigma_range
-    trained, made = (high > m.boundary, low < m.boundary), []
+    trained, made = config.trained_experts, []
     idle = Idle(device) if m.idle == "host" else None
     for place, (folder, path) in enumerate(zip((HIGH, LOW), paths, strict=True)):
         adapter = replace(config.lora, path=adapter_of(config.lora.path, folder, all(trained)))

@@ -273,6 +273,13 @@ class Config(Section, name=""):
         )  # fmt: skip
 
     @property
+    def trained_experts(self) -> tuple[bool, bool] | None:
+        """Which of two experts, high-noise first, are trained: those that rollout.sigma_range has noise
+        levels of. None without two."""
+        (low, high), boundary = self.rollout.sigma_range, self.model.boundary
+        return None if boundary is None else (high > boundary, low < boundary)
+
+    @property
     def graded(self) -> int:
         """Graded samples of an optimizer step, where all micro-batches are full."""
         return self.data.batch_size * self.train.accumulate * self.rollout.samples
