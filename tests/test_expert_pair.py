@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from training_runs import NAME, assert_equal, content, run, values
 
 from prfl_engine import chain, flow
+from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig
 from prfl_engine.guidance import Guidance, Scales
 from prfl_engine.memory.idle import Idle
@@ -106,6 +107,66 @@ def test_one_transfer_at_the_switch():
     assert weights[0].isnan().all() and weights[0].untyped_storage().nbytes() == 8
     assert weights[1].isfinite().all()
     assert bring.nbytes == sum(p.nbytes for e in (experts.high, experts.low) for p in e.blocks.parameters())
+
+
+class Lazy:
+    """Copies that are made when they are awaited and no earlier, as on the slowest link."""
+
+    def __init__(self):
+        self.under_way, self.waited = {}, []
+
+    def queued(self):
+        return None
+
+    def copy(self, pairs, *after):
+        key = len(self.under_way)
+        self.under_way[key] = list(pairs)
+        return key
+
+    def await_copy(self, key):
+        if key is not None and self.under_way[key]:
+            self.waited.append(key)
+            for target, source in self.under_way[key]:
+                target.copy_(source)
+            self.under_way[key] = []
+
+
+def test_a_block_waits_for_its_own_part_of_the_transfer():
+    """So the forward after the switch runs beside the transfer of the blocks to come."""
+    experts, seen = pair(idle=True, frozen=(0, 1)), []
+    experts.bring.copies = lazy = Lazy()
+    for expert in (experts.high, experts.low):
+        for block in expert.blocks:
+            block.register_forward_hook(lambda *_: seen.append(len(lazy.waited)))
+    batch = random_batch(experts.config, dtype=torch.float64)
+    with torch.no_grad():
+        got = chain.sample(bind(experts, batch), SCHEDULE, batch.latent)
+        want = chain.sample(bind(pair(), batch), SCHEDULE, batch.latent)
+    assert torch.equal(got, want)
+    assert seen == [1, *[2] * 7, 3, *[4] * 7]  # after every block of four steps of each expert
+    with torch.no_grad():  # what has not been awaited has arrived before its memory is given away
+        experts.bring({0})
+        experts.bring({1})
+    assert not any(lazy.under_way[key] for key in range(6))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """The same samples with an idle expert, in the memory of one."""
+    device, found = torch.device("cuda"), []
+    for idle in (False, True):
+        made = [tiny_model(tiny_config(dim=256, ffn_dim=1024), seed).to(device) for seed in (0, 7)]
+        bring = Idle(device) if idle else None
+        for model in made:
+            model.requires_grad_(False)
+            if idle:
+                bring.take(model)
+        experts = Experts(*made, BOUNDARY, bring)
+        noise = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
+        text = torch.randn(1, 4, 12, generator=torch.Generator().manual_seed(1)).to(device)
+        with torch.no_grad():
+            found.append(chain.sample(bind(experts, Batch(noise, text)), SCHEDULE, noise).cpu())
+    assert torch.equal(*found)
 
 
 def test_flow_matching_trains_the_expert_of_the_level():

@@ -17,9 +17,10 @@ from helpers import (
     tiny_reward,
     write_run,
 )
-from training_runs import assert_equal, content, run, values
+from training_runs import assert_equal, content, reward_run, run, values
 
 from prfl_engine import flow
+from prfl_engine import train_reward as train_reward_module
 from prfl_engine.config import ChainConfig, RolloutConfig
 from prfl_engine.model import checkpoint
 from prfl_engine.model.checkpoint import load_transformer, save_reward, save_transformer
@@ -174,6 +175,21 @@ def test_a_chain_from_data_has_the_gradient_of_plain_code(window):
     logit.sum().backward()
     want = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert relative(got, want) < 1e-10
+
+
+@pytest.mark.parametrize("loss", ["ce", "bt"])
+def test_a_reward_model_is_trained_in_the_range(loss, tmp_path, monkeypatch):
+    config, levels = reward_run(tmp_path, loss), []
+    noisy = train_reward_module.noisy_reward
+
+    def noisy_reward(model, batch, noise, sigma, *rest):
+        if torch.is_grad_enabled():
+            levels.extend(sigma.tolist())
+        return noisy(model, batch, noise, sigma, *rest)
+
+    monkeypatch.setattr(train_reward_module, "noisy_reward", noisy_reward)
+    run("train-reward", config, "rollout.sigma_range=[0, 0.875]", "rollout.shift=12", "train.steps=4")
+    assert len(set(levels)) >= 13 and all(0 < sigma < 0.875 for sigma in levels)  # 16 draws of 368
 
 
 # Reward models of other structure.
