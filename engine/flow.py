@@ -33,9 +33,21 @@ def shift_sigma(u, shift: float):
     return shift * u / (1 + (shift - 1) * u)
 
 
-def train_sigmas(shift: float) -> Tensor:
-    """The 1000 training noise levels [1000], float32, from 1 downwards; timestep = 1000 sigma."""
-    return shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1, dtype=torch.float64), shift)[:-1].float()
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The noise level that shift_sigma moves to `sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def within(sigma: Tensor, low: float, high: float) -> Tensor:
+    """Which noise levels are in [low, high); 1 is in [low, 1]."""
+    return (sigma >= low) & ((sigma < high) | (high == 1))
+
+
+def train_sigmas(shift: float, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """The training noise levels [n], float32, from 1 downwards, of 1000 in all those that are `within`;
+    timestep = 1000 sigma."""
+    levels = shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1, dtype=torch.float64), shift)[:-1]
+    return levels[within(levels, low, high)].float()
 
 
 def rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -44,17 +56,26 @@ def rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 class Levels:
-    """The noise levels of flow matching and of reward training: `sigmas` [1000] falling from 1, on the CPU,
+    """The noise levels of flow matching and of reward training: `sigmas` [n] falling, on the CPU,
     and the timesteps that the model is given with them.
 
     whole: timesteps without their fraction, by the float32 arithmetic of the official table, in which some
-    are one less. dtype: what the level of a given timestep is rounded to.
+    are one less. dtype: what the level of a given timestep is rounded to. low, high: of all levels those that
+    are `within`.
     """
 
-    def __init__(self, shift: float, whole: bool = False, dtype: torch.dtype | None = None):
-        self.whole, self.dtype, self.sigmas = whole, dtype, train_sigmas(shift)
+    def __init__(
+        self,
+        shift: float,
+        whole: bool = False,
+        dtype: torch.dtype | None = None,
+        low: float = 0.0,
+        high: float = 1.0,
+    ):
+        self.whole, self.dtype, self.sigmas = whole, dtype, train_sigmas(shift, low, high)
         if whole:
-            self.sigmas = shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1), shift)[:-1]
+            self.table = shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1), shift)[:-1]
+            self.sigmas = self.table[within(self.table, low, high)]
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Timesteps [B] of noise levels [B]."""
@@ -66,17 +87,17 @@ class Levels:
         of the table have to be given and it has not this one."""
         sigma = torch.tensor(t / TRAIN_STEPS)
         if self.whole:
-            table = self.timestep(self.sigmas)
-            near = table[(table - t).abs().argmin()].item()
+            steps = self.timestep(self.table)
+            near = steps[(steps - t).abs().argmin()].item()
             want = f"timesteps of the schedule, such as {near:g}, with rollout.whole_timesteps"
             check(near == t, name, t, want)
-            sigma = self.sigmas[table == t][0]
+            sigma = self.table[steps == t][0]
         return rounded(sigma, self.dtype).item()
 
 
 def add_noise(latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = (1 - sigma) latent + sigma noise for sigma [B] and latents [B, ...]."""
-    sigma = sigma.to(latent.dtype).view(-1, *[1] * (latent.dim() - 1))
+    """x_t = (1 - sigma) latent + sigma noise for sigma [B], on any device, and latents [B, ...]."""
+    sigma = sigma.to(latent.device, latent.dtype, non_blocking=True).view(-1, *[1] * (latent.dim() - 1))
     return (1 - sigma) * latent + sigma * noise
 
 
@@ -113,19 +134,20 @@ class Schedule:
 
 
 def make_schedule(
-    solver: str, steps: int, shift: float, dtype: torch.dtype | None = None
+    solver: str, steps: int, shift: float, dtype: torch.dtype | None = None, first: int = 0
 ) -> Schedule:
     """Schedule of `solver` ("euler" or "unipc") with steps >= 1 and shift > 0; ValueError otherwise. dtype:
-    what samples are rounded to after every step; None: nothing is."""
+    what samples are rounded to after every step; None: nothing is. Of its steps those from `first` on, for a
+    chain that begins there, without a history."""
     if solver not in ("euler", "unipc"):
         raise ValueError(f"solver: got {solver!r}, want euler or unipc")
     if steps < 1 or shift <= 0:
         raise ValueError(f"schedule: got {steps} steps and shift {shift}, want steps >= 1 and shift > 0")
     u = torch.linspace(SIGMA_MAX, 0, steps + 1, dtype=torch.float64)[:-1]
-    sigmas = torch.cat([shift_sigma(u, shift), torch.zeros(1, dtype=torch.float64)])
+    sigmas = torch.cat([shift_sigma(u, shift), torch.zeros(1, dtype=torch.float64)])[first:]
     timesteps = (TRAIN_STEPS * sigmas[:-1]).floor().float()
     row = _euler_row if solver == "euler" else _unipc_row
-    table = torch.tensor([row(sigmas.tolist(), i) for i in range(steps)], dtype=torch.float64)
+    table = torch.tensor([row(sigmas.tolist(), i) for i in range(steps - first)], dtype=torch.float64)
     return Schedule(sigmas, timesteps, table, dtype)
 
 

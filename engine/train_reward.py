@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import flow
-from prfl_engine.build import latent_dtype, make_levels, make_reward, pick_device
+from prfl_engine.build import latent_dtype, make_reward, pick_device
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, read_lists
@@ -26,7 +26,7 @@ from prfl_engine.model.checkpoint import (
 from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
+from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward, train_levels
 from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
 from prfl_engine.resume import prepare_out
@@ -79,7 +79,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     lora.check_path(c.lora)
     adapted = c.lora.rank > 0
     text_dropout, pairs, dtype = c.data.dropout(0.0), c.reward.loss == "bt", latent_dtype(c)
-    levels = make_levels(c)
+    levels = train_levels(c.rollout, dtype)
     fixed = [levels.at(t, "reward.timesteps") for t in c.reward.timesteps]
     for t in c.eval.timesteps if c.eval.every else ():
         levels.at(t, "eval.timesteps")
@@ -121,7 +121,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
             count("reward", one.latent)
         batch = item[0] if pairs else item
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
-        sigma = levels.sigmas[integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, *at, n)]
+        sigma = levels.sigmas[integers(len(levels.sigmas), Purpose.REWARD_LEVEL, *at, n)]
         t = levels.timestep(sigma)
         if fixed:
             turn = key // c.train.accumulate % len(fixed)
@@ -181,7 +181,8 @@ def evaluate_reward(
     TrainingError for a logit that is not finite.
     """
     e, device, dtype = config.eval, next(model.parameters()).device, latent_dtype(config)
-    samples, levels = HeldOut([paths] if lose is None else [paths, lose], world), make_levels(config)
+    samples = HeldOut([paths] if lose is None else [paths, lose], world)
+    levels = train_levels(config.rollout, dtype)
     reader = Reader(model.transformer.config, config.data.label, dtype=dtype)
     batches = samples.batches(reader, e.batch_size, device)
     if show:

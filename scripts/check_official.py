@@ -44,7 +44,7 @@ from torch import Tensor
 from prfl_bench.peer import PACKAGE, Peer, load_module
 from prfl_bench.stand_ins import Dict, StandIns, Torch, attributes
 from prfl_engine import flow
-from prfl_engine.build import make_schedule
+from prfl_engine.build import latent_dtype
 from prfl_engine.config import Config, load_config
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.metrics import read_metrics
@@ -57,6 +57,7 @@ from prfl_engine.model.checkpoint import (
     save_transformer,
 )
 from prfl_engine.model.wan import WanConfig, WanTransformer
+from prfl_engine.objectives import schedule_of
 from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.seeds import Purpose, integers, noise_like
 from prfl_engine.train import train
@@ -197,7 +198,8 @@ class Checkout:
         policy = load_transformer(config.model.path, torch.float32)
         r = config.reward
         reward = load_reward(r.path, **r.heads, **r.pooling).freeze()
-        self.peer = Peer(folder, policy, reward, make_schedule(config), config.rollout.shift)
+        schedule = schedule_of(config.rollout, latent_dtype(config))
+        self.peer = Peer(folder, policy, reward, schedule, config.rollout.shift)
         self.code = load_module(folder, self.SCRIPT)
         self.levels = load_module(folder, f"{PACKAGE}.schedulers.scheduling_flow_match_discrete")
         self.average = copy.deepcopy(self.peer.policy)

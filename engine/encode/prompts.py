@@ -27,6 +27,7 @@ from prfl_engine.inputs import check_file, check_new
 from prfl_engine.media.codec import CHANNELS, STRIDE_S, STRIDE_T
 from prfl_engine.media.video import pixels, read_image, write_video
 from prfl_engine.metrics import progress
+from prfl_engine.model.experts import pair_at
 from prfl_engine.model.sources import read_config
 from prfl_engine.sample import sample
 
@@ -95,7 +96,8 @@ def prompted(config: Config, given: Prompts) -> Iterator[Config]:
         return
     if config.model.path is None:
         raise UserError("model.path: got null, want the folder of a generator")
-    model, device, data = read_config(config.model.path), pick_device(config), config.data
+    m, device, data = config.model, pick_device(config), config.data
+    model = read_config(m.path if m.boundary is None else pair_at(m.path, m.low)[0])
     if given.prompts:
         given.check_image(model.image)
     guided = config.sample.guidance != 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from prfl_engine.config import Config
+from prfl_engine.config_method import scales
 from prfl_engine.errors import check
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
@@ -66,7 +67,7 @@ def setup_of(
         model, latent, precision.compute, precision.residual, precision.weights, reward,
         c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
-        sequence=c.parallel.sequence,
+        sequence=c.parallel.sequence, experts=c.trained_experts, idle=c.model.idle == "host",
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
         setup = replace(setup, pool=pool_bytes(setup, c.pool if c.rollout.pool_place == "device" else 0))
@@ -79,7 +80,8 @@ def pool_bytes(setup: Setup, chains: int) -> int:
     c, (size, *shape) = setup.config, setup.latent
     states = [math.prod(shape)] * (len(SolverState._fields) * setup.window)
     prompt = [c.text_len * c.text_dim]
-    prompt += [IMAGE_TOKENS * IMAGE_DIM, 20 * math.prod(shape[1:])] if c.image else []
+    prompt += [IMAGE_TOKENS * IMAGE_DIM] if c.clip else []
+    prompt += [20 * math.prod(shape[1:])] if c.image else []
 
     def rounded(values: list[int]) -> int:
         return sum(-(-4 * n // ROUND) * ROUND for n in values)
@@ -93,7 +95,8 @@ def _validation(
     """Of eval.samples of these latents."""
     e, shapes = config.eval, [shapes[i % len(shapes)] for i in range(config.eval.samples)]
     runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
-    latent = max(((min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
+    halves = 2 if config.rollout.guidance_at_once and scales(e.guidance) != (1, 1) else 1
+    latent = max(((halves * min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
     batches = sum(-(-n // e.batch_size) for _, n in runs)
     values = batches * (1 + scored * len(e.timesteps))
     if not on_cpu:

@@ -32,6 +32,7 @@ from prfl_engine.planner.standing import (
     Models,
     fp8_bytes,
     gradient_bytes,
+    idle_bytes,
     models_of,
     segments,
     state_bytes,
@@ -150,7 +151,7 @@ def _standing(
     graph = rollout_bytes(setup) if c.rollout.cuda_graph and setup.reward_blocks else 0
     of_shapes = "shapes of the parameters"
     found = [
-        ("weights", sum(p.bytes() for p in whole), COUNTED, of_shapes),
+        ("weights", sum(p.bytes() for p in whole) - idle_bytes(setup, models)[0], COUNTED, of_shapes),
         ("LoRA", sum(p.bytes() for p in low), COUNTED, "A and B in float32"),
         ("reward model", sum(p.bytes() for p in trunk), COUNTED, of_shapes),
         ("reward head", sum(p.bytes() for p in head), COUNTED, "pooling and MLP in float32"),
@@ -174,7 +175,7 @@ def _load(
 ) -> tuple[Entry, ...]:
     """Files are read tensor by tensor; random weights are made whole in float32, then converted or
     sharded."""
-    weights = sum(p.bytes() for p in models.generator)
+    weights = sum(p.bytes() for p in models.generator) - idle_bytes(setup, models)[0]
     if c.model.path is None and shards.many:
         weights = sum(4 * p.count * math.prod(p.shape) for p in models.generator)
     reward = sum(p.bytes() for p in models.reward)
@@ -226,7 +227,8 @@ def _step(
     if setup.reward_blocks:
         first, last = index_range(setup.rollout)
         middle = (first + last + 1) // 2
-        mean = replace(setup, rollout=replace(setup.rollout, range=(middle, middle)))
+        whole = {"sigma_range": (0.0, 1.0), "start": "noise"}  # an index counts from where chains begin
+        mean = replace(setup, rollout=replace(setup.rollout, range=(middle, middle), **whole))
         made[f"rollout, mean index {middle}"] = _rollout(mean, gathered)
         made[f"rollout, worst index {last}"] = _rollout(setup, gathered)
         parts = [(name, found[name]["blocks"], False) for name in ("graded step", "window") if name in found]
@@ -290,6 +292,7 @@ def _host(
     return _entries((
         ("offloaded activations", away + scored, COUNTED, "dry run: what blocks offload"),
         ("pinned rounding", (away + scored) // 64, PREDICTED, "at most a 64th: torch's powers of two"),
+        ("idle experts", idle_bytes(setup, models)[1], COUNTED, "frozen blocks of both experts"),
         ("optimizer states", states.host, COUNTED, "pinned, rounded up to powers of two"),
         ("gradients", states.host_gradients, COUNTED, "pinned, rounded up to powers of two"),
     ))  # fmt: skip

@@ -58,6 +58,8 @@ class Setup:
     lora: LoraConfig | None = None  # None: all weights are trained
     validation: Validation | None = None
     pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
+    experts: tuple[bool, bool] | None = None  # which of two experts is trained; None: there is one model
+    idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
 
     @property

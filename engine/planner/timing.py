@@ -13,7 +13,7 @@ from typing import NamedTuple
 from prfl_engine.config import Config
 from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
-from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops
+from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops, validation_forwards
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind
 from prfl_engine.planner.seconds import Rates, block_seconds
@@ -140,7 +140,7 @@ def times(
     if setup.validation is not None:
         e, whole = c.eval, forward_work(setup.config, setup.count, setup.tokens // samples).forward
         mine = math.ceil(e.samples / readers)  # of a group of ranks
-        work = mine * (c.rollout.steps + 1)
+        work = mine * (1 + validation_forwards(c))
         trunk = 0.0
         if setup.validation.scored and setup.reward is not None:
             trunk = setup.reward.blocks / setup.count * mine * len(e.timesteps)
