@@ -75,7 +75,7 @@ class DataConfig(Section, name="data"):
     skip_broken: Natural = 0
     """How many broken samples of training (a file that cannot be read, a wrong shape, NaN) a run leaves out;
     `train.out`/broken.jsonl lists them. Another sample takes the place of each. One more stops the run with
-    its name; 0: so does the first."""
+    its name; 0: so does the first. A resumed run leaves out the same, wherever the data are then."""
     num_workers: Annotated[int, Within(0, 1024)] = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -186,7 +186,8 @@ class ParallelConfig(Section, name="parallel"):
     """Write checkpoints while the next steps run, from copies of all shards in host memory; false: the run
     waits until they are written. A run without torchrun always waits."""
     timeout: Annotated[float, Within(1, 86400)] = 1800.0
-    """Seconds after which a collective that some process does not join ends the run."""
+    """Seconds after which a collective that some process does not join ends the run. Writing the shards of a
+    checkpoint may take longer."""
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,13 @@ class Measurements:
         if logs:
             self.newest = {}
 
+    def unlogged(self) -> dict[str, Tensor]:
+        """The values since the last log, the mean over all processes, which must all ask."""
+        if not self.newest:
+            return {}
+        flat = self.mean(torch.stack([v.detach().float() for v in self.newest.values()]))
+        return dict(zip(self.newest, flat.unbind(), strict=True))
+
     def settle(self) -> None:
         """Wait for the last step's values and log them; bad_gradient is called if its gradient was not
         finite."""

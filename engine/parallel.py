@@ -29,6 +29,7 @@ from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
+from prfl_engine.metrics import note
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import WanTransformer
@@ -242,6 +243,10 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
         for name in ("replicate", "sequence"):
             given = getattr(config, name)
             check(given in (None, 1), f"parallel.{name}", given, "1 without torchrun")
+        usual = ParallelConfig()
+        idle = [name for name in ("resident", "timeout") if getattr(config, name) != getattr(usual, name)]
+        if idle:
+            note(f"{' and '.join(f'parallel.{n}' for n in idle)}: without torchrun this changes nothing")
         yield World()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -94,7 +94,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         long_caption=c.data.long_caption,
     )
     broken = {"skip": c.data.skip_broken, "agree": world.union}
-    stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed, **broken)
+    with world.agreed():
+        stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed, **broken)
     if persists and len(stream.shapes) > 1:
         want = "one with rollout.mode persistent and data.batch_size > 1"
         raise UserError(f"data.train: got latents of {len(stream.shapes)} shapes, want {want}")

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from prfl_engine.config import ParallelConfig, load_config
 from prfl_engine.errors import UserError
-from prfl_engine.parallel import World, check_config, copies, nodes_of
+from prfl_engine.parallel import World, check_config, copies, nodes_of, started
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -67,6 +68,19 @@ def test_what_several_processes_refuse(override, line):
     with pytest.raises(UserError) as error:
         check_config(load_config(None, ["train.accumulate=2", *override.split()]), world)
     assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("parallel.resident=true", "prfl: parallel.resident: without torchrun this changes nothing\n"),
+        ("parallel.save_async=false", ""),
+    ],
+)
+def test_what_one_process_does_not_need_is_said(override, line, capsys):
+    with started(load_config(None, [override]), torch.device("cpu")) as world:
+        assert world == World()
+    assert capsys.readouterr().err == line
 
 
 def slurm(tmp_path: Path, steps_done: int, code: int = 0, state: str = "RUNNING") -> tuple[int, str]:

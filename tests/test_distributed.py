@@ -13,7 +13,7 @@ import run_cases as cases
 import torch
 import torch.distributed as dist
 import training_runs
-from helpers import SHAPE, write_run
+from helpers import SHAPE, move_data, write_run
 from ranks import Ranks
 from training_runs import assert_equal, content
 
@@ -119,6 +119,26 @@ def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     assert "got a sharded checkpoint, want torchrun (any number of processes)" in out
 
 
+def test_what_waits_for_the_next_record_and_pools_of_chains_resume(run, tmp_path):
+    """Of the loss of step 1, which the record of step 4 has, the mean of the ranks is kept. A pool that is
+    missing on one rank ends all."""
+    train = {"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9, "log_every": 4}
+    rollout = {"steps": 5, "mode": "persistent", "pool": 8}
+    config = write_run(tmp_path, samples=8, train=train, loss={"sft_every": 4}, rollout=rollout)
+    run(config, f"train.out={tmp_path}/whole")
+    run(config, f"train.out={tmp_path}/parts", "train.steps=2")
+    (tmp_path / "parts/checkpoint-2/pool-1.safetensors").rename(tmp_path / "pool-1.safetensors")
+    more = f"train.out={tmp_path}/parts", "train.resume=true"
+    for out in run(config, *more, ok=False):
+        assert out.splitlines()[-1].endswith(
+            "checkpoint-2/pool-1.safetensors: does not go with the pool of rank 0, want one checkpoint's"
+        )
+    (tmp_path / "pool-1.safetensors").rename(tmp_path / "parts/checkpoint-2/pool-1.safetensors")
+    run(config, *more)
+    assert training_runs.values(tmp_path / "parts") == training_runs.values(tmp_path / "whole")
+    assert "train/sft_loss" in training_runs.values(tmp_path / "whole")[4]
+
+
 def test_a_reward_model_trains_on_two_processes(run, tmp_path):
     """As on one, with updates of its transformer, and goes on from its checkpoint."""
     train = {"accumulate": 2, "steps": 2, "ema": 0.5}
@@ -184,14 +204,16 @@ def test_a_broken_sample_is_left_out_on_all_ranks_alike(run, tmp_path):
     settings = "parallel.sequence=2", "loss.weight=0"
     run(config, f"train.out={tmp_path}/whole", *settings, patch=cases.unreadable_here)
     run(config, f"train.out={tmp_path}/parts", *settings, "train.steps=4", patch=cases.unreadable_here)
-    run(config, f"train.out={tmp_path}/parts", *settings, "train.resume=true")  # now it could be read
+    data = move_data(tmp_path / "data", tmp_path / "moved")
+    moved = *settings, f"data.train=[{data}/all.list]", f"data.null_text={data}/null.npy"
+    run(config, f"train.out={tmp_path}/parts", *moved, "train.resume=true")  # now it could be read
     want = content(tmp_path / "whole/checkpoint-6")
-    assert {Path(path).stem for path in want["training_state.pt"]["broken"]} == {"3", "4"}
+    assert set(want["training_state.pt"]["broken"]) == {3, 4}
     assert_equal(content(tmp_path / "parts/checkpoint-6"), want)
     lines = [json.loads(line) for line in (tmp_path / "parts/broken.jsonl").read_text().splitlines()]
     assert sorted(Path(line["sample"]).stem for line in lines) == ["3", "4"]
     assert any("latent-4.npy" in line["reason"] for line in lines)
-    settings = f"train.out={tmp_path}/one", "data.skip_broken=1"
+    settings = f"train.out={tmp_path}/one", "data.skip_broken=1", *moved[2:]
     for out in run(config, *settings, patch=cases.unreadable_here, ok=False):
         assert "data.skip_broken: got 1, want more to go on" in out
 
