@@ -258,6 +258,11 @@ class Config(Section, name=""):
             self.pool % self.graded == 0, "rollout.pool", self.pool,
             f"a multiple of {self.graded} = data.batch_size * train.accumulate * rollout.samples",
         )  # fmt: skip
+        alike, accumulate = self.rollout.one_index, self.train.accumulate
+        check(
+            alike == 0 or accumulate % alike == 0, "rollout.one_index", alike,
+            f"0 or a divisor of train.accumulate = {accumulate}",
+        )  # fmt: skip
 
     @property
     def graded(self) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from prfl_engine.bounds import Count, Nonnegative, Positive, Real, Section, Within
+from prfl_engine.bounds import Count, Natural, Nonnegative, Positive, Real, Section, Within
 from prfl_engine.errors import check
 
 
@@ -33,9 +33,11 @@ class RolloutConfig(Section, name="rollout"):
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
     every sample of a micro-batch, each of another chain."""
-    one_index: bool = False
-    """All samples of an optimizer step have the same graded steps, as in the official code, so that groups of
-    processes wait for no longer rollout. false: every sample has its own, spread more evenly."""
+    one_index: Natural = 0
+    """So many neighbouring micro-batches, of all processes together, have the same graded steps, and those of
+    an optimizer step are spread evenly. With a multiple of the groups of processes none waits for a longer
+    rollout; with train.accumulate a step has one, as in the official code. 0: every sample has its own, but
+    the second of two in a micro-batch mirrors the first, so that all micro-batches have the same work."""
     precision: Literal["same", "fp8"] = "same"
     """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
     cache: Nonnegative = 0.0
@@ -67,7 +69,7 @@ class RolloutConfig(Section, name="rollout"):
             check(self.pool_place == "device", "rollout.pool_place", self.pool_place, f"device {want}")
             check(self.stride == 1, "rollout.stride", self.stride, f"1 {want}")
         else:
-            check(not self.one_index, "rollout.one_index", True, "false with rollout.mode persistent")
+            check(not self.one_index, "rollout.one_index", self.one_index, "0 with rollout.mode persistent")
 
 
 @dataclass(frozen=True)

@@ -143,16 +143,19 @@ def test_less_room_and_slower_links(eight):
 
 
 def test_groups_wait_for_the_longest_rollout(tmp_path):
-    """Unless all have the same graded step."""
+    """Unless all have the same graded step, or resident weights and pairs of samples with the same work."""
     path = str(write_run(tmp_path, train={"accumulate": 4}, eval={"every": 0}, rollout={"steps": 9}))
 
-    def seconds(one_index: str) -> float:
-        found = predict(path, (f"rollout.one_index={one_index}",), Options(gpus=4))
+    def seconds(*overrides: str) -> float:
+        found = predict(path, overrides, Options(gpus=4))
         return next(row.seconds for row in found.times.rows if row.phase == "rollout")
 
     setup = replace(BIG, rollout=RolloutConfig(steps=9))
     ratio = rollout_forwards(setup, 4, padded=True) / rollout_forwards(setup)
-    assert ratio > 1.5 and seconds("false") == pytest.approx(ratio * seconds("true"))
+    assert ratio > 1.5 and seconds() == pytest.approx(ratio * seconds("rollout.one_index=4"))
+    assert seconds("rollout.one_index=4") < seconds("rollout.one_index=2") < seconds()
+    two = "data.batch_size=2", "parallel.resident=true"
+    assert seconds(*two) == pytest.approx(seconds(*two, "rollout.one_index=4"))
 
 
 def test_auto_plans_as_training_does(monkeypatch):
