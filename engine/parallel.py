@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from prfl_engine.agree import Agreed, gathered, shared_folder, watched_groups
+from prfl_engine.agree import Agreed, gathered, patiently, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import TrainingError, UserError, check
@@ -66,6 +66,11 @@ class World:
         """Which of them this rank belongs to."""
         return self.rank // self.sequence
 
+    @property
+    def copies(self) -> int:
+        """Copies of the sharded weights."""
+        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim > 1 else 1
+
     def check_checkpoint(self, folder: Path | None) -> None:
         """UserError for a checkpoint that processes of another kind have written: sharded or not."""
         if folder is None:
@@ -79,6 +84,10 @@ class World:
     def agreed(self) -> Agreed:
         """A with block that all ranks leave together: if it raises on one, it raises on all."""
         return Agreed(self.control)
+
+    def patiently(self, work: Callable[[], None]) -> None:
+        """work() on every rank, which may take longer than the time-out."""
+        work() if self.mesh is None else patiently(work, self.control)
 
     def folder(self, folder: Path) -> AbstractContextManager[Path]:
         """A folder that all ranks write into and that takes its name when all have done so."""
@@ -308,10 +317,6 @@ def check_many(config: Config, readers: int) -> None:
     check(
         c.train.accumulate % n == 0, "train.accumulate", c.train.accumulate,
         f"a multiple of {n}, the groups of processes with samples of their own",
-    )  # fmt: skip
-    check(
-        c.model.budget is None, "model.recompute", c.model.recompute,
-        f"a mode or names {many}: the planner counts the bytes of one",
     )  # fmt: skip
     check(
         not c.rollout.cuda_graph, "rollout.cuda_graph", True,

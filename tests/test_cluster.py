@@ -57,7 +57,6 @@ def test_the_last_micro_batch_of_a_step_is_known_on_every_rank(size, sequence, a
     "override, line",
     [
         ("train.accumulate=3", "train.accumulate: got 3, want a multiple of 2"),
-        ("model.recompute=auto:9", "model.recompute: got 'auto:9', want a mode or names with several"),
         ("rollout.cuda_graph=true", "rollout.cuda_graph: got True, want false with several processes: gath"),
         ("optim.name=apex", "optim.name: got 'apex', want adamw or adamw8bit with several processes: apex"),
         ("optim.in_backward=true optim.clip=null train.accumulate=4", "train.accumulate: got 4, want 2 with"),

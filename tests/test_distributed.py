@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -117,6 +118,18 @@ def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     alone = {"processes": 1, "torchrun": False}
     (out,) = run(config, f"train.out={tmp_path}/parts", "train.resume=true", ok=False, **alone)
     assert "got a sharded checkpoint, want torchrun (any number of processes)" in out
+
+
+def test_the_first_process_plans_for_all(run, tmp_path):
+    """auto:GB: a part is recomputed, and the run is the one that recomputes nothing."""
+    config = write_run(tmp_path, samples=8, train={"accumulate": 2, "steps": 2}, data={"batch_size": 2})
+    run(config, f"train.out={tmp_path}/plain")
+    for out in run(config, "model.recompute=auto:1e-6", ok=False):
+        least = re.search(r"model.recompute: got auto:1e-06, want at least auto:([\d.]+): the lean", out)[1]
+    first, second = run(config, f"model.recompute=auto:{least}", f"train.out={tmp_path}/auto")
+    assert "; of all lists the fastest" in first and "2 x none" not in first and "recompute" not in second
+    for a, b in zip(values(tmp_path / "plain"), values(tmp_path / "auto"), strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
 
 
 def test_what_waits_for_the_next_record_and_pools_of_chains_resume(run, tmp_path):

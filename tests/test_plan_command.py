@@ -168,6 +168,24 @@ def test_auto_plans_as_training_does(monkeypatch):
     assert "offload attention, input" in names and "40 x attention" not in found.text()
 
 
+def test_a_plan_of_several_gpus_counts_what_they_gather(monkeypatch):
+    """Within the budget are the activations of a part of the tokens and, at their most, whole blocks."""
+    monkeypatch.setattr(plan, "KINDS", {k: plan.KINDS[k] for k in ("attention", "full")})
+    found = predict(str(EIGHT), ("model.recompute=auto:13", *ONE), Options(gpus=8))
+    names = {kind.name for kind in found.memory.kinds}
+    assert names == {"attention", "full"}
+    for phase in found.memory.phases:
+        stands = ("weights", "reward", "gradients", "optimizer", "allocator", "CUDA", "attention")
+        passing = sum(e.bytes for e in phase.entries if not e.category.startswith(stands))
+        assert phase.name in ("load", "optimizer") or passing <= 13e9
+    graded = next(p for p in found.memory.phases if p.name == "graded step")
+    whole = next(e.bytes for e in graded.entries if e.category == "gathered blocks")
+    assert 0 < whole <= found.memory.plan.pool
+    want = r"model.recompute: got auto:13, want at least auto:59.*parallel.resident=false"
+    with pytest.raises(UserError, match=want):
+        predict(str(EIGHT), ("model.recompute=auto:13", "parallel.resident=true", *ONE), Options(gpus=8))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

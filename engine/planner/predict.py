@@ -23,8 +23,9 @@ from prfl_engine.planner.dry_run import (
     rollout_bytes,
     validation_bytes,
 )
+from prfl_engine.planner.fit_memory import planned
 from prfl_engine.planner.machine import CONTEXT, Machine
-from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks, plan
+from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup
 from prfl_engine.planner.sharded import Gathered, Shards, gathered_bytes
@@ -93,7 +94,9 @@ def memory(
 ) -> Memory:
     """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known.
     UserError where auto:GB fits nothing."""
-    made, kinds, reward = _kinds(config, setup, gpu) if kind is None else (None, [kind] * setup.count, kind)
+    made, kinds, reward = None, [kind] * setup.count, kind
+    if kind is None:
+        made, kinds, reward = _kinds(config, setup, gpu, shards)
     models, c = models_of(setup, shards.shards), config
     stands = _standing(c, setup, models, gpu, shards)
     gradients = _entries(
@@ -120,12 +123,16 @@ def _entries(found: Sequence[tuple[str, int, str, str]]) -> tuple[Entry, ...]:
     return tuple(Entry(*entry) for entry in found if entry[1])
 
 
-def _kinds(config: Config, setup: Setup, gpu: Machine | None) -> tuple[Plan | None, list[Kind], Kind]:
+def _kinds(
+    config: Config, setup: Setup, gpu: Machine | None, shards: Shards
+) -> tuple[Plan | None, list[Kind], Kind]:
     rates = Rates() if gpu is None else gpu.rates
     if config.model.budget is not None:
-        host = float("inf") if config.model.host is None else 1e9 * config.model.host
-        made = plan(setup, config.model.budget, host, config.model.costs, rates)
-        return made, list(made.blocks), made.reward
+        made = planned(config, setup, shards, rates)
+        own = {kind.name: kind for kind in (*made.blocks, made.reward)}
+        if shards.many:  # without the gathered blocks, which the plan has counted
+            own = {name: make_kind(name, kind.policy, setup, rates) for name, kind in own.items()}
+        return made, [own[kind.name] for kind in made.blocks], own[made.reward.name]
     mode = config.model.recompute if isinstance(config.model.recompute, str) else "as configured"
     kind = make_kind(mode, of_config(config.model), setup, rates)
     return None, [kind] * setup.count, kind

@@ -68,6 +68,11 @@ class Gathered(NamedTuple):
     reward: int = 0
     resident: int = 0  # all weights of the generator
 
+    @property
+    def most(self) -> int:
+        """Of any pass but a rollout with resident weights, at the most."""
+        return max(self.backward + self.reduced, self.begin, self.reward)
+
     def graded(self, temporaries: int, saved: int) -> int:
         """Most in a pass with gradient in addition to the peak of its last block, with so many bytes of
         temporaries of its own, where a block saves `saved`."""
