@@ -177,8 +177,8 @@ class ParallelConfig(Section, name="parallel"):
     """Copies of the sharded weights (HSDP); it divides the processes. null: one a node, so that weights are
     gathered inside nodes; 1 shards over all processes."""
     sequence: Count = 1
-    """Neighbouring processes that share every sample, each with a part of its tokens; it divides the heads
-    and the processes of one copy."""
+    """Neighbouring processes that share every sample, each with a part of its tokens; it divides the
+    processes of one copy. Where it does not divide the heads, keys and values are gathered, too."""
     resident: bool = False
     """Gather all weights once for a rollout, and drop them before its graded step: no collective inside a
     rollout, at the cost of whole weights on every GPU meanwhile."""

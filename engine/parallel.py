@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from prfl_engine.metrics import note
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_kernels.exchange import SequenceGroup
+from prfl_kernels.exchange import SequenceGroup, group_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class World:
     saves: dist.ProcessGroup | None = None  # the same for checkpoints that a thread writes
     signals: Interrupts | None = None  # of several processes: what `stop_if_asked` asks
     reduce_dtype: torch.dtype | None = None  # of sums of gradients over ranks; None: that of the weights
+    limit: timedelta | None = None  # parallel.timeout
 
     @property
     def leads(self) -> bool:
@@ -179,7 +181,7 @@ class World:
             return model
         if not isinstance(model.pool if isinstance(model, RewardModel) else model, FSDPModule):
             shard(model, self.mesh, self.reduce_dtype)
-        return model if self.group is None else cut_sequence(model, self.group)
+        return model if self.group is None else cut_sequence(model, self.group, self.limit)
 
 
 class Together:
@@ -260,39 +262,41 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     replicate = copies(config, size, *nodes_of(size))
-    per_copy = check_layout(config, replicate, size)
+    check_layout(config, replicate, size)
     limit, cuda = timedelta(seconds=config.timeout), device.type == "cuda"
     dist.init_process_group(
         "nccl" if cuda else "gloo", timeout=limit, device_id=device if cuda else None
     )
     try:
-        shape = (per_copy,) if replicate == 1 else (replicate, per_copy)
-        names = ("shard",) if replicate == 1 else ("replicate", "shard")
-        mesh, group = init_device_mesh(device.type, shape, mesh_dim_names=names), None
+        mesh, group = mesh_of(device, size, replicate, limit), None
         if config.sequence > 1:
-            cut = init_device_mesh(
-                device.type, (size // config.sequence, config.sequence), mesh_dim_names=("data", "sequence")
-            )
-            group = cut.get_group("sequence")
+            group = group_of(torch.arange(size).view(-1, config.sequence), limit)
         dtype = torch.float32 if whole.optim.grad_dtype == "float32" else None
         with interrupts() as signals, signals.at_once(False), watched_groups(2, limit) as gloo:
             yield World(
-                rank, size, config.sequence, config.resident, mesh, group, *gloo, signals, reduce_dtype=dtype
+                rank, size, config.sequence, config.resident, mesh, group, *gloo, signals, dtype, limit
             )
     finally:
         dist.destroy_process_group()
 
 
-def check_layout(config: ParallelConfig, replicate: int, size: int) -> int:
-    """How many of so many processes have a copy of the weights, of which there are `replicate`. UserError
-    unless the sizes divide."""
+def mesh_of(device: torch.device, size: int, replicate: int, limit: timedelta) -> DeviceMesh:
+    """[shard] over all ranks, or [replicate, shard]."""
+    if replicate == 1:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    ranks = torch.arange(size).view(replicate, -1)
+    groups = [group_of(ranks.T, limit), group_of(ranks, limit)]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def check_layout(config: ParallelConfig, replicate: int, size: int) -> None:
+    """UserError unless `replicate` copies and groups of parallel.sequence divide so many processes."""
     per_copy = size // replicate
     check(size % replicate == 0, "parallel.replicate", replicate, f"a divisor of {size} processes")
     check(
         per_copy % config.sequence == 0, "parallel.sequence", config.sequence,
         f"a divisor of the {per_copy} processes of a copy",
     )  # fmt: skip
-    return per_copy
 
 
 def check_config(config: Config, world: World) -> None:
@@ -356,19 +360,19 @@ def shard(
     return model
 
 
-def cut_sequence(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+def cut_sequence(
+    model: nn.Module, group: dist.ProcessGroup, limit: timedelta | None = None
+) -> nn.Module:
     """Let a transformer or a reward model hold the tokens of this rank alone; all ranks of the group must get
-    the same latents, and call it together. Returns the model. UserError for heads that the ranks do not
-    divide, and for dropout in the pooling, whose random numbers would differ."""
-    return cut_modules(model, SequenceGroup(group))
+    the same latents, and call it together. limit: the time-out of groups that are made for it. Returns the
+    model. UserError for dropout in the pooling, whose random numbers would differ."""
+    return cut_modules(model, partial(SequenceGroup, group, limit=limit))
 
 
-def cut_modules(model: nn.Module, sequence: SequenceGroup) -> nn.Module:
-    """`cut_sequence` over a group that has been made."""
+def cut_modules(model: nn.Module, make: Callable[[int], SequenceGroup]) -> nn.Module:
+    """`cut_sequence` over the group that `make` makes for so many heads."""
+    sequence = make(next(m.self_attn.num_heads for m in model.modules() if isinstance(m, Block)))
     for module in model.modules():
-        if isinstance(module, Block) and module.self_attn.num_heads % sequence.size:
-            heads = module.self_attn.num_heads
-            raise UserError(f"parallel.sequence: got {sequence.size}, want a divisor of the {heads} heads")
         if isinstance(module, QueryPool) and module.training and module.multihead_attn.dropout > 0:
             dropout = module.multihead_attn.dropout
             raise UserError(f"reward.dropout: got {dropout:g} with parallel.sequence > 1, want 0")

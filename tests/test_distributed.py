@@ -68,10 +68,11 @@ def values(folder: Path) -> list[dict[str, float]]:
         {"rollout": {"steps": 5}, "chain": {"window": 3}},
         {"rollout": {"steps": 5}, "parallel": {"sequence": 2}},
         {"rollout": {"steps": 5, "cache": 0.3, "max_drift": 9}, "parallel": {"resident": True}},
+        {"rollout": {"steps": 5, "one_index": 2}, "parallel": {"replicate": 2}},
         {"rollout": {"steps": 5, "mode": "persistent", "pool": 8}},
         {"rollout": {"steps": 5, "mode": "persistent", "pool": 4}, "parallel": {"sequence": 2}},
     ],
-    ids=["shards", "sequence", "resident", "persistent", "persistent sequence"],
+    ids=["shards", "sequence", "resident", "copies", "persistent", "persistent sequence"],
 )
 def test_two_processes_train_as_one(run, tmp_path, settings):
     """The same losses, rewards and norms, since the samples of a step are the same. Two pools of chains that
@@ -88,7 +89,8 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
     if settings["rollout"].get("pool") == 8:
         assert all(v is not None for step in two for v in step.values())
         return
-    run(config, f"train.out={tmp_path}/one", "parallel.sequence=1", processes=1, torchrun=False)
+    alone = "parallel.sequence=1", "parallel.replicate=1", "parallel.resident=false"
+    run(config, f"train.out={tmp_path}/one", *alone, processes=1, torchrun=False)
     one = values(tmp_path / "one")
     assert [step.keys() for step in one] == [step.keys() for step in two]
     for i in range(3):

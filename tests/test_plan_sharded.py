@@ -130,12 +130,13 @@ def two():
     made.close()
 
 
+@pytest.mark.parametrize("heads", [4, 1])
 @pytest.mark.parametrize("mode", ["none", "full", "attention"])
-def test_exchanges_are_those_of_two_real_ranks(two, mode):
+def test_exchanges_are_those_of_two_real_ranks(two, mode, heads):
     """Of several blocks by those of one and two, forward alone and with backward."""
-    config = tiny_config("t2v", dim=64, num_heads=4)
+    config = tiny_config("t2v", dim=64, num_heads=heads)
     setup = Setup(config, (1, *SHAPE), torch.float32, reward=None, sequence=2)
     for graded, what in ((False, "forward"), (True, "graded")):
         one, more = (exchange_of(setup, what, named(mode), n) for n in (1, 2))
         assert more > one
-        assert two(exchanged, named(mode), 3, graded) == [one + 2 * (more - one)] * 2
+        assert two(exchanged, named(mode), 3, graded, heads) == [one + 2 * (more - one)] * 2
