@@ -180,8 +180,8 @@ class ParallelConfig(Section, name="parallel"):
     """Neighbouring processes that share every sample, each with a part of its tokens; it divides the
     processes of one copy. Where it does not divide the heads, keys and values are gathered, too."""
     resident: bool = False
-    """Gather all weights once for a rollout, and drop them before its graded step: no collective inside a
-    rollout, at the cost of whole weights on every GPU meanwhile."""
+    """Gather all weights once for a rollout, in the dtype of its products, and drop them before its graded
+    step: no collective inside a rollout, at the cost of whole weights on every GPU meanwhile."""
     save_async: bool = True
     """Write checkpoints while the next steps run, from copies of all shards in host memory; false: the run
     waits until they are written. A run without torchrun always waits."""

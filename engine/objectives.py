@@ -136,12 +136,15 @@ class Grading:
         self.context = g.model.embed_context(batch.text, batch.clip)
         self.leaf = self.context.detach().requires_grad_(self.context.requires_grad)
         self.scored = g.reward.transformer.embed_context(batch.text, batch.clip)
-        self.velocity = bind(g.model, batch, self.leaf, g.run_blocks)
+        self.velocity = self.plain = bind(g.model, batch, self.leaf, g.run_blocks)
+        if g.together is not None:
+            self.plain = bind(g.together.model, batch, self.leaf, g.run_blocks)
         self.stretch = None if g.stretches is None else g.stretches(batch, self.leaf)
 
     def way(self, start: Tensor | list[list[flow.SolverState | None]]) -> chain.Chain:
         """The chain of the batch from `start`, as chain.Chain takes it."""
-        return chain.Chain(self.velocity, self.grader.schedule, start, self.stretch, self.grader.together)
+        g = self.grader
+        return chain.Chain(self.velocity, g.schedule, start, self.stretch, g.together, self.plain)
 
     def windows(self, noise: Tensor, indices: Tensor) -> Iterator[GradedWindow]:
         """The windows of one rollout, see graded_windows."""

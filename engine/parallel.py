@@ -34,6 +34,7 @@ from prfl_engine.metrics import note
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import WanTransformer
+from prfl_engine.rollout.resident import Resident
 from prfl_kernels.exchange import SequenceGroup, group_of
 
 
@@ -148,9 +149,9 @@ class World:
         dist.all_reduce(values)
         return values / self.size
 
-    def together(self, model: nn.Module) -> "Together | None":
-        """What the rollouts of a model that `place` has sharded need; None for one process."""
-        return None if self.mesh is None else Together(self, model)
+    def together(self, model: WanTransformer, keep: bool = False) -> "Together | None":
+        """What the rollouts of a model that `place` has sharded need, see Together; None for one process."""
+        return None if self.mesh is None else Together(self, model, keep)
 
     def last(self, key: int, accumulate: int) -> bool:
         """Whether micro-batch `key` is the last of an optimizer step on its rank; accumulate: those of all
@@ -187,27 +188,27 @@ class World:
 class Together:
     """Rollouts of a sharded model on all ranks at the same time, a `chain.Together`."""
 
-    def __init__(self, world: World, model: nn.Module):
-        self.world, self.apart = world, False
-        self.units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    def __init__(self, world: World, model: WanTransformer, keep: bool = False):
+        """keep: resident weights stay where they are from one rollout to the next."""
+        self.world, self.apart, self.keep = world, False, keep
+        self.whole = Resident(model) if world.resident else None
+        self.model = model if self.whole is None else self.whole.model
 
     @contextmanager
     def rollout(self, count: int) -> Iterator[int]:
         """All make as many forwards as the rank that needs most, since all gather weights in each. Resident
         weights are gathered once, and dropped in the end; then no rank waits for another."""
-        more, resident = self.more(count), self.world.resident
-        units = self.units if resident and count + more else []
-        for unit in units:
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
-        self.apart = resident
+        more = self.more(count)
+        whole = self.whole if count + more else None
+        if whole is not None:
+            whole.gather()
+        self.apart = self.world.resident
         try:
-            yield 0 if resident else more
+            yield 0 if self.apart else more
         finally:
             self.apart = False
-            for unit in units:
-                unit.set_reshard_after_forward(True, recurse=False)
-                unit.reshard()
+            if whole is not None and not self.keep:
+                whole.drop()
 
     def more(self, count: int) -> int:
         """How many steps another rank makes that needs more than `count`; every rank must ask."""
@@ -322,9 +323,10 @@ def check_many(config: Config, readers: int) -> None:
         c.train.accumulate % n == 0, "train.accumulate", c.train.accumulate,
         f"a multiple of {n}, the groups of processes with samples of their own",
     )  # fmt: skip
+    stays = c.parallel.resident and c.parallel.sequence == 1
     check(
-        not c.rollout.cuda_graph, "rollout.cuda_graph", True,
-        f"false {many}: gathered weights have another address in every rollout",
+        not c.rollout.cuda_graph or stays, "rollout.cuda_graph", True,
+        f"false {many}, or parallel.resident=true and parallel.sequence=1: a graph has no collectives",
     )  # fmt: skip
     check(
         c.optim.name != "apex", "optim.name", c.optim.name, f"adamw or adamw8bit {many}: apex has no shards"

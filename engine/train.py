@@ -137,7 +137,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         run_blocks = score_blocks = run_under(of_config(c.model))
     graded, meter = None, None
     if use_reward:
-        together = world.together(policy)
+        together = world.together(policy, keep=c.rollout.cuda_graph)
         rollout = make_rollout(policy, c.rollout, schedule, device, together)
         if rollout is not None and rollout.approximate:
             sample = Batch(*(None if a is None else a[:1] for a in stream[0]))

@@ -57,7 +57,8 @@ def test_the_last_micro_batch_of_a_step_is_known_on_every_rank(size, sequence, a
     "override, line",
     [
         ("train.accumulate=3", "train.accumulate: got 3, want a multiple of 2"),
-        ("rollout.cuda_graph=true", "rollout.cuda_graph: got True, want false with several processes: gath"),
+        ("rollout.cuda_graph=true", "rollout.cuda_graph: got True, want false with several processes, or"),
+        ("rollout.cuda_graph=true parallel.resident=true parallel.sequence=2", "rollout.cuda_graph: got"),
         ("optim.name=apex", "optim.name: got 'apex', want adamw or adamw8bit with several processes: apex"),
         ("optim.in_backward=true optim.clip=null train.accumulate=4", "train.accumulate: got 4, want 2 with"),
     ],

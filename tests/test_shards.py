@@ -193,6 +193,16 @@ def test_collectives_of_a_step(ranks, window, resident, last):
         assert found["backward"] == want
 
 
+@pytest.mark.parametrize("updates", [False, True])
+def test_resident_weights_are_a_copy_as_products_read_it(ranks, updates):
+    """In their compute dtype, with the same results. Where they are kept they stay at one place, so that what
+    was recorded once is replayed with the weights of every step; each of two sizes of a batch is recorded."""
+    for found in ranks(phase_cases.resident, updates, ranks.size // 2):
+        equal, recorded, dtypes, freed = found
+        assert equal and freed and dtypes == {torch.bfloat16}
+        assert recorded == [2, 2]
+
+
 @pytest.mark.parametrize("policy", ["none", "full", "attention", OFFLOAD, MIXED])
 def test_a_block_is_gathered_before_the_backward_of_the_one_after_it(two, policy):
     """FSDP's own order, which recomputation leaves as it is: the rest, the last block and the one before it;

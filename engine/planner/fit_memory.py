@@ -53,9 +53,9 @@ def planned(
     most, and resident weights in a rollout."""
     m, gathered = config.model, Gathered()
     if shards.many:
-        gathered = gathered_bytes(models_of(setup, shards.shards), shards)
+        gathered = gathered_bytes(models_of(setup, shards.shards), shards, setup.compute_dtype)
     if gathered.resident:
-        needed = rollout_bytes(setup) + gathered.resident + gathered.begin - gathered.forward
+        needed = rollout_bytes(setup) + gathered.resident
         if needed > m.budget:
             raise UserError(
                 f"model.recompute: got {m.recompute}, want at least auto:{-(-needed // 10**6) / 1e3:g}, or"
@@ -63,7 +63,9 @@ def planned(
                 " weights, gradients and optimizer states"
             )
     host = float("inf") if m.host is None else 1e9 * m.host
-    return plan(replace(setup, pool=setup.pool + gathered.most), m.budget, host, m.costs, rates)
+    stays = gathered.resident if config.rollout.cuda_graph else 0
+    setup = replace(setup, pool=setup.pool + gathered.most + stays)
+    return plan(setup, m.budget, host, m.costs, rates)
 
 
 def setup_of(

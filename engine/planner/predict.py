@@ -155,6 +155,7 @@ def _standing(
     ema = sum(p.bytes(4) for p in models.trained) if c.train.ema > 0 else 0
     slots = update_bytes(models, c.optim, shards.many).slots
     graph = rollout_bytes(setup) if c.rollout.cuda_graph and setup.reward_blocks else 0
+    stays = gathered_bytes(models, shards, setup.compute_dtype).resident if graph else 0
     of_shapes = "shapes of the parameters"
     found = [
         ("weights", sum(p.bytes() for p in whole), COUNTED, of_shapes),
@@ -166,6 +167,7 @@ def _standing(
         ("averaged weights", ema, COUNTED, "float32"),
         ("e4m3 weights", fp8_bytes(models) if c.rollout.precision == "fp8" else 0, COUNTED, of_shapes),
         ("CUDA graph", graph, ESTIMATED, "as many bytes as a rollout needs stay reserved"),
+        ("resident weights", stays, COUNTED, "all weights, which a graph needs at one place"),
     ]
     if gpu is not None:
         every = [*models.generator, *models.reward]
@@ -210,7 +212,7 @@ def _step(
     arriving = 0  # the update of a gradient that a block's backward has made, when that is over
     if c.optim.in_backward:
         arriving = update_bytes(models, c.optim, shards.many).temporaries
-    gathered = gathered_bytes(models, shards)
+    gathered = gathered_bytes(models, shards, setup.compute_dtype)
 
     def own(phase: str, peak: Peak, around: bool = False, scored: bool = False) -> tuple[Entry, ...]:
         start = 0 if around else reward.numbers[phase].start
@@ -252,15 +254,17 @@ def _step(
 def _rollout(setup: Setup, gathered: Gathered) -> tuple[Entry, ...]:
     most, cache = rollout_bytes(setup), accelerated_bytes(setup)
     states, buffers = min(longest(setup), most), max(gathered.forward, gathered.begin)
-    if gathered.resident:  # which are gathered one after another, before the rollout
-        buffers = gathered.begin - gathered.forward
+    left = most - states - cache - setup.pool
+    if gathered.resident:  # before the rollout, from one whole block and the buffer of its gather at a time
+        buffers = max(0, 2 * (gathered.begin - gathered.forward) - left)
+    resident = 0 if setup.rollout.cuda_graph else gathered.resident
     return _entries((
         ("sampler states", states, COUNTED, "states of the chain"),
         ("step cache, first tokens", cache, COUNTED, "residual, modulated input, tokens"),
         ("chains that persist", setup.pool, COUNTED, "states and prompts of the pool"),
-        ("temporaries", most - states - cache - setup.pool, COUNTED, "dry run of the rollout's forwards"),
+        ("temporaries", left, COUNTED, "dry run of the rollout's forwards"),
         ("gathered blocks", buffers, PREDICTED, BUFFERS),
-        ("resident weights", gathered.resident, COUNTED, "all weights gathered for a rollout"),
+        ("resident weights", resident, COUNTED, "all weights gathered for a rollout"),
     ))  # fmt: skip
 
 
