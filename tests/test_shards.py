@@ -73,6 +73,20 @@ def test_graded_steps(ranks, window, indices, resident):
     check(ranks, cases.graded, window, indices, resident)
 
 
+def test_an_image(ranks):
+    check(ranks, cases.image)
+
+
+def test_chains_that_persist_need_no_equal_index(ranks):
+    check(ranks, cases.chains)
+
+
+def test_single_precision(ranks):
+    for layout in layouts(ranks.size):
+        for loss, gradient in ranks(cases.single, *layout):
+            assert loss < 1e-6 and gradient < 1e-6
+
+
 def test_reward_training(ranks):
     check(ranks, cases.rewards)
 
