@@ -2,7 +2,8 @@
 
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -91,6 +92,25 @@ class Agreed:
             for rank, theirs in enumerate(said):
                 if theirs is not None:
                     raise (UserError if theirs[0] else TrainingError)(f"rank {rank}: {theirs[1]}")
+
+
+PATIENCE = 0.25
+"""Seconds after which ranks that wait for the work of others ask for each other."""
+
+
+def patiently(work: Callable[[], None], group: dist.ProcessGroup | None = None) -> None:
+    """work() on every rank of a group (None: all), which all leave together as an `Agreed` block.
+
+    It may take longer than the time-out: a thread works while the ranks ask for each other. So a rank that
+    is lost is found as ever, and one whose disk is slow is waited for.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="prfl-work") as thread:
+        working, pause = thread.submit(work), PATIENCE / 64
+        while not all(gathered(working.done(), group)):
+            wait([working], pause)
+            pause = min(2 * pause, PATIENCE)
+        with Agreed(group):
+            working.result()
 
 
 @contextmanager

@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 
 from prfl_engine import flow, phases
+from prfl_engine.model.wan import WanTransformer
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Together(Protocol):
     """Ranks that gather weights in every forward, so that all must make the same number of them."""
+
+    model: WanTransformer  # that makes the steps without gradient inside a `rollout`
 
     def rollout(self, count: int) -> AbstractContextManager[int]:
         """Around the forwards of a rollout of which this rank needs `count`; gives how many it must make in
@@ -67,14 +70,16 @@ class Chain:
         start: Tensor | list[list[flow.SolverState | None]],
         stretch: Callable[[], Velocity] | None = None,
         together: "Together | None" = None,
+        plain: Velocity | None = None,
     ):
         """start: noise [B, C, T, H, W], which is not changed; or the known states of every sample, in the
         form of `states`.
 
-        velocity makes the steps of windows. For every stretch of steps before a window, stretch() gives the
-        velocity (None: the same one). together: the ranks that make every forward at the same time.
+        velocity makes the steps of windows with gradient, plain (None: the same one) those without. For every
+        stretch of steps before a window, stretch() gives the velocity (None: plain). together: the ranks that
+        make every forward at the same time.
         """
-        self.together = together
+        self.together, self.plain = together, plain or velocity
         self.velocity, self.schedule, self.stretch = velocity, schedule, stretch
         if isinstance(start, Tensor):
             first = flow.init_state(flow.rounded(start.detach(), schedule.dtype))
@@ -96,7 +101,7 @@ class Chain:
         velocity None: that of a new stretch.
         """
         if velocity is None:
-            velocity = self.velocity if self.stretch is None else self.stretch()
+            velocity = self.plain if self.stretch is None else self.stretch()
         if self.together is None:
             self._advance(index, first, velocity)
             return
@@ -137,7 +142,7 @@ class Chain:
         first = (index - (window - 1)).clamp(min=0)
         if self.stretch is not None:
             self.advance_to(first, first)
-        self.advance_to(index, first, self.velocity)
+        self.advance_to(index, first, self.plain)
         phases.mark("graded")
         return Window(self, index, window, detach_input)
 

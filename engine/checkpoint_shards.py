@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from prfl_engine import files
-from prfl_engine.agree import Agreed, gathered, leads, several
+from prfl_engine.agree import Agreed, gathered, leads, patiently, several
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import open_tensors, read_json
 from prfl_engine.model.sources import Stored
@@ -225,13 +225,14 @@ def _first_replica(a: Tensor) -> bool:
 
 def _write(folder: Path, mine: dict[str, Tensor], index: dict, group, then) -> None:
     """Write this rank's pieces; the first rank, after all, the index."""
-    file = None
-    with Agreed(group):
-        if mine:
-            file = f"shard-{dist.get_rank(group) if several() else 0:05d}.safetensors"
-            layout = {name: (a.dtype, tuple(a.shape)) for name, a in mine.items()}
-            write_tensors(folder / file, layout, (mine[name] for name in in_order(layout)))
-            files.sync(folder / file)
+    file = f"shard-{dist.get_rank(group) if several() else 0:05d}.safetensors" if mine else None
+
+    def write() -> None:
+        layout = {name: (a.dtype, tuple(a.shape)) for name, a in mine.items()}
+        write_tensors(folder / file, layout, (mine[name] for name in in_order(layout)))
+        files.sync(folder / file)
+
+    patiently(write if mine else lambda: None, group)
     names = gathered(file, group)
     with Agreed(group):
         if leads(group):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from prfl_engine import failures, files
-from prfl_engine.agree import Agreed, leads, shared_folder
+from prfl_engine.agree import Agreed, leads, patiently, shared_folder
 from prfl_engine.checkpoint_shards import Saving
 from prfl_engine.errors import TrainingError, UserError
 from prfl_engine.metrics import note
@@ -47,8 +47,7 @@ class Checkpoints:
 
             def then() -> None:
                 folder.close()  # here it takes its name
-                with Agreed(self.group):
-                    self._delete_oldest()
+                patiently(self._delete_oldest, self.group)
 
             self._folder = folder
             if shards is None:

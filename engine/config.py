@@ -79,7 +79,7 @@ class DataConfig(Section, name="data"):
     skip_broken: Natural = 0
     """How many broken samples of training (a file that cannot be read, a wrong shape, NaN) a run leaves out;
     `train.out`/broken.jsonl lists them. Another sample takes the place of each. One more stops the run with
-    its name; 0: so does the first."""
+    its name; 0: so does the first. A resumed run leaves out the same, wherever the data are then."""
     num_workers: Annotated[int, Within(0, 1024)] = 2
     """Loader processes; 0 loads in the training process."""
 
@@ -205,16 +205,17 @@ class ParallelConfig(Section, name="parallel"):
     """Copies of the sharded weights (HSDP); it divides the processes. null: one a node, so that weights are
     gathered inside nodes; 1 shards over all processes."""
     sequence: Count = 1
-    """Neighbouring processes that share every sample, each with a part of its tokens; it divides the heads
-    and the processes of one copy."""
+    """Neighbouring processes that share every sample, each with a part of its tokens; it divides the
+    processes of one copy. Where it does not divide the heads, keys and values are gathered, too."""
     resident: bool = False
-    """Gather all weights once for a rollout, and drop them before its graded step: no collective inside a
-    rollout, at the cost of whole weights on every GPU meanwhile."""
+    """Gather all weights once for a rollout, in the dtype of its products, and drop them before its graded
+    step: no collective inside a rollout, at the cost of whole weights on every GPU meanwhile."""
     save_async: bool = True
     """Write checkpoints while the next steps run, from copies of all shards in host memory; false: the run
     waits until they are written. A run without torchrun always waits."""
     timeout: Annotated[float, Within(1, 86400)] = 1800.0
-    """Seconds after which a collective that some process does not join ends the run."""
+    """Seconds after which a collective that some process does not join ends the run. Writing the shards of a
+    checkpoint may take longer."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +305,11 @@ class Config(Section, name=""):
         check(
             self.pool % self.graded == 0, "rollout.pool", self.pool,
             f"a multiple of {self.graded} = data.batch_size * train.accumulate * rollout.samples",
+        )  # fmt: skip
+        alike, accumulate = self.rollout.one_index, self.train.accumulate
+        check(
+            alike in (0, "turn") or accumulate % alike == 0, "rollout.one_index", alike,
+            f"0, turn or a divisor of train.accumulate = {accumulate}",
         )  # fmt: skip
 
         if self.loss.split:

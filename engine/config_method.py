@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from prfl_engine.bounds import Count, Nonnegative, Positive, Real, Section, Within
+from prfl_engine.bounds import Count, Natural, Nonnegative, Positive, Real, Section, Within
 from prfl_engine.errors import check
 
 Level = Annotated[float, Within(0, 1)]
@@ -48,10 +48,12 @@ class RolloutConfig(Section, name="rollout"):
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
     every sample of a micro-batch, each of another chain."""
-    one_index: bool | Literal["turn"] = False
-    """true: all samples of an optimizer step have the same graded steps, so that groups of processes wait for
-    no longer rollout. turn: those have, of which every group of processes works on one at the same time, as
-    in the official code. false: every sample has its own, spread more evenly."""
+    one_index: Natural | Literal["turn"] = 0
+    """So many neighbouring micro-batches, of all processes together, have the same graded steps, and those of
+    an optimizer step are spread evenly. turn: as many as there are groups of processes, so that none waits
+    for a longer rollout, as in the official code; with train.accumulate a step has one. 0: every sample has
+    its own, but the second of two in a micro-batch mirrors the first, so that all micro-batches have the same
+    work."""
     whole_timesteps: bool = False
     """Flow matching and reward training give the model the timestep without its fraction, as rollouts always
     do and as the official code does; false: 1000 times the noise level."""
@@ -96,8 +98,7 @@ class RolloutConfig(Section, name="rollout"):
             check(self.pool_place == "device", "rollout.pool_place", self.pool_place, f"device {want}")
             check(self.stride == 1, "rollout.stride", self.stride, f"1 {want}")
         else:
-            want = "false with rollout.mode persistent"
-            check(not self.one_index, "rollout.one_index", self.one_index, want)
+            check(not self.one_index, "rollout.one_index", self.one_index, "0 with rollout.mode persistent")
 
 
 @dataclass(frozen=True)

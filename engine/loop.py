@@ -59,7 +59,7 @@ class Carried(Protocol):
         """Write it into a checkpoint."""
 
     def load(self, folder: Path) -> None:
-        """Read it from a checkpoint; UserError where it does not fit."""
+        """Read it from a checkpoint; every rank calls it. UserError on all where it does not fit on one."""
 
     def lost(self, step: int) -> bool:
         """Whether it explains that the gradient of optimizer step `step` is not finite. The update was
@@ -105,11 +105,12 @@ def fit(
             with world.agreed():
                 if begin.checkpoint is not None:
                     progress = _load(config, begin, model, optimizer, ema, load, device, world)
-                    if carried is not None:
-                        carried.load(begin.checkpoint)
-                    batches.leave_out(progress.broken)
+                    batches.go_on(progress.broken, progress.shapes)
                 elif (name := not_finite(model)) is not None:
                     raise UserError(f"model to start from: {name} is not finite, want finite weights")
+            progress.shapes = batches.planned
+            if begin.checkpoint is not None and carried is not None:
+                carried.load(begin.checkpoint)
             trained = config, begin, model, optimizer, ema, batches, backpropagate, validate, save, costs
             Run(*trained, progress, signals, carried, world, checkpoints, split).train(device)
     except failures.KINDS as error:
@@ -249,7 +250,7 @@ class Run:
                 if stop or last or done % train.save_every == 0:
                     measurements.settle()
                     self.check_weights()
-                    progress.unlogged = measurements.newest
+                    progress.unlogged = measurements.unlogged()
                     metrics.sync()
                     self.write_checkpoint(device)
                 if stop:
@@ -263,8 +264,11 @@ class Run:
     def list_broken(self, at_start: bool = False) -> None:
         """Write the samples that are left out to broken.jsonl when there are more of them."""
         broken, path = self.batches.broken, self.out / BROKEN
-        more = [sample for sample in broken if sample not in self.progress.broken]
-        self.progress.broken = dict(broken)
+        before, more = self.progress.broken, []
+        if len(broken) > len(before):
+            self.progress.broken = self.batches.left_out()
+            places = zip(broken, self.progress.broken, strict=True)
+            more = [sample for sample, place in places if place not in before]
         if not self.world.leads or not (more or at_start):
             return
         if not broken:  # a run that was killed before its first checkpoint may have left some

@@ -59,7 +59,8 @@ class Performance:
         """What the record holds, and start anew; every rank must call it.
 
         Seconds are those of a step, of validations and saves all since the last record; the mean of the
-        ranks. Memory is the most that a rank has held. Tokens and FLOPs are those of all samples together.
+        ranks. Memory is the most that a rank has held, and that of the rank with least. Tokens and FLOPs are
+        those of all samples together.
         """
         mine = {"seconds": dict(self.seconds), "memory": self._memory(), "tokens": 0, "flops": 0}
         for (what, shape), n in self.work.items():
@@ -78,6 +79,8 @@ class Performance:
         if self.peak is not None:
             found["mfu"] = flops / busy / self.world.size / self.peak
         found["memory_bytes"] = max(rank["memory"] for rank in ranks)
+        if len(ranks) > 1:
+            found["memory_bytes_least"] = min(rank["memory"] for rank in ranks)
         self.seconds, self.work, self.steps = Counter(), Counter(), 0
         return found | gpu_metrics()
 
@@ -118,6 +121,13 @@ class Measurements:
         self.last = Measured(step, lr, named, self.clock.lap(), self.mean)
         if logs:
             self.newest = {}
+
+    def unlogged(self) -> dict[str, Tensor]:
+        """The values since the last log, the mean over all processes, which must all ask."""
+        if not self.newest:
+            return {}
+        flat = self.mean(torch.stack([v.detach().float() for v in self.newest.values()]))
+        return dict(zip(self.newest, flat.unbind(), strict=True))
 
     def settle(self) -> None:
         """Wait for the last step's values and log them; bad_gradient is called if its gradient was not

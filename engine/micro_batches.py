@@ -22,6 +22,7 @@ from prfl_engine.failures import lost_worker
 from prfl_engine.interrupt import quiet_children, shield
 from prfl_engine.seeds import Purpose, each, seeded
 
+Shapes = list[tuple[int, ...] | None]
 Drawn = list[list[tuple[Path, np.random.Generator]]]
 """(meta path, what draws its caption) of the samples of an item; with losers, of winners and of losers."""
 
@@ -54,7 +55,8 @@ class MicroBatches:
 
     Up to `skip` samples that are broken (reading them is a UserError) are left out: another one of the same
     shape, drawn by seed and position, takes the place. So no other sample moves, and an item follows from
-    seed, position and `broken`. In `accept` all ranks decide together which samples those are.
+    seed, position and `broken`. In `accept` all ranks decide together which samples those are. A resumed run
+    goes on with the shapes and the broken samples of the one before it (`go_on`), whatever can be read now.
     """
 
     def __init__(
@@ -73,26 +75,49 @@ class MicroBatches:
         self.lose, self.skip, self.agree = lose, skip, agree
         self.broken: dict[Path, str] = {}
         """The samples that are left out, and why."""
+        self._every = [*paths, *(lose or [])]
         self._groups: list[frozenset[Path]] = [frozenset(paths)]  # none may be left out as a whole
-        shapes: dict[Path, tuple[int, ...] | None] = {}
+        self.planned: Shapes | None = None
+        """Shapes of all samples, those of `lose` last, where they matter; None: left out from the start."""
         if batch_size > 1 or lose is not None:
             found: dict[Path, str] = {}
-            shapes = {path: self._shape(path, found) for path in [*paths, *(lose or [])]}
+            shapes = {path: self._shape(path, found) for path in self._every}
             self.leave_out(agree(found) if skip else {})
-        # None: left out from the start.
-        self._shapes = [None if path in self.broken else shapes.get(path, ()) for path in paths]
-        self._alike: dict[tuple[int, ...], list[int]] = {}
+            one = {shape: shape for shape in shapes.values()}  # one object of equal ones: files are small
+            self.planned = [None if path in self.broken else one[shapes[path]] for path in self._every]
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """What may share a micro-batch, by the shapes that are planned with."""
+        n = len(self.paths)
+        planned = [()] * n if self.planned is None else self.planned
+        self._shapes, self._alike = planned[:n], {}
         for i, shape in enumerate(self._shapes):
             if shape is not None:
                 self._alike.setdefault(shape, []).append(i)
-        self._losers: dict[tuple[int, ...] | None, list[Path]] = {}
-        for path in lose or []:
-            if path not in self.broken:
-                self._losers.setdefault(shapes[path], []).append(path)
-        self._groups += [frozenset(paths[i] for i in some) for some in self._alike.values()]
+        self._losers: dict[tuple[int, ...], list[Path]] = {}
+        for path, shape in zip(self._every[n:], planned[n:], strict=True):
+            if shape is not None:
+                self._losers.setdefault(shape, []).append(path)
+        self._groups[1:] = [frozenset(self.paths[i] for i in some) for some in self._alike.values()]
         self._groups += map(frozenset, self._losers.values())
-        self.batches_per_epoch = sum(-(-len(some) // batch_size) for some in self._alike.values())
+        self.batches_per_epoch = sum(-(-len(some) // self.batch_size) for some in self._alike.values())
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def left_out(self) -> dict[int, str]:
+        """`broken` by place in `paths`, and `lose` after it, which stays where data move."""
+        return {self._every.index(path): why for path, why in self.broken.items()}
+
+    def go_on(self, left_out: dict[int, str], planned: Shapes | None) -> None:
+        """Go on as a run with these `left_out` and `planned`. UserError where they are not of these data, or
+        more than `skip` samples are broken."""
+        count = len(self._every)
+        if any(place >= count for place in left_out) or (planned is not None and len(planned) != count):
+            raise UserError(f"data.train: got {count} samples, want those that the checkpoint was made with")
+        if planned is not None and self.planned is not None:
+            self.planned = planned
+            self._arrange()
+        self.leave_out({self._every[place]: why for place, why in left_out.items()})
 
     def __getstate__(self) -> dict:
         """Loader processes read; what ranks agree upon they never ask."""
@@ -108,8 +133,8 @@ class MicroBatches:
         """Item `position` from the samples that this process can read; changes nothing here."""
         found: dict[Path, str] = {}
         while self._refusal(found) is None:
-            drawn = self._drawn(position, found)
-            parts = [[self._sample(path, rng, found) for path, rng in part] for part in drawn]
+            drawn, shape = self._drawn(position, found), self._shapes[self._planned(position)[0]]
+            parts = [[self._sample(path, rng, shape, found) for path, rng in part] for part in drawn]
             if all(sample is not None for part in parts for sample in part):
                 batches = tuple(map(collate, parts))
                 return Item(batches[0] if self.lose is None else batches, _paths(drawn), found)
@@ -148,8 +173,16 @@ class MicroBatches:
     def _shape(self, path: Path, found: dict[Path, str]) -> tuple[int, ...] | None:
         return self._try(lambda: self.reader.shape(path), path, found)
 
-    def _sample(self, path: Path, rng: np.random.Generator, found: dict[Path, str]) -> Batch | None:
-        return self._try(lambda: self.reader.read(path, rng), path, found)
+    def _sample(
+        self, path: Path, rng: np.random.Generator, shape: tuple[int, ...], found: dict[Path, str]
+    ) -> Batch | None:
+        def read() -> Batch:
+            sample = self.reader.read(path, rng)
+            if shape not in ((), got := (1, *sample.latent.shape)):
+                raise UserError(f"{path}: latent is {list(got)}, want {list(shape)} as when the run began")
+            return sample
+
+        return self._try(read, path, found)
 
     def _try(self, read: Callable, path: Path, found: dict[Path, str]):
         """What read() gives; None where the sample is broken, which is noted in `found`."""

@@ -212,18 +212,23 @@ class Grading:
         self.leaf = self.context.detach().requires_grad_(self.context.requires_grad)
         self.scored = g.reward.embed_context(prompts.text, prompts.clip)
         self.stretch = None if g.stretches is None else g.stretches(batch, self.leaf)
+        models = g.model, g.model if g.together is None else g.together.model
+        bound, rolled = (partial(bind, model, run_blocks=g.run_blocks) for model in models)
         if g.guidance is None:
-            self.velocity = bind(g.model, batch, self.leaf, g.run_blocks)
+            self.velocity, self.plain = bound(batch, self.leaf), rolled(batch, self.leaf)
             return
-        bound = partial(bind, g.model, run_blocks=g.run_blocks)
-        self.velocity = g.guidance.velocity(bound, batch, self.leaf, with_gradient=True)
+        guided = partial(g.guidance.velocity, batch=batch)
+        self.velocity = guided(bound, context=self.leaf, with_gradient=True)
+        # Between the steps of a window: with the scales of its steps, without their gradient.
+        self.plain = guided(rolled, context=self.leaf, with_gradient=True)
         if self.stretch is None and (g.guidance.at_once or g.guidance.rollout != g.guidance.graded):
-            plain = g.guidance.velocity(bound, batch, self.leaf.detach())
+            plain = guided(rolled, context=self.leaf.detach())
             self.stretch = lambda: plain
 
     def way(self, start: Tensor | list[list[flow.SolverState | None]]) -> chain.Chain:
         """The chain of the batch from `start`, as chain.Chain takes it."""
-        return chain.Chain(self.velocity, self.grader.schedule, start, self.stretch, self.grader.together)
+        g = self.grader
+        return chain.Chain(self.velocity, g.schedule, start, self.stretch, g.together, self.plain)
 
     def windows(self, noise: Tensor, indices: Tensor) -> Iterator[GradedWindow]:
         """The windows of one rollout, see graded_windows."""

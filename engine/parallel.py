@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,17 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from prfl_engine.agree import Agreed, gathered, shared_folder, watched_groups
+from prfl_engine.agree import Agreed, gathered, patiently, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
+from prfl_engine.metrics import note
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel, TokenPool
 from prfl_engine.model.wan import WanTransformer
-from prfl_kernels.exchange import SequenceGroup
+from prfl_engine.rollout.resident import Resident
+from prfl_kernels.exchange import SequenceGroup, group_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class World:
     saves: dist.ProcessGroup | None = None  # the same for checkpoints that a thread writes
     signals: Interrupts | None = None  # of several processes: what `stop_if_asked` asks
     reduce_dtype: torch.dtype | None = None  # of sums of gradients over ranks; None: that of the weights
+    limit: timedelta | None = None  # parallel.timeout
 
     @property
     def leads(self) -> bool:
@@ -65,6 +69,11 @@ class World:
         """Which of them this rank belongs to."""
         return self.rank // self.sequence
 
+    @property
+    def copies(self) -> int:
+        """Copies of the sharded weights."""
+        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim > 1 else 1
+
     def check_checkpoint(self, folder: Path | None) -> None:
         """UserError for a checkpoint that processes of another kind have written: sharded or not."""
         if folder is None:
@@ -78,6 +87,10 @@ class World:
     def agreed(self) -> Agreed:
         """A with block that all ranks leave together: if it raises on one, it raises on all."""
         return Agreed(self.control)
+
+    def patiently(self, work: Callable[[], None]) -> None:
+        """work() on every rank, which may take longer than the time-out."""
+        work() if self.mesh is None else patiently(work, self.control)
 
     def folder(self, folder: Path) -> AbstractContextManager[Path]:
         """A folder that all ranks write into and that takes its name when all have done so."""
@@ -136,9 +149,9 @@ class World:
         dist.all_reduce(values)
         return values / self.size
 
-    def together(self, model: nn.Module) -> "Together | None":
-        """What the rollouts of a model that `place` has sharded need; None for one process."""
-        return None if self.mesh is None else Together(self, model)
+    def together(self, model: WanTransformer, keep: bool = False) -> "Together | None":
+        """What the rollouts of a model that `place` has sharded need, see Together; None for one process."""
+        return None if self.mesh is None else Together(self, model, keep)
 
     def last(self, key: int, accumulate: int) -> bool:
         """Whether micro-batch `key` is the last of an optimizer step on its rank; accumulate: those of all
@@ -169,33 +182,33 @@ class World:
             return model
         if not isinstance(model.pool if isinstance(model, RewardModel) else model, FSDPModule):
             shard(model, self.mesh, self.reduce_dtype)
-        return model if self.group is None else cut_sequence(model, self.group)
+        return model if self.group is None else cut_sequence(model, self.group, self.limit)
 
 
 class Together:
     """Rollouts of a sharded model on all ranks at the same time, a `chain.Together`."""
 
-    def __init__(self, world: World, model: nn.Module):
-        self.world, self.apart = world, False
-        self.units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    def __init__(self, world: World, model: WanTransformer, keep: bool = False):
+        """keep: resident weights stay where they are from one rollout to the next."""
+        self.world, self.apart, self.keep = world, False, keep
+        self.whole = Resident(model) if world.resident else None
+        self.model = model if self.whole is None else self.whole.model
 
     @contextmanager
     def rollout(self, count: int) -> Iterator[int]:
         """All make as many forwards as the rank that needs most, since all gather weights in each. Resident
         weights are gathered once, and dropped in the end; then no rank waits for another."""
-        more, resident = self.more(count), self.world.resident
-        units = self.units if resident and count + more else []
-        for unit in units:
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
-        self.apart = resident
+        more = self.more(count)
+        whole = self.whole if count + more else None
+        if whole is not None:
+            whole.gather()
+        self.apart = self.world.resident
         try:
-            yield 0 if resident else more
+            yield 0 if self.apart else more
         finally:
             self.apart = False
-            for unit in units:
-                unit.set_reshard_after_forward(True, recurse=False)
-                unit.reshard()
+            if whole is not None and not self.keep:
+                whole.drop()
 
     def more(self, count: int) -> int:
         """How many steps another rank makes that needs more than `count`; every rank must ask."""
@@ -242,43 +255,49 @@ def started(whole: Config, device: torch.device) -> Iterator[World]:
         for name in ("replicate", "sequence"):
             given = getattr(config, name)
             check(given in (None, 1), f"parallel.{name}", given, "1 without torchrun")
+        usual = ParallelConfig()
+        idle = [name for name in ("resident", "timeout") if getattr(config, name) != getattr(usual, name)]
+        if idle:
+            note(f"{' and '.join(f'parallel.{n}' for n in idle)}: without torchrun this changes nothing")
         yield World()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     replicate = copies(config, size, *nodes_of(size))
-    per_copy = check_layout(config, replicate, size)
+    check_layout(config, replicate, size)
     limit, cuda = timedelta(seconds=config.timeout), device.type == "cuda"
     dist.init_process_group(
         "nccl" if cuda else "gloo", timeout=limit, device_id=device if cuda else None
     )
     try:
-        shape = (per_copy,) if replicate == 1 else (replicate, per_copy)
-        names = ("shard",) if replicate == 1 else ("replicate", "shard")
-        mesh, group = init_device_mesh(device.type, shape, mesh_dim_names=names), None
+        mesh, group = mesh_of(device, size, replicate, limit), None
         if config.sequence > 1:
-            cut = init_device_mesh(
-                device.type, (size // config.sequence, config.sequence), mesh_dim_names=("data", "sequence")
-            )
-            group = cut.get_group("sequence")
+            group = group_of(torch.arange(size).view(-1, config.sequence), limit)
         dtype = torch.float32 if whole.optim.grad_dtype == "float32" else None
         with interrupts() as signals, signals.at_once(False), watched_groups(2, limit) as gloo:
             yield World(
-                rank, size, config.sequence, config.resident, mesh, group, *gloo, signals, reduce_dtype=dtype
+                rank, size, config.sequence, config.resident, mesh, group, *gloo, signals, dtype, limit
             )
     finally:
         dist.destroy_process_group()
 
 
-def check_layout(config: ParallelConfig, replicate: int, size: int) -> int:
-    """How many of so many processes have a copy of the weights, of which there are `replicate`. UserError
-    unless the sizes divide."""
+def mesh_of(device: torch.device, size: int, replicate: int, limit: timedelta) -> DeviceMesh:
+    """[shard] over all ranks, or [replicate, shard]."""
+    if replicate == 1:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    ranks = torch.arange(size).view(replicate, -1)
+    groups = [group_of(ranks.T, limit), group_of(ranks, limit)]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def check_layout(config: ParallelConfig, replicate: int, size: int) -> None:
+    """UserError unless `replicate` copies and groups of parallel.sequence divide so many processes."""
     per_copy = size // replicate
     check(size % replicate == 0, "parallel.replicate", replicate, f"a divisor of {size} processes")
     check(
         per_copy % config.sequence == 0, "parallel.sequence", config.sequence,
         f"a divisor of the {per_copy} processes of a copy",
     )  # fmt: skip
-    return per_copy
 
 
 def check_config(config: Config, world: World) -> None:
@@ -304,13 +323,10 @@ def check_many(config: Config, readers: int) -> None:
         c.train.accumulate % n == 0, "train.accumulate", c.train.accumulate,
         f"a multiple of {n}, the groups of processes with samples of their own",
     )  # fmt: skip
+    stays = c.parallel.resident and c.parallel.sequence == 1
     check(
-        c.model.budget is None, "model.recompute", c.model.recompute,
-        f"a mode or names {many}: the planner counts the bytes of one",
-    )  # fmt: skip
-    check(
-        not c.rollout.cuda_graph, "rollout.cuda_graph", True,
-        f"false {many}: gathered weights have another address in every rollout",
+        not c.rollout.cuda_graph or stays, "rollout.cuda_graph", True,
+        f"false {many}, or parallel.resident=true and parallel.sequence=1: a graph has no collectives",
     )  # fmt: skip
     check(
         c.model.boundary is None, "model.boundary", c.model.boundary,
@@ -354,19 +370,19 @@ def shard(
     return model
 
 
-def cut_sequence(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+def cut_sequence(
+    model: nn.Module, group: dist.ProcessGroup, limit: timedelta | None = None
+) -> nn.Module:
     """Let a transformer or a reward model hold the tokens of this rank alone; all ranks of the group must get
-    the same latents, and call it together. Returns the model. UserError for heads that the ranks do not
-    divide, and for dropout in the pooling, whose random numbers would differ."""
-    return cut_modules(model, SequenceGroup(group))
+    the same latents, and call it together. limit: the time-out of groups that are made for it. Returns the
+    model. UserError for dropout in the pooling, whose random numbers would differ."""
+    return cut_modules(model, partial(SequenceGroup, group, limit=limit))
 
 
-def cut_modules(model: nn.Module, sequence: SequenceGroup) -> nn.Module:
-    """`cut_sequence` over a group that has been made."""
+def cut_modules(model: nn.Module, make: Callable[[int], SequenceGroup]) -> nn.Module:
+    """`cut_sequence` over the group that `make` makes for so many heads."""
+    sequence = make(next(m.self_attn.num_heads for m in model.modules() if isinstance(m, Block)))
     for module in model.modules():
-        if isinstance(module, Block) and module.self_attn.num_heads % sequence.size:
-            heads = module.self_attn.num_heads
-            raise UserError(f"parallel.sequence: got {sequence.size}, want a divisor of the {heads} heads")
         if isinstance(module, QueryPool) and module.training and module.multihead_attn.dropout > 0:
             dropout = module.multihead_attn.dropout
             raise UserError(f"reward.dropout: got {dropout:g} with parallel.sequence > 1, want 0")

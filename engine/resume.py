@@ -264,7 +264,8 @@ class Progress:
     best: float = -math.inf
     unlogged: dict[str, Tensor] = field(default_factory=dict)  # see measurements.Measurements
     unvalidated: bool = False  # stopped by a signal before the validation of this step
-    broken: dict[Path, str] = field(default_factory=dict)  # see micro_batches.MicroBatches
+    broken: dict[int, str] = field(default_factory=dict)  # MicroBatches.left_out
+    shapes: list[tuple[int, ...] | None] | None = None  # MicroBatches.planned
 
 
 def save_state(
@@ -275,8 +276,7 @@ def save_state(
 ) -> None:
     """Write training_state.pt; optimizer None: its state is in a sharded checkpoint."""
     state = {"step": progress.step, "best": progress.best, "unlogged": progress.unlogged}
-    state |= {"unvalidated": progress.unvalidated}
-    state |= {"broken": {str(path): why for path, why in progress.broken.items()}}
+    state |= {"unvalidated": progress.unvalidated, "broken": progress.broken, "shapes": progress.shapes}
     if optimizer is not None:
         state |= {"optimizer": optimizer.state_dict(), "kind": type(optimizer).__name__}
     state["rng"] = torch.get_rng_state()
@@ -318,12 +318,14 @@ def read_state(
 
 def _progress(state: dict, step: int) -> Progress:
     found = Progress(
-        state.get("step"), state.get("best"), state.get("unlogged", {}), state.get("unvalidated", False)
-    )
-    broken = state.get("broken", {})
-    if not isinstance(broken, dict) or not all(isinstance(a, str) for pair in broken.items() for a in pair):
-        raise ValueError(f"broken: got {broken!r}, want samples and why they are broken")
-    found.broken = {Path(path): why for path, why in broken.items()}
+        state.get("step"), state.get("best"), state.get("unlogged", {}), state.get("unvalidated", False),
+        state.get("broken", {}), state.get("shapes"),
+    )  # fmt: skip
+    pairs = found.broken.items() if isinstance(found.broken, dict) else [(None, None)]
+    if not all(type(place) is int and place >= 0 and isinstance(why, str) for place, why in pairs):
+        raise ValueError(f"broken: got {found.broken!r}, want places of samples and why they are broken")
+    if not (found.shapes is None or (isinstance(found.shapes, list) and all(map(_is_shape, found.shapes)))):
+        raise ValueError("shapes: got something else, want those of samples")
     if type(found.step) is not int or found.step != step:
         raise ValueError(f"step: got {found.step!r}, want {step} as its folder's name has it")
     if type(found.best) not in (int, float) or not found.best < math.inf:
@@ -337,3 +339,7 @@ def _progress(state: dict, step: int) -> Progress:
         if not isinstance(name, str) or not number:
             raise ValueError(f"unlogged: {name}: want a name and a 0-dim tensor of floating-point numbers")
     return found
+
+
+def _is_shape(shape: Any) -> bool:
+    return shape is None or (isinstance(shape, tuple) and all(type(n) is int and n > 0 for n in shape))

@@ -45,6 +45,8 @@ from prfl_engine.objectives import (
 from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
 from prfl_engine.planner.fit_memory import fit_memory
+from prfl_engine.planner.plan import Plan
+from prfl_engine.planner.sharded import Shards
 from prfl_engine.resume import prepare_out
 from prfl_engine.rollout.accelerated import make_rollout
 from prfl_engine.rollout.drift import DriftMeter
@@ -80,6 +82,31 @@ def due(loss: LossConfig, step: int) -> tuple[bool, bool]:
     if loss.alternate:
         return step % 2 == 0, step % 2 == 1
     return loss.sft_weight > 0 and step % loss.sft_every == 0, loss.weight > 0
+
+
+def plan_memory(
+    config: Config,
+    world: World,
+    policy: Generator,
+    reward: RewardModel | None,
+    stream: MicroBatches,
+    held_out: list[Path],
+) -> Plan:
+    """The plan of auto:GB, which the first process makes for all and prints."""
+    with world.agreed():
+        latents, made = stream.latents(), []
+
+    def make() -> None:
+        if world.leads:
+            shapes = latents, [stream.reader.shape(path) for path in held_out]
+            given = ([shape[1:] for shape in some] for some in shapes)
+            reduce = world.reduce_dtype and world.reduce_dtype.itemsize
+            shards = Shards(world.size, world.copies, world.sequence, world.resident, reduce)
+            made.append(fit_memory(config, policy, reward, *given, shards))
+            print(made[0], flush=True)
+
+    world.patiently(make)
+    return world.all(made)[0][0]
 
 
 def train(config: Config) -> None:
@@ -123,7 +150,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         dtype=dtype,
     )
     broken = {"skip": c.data.skip_broken, "agree": world.union}
-    stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed, **broken)
+    with world.agreed():
+        stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed, **broken)
     if persists and len(stream.shapes) > 1:
         want = "one with rollout.mode persistent and data.batch_size > 1"
         raise UserError(f"data.train: got latents of {len(stream.shapes)} shapes, want {want}")
@@ -132,9 +160,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         want = f"a multiple of data.batch_size = {size}, for chains that persist in several processes"
         raise UserError(f"data.train: got {len(paths)} samples, want {want}")
     if c.model.budget is not None:
-        shapes = stream.latents(), [reader.shape(p) for p in held_out]
-        made = fit_memory(c, policy, reward, *([shape[1:] for shape in of] for of in shapes))
-        print(made, flush=True)
+        made = plan_memory(c, world, policy, reward, stream, held_out)
         run_blocks, score_blocks = run_under(made.policies), run_under(made.reward.policy)
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))
@@ -143,7 +169,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         guidance_of(c, c.eval.guidance, c.eval.guidance, policy, "eval.guidance")
     if use_reward:
         guidance = training_guidance(c, policy)
-        together = world.together(policy)
+        together = world.together(policy, keep=c.rollout.cuda_graph)
         rollout = make_rollout(policy, c.rollout, schedule, device, together, guidance)
         if rollout is not None and rollout.approximate:
             sample = Batch(*(None if a is None else a[:1] for a in stream[0]))

@@ -111,7 +111,8 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
     broken = {"skip": c.data.skip_broken, "agree": world.union}
-    batches = MicroBatches(reader, win, c.data.batch_size, c.train.seed, lose, **broken)
+    with world.agreed():
+        batches = MicroBatches(reader, win, c.data.batch_size, c.train.seed, lose, **broken)
 
     run_blocks = run_under(of_config(c.model))
 

@@ -125,6 +125,14 @@ def write_data(
     return folder / "all.list"
 
 
+def move_data(folder: Path, to: Path) -> Path:
+    """Data of `write_data` in another folder, which is returned."""
+    folder.rename(to)
+    for path in [*to.glob("*.json"), *to.glob("*.list")]:
+        path.write_text(path.read_text().replace(f"{folder}/", f"{to}/"))
+    return to
+
+
 def write_run(tmp: Path, model_type: str = "t2v", samples: int = 4, **sections) -> Path:
     """A generator, a reward model, data and a configuration of PRFL on them; returns its path.
 

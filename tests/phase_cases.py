@@ -3,16 +3,19 @@
 from collections import Counter
 
 import torch
-from helpers import random_batch, relative, rows, tiny_config, tiny_model, tiny_reward
+from helpers import random_batch, randomize, relative, rows, tiny_config, tiny_model, tiny_reward
 from shard_cases import SCHEDULE, collectives, of_first, world_of
+from test_graphs import FakeRecorder
 
 from prfl_engine import chain
-from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
+from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, RolloutConfig
 from prfl_engine.memory.policy import BlockPolicy, named
 from prfl_engine.memory.recompute import run_under
+from prfl_engine.model import lora
 from prfl_engine.objectives import Grader, Grading, reward_loss
 from prfl_engine.parallel import World
 from prfl_engine.rollout.accelerated import Rollout
+from prfl_engine.shards import local
 
 BLOCKS, STEPS = 3, 3
 
@@ -29,7 +32,7 @@ def phases(resident: bool, replicate: int, window: int, last: bool) -> dict[str,
 
     def velocity(*given):
         with collectives() as calls:
-            made = grading.velocity(*given)
+            made = grading.plain(*given)
         inside.extend(calls)
         return made
 
@@ -47,6 +50,46 @@ def phases(resident: bool, replicate: int, window: int, last: bool) -> dict[str,
         graded.backward(reward_loss(graded.logit, LossConfig(weight=1.0)).mean())
         found["backward"] = counted(calls)
     return found
+
+
+def resident(updates: bool, replicate: int) -> tuple[bool, list[int], set[torch.dtype], bool]:
+    """Two rollouts by replays, with other weights in the second one: (whether latents are to the bit those
+    of a rollout that gathers weights in every step, recordings after each, dtypes of the resident matrices,
+    whether weights that are not kept are gone)."""
+    torch.manual_seed(0)
+    config, record, equal, recorded = tiny_config(), FakeRecorder(), [], []
+    batch, index = random_batch(config, 2), torch.tensor([4, 2])
+    noise = torch.randn_like(batch.latent)
+    worlds = [world_of(replicate, 1, flag) for flag in (False, True)]
+    model = tiny_model(config).set_precision(torch.bfloat16)
+    if updates:
+        randomize(lora.attach(model, LoraConfig(rank=2)))
+    worlds[0].place(model)
+    each, kept = (world.together(model, keep=True) for world in worlds)
+    rollouts = [
+        (together, Rollout(model, RolloutConfig(steps=6), SCHEDULE, how, together))
+        for together, how in ((each, None), (kept, record))
+    ]
+    for _ in range(2):
+        latents = []
+        for together, fast in rollouts:
+            context = model.embed_context(batch.text).detach()
+            way = chain.Chain(None, SCHEDULE, noise, fast.stretches(batch, context), together)
+            way.advance_to(index, index)
+            latents.append(way.at(index, torch.arange(2)).x)
+        equal.append(torch.equal(*latents))
+        recorded.append(record.recorded)
+        with torch.no_grad():
+            for p in model.parameters():
+                local(p).mul_(1.01)
+    whole = kept.whole.model
+    matrices = {p.dtype for name, p in whole.blocks.named_parameters() if name.endswith(".q.weight")}
+    kept.keep = False
+    with kept.rollout(1):
+        there = all(p.untyped_storage().nbytes() for p in whole.parameters())
+    return all(equal), recorded, matrices, there and not any(
+        p.untyped_storage().nbytes() for p in whole.parameters()
+    )
 
 
 def ahead(policy: str | BlockPolicy) -> list[int]:

@@ -12,7 +12,7 @@ from prfl_kernels import exchange
 SHAPE = (16, 3, 8, 8)  # 48 tokens
 
 
-def exchanged(policy, blocks: int, graded: bool) -> int:
+def exchanged(policy, blocks: int, graded: bool, heads: int) -> int:
     """Bytes of the larger sides of all exchanges of flow matching on this rank."""
     total, real = [0], {name: getattr(dist, name) for name in COLLECTIVES}
 
@@ -29,7 +29,7 @@ def exchanged(policy, blocks: int, graded: bool) -> int:
 
             return call
 
-    config = tiny_config("t2v", dim=64, num_heads=4, num_layers=blocks)
+    config = tiny_config("t2v", dim=64, num_heads=heads, num_layers=blocks)
     model = cut_sequence(tiny_model(config), dist.group.WORLD)
     batch, before = random_batch(config, 1, SHAPE), exchange.dist
     exchange.dist = Counting()

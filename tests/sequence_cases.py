@@ -18,8 +18,8 @@ EVEN, ODD = (16, 3, 8, 8), (16, 3, 6, 10)  # 48 and 45 tokens
 OFFLOAD = BlockPolicy({"input", "rotated"}, {"attention", "projections", "after_attention"})
 
 
-def _config(kind: str):
-    return tiny_config(kind, dim=64, num_heads=4)
+def _config(kind: str, heads: int = 4):
+    return tiny_config(kind, dim=64, num_heads=heads)
 
 
 def _inputs(kind: str, shape):
@@ -80,18 +80,18 @@ def _worst(run, make) -> tuple[float, float, str]:
     return abs(got - want), errors[name], name
 
 
-def flow_matching(kind, shape, policy, keep, chunk):
+def flow_matching(kind, shape, policy, keep, chunk, heads=4):
     def make():
-        return [tiny_model(_config(kind)).double().set_chunk(chunk)]
+        return [tiny_model(_config(kind, heads)).double().set_chunk(chunk)]
 
     run_blocks = under(policy) if isinstance(policy, BlockPolicy) else under(policy, keep)
     return _worst(lambda model: _sft(model, kind, shape, run_blocks), make)
 
 
-def graded(kind, shape, window, samples):
+def graded(kind, shape, window, samples, heads=4):
     def make():
-        model = tiny_model(_config(kind)).double()
-        return [model, tiny_reward(_config(kind)).double().freeze()]
+        model = tiny_model(_config(kind, heads)).double()
+        return [model, tiny_reward(_config(kind, heads)).double().freeze()]
 
     return _worst(lambda model, reward: _prfl(model, reward, kind, shape, window, samples), make)
 
@@ -103,10 +103,10 @@ def reward_training(kind, shape):
     return _worst(lambda reward: _reward_training(reward, kind, shape), make)
 
 
-def rollout(precision: str, cache: float) -> tuple[float, float]:
+def rollout(precision: str, cache: float, heads: int = 4) -> tuple[float, float]:
     """Relative distances of the latents of an accelerated rollout: cut from whole, whole from plain."""
     torch.manual_seed(0)
-    settings = tiny_config(dim=256, num_heads=4, ffn_dim=256)
+    settings = tiny_config(dim=64 * heads, num_heads=heads, ffn_dim=256)
     batch = random_batch(settings, 2, ODD)
     noise, index = torch.randn_like(batch.latent), torch.tensor([5, 4])
 
@@ -125,9 +125,9 @@ def rollout(precision: str, cache: float) -> tuple[float, float]:
     return relative(latents(accelerated, True), whole), relative(whole, plain)
 
 
-def fake_shapes() -> bool:
+def fake_shapes(heads: int) -> bool:
     """Whether the fake of a cut self-attention sublayer makes what the operation makes, in all modes."""
-    model = tiny_model(_config("t2v")).double()
+    model = tiny_model(_config("t2v", heads)).double()
     cut_sequence(model, dist.group.WORLD)
     block, grid = model.blocks[0], (3, 3, 5)
     cut = block.cut(grid)
@@ -154,11 +154,11 @@ def fake_shapes() -> bool:
     return True
 
 
-def compiled() -> float:
+def compiled(heads: int) -> float:
     """Relative distance of the gradient of a compiled cut model from that of a plain one."""
     gradients = []
     for backend in (None, "aot_eager"):
-        model = cut_sequence(tiny_model(_config("t2v")).double(), dist.group.WORLD)
+        model = cut_sequence(tiny_model(_config("t2v", heads)).double(), dist.group.WORLD)
         if backend:
             model.compile_blocks(backend)
         _sft(model, "t2v", ODD, under())

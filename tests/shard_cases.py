@@ -145,10 +145,10 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
 
 
-def compare(run, make, replicate=1, sequence=1, resident=False) -> tuple[float, float, str]:
+def compare(run, make, replicate=1, sequence=1, resident=False, kind="t2v") -> tuple[float, float, str]:
     """(difference of the loss, that of the worst gradient relative to its norm, its name): several ranks
     and one. run(*models, inputs, own, world); the first model is trained."""
-    inputs, world = _inputs("t2v", torch.float64), world_of(replicate, sequence, resident)
+    inputs, world = _inputs(kind, torch.float64), world_of(replicate, sequence, resident)
 
     def alone():
         whole = make()
@@ -170,8 +170,8 @@ def generator(kind="t2v"):
     return [tiny_model(tiny_config(kind)).double()]
 
 
-def both():
-    return [*generator(), tiny_reward(tiny_config()).double().freeze()]
+def both(kind="t2v"):
+    return [*generator(kind), tiny_reward(tiny_config(kind)).double().freeze()]
 
 
 def flow_matching(policy, keep, backend, replicate, sequence):
@@ -184,6 +184,51 @@ def flow_matching(policy, keep, backend, replicate, sequence):
 
 def graded(window, indices, resident, replicate, sequence):
     return compare(lambda *a: prfl(*a, window, indices), both, replicate, sequence, resident)
+
+
+def image(replicate, sequence):
+    """Flow matching and a window of an I2V model."""
+
+    def run(model, reward, inputs, own, world):
+        loss = sft(model, inputs, own).detach()
+        return loss + prfl(model, reward, inputs, own, world, 2, [[1, 3, 0, 2]])
+
+    return compare(run, lambda: both("i2v"), replicate, sequence, kind="i2v")
+
+
+def chains(replicate, sequence):
+    """A graded step of chains that are known, each at another index: no step without gradient."""
+
+    def run(model, reward, inputs, own, world):
+        (batch, noise, _), index = inputs, torch.arange(SAMPLES)[own]
+        together = world.together(model)
+        grading = Grading(Grader(model, reward, SCHEDULE, together=together), batch)
+        known = [flow.init_state(noise[row : row + 1]) for row in range(len(index))]
+        way = grading.way([[None] * i + [state] for i, state in zip(index.tolist(), known, strict=True)])
+        way.plain = None  # is not called
+        graded = grading.grade(way, index)
+        loss = reward_loss(graded.logit, LossConfig(weight=1.0)).mean()
+        graded.backward(loss)
+        return loss.detach()
+
+    return compare(run, both, replicate, sequence)
+
+
+def single(replicate, sequence) -> tuple[float, float]:
+    """In float32: distances of the loss and of the whole gradient, relative; several ranks and one."""
+    inputs, world = _inputs("t2v", torch.float32), world_of(replicate, sequence)
+
+    def alone():
+        model = tiny_model(tiny_config())
+        loss = sft(model, inputs, slice(0, SAMPLES)).item()
+        return loss, gradients(model)
+
+    want, everyone = of_first(alone)
+    model = world.place(tiny_model(tiny_config()))
+    loss = world.mean(sft(model, *_mine(inputs, sequence)).detach())
+    made = gradients(model)
+    whole = (torch.cat([found[name].flatten() for name in everyone]) for found in (made, everyone))
+    return abs(loss.item() - want) / want, relative(*whole)
 
 
 def rewards(replicate, sequence):

@@ -17,7 +17,7 @@ from shard_cases import mesh_of
 from torch.distributed.tensor import DTensor
 
 from prfl_engine import tensor_files
-from prfl_engine.agree import gathered, shared_folder, watched_groups
+from prfl_engine.agree import gathered, patiently, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import load_sharded, save_sharded
 from prfl_engine.config import LoraConfig, OptimConfig
 from prfl_engine.errors import TrainingError, UserError
@@ -297,6 +297,27 @@ def broken_save(folder: str, last: bool, background: bool) -> tuple[str, list[st
         said = "saved"
     dist.barrier()
     return said, sorted(p.name for p in out.iterdir())
+
+
+def slow_work(limit: float) -> list[str]:
+    """What a rank has done and says where the last one works for longer than the limit, and then fails."""
+    said, slow = [], dist.get_rank() == dist.get_world_size() - 1
+
+    def fails() -> None:
+        if slow:
+            raise OSError("full")
+
+    def works() -> None:
+        sleep(1.6 * limit * slow)
+        said.append("slept" if slow else "worked")
+
+    with watched_groups(1, timedelta(seconds=limit)) as (group,):
+        patiently(works, group)
+        try:
+            patiently(fails, group)
+        except (OSError, TrainingError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 def stalled(limit: float) -> tuple[str, str]:

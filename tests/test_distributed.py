@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import run_cases as cases
 import torch
 import torch.distributed as dist
 import training_runs
-from helpers import SHAPE, write_run
+from helpers import SHAPE, move_data, write_run
 from ranks import Ranks
 from training_runs import assert_equal, content
 
@@ -67,10 +68,11 @@ def values(folder: Path) -> list[dict[str, float]]:
         {"rollout": {"steps": 5}, "chain": {"window": 3}},
         {"rollout": {"steps": 5}, "parallel": {"sequence": 2}},
         {"rollout": {"steps": 5, "cache": 0.3, "max_drift": 9}, "parallel": {"resident": True}},
+        {"rollout": {"steps": 5, "one_index": 2}, "parallel": {"replicate": 2}},
         {"rollout": {"steps": 5, "mode": "persistent", "pool": 8}},
         {"rollout": {"steps": 5, "mode": "persistent", "pool": 4}, "parallel": {"sequence": 2}},
     ],
-    ids=["shards", "sequence", "resident", "persistent", "persistent sequence"],
+    ids=["shards", "sequence", "resident", "copies", "persistent", "persistent sequence"],
 )
 def test_two_processes_train_as_one(run, tmp_path, settings):
     """The same losses, rewards and norms, since the samples of a step are the same. Two pools of chains that
@@ -87,7 +89,8 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
     if settings["rollout"].get("pool") == 8:
         assert all(v is not None for step in two for v in step.values())
         return
-    run(config, f"train.out={tmp_path}/one", "parallel.sequence=1", processes=1, torchrun=False)
+    alone = "parallel.sequence=1", "parallel.replicate=1", "parallel.resident=false"
+    run(config, f"train.out={tmp_path}/one", *alone, processes=1, torchrun=False)
     one = values(tmp_path / "one")
     assert [step.keys() for step in one] == [step.keys() for step in two]
     for i in range(3):
@@ -117,6 +120,38 @@ def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     alone = {"processes": 1, "torchrun": False}
     (out,) = run(config, f"train.out={tmp_path}/parts", "train.resume=true", ok=False, **alone)
     assert "got a sharded checkpoint, want torchrun (any number of processes)" in out
+
+
+def test_the_first_process_plans_for_all(run, tmp_path):
+    """auto:GB: a part is recomputed, and the run is the one that recomputes nothing."""
+    config = write_run(tmp_path, samples=8, train={"accumulate": 2, "steps": 2}, data={"batch_size": 2})
+    run(config, f"train.out={tmp_path}/plain")
+    for out in run(config, "model.recompute=auto:1e-6", ok=False):
+        least = re.search(r"model.recompute: got auto:1e-06, want at least auto:([\d.]+): the lean", out)[1]
+    first, second = run(config, f"model.recompute=auto:{least}", f"train.out={tmp_path}/auto")
+    assert "; of all lists the fastest" in first and "2 x none" not in first and "recompute" not in second
+    for a, b in zip(values(tmp_path / "plain"), values(tmp_path / "auto"), strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+
+
+def test_what_waits_for_the_next_record_and_pools_of_chains_resume(run, tmp_path):
+    """Of the loss of step 1, which the record of step 4 has, the mean of the ranks is kept. A pool that is
+    missing on one rank ends all."""
+    train = {"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9, "log_every": 4}
+    rollout = {"steps": 5, "mode": "persistent", "pool": 8}
+    config = write_run(tmp_path, samples=8, train=train, loss={"sft_every": 4}, rollout=rollout)
+    run(config, f"train.out={tmp_path}/whole")
+    run(config, f"train.out={tmp_path}/parts", "train.steps=2")
+    (tmp_path / "parts/checkpoint-2/pool-1.safetensors").rename(tmp_path / "pool-1.safetensors")
+    more = f"train.out={tmp_path}/parts", "train.resume=true"
+    for out in run(config, *more, ok=False):
+        assert out.splitlines()[-1].endswith(
+            "checkpoint-2/pool-1.safetensors: does not go with the pool of rank 0, want one checkpoint's"
+        )
+    (tmp_path / "pool-1.safetensors").rename(tmp_path / "parts/checkpoint-2/pool-1.safetensors")
+    run(config, *more)
+    assert training_runs.values(tmp_path / "parts") == training_runs.values(tmp_path / "whole")
+    assert "train/sft_loss" in training_runs.values(tmp_path / "whole")[4]
 
 
 def test_a_reward_model_trains_on_two_processes(run, tmp_path):
@@ -184,14 +219,16 @@ def test_a_broken_sample_is_left_out_on_all_ranks_alike(run, tmp_path):
     settings = "parallel.sequence=2", "loss.weight=0"
     run(config, f"train.out={tmp_path}/whole", *settings, patch=cases.unreadable_here)
     run(config, f"train.out={tmp_path}/parts", *settings, "train.steps=4", patch=cases.unreadable_here)
-    run(config, f"train.out={tmp_path}/parts", *settings, "train.resume=true")  # now it could be read
+    data = move_data(tmp_path / "data", tmp_path / "moved")
+    moved = *settings, f"data.train=[{data}/all.list]", f"data.null_text={data}/null.npy"
+    run(config, f"train.out={tmp_path}/parts", *moved, "train.resume=true")  # now it could be read
     want = content(tmp_path / "whole/checkpoint-6")
-    assert {Path(path).stem for path in want["training_state.pt"]["broken"]} == {"3", "4"}
+    assert set(want["training_state.pt"]["broken"]) == {3, 4}
     assert_equal(content(tmp_path / "parts/checkpoint-6"), want)
     lines = [json.loads(line) for line in (tmp_path / "parts/broken.jsonl").read_text().splitlines()]
     assert sorted(Path(line["sample"]).stem for line in lines) == ["3", "4"]
     assert any("latent-4.npy" in line["reason"] for line in lines)
-    settings = f"train.out={tmp_path}/one", "data.skip_broken=1"
+    settings = f"train.out={tmp_path}/one", "data.skip_broken=1", *moved[2:]
     for out in run(config, *settings, patch=cases.unreadable_here, ok=False):
         assert "data.skip_broken: got 1, want more to go on" in out
 

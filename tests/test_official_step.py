@@ -272,7 +272,7 @@ def test_compat_fills_what_is_not_set_and_is_written_out(tmp_path):
     other.write_text(config.to_yaml())
     assert load_config(other) == config
     assert yaml.safe_load(config.to_yaml())["train"]["compat"] == "official"
-    assert load_config(path, ["train.compat=null"]).rollout.one_index is False
+    assert load_config(path, ["train.compat=null"]).rollout.one_index == 0
 
 
 def test_compat_changes_every_field_that_it_names():

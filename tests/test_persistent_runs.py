@@ -117,7 +117,7 @@ REFUSED = {
     "rollout.mode=fresh rollout.pool=4": "rollout.pool: got 4, want null with rollout.mode fresh",
     "rollout.mode=fresh rollout.stride=2": "rollout.stride: got 2, want 1 with rollout.mode fresh",
     "rollout.mode=fresh rollout.pool_place=host": "rollout.pool_place: got 'host', want device with",
-    "rollout.one_index=true": "rollout.one_index: got True, want false with rollout.mode persistent",
+    "rollout.one_index=1": "rollout.one_index: got 1, want 0 with rollout.mode persistent",
     "loss.sft_every=2 loss.alternate=true": "loss.sft_every: got 2, want 1 with loss.alternate",
     "loss.sft_every=2 loss.weight=0": "loss.sft_every: got 2, want 1, or positive loss.weight and",
     "loss.sft_every=2 loss.sft_weight=0": "loss.sft_every: got 2, want 1, or positive loss.weight and",

@@ -95,12 +95,13 @@ def test_ranks_are_summed_up(monkeypatch):
     world = World(size=2, sequence=2)
     made = Performance(torch.device("cpu"), world, lambda shape: flops.Costs(4, {"graded": 50.0}), True)
     made.peak = 10.0
+    monkeypatch.setattr(made, "_memory", lambda: 1e6)
     work = phases.Counter({("samples", SHAPE): 2, ("graded", SHAPE): 2})
     made.add(phases.Lap([("graded", 0.0), ("save", 1.0), ("save", 2.0)], work))
     made.add(phases.Lap([("graded", 3.0), ("graded", 3.0)], phases.Counter()))
     assert made.values() == {
         "step_s": 1.0, "graded_s": 1.0, "save_s": 1.0, "tokens_per_s": 4.0, "model_flop_per_s": 50.0,
-        "mfu": 2.5, "memory_bytes": 1e15,
+        "mfu": 2.5, "memory_bytes": 1e15, "memory_bytes_least": 1e6,
     }  # fmt: skip
     assert made.steps == 0 and not made.work
 

@@ -143,16 +143,19 @@ def test_less_room_and_slower_links(eight):
 
 
 def test_groups_wait_for_the_longest_rollout(tmp_path):
-    """Unless all have the same graded step."""
+    """Unless all have the same graded step, or resident weights and pairs of samples with the same work."""
     path = str(write_run(tmp_path, train={"accumulate": 4}, eval={"every": 0}, rollout={"steps": 9}))
 
-    def seconds(one_index: str) -> float:
-        found = predict(path, (f"rollout.one_index={one_index}",), Options(gpus=4))
+    def seconds(*overrides: str) -> float:
+        found = predict(path, overrides, Options(gpus=4))
         return next(row.seconds for row in found.times.rows if row.phase == "rollout")
 
     setup = replace(BIG, rollout=RolloutConfig(steps=9))
     ratio = rollout_forwards(setup, 4, padded=True) / rollout_forwards(setup)
-    assert ratio > 1.5 and seconds("false") == pytest.approx(ratio * seconds("true"))
+    assert ratio > 1.5 and seconds() == pytest.approx(ratio * seconds("rollout.one_index=4"))
+    assert seconds("rollout.one_index=4") < seconds("rollout.one_index=2") < seconds()
+    two = "data.batch_size=2", "parallel.resident=true"
+    assert seconds(*two) == pytest.approx(seconds(*two, "rollout.one_index=4"))
 
 
 def test_auto_plans_as_training_does(monkeypatch):
@@ -163,6 +166,24 @@ def test_auto_plans_as_training_does(monkeypatch):
     assert found.memory.plan.policies == made.policies and made.bytes <= 20e9
     names = {kind.name for kind in found.memory.kinds}
     assert "offload attention, input" in names and "40 x attention" not in found.text()
+
+
+def test_a_plan_of_several_gpus_counts_what_they_gather(monkeypatch):
+    """Within the budget are the activations of a part of the tokens and, at their most, whole blocks."""
+    monkeypatch.setattr(plan, "KINDS", {k: plan.KINDS[k] for k in ("attention", "full")})
+    found = predict(str(EIGHT), ("model.recompute=auto:13", *ONE), Options(gpus=8))
+    names = {kind.name for kind in found.memory.kinds}
+    assert names == {"attention", "full"}
+    for phase in found.memory.phases:
+        stands = ("weights", "reward", "gradients", "optimizer", "allocator", "CUDA", "attention")
+        passing = sum(e.bytes for e in phase.entries if not e.category.startswith(stands))
+        assert phase.name in ("load", "optimizer") or passing <= 13e9
+    graded = next(p for p in found.memory.phases if p.name == "graded step")
+    whole = next(e.bytes for e in graded.entries if e.category == "gathered blocks")
+    assert 0 < whole <= found.memory.plan.pool
+    want = r"model.recompute: got auto:13, want at least auto:29.*parallel.resident=false"
+    with pytest.raises(UserError, match=want):
+        predict(str(EIGHT), ("model.recompute=auto:13", "parallel.resident=true", *ONE), Options(gpus=8))
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from prfl_engine import parallel
 from prfl_engine.batch import Batch
-from prfl_engine.config import OptimConfig
+from prfl_engine.config import LoraConfig, OptimConfig
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import named
 from prfl_engine.memory.recompute import run_under
+from prfl_engine.model.lora import attach
 from prfl_engine.model.wan import PRESETS, WanTransformer
 from prfl_engine.objectives import sft_loss
 from prfl_engine.optim.optimizer import make_optimizer
@@ -28,7 +29,8 @@ from prfl_engine.planner.plan import make_kind, peaks
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup
 from prfl_engine.planner.sharded import Shards, exchange_of, exchanged_bytes, gathered_bytes
-from prfl_engine.planner.standing import gradient_bytes, models_of, state_bytes
+from prfl_engine.planner.standing import gradient_bytes, models_of, rounded, state_bytes
+from prfl_engine.rollout.resident import Resident
 from prfl_kernels import extension
 
 LATENT = (1, 16, 5, 60, 104)
@@ -123,6 +125,19 @@ def test_what_is_gathered_grows_with_the_padding_alone():
     assert gathered_bytes(models_of(setup), Shards()) == (0,) * 6
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_resident_weights_are_counted_as_they_are(lora):
+    config = tiny_config("i2v")
+    model = WanTransformer(config).set_precision(torch.bfloat16)
+    if lora is not None:
+        attach(model, lora)
+    setup = Setup(config, (1, 16, 1, 8, 8), weight_dtype=torch.float32, reward=None, lora=lora)
+    want = sum(rounded(p.nbytes) for p in Resident(model).model.parameters())
+    models = models_of(setup, 2)
+    got = gathered_bytes(models, Shards(2, resident=True), torch.bfloat16).resident
+    assert got == want < gathered_bytes(models, Shards(2, resident=True)).resident
+
+
 @pytest.fixture(scope="module")
 def two():
     made = Ranks(2, ("plan_ranks",))
@@ -130,12 +145,13 @@ def two():
     made.close()
 
 
+@pytest.mark.parametrize("heads", [4, 1])
 @pytest.mark.parametrize("mode", ["none", "full", "attention"])
-def test_exchanges_are_those_of_two_real_ranks(two, mode):
+def test_exchanges_are_those_of_two_real_ranks(two, mode, heads):
     """Of several blocks by those of one and two, forward alone and with backward."""
-    config = tiny_config("t2v", dim=64, num_heads=4)
+    config = tiny_config("t2v", dim=64, num_heads=heads)
     setup = Setup(config, (1, *SHAPE), torch.float32, reward=None, sequence=2)
     for graded, what in ((False, "forward"), (True, "graded")):
         one, more = (exchange_of(setup, what, named(mode), n) for n in (1, 2))
         assert more > one
-        assert two(exchanged, named(mode), 3, graded) == [one + 2 * (more - one)] * 2
+        assert two(exchanged, named(mode), 3, graded, heads) == [one + 2 * (more - one)] * 2

@@ -330,10 +330,10 @@ def test_sublayers_are_rerun_only_for_tensors_between_them_and_the_ffn_never(nam
 
 
 def test_attention_that_is_saved_is_not_recomputed(monkeypatch):
-    from prfl_kernels.sublayers import self_attention
+    from prfl_kernels.sublayers import heads
 
-    calls, real = [], self_attention.attend
-    monkeypatch.setattr(self_attention, "attend", lambda *a: calls.append(1) or real(*a))
+    calls, real = [], heads.attend
+    monkeypatch.setattr(heads, "attend", lambda *a: calls.append(1) or real(*a))
     for name, want in (("full", 6), ("attention", 3), ("input and attention offloaded", 3), ("between", 6)):
         calls.clear()
         gradients(POLICIES[name])

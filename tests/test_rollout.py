@@ -297,9 +297,10 @@ def test_a_stopped_accelerated_run_goes_on_to_the_bit(fields, tmp_path, monkeypa
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_graded_steps_are_drawn_by_sample_or_by_optimizer_step(samples):
-    """However samples are put into micro-batches; uniform over the range in both cases."""
+    """Uniform over the range in all cases. Those of neighbouring micro-batches are spread over an optimizer
+    step, those of two samples of one have a constant sum."""
 
-    def drawn(one_index: bool, batch: int, steps: int) -> torch.Tensor:
+    def drawn(one_index: int, batch: int, steps: int) -> torch.Tensor:
         fields = {"steps": 7, "samples": samples, "one_index": one_index}
         c = Config(
             rollout=RolloutConfig(**fields), data=DataConfig(batch_size=batch),
@@ -308,13 +309,19 @@ def test_graded_steps_are_drawn_by_sample_or_by_optimizer_step(samples):
         fresh = fresh_module.Fresh(None, c)
         return torch.cat([fresh.indices(key, batch) for key in range(steps * 6 // batch)], 1)
 
-    for one_index in (False, True):
-        found = drawn(one_index, 2, 400)
-        assert torch.equal(found, drawn(one_index, 3, 400))
-        by_step = found.view(samples, 400, 6)
-        assert (by_step == by_step[:, :, :1]).all() == one_index
+    own, paired = (drawn(0, batch, 400) for batch in (1, 2))
+    assert torch.equal(own[:, ::2], paired[:, ::2])
+    assert (paired[:, ::2] + paired[:, 1::2] == 5 + 2 * (6 // samples * torch.arange(samples)[:, None])
+            - (samples - 1) * 6 // samples).all()  # fmt: skip
+    assert torch.equal(drawn(0, 3, 400)[:, 2::3], own[:, 2::3])
+    step, spread = drawn(6, 1, 400).view(samples, 400, 6), drawn(2, 1, 400).view(samples, 400, 3, 2)
+    assert (step == step[:, :, :1]).all() and (spread == spread[..., :1]).all()
+    assert torch.equal(drawn(6, 1, 400), drawn(3, 2, 400))
+    if samples == 1:  # one in each third
+        assert (spread[..., 0].sort(-1).values // 2 == torch.arange(3)).all()
+    for found in (own, paired[:, 1::2], step[:, :, 0], spread[:, :, 0, 0], spread[:, :, 2, 0]):
         share = torch.bincount(found.flatten(), minlength=6) / found.numel()
-        assert len(share) == 6 and (share - 1 / 6).abs().max() < (0.05 if one_index else 0.03)
+        assert len(share) == 6 and (share - 1 / 6).abs().max() < (0.03 if found is own else 0.05)
 
 
 def test_nothing_is_made_where_nothing_is_asked_for():

@@ -59,17 +59,42 @@ def test_accelerated_rollouts(ranks, precision, cache):
         assert cut < 1e-3 < 5e-3 < accelerated
 
 
-def test_fakes(ranks):
-    assert all(ranks(cases.fake_shapes))
+@pytest.mark.parametrize(
+    "policy, keep, chunk, shape",
+    [
+        ("none", "all", None, ODD), ("none", "nothing", 7, ODD), ("none", "projections", None, EVEN),
+        ("attention", "all", None, ODD), (cases.OFFLOAD, "all", None, ODD),
+    ],
+)  # fmt: skip
+def test_more_ranks_than_heads(ranks, policy, keep, chunk, shape):
+    """Half of the ranks trade tokens for heads, with one another keys are gathered."""
+    check(ranks(cases.flow_matching, "t2v", shape, policy, keep, chunk, ranks.size // 2))
 
 
+def test_heads_that_no_number_of_ranks_divides(ranks):
+    check(ranks(cases.flow_matching, "i2v", ODD, "none", "all", None, 1))
+
+
+def test_graded_steps_of_more_ranks_than_heads(ranks):
+    check(ranks(cases.graded, "t2v", ODD, 2, 1, ranks.size // 2))
+
+
+def test_rollouts_in_fp8_of_more_ranks_than_heads(ranks):
+    for cut, accelerated in ranks(cases.rollout, "fp8", 0.3, ranks.size // 2):
+        assert cut < 1e-3 < 5e-3 < accelerated
+
+
+@pytest.mark.parametrize("heads", [4, 1])
+def test_fakes(ranks, heads):
+    assert all(ranks(cases.fake_shapes, heads))
+
+
+@pytest.mark.parametrize("heads", [4, 1])
 @pytest.mark.parametrize("ranks", [2], indirect=True)
-def test_compiled_blocks(ranks):
-    assert max(ranks(cases.compiled)) < 1e-12
+def test_compiled_blocks(ranks, heads):
+    assert max(ranks(cases.compiled, heads)) < 1e-12
 
 
-def test_refusals(ranks):
-    size = ranks.size
-    assert set(ranks(cases.refusal, 3)) == {f"parallel.sequence: got {size}, want a divisor of the 3 heads"}
-    short = f"sequence: got 1 tokens for {size} ranks, want at least one each"
+def test_too_few_tokens_are_refused(ranks):
+    short = f"sequence: got 1 tokens for {ranks.size} ranks, want at least one each"
     assert set(ranks(cases.refusal, 4, (16, 1, 2, 2))) == {short}

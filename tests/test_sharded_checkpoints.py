@@ -69,6 +69,11 @@ def test_a_save_that_breaks_on_one_rank_leaves_nothing(ranks, tmp_path, backgrou
     assert ranks[3](cases.broken_save, tmp_path, False, background) == [("saved", ["made"])] * 3
 
 
+def test_ranks_wait_for_a_slow_disk_longer_than_the_time_out(ranks):
+    first, last = ranks[2](cases.slow_work, 2.0)
+    assert (first, last) == (["worked", "TrainingError: rank 1: full"], ["slept", "OSError: full"])
+
+
 def _cut(folder: Path) -> None:
     """Drop one piece."""
     path = folder / "shard-00001.safetensors"

@@ -73,6 +73,20 @@ def test_graded_steps(ranks, window, indices, resident):
     check(ranks, cases.graded, window, indices, resident)
 
 
+def test_an_image(ranks):
+    check(ranks, cases.image)
+
+
+def test_chains_that_persist_need_no_equal_index(ranks):
+    check(ranks, cases.chains)
+
+
+def test_single_precision(ranks):
+    for layout in layouts(ranks.size):
+        for loss, gradient in ranks(cases.single, *layout):
+            assert loss < 1e-6 and gradient < 1e-6
+
+
 def test_reward_training(ranks):
     check(ranks, cases.rewards)
 
@@ -191,6 +205,16 @@ def test_collectives_of_a_step(ranks, window, resident, last):
         if ranks.size == 4:
             want[add] = window * (units if last else 1) + 1
         assert found["backward"] == want
+
+
+@pytest.mark.parametrize("updates", [False, True])
+def test_resident_weights_are_a_copy_as_products_read_it(ranks, updates):
+    """In their compute dtype, with the same results. Where they are kept they stay at one place, so that what
+    was recorded once is replayed with the weights of every step; each of two sizes of a batch is recorded."""
+    for found in ranks(phase_cases.resident, updates, ranks.size // 2):
+        equal, recorded, dtypes, freed = found
+        assert equal and freed and dtypes == {torch.bfloat16}
+        assert recorded == [2, 2]
 
 
 @pytest.mark.parametrize("policy", ["none", "full", "attention", OFFLOAD, MIXED])

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers import SHAPE, tiny_config, write_data
+from helpers import SHAPE, move_data, tiny_config, write_data
 from test_data import LARGE, SMALL, read, same
 
 from prfl_engine.batch import collate
@@ -157,7 +157,7 @@ def test_another_sample_takes_the_place_of_a_broken_one(workers, tmp_path):
     assert all("latent-" in why for why in stream.broken.values())
     # From the middle, where it is known what is broken.
     again = MicroBatches(whole.reader, whole.paths, 1, 0, skip=2)
-    again.leave_out(stream.broken)
+    again.go_on(stream.left_out(), stream.planned)
     assert same([item.batch for item in accepted(again, 9, 12)], [item.batch for item in items[9:]])
 
 
@@ -175,6 +175,39 @@ def test_broken_headers_are_left_out_of_batches_of_one_shape(tmp_path):
     items = accepted(stream, 0, 8)
     assert {n for item in numbers(items) for n in item} == {0, 1, 3, 4, 6}
     assert all(len({one.shape for one in item.batch.latent}) == 1 for item in items)
+
+
+@pytest.mark.parametrize("change", ["repaired", "header lost", "moved", "other shape"])
+def test_a_stream_that_goes_on_is_the_one_that_began(change, tmp_path):
+    """Number 2 had no header when it began and 5 was found broken later. What has changed since moves no
+    sample: 2 stays out of the plan, and another one takes the place of 5."""
+    whole, stream = skipping(tmp_path)
+    want = numbers(accepted(stream, 0, 12))
+    left_out, folder = stream.left_out(), tmp_path
+    assert list(left_out) == [2, 5] and stream.planned[2] is None
+    if change == "repaired":
+        for i in (2, 5):
+            np.save(tmp_path / f"latent-{i}.npy", np.load(tmp_path / "latent-0.npy"))
+    elif change == "header lost":
+        (tmp_path / "latent-5.npy").write_bytes(b"")
+    elif change == "other shape":
+        np.save(tmp_path / "latent-5.npy", np.zeros((1, *SMALL), np.float32))
+    else:
+        folder = move_data(tmp_path, tmp_path.with_name("moved"))
+    paths = [folder / path.name for path in whole.paths]
+    again = MicroBatches(whole.reader, paths, 2, 0, skip=2)
+    again.go_on(left_out, stream.planned)
+    assert numbers(accepted(again, 5, 7)) == want[5:]
+    assert again.left_out() == left_out | ({5: again.broken[paths[5]]} if change == "header lost" else {})
+    with pytest.raises(UserError, match="data.train: got 6 samples, want those that the checkpoint was made"):
+        MicroBatches(whole.reader, [paths[i] for i in (0, 1, 3, 4, 5, 6)], 2, 0, skip=2).go_on({}, [()] * 7)
+
+
+def test_a_latent_of_another_shape_than_its_header_had_is_broken(tmp_path):
+    stream = streams(tmp_path, 2, 4)()
+    np.save(stream.paths[1].parent / "latent-1.npy", np.zeros((1, *SMALL), np.float32))
+    with pytest.raises(UserError, match=r"1.json: latent is \[1, 16, .*\], want .* as when the run began"):
+        accepted(stream, 0, 2)
 
 
 def test_one_broken_sample_more_than_allowed_is_named(tmp_path):

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_kernels import dispatch, extension
 from prfl_kernels.jit import REGISTERED
-from prfl_kernels.sublayers import self_attention as attention_sublayer
+from prfl_kernels.sublayers import heads
 from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
 from prfl_kernels.sublayers.products import AttentionWeights, LowRank
 from prfl_kernels.sublayers.self_attention import modulated_attention
@@ -137,7 +137,7 @@ def test_attention_of_an_earlier_call_serves_with_updates_and_chunks(monkeypatch
     earlier = modulated_attention(
         *inputs[:4], AttentionWeights(*inputs[4:14]), GRID, HEADS, keep="attention", low=low, chunk=7
     ).attention
-    monkeypatch.setattr(attention_sublayer, "attend", None)
+    monkeypatch.setattr(heads, "attend", None)
     again = operation("attention", names, "attention", 7, attention=tuple(a.detach() for a in earlier))
     for a, b in zip(sum(outputs_and_gradients(again, inputs), []), sum(want, []), strict=True):
         assert error(a, b) < 1e-12

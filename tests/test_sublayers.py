@@ -18,6 +18,7 @@ from rounding import longest_sum, rounding
 from torch.library import opcheck
 
 from prfl_kernels.sublayers import ffn as ffn_sublayer
+from prfl_kernels.sublayers import heads
 from prfl_kernels.sublayers import self_attention as attention_sublayer
 from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
 from prfl_kernels.sublayers.products import AttentionWeights
@@ -148,7 +149,7 @@ def test_attention_of_an_earlier_call_is_taken_as_it_is(next_norm, monkeypatch):
     x.requires_grad_()
     earlier = modulated_attention(x, shift, scale, gate, weights, keep="attention", **how).attention
     assert [a.shape for a in earlier] == [(2, LENGTH, HEADS, 16), (2, HEADS, LENGTH)]
-    monkeypatch.setattr(attention_sublayer, "attend", None)
+    monkeypatch.setattr(heads, "attend", None)
 
     def again(x, shift, scale, gate, *rest):
         w, how["norm"] = AttentionWeights(*rest[:10]), rest[10:] or None
@@ -295,7 +296,8 @@ def test_registration_of_the_attention_sublayer(keep, next_norm, chunk, low):
     inputs = [a.requires_grad_() for a in attention_inputs(1, F32, next_norm=next_norm)]
     inputs += [] if next_norm else [None, None]
     inputs += updates([(WIDTH, WIDTH)] * 4) if low else [None] * 8
-    settings = [None, None, list(GRID), HEADS, 1e-6, 0, BF16, [1.0, 0.5, 2.0, 3.0], chunk, [], "", keep]
+    settings = [None, None, list(GRID), HEADS, 1e-6, 0, BF16, [1.0, 0.5, 2.0, 3.0], chunk]
+    settings += [[], "", [], "", keep]
     opcheck(torch.ops.prfl.modulated_attention.default, (*inputs, *settings))
 
 

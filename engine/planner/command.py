@@ -55,8 +55,6 @@ def of_subject(
 ) -> Prediction:
     """The prediction for what has been found."""
     shards = layout(config, gpu, count)
-    heads, p = subject.setup.config.num_heads, shards.sequence
-    check(heads % p == 0, "parallel.sequence", p, f"a divisor of the {heads} heads")
     subject = replace(subject, config=config)
     setup, limit = subject.setup, 1e9 * options.budget if options.budget else gpu.memory
     made = memory(config, setup, gpu, shards)

@@ -8,13 +8,17 @@ from dataclasses import replace
 
 from prfl_engine.config import Config
 from prfl_engine.config_method import scales
-from prfl_engine.errors import check
+from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import Precision, WanConfig, WanTransformer
+from prfl_engine.planner.dry_run import rollout_bytes
 from prfl_engine.planner.plan import Plan, plan
+from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, RewardSetup, Setup, Validation
+from prfl_engine.planner.sharded import Gathered, Shards, gathered_bytes
+from prfl_engine.planner.standing import models_of
 
 
 def fit_memory(
@@ -23,11 +27,13 @@ def fit_memory(
     reward: RewardModel | None,
     shapes: Sequence[tuple[int, ...]],
     held_out: Sequence[tuple[int, ...]] = (),
+    shards: Shards = Shards(),  # noqa: B008 - never changed
 ) -> Plan:
     """The plan for model.recompute = auto:GB.
 
     shapes [16, T, H, W] are those of the latents of training; held_out are those that a validation samples,
-    in their order (none: no validation). UserError where nothing fits, or the validation does not.
+    in their order (none: no validation); shards: how processes share the work. UserError where nothing fits,
+    or the validation does not.
     """
     rewarding = None
     if reward is not None:
@@ -39,8 +45,29 @@ def fit_memory(
         )  # fmt: skip
     on_cpu = next(model.parameters()).device.type == "cpu"
     setup = setup_of(config, model.config, model.precision, rewarding, shapes, held_out, on_cpu)
-    host = float("inf") if config.model.host is None else 1e9 * config.model.host
-    return plan(setup, config.model.budget, host, config.model.costs)
+    return planned(config, setup, shards)
+
+
+def planned(
+    config: Config, setup: Setup, shards: Shards, rates: Rates = Rates()  # noqa: B008 - never changed
+) -> Plan:
+    """The same from what a step takes. The whole blocks that FSDP2 gathers count in every pass, at their
+    most, and resident weights in a rollout."""
+    m, gathered = config.model, Gathered()
+    if shards.many:
+        gathered = gathered_bytes(models_of(setup, shards.shards), shards, setup.compute_dtype)
+    if gathered.resident:
+        needed = rollout_bytes(setup) + gathered.resident
+        if needed > m.budget:
+            raise UserError(
+                f"model.recompute: got {m.recompute}, want at least auto:{-(-needed // 10**6) / 1e3:g}, or"
+                " parallel.resident=false: a rollout with resident weights needs that much in addition to"
+                " weights, gradients and optimizer states"
+            )
+    host = float("inf") if m.host is None else 1e9 * m.host
+    stays = gathered.resident if config.rollout.cuda_graph else 0
+    setup = replace(setup, pool=setup.pool + gathered.most + stays)
+    return plan(setup, m.budget, host, m.costs, rates)
 
 
 def check_pooling(pool: str, layers: int | Sequence[int]) -> None:

@@ -3,6 +3,7 @@ steps to make."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,14 +92,18 @@ _FORMS = {
 class _OneOf(exchange.SequenceGroup):
     """The first of `size` ranks of which no other exists."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, heads: int):
         self.name, self.size, self.rank = "dry run", size, 0
         exchange._GROUPS[self.name] = None
+        self._split(heads)
+
+    def _parts(self) -> tuple[str, str]:
+        return self.name, self.name
 
 
 def cut(model: nn.Module, ranks: int) -> nn.Module:
     """The model with its sequences cut over so many ranks, of which it is the first. Returns it."""
-    return model if ranks == 1 else cut_modules(model, _OneOf(ranks))
+    return model if ranks == 1 else cut_modules(model, partial(_OneOf, ranks))
 
 
 COLLECTIVES = "all_to_all_single", exchange.GATHER, exchange.REDUCE

@@ -143,7 +143,7 @@ class Plan:
     table: tuple[Choice, ...]  # one kind for all blocks, for comparison
     source: str
     validation: int = 0  # most bytes of a validation, in addition to the same
-    pool: int = 0  # bytes of chains that persist and of their prompts, in both of them
+    pool: int = 0  # bytes of chains that persist, their prompts, and gathered blocks, in both of them
 
     @property
     def policies(self) -> list[BlockPolicy]:
@@ -162,7 +162,7 @@ class Plan:
         for c in (Choice("chosen", self.bytes, self.host, self.seconds), *self.table):
             sizes = f"{c.bytes / 1e9:9.3f} GB{c.host / 1e9:9.3f} GB on the host"
             lines.append(f"{c.name:32}{sizes}{c.seconds:10.4f} s")
-        for what, size in (("validation", self.validation), ("of both, chains that persist", self.pool)):
+        for what, size in (("validation", self.validation), ("of both, there in every pass", self.pool)):
             if size:
                 lines.append(f"{what:32}{size / 1e9:9.3f} GB")
         return "\n".join(lines)

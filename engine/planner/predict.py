@@ -23,8 +23,9 @@ from prfl_engine.planner.dry_run import (
     rollout_bytes,
     validation_bytes,
 )
+from prfl_engine.planner.fit_memory import planned
 from prfl_engine.planner.machine import CONTEXT, Machine
-from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks, plan
+from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup
 from prfl_engine.planner.sharded import Gathered, Shards, gathered_bytes
@@ -94,7 +95,9 @@ def memory(
 ) -> Memory:
     """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known.
     UserError where auto:GB fits nothing."""
-    made, kinds, reward = _kinds(config, setup, gpu) if kind is None else (None, [kind] * setup.count, kind)
+    made, kinds, reward = None, [kind] * setup.count, kind
+    if kind is None:
+        made, kinds, reward = _kinds(config, setup, gpu, shards)
     models, c = models_of(setup, shards.shards), config
     stands = _standing(c, setup, models, gpu, shards)
     gradients = _entries(
@@ -121,12 +124,16 @@ def _entries(found: Sequence[tuple[str, int, str, str]]) -> tuple[Entry, ...]:
     return tuple(Entry(*entry) for entry in found if entry[1])
 
 
-def _kinds(config: Config, setup: Setup, gpu: Machine | None) -> tuple[Plan | None, list[Kind], Kind]:
+def _kinds(
+    config: Config, setup: Setup, gpu: Machine | None, shards: Shards
+) -> tuple[Plan | None, list[Kind], Kind]:
     rates = Rates() if gpu is None else gpu.rates
     if config.model.budget is not None:
-        host = float("inf") if config.model.host is None else 1e9 * config.model.host
-        made = plan(setup, config.model.budget, host, config.model.costs, rates)
-        return made, list(made.blocks), made.reward
+        made = planned(config, setup, shards, rates)
+        own = {kind.name: kind for kind in (*made.blocks, made.reward)}
+        if shards.many:  # without the gathered blocks, which the plan has counted
+            own = {name: make_kind(name, kind.policy, setup, rates) for name, kind in own.items()}
+        return made, [own[kind.name] for kind in made.blocks], own[made.reward.name]
     mode = config.model.recompute if isinstance(config.model.recompute, str) else "as configured"
     kind = make_kind(mode, of_config(config.model), setup, rates)
     return None, [kind] * setup.count, kind
@@ -149,6 +156,7 @@ def _standing(
     ema = sum(p.bytes(4) for p in models.trained) if c.train.ema > 0 else 0
     slots = update_bytes(models, c.optim, shards.many).slots
     graph = rollout_bytes(setup) if c.rollout.cuda_graph and setup.reward_blocks else 0
+    stays = gathered_bytes(models, shards, setup.compute_dtype).resident if graph else 0
     of_shapes = "shapes of the parameters"
     found = [
         ("weights", sum(p.bytes() for p in whole) - idle_bytes(setup, models)[0], COUNTED, of_shapes),
@@ -160,6 +168,7 @@ def _standing(
         ("averaged weights", ema, COUNTED, "float32"),
         ("e4m3 weights", fp8_bytes(models) if c.rollout.precision == "fp8" else 0, COUNTED, of_shapes),
         ("CUDA graph", graph, ESTIMATED, "as many bytes as a rollout needs stay reserved"),
+        ("resident weights", stays, COUNTED, "all weights, which a graph needs at one place"),
     ]
     if gpu is not None:
         every = [*models.generator, *models.reward]
@@ -204,7 +213,7 @@ def _step(
     arriving = 0  # the update of a gradient that a block's backward has made, when that is over
     if c.optim.in_backward:
         arriving = update_bytes(models, c.optim, shards.many).temporaries
-    gathered = gathered_bytes(models, shards)
+    gathered = gathered_bytes(models, shards, setup.compute_dtype)
 
     def own(phase: str, peak: Peak, around: bool = False, scored: bool = False) -> tuple[Entry, ...]:
         start = 0 if around else reward.numbers[phase].start
@@ -247,15 +256,17 @@ def _step(
 def _rollout(setup: Setup, gathered: Gathered) -> tuple[Entry, ...]:
     most, cache = rollout_bytes(setup), accelerated_bytes(setup)
     states, buffers = min(longest(setup), most), max(gathered.forward, gathered.begin)
-    if gathered.resident:  # which are gathered one after another, before the rollout
-        buffers = gathered.begin - gathered.forward
+    left = most - states - cache - setup.pool
+    if gathered.resident:  # before the rollout, from one whole block and the buffer of its gather at a time
+        buffers = max(0, 2 * (gathered.begin - gathered.forward) - left)
+    resident = 0 if setup.rollout.cuda_graph else gathered.resident
     return _entries((
         ("sampler states", states, COUNTED, "states of the chain"),
         ("step cache, first tokens", cache, COUNTED, "residual, modulated input, tokens"),
         ("chains that persist", setup.pool, COUNTED, "states and prompts of the pool"),
-        ("temporaries", most - states - cache - setup.pool, COUNTED, "dry run of the rollout's forwards"),
+        ("temporaries", left, COUNTED, "dry run of the rollout's forwards"),
         ("gathered blocks", buffers, PREDICTED, BUFFERS),
-        ("resident weights", gathered.resident, COUNTED, "all weights gathered for a rollout"),
+        ("resident weights", resident, COUNTED, "all weights gathered for a rollout"),
     ))  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.meta import meta_tensors, traffic
 from prfl_engine.planner.plan import Kind
 from prfl_engine.planner.setup import Setup
-from prfl_engine.planner.standing import Models, Parameter
+from prfl_engine.planner.standing import Models, Parameter, rounded
 
 
 class Shards(NamedTuple):
@@ -66,7 +66,12 @@ class Gathered(NamedTuple):
     reduced: int = 0  # the gradients of the block before in a backward, in the buffer of their reduce-scatter
     begin: int = 0
     reward: int = 0
-    resident: int = 0  # all weights of the generator
+    resident: int = 0  # all weights of the generator, as products read them
+
+    @property
+    def most(self) -> int:
+        """Of any pass but a rollout with resident weights, at the most."""
+        return max(self.backward + self.reduced, self.begin, self.reward)
 
     def graded(self, temporaries: int, saved: int) -> int:
         """Most in a pass with gradient in addition to the peak of its last block, with so many bytes of
@@ -77,10 +82,11 @@ class Gathered(NamedTuple):
 GRADED = 0.7  # of a block's gradients are there when its self-attention, the last, computes its own
 
 
-def gathered_bytes(models: Models, shards: Shards) -> Gathered:
+def gathered_bytes(models: Models, shards: Shards, compute: torch.dtype | None = None) -> Gathered:
     """By the order in which FSDP2 gathers, frees and reduces. The whole weights of a block are there and the
     buffer of their gather, for a moment the buffer of the next block too; in a backward the buffer of the
-    next, the gradients so far, and the reduce-scatter of the last. Resident weights stay for a rollout."""
+    next, the gradients so far, and the reduce-scatter of the last. Resident weights stay for a rollout, in
+    `compute`, the dtype of products (None: that of weights)."""
     if not shards.many:
         return Gathered()
     own = units_of(models.generator, shards.shards)
@@ -93,12 +99,22 @@ def gathered_bytes(models: Models, shards: Shards) -> Gathered:
         theirs = units_of(models.reward, shards.shards)
         scored = 3 * theirs["block"].padded + theirs["root"].padded
         scored = max(scored, 2 * theirs["pool"].padded + theirs["mlp"].padded)
-    count = next(p.count for p in blocks)
     return Gathered(
         root + 2 * block, root + 2 * block + round(GRADED * share * block),
         round(share * block * wider(models.trained, shards)),
-        root + 3 * block, scored, (root + count * block) if shards.resident else 0,
+        root + 3 * block, scored, _resident(models.generator, compute) if shards.resident else 0,
     )  # fmt: skip
+
+
+def _resident(parameters: Sequence[Parameter], compute: torch.dtype | None) -> int:
+    """Bytes of whole weights in the dtypes of rollout.resident."""
+    total = 0
+    for p in parameters:
+        size, matrix = p.dtype.itemsize, len(p.shape) == 2 and p.name.endswith(".weight")
+        if compute and matrix and p.name.startswith(("blocks.", "text_embedding.", "img_emb.")):
+            size = min(size, compute.itemsize)
+        total += p.count * rounded(math.prod(p.shape) * size)
+    return total
 
 
 def wider(trained: Sequence[Parameter], shards: Shards) -> float:

@@ -120,8 +120,11 @@ def times(
     resident = shards.resident
     if graded:
         # Groups wait for the longest rollout, in it or, with resident weights, after their own.
-        padded = c.rollout.mode == "fresh" and not c.rollout.one_index
-        count = rollout_forwards(setup, readers, padded) * samples
+        alike = readers if c.rollout.one_index == "turn" else c.rollout.one_index
+        others = math.ceil(readers / (alike or 1))
+        paired = resident and samples % 2 == 0 and not alike
+        padded = c.rollout.mode == "fresh" and not paired
+        count = rollout_forwards(setup, others, padded) * samples
         useful = rollout_forwards(setup) * samples
         share = useful / count if count else 0.0
         gather = links.forward / (count if resident and count else samples)

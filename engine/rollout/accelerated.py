@@ -62,6 +62,7 @@ class Rollout:
         together: the ranks that share a sharded model; guidance: of the steps."""
         self.guidance = guidance
         self.model, self.config, self.schedule, self.together = model, config, schedule, together
+        self.runs = model if together is None else together.model
         self.fp8 = Fp8Blocks(model) if config.precision == "fp8" else None
         self.version: Hashable = None  # of the weights, see Fp8Blocks.follow
         self.accelerated = True  # False: plain until a probe passes
@@ -91,7 +92,7 @@ class Rollout:
         return self.guidance.velocity(bound, batch, context)
 
     def _bound(self, accelerated: bool, batch: Batch, context: Tensor) -> chain.Velocity:
-        model, run_blocks, cache = self.model, self.blocks[accelerated], None
+        model, run_blocks, cache = self.runs, self.blocks[accelerated], None
         if accelerated and self.config.cache > 0:
             last = self.schedule.timesteps[-1].item()
             cache = StepCache(self.config.cache, last, model.sequence, self.together)
@@ -109,7 +110,7 @@ class Rollout:
 
     def _captured(self, run_blocks: RunBlocks, record: Callable) -> RunBlocks:
         """run_blocks on all blocks of the model, recorded and replayed."""
-        blocks, parameters = self.model.blocks, list(self.model.blocks.parameters())
+        blocks, parameters = self.runs.blocks, list(self.runs.blocks.parameters())
 
         def call(tokens: Tensor, e_B6C: Tensor, context: Tensor, key: tuple[int, Grid]) -> Tensor:
             return run_blocks(blocks, tokens, e_B6C, context, *key)
@@ -125,10 +126,12 @@ class Rollout:
         from those of the plain one; arguments as in `chain.rollout`."""
         batch = batch if self.guidance is None else self.guidance.both(batch)
         context = self.model.embed_context(batch.text, batch.clip)
-        fast, plain = (
-            chain.rollout(self._velocity(batch, context, how), self.schedule, noise, index).x
-            for how in (True, False)
-        )
+        made = []
+        for how in (True, False):
+            way = chain.Chain(self._velocity(batch, context, how), self.schedule, noise, None, self.together)
+            way.advance_to(index, index)
+            made.append(way.at(index, torch.arange(len(index))).x)
+        fast, plain = made
         drift = (fast - plain).norm() / plain.norm()
         return drift if self.together is None else self.together.largest(drift)
 

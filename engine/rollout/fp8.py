@@ -26,7 +26,7 @@ from prfl_engine.model.layers import Block, Linear
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.shards import unsharded
 from prfl_kernels.attention.fp8 import HEAD_DIMS, attention_fp8, quantize_values
-from prfl_kernels.exchange import Cut, to_heads, to_tokens
+from prfl_kernels.exchange import Cut, all_keys, to_heads, to_tokens
 from prfl_kernels.fp8.linear import MULTIPLE, fp8_linear
 from prfl_kernels.fp8.quantize import quantize_fp8
 from prfl_kernels.linear import linear
@@ -103,16 +103,23 @@ class Fp8Block:
             q8, k8 = (a.view(q8.dtype) for a in _to_heads([q8.view(torch.uint8), k8.view(torch.uint8)], cut))
             scales = [a.squeeze(3) for a in _to_heads([a[..., None] for a in scales], cut)]
             (v,) = _to_heads([v], cut)
+            if cut.far:
+                k8, scales[1], v = (_all_keys(a, cut) for a in (k8.view(torch.uint8), scales[1], v))
+                k8 = k8.view(q8.dtype)
         values = quantize_values(v)
         del q, k, v, n
         out, _ = attention_fp8(q8, scales[0], k8, scales[1], *values)
         if cut is not None:
-            (out,) = to_tokens([out], cut.parts, cut.group)
+            (out,) = to_tokens([out], cut.near, cut.near_group)
         return self.o(*quantize_fp8(out.flatten(2)))
 
 
 def _to_heads(tensors: Sequence[Tensor], cut: Cut) -> list[Tensor]:
-    return [a.contiguous() for a in to_heads(tensors, cut.parts, cut.group)]
+    return [a.contiguous() for a in to_heads(tensors, cut.near, cut.near_group)]
+
+
+def _all_keys(a: Tensor, cut: Cut) -> Tensor:
+    return all_keys([a], cut.far, cut.far_group)[0].contiguous()
 
 
 def check_widths(dim: int, ffn_dim: int, num_heads: int) -> None:

@@ -17,7 +17,9 @@ from prfl_engine.objectives import (
     stratified_indices,
 )
 from prfl_engine.rollout.drift import DriftMeter
-from prfl_engine.seeds import Purpose, each, noise_like
+from prfl_engine.seeds import Purpose, each, noise_like, seeded
+
+LAST = float(np.nextafter(1, 0))  # of the numbers that a generator of numpy draws from [0, 1)
 
 
 class Fresh:
@@ -27,8 +29,10 @@ class Fresh:
         self, grader: Grader, config: Config, meter: DriftMeter | None = None, readers: int = 1
     ):
         """readers: the groups of processes that have samples of their own."""
-        self.grader, self.config, self.meter, self.readers = grader, config, meter, readers
+        self.grader, self.config, self.meter = grader, config, meter
         self.range = index_range(config.rollout)
+        alike = config.rollout.one_index
+        self.together = readers if alike == "turn" else alike  # micro-batches that have the same graded steps
 
     def windows(self, batch: Batch, key: int) -> Iterator[tuple[GradedWindow, dict[str, Tensor]]]:
         """The rollout.samples windows of micro-batch `key`, each with metrics to add up. Backpropagate a
@@ -48,13 +52,25 @@ class Fresh:
             extra = {}  # once for every micro-batch
 
     def indices(self, key: int, n: int) -> Tensor:
-        """Graded steps [rollout.samples, n] of the n samples of micro-batch `key`, int64 on the CPU: by the
-        seed and the sample, or with rollout.one_index by the seed and the optimizer step, or turn in it."""
+        """Graded steps [rollout.samples, n] of the n samples of micro-batch `key`, int64 on the CPU, each
+        uniform over the range: by the seed and the sample, or with rollout.one_index by the seed and the
+        optimizer step."""
         c = self.config
-        first, count = key * c.data.batch_size, n
-        if c.rollout.one_index:
-            together = self.readers if c.rollout.one_index == "turn" else c.train.accumulate
-            first, count = key // together, 1
-        drawn = each(Purpose.ROLLOUT_INDEX, c.train.seed, first, count)
-        uniform = np.stack([rng.random(c.rollout.samples) for rng in drawn], 1)
+        step, micro = divmod(key, c.train.accumulate)
+        if self.together:
+            uniform = self._spread(step)[:, [micro // self.together]]
+        else:
+            drawn = each(Purpose.ROLLOUT_INDEX, c.train.seed, key * c.data.batch_size, n)
+            uniform = np.stack([rng.random(c.rollout.samples) for rng in drawn], 1)
+            pairs = n // 2 * 2
+            uniform[:, 1:pairs:2] = LAST - uniform[:, 0:pairs:2]
         return stratified_indices(*self.range, torch.from_numpy(uniform)).expand(-1, n)
+
+    def _spread(self, step: int) -> np.ndarray:
+        """Places [rollout.samples, n] in [0, 1) of the n parts of an optimizer step that have graded steps of
+        their own. Those of a row lie in n equal strata, dealt out at random: each is uniform."""
+        c = self.config
+        parts = c.train.accumulate // self.together
+        rng = seeded(Purpose.ROLLOUT_INDEX, c.train.seed, step)
+        strata = rng.permuted(np.tile(np.arange(parts), (c.rollout.samples, 1)), axis=1)
+        return np.minimum((strata + rng.random(strata.shape)) / parts, LAST)

@@ -68,7 +68,7 @@ class Persistent:
         settings["chain.guidance"] = list(scales(config.chain.guidance))
         settings |= {"rollout.range": list(steps), "rollout.pool": config.pool, "chain.window": grader.window}
         settings |= {"processes with samples of their own": world.readers}
-        name = FILE if world.readers == 1 else f"pool-{world.reader}.safetensors"
+        name = pool_name(world.readers, world.reader)
         self.pool = Pool(slots, device, r.pool_place == "host", settings, world.most, name)
         self._recent: dict[int, list[Callable[[], bool]]] = {}  # of the last optimizer steps, see `lost`
 
@@ -177,9 +177,22 @@ class Persistent:
         self.pool.save(folder, self.world.rank % self.world.sequence == 0)
 
     def load(self, folder: Path) -> None:
-        """Read the pool of a checkpoint; UserError where it does not fit. Every chain has to be where the
-        last draw of its slot left it."""
-        self.pool.load(folder)
+        """Read the pool of a checkpoint. UserError where it does not fit, or some ranks have none or that of
+        another checkpoint: pools change together. Every chain has to be where the last draw of its slot left
+        it."""
+        with self.world.agreed():
+            there = self._read(folder)
+        births = {s: c.numbers.birth for s, c in enumerate(self.pool.chains) if c is not None}
+        found = self.world.all(repr((there, self.pool.counts, births)))
+        for rank, theirs in enumerate(found):
+            if theirs != found[0]:
+                path = folder / pool_name(self.world.readers, rank // self.world.sequence)
+                raise UserError(f"{path}: does not go with the pool of rank 0, want one checkpoint's")
+        if not (folder / self.pool.name).exists():
+            note(f"{folder} holds no pool of chains: all chains start anew")
+
+    def _read(self, folder: Path) -> bool:
+        there = self.pool.load(folder)
         drawn, path = self.pool.counts.drawn, folder / self.pool.name
         last = (self.turns[k] for k in range(max(0, drawn - 2 * self.turns.pool), drawn))
         left = {turn.slot: (turn.lap, turn.index + 1) for turn in last}
@@ -187,12 +200,18 @@ class Persistent:
             if chain is not None and (at := (chain.numbers.lap, chain.numbers.index)) != left.get(slot):
                 at = f"got the chain of slot {slot} in lap {at[0]} before step {at[1]}"
                 raise UserError(f"{path}: {at}, want it where the last of {drawn} draws left it")
+        return there
 
     def lost(self, step: int) -> bool:
         """Whether a chain that was graded in optimizer step `step` (the last one or the one before) is not
         finite. Only chains with a history count: what the present weights have made from noise by themselves
         is no fault of the pool."""
         return bool(self.world.most(not all(finite() for finite in self._recent.get(step, []))))
+
+
+def pool_name(readers: int, reader: int) -> str:
+    """The file of the pool of one of so many groups."""
+    return FILE if readers == 1 else f"pool-{reader}.safetensors"
 
 
 class Births:

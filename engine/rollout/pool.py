@@ -162,13 +162,12 @@ class Pool:
         said = {"settings": self.settings, "counts": asdict(self.counts), "chains": numbers}
         save_file(tensors, folder / self.name, {"pool": json.dumps(said)})
 
-    def load(self, folder: Path) -> None:
-        """Read the pool of a checkpoint. One without a pool, or with one that was made under other settings,
-        leaves this pool empty, and a line says so. UserError for a file that is not as it was written."""
+    def load(self, folder: Path) -> bool:
+        """Read the pool of a checkpoint; whether there was one. One that is not there, or was made under
+        other settings, leaves this pool empty. UserError for a file that is not as it was written."""
         path = folder / self.name
         if not path.exists():
-            note(f"{folder} holds no pool of chains: all chains start anew")
-            return
+            return False
         with open_tensors(path) as file:
             said = (file.metadata() or {}).get("pool")
         try:
@@ -185,13 +184,14 @@ class Pool:
         for name, now in self.settings.items():
             if settings.get(name) != now:
                 note(f"{path}: made with {name} {settings.get(name)!r}, now {now!r}: all chains start anew")
-                return
+                return False
         tensors = read_tensors(path)
         self.counts = counts
         for slot, known in numbers.items():
             self._read(path, slot, known, tensors)
         if tensors:
             raise UserError(f"{path}: got {next(iter(tensors))!r}, want the tensors of the chains it lists")
+        return True
 
     def _read(self, path: Path, slot: int, numbers: Numbers, tensors: dict[str, Tensor]) -> None:
         """Move the chain of a slot from `tensors` into the pool."""

@@ -106,7 +106,11 @@ def _cut(op: str, settings, length: int) -> None:
         raise ValueError(f"{op}: got {got}, want parts of a SequenceGroup, or no parts and no group")
     if heads % len(parts):
         raise ValueError(f"{op}: got {heads} heads for {len(parts)} ranks, want a multiple")
-    if sum(parts) != tokens or length not in parts:
+    whole = sum(settings.far) if settings.far else sum(parts)
+    if settings.far and (sum(parts) not in settings.far or not is_group(settings.far_group)):
+        got = f"parts {list(parts)} beside {list(settings.far)} of group {settings.far_group!r}"
+        raise ValueError(f"{op}: got {got}, want the parts of one of a SequenceGroup's neighbourhoods")
+    if whole != tokens or length not in parts:
         got = f"parts {list(parts)} and {length} tokens here"
         raise ValueError(f"{op}: got {got}, want the {tokens} of the grid, cut as x is")
 

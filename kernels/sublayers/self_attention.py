@@ -26,24 +26,27 @@ gradient of x' where there is an n', and q and k before the norm where they are 
 
 With a `cut` (prfl_kernels.exchange) x holds the tokens of this rank alone, and attention runs on all tokens
 of H / P heads: q, k and v are exchanged before it and its output after it, and so are their gradients. What
-only attention's backward reads stays as exchanged: q and k rotated, v and the log-sum-exp.
+only attention's backward reads stays as exchanged: q and k rotated, v and the log-sum-exp. Where P does not
+divide the heads, queries are those of a neighbourhood of ranks. Keys and values are exchanged like them, and
+those of all tokens are gathered for attention and again for its backward.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prfl_kernels.attention.op import attend, attend_backward
+from prfl_kernels.attention.op import attend_backward
 from prfl_kernels.dispatch import record
-from prfl_kernels.exchange import Cut, to_heads, to_tokens
+from prfl_kernels.exchange import Cut, own_keys, to_heads, to_tokens
 from prfl_kernels.jit import wide
 from prfl_kernels.norm import op as add_norm
 from prfl_kernels.qk_norm_rope import op as qk_norm_rope
 from prfl_kernels.qk_norm_rope.rope import Grid
 from prfl_kernels.sublayers import checks
 from prfl_kernels.sublayers.chunks import numbers, pieces, together
+from prfl_kernels.sublayers.heads import attended, exchanged, keys
 from prfl_kernels.sublayers.operation import Operation, Shape, tensors
 from prfl_kernels.sublayers.products import (
     AttentionWeights,
@@ -87,12 +90,14 @@ class Settings(NamedTuple):
     chunk: int | None
     parts: tuple[int, ...]  # tokens of every rank of the group, () if all tokens are here
     group: str
+    far: tuple[int, ...]  # tokens of every such group whose keys are gathered, () if there is only one
+    far_group: str
 
 
 # x' and n'; statistics [2, B, L] of x' and of x; then what is saved if asked for: attention's output
 # [B, L, H, D] and log-sum-exp [B, H, L], q and k before their norm and v [B, L, C], q and k rotated
 # [B, L, H, D] and their 1/rms [2, B, L], n [B, L, C]. Of a cut sequence log-sum-exp, rotated q and k, and v
-# are those of all tokens and H / P heads: [B, H / P, L], [B, L, H / P, D].
+# are those of all tokens of `parts` and H / P heads: [B, H / P, L], [B, L, H / P, D].
 KEPT = {
     "attention": ("out", "lse"), "projections": ("q_in", "k_in", "v"), "rotated": ("q", "k", "rstd"),
     "normed": ("n",),
@@ -133,28 +138,6 @@ def _rotated(q, k, inputs: Inputs, settings: Settings, first: int):
         settings.num_heads, settings.eps, settings.offset + first,
     )  # fmt: skip
     return q, k, rstd
-
-
-def _heads(v, settings: Settings):
-    """v [B, L, C], or as exchanged, by heads."""
-    return v.unflatten(2, (settings.num_heads, -1)) if v.dim() == 3 else v
-
-
-def _exchanged(have: dict[str, Tensor], names: Iterable[str], settings: Settings) -> dict[str, Tensor]:
-    """Those of q, k and v in `names` as attention reads them: all tokens of the heads of this rank."""
-    names = list(names)
-    if not settings.parts or not names:
-        return {}
-    made = to_heads([_heads(have[name], settings) for name in names], settings.parts, settings.group)
-    return dict(zip(names, made, strict=True))
-
-
-def _attention(have: dict[str, Tensor], settings: Settings) -> dict[str, Tensor]:
-    """Attention's output for the tokens here, and its log-sum-exp."""
-    out, lse = attend(have["q"], have["k"], _heads(have["v"], settings))
-    if settings.parts:
-        (out,) = to_tokens([out], settings.parts, settings.group)
-    return {"out": out, "lse": lse}
 
 
 def _ended(x, y, inputs: Inputs, settings: Settings):
@@ -198,8 +181,8 @@ def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor | No
     if inputs.given_out is None:
         needed = {*saved, "v", "q", "k", "rstd"}
         made = _made(inputs, settings, [name for name in _AXES if name in needed])
-        made |= _exchanged(made, "qkv", settings)
-        made |= _attention(made, settings)
+        made |= exchanged(made, "qkv", settings)
+        made |= attended(made, settings)
         out = made["out"]
     else:
         made, out = _made(inputs, settings, ["stats"]), inputs.given_out
@@ -255,9 +238,9 @@ def _backward(
     elif missing:
         missing += ["n"] if needs_n and not saved.n.numel() and single else []
         have |= _made(inputs, settings, missing)
-    have |= _exchanged(have, (name for name in "qkv" if not getattr(saved, name).numel()), settings)
+    have |= exchanged(have, (name for name in "qkv" if not getattr(saved, name).numel()), settings)
     if not saved.lse.numel():
-        have |= _attention(have, settings)
+        have |= attended(have, settings)
 
     last = GatedProduct(
         inputs.gate, inputs.o, inputs.o_bias, low[3], dtype, wants.o, wants.gate, wants.low_o
@@ -288,8 +271,10 @@ def _backward(
     q, k, v, out, lse = (have.pop(name) for name in ("q", "k", "v", "out", "lse"))
     if settings.parts:
         out, da = to_heads([out, da], settings.parts, settings.group)
-    dq, dk, dv = attend_backward(da, q, k, _heads(v, settings), out, lse)
+    dq, dk, dv = attend_backward(da, q, *keys(k, v, settings), out, lse)
     del da, q, k, v, out, lse
+    if settings.far:
+        dk, dv = own_keys([dk, dv], settings.far, settings.far_group)
     if settings.parts:
         dq, dk, dv = to_tokens([dq, dk, dv], settings.parts, settings.group)
     matrices = ready((inputs.q, inputs.k, inputs.v), dtype, found)
@@ -376,7 +361,7 @@ def modulated_attention(
     nothing else is saved, as with keep "attention". low holds low-rank updates of "q", "k", "v" and "o";
     chunk is the number of tokens (of all samples) to work on at a time, None for all. With cut, x holds the
     tokens cut.span of the sequence; every rank of the group must call. Raises ValueError for another `keep`,
-    or names in `low`, or a chunk below 1, or heads that the ranks do not divide.
+    or names in `low`, or a chunk below 1, or heads that the ranks of cut.near do not divide.
     """
     op, names = "modulated_attention", saved_names("modulated_attention", KEEP, keep)
     lows, factors = flattened(op, low, "qkvo")
@@ -388,9 +373,9 @@ def modulated_attention(
     # What dW and the gradients of A and B take n for.
     trained = any(a is not None and a.requires_grad for a in (*weights[:6], *lows[:6]))
     keeps["normed"] &= trained or not keeps["projections"]
-    parts, group = ((), "") if cut is None else (cut.parts, cut.group)
+    groups = ((), "") * 2 if cut is None else cut[3:]
     offset += 0 if cut is None else cut.span.start
-    settings = Settings(grid, num_heads, eps, offset, dtype or x.dtype, factors, chunk, parts, group)
+    settings = Settings(grid, num_heads, eps, offset, dtype or x.dtype, factors, chunk, *groups)
     made = _OPERATION.results._make(_OPERATION.call(*inputs, *settings, list(keeps.values())))
     if keeps["attention"]:
         attention = made.out, made.lse
