@@ -27,7 +27,7 @@ from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import flops, lora
 from prfl_engine.model.checkpoint import load_transformer, save_transformer
 from prfl_engine.model.reward import RewardModel
-from prfl_engine.model.wan import WanTransformer
+from prfl_engine.model.wan import WanTransformer, plain_blocks
 from prfl_engine.objectives import (
     Grader,
     bind,
@@ -211,7 +211,8 @@ def evaluate_policy(
         level = (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
         sigma = flow.shift_sigma(level, config.rollout.shift)
         noise = flow.rounded(noise, dtype)
-        samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, t=levels.timestep(sigma)))
+        t = levels.timestep(sigma)
+        samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, plain_blocks, t))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
         latent = chain.sample(bind(policy, batch), schedule, noise)
         samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
