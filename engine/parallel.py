@@ -180,7 +180,7 @@ class World:
         """Shard a model over the ranks and cut its sequences, as the configuration says; returns it."""
         if self.mesh is None:
             return model
-        if not isinstance(model.pool if isinstance(model, RewardModel) else model, FSDPModule):
+        if not isinstance(model.mlp if isinstance(model, RewardModel) else model, FSDPModule):
             shard(model, self.mesh, self.reduce_dtype)
         return model if self.group is None else cut_sequence(model, self.group, self.limit)
 

@@ -29,6 +29,7 @@ from prfl_engine.metrics import decimal
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import flops
 from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.wan import plain_blocks
 from prfl_engine.objectives import (
     Generator,
     Grader,
@@ -265,7 +266,8 @@ def evaluate_policy(
         level = low + (high - low) * (torch.arange(first, first + n) + 0.5) / len(paths)
         sigma = flow.shift_sigma(level, r.shift)
         noise = flow.rounded(noise, dtype)
-        samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, t=levels.timestep(sigma)))
+        t = levels.timestep(sigma)
+        samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, plain_blocks, t))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
         noise = start_of(r, schedule, batch.latent, noise)
         state = chain.rollout(chain_velocity(policy, batch, guidance), schedule, noise, torch.full((n,), end))

@@ -388,7 +388,8 @@ def checks(folder: Path, args: argparse.Namespace, reward: bool) -> Iterator[tup
             far = distances(official["bf16"], official["fp32"], before)
             limits = {name: FACTOR * d for name, d in far.items()}
         for name, d in found.items():
-            yield f"{what}, {precision}, {name}: {d:.1e} (limit {limits[name]:.1e})", d <= limits[name]
+            line = f"{what}, {precision}, {name}: {d:.1e} (limit {limits[name]:.2e})"
+            yield line, d <= limits[name]
 
 
 if __name__ == "__main__":

@@ -294,3 +294,16 @@ def test_the_official_cycle_of_groups_is_that_of_batches(run, tmp_path, replicat
     for a, b in zip(want, got, strict=True):
         for name in a:
             assert b[name] == pytest.approx(a[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("pool, sequence", [("mean", 2), ("max", 1)])
+def test_two_processes_pool_as_one(run, tmp_path, pool, sequence):
+    """Reward training with several layers and a pooling without weights, whose tokens may be cut."""
+    fields = {"pool": pool, "blocks": 2, "feature_layer": [1, 2]}
+    config = training_runs.reward_run(tmp_path, "ce", reward=fields, train={"steps": 2, "accumulate": 2})
+    cut = f"parallel.sequence={sequence}"
+    run(config, f"train.out={tmp_path}/two", "eval.every=2", cut, command="train-reward")
+    run(config, f"train.out={tmp_path}/one", "eval.every=2", command="train-reward", torchrun=False)
+    for a, b in zip(values(tmp_path / "one"), values(tmp_path / "two"), strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
