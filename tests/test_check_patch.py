@@ -18,11 +18,10 @@ class WanModel(Official):
             text_dim=text_dim, image_dim=1280,
         )
 
-    def forward(self, x, *a, **k):
-        return [u.reshape(16, *x.shape[2:]) for u in super().forward(list(x), *a, **k)]
+    def forward(self, x, t, context, seq_len, clip_fea=None, y=None):
+        made = super().forward(list(x), t, context, seq_len, clip_fea, y)
+        return [u.reshape(16, *x.shape[2:]) for u in made]
 """
-
-
 LATER = """
 import torch
 from patch_twins import Official

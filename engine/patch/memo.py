@@ -59,8 +59,8 @@ def ours(table: Tensor, head_dim: int, part: str) -> bool:
 
 
 def grid_of(table: Tensor, head_dim: int, part: int, grid: Grid | None) -> Grid | None:
-    """grid, if a table [L, D / 2] of the cosines (part 0) or sines (1) of its tokens, or [L, D] with each twice
-    in a row, is ours; else None."""
+    """grid, if a table [L, D / 2] of the cosines (part 0) or sines (1) of its tokens, or [L, D] with each
+    twice in a row, is ours; else None."""
     if grid is None or table.dim() != 2 or len(table) != math.prod(grid):
         return None
     if table.shape[1] not in (head_dim // 2, head_dim):
