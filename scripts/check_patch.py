@@ -7,11 +7,12 @@ is checked. Small models with random weights, text-to-video and image-to-video, 
 values and all gradients in float32, also under checkpointing of blocks, must be within 1e-5, and under
 bfloat16 autocast no further from float32 than the original by a fifth. Two things of a checkout are replaced
 in both runs, since they run on CUDA alone or round to 16 bits: its attention function by torch's in the dtype
-of its tensors, and torch.cuda.amp.autocast by the device's. Exit code 1 if a check fails.
+of its tensors, and its autocast of CUDA by the device's. Exit code 1 if a check fails.
 """
 
 import argparse
 import copy
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -44,8 +45,11 @@ def official(folder: Path, device: torch.device) -> type[nn.Module]:
     for name in ("flash_attention", "attention"):
         if hasattr(code, name):
             setattr(code, name, attend)
+    wide = types.SimpleNamespace(autocast=lambda *_, **__: torch.autocast(device.type, enabled=False))
     if hasattr(code, "amp"):
-        code.amp = types.SimpleNamespace(autocast=lambda **_: torch.autocast(device.type, enabled=False))
+        code.amp = wide
+    elif hasattr(code, "torch"):  # Wan2.2 says torch.amp
+        code.torch = types.SimpleNamespace(**vars(torch) | {"amp": wide})
     return getattr(code, LAYOUTS[file])
 
 
@@ -89,7 +93,10 @@ def velocity(model: nn.Module, x: Tensor, inputs: dict[str, Tensor | None]) -> T
         return model(x, t, text, clip, return_dict=False)[0]
     more = {} if condition is None else {"y": list(condition)}
     more |= {} if clip is None or not hasattr(model, "img_emb") else {"clip_fea": clip}
-    return torch.stack(list(model(x, t, list(text), x[0, 0].numel() // 4, **more)))
+    tokens = x[0, 0].numel() // 4
+    if "clip_fea" not in inspect.signature(type(model).forward).parameters:
+        t = t[:, None].expand(-1, tokens)  # Wan2.2 spreads the timestep of a single sample alone
+    return torch.stack(list(model(x, t, list(text), tokens, **more)))
 
 
 def outcome(model: nn.Module, inputs: dict) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ class LaterAttention(DistributedAttention):
     def forward(self, q, k, v, original_seq_len=None, freqs_cis=None):
         padding = q.shape[1] - original_seq_len
         q, k, v = (a[:, :original_seq_len] for a in (q, k, v))
-        y, _ = super().forward(turn(q, *freqs_cis), turn(k, *freqs_cis), v)
+        once = [a[:, ::2] for a in freqs_cis]
+        y, _ = super().forward(turn(q, *once), turn(k, *once), v)
         return F.pad(y, (0, 0, 0, 0, 0, padding)), None
 
 
@@ -172,13 +173,14 @@ class FastVideoTwin(nn.Module):
         self.proj_out = nn.Linear(dim, 64)
 
     def rotations(self, f, h, w):
-        """Cosines and sines [f h w, D / 2], made anew for every forward."""
+        """Cosines and sines [f h w, D / 2], made anew for every forward; in newer versions each twice."""
         whole = table(self.dim // self.heads)
         third = whole.shape[1] // 3
         frames, rows, columns = whole.split([whole.shape[1] - 2 * third, third, third], 1)
         shape = (f, h, w, -1)
         parts = frames[:f, None, None], rows[None, :h, None], columns[None, None, :w]
         turns = torch.cat([a.expand(shape) for a in parts], 3).flatten(0, 2)
+        turns = turns.repeat_interleave(2, 1) if self.later else turns
         return turns.real.float(), turns.imag.float()
 
     def forward(self, hidden_states, encoder_hidden_states, timestep, encoder_hidden_states_image=None):

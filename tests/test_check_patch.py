@@ -18,8 +18,26 @@ class WanModel(Official):
             text_dim=text_dim, image_dim=1280,
         )
 
-    def forward(self, x, *a, **k):
-        return [u.reshape(16, *x.shape[2:]) for u in super().forward(list(x), *a, **k)]
+    def forward(self, x, t, context, seq_len, clip_fea=None, y=None):
+        made = super().forward(list(x), t, context, seq_len, clip_fea, y)
+        return [u.reshape(16, *x.shape[2:]) for u in made]
+"""
+LATER = """
+import torch
+from patch_twins import Official
+
+class WanModel(Official):
+    def __init__(self, model_type, dim, ffn_dim, num_heads, num_layers, freq_dim, text_dim, in_dim, out_dim):
+        super().__init__(
+            dim=dim, heads=num_heads, ffn_dim=ffn_dim, layers=num_layers, text_dim=text_dim, tokenwise=True,
+        )
+
+    def forward(self, x, t, context, seq_len, y=None):
+        if t.dim() == 1:
+            t = t.expand(t.size(0), seq_len)
+        with torch.amp.autocast("cuda", dtype=torch.float32):
+            assert (self.head.weight @ self.head.weight.T).dtype == torch.float32
+        return [u.reshape(16, *x.shape[2:]) for u in super().forward(list(x), t, context, seq_len)]
 """
 
 
@@ -47,6 +65,14 @@ def test_a_line_for_each_check(script, checkout, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and all(line.startswith("pass  ") for line in lines)
     assert lines[0].startswith("pass  text-to-video, float32: result, gradients ")
+
+
+def test_a_checkout_of_wan22(script, checkout, capsys, monkeypatch):
+    """Its autocast is that of CUDA, and it spreads the timestep of a single sample alone over the tokens."""
+    (checkout / "wan/modules/model.py").write_text(LATER)
+    monkeypatch.setattr(twins, "flash_attention", twins.attend)
+    assert script.main([str(checkout)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
 
 
 def test_what_differs_fails(script, checkout, capsys, monkeypatch):

@@ -333,6 +333,13 @@ def test_fp8_runs_blocks_without_gradient():
         after = torch.cat([a.flatten() for a in model(**arguments)])
     assert 1e-3 < relative(fast, plain) < 0.1
     assert relative(graded, plain) < 1e-5 and torch.equal(after, plain)
+    rest = []
+    model.blocks[0].register_forward_pre_hook(lambda m, a, k: rest.append((a, k)), with_kwargs=True)
+    with torch.no_grad():
+        model(**arguments)
+    ((x, *_), more) = rest[0]
+    with fp8(model), pytest.raises(UserError, match="fp8 and step_cache: .*want use_reentrant=False"):
+        checkpoint(lambda x: model.blocks[0](x, **more), x.requires_grad_(), use_reentrant=True)
     del model.blocks[1:]
     restore(model)
     small = model_of()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fused import error, normal, outputs_and_gradients
 
+from prfl_bench.timing import machine
 from prfl_kernels import dispatch, extension, processor
 from prfl_kernels.attention import repeats as repeated
 from prfl_kernels.attention.op import RECORDS, attention, attention_with_lse
@@ -12,6 +13,20 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 AMX = frozenset({"avx512f", "amx_tile", "amx_bf16"})
 why = extension.absence("cpu", "cpu")
 built = pytest.mark.skipif(why is not None, reason="the C++ kernels are not built")
+
+
+def test_a_machine_is_named_by_its_processor(tmp_path, monkeypatch):
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz \nflags\t\t: a b\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(processor, "Path", lambda _: file)
+    for known in (processor.name, processor.flags):
+        known.cache_clear()
+    try:
+        assert processor.name() == "Some CPU @ 3 GHz" and processor.flags() == {"a", "b"}
+        assert machine("cpu").startswith("Some CPU @ 3 GHz (")
+    finally:
+        for known in (processor.name, processor.flags):
+            known.cache_clear()
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ class Patches(Replacement):
 def _attend(q: Tensor, k: Tensor, v: Tensor, *more, freqs_cis=None) -> tuple[Tensor, None]:
     """Self-attention of FastVideo, which turns q and k itself where it is given the rotations."""
     if freqs_cis is not None:
-        cos, sin = (a[:, None].to(q.dtype) for a in freqs_cis)
+        step = 1 + (freqs_cis[0].shape[1] == q.shape[3])  # each twice in a row
+        cos, sin = (a[:, None, ::step].to(q.dtype) for a in freqs_cis)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     return attend(q, k, v), None
 

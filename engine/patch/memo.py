@@ -59,10 +59,14 @@ def ours(table: Tensor, head_dim: int, part: str) -> bool:
 
 
 def grid_of(table: Tensor, head_dim: int, part: int, grid: Grid | None) -> Grid | None:
-    """grid, if a table [L, D / 2] of the cosines (part 0) or sines (1) of its tokens is ours; else None."""
-    if grid is None or table.shape != (math.prod(grid), head_dim // 2):
+    """grid, if a table [L, D / 2] of the cosines (part 0) or sines (1) of its tokens, or [L, D] with each
+    twice in a row, is ours; else None."""
+    if grid is None or table.dim() != 2 or len(table) != math.prod(grid):
+        return None
+    if table.shape[1] not in (head_dim // 2, head_dim):
         return None
     want = cos_sin(head_dim, grid, True, table.device, torch.float32)[part]
+    want = want if table.shape[1] == want.shape[1] else want.repeat_interleave(2, 1)
     near = (table.float() - want).abs() <= 2 * max(torch.finfo(table.dtype).eps, torch.finfo(want.dtype).eps)
     return grid if bool(near.all()) else None
 
