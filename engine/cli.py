@@ -12,7 +12,7 @@ from pathlib import Path
 from prfl_engine import __version__
 from prfl_engine.config import load_config
 from prfl_engine.errors import TrainingError, UserError, refusing
-from prfl_engine.inputs import check_new, make_folder
+from prfl_engine.inputs import check_new_file, make_folder
 from prfl_engine.interrupt import Stopped, interrupts
 
 
@@ -191,11 +191,12 @@ def _plan(args) -> None:
 
         found = search(args.config, args.overrides, options)
     else:
-        found = predict(args.config, args.overrides, options)
-        if args.picture:
-            from prfl_engine.planner.picture import draw
+        from prfl_engine.planner import picture
 
-            draw(found, Path(args.picture))
+        path = picture.check_name(args.picture) if args.picture else None
+        found = predict(args.config, args.overrides, options)
+        if path is not None:
+            picture.draw(found, path)
     print(json.dumps(found.values(), indent=2) if args.json else found.text())
 
 
@@ -314,9 +315,7 @@ def _golden(args) -> None:
 
     from prfl_engine.tools.golden import compute
 
-    out = check_new(args.out, "--out")
-    if not out.parent.is_dir():
-        raise UserError(f"--out: {out.parent} is no folder")
+    out = check_new_file(args.out, "--out")
     try:
         save_file(compute(args.folder), out)
     except (SafetensorError, OSError) as error:

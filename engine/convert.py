@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prfl_engine import checksums
 from prfl_engine.checkpoint_shards import INDEX, stored_weights
 from prfl_engine.errors import TrainingError, UserError, check, named
 from prfl_engine.files import atomic_folder
@@ -79,7 +80,11 @@ def convert(
     check(to in GENERATORS, "--to", to, f"one of {', '.join(GENERATORS)} for a generator")
     if GENERATORS[to].one_file:
         check(shard is None, "--shard", shard, f"none with --to {to}, which is one file")
-    found = _of_shards(path) if (path / INDEX).is_file() else find(path)
+    if (path / INDEX).is_file():
+        found = _of_shards(path)
+    else:
+        found = find(path)
+        checksums.check(found.files)
     return _convert_generator(found, out, GENERATORS[to], dtype, shard or SHARD)
 
 
@@ -119,6 +124,7 @@ def _convert_adapter(path: Path, out: Path, to: str) -> str:
 def _of_shards(folder: Path) -> Source:
     """The generator of a sharded checkpoint; its hyper-parameters are those of the model that the run began
     with."""
+    checksums.check(checksums.listed(folder))
     weights = stored_weights(folder)
     for part, what in (("lora_A", "an adapter"), ("pool.queries", "a reward model")):
         if any(key.endswith(part) for key in weights):

@@ -15,15 +15,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from prfl_engine import checksums
 from prfl_engine.agree import Agreed, leads
 from prfl_engine.errors import UserError
 from prfl_engine.inputs import check_finite, read_state
 from prfl_engine.model.layers import Linear
 from prfl_engine.model.reward import QueryPool, RewardModel
-from prfl_engine.model.reward_files import check_steps, find_heads, settle, write_settings
+from prfl_engine.model.reward_files import SETTINGS, check_steps, find_heads, settle, write_settings
 from prfl_engine.model.sources import WEIGHTS, Stored, check_blocks, count_blocks, find
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.shards import local, put, reshard, rows, whole
@@ -55,10 +57,15 @@ def load_transformer(
     the trunk of a reward model: no head, and as many blocks as the files hold (config.json of an official one
     still names all 40), or the first `blocks` of a whole generator, whose other weights are then left unread.
     With `shard` every rank reads its own rows alone; all ranks load together, and fail together.
-    Raises UserError where a key is missing, unexpected, of the wrong shape or not finite, and for a
-    generator that is not run, which it names.
+    Raises UserError where a key is missing, unexpected, of the wrong shape or not finite, for a file that is
+    not as checksums.json says, and for a generator that is not run, which it names.
     """
     source = find(folder)
+    if shard is None:
+        checksums.check(source.files)
+    else:
+        with Agreed():  # every rank reads its part of the files
+            checksums.check(source.files[dist.get_rank() :: dist.get_world_size()])
     config, where, held = source.config, source.tensors, count_blocks(source.tensors)
     if trunk:
         if held < (blocks or 1):
@@ -175,6 +182,7 @@ def load_reward(
         transformer = folder
         query_attention, mlp = find_heads(Path(folder))
     check_steps(Path(transformer), Path(query_attention), Path(mlp))
+    checksums.check([Path(transformer) / SETTINGS, Path(query_attention), Path(mlp)])
     given = {"num_heads": num_heads, "feature_layer": feature_layer}
     given = {name: value for name, value in given.items() if value is not None}
     if add_query is not None:
