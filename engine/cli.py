@@ -5,6 +5,7 @@ training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     try:
         _read_environment()
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"prfl: {error}", file=sys.stderr)
         return 2
@@ -40,13 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prfl: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads what is printed has enough of it
+        _drop_unprinted()
+        return 1
     except _failures() as error:
+        _drop_unprinted()
         from prfl_engine.failures import reason
 
         if (line := reason(error)) is None:
             raise
         print(f"prfl: {line}", file=sys.stderr)
         return 1
+
+
+def _drop_unprinted() -> None:
+    """Where what is printed cannot be written, drop it: the interpreter would try again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -345,3 +345,19 @@ def test_an_output_where_nobody_can_write(run, capsys):
     assert one_line(capsys).startswith("prfl: --picture: /proc cannot be written to: ")
     assert main(["train", str(config), "train.out=/proc/prfl"]) == 2
     assert one_line(capsys).startswith("prfl: train.out: /proc cannot be written to: ")
+
+
+def test_a_full_disk_behind_what_is_printed(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["accept", "--list"]) == 1
+    assert one_line(capsys) == "prfl: cannot write: No space left on device"
+
+
+def test_a_reader_that_has_left(capsys, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as left:
+        monkeypatch.setattr("sys.stdout", left)
+        assert main(["accept", "--list"]) == 1
+    assert capsys.readouterr().err == ""
