@@ -22,8 +22,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from prfl_engine import files
+from prfl_engine import checksums, files
 from prfl_engine.agree import Agreed, gathered, leads, patiently, several
+from prfl_engine.checksums import Sums
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import open_tensors, read_json
 from prfl_engine.model.sources import Stored
@@ -74,7 +75,7 @@ def save_sharded(
     ema: EMA | None = None,
     trained: bool = False,
     background: dist.ProcessGroup | None = None,
-    then: Callable[[], None] | None = None,
+    then: Callable[[Sums], None] | None = None,
 ) -> Saving:
     """Write this rank's part of a checkpoint into an existing folder, which all ranks see.
 
@@ -83,13 +84,14 @@ def save_sharded(
 
     background, a gloo group of all ranks that serves nothing else meanwhile: copies everything to host memory
     and returns; a thread writes the copies. Weights and states may change at once. Before the group is used
-    again, wait for what is returned. then: called on every rank after all have written, in that thread.
+    again, wait for what is returned. then: called on every rank after all have written, in that thread,
+    with the checksums of their files.
 
     The folder becomes a checkpoint when its owner renames it. With agree.shared_folder:
 
         stack = ExitStack()
         folder = stack.enter_context(shared_folder(out / "checkpoint-5", group))
-        saving = save_sharded(folder, model, optimizer, background=group, then=stack.close)
+        saving = save_sharded(folder, model, optimizer, background=group, then=lambda sums: stack.close())
         ...
         with stack:  # before the next save, and before the process ends
             saving.wait()
@@ -225,21 +227,23 @@ def _first_replica(a: Tensor) -> bool:
 
 def _write(folder: Path, mine: dict[str, Tensor], index: dict, group, then) -> None:
     """Write this rank's pieces; the first rank, after all, the index."""
-    file = f"shard-{dist.get_rank(group) if several() else 0:05d}.safetensors" if mine else None
+    sums: Sums = {}
 
     def write() -> None:
+        file = f"shard-{dist.get_rank(group) if several() else 0:05d}.safetensors"
         layout = {name: (a.dtype, tuple(a.shape)) for name, a in mine.items()}
         write_tensors(folder / file, layout, (mine[name] for name in in_order(layout)))
         files.sync(folder / file)
+        sums[file] = checksums.of(folder / file)
 
     patiently(write if mine else lambda: None, group)
-    names = gathered(file, group)
+    sums = {name: value for theirs in gathered(sums, group) for name, value in theirs.items()}
     with Agreed(group):
         if leads(group):
-            index = {"files": [name for name in names if name is not None], **index}
+            index = {"files": list(sums), **index}
             files.write_whole(folder / INDEX, json.dumps(index))
     if then is not None:
-        then()
+        then(sums)
 
 
 def _read_index(folder: Path) -> dict:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from prfl_engine import failures, files
+from prfl_engine import checksums, failures, files
 from prfl_engine.agree import Agreed, leads, patiently, shared_folder
 from prfl_engine.checkpoint_shards import Saving
+from prfl_engine.checksums import Sums
 from prfl_engine.errors import TrainingError, UserError
 from prfl_engine.metrics import note
 
@@ -31,12 +32,13 @@ class Checkpoints:
         self,
         step: int,
         state: Callable[[Path], None],
-        shards: Callable[[Path, Callable[[], None]], Saving] | None = None,
+        shards: Callable[[Path, Callable[[Sums], None]], Saving] | None = None,
     ) -> None:
         """Write checkpoint-`step`; every rank calls it, and it raises on all if one has failed.
 
         state(folder) writes at once. shards(folder, then) may go on in the background; it calls `then` when
-        all ranks have written.
+        all ranks have written, with the checksums of what they wrote. Those of the other files are computed
+        there, so no step waits for any where shards are written in the background.
         """
         self.finish()
         with ExitStack() as unless_begun:
@@ -45,13 +47,16 @@ class Checkpoints:
             with Agreed(self.group):
                 state(path)
 
-            def then() -> None:
+            def then(known: Sums) -> None:
+                with Agreed(self.group):
+                    if leads(self.group):
+                        checksums.write(path, known)
                 folder.close()  # here it takes its name
                 patiently(self._delete_oldest, self.group)
 
             self._folder = folder
             if shards is None:
-                then()
+                then({})
             else:
                 self._saving = shards(path, then)
             unless_begun.pop_all()

@@ -6,6 +6,7 @@ training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from prfl_engine import __version__
 from prfl_engine.config import load_config
 from prfl_engine.encode.arguments import ENCODE, SAMPLE, add_encode, add_sample, given
 from prfl_engine.errors import TrainingError, UserError, refusing
-from prfl_engine.inputs import check_new, make_folder
+from prfl_engine.inputs import check_new_file, make_folder
 from prfl_engine.interrupt import Stopped, interrupts
 
 
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides += rest
     try:
         _read_environment()
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"prfl: {error}", file=sys.stderr)
         return 2
@@ -43,13 +46,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("prfl: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads what is printed has enough of it
+        _drop_unprinted()
+        return 1
     except _failures() as error:
+        _drop_unprinted()
         from prfl_engine.failures import reason
 
         if (line := reason(error)) is None:
             raise
         print(f"prfl: {line}", file=sys.stderr)
         return 1
+
+
+def _drop_unprinted() -> None:
+    """Where what is printed cannot be written, drop it: the interpreter would try again as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -196,11 +211,12 @@ def _plan(args) -> None:
 
         found = search(args.config, args.overrides, options)
     else:
-        found = predict(args.config, args.overrides, options)
-        if args.picture:
-            from prfl_engine.planner.picture import draw
+        from prfl_engine.planner import picture
 
-            draw(found, Path(args.picture))
+        path = picture.check_name(args.picture) if args.picture else None
+        found = predict(args.config, args.overrides, options)
+        if path is not None:
+            picture.draw(found, path)
     print(json.dumps(found.values(), indent=2) if args.json else found.text())
 
 
@@ -338,9 +354,7 @@ def _golden(args) -> None:
 
     from prfl_engine.tools.golden import compute
 
-    out = check_new(args.out, "--out")
-    if not out.parent.is_dir():
-        raise UserError(f"--out: {out.parent} is no folder")
+    out = check_new_file(args.out, "--out")
     try:
         save_file(compute(args.folder), out)
     except (SafetensorError, OSError) as error:

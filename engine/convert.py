@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_engine import convert_shards
+from prfl_engine import checksums, convert_shards
 from prfl_engine.convert_shards import Reward
 from prfl_engine.errors import TrainingError, check
 from prfl_engine.files import atomic_folder
@@ -87,6 +87,8 @@ def convert(
     if isinstance(found, Reward):
         check(to == "native", "--to", to, "native for a reward model, which has its official files alone")
         return _convert_reward(found, out, dtype, shard or SHARD)
+    if not convert_shards.sharded(path):
+        checksums.check(found.files)
     return _convert_generator(found, out, GENERATORS[to], dtype, shard or SHARD)
 
 

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from prfl_engine import checksums
 from prfl_engine.checkpoint_shards import INDEX, stored_weights
 from prfl_engine.errors import UserError, check, named
 from prfl_engine.inputs import read_json
 from prfl_engine.model import lora_files
 from prfl_engine.model.checkpoint import fitting, load_strict
 from prfl_engine.model.lora import PARTS
-from prfl_engine.model.reward import QueryPool, RewardModel
-from prfl_engine.model.reward_files import settle
+from prfl_engine.model.reward import RewardModel, make_pool
+from prfl_engine.model.reward_files import OFFICIAL, settle
 from prfl_engine.model.sources import Source, Stored, count_blocks, read_config
 from prfl_engine.model.wan import PRESETS, WanConfig
 from prfl_engine.resume import RUN
@@ -45,6 +46,7 @@ def read(path: Path) -> Source | Reward | dict[str, LowRank]:
     """The generator, the reward model or the updates of an adapter, of a path that is `sharded`. UserError
     for what run.json does not say, and for the adapter of a reward model."""
     folder = sharded(path)
+    checksums.check(checksums.listed(folder))
     weights = stored_weights(folder)
     if path != folder:
         averaged = stored_weights(folder, EMA)
@@ -54,7 +56,7 @@ def read(path: Path) -> Source | Reward | dict[str, LowRank]:
     where = f"{folder / RUN}: config"
     check(isinstance(values, dict), where, values, "a configuration")
     if not any(key.endswith(PARTS) for key in weights):
-        if "pool.queries" in weights:
+        if any(key.startswith(TRUNK) for key in weights):
             return _reward(folder, weights, values, where)
         with named(where):
             return Source(path, _generator(values), weights)
@@ -106,11 +108,11 @@ def _reward(folder: Path, weights: dict[str, Stored], values: dict[str, Any], wh
     with named(where):
         reward = _section(values, "reward")
         begin = reward.get("path")
-        names = "num_heads", "feature_layer", "return_type"
+        names = "num_heads", "feature_layer", "return_type", "pool"
         given = {k: reward[k] for k in names if reward.get(k, "auto") != "auto"}
         if begin is None:
             config = _generator(values)
-            given = {"feature_layer": count_blocks(inner), "num_heads": 8, "return_type": "query"} | given
+            given = OFFICIAL | {"feature_layer": count_blocks(inner)} | given
         else:
             with named("reward.path"):
                 config, given = read_config(str(begin)), settle(Path(begin), given)
@@ -120,9 +122,10 @@ def _reward(folder: Path, weights: dict[str, Stored], values: dict[str, Any], wh
         part, _, name = key.partition(".")
         if part in parts:
             parts[part][name] = stored.values[:]
-    queries, add_query = len(parts["pool"]["queries"]), given["return_type"] == "query"
-    pool = QueryPool(config.dim, queries, given["num_heads"], add_query=add_query)
-    model = RewardModel(trunk, pool, given["feature_layer"])
+    queries, add_query = len(parts["pool"].get("queries", ())), given["return_type"] == "query"
+    pool = make_pool(given["pool"], config.dim, queries, given["num_heads"], add_query=add_query)
+    layers = given["feature_layer"]
+    model = RewardModel(trunk, pool, layers if isinstance(layers, int) else tuple(layers))
     for part, state in parts.items():
         load_strict(model.get_submodule(part), state, f"{folder}: {part}")
     return Reward(model, Source(folder, config, inner), int(step[1]))

@@ -6,6 +6,7 @@ import os
 import pickle
 import stat
 import struct
+import tempfile
 import tokenize
 import warnings
 from collections.abc import Sequence
@@ -215,9 +216,18 @@ def check_new(path: str | Path, name: str) -> Path:
     return check_out(path, name)
 
 
+def check_new_file(path: str | Path, name: str) -> Path:
+    """check_new of a file, whose folder is there."""
+    path = check_new(path, name)
+    if not path.parent.is_dir():
+        raise UserError(f"{name}: {path.parent} is no folder")
+    return path
+
+
 def check_out(path: str | Path, name: str) -> Path:
     """The path of a folder, if it is there or can be made, and can be written to."""
-    check(PathText().holds(str(path)), name, str(path), f"a name{PathText()}")
+    fits = PathText().holds(str(path)) and len(os.fsencode(Path(path).name)) < 250  # .NAME.tmp comes first
+    check(fits, name, str(path), f"a name{PathText()}")
     path = Path(path)
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
@@ -226,8 +236,12 @@ def check_out(path: str | Path, name: str) -> Path:
         raise UserError(f"{name}: {path}: {_reason(error)}, want a folder") from None
     if not stat.S_ISDIR(mode):
         raise UserError(f"{name}: {there} is {_KINDS.get(stat.S_IFMT(mode), 'a file')}, want a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{name}: {there} cannot be written to, want a folder that can")
+    # Only an attempt tells: root may do all to /proc, and a read-only disk or a quota says so here at last.
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".prfl-", dir=there))
+    except OSError as error:
+        why = error.strerror if os.access(there, os.W_OK | os.X_OK) else "no permission to write"
+        raise UserError(f"{name}: {there} cannot be written to: {why}, want a folder that can") from None
     return path
 
 

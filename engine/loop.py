@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from prfl_engine import failures, files
+from prfl_engine import checksums, failures, files
 from prfl_engine.batch import Batch
 from prfl_engine.build import pick_device
 from prfl_engine.checkpoint_shards import Saving, load_sharded, save_sharded
@@ -304,6 +304,7 @@ class Run:
                 if self.world.leads:
                     score = {"step": progress.step, "score": progress.best}
                     (folder / "score.json").write_text(json.dumps(score))
+                    checksums.write(folder)
 
     def write_checkpoint(self, device: torch.device) -> None:
         """Write checkpoint-N, with several processes perhaps in the background, then delete the oldest."""

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
+from prfl_engine import checksums
 from prfl_engine.agree import Agreed, gathered, patiently, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ParallelConfig
@@ -75,7 +76,8 @@ class World:
         return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim > 1 else 1
 
     def check_checkpoint(self, folder: Path | None) -> None:
-        """UserError for a checkpoint that processes of another kind have written: sharded or not."""
+        """UserError for a checkpoint that processes of another kind have written, sharded or not, and for one
+        that is not as it was written. Every rank reads its part of the files."""
         if folder is None:
             return
         sharded = (folder / INDEX).is_file()
@@ -83,6 +85,8 @@ class World:
             raise UserError(f"{folder}: got a sharded checkpoint, want torchrun (any number of processes)")
         if not sharded and self.mesh is not None:
             raise UserError(f"{folder}: got a checkpoint of one process, want it without torchrun")
+        with self.agreed():
+            checksums.check([*checksums.listed(folder)][self.rank :: self.size])
 
     def agreed(self) -> Agreed:
         """A with block that all ranks leave together: if it raises on one, it raises on all."""

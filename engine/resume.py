@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prfl_engine import files
+from prfl_engine import checksums, files
 from prfl_engine.config import Config
 from prfl_engine.config_file import plain, read_yaml
 from prfl_engine.errors import UserError
@@ -174,6 +174,7 @@ def _compare(checkpoint: Path, config: Config, sources: dict[str, dict]) -> tupl
 def _read_run(checkpoint: Path) -> tuple[dict, dict | None]:
     """(configuration, digests of its sources) of a checkpoint; None: not known, of an older version's."""
     path = checkpoint / RUN
+    checksums.check([path])
     if os.path.lexists(path):
         held = read_json(path, "the configuration of a run")
         config, sources = held.get("config"), held.get("sources")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from prfl_kernels import extension, jit
+from prfl_kernels.compiling import constant
 
 REFERENCE, CPU, TRITON, CUDA = "reference", "cpu", "triton", "cuda"
 SCALED_MM = "scaled_mm"
@@ -199,7 +200,7 @@ def complete() -> None:
     import_module("prfl_kernels.operations")
 
 
-@torch.compiler.assume_constant_result  # of the names, not of the tensors
+@constant  # of the names, not of the tensors
 def _chosen(op: str, choice: str) -> str | None:
     return _parsed(choice).get(op)
 
@@ -250,7 +251,7 @@ def _follower(op: str, names: tuple[str, ...], *facts) -> tuple[str, dict[str, s
     return names[-1], passed
 
 
-@torch.compiler.assume_constant_result  # of the names, not of the tensors
+@constant  # of the names, not of the tensors
 def _followers(op: str, forward: str, choice: str) -> tuple[str, ...]:
     chosen = _parsed(choice).get(f"{op}_backward")
     return (chosen,) if chosen else OPERATIONS[op][forward].backwards or (forward,)
@@ -271,7 +272,7 @@ def check(device: str) -> None:
         runnable(op, choice, device)
 
 
-@torch.compiler.assume_constant_result  # of the machine, not of the tensors
+@constant  # of the machine, not of the tensors
 def absence(op: str, choice: str, *facts) -> str | None:
     """Why implementation `choice` of `op` or OPERATION_backward does not run; None if it does. facts are the
     device type and what is known of dtype, head dim and whether e4m3 is made, as for a probe."""
@@ -279,7 +280,7 @@ def absence(op: str, choice: str, *facts) -> str | None:
     return own[choice].probe(*facts)
 
 
-@torch.compiler.assume_constant_result  # of the machine, not of the tensors
+@constant  # of the machine, not of the tensors
 def _unfit(op: str, name: str, backward: bool, device: str, *facts) -> str | None:
     """Why implementation `name`, or its backward, is no default; None if it is."""
     return absence(op, name, device, *facts) or OPERATIONS[op][name].doubt(device, backward)

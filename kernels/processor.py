@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from prfl_kernels.compiling import constant
+
 # oneDNN reads the first of these that is set; another value than a name of an instruction set means no limit.
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 
@@ -31,7 +33,7 @@ def flags() -> frozenset[str]:
     return frozenset((_told("flags|Features") or "").split())
 
 
-@torch.compiler.assume_constant_result  # of the machine, not of the tensors
+@constant  # of the machine, not of the tensors
 def amx_absence() -> str | None:
     """Why torch's bfloat16 products do not use AMX, the matrix unit of Intel's Xeons from Sapphire Rapids on;
     None if they do: the system names it, and oneDNN, which makes these products, is there and may use it."""

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -91,12 +92,17 @@ def build() -> ModuleType:
 
 
 def build_faulty(folder: Path, victim: str, file: str, old: str, new: str) -> ModuleType:
-    """The same with one text of csrc/cuda/`file` replaced, which the source `victim` includes or is."""
-    shutil.copytree(CSRC / "cuda", folder / "cuda")
-    text = (folder / "cuda" / file).read_text()
+    """The same with one text of csrc/cuda/`file` replaced, which the source `victim` includes or is. It is
+    compiled once, like the others."""
+    text = (CSRC / "cuda" / file).read_text()
     assert text.count(old) == 1, f"{file} holds {text.count(old)} times {old!r}, want it once"
-    (folder / "cuda" / file).write_text(text.replace(old, new))
-    faulty = _compile(folder / victim, folder / "faulty.o")
+    fault = hashlib.sha256(repr((victim, file, old, new)).encode()).hexdigest()[:16]
+    faulty = next(iter(_objects().values())).with_name(f"faulty-{fault}.o")
+    if not faulty.exists():
+        shutil.copytree(CSRC / "cuda", folder / "cuda")
+        (folder / "cuda" / file).write_text(text.replace(old, new))
+        made = _compile(folder / victim, faulty.with_name(f".{faulty.name}-{os.getpid()}"))
+        os.replace(made, faulty)
     # First, so that of functions that several objects hold the linker takes the faulty one.
     return _load([faulty, *(o for name, o in _objects().items() if name != victim)], folder)
 

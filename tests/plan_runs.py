@@ -124,6 +124,8 @@ def measured(path: Path, monkeypatch) -> Measured:
 
     def watched(c, begin, policy, groups, stream, losses, validate, *rest):
         def validated(step):
+            if step == 0:  # the same as at the end, with less beside it
+                return {"score": 0.0}
             live.lap()
             made = validate(step)
             found.validation = max(found.validation, live.lap())

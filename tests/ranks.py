@@ -18,6 +18,14 @@ from typing import Any
 LIMIT = 60.0  # seconds for one call
 
 
+def server(*preload: str) -> multiprocessing.context.ForkServerContext:
+    """The server, which imports these modules too if it has not started yet."""
+    context = multiprocessing.get_context("forkserver")
+    heavy = "torch.distributed", "prfl_engine.parallel", "prfl_engine.train", "torchao.optim.quant_utils"
+    context.set_forkserver_preload([*heavy, *preload])
+    return context
+
+
 def _serve(rank: int, size: int, store: str | None, pipe) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
@@ -50,9 +58,7 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        heavy = "torch.distributed", "prfl_engine.parallel", "torchao.optim.quant_utils"
-        context.set_forkserver_preload([*heavy, *self.preload])
+        context = server(*self.preload)
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store") if self.group else None
         self._pipes, self._processes = [], []

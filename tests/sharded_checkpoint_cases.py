@@ -122,7 +122,7 @@ def in_background(folder: str, mode: str) -> tuple[bool, bool, dict, dict]:
     place = stack.enter_context(shared_folder(path, group))
     go = Event()
 
-    def then():
+    def then(sums):
         assert go.wait(60)
         stack.close()
 
@@ -290,7 +290,8 @@ def broken_save(folder: str, last: bool, background: bool) -> tuple[str, list[st
     try:
         with disk_full(full), stack:
             place = stack.enter_context(shared_folder(out / "made", group))
-            save_sharded(place, *run.parts, background=group, then=background and stack.close or None).wait()
+            then = (lambda sums: stack.close()) if background else None
+            save_sharded(place, *run.parts, background=group, then=then).wait()
     except (OSError, TrainingError) as error:
         said = f"{type(error).__name__}: {error}"
     else:

@@ -46,7 +46,7 @@ ALL = pytest.mark.parametrize("name", NAMES)
 
 
 @ALL
-@pytest.mark.parametrize("shape", [(2, 37, 96), (1, 1, 7), (3, 5, 130)])
+@pytest.mark.parametrize("shape", [(2, 7, 96), (1, 1, 7), (3, 5, 130)])
 @pytest.mark.parametrize("residual, update", [(F32, F32), (F32, BF16), (BF16, BF16)])
 def test_error_is_at_most_twice_that_of_torch(name, shape, residual, update):
     assert_as_good_as_torch(*row_inputs(name, *shape, residual, update))
@@ -67,7 +67,7 @@ def test_more_tokens_than_programs(monkeypatch):
 
 @ALL
 def test_strides_do_not_matter(name):
-    op, inputs = row_inputs(name, 2, 11, 48)
+    op, inputs = row_inputs(name, 2, 5, 48)
     want = outputs_and_gradients(op, inputs)
     got = outputs_and_gradients(op, [a if a is None else strided(a) for a in inputs])
     torch.testing.assert_close(got, want, rtol=0, atol=0)
@@ -83,7 +83,7 @@ def test_empty_input(name, batch, length):
 
 @ALL
 def test_only_the_gradients_asked_for_are_made(name):
-    assert_gradients_alone(*row_inputs(name, 2, 9, 32))
+    assert_gradients_alone(*row_inputs(name, 2, 4, 32))
 
 
 def test_nothing_is_kept_for_a_frozen_gate():
@@ -98,7 +98,7 @@ def test_nothing_is_kept_for_a_frozen_gate():
 
 @ALL
 def test_runs_are_bit_identical(name):
-    op, inputs = row_inputs(name, 2, 13, 32)
+    op, inputs = row_inputs(name, 2, 5, 32)
     first, second = (outputs_and_gradients(op, inputs) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 

@@ -102,6 +102,8 @@ def test_no_run_has_more_than_its_plan_says(seed, tmp_path, monkeypatch):
 
     def watched(c, resume, policy, groups, stream, losses, validate, *rest):
         def validated(step):
+            if step == 0:  # the same as at the end, with the states of the optimizer still to come
+                return {"score": 0.0}
             live.lap()
             made = validate(step)
             found["validation"] = max(found["validation"], live.lap() - size(optimizers[0].state.values()))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from helpers import one_line, tiny_config, tiny_model, tiny_reward, write_run
+from training_runs import unchecked
 
 from prfl_engine.cli import main
 from prfl_engine.config import Config, load_config
@@ -212,7 +213,7 @@ def test_evaluating_and_sampling_need_their_models(folder, capsys):
 def test_a_broken_training_state_is_named(broken, tmp_path, capsys):
     config = write_run(tmp_path)
     assert main(["train", str(config), "train.steps=1", "loss.weight=0"]) == 0
-    path = tmp_path / "run/checkpoint-1/training_state.pt"
+    path = unchecked(tmp_path / "run") / "checkpoint-1/training_state.pt"
     path.write_bytes(broken) if isinstance(broken, bytes) else torch.save(broken, path)
     refused(tmp_path, capsys, str(path), overrides=["train.resume=true"], out="no")
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 import training_runs
 from helpers import SHAPE, move_data, write_run
 from ranks import Ranks
-from training_runs import assert_equal, content
+from training_runs import assert_equal, content, flip
 
-from prfl_engine import cli, restarts
+from prfl_engine import checksums, cli, restarts
 from prfl_engine.metrics import read_metrics
 from prfl_engine.model.checkpoint import load_transformer
 
@@ -108,7 +108,8 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
 
 
 def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
-    """4 steps on 2 processes are 2 on 2, then 2 on 1 under torchrun (to rounding), and a LoRA run too."""
+    """4 steps on 2 processes are 2 on 2, then 2 on 1 under torchrun (to rounding), and a LoRA run too. Not so
+    where a bit of any file has flipped, which one of the two sees."""
     config = write_run(
         tmp_path, samples=8, train={"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9}, lora={"rank": 2}
     )
@@ -120,6 +121,17 @@ def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     alone = {"processes": 1, "torchrun": False}
     (out,) = run(config, f"train.out={tmp_path}/parts", "train.resume=true", ok=False, **alone)
     assert "got a sharded checkpoint, want torchrun (any number of processes)" in out
+    last = tmp_path / "whole/checkpoint-4"
+    names = sorted(path.name for path in last.iterdir() if path.name != checksums.FILE)
+    shards = ["shard-00000.safetensors", "shard-00001.safetensors", "shards.json"]
+    assert names == ["run.json", *shards, "training_state.pt"]
+    for name in names:
+        content = (last / name).read_bytes()
+        flip(last / name)
+        told = run(config, f"train.out={tmp_path}/whole", "train.resume=true", "train.steps=5", ok=False)
+        assert all(f"{last}/{name}: its checksum is " in line for line in told), told
+        assert all(line.endswith("; checkpoint-2 is the last good checkpoint\n") for line in told), told
+        (last / name).write_bytes(content)
 
 
 def test_the_first_process_plans_for_all(run, tmp_path):

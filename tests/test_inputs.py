@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 
 import numpy as np
@@ -303,8 +304,14 @@ def test_a_generator_of_wan_is_run(kind):
 # What commands write.
 
 
-@pytest.mark.parametrize("command", ["sample", "merge-lora", "golden"])
-@pytest.mark.parametrize("out", ["file", "folder", "", "link", "file/below", "a" * 300])
+def given(folder, config):
+    """What every command that writes something new is given apart from --out, which is looked at first."""
+    commands = {"sample": [str(config)], "merge-lora": [str(folder / "policy"), "x"], "golden": ["x"]}
+    return commands | {"convert": ["x", "--to", "native"], "score": ["x"]}
+
+
+@pytest.mark.parametrize("command", ["sample", "merge-lora", "golden", "convert", "score"])
+@pytest.mark.parametrize("out", ["file", "folder", "", "link", "file/below", "a" * 300, "a" * 252])
 def test_an_output_that_is_there_or_cannot_be(out, command, run, tmp_path, capsys, monkeypatch):
     folder, config = run
     monkeypatch.chdir(tmp_path)
@@ -312,8 +319,7 @@ def test_an_output_that_is_there_or_cannot_be(out, command, run, tmp_path, capsy
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     before = sorted(os.listdir(tmp_path))
-    given = {"sample": [str(config)], "merge-lora": [str(folder / "policy"), "x"], "golden": ["x"]}
-    assert main([command, *given[command], "--out", out]) == 2
+    assert main([command, *given(folder, config)[command], "--out", out]) == 2
     assert one_line(capsys).startswith("prfl: --out: ")
     assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "file").read_text() == "precious"
 
@@ -325,3 +331,32 @@ def test_a_demo_that_cannot_be_written(out, tmp_path, capsys, monkeypatch):
     (tmp_path / "link").symlink_to("nowhere")
     assert main(["demo", "--out", out]) == 2
     assert one_line(capsys).startswith("prfl: --out: ")
+
+
+def test_an_output_where_nobody_can_write(run, capsys):
+    """/proc says of itself that root may write there. Nothing is computed before it is tried."""
+    folder, config = run
+    commands = given(folder, config) | {"demo": [], "accept": []}
+    for command, words in commands.items():
+        assert main([command, *words, "--out", "/proc/prfl"]) == 2
+        assert re.match("prfl: --out: /proc cannot be written to: ", one_line(capsys)), command
+    assert main(["plan", str(config), "--picture", "/proc/prfl.png"]) == 2
+    assert one_line(capsys).startswith("prfl: --picture: /proc cannot be written to: ")
+    assert main(["train", str(config), "train.out=/proc/prfl"]) == 2
+    assert one_line(capsys).startswith("prfl: train.out: /proc cannot be written to: ")
+
+
+def test_a_full_disk_behind_what_is_printed(capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["accept", "--list"]) == 1
+    assert one_line(capsys) == "prfl: cannot write: No space left on device"
+
+
+def test_a_reader_that_has_left(capsys, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as left:
+        monkeypatch.setattr("sys.stdout", left)
+        assert main(["accept", "--list"]) == 1
+    assert capsys.readouterr().err == ""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import one_line, write_run
+from ranks import server
 from safetensors import SafetensorError
 from training_runs import assert_equal, content, run, values
 
@@ -110,24 +111,31 @@ def started(config, *overrides):
     """A run in a process of its own, in its own group, that has made a step."""
     metrics, end = config.parent / "run/metrics.jsonl", time.monotonic() + 60
     before = metrics.stat().st_size if metrics.exists() else 0
-    code = "import sys; from prfl_engine.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "train", str(config), *LONG, "data.num_workers=2", *overrides],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    while process.poll() is None and time.monotonic() < end:
+    argv = "train", str(config), *LONG, "data.num_workers=2", *overrides
+    process = server().Process(target=in_a_session, args=(config.with_name("stderr"), argv))
+    process.start()
+    while process.is_alive() and time.monotonic() < end:
         if metrics.exists() and metrics.stat().st_size > before:
             return process
         time.sleep(0.05)
     process.kill()
-    raise AssertionError(process.communicate()[1])
+    raise AssertionError(lines(process, config))
 
 
-def lines(process):
+def in_a_session(stderr, argv):
+    """`prfl ARGV` as the leader of a session of its own."""
+    os.setsid()
+    torch.set_num_threads(1)
+    with open(stderr, "w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.exit(main(argv))
+
+
+def lines(process, config):
     """The exit code, and stderr without progress bars."""
-    err = process.communicate(timeout=60)[1]
-    return process.returncode, [s for s in err.replace("\r", "\n").splitlines() if "prfl" in s or "File" in s]
+    process.join(60)
+    err = config.with_name("stderr").read_text().replace("\r", "\n")
+    return process.exitcode, [s for s in err.splitlines() if "prfl" in s or "File" in s]
 
 
 def children(pid):
@@ -146,19 +154,19 @@ def test_processes(tmp_path):
     run("train", config, "train.resume=true", code=2)
     assert sorted(os.listdir(out)) == before
     os.killpg(first.pid, signal.SIGTERM)
-    code, found = lines(first)
+    code, found = lines(first, config)
     assert code == 0 and len(found) == 2 and "SIGTERM: stopped; " in found[1], found
     (last,) = files.checkpoints(out)
 
     second = started(config, "train.resume=true")
     os.kill(children(second.pid)[-1], signal.SIGKILL)
-    code, found = lines(second)
+    code, found = lines(second, config)
     assert code == 1 and len(found) == 1, found
     assert "lost a loader process: " in found[0] and f"{last} is the last good" in found[0]
 
     third = started(config, "train.resume=true")
     third.kill()
-    third.communicate()
+    third.join()
     assert (out / files.LOCK).exists()
     run("train", config, "train.resume=true", f"train.steps={last.name[11:]}")
     assert sorted(os.listdir(out)) == [last.name, "config.yaml", "metrics.jsonl"]

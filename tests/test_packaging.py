@@ -22,7 +22,7 @@ ROOMS = [
     {"bounds", "tensor_files", "shards"},
     {"inputs", "failures"},
     {"config_file", "config_models", "config_method", "official_yaml", "files", "gpu"},
-    {"config", "seeds", "agree"},
+    {"config", "seeds", "agree", "checksums"},
     {"interrupt", "metrics", "flow"},
     {"batch", "chain"},
     {"model", "media"},

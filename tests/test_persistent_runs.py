@@ -9,7 +9,7 @@ import torch
 from helpers import SHAPE, one_line, tiny_config, write_data, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training_runs import assert_equal, content, interrupt, run, values
+from training_runs import assert_equal, content, interrupt, run, unchecked, values
 
 from prfl_engine import flow
 from prfl_engine import train as train_module
@@ -150,7 +150,7 @@ def test_latents_of_several_shapes_need_batches_of_one(tmp_path, capsys):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     run("train", write_run(folder, rollout=RUN, train={"steps": 3}))
-    return folder
+    return unchecked(folder)
 
 
 def resumed(finished, tmp_path, *overrides, code=0):

@@ -21,7 +21,8 @@ from prfl_kernels.qk_norm_rope.op import qk_norm_rope, qk_norm_rope_fp8, rms_nor
 
 pytestmark = [needs_triton, pytest.mark.usefixtures("triton")]
 F32, BF16 = torch.float32, torch.bfloat16
-GRID = (2, 3, 5)
+GRID = (2, 3, 4)
+SMALL = (2, 1, 3)
 
 
 def rope_inputs(batch=2, grid=GRID, heads=3, head_dim=32, dtype=F32, length=None):
@@ -55,7 +56,7 @@ def test_rms_norm(shape, dtype):
     assert_as_good_as_torch(rms_norm, [normal(*shape, dtype=dtype), normal(shape[-1])])
 
 
-@pytest.mark.parametrize("offset, length", [(0, 12), (12, 10), (29, 1)])
+@pytest.mark.parametrize("offset, length", [(0, 12), (12, 9), (23, 1)])
 def test_a_shard_is_a_slice_of_the_whole(offset, length):
     inputs = rope_inputs()
     whole = rope()(*inputs)
@@ -70,24 +71,24 @@ def test_angles_stay_exact_far_into_a_sequence():
 
 
 def test_slices_of_one_projection():
-    q, k, weight_q, weight_k = rope_inputs()
+    op, (q, k, weight_q, weight_k) = rope(SMALL), rope_inputs(grid=SMALL)
     both = torch.cat([q, k, torch.full_like(q, float("nan"))], dim=-1)
     slices = [both[..., :96], both[..., 96:192], weight_q, weight_k]
-    want = outputs_and_gradients(rope(), [q, k, weight_q, weight_k])
-    torch.testing.assert_close(outputs_and_gradients(rope(), slices), want, rtol=0, atol=0)
+    want = outputs_and_gradients(op, [q, k, weight_q, weight_k])
+    torch.testing.assert_close(outputs_and_gradients(op, slices), want, rtol=0, atol=0)
 
 
 def test_strides_do_not_matter():
-    inputs = rope_inputs()
-    want = outputs_and_gradients(rope(), inputs)
-    got = outputs_and_gradients(rope(), [strided(a) if a.dim() > 1 else a for a in inputs])
+    op, inputs = rope(SMALL), rope_inputs(grid=SMALL)
+    want = outputs_and_gradients(op, inputs)
+    got = outputs_and_gradients(op, [strided(a) if a.dim() > 1 else a for a in inputs])
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     transposed = [a.mT.contiguous().mT for a in inputs[:2]] + inputs[2:]
-    torch.testing.assert_close(outputs_and_gradients(rope(), transposed), want, rtol=0, atol=0)
+    torch.testing.assert_close(outputs_and_gradients(op, transposed), want, rtol=0, atol=0)
 
 
 def test_a_gradient_with_transposed_heads():
-    assert_transposed_gradients(rope(), rope_inputs(), (2, 3, math.prod(GRID), 32))
+    assert_transposed_gradients(rope(SMALL), rope_inputs(grid=SMALL), (2, 3, math.prod(SMALL), 32))
 
 
 @pytest.mark.parametrize("batch, length", [(0, 4), (2, 0)])
@@ -99,12 +100,12 @@ def test_empty_input(batch, length):
 
 
 def test_only_the_gradients_asked_for_are_made():
-    assert_gradients_alone(rope(), rope_inputs())
+    assert_gradients_alone(rope(SMALL), rope_inputs(grid=SMALL))
 
 
 def test_runs_are_bit_identical():
-    inputs = rope_inputs()
-    first, second = (outputs_and_gradients(rope(), inputs) for _ in range(2))
+    inputs = rope_inputs(grid=SMALL)
+    first, second = (outputs_and_gradients(rope(SMALL), inputs) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 

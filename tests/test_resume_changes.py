@@ -12,7 +12,7 @@ import torch
 import yaml
 from helpers import one_line, tiny_config, write_data, write_run
 from safetensors.torch import load_file, save_file
-from training_runs import NAME, STATE, reward_run, run, values
+from training_runs import NAME, STATE, reward_run, run, unchecked, values
 
 from prfl_engine import train as train_module
 from prfl_engine.config import Config, OptimConfig
@@ -25,9 +25,10 @@ MORE = ["train.resume=true", "train.steps=3"]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two steps, and copies of its data that tests may ask for."""
+    """A run of two steps, without checksums, and copies of its data that tests may ask for."""
     folder = tmp_path_factory.mktemp("finished")
     run("train", write_run(folder, train={"ema": 0.9}))
+    unchecked(folder)
     write_data(folder / "other", tiny_config(), 4, seed=9)
     shutil.copytree(folder / "policy", folder / "policy2")
     weights = load_file(folder / "policy" / NAME)

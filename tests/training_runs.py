@@ -4,6 +4,7 @@ import torch
 from helpers import tiny_config, write_data, write_run
 from safetensors.torch import load_file
 
+from prfl_engine import checksums
 from prfl_engine.cli import main
 from prfl_engine.metrics import read_metrics
 
@@ -54,6 +55,20 @@ def content(folder):
             found[name] = torch.load(path, weights_only=True)
     found[STATE].pop("rng")
     return found
+
+
+def flip(path, at=0.7):
+    """Flip the lowest bit of a byte, at a part of the file's length."""
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 1
+    path.write_bytes(data)
+
+
+def unchecked(folder):
+    """The folder as one that was written without checksums, so that what it holds is looked at."""
+    for path in list(folder.rglob(checksums.FILE)):
+        path.unlink()
+    return folder
 
 
 def interrupt(monkeypatch, module, name, call):

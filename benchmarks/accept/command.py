@@ -8,12 +8,15 @@ from prfl_bench.accept.results import Results
 from prfl_bench.accept.row import BAD
 from prfl_bench.accept.run import SOURCE, Run, chosen
 from prfl_engine.errors import UserError
+from prfl_engine.inputs import check_out
 
 
 def accept(out: Path, minutes: float, only: list[str], source: str = SOURCE, rows=listing.rows) -> int:
     """Returns 1 if a row went wrong, else 0. minutes 0: only the report, of any machine's folder."""
     if not minutes >= 0:
         raise UserError(f"--minutes: got {minutes}, want 0 or more")
+    if minutes:
+        check_out(out, "--out")
     chosen(rows(machine.device()), only)  # a name that is none is refused before anything is written
     journal = Journal(out, machine.identity() if minutes else None)
     if not journal.machine:

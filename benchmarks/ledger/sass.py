@@ -7,6 +7,7 @@ Occupancy is counted as NVIDIA's cuda_occupancy.h does.
 """
 
 import dataclasses
+import hashlib
 import re
 import shutil
 import subprocess
@@ -134,8 +135,14 @@ def instructions(sass: str) -> Counter:
 
 def disassembled(file: Path) -> str:
     """The machine code of a cubin with its encoding. -ndf omits an analysis of branches, which the text does
-    not show."""
-    return _run("nvdisasm", "-ndf", "-c", "-hex", str(file))
+    not show. nvdisasm takes half as long as compiling, so Triton's cache holds what it has printed."""
+    words = "nvdisasm", "-ndf", "-c", "-hex"
+    if triton is None:
+        return _run(*words, str(file))
+    key = repr((triton.__version__, words)).encode() + file.read_bytes()
+    cache = triton.runtime.cache.get_cache_manager(hashlib.sha256(key).hexdigest())
+    held = cache.get_file("kernel.sass")
+    return Path(held or cache.put(_run(*words, str(file)), "kernel.sass", binary=False)).read_text()
 
 
 def facts(launch: Launch) -> dict:

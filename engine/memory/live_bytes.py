@@ -48,6 +48,11 @@ class LiveBytes(TorchDispatchMode):
         self._watched: dict[int, weakref.ref] = {}
         self._lap = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's wrapper against compilation is a sixth of a dry run, and nothing here is compiled."""
+        return False
+
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that exist already, such as parameters."""
         for a in tensors:
@@ -61,11 +66,13 @@ class LiveBytes(TorchDispatchMode):
 
     def _see(self, a: Tensor) -> None:
         storage = a.untyped_storage()
-        key = storage._cdata
-        if key not in self._known:
+        key, size = storage._cdata, -(-storage.nbytes() // self.round_to) * self.round_to
+        known = self._known.get(key)
+        if known is None:
             self._watched[key] = weakref.ref(storage, lambda _: self._free(key))
-        on_host, before = self._known.get(key, (_on_host[0], 0))  # it may have been resized since
-        size = -(-storage.nbytes() // self.round_to) * self.round_to
+        elif known[1] == size:  # else it has been resized since
+            return
+        on_host, before = known or (_on_host[0], 0)
         self._known[key] = on_host, size
         self._change(on_host, size - before)
 
@@ -91,5 +98,7 @@ class LiveBytes(TorchDispatchMode):
         for a in (out,) if isinstance(out, Tensor) else tree_iter(out):
             if isinstance(a, Tensor):
                 self._see(a)
-        self.peak, self._lap = max(self.peak, self.now), max(self._lap, self.now)
+        if self.now > self._lap:
+            self._lap = self.now
+            self.peak = max(self.peak, self.now)
         return out

@@ -15,15 +15,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from prfl_engine import checksums
 from prfl_engine.agree import Agreed, leads
 from prfl_engine.errors import UserError
 from prfl_engine.inputs import check_finite, read_state
 from prfl_engine.model.layers import Linear
 from prfl_engine.model.reward import RewardModel, make_pool
-from prfl_engine.model.reward_files import check_steps, find_head, settle, write_settings
+from prfl_engine.model.reward_files import SETTINGS, check_steps, find_head, settle, write_settings
 from prfl_engine.model.sources import WEIGHTS, Stored, check_blocks, count_blocks, find
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.shards import local, put, reshard, rows, whole
@@ -55,10 +57,15 @@ def load_transformer(
     the trunk of a reward model: no head, and as many blocks as the files hold (config.json of an official one
     still names all 40), or the first `blocks` of a whole generator, whose other weights are then left unread.
     With `shard` every rank reads its own rows alone; all ranks load together, and fail together.
-    Raises UserError where a key is missing, unexpected, of the wrong shape or not finite, and for a
-    generator that is not run, which it names.
+    Raises UserError where a key is missing, unexpected, of the wrong shape or not finite, for a file that is
+    not as checksums.json says, and for a generator that is not run, which it names.
     """
     source = find(folder)
+    if shard is None:
+        checksums.check(source.files)
+    else:
+        with Agreed():  # every rank reads its part of the files
+            checksums.check(source.files[dist.get_rank() :: dist.get_world_size()])
     config, where, held = source.config, source.tensors, count_blocks(source.tensors)
     if trunk:
         if held < (blocks or 1):
@@ -183,6 +190,7 @@ def load_reward(
         query_attention = Path(query_attention or find_head(transformer, "query_attention"))
     mlp = Path(mlp or find_head(transformer, "mlp"))
     check_steps(transformer, query_attention, mlp)
+    checksums.check(path for path in (transformer / SETTINGS, query_attention, mlp) if path is not None)
     trunk = load_transformer(transformer, dtype, device, trunk=True, shard=shard)
     model = with_heads(trunk, query_attention, mlp, **settings, dropout=dropout, device=device)
     if shard is not None:

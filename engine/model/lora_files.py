@@ -31,6 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prfl_engine import checksums
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import check_finite, open_tensors, parse_json, read_bytes
 from prfl_engine.model.names import LINEAR_IN_BLOCK, LINEAR_OUTSIDE, to_diffusers
@@ -82,6 +83,7 @@ def read(path: str | Path) -> tuple[dict[str, LowRank], set[str]]:
     want = f"a folder with {WEIGHTS}, or a safetensors file"
     if file == path and file.is_dir():
         raise UserError(f"{path}: no adapter there, want {want}")
+    checksums.check([file, file.with_name(CONFIG)])
     with open_tensors(file, want) as opened:
         header = opened.metadata() or {}
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118

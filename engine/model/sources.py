@@ -94,6 +94,12 @@ class Source(NamedTuple):
     tensors: dict[str, Stored]
     """By native names."""
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of the tensors, and config.json next to them, be it there or not."""
+        paths = sorted({s.path for s in self.tensors.values()})
+        return [*paths, paths[0].with_name(CONFIG)]
+
 
 def find(path: str | Path) -> Source:
     """What is at a path. UserError, one line, where nothing is, and for what is no Wan transformer or one

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prfl_engine.errors import check
+from prfl_engine.inputs import check_out
 from prfl_engine.planner.predict import Phase
 from prfl_engine.planner.report import Prediction
 
@@ -59,10 +60,17 @@ def _blocks(p: Prediction, phase: Phase) -> Iterator[Moment]:
             yield Moment(f"{phase.name}, {name}", sizes | here)
 
 
+def check_name(text: str) -> Path:
+    """The path of a picture, which may be there already; UserError where none can be written."""
+    path = Path(text)
+    check(path.suffix == ".png", "--picture", text, "a name that ends with .png")
+    check(path.parent.is_dir() and not path.is_dir(), "--picture", text, "a name in a folder that is here")
+    check_out(path.parent, "--picture")
+    return path
+
+
 def draw(p: Prediction, path: Path) -> None:
-    """Write the picture. UserError for a name that is no PNG, or whose folder is not here."""
-    check(path.suffix == ".png", "--picture", str(path), "a name that ends with .png")
-    check(path.parent.is_dir(), "--picture", str(path), "a name in a folder that is here")
+    """Write the picture."""
     import matplotlib
 
     matplotlib.use("Agg")

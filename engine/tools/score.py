@@ -20,7 +20,7 @@ from prfl_engine.config import Config, load_config
 from prfl_engine.data import LATENT_KEYS, REWARD_TEXT_KEYS, TEXT_KEY, Reader, by_shape, read_lists
 from prfl_engine.errors import UserError, check, one_line
 from prfl_engine.files import write_whole
-from prfl_engine.inputs import check_file, check_new
+from prfl_engine.inputs import check_file, check_new_file
 from prfl_engine.media import VIDEOS
 from prfl_engine.metrics import decimal, note, progress
 from prfl_engine.model.checkpoint import load_reward
@@ -246,21 +246,13 @@ def as_values(config: Config, scored: Sequence[Scored], draws: int) -> dict:
     return {"reward": config.reward.path, "seed": config.eval.seed, "draws": draws, "samples": samples}
 
 
-def new_file(path: str) -> Path:
-    """The path of a file to be written; UserError where something is there, or no folder for it."""
-    out = check_new(path, "--out")
-    if not out.parent.is_dir():
-        raise UserError(f"--out: {out.parent} is no folder")
-    return out
-
-
 def run(
     model: str, words: Sequence[str], options: Options, out: str | None
 ) -> tuple[Config, list[Scored]]:
     """Score what a command line names; data.val of the configuration where it names no samples."""
+    file = None if out is None else check_new_file(out, "--out")
     names, overrides = divided(words)
     config = settings(model, overrides)
-    file = None if out is None else new_file(out)
     scored = score(config, find_samples(names) if names else read_lists(config.data.val, "data.val"), options)
     if file is not None:
         write_whole(file, as_csv(scored))
