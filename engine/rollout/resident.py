@@ -30,8 +30,7 @@ class Resident:
                 if hasattr(a, name):
                     setattr(b, name, getattr(a, name))
             for name, p in a._parameters.items():
-                b._parameters[name] = None if p is None else _like(p, _dtype(a, name, p))
-        self.drop()
+                b._parameters[name] = None if p is None else _absent(p, _dtype(a, name, p))
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -60,5 +59,7 @@ def _dtype(module: nn.Module, name: str, p: Tensor) -> torch.dtype:
     return module.dtype if narrow else p.dtype
 
 
-def _like(p: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(p.shape, dtype=dtype, device=p.device), requires_grad=False)
+def _absent(p: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    made = nn.Parameter(torch.empty(p.shape, dtype=dtype, device=p.device), requires_grad=False)
+    made.untyped_storage().resize_(0)
+    return made
