@@ -19,10 +19,9 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prfl_engine import flow, phases
-from prfl_engine.model.wan import WanTransformer
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -30,7 +29,7 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Together(Protocol):
     """Ranks that gather weights in every forward, so that all must make the same number of them."""
 
-    model: WanTransformer  # that makes the steps without gradient inside a `rollout`
+    model: nn.Module  # the generator that makes the steps without gradient inside a `rollout`
 
     def rollout(self, count: int) -> AbstractContextManager[int]:
         """Around the forwards of a rollout of which this rank needs `count`; gives how many it must make in

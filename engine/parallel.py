@@ -31,11 +31,11 @@ from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
+from prfl_engine.memory.resident import Resident
 from prfl_engine.metrics import note
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel, TokenPool
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.rollout.resident import Resident
 from prfl_kernels.exchange import SequenceGroup, group_of
 
 

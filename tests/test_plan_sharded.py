@@ -20,6 +20,7 @@ from prfl_engine.config import LoraConfig, OptimConfig
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import named
 from prfl_engine.memory.recompute import run_under
+from prfl_engine.memory.resident import Resident
 from prfl_engine.model.lora import attach
 from prfl_engine.model.wan import PRESETS, WanTransformer
 from prfl_engine.objectives import sft_loss
@@ -30,7 +31,6 @@ from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup
 from prfl_engine.planner.sharded import Shards, exchange_of, exchanged_bytes, gathered_bytes
 from prfl_engine.planner.standing import gradient_bytes, models_of, rounded, state_bytes
-from prfl_engine.rollout.resident import Resident
 from prfl_kernels import extension
 
 LATENT = (1, 16, 5, 60, 104)

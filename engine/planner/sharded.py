@@ -107,7 +107,7 @@ def gathered_bytes(models: Models, shards: Shards, compute: torch.dtype | None =
 
 
 def _resident(parameters: Sequence[Parameter], compute: torch.dtype | None) -> int:
-    """Bytes of whole weights in the dtypes of rollout.resident."""
+    """Bytes of whole weights in the dtypes of memory.resident."""
     total = 0
     for p in parameters:
         size, matrix = p.dtype.itemsize, len(p.shape) == 2 and p.name.endswith(".weight")
