@@ -1,5 +1,7 @@
 """What test_sequence.py runs on every rank: a cut model against the same model whole, in float64."""
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward, under
@@ -12,6 +14,7 @@ from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.objectives import cross_entropy, graded_windows, noisy_reward, reward_loss, sft_loss
 from prfl_engine.parallel import cut_sequence
 from prfl_engine.rollout.accelerated import Rollout
+from prfl_kernels.exchange import group_of
 from prfl_kernels.sublayers.self_attention import KEEP
 
 EVEN, ODD = (16, 3, 8, 8), (16, 3, 6, 10)  # 48 and 45 tokens
@@ -164,6 +167,19 @@ def compiled(heads: int) -> float:
         _sft(model, "t2v", ODD, under())
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     return relative(*gradients)
+
+
+def alone_in_a_group(limit: float) -> str:
+    """What the first rank says of a collective of a group that no other rank joins."""
+    said, size = "", dist.get_world_size()
+    group = group_of(torch.arange(size)[None], timedelta(seconds=limit))
+    if dist.get_rank() == 0:
+        try:
+            dist.all_reduce(torch.zeros(1), group=group)
+        except RuntimeError as error:
+            said = str(error)
+    dist.barrier()
+    return said
 
 
 def refusal(heads: int, shape=ODD) -> str:

@@ -95,6 +95,10 @@ def test_compiled_blocks(ranks, heads):
     assert max(ranks(cases.compiled, heads)) < 1e-12
 
 
+def test_groups_have_the_time_out_of_the_run(ranks):
+    assert "Timed out waiting 1000ms" in ranks(cases.alone_in_a_group, 1.0)[0]
+
+
 def test_too_few_tokens_are_refused(ranks):
     short = f"sequence: got 1 tokens for {ranks.size} ranks, want at least one each"
     assert set(ranks(cases.refusal, 4, (16, 1, 2, 2))) == {short}
