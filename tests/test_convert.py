@@ -159,7 +159,7 @@ def test_a_plan_for_a_pipeline_or_a_file_is_for_its_model(tmp_path, capsys):
 def test_a_pipeline_with_two_generators_is_refused(tmp_path):
     for name in ("transformer", "transformer_2"):
         save_transformer(tiny_model(), tmp_path / name)
-    with pytest.raises(UserError, match="two generators .*transformer_2"):
+    with pytest.raises(UserError, match="two experts of Wan2.2 A14B, want .*transformer_2"):
         load_transformer(tmp_path)
 
 
