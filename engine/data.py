@@ -72,16 +72,21 @@ class Reader:
     null_text: str | None = None
     text_dropout: float = 0.0
     long_caption: float = 0.0
+    first_frame: bool = False  # of every latent is the condition of a ti2v model
     null: Tensor | None = field(init=False, default=None)
     """The embedding of null_text, read when the reader is made."""
 
     def __post_init__(self):
+        kind = self.config.model_type
+        if self.first_frame and kind != "ti2v":
+            raise UserError(f"data.first_frame: got true for a model of type {kind}, want ti2v")
         if self.null_text is not None and self.text_dropout > 0:
             object.__setattr__(self, "null", read_text(self.null_text, self.config))
 
     def read(self, path: Path, rng: np.random.Generator) -> Batch:
-        """The sample of a meta JSON: latent [16, T, h, w], text [n, text_dim], and for an I2V model clip and
-        condition, float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. UserError
+        """The sample of a meta JSON: latent [C, T, h, w], text [n, text_dim], for an I2V model clip and
+        condition, and with first_frame that of the latent as condition [C, 1, h, w], float32 on the CPU;
+        label 0-dim. rng draws the dropped and the long caption. UserError
         where a file or key is missing or holds something else."""
         c, meta = self.config, self.meta(path)
         patch_h, patch_w = c.patch_size[1:]
@@ -103,6 +108,10 @@ class Reader:
             mask = torch.zeros(MASK_CHANNELS, *latent.shape[1:])
             mask[:, 0] = 1
             condition = torch.cat([mask, first])
+        if self.first_frame:
+            want = "2 frames or more (data.first_frame keeps the first)"
+            check(latent.shape[1] > 1, f"{path}: latent", list(latent.shape), want)
+            condition = latent[:, :1].clone()
         label = None
         if self.label is not None:
             with named(str(path)):

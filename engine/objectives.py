@@ -12,7 +12,7 @@ from prfl_engine import chain, flow, phases
 from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
 from prfl_engine.model.reward import RewardModel
-from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
+from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks, with_first_frame
 
 
 def bind(
@@ -38,6 +38,17 @@ def bind(
     return velocity
 
 
+def fixed(model: WanTransformer, batch: Batch, x: Tensor) -> Tensor:
+    """x [B, C, T, H, W], where a chain of the batch begins or ends, with the first frame that is given to a
+    ti2v model in its place. A chain that begins so keeps it: the velocity of that frame is 0."""
+    return with_first_frame(x, batch.condition) if _is_fixed(model, batch) else x
+
+
+def _is_fixed(model: WanTransformer, batch: Batch) -> bool:
+    """Whether the first frame of the latents is given."""
+    return model.config.model_type == "ti2v" and batch.condition is not None
+
+
 def sft_loss(
     model: WanTransformer,
     batch: Batch,
@@ -45,10 +56,12 @@ def sft_loss(
     sigma: Tensor,
     run_blocks: RunBlocks = plain_blocks,
 ) -> Tensor:
-    """Flow matching at noise levels sigma [B]: mean of (v(x_t) - (eps - x_0))^2 [B], per sample."""
+    """Flow matching at noise levels sigma [B]: mean of (v(x_t) - (eps - x_0))^2 [B], per sample, over all
+    frames but one that is given to a ti2v model."""
     x = flow.add_noise(batch.latent, noise, sigma)
     velocity = bind(model, batch, run_blocks=run_blocks)(x, flow.TRAIN_STEPS * sigma, torch.arange(len(x)))
-    return (velocity - (noise - batch.latent)).square().flatten(1).mean(1)
+    off = velocity - (noise - batch.latent)
+    return (off[:, :, 1:] if _is_fixed(model, batch) else off).square().flatten(1).mean(1)
 
 
 def noisy_reward(
@@ -132,7 +145,7 @@ class Grading:
 
     def __init__(self, grader: Grader, batch: Batch):
         g = self.grader = grader
-        self.condition = batch.condition
+        self.batch, self.condition = batch, batch.condition
         self.context = g.model.embed_context(batch.text, batch.clip)
         self.leaf = self.context.detach().requires_grad_(self.context.requires_grad)
         self.scored = g.reward.transformer.embed_context(batch.text, batch.clip)
@@ -145,7 +158,7 @@ class Grading:
 
     def windows(self, noise: Tensor, indices: Tensor) -> Iterator[GradedWindow]:
         """The windows of one rollout, see graded_windows."""
-        way = self.way(noise)
+        way = self.way(fixed(self.grader.model, self.batch, noise))
         yield from map(partial(self.grade, way), indices)  # no window lives here while the next is made
 
     def grade(self, way: chain.Chain, index: Tensor) -> GradedWindow:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from prfl_engine.inputs import check_new
 from prfl_engine.metrics import note, progress
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import load_transformer
-from prfl_engine.objectives import bind
+from prfl_engine.objectives import bind, fixed
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
 
@@ -70,11 +71,12 @@ def sample(config: Config, out: str | Path, count: int = 1, step: int | None = N
     schedule = flow.make_schedule(r.solver, r.steps, r.shift)
     latents: list[Tensor] = []
     chosen: list[dict] = []
-    reader, size = Reader(model.config), config.eval.batch_size
+    reader, size = Reader(model.config, first_frame=config.data.first_frame), config.eval.batch_size
     batches = fixed_batches(reader, paths, size, device)
     with torch.no_grad():
         for first, batch in counted(progress(batches, "sampling", -(-len(paths) // size))):
             noises = (noise_like(batch.latent, Purpose.SAMPLE, s.seed + n, first) for n in range(count))
+            noises = map(partial(fixed, model, batch), noises)
             velocity = bind(model, batch)
             if s.guidance != 1:
                 plain: Batch = batch._replace(text=negative.expand(len(batch.text), -1, -1))
@@ -91,7 +93,7 @@ def sample(config: Config, out: str | Path, count: int = 1, step: int | None = N
                     {"seed": s.seed + n, "judged": {"step": step, "rewards": of}}
                     for n, of in zip(kept.tolist(), rewards, strict=True)
                 ]
-            latents.extend(finite("sample", latent, paths[first:]).cpu())
+            latents.extend(fixed(model, batch, finite("sample", latent, paths[first:])).cpu())
     if reward is not None:
         note(_cost(count, step, r.steps, s.guidance != 1))
     metas = [

@@ -24,6 +24,7 @@ from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
     Grader,
     bind,
+    fixed,
     index_range,
     noisy_reward,
     reward_loss,
@@ -92,6 +93,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         null_text=c.data.null_text,
         text_dropout=text_dropout,
         long_caption=c.data.long_caption,
+        first_frame=c.data.first_frame,
     )
     broken = {"skip": c.data.skip_broken, "agree": world.union}
     stream = MicroBatches(reader, paths, c.data.batch_size, c.train.seed, **broken)
@@ -188,13 +190,15 @@ def evaluate_policy(
     e, device = config.eval, next(policy.parameters()).device
     paths = [paths[i % len(paths)] for i in range(e.samples)]
     samples, kept = HeldOut([paths], world), []
-    for first, (batch,) in samples.batches(Reader(policy.config), e.batch_size, device):
+    reader = Reader(policy.config, first_frame=config.data.first_frame)
+    for first, (batch,) in samples.batches(reader, e.batch_size, device):
         n = len(batch.latent)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, e.seed, first)
         level = (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
         samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
-        latent = chain.sample(bind(policy, batch), schedule, noise)
+        latent = chain.sample(bind(policy, batch), schedule, fixed(policy, batch, noise))
+        latent = fixed(policy, batch, latent)
         samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:

@@ -103,7 +103,8 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     if adapted:
         add_updates(model, c, resume)
     world.stop_if_asked()
-    reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout)
+    config, first = model.transformer.config, c.data.first_frame
+    reader = Reader(config, c.data.label, c.data.null_text, text_dropout, first_frame=first)
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
     broken = {"skip": c.data.skip_broken, "agree": world.union}
@@ -171,7 +172,8 @@ def evaluate_reward(
     """
     e, device = config.eval, next(model.parameters()).device
     samples = HeldOut([paths] if lose is None else [paths, lose], world)
-    batches = samples.batches(Reader(model.transformer.config, config.data.label), e.batch_size, device)
+    reader = Reader(model.transformer.config, config.data.label, first_frame=config.data.first_frame)
+    batches = samples.batches(reader, e.batch_size, device)
     if show:
         batches = progress(batches, "evaluating", -(-len(paths) // e.batch_size))
     for first, given in batches:

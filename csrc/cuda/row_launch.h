@@ -16,10 +16,14 @@ inline int64_t run_length(int64_t batch, int64_t length, int64_t width) {
   return (length + most - 1) / most;
 }
 
-// How many runs of tokens of a sample leave partial sums.
-inline int64_t row_runs(int64_t batch, int64_t length, int64_t width) {
+// How many runs of tokens of a sample lie before the boundary, and how many leave partial sums; no run crosses it.
+inline int64_t runs_before(int64_t batch, int64_t length, int64_t width, int64_t boundary) {
   const int64_t run = run_length(batch, length, width);
-  return (length + run - 1) / run;
+  return (boundary + run - 1) / run;
+}
+inline int64_t row_runs(int64_t batch, int64_t length, int64_t width, int64_t boundary = 0) {
+  return runs_before(batch, length, width, boundary) +
+         runs_before(batch, length, width, length - boundary);
 }
 
 }  // namespace prfl::cuda

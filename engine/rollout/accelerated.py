@@ -20,6 +20,7 @@ from prfl_engine.batch import Batch
 from prfl_engine.config import RolloutConfig
 from prfl_engine.errors import UserError
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
+from prfl_engine.objectives import fixed
 from prfl_engine.rollout.cuda_graphs import Captured, CudaRecorder
 from prfl_engine.rollout.fp8 import Fp8Blocks
 from prfl_engine.rollout.step_cache import StepCache, cached
@@ -111,6 +112,7 @@ class Rollout:
         """Relative L2 distance, a scalar, of the latents before step index[b] of the accelerated rollout
         from those of the plain one; arguments as in `chain.rollout`."""
         context = self.model.embed_context(batch.text, batch.clip)
+        noise = fixed(self.model, batch, noise)
         fast, plain = (
             chain.rollout(self._velocity(batch, context, how), self.schedule, noise, index).x
             for how in (True, False)

@@ -33,7 +33,7 @@ from prfl_engine.config import Config
 from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState, init_state
 from prfl_engine.metrics import note
-from prfl_engine.objectives import GradedWindow, Grader, Grading, bind, index_range
+from prfl_engine.objectives import GradedWindow, Grader, Grading, bind, fixed, index_range
 from prfl_engine.parallel import World
 from prfl_engine.rollout.drift import DriftMeter
 from prfl_engine.rollout.pool import FILE, Finite, Numbers, Pool, PooledChain
@@ -155,7 +155,8 @@ class Persistent:
         old, prompt = self.pool.get(chain)[-1].x, self.pool.prompt(chain)
         context = g.model.embed_context(prompt.text, prompt.clip)
         velocity = bind(g.model, prompt, context, g.run_blocks)
-        way = Chain(velocity, g.schedule, self.noise(old, chain.numbers.position))
+        start = fixed(g.model, prompt, self.noise(old, chain.numbers.position))
+        way = Chain(velocity, g.schedule, start)
         way.advance_to(index, (index - (g.window - 1)).clamp(min=0))
         states = [state for state in way.states[0] if state is not None]
         new = states[-1].x
@@ -208,5 +209,6 @@ class Births:
         latent, *prompt = (None if a is None else a[row : row + 1] for a in self.batch)
         prompt = Batch(torch.empty(1, 0), *(None if a is None else pool.hold(a) for a in prompt))
         chain = PooledChain(Numbers(lap, 0, position, self.sources[row], self.step), prompt, [])
-        pool.put(chain, [init_state(self.owner.noise(latent, position))])
+        start = fixed(self.owner.grader.model, prompt, self.owner.noise(latent, position))
+        pool.put(chain, [init_state(start)])
         return chain
