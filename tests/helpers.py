@@ -123,7 +123,7 @@ def write_data(
     return folder / "all.list"
 
 
-def write_run(tmp: Path, model_type: str = "t2v", samples: int = 4, **sections) -> Path:
+def write_run(tmp: Path, model_type: str = "t2v", samples: int = 4, shape=SHAPE, **sections) -> Path:
     """A generator, a reward model, data and a configuration of PRFL on them; returns its path.
 
     sections such as train={"steps": 2} replace single fields of the configuration.
@@ -135,8 +135,8 @@ def write_run(tmp: Path, model_type: str = "t2v", samples: int = 4, **sections) 
     def labels(i):
         return dict.fromkeys(("physics_quality", "human_quality"), i % 2)
 
-    data = write_data(tmp / "data", config, samples, labels=labels)
-    held_out = write_data(tmp / "val", config, 3, labels=labels, seed=1)
+    data = write_data(tmp / "data", config, samples, [shape], labels=labels)
+    held_out = write_data(tmp / "val", config, 3, [shape], labels=labels, seed=1)
     values = {
         "model": {"path": str(tmp / "policy"), "compute_dtype": "float32"},
         "reward": {"path": str(tmp / "reward"), "blocks": 1, "feature_layer": 1},

@@ -288,24 +288,34 @@ def updates(shapes):
     return [normal(*s).requires_grad_() for n, k in shapes for s in ((4, k), (n, 4))]
 
 
+def two_vectors(batch):
+    """Shift, scale and gate of the tokens before a boundary, and of the others."""
+    return [normal(batch, 2, WIDTH).requires_grad_() for _ in range(3)]
+
+
 @pytest.mark.parametrize("next_norm", [True, False])
 @pytest.mark.parametrize("keep", [[True] * 4, [False] * 4])
-@pytest.mark.parametrize("chunk, low", [(None, False), (7, True)])
-def test_registration_of_the_attention_sublayer(keep, next_norm, chunk, low):
+@pytest.mark.parametrize("chunk, low, boundary", [(None, False, 0), (7, True, 9)])
+def test_registration_of_the_attention_sublayer(keep, next_norm, chunk, low, boundary):
     inputs = [a.requires_grad_() for a in attention_inputs(1, F32, next_norm=next_norm)]
+    if boundary:
+        inputs[1:4] = two_vectors(1)
     inputs += [] if next_norm else [None, None]
     inputs += updates([(WIDTH, WIDTH)] * 4) if low else [None] * 8
-    settings = [None, None, list(GRID), HEADS, 1e-6, 0, BF16, [1.0, 0.5, 2.0, 3.0], chunk, [], "", keep]
+    factors = [1.0, 0.5, 2.0, 3.0]
+    settings = [None, None, list(GRID), HEADS, 1e-6, 0, BF16, factors, chunk, [], "", boundary, keep]
     opcheck(torch.ops.prfl.modulated_attention.default, (*inputs, *settings))
 
 
 @pytest.mark.parametrize("second", [True, False])
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("chunk, low", [(None, False), (7, True)])
-def test_registration_of_the_ffn_sublayer(keep, second, chunk, low):
+@pytest.mark.parametrize("chunk, low, boundary", [(None, False, 0), (7, True, 9)])
+def test_registration_of_the_ffn_sublayer(keep, second, chunk, low, boundary):
     inputs = [a if a is None else a.requires_grad_() for a in ffn_inputs(1, F32, second)]
+    if boundary:
+        inputs[2:5] = two_vectors(1)
     inputs += updates([(HIDDEN, WIDTH), (WIDTH, HIDDEN)]) if low else [None] * 4
-    settings = [[0.5, 2.0], 1e-6, BF16, chunk, [True, keep, keep]]
+    settings = [[0.5, 2.0], 1e-6, BF16, chunk, boundary, [True, keep, keep]]
     opcheck(torch.ops.prfl.modulated_ffn.default, (*inputs, *settings))
 
 

@@ -1,20 +1,36 @@
 """TI2V: text mode, and image mode, where the first frame is given and its tokens have timestep 0."""
 
+import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_batch, randomize, tiny_config, tiny_model, tiny_reward, under
+from helpers import (
+    random_batch,
+    randomize,
+    relative,
+    tiny_config,
+    tiny_model,
+    tiny_reward,
+    under,
+    write_data,
+    write_run,
+)
 from test_kernels import attention_formula, norm_formula, rms_formula, rope_formula
 
-from prfl_engine import chain, flow
-from prfl_engine.config import ChainConfig, LoraConfig, UserError
+from prfl_engine import chain, cli, flow
+from prfl_engine.batch import Batch
+from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig, UserError
+from prfl_engine.convert import convert
 from prfl_engine.data import Reader
 from prfl_engine.model import lora
+from prfl_engine.model.checkpoint import load_transformer, save_transformer
 from prfl_engine.model.wan import PRESETS, WanTransformer, sinusoid
 from prfl_engine.objectives import bind, fixed, graded_windows, sft_loss
+from prfl_engine.rollout.accelerated import Rollout
 
 F64 = torch.float64
 SHAPE = (16, 3, 4, 6)  # 3 frames of 6 tokens
@@ -177,6 +193,55 @@ def test_graded_window_has_the_gradient_of_the_repinned_chain():
         torch.testing.assert_close(got[name], p.grad, rtol=1e-7, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("how, bound", [({"cache": 1e-9}, 1e-6), ({"precision": "fp8"}, 0.1)])
+def test_accelerated_rollouts_have_both_timesteps(how, bound):
+    model, batch = model_and_batch(dim=128, num_heads=2, ffn_dim=256)
+    model, batch = model.float(), Batch(*(None if a is None else a.float() for a in batch))
+    schedule, active = flow.make_schedule("euler", 4, 5.0), torch.arange(2)
+    rollout = Rollout(model, RolloutConfig(steps=4, **how), schedule)
+    with torch.no_grad():
+        velocity = rollout.stretches(batch, model.embed_context(batch.text))()
+        got, want = (v(batch.latent, T.float(), active) for v in (velocity, bind(model, batch)))
+        text = bind(model, batch._replace(condition=None))(batch.latent, T.float(), active)
+    assert relative(got, want) < bound
+    assert relative(text[:, :, 1:], want[:, :, 1:]) > 2 * bound
+
+
+SECTIONS = {
+    "fresh": {"rollout": {"steps": 4}, "chain": {"window": 2}},
+    "persistent": {"rollout": {"steps": 4, "mode": "persistent", "probe_every": 1}},
+}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_training_keeps_the_first_frame_of_every_latent(name, tmp_path, monkeypatch):
+    """Data, flow matching, graded steps, validation and sampling, and the states of persistent chains."""
+    sections = SECTIONS[name] | {"data": {"first_frame": True}, "eval": {"every": 2}}
+    path = write_run(tmp_path, "ti2v", shape=(16, 2, 4, 4), **sections)
+    seen = []
+    forward = WanTransformer.forward
+
+    def look(self, x, t, context, condition=None, *rest):
+        seen.append(condition is not None)
+        return forward(self, x, t, context, condition, *rest)
+
+    monkeypatch.setattr(WanTransformer, "forward", look)
+    assert cli.main(["train", str(path), "loss.sft_weight=0"]) == 0
+    assert seen and all(seen)
+    assert cli.main(["sample", str(path), "--out", str(tmp_path / "samples")]) == 0
+    for i in range(2):
+        made = np.load(tmp_path / f"samples/sample-{i:02d}.npy")
+        given = np.load(json.loads((tmp_path / f"val/{i}.json").read_text())["vae_latent_path"])
+        assert (made[:, :, 0] == given[:, :, 0]).all() and (made[:, :, 1] != given[:, :, 1]).all()
+
+
+def test_a_first_frame_needs_a_second(tmp_path):
+    config = tiny_config("ti2v")
+    write_data(tmp_path, config, 1)
+    with pytest.raises(UserError, match="latent: got .16, 1, 4, 4., want 2 frames or more"):
+        Reader(config, first_frame=True).read(tmp_path / "0.json", np.random.default_rng(0))
+
+
 def test_preset_has_the_sizes_of_ti2v_5b():
     with torch.device("meta"):
         model = WanTransformer(PRESETS["ti2v-5b"])
@@ -208,3 +273,19 @@ def test_one_vector_pair_serves_all_tokens():
 
     bind(model, batch, run_blocks=look)(batch.latent, T, torch.arange(2))
     assert seen == [(2, 2, 6, 32)]
+
+
+@pytest.mark.parametrize("layout", ["native", "diffusers", "one file"])
+def test_files_are_loaded_as_ti2v(layout, tmp_path):
+    model = tiny_model(tiny_config("ti2v", dim=128, num_heads=1, in_dim=48, out_dim=48, text_len=512))
+    save_transformer(model, tmp_path / "native")
+    source = tmp_path / "native"
+    if layout == "diffusers":
+        source = tmp_path / "other"
+        convert(tmp_path / "native", source, "diffusers")
+    elif layout == "one file":
+        source = tmp_path / "alone.safetensors"
+        source.write_bytes((tmp_path / "native/diffusion_pytorch_model.safetensors").read_bytes())
+    loaded = load_transformer(source, torch.float32)
+    assert loaded.config == model.config
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -32,7 +32,7 @@ template <class Arguments>
 void launch_runs(const char* name, void (*kernel)(Arguments, int64_t), const Arguments& a,
                  cudaStream_t stream, int64_t boundary = 0) {
   launch(name, kernel, row_shape(row_runs(a.batch, a.length, a.width, boundary), a.batch, a.width), stream, a,
-         run_length(a.batch, a.length, a.width));
+         run_length(a.batch, a.length, a.width, boundary));
 }
 
 // f of the width that a kernel is specialised for, as a constant: 5120, 3072, 1536, or 0 for any other.

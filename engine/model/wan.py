@@ -36,6 +36,7 @@ from prfl_kernels.qk_norm_rope.rope import Grid
 
 # Tokens of a text context are a multiple of this: at most eight shapes for 512, whatever the prompts.
 TEXT_MULTIPLE = 64
+TI2V_CHANNELS = 48  # latents of Wan2.2's VAE, which no other Wan model has
 Width = Annotated[int, Within(1, 2**18)]
 Patch = Annotated[int, Within(1, 64)]
 

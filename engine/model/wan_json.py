@@ -7,7 +7,7 @@ from typing import Any
 from prfl_engine.errors import check
 from prfl_engine.inputs import read_json
 from prfl_engine.model.layers import IMAGE_DIM
-from prfl_engine.model.wan import WanConfig
+from prfl_engine.model.wan import TI2V_CHANNELS, WanConfig
 
 DIFFUSERS = "WanTransformer3DModel"
 _SAME = ("ffn_dim", "num_layers", "text_dim", "freq_dim", "patch_size", "eps")
@@ -56,6 +56,8 @@ def _of_diffusers(values: dict[str, Any], path: Path) -> dict[str, Any]:
     others = {"in_channels": "in_dim", "out_channels": "out_dim"}
     found = {name: values[name] for name in (*_SAME, "text_len") if name in values}
     found |= {ours: values[name] for name, ours in others.items() if name in values}
+    # Diffusers leaves it to its pipeline.
+    kind = "ti2v" if found.get("out_dim") == TI2V_CHANNELS else "t2v"
     return found | {
-        "model_type": "t2v" if image is None else "i2v", "dim": heads * width, "num_heads": heads,
+        "model_type": kind if image is None else "i2v", "dim": heads * width, "num_heads": heads,
     }  # fmt: skip

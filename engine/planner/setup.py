@@ -59,6 +59,7 @@ class Setup:
     validation: Validation | None = None
     pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
+    first_frame: bool = False  # of every latent is given to a ti2v model
 
     @property
     def count(self) -> int:
