@@ -11,10 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 class Batch(NamedTuple):
     """Samples of one shape. Tensors on one device."""
 
-    latent: Tensor  # [B, 16, T, H, W]
+    latent: Tensor  # [B, 16, T, H, W], 48 channels in TI2V-5B
     text: Tensor  # [B, n, text_dim]
     clip: Tensor | None = None  # [B, 257, 1280], I2V
-    condition: Tensor | None = None  # [B, 20, T, H, W], I2V: mask 4, first frame 16
+    # I2V: [B, 20, T, H, W], mask 4 and first frame 16; ti2v: the first frame of the latent [B, C, 1, H, W]
+    condition: Tensor | None = None
     label: Tensor | None = None  # [B], 0 or 1
 
 

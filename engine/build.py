@@ -213,9 +213,10 @@ def make_frozen_reward(
     reward = load_reward(r.path, **r.heads, **made, **r.pooling)
     ours, theirs = policy.config, reward.transformer.config
     # A T2V model scores the latents of an I2V generator, too, without its first frame.
-    names = ("model_type", "in_dim", "clip") if theirs.image else ()
+    own = theirs.model_type != "t2v"
+    names = ("model_type", "in_dim", "clip") if own else ()
     wanted = {name: getattr(ours, name) for name in (*names, "text_dim", "text_len")}
-    wanted |= {} if theirs.image else {"in_dim": ours.out_dim}
+    wanted |= {} if own else {"in_dim": ours.out_dim}
     for name, want in wanted.items():
         got = getattr(theirs, name)
         if got != want:

@@ -74,6 +74,8 @@ class DataConfig(Section, name="data"):
     label: Name = "motion_quality"
     """Label of reward training: a field of the meta JSONs; motion_quality = physics_quality and
     human_quality. A field that no sample has and data of one class are refused."""
+    first_frame: bool = False
+    """Give the first frame of every latent to a ti2v model (image mode); false: it gets the text alone."""
     batch_size: Count = 1
     """Samples of one micro-batch; all of one shape."""
     skip_broken: Natural = 0

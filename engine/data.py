@@ -75,17 +75,22 @@ class Reader:
     long_caption: float = 0.0
     dtype: torch.dtype | None = None
     """What the values of a sample are rounded to; they are held in float32."""
+    first_frame: bool = False  # of every latent is the condition of a ti2v model
     null: Tensor | None = field(init=False, default=None)
     """The embedding of null_text, read when the reader is made."""
 
     def __post_init__(self):
+        kind = self.config.model_type
+        if self.first_frame and kind != "ti2v":
+            raise UserError(f"data.first_frame: got true for a model of type {kind}, want ti2v")
         if self.null_text is not None and self.text_dropout > 0:
             object.__setattr__(self, "null", read_text(self.null_text, self.config))
 
     def read(self, path: Path, rng: np.random.Generator) -> Batch:
-        """The sample of a meta JSON: latent [16, T, h, w], text [n, text_dim], and for an I2V model the
-        condition and, with a CLIP branch, clip, float32 on the CPU; label 0-dim. rng draws the dropped and
-        the long caption. UserError where a file or key is missing or holds something else."""
+        """The sample of a meta JSON: latent [C, T, h, w], text [n, text_dim], for an I2V model the condition
+        and, with a CLIP branch, clip, and with first_frame that of the latent as condition [C, 1, h, w],
+        float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. UserError where a file or
+        key is missing or holds something else."""
         c, meta = self.config, self.meta(path)
         patch_h, patch_w = c.patch_size[1:]
         latent = self._tensor(path, meta, LATENT_KEYS, (1, c.out_dim, None, None, None), "latent")
@@ -103,6 +108,10 @@ class Reader:
                 shape = (1, IMAGE_TOKENS, IMAGE_DIM)
                 clip = self._tensor(path, meta, CLIP_KEYS, shape, "CLIP features")
             condition = self._condition(path, meta, latent.shape[1:])
+        if self.first_frame:
+            want = "2 frames or more (data.first_frame keeps the first)"
+            check(latent.shape[1] > 1, f"{path}: latent", list(latent.shape), want)
+            condition = latent[:, :1].clone()
         label = None
         if self.label is not None:
             with named(str(path)):

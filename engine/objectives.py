@@ -15,7 +15,7 @@ from prfl_engine.errors import check
 from prfl_engine.guidance import Guidance
 from prfl_engine.model.experts import Experts
 from prfl_engine.model.reward import RewardModel
-from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
+from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks, with_first_frame
 
 Generator = WanTransformer | Experts
 
@@ -43,6 +43,17 @@ def bind(
     return velocity
 
 
+def fixed(model: Generator, batch: Batch, x: Tensor) -> Tensor:
+    """x [B, C, T, H, W], where a chain of the batch begins or ends, with the first frame that is given to a
+    ti2v model in its place. A chain that begins so keeps it: the velocity of that frame is 0."""
+    return with_first_frame(x, batch.condition) if _is_fixed(model, batch) else x
+
+
+def _is_fixed(model: Generator, batch: Batch) -> bool:
+    """Whether the first frame of the latents is given."""
+    return model.config.model_type == "ti2v" and batch.condition is not None
+
+
 def chain_velocity(model: Generator, batch: Batch, guidance: Guidance | None) -> chain.Velocity:
     """The model with the batch's context, guided as steps without gradient are."""
     if guidance is None:
@@ -60,11 +71,13 @@ def sft_loss(
     t: Tensor | None = None,
 ) -> Tensor:
     """Flow matching at noise levels sigma [B] (for two experts on the CPU): mean of (v(x_t) - (eps - x_0))^2
-    [B], per sample. t [B]: the timesteps that the model is given; None: 1000 sigma."""
+    [B], per sample, over all frames but one that is given to a ti2v model. t [B]: the timesteps that the
+    model is given; None: 1000 sigma."""
     x = flow.add_noise(batch.latent, noise, sigma)
     t = flow.TRAIN_STEPS * sigma if t is None else t
     velocity = bind(model, batch, run_blocks=run_blocks)(x, t, torch.arange(len(x)))
-    return (velocity - (noise - batch.latent)).square().flatten(1).mean(1)
+    off = velocity - (noise - batch.latent)
+    return (off[:, :, 1:] if _is_fixed(model, batch) else off).square().flatten(1).mean(1)
 
 
 def noisy_reward(
@@ -204,8 +217,7 @@ class Grading:
 
     def __init__(self, grader: Grader, batch: Batch):
         g = self.grader = grader
-        self.condition = batch.condition
-        prompts = batch
+        self.batch, self.condition, prompts = batch, batch.condition, batch
         if g.guidance is not None:
             batch = g.guidance.both(batch)
         self.context = g.model.embed_context(batch.text, batch.clip)
@@ -232,7 +244,7 @@ class Grading:
 
     def windows(self, noise: Tensor, indices: Tensor) -> Iterator[GradedWindow]:
         """The windows of one rollout, see graded_windows."""
-        way = self.way(noise)
+        way = self.way(fixed(self.grader.model, self.batch, noise))
         yield from map(partial(self.grade, way), indices)  # no window lives here while the next is made
 
     def grade(self, way: chain.Chain, index: Tensor) -> GradedWindow:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from prfl_engine.files import atomic_folder
 from prfl_engine.guidance import guidance_of
 from prfl_engine.inputs import check_new
 from prfl_engine.metrics import note, progress
-from prfl_engine.objectives import chain_velocity
+from prfl_engine.objectives import chain_velocity, fixed
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
 
@@ -68,11 +69,12 @@ def sample(
     schedule = flow.make_schedule(r.solver, r.steps, r.shift)
     latents: list[Tensor] = []
     chosen: list[dict] = []
-    reader, size = Reader(model.config), config.eval.batch_size
+    reader, size = Reader(model.config, first_frame=config.data.first_frame), config.eval.batch_size
     batches = fixed_batches(reader, paths, size, device)
     with torch.no_grad():
         for first, batch in counted(progress(batches, "sampling", -(-len(paths) // size))):
             noises = (noise_like(batch.latent, Purpose.SAMPLE, s.seed + n, first) for n in range(count))
+            noises = map(partial(fixed, model, batch), noises)
             velocity = chain_velocity(model, batch, guidance)
             if reward is None:
                 latent = chain.sample(velocity, schedule, next(noises))
@@ -86,7 +88,7 @@ def sample(
                     {"seed": s.seed + n, "judged": {"step": step, "rewards": of}}
                     for n, of in zip(kept.tolist(), rewards, strict=True)
                 ]
-            latents.extend(finite("sample", latent, paths[first:]).cpu())
+            latents.extend(fixed(model, batch, finite("sample", latent, paths[first:])).cpu())
     if reward is not None:
         note(_cost(count, step, r.steps, guidance is not None))
     metas = [

@@ -34,6 +34,7 @@ from prfl_engine.objectives import (
     Generator,
     Grader,
     chain_velocity,
+    fixed,
     index_range,
     noisy_reward,
     reward_loss,
@@ -149,6 +150,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         text_dropout=text_dropout,
         long_caption=c.data.long_caption,
         dtype=dtype,
+        first_frame=c.data.first_frame,
     )
     broken = {"skip": c.data.skip_broken, "agree": world.union}
     with world.agreed():
@@ -260,7 +262,8 @@ def evaluate_policy(
     ends = None if end == len(schedule) else schedule.timesteps[end].item()
     scored = e.scored if ends is None else (ends,)
     low, high = (flow.unshift_sigma(s, r.shift) for s in config.rollout.sigma_range)
-    for first, (batch,) in samples.batches(Reader(policy.config, dtype=dtype), e.batch_size, device):
+    reader = Reader(policy.config, dtype=dtype, first_frame=config.data.first_frame)
+    for first, (batch,) in samples.batches(reader, e.batch_size, device):
         n = len(batch.latent)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, e.seed, first)
         level = low + (high - low) * (torch.arange(first, first + n) + 0.5) / len(paths)
@@ -269,10 +272,11 @@ def evaluate_policy(
         t = levels.timestep(sigma)
         samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, plain_blocks, t))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
-        noise = start_of(r, schedule, batch.latent, noise)
-        state = chain.rollout(chain_velocity(policy, batch, guidance), schedule, noise, torch.full((n,), end))
+        start = fixed(policy, batch, start_of(r, schedule, batch.latent, noise))
+        state = chain.rollout(chain_velocity(policy, batch, guidance), schedule, start, torch.full((n,), end))
         latent, last = (state.x, None) if ends is None else (state.m0, state.x)
-        del state
+        latent = fixed(policy, batch, latent)
+        del state, start
         samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:

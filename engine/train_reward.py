@@ -107,7 +107,8 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     if adapted:
         add_updates(model, c, resume)
     world.stop_if_asked()
-    reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout, dtype=dtype)
+    given = {"dtype": dtype, "first_frame": c.data.first_frame}
+    reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout, **given)
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
     broken = {"skip": c.data.skip_broken, "agree": world.union}
@@ -183,8 +184,8 @@ def evaluate_reward(
     """
     e, device, dtype = config.eval, next(model.parameters()).device, latent_dtype(config)
     samples = HeldOut([paths] if lose is None else [paths, lose], world)
-    levels = train_levels(config.rollout, dtype)
-    reader = Reader(model.transformer.config, config.data.label, dtype=dtype)
+    levels, first = train_levels(config.rollout, dtype), config.data.first_frame
+    reader = Reader(model.transformer.config, config.data.label, dtype=dtype, first_frame=first)
     batches = samples.batches(reader, e.batch_size, device)
     if show:
         batches = progress(batches, "evaluating", -(-len(paths) // e.batch_size))

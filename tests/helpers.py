@@ -19,12 +19,12 @@ SHAPE = (16, 1, 4, 4)  # channels, frames, rows, columns of a latent: 4 tokens
 
 
 def tiny_config(model_type="t2v", **fields) -> WanConfig:
-    """Of t2v, i2v, or i2v-a14b, which has no CLIP branch."""
+    """Of t2v, ti2v, i2v, or i2v-a14b, which has no CLIP branch."""
     values = dict(
         dim=32, ffn_dim=48, num_heads=2, num_layers=2, text_dim=12, text_len=6, freq_dim=16,
-        in_dim=16 if model_type == "t2v" else 36, clip=model_type == "i2v",
+        in_dim=16 if model_type in ("t2v", "ti2v") else 36, clip=model_type == "i2v",
     )  # fmt: skip
-    return WanConfig(model_type[:3], **values | fields)
+    return WanConfig(model_type.removesuffix("-a14b"), **values | fields)
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -133,7 +133,7 @@ def move_data(folder: Path, to: Path) -> Path:
     return to
 
 
-def write_run(tmp: Path, model_type: str = "t2v", samples: int = 4, **sections) -> Path:
+def write_run(tmp: Path, model_type: str = "t2v", samples: int = 4, shape=SHAPE, **sections) -> Path:
     """A generator, a reward model, data and a configuration of PRFL on them; returns its path.
 
     sections such as train={"steps": 2} replace single fields of the configuration.
@@ -145,8 +145,8 @@ def write_run(tmp: Path, model_type: str = "t2v", samples: int = 4, **sections) 
     def labels(i):
         return dict.fromkeys(("physics_quality", "human_quality"), i % 2)
 
-    data = write_data(tmp / "data", config, samples, labels=labels)
-    held_out = write_data(tmp / "val", config, 3, labels=labels, seed=1)
+    data = write_data(tmp / "data", config, samples, [shape], labels=labels)
+    held_out = write_data(tmp / "val", config, 3, [shape], labels=labels, seed=1)
     values = {
         "model": {"path": str(tmp / "policy"), "compute_dtype": "float32"},
         "reward": {"path": str(tmp / "reward"), "blocks": 1, "feature_layer": 1},

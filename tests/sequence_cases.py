@@ -28,6 +28,8 @@ def _config(kind: str, heads: int = 4):
 def _inputs(kind: str, shape):
     torch.manual_seed(4)
     batch = random_batch(_config(kind), 2, shape, dtype=torch.float64)
+    if kind == "ti2v":  # in image mode
+        batch = batch._replace(condition=batch.latent[:, :, :1])
     noise = torch.randn_like(batch.latent)
     return batch, noise, torch.tensor([0.3, 0.8], dtype=torch.float64)
 

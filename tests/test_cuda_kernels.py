@@ -2,6 +2,7 @@
 
 import math
 
+import boundary_cases
 import pytest
 import torch
 from cuda_sim import Watched, build, missing
@@ -119,6 +120,19 @@ ALL = pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stream, branch", [(F32, F32), (F32, BF16), (BF16, BF16)])
 def test_add_norm(name, shape, stream, branch):
     assert_as_good_as_torch(*row_inputs(name, *shape, stream, branch))
+
+
+@pytest.mark.parametrize("name", boundary_cases.NAMES)
+@pytest.mark.parametrize("length, boundary", [(37, 13), (5, 5), (400, 1)])
+def test_add_norm_of_two_vectors(name, length, boundary):
+    """Runs of two tokens at 400, of one otherwise."""
+    op, formula, inputs = boundary_cases.case(name, 1, length, 24, boundary)
+    assert_as_good_as_torch(op, inputs, formula)
+
+
+def test_add_norm_of_two_vectors_at_the_width_of_ti2v_5b():
+    op, formula, inputs = boundary_cases.case("gated_add_modulate", 1, 3, 3072, 1)
+    assert_as_good_as_torch(op, inputs, formula)
 
 
 @ALL

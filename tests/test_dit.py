@@ -308,7 +308,7 @@ def test_time_embedding_and_head_stay_in_float32():
     assert relative(out, want) < 2e-6
     inputs, out = seen["head"]
     assert out.dtype == torch.float32
-    assert relative(out, exact.head(*(a.double() for a in inputs))) < 2e-6
+    assert relative(out, exact.head(*(a.double() for a in inputs[:2]))) < 2e-6
     inputs, out = seen["q"]
     assert inputs[0].dtype == out.dtype == torch.bfloat16
 

@@ -52,14 +52,19 @@ def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
 
 
 @built
-@pytest.mark.parametrize("name, window", [("none", 1), ("offload attention, input", 3)])
-def test_a_dry_run_counts_the_bytes_of_a_real_step(name, window):
+@pytest.mark.parametrize("name, window, first_frame", [
+    ("none", 1, False), ("offload attention, input", 3, False), ("none", 1, True),
+])  # fmt: skip
+def test_a_dry_run_counts_the_bytes_of_a_real_step(name, window, first_frame):
     """Real tensors and kernels, the states of sampler and window included; scalars are rounded up."""
     policy, setup = plan.KINDS[name], replace(SETUP, chain=ChainConfig(window=window))
-    model, reward = tiny_model(SETUP.config), tiny_reward(SETUP.config, blocks=2, num_heads=8).freeze()
+    if first_frame:
+        setup = replace(setup, config=replace(setup.config, model_type="ti2v"), first_frame=True)
+    model, reward = tiny_model(setup.config), tiny_reward(setup.config, blocks=2, num_heads=8).freeze()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     batch = random_batch(SETUP.config, 1, LATENT[1:], SETUP.config.text_len)
+    batch = batch._replace(condition=batch.latent[:, :, :1].clone() if first_frame else None)
     noise, t = torch.randn(LATENT), torch.tensor([0.5])
     schedule = flow.make_schedule("unipc", 8, 5.0)
 
@@ -80,7 +85,7 @@ def test_a_dry_run_counts_the_bytes_of_a_real_step(name, window):
         live = LiveBytes(512)
         live.add([*model.parameters(), *reward.parameters(), *(p.grad for p in model.parameters())])
         base = live.now
-        live.add([batch.latent, batch.text, noise, t])
+        live.add([batch.latent, batch.text, noise, t, *([batch.condition] if first_frame else [])])
         with live:
             run()
         real = live.peak - base

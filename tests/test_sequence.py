@@ -40,8 +40,14 @@ def test_flow_matching_of_an_image(ranks):
     check(ranks(cases.flow_matching, "i2v", EVEN, "none", "all", None))
 
 
+def test_flow_matching_of_a_given_first_frame(ranks):
+    """Ranks have tokens of it alone, some, or none."""
+    check(ranks(cases.flow_matching, "ti2v", ODD, "attention", "all", 7))
+
+
 @pytest.mark.parametrize(
-    "kind, shape, window, samples", [("t2v", EVEN, 1, 1), ("t2v", ODD, 3, 2), ("i2v", ODD, 2, 1)]
+    "kind, shape, window, samples",
+    [("t2v", EVEN, 1, 1), ("t2v", ODD, 3, 2), ("i2v", ODD, 2, 1), ("ti2v", ODD, 2, 1)],
 )
 def test_graded_steps(ranks, kind, shape, window, samples):
     check(ranks(cases.graded, kind, shape, window, samples))

@@ -292,26 +292,37 @@ def updates(shapes):
     return [normal(*s).requires_grad_() for n, k in shapes for s in ((4, k), (n, 4))]
 
 
-@pytest.mark.parametrize("next_norm, keep, chunk, low", [
-    (True, [True] * 4, None, False), (False, [False] * 4, None, False),
-    (True, [False] * 4, 7, True), (False, [True] * 4, 7, True),
+def two_vectors(batch):
+    """Shift, scale and gate of the tokens before a boundary, and of the others."""
+    return [normal(batch, 2, WIDTH).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize("next_norm, keep, chunk, low, boundary", [
+    (True, [True] * 4, None, False, 0), (False, [False] * 4, None, False, 0),
+    (True, [False] * 4, 7, True, 9), (False, [True] * 4, 7, True, 9),
 ])  # fmt: skip
-def test_registration_of_the_attention_sublayer(keep, next_norm, chunk, low):
+def test_registration_of_the_attention_sublayer(keep, next_norm, chunk, low, boundary):
     inputs = [a.requires_grad_() for a in attention_inputs(1, F32, next_norm=next_norm)]
+    if boundary:
+        inputs[1:4] = two_vectors(1)
     inputs += [] if next_norm else [None, None]
     inputs += updates([(WIDTH, WIDTH)] * 4) if low else [None] * 8
-    settings = [None, None, list(GRID), HEADS, 1e-6, 0, BF16, [1.0, 0.5, 2.0, 3.0], chunk]
-    settings += [[], "", [], "", keep]
+    factors = [1.0, 0.5, 2.0, 3.0]
+    settings = [None, None, list(GRID), HEADS, 1e-6, 0, BF16, factors, chunk]
+    settings += [[], "", [], "", boundary, keep]
     opcheck(torch.ops.prfl.modulated_attention.default, (*inputs, *settings))
 
 
-@pytest.mark.parametrize("second, keep, chunk, low", [
-    (True, True, None, False), (False, False, None, False), (True, False, 7, True), (False, True, 7, True),
+@pytest.mark.parametrize("second, keep, chunk, low, boundary", [
+    (True, True, None, False, 0), (False, False, None, False, 0), (True, False, 7, True, 9),
+    (False, True, 7, True, 9),
 ])  # fmt: skip
-def test_registration_of_the_ffn_sublayer(keep, second, chunk, low):
+def test_registration_of_the_ffn_sublayer(keep, second, chunk, low, boundary):
     inputs = [a if a is None else a.requires_grad_() for a in ffn_inputs(1, F32, second)]
+    if boundary:
+        inputs[2:5] = two_vectors(1)
     inputs += updates([(HIDDEN, WIDTH), (WIDTH, HIDDEN)]) if low else [None] * 4
-    settings = [[0.5, 2.0], 1e-6, BF16, chunk, [True, keep, keep]]
+    settings = [[0.5, 2.0], 1e-6, BF16, chunk, boundary, [True, keep, keep]]
     opcheck(torch.ops.prfl.modulated_ffn.default, (*inputs, *settings))
 
 

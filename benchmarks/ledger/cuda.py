@@ -104,9 +104,15 @@ class Recorder:
     def reward_pool_runs(self, batch: int, length: int, width: int, bf16: bool) -> int:
         return self.pool_geometry(batch, length, width, bf16)[1]
 
-    def row_runs(self, batch: int, length: int, width: int) -> int:
-        run = -(-length // max(1, (132 if width > 2560 else 396) // batch))
-        return -(-length // run)
+    def _run(self, batch: int, length: int, width: int, boundary: int) -> int:
+        return -(-length // max(1, (132 if width > 2560 else 396) // batch - (boundary > 0)))
+
+    def runs_before(self, batch: int, length: int, width: int, boundary: int) -> int:
+        return -(-boundary // self._run(batch, length, width, boundary))
+
+    def row_runs(self, batch: int, length: int, width: int, boundary: int = 0) -> int:
+        run = self._run(batch, length, width, boundary)
+        return -(-boundary // run) - ((boundary - length) // run)
 
     def _pool(self, kernel: str, arguments: list[Argument], products: int, given: dict) -> None:
         bf16, sizes = given["bf16"], (given["batch"], given["length"], given["width"])
@@ -158,7 +164,7 @@ class Recorder:
         self._norm("forward", "x_kind y_kind", "total n quant mean rstd", given["length"], given)
 
     def norm_backward(self, **given) -> None:
-        runs = self.row_runs(given["batch"], given["length"], given["width"])
+        runs = self.row_runs(given["batch"], given["length"], given["width"], given["boundary"])
         threads = -(-given["width"] // 256) * 32
         kinds, times = "x_kind y_kind dn_kind", {"mean": threads, "rstd": threads}
         self._norm("backward", kinds, "dx dy part", runs, given, **times)
@@ -237,7 +243,7 @@ ATTENTION_TILES = {
 
 
 def _special(width: int, aligned: bool) -> int:
-    return width if aligned and width in (1536, 5120) else 0
+    return width if aligned and width in (1536, 3072, 5120) else 0
 
 
 @contextmanager

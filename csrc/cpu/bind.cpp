@@ -40,15 +40,17 @@ void bind_norm_forward(py::module_& m) {
   using A = prfl::NormForward;
   def_launch<A>(m, "norm_forward", &prfl::Kernels::norm_forward,
                 {FIELD(x), FIELD(y), FIELD(gate), FIELD(scale), FIELD(shift), FIELD(total), FIELD(n),
-                 FIELD(mean), FIELD(rstd), SHAPE, FIELD(base), FIELD(eps), FIELD(threads)});
+                 FIELD(mean), FIELD(rstd), SHAPE, FIELD(boundary), FIELD(base), FIELD(eps), FIELD(threads)});
 }
 
 void bind_norm_backward(py::module_& m) {
   using A = prfl::NormBackward;
   def_launch<A>(m, "norm_backward", &prfl::Kernels::norm_backward,
                 {FIELD(dn), FIELD(dsum), FIELD(x), FIELD(y), FIELD(gate), FIELD(scale), FIELD(mean),
-                 FIELD(rstd), FIELD(dx), FIELD(dy), FIELD(part), FIELD(sums), SHAPE, FIELD(runs), FIELD(base),
-                 FIELD(wants_parameters), FIELD(threads)});
+                 FIELD(rstd), FIELD(dx), FIELD(dy), FIELD(part), FIELD(sums), SHAPE,
+                 PRFL_NAMED("runs", runs.count), PRFL_NAMED("tokens", runs.tokens),
+                 PRFL_NAMED("before", runs.before), PRFL_NAMED("boundary", runs.boundary), FIELD(sides),
+                 FIELD(base), FIELD(wants_parameters), FIELD(threads)});
 }
 
 void bind_qk_norm_rope_forward(py::module_& m) {

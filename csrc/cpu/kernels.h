@@ -13,12 +13,19 @@ struct Shape {
   int64_t batch, length, width;
 };
 
-// norm: total = x + gate y and n = LN(total) (scale + base) + shift, in x's and n's type.
+// `count` runs of at most `tokens` of a sample; `before` of them lie before token `boundary`, none crosses it.
+struct Runs {
+  int64_t count, tokens, before, boundary;
+};
+
+// norm: total = x + gate y and n = LN(total) (scale + base) + shift, in x's and n's type. gate, scale and shift
+// are [batch, 2, width]: tokens before `boundary` take the first of a pair, the others the second.
 struct NormForward {
   View x, y, gate, scale, shift;
   View total, n;
   View mean, rstd;  // float [batch, length]
   Shape shape;
+  int64_t boundary;
   float base, eps;
   int threads;
 };
@@ -28,9 +35,10 @@ struct NormBackward {
   View dx, dy;
   // float [batch, runs, slots, width]: d scale, d shift if `wants_parameters`, d gate if y and gate
   View part;
-  View sums;  // float [batch, slots, width]: part summed over the runs
+  View sums;  // float [batch, sides, slots, width]: part summed over the runs, or those on each side
   Shape shape;
-  int64_t runs;
+  Runs runs;
+  int64_t sides;  // 1, or 2: before the boundary and behind it
   float base;
   bool wants_parameters;
   int threads;

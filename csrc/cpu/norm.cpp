@@ -1,4 +1,5 @@
-// x' = x + gate y, then n = LN(x') (scale + base) + shift; both optional. A token is read from memory once:
+// x' = x + gate y, then n = LN(x') (scale + base) + shift; both optional. No run of tokens crosses the boundary
+// between those that take one vector and the others. A token is read from memory once:
 // the later steps find its row in the first-level cache.
 #include <math.h>
 
@@ -43,32 +44,37 @@ void forward(const NormForward& a) {
   const int64_t width = a.shape.width;
   over_tokens(a.shape, a.threads, [&](int64_t b, int64_t l0, int64_t l1) {
     Scratch room(3 * width);
-    const float* gate = float_row(a.gate, b, width, room);
-    const float* scale = float_row(a.scale, b, width, room + width);
-    const float* shift = float_row(a.shift, b, width, room + 2 * width);
     const Writer<X> write_sum(a.n ? View{} : a.total, a.shape);  // the norm reads it again
     const Writer<N> write(a.n, a.shape);
-    for (int64_t l = l0; l < l1; l++) {
-      const X* x = a.x.at<X>(b, l);
-      X* out = a.y ? a.total.at<X>(b, l) : nullptr;
-      const float total = a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, width, write_sum) : row_sum(x, width);
-      if (!a.n) continue;
-      const X* row = a.y ? out : x;
-      const float mean = total / width;
-      const float rstd = 1.0f / sqrtf(squares(row, mean, width) / width + a.eps);
-      N* n = a.n.at<N>(b, l);
-      // The next token comes from memory while this one is finished from the cache.
-      const X* next_x = l + 1 < l1 ? a.x.at<X>(b, l + 1) : nullptr;
-      const Y* next_y = l + 1 < l1 && a.y ? a.y.at<Y>(b, l + 1) : nullptr;
-      each(width, [&](int64_t i, auto m, int) {
-        prefetch(next_x, i);
-        prefetch(next_y, i);
-        vf x_hat = (load(row + i, m) - mean) * rstd;
-        write(n + i, x_hat * (load(scale + i, m) + a.base) + load(shift + i, m), m);
-      });
-      if (a.mean) {
-        a.mean.at<float>(b)[l] = mean;
-        a.rstd.at<float>(b)[l] = rstd;
+    for (int side = 0; side < 2; side++) {
+      const int64_t first = side && l0 < a.boundary ? a.boundary : l0, last = side ? l1 : min(l1, a.boundary);
+      if (first >= last) continue;
+      const float* gate = float_row(a.gate, b, width, room, side);
+      const float* scale = float_row(a.scale, b, width, room + width, side);
+      const float* shift = float_row(a.shift, b, width, room + 2 * width, side);
+      for (int64_t l = first; l < last; l++) {
+        const X* x = a.x.at<X>(b, l);
+        X* out = a.y ? a.total.at<X>(b, l) : nullptr;
+        const float total =
+            a.y ? add_row(x, a.y.at<Y>(b, l), gate, out, width, write_sum) : row_sum(x, width);
+        if (!a.n) continue;
+        const X* row = a.y ? out : x;
+        const float mean = total / width;
+        const float rstd = 1.0f / sqrtf(squares(row, mean, width) / width + a.eps);
+        N* n = a.n.at<N>(b, l);
+        // The next token comes from memory while this one is finished from the cache.
+        const X* next_x = l + 1 < l1 ? a.x.at<X>(b, l + 1) : nullptr;
+        const Y* next_y = l + 1 < l1 && a.y ? a.y.at<Y>(b, l + 1) : nullptr;
+        each(width, [&](int64_t i, auto m, int) {
+          prefetch(next_x, i);
+          prefetch(next_y, i);
+          vf x_hat = (load(row + i, m) - mean) * rstd;
+          write(n + i, x_hat * (load(scale + i, m) + a.base) + load(shift + i, m), m);
+        });
+        if (a.mean) {
+          a.mean.at<float>(b)[l] = mean;
+          a.rstd.at<float>(b)[l] = rstd;
+        }
       }
     }
   });
@@ -153,11 +159,12 @@ void backward(const NormBackward& a) {
   const int64_t slots = 2 * a.wants_parameters + (a.y && a.gate);
   over_runs(a.shape, a.runs, a.threads, [&](int64_t b, int64_t r, int64_t l0, int64_t l1) {
     Scratch room(2 * width);
-    const float* gate = float_row(a.gate, b, width, room);
-    const float* scale = float_row(a.scale, b, width, room + width);
+    const int64_t side = r >= a.runs.before;
+    const float* gate = float_row(a.gate, b, width, room, side);
+    const float* scale = float_row(a.scale, b, width, room + width, side);
     Sums sums;
     if (slots > 0) {
-      float* part = a.part.at<float>() + (b * a.runs + r) * slots * width;
+      float* part = a.part.at<float>() + (b * a.runs.count + r) * slots * width;
       memset(part, 0, slots * width * sizeof(float));
       if (a.wants_parameters) sums.scale = part, sums.shift = part + width;
       if (a.y && a.gate) sums.gate = part + (slots - 1) * width;
@@ -167,10 +174,12 @@ void backward(const NormBackward& a) {
     for (; l + T <= l1; l += T) backward_tokens<T, X, Y, N>(a, b, l, l1, scale, gate, sums);
     for (; l < l1; l++) backward_tokens<1, X, Y, N>(a, b, l, l1, scale, gate, sums);
   });
+  const int64_t values = slots * width, before = a.sides > 1 ? a.runs.before : 0;
   for (int64_t b = 0; slots > 0 && b < a.shape.batch; b++) {
-    const int64_t values = slots * width;
-    add_runs(a.part.at<float>() + b * a.runs * values, a.runs, values, values,
-             a.sums.at<float>() + b * values, a.threads);
+    const float* part = a.part.at<float>() + b * a.runs.count * values;
+    float* sums = a.sums.at<float>() + b * a.sides * values;
+    if (a.sides > 1) add_runs(part, before, values, values, sums, a.threads), sums += values;
+    add_runs(part + before * values, a.runs.count - before, values, values, sums, a.threads);
   }
 }
 

@@ -7,11 +7,12 @@
 
 namespace prfl::PRFL_ISA {
 
-// A row as float32: itself, or a copy in `room`; null where the tensor is absent.
-inline const float* float_row(const View& a, int64_t row, int64_t n, float* room) {
+// A row of [rows, n], or of a pair of them in [rows, 2, n], as float32: itself, or a copy in `room`; null where
+// the tensor is absent.
+inline const float* float_row(const View& a, int64_t row, int64_t n, float* room, int64_t side = 0) {
   if (!a) return nullptr;
-  if (a.dtype == DType::f32) return a.at<float>(row);
-  const bf16* p = a.at<bf16>(row);
+  if (a.dtype == DType::f32) return a.at<float>(row, side);
+  const bf16* p = a.at<bf16>(row, side);
   each(n, [&](int64_t i, auto m, int) { store(room + i, load(p + i, m), m); });
   return room;
 }
@@ -54,16 +55,22 @@ inline void over_tokens(const Shape& shape, int threads, F&& fn) {
   });
 }
 
-// fn(b, r, l0, l1) for the tokens [l0, l1) of run r of sample b, all runs of a sample equally long.
+// fn(b, r, l0, l1) for the tokens [l0, l1) of run r of sample b.
 template <class F>
-inline void over_runs(const Shape& shape, int64_t runs, int threads, F&& fn) {
-  const int64_t run = (shape.length + runs - 1) / runs;
+inline void over_runs(const Shape& shape, const Runs& runs, int threads, F&& fn) {
   threads = threads_for(shape.batch * shape.length * shape.width, threads);
-  parallel_for(0, shape.batch * runs, 1, threads, [&](int64_t piece, int64_t) {
-    const int64_t r = piece % runs;
-    fn(piece / runs, r, min(r * run, shape.length), min((r + 1) * run, shape.length));
+  parallel_for(0, shape.batch * runs.count, 1, threads, [&](int64_t piece, int64_t) {
+    const int64_t r = piece % runs.count, end = r < runs.before ? runs.boundary : shape.length;
+    const int64_t first = r * runs.tokens + (r < runs.before ? 0 : runs.boundary - runs.before * runs.tokens);
+    fn(piece / runs.count, r, min(first, end), min(first + runs.tokens, end));
     fence();
   });
+}
+
+// All runs of a sample equally long.
+template <class F>
+inline void over_runs(const Shape& shape, int64_t runs, int threads, F&& fn) {
+  over_runs(shape, Runs{runs, (shape.length + runs - 1) / runs, 0, 0}, threads, fn);
 }
 
 // out[width] = the sum of `count` rows of part, `step` apart, added one after another.

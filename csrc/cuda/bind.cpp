@@ -30,9 +30,9 @@ void def_launch(py::module_& m, const char* name, Run run, const std::vector<Fie
 }
 
 #define FIELD PRFL_FIELD
-// A tensor whose strides are members too: by sample, or by sample and token.
+// A tensor whose strides are members too: by sample and side of a boundary, or by sample and token.
 #define VECTOR(member) \
-  {#member, [](A& a, py::handle given) { prfl::fill_strided(given, a.member, a.member##_b); }}
+  {#member, [](A& a, py::handle given) { prfl::fill_strided(given, a.member, a.member##_b, a.member##_s); }}
 #define ROWS(member) \
   {#member, [](A& a, py::handle given) { prfl::fill_strided(given, a.member, a.member##_b, a.member##_l); }}
 
@@ -70,7 +70,7 @@ void bind_norm_forward(py::module_& m) {
   def_launch<A>(m, "norm_forward", prfl::cuda::norm_forward,
                 {ROWS(x), ROWS(y), VECTOR(gate), VECTOR(scale), VECTOR(shift), FIELD(total), FIELD(n),
                  FIELD(quant), FIELD(mean), FIELD(rstd), FIELD(batch), FIELD(length), FIELD(width),
-                 FIELD(eps), FIELD(base), FIELD(x_kind), FIELD(y_kind), FIELD(n_kind), FIELD(aligned)});
+                 FIELD(boundary), FIELD(eps), FIELD(base), FIELD(x_kind), FIELD(y_kind), FIELD(n_kind), FIELD(aligned)});
 }
 
 void bind_norm_backward(py::module_& m) {
@@ -78,9 +78,9 @@ void bind_norm_backward(py::module_& m) {
   def_launch<A>(m, "norm_backward", prfl::cuda::norm_backward,
                 {ROWS(dn),         ROWS(dsum),    ROWS(x),        ROWS(y),        VECTOR(gate),
                  VECTOR(scale),    FIELD(mean),   FIELD(rstd),    FIELD(dx),      FIELD(dy),
-                 FIELD(part),      FIELD(batch),  FIELD(length),  FIELD(width),   FIELD(base),
-                 FIELD(x_kind),    FIELD(y_kind), FIELD(dn_kind), FIELD(aligned), FIELD(wants_parameters),
-                 FIELD(wants_gate)});
+                 FIELD(part),      FIELD(batch),  FIELD(length),  FIELD(width),   FIELD(boundary),
+                 FIELD(before),    FIELD(base),   FIELD(x_kind),  FIELD(y_kind),  FIELD(dn_kind),
+                 FIELD(aligned),   FIELD(wants_parameters),       FIELD(wants_gate)});
 }
 
 // What both directions of qk_norm_rope have.
@@ -134,7 +134,9 @@ void bind_cuda(py::module_& m) {
   m.attr("row_width") = prfl::cuda::kRowWidth;
   m.attr("reward_pool_queries") = prfl::cuda::kPoolQueries;
   m.attr("reward_pool_width") = prfl::cuda::kPoolWidth;
-  m.def("row_runs", &prfl::cuda::row_runs);
+  m.def("row_runs", &prfl::cuda::row_runs, py::arg("batch"), py::arg("length"), py::arg("width"),
+        py::arg("boundary") = 0);
+  m.def("runs_before", &prfl::cuda::runs_before);
   m.def("reward_pool_runs", &prfl::cuda::reward_pool_runs);
   bind_attention(m);
   bind_norm_forward(m);

@@ -4,7 +4,7 @@
 //
 // A thread holds eight columns. Forward, a block makes one token; the loads of the other
 // resident blocks hide its reductions. Backward, a block walks over a run of tokens with the sums for scale,
-// shift and gate in registers, and loads the next token's rows before it reduces over this one's.
+// shift and gate in registers (it does not cross the boundary between two vectors), and loads the next token's rows before it reduces over this one's.
 #include "norm.h"
 #include "ptx/vector.h"
 #include "reduce.h"
@@ -19,14 +19,14 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>)
   PRFL_SHARED(memory);
   float* slots = reinterpret_cast<float*>(memory);
   const int64_t b = blockIdx.y, l = blockIdx.x, width = kWidth ? kWidth : a.width;
-  const int64_t token = b * a.length + l;
+  const int64_t token = b * a.length + l, side = l >= a.boundary;
   const Columns<kWidth> columns(width, a.aligned);
   const Raw8<X> x_raw = columns.load(static_cast<const X*>(a.x) + b * a.x_b + l * a.x_l);
   float x[8];
   if (a.y != nullptr) {
     const Raw8<Y> y_raw = columns.load(static_cast<const Y*>(a.y) + b * a.y_b + l * a.y_l);
     float y[8], gate[8];
-    if (a.gate != nullptr) columns.load(a.gate + b * a.gate_b, gate);
+    if (a.gate != nullptr) columns.load(a.gate + b * a.gate_b + side * a.gate_s, gate);
     unpack8(x_raw, x), unpack8(y_raw, y);
     PRFL_UNROLL
     for (int i = 0; i < 8; ++i)
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth>)
   }
   const float rstd = rsqrtf(block_sum(squares, slots + kSlots) / width + a.eps);
   float scale[8], shift[8];
-  columns.load(a.scale + b * a.scale_b, scale);
-  columns.load(a.shift + b * a.shift_b, shift);
+  columns.load(a.scale + b * a.scale_b + side * a.scale_s, scale);
+  columns.load(a.shift + b * a.shift_b + side * a.shift_s, shift);
   PRFL_UNROLL
   for (int i = 0; i < 8; ++i) x[i] = x[i] * rstd * (scale[i] + a.base) + shift[i];
   if (a.mean != nullptr && threadIdx.x == 0) put(a.mean + token, mean), put(a.rstd + token, rstd);
@@ -98,11 +98,11 @@ struct ColumnSums {
 // dx of the norm, from x and dn of a token:  n = x_hat (base + scale) + shift,  g = dn (base + scale),
 // dx = rstd (g - mean(g) - x_hat mean(g x_hat)),  d scale = sum dn x_hat,  d shift = sum dn
 template <class X, class Y, class Dn, int kWidth>
-__device__ __forceinline__ void through_norm(const NormBackward& a, const Columns<kWidth>& columns, int64_t b,
-                                             int64_t width, const Incoming<X, Y, Dn>& row, float* slots,
+__device__ __forceinline__ void through_norm(const NormBackward& a, const Columns<kWidth>& columns,
+                                             const float* factors, int64_t width, const Incoming<X, Y, Dn>& row, float* slots,
                                              ColumnSums& sums, float (&dx)[8]) {
   float x[8], dn[8], scale[8], means[2] = {};
-  columns.load(a.scale + b * a.scale_b, scale);
+  columns.load(factors, scale);
   unpack8(row.x, x), unpack8(row.dn, dn);
   PRFL_UNROLL
   for (int i = 0; i < 8; ++i) {
@@ -121,7 +121,10 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
     norm_backward_kernel(const NormBackward a, int64_t run) {
   PRFL_SHARED(memory);
   float* slots = reinterpret_cast<float*>(memory);
-  const int64_t b = blockIdx.y, first = blockIdx.x * run, last = min(first + run, a.length);
+  const int64_t b = blockIdx.y, side = blockIdx.x >= a.before;
+  const int64_t first = blockIdx.x * run + side * (a.boundary - a.before * run);
+  const int64_t last = min(first + run, side ? a.length : a.boundary);
+  const float *scale = a.scale + b * a.scale_b + side * a.scale_s, *gate = a.gate + b * a.gate_b + side * a.gate_s;
   const int64_t width = kWidth ? kWidth : a.width;
   // Four prefetched rows of float32 would not fit the registers.
   constexpr bool kAllAhead = sizeof(X) + sizeof(Y) + sizeof(Dn) < 12;
@@ -140,7 +143,7 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
     const int64_t out = (b * a.length + l) * width;
     float dx[8], other[8];
     if (a.dn != nullptr) {
-      through_norm(a, columns, b, width, row, slots + 2 * kSlots * ((l - first) % 2), sums, dx);
+      through_norm(a, columns, scale, width, row, slots + 2 * kSlots * ((l - first) % 2), sums, dx);
       if (a.dsum != nullptr) {
         unpack8(row.dsum, other);
         PRFL_UNROLL
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
     }
     if (a.dy == nullptr) continue;
     if (a.gate != nullptr) {
-      columns.load(a.gate + b * a.gate_b, other);
+      columns.load(gate, other);
       PRFL_UNROLL
       for (int i = 0; i < 8; ++i) dx[i] *= other[i];
     }
@@ -178,7 +181,7 @@ void forward(const NormForward& a, cudaStream_t stream) {
 template <class X, class Y, class Dn>
 void backward(const NormBackward& a, cudaStream_t stream) {
   with_width(a.aligned ? a.width : 0, [&](auto width) {
-    launch_runs("norm backward", norm_backward_kernel<X, Y, Dn, width()>, a, stream);
+    launch_runs("norm backward", norm_backward_kernel<X, Y, Dn, width()>, a, stream, a.boundary);
   });
 }
 

@@ -22,22 +22,24 @@ inline Shape row_shape(int64_t blocks, int64_t batch, int64_t width) {
   return {dim3(unsigned(blocks), unsigned(batch)), dim3(threads), 4 * kSlots * sizeof(float)};
 }
 
-// A kernel over tokens, and one over runs of tokens, which also takes the length of a run.
+// A kernel over tokens, and one over runs of tokens on both sides of a boundary, which also takes the length of
+// a run.
 template <class Arguments>
 void launch_tokens(const char* name, void (*kernel)(Arguments), const Arguments& a, cudaStream_t stream) {
   launch(name, kernel, row_shape(a.length, a.batch, a.width), stream, a);
 }
 template <class Arguments>
 void launch_runs(const char* name, void (*kernel)(Arguments, int64_t), const Arguments& a,
-                 cudaStream_t stream) {
-  launch(name, kernel, row_shape(row_runs(a.batch, a.length, a.width), a.batch, a.width), stream, a,
-         run_length(a.batch, a.length, a.width));
+                 cudaStream_t stream, int64_t boundary = 0) {
+  launch(name, kernel, row_shape(row_runs(a.batch, a.length, a.width, boundary), a.batch, a.width), stream, a,
+         run_length(a.batch, a.length, a.width, boundary));
 }
 
-// f of the width that a kernel is specialised for, as a constant: 5120, 1536, or 0 for any other.
+// f of the width that a kernel is specialised for, as a constant: 5120, 3072, 1536, or 0 for any other.
 template <class F>
 void with_width(int64_t width, F f) {
   if (width == 5120) return f(std::integral_constant<int, 5120>());
+  if (width == 3072) return f(std::integral_constant<int, 3072>());
   if (width == 1536) return f(std::integral_constant<int, 1536>());
   f(std::integral_constant<int, 0>());
 }

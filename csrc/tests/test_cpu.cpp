@@ -106,7 +106,7 @@ static void test_norm(const Sizes& s) {
   View gates = view(gate, s.width), scales = view(scale, s.width), shifts = view(shift, s.width);
   View means = view(mean, s.length), rstds = view(rstd, s.length);
   prfl::kernels().norm_forward({s.view3(x), s.view3(y), gates, scales, shifts, s.view3(total), s.view3(n),
-                                means, rstds, s.shape(), 1.0f, 1e-6f, 2});
+                                means, rstds, s.shape(), 0, 1.0f, 1e-6f, 2});
   auto parameter = [&](int64_t i) { return i / (s.length * s.width) * s.width + i % s.width; };
   expect_close(
       total, [&](int64_t i) { return x[i] + double(gate[parameter(i)]) * y[i]; }, 1e-6, "norm total");
@@ -124,8 +124,8 @@ static void test_norm(const Sizes& s) {
   Floats dn = random(s.values(), 6), dsum = random(s.values(), 7), dx(s.values()), dy(s.values());
   Floats part(s.batch * runs * 3 * s.width), sums(s.batch * 3 * s.width);
   prfl::kernels().norm_backward({s.view3(dn), s.view3(dsum), s.view3(total), s.view3(y), gates, scales, means,
-                                 rstds, s.view3(dx), s.view3(dy), view(part), view(sums), s.shape(), runs,
-                                 1.0f, true, 2});
+                                 rstds, s.view3(dx), s.view3(dy), view(part), view(sums), s.shape(),
+                                 {runs, (s.length + runs - 1) / runs, 0, 0}, 1, 1.0f, true, 2});
   std::vector<double> want(s.values());
   for (int64_t r = 0; r < s.rows(); r++) {
     double mg = 0, mgx = 0;

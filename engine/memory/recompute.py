@@ -160,7 +160,7 @@ class Run:
         self._dispose("cross", slots, places)
         del n
         self.between = {k: a for k, a in self.between.items() if k in self.policy.saved}
-        out, slots = self._watched("feed", self.block.feed, after, y, self.vectors, saves.feed)
+        out, slots = self._watched("feed", self.block.feed, after, y, self.vectors, self.grid, saves.feed)
         self._dispose("feed", slots, {})
         return out
 

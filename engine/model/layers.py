@@ -16,6 +16,7 @@ from prfl_kernels.linear import linear
 from prfl_kernels.norm.op import layer_norm, modulate
 from prfl_kernels.qk_norm_rope.op import rms_norm
 from prfl_kernels.qk_norm_rope.rope import Grid
+from prfl_kernels.sublayers.chunks import within
 from prfl_kernels.sublayers.cross_attention import ImageWeights, cross_attention
 from prfl_kernels.sublayers.ffn import FFNWeights, modulated_ffn
 from prfl_kernels.sublayers.products import AttentionWeights, LowRank
@@ -153,7 +154,8 @@ class Block(nn.Module):
 
     x += gate1 * Attn(LN(x) (1 + scale1) + shift1);  x += Cross(LN_affine(x), context);
     x += gate2 * FFN(LN(x) (1 + scale2) + shift2). The last token of the context counts `repeats` times
-    (WanTransformer.repeats).
+    (WanTransformer.repeats). e [B, 6, C] is the timestep's, or [B, 2, 6, C]: the tokens of the first frame
+    take the first of two.
 
     Every use of a block is a call of this module, so a wrapper of its forward (FSDP2, a hook) sees all of
     them. How the block computes in that call is an argument, a `BlockRun` that uses the other methods.
@@ -182,7 +184,8 @@ class Block(nn.Module):
         grid: Grid,
         run: "BlockRun | None" = None,
     ) -> Tensor:
-        """x' [B, L, C] of x [B, L, C], e [B, 6, C] and context [B, S, C], by `run` or else by `compute`."""
+        """x' [B, L, C] of x [B, L, C], e [B, 6, C] or [B, 2, 6, C], and context [B, S, C], by `run` or else
+        by `compute`."""
         return (run or Block.compute)(self, x_BLC, e_B6C, context_BSC, repeats, grid)
 
     def compute(
@@ -203,20 +206,24 @@ class Block(nn.Module):
         vectors, keeps = self.vectors(e_B6C), [keep] * 3 if isinstance(keep, str) else keep
         x, n, _ = self.attend(x_BLC, vectors, grid, keeps[0])
         y = self.cross_attn(n, context_BSC, repeats, keeps[1])
-        return self.feed(x, y, vectors, keeps[2])
+        return self.feed(x, y, vectors, grid, keeps[2])
 
     def vectors(self, e_B6C: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale and gate [B, C] of self-attention, then those of the FFN."""
-        return (self.modulation.to(e_B6C.dtype) + e_B6C).unbind(1)
+        """Shift, scale and gate [B, C] or [B, 2, C] of self-attention, then those of the FFN."""
+        return (self.modulation.to(e_B6C.dtype) + e_B6C).unbind(-2)
+
+    def boundary(self, vectors: Sequence[Tensor], grid: Grid) -> int:
+        """How many tokens here take the first of two vectors; 0 where there is one."""
+        return first_tokens(grid, self.sequence) if vectors[0].dim() == 3 else 0
 
     def cut(self, grid: Grid) -> Cut | None:
         """How the tokens of a grid are cut over ranks, None if all of them are here."""
         return None if self.sequence is None else self.sequence.cut(math.prod(grid))
 
-    def attention_input(self, x_BLC: Tensor, e_B6C: Tensor) -> Tensor:
+    def attention_input(self, x_BLC: Tensor, e_B6C: Tensor, grid: Grid) -> Tensor:
         """What the projections of self-attention read, [B, L, C] in the dtype of products."""
-        shift, scale = self.vectors(e_B6C)[:2]
-        return modulate(x_BLC, scale, shift, self.eps, self.dtype)
+        shift, scale, *_ = vectors = self.vectors(e_B6C)
+        return modulate(x_BLC, scale, shift, self.eps, self.dtype, self.boundary(vectors, grid))
 
     def cross_input(self, x_BLC: Tensor) -> Tensor:
         """What the queries of cross-attention read, [B, L, C] in the dtype of products."""
@@ -229,16 +236,17 @@ class Block(nn.Module):
             x_BLC, *vectors[:3], attn.weights(), grid, attn.num_heads,
             norm=(self.norm3.weight, self.norm3.bias), attention=attention, keep=keep,
             low=_updates(q=attn.q, k=attn.k, v=attn.v, o=attn.o), chunk=self.chunk, eps=self.eps,
-            dtype=self.dtype, cut=self.cut(grid),
+            dtype=self.dtype, cut=self.cut(grid), boundary=self.boundary(vectors, grid),
         )  # fmt: skip
 
-    def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, keep="all") -> Tensor:
+    def feed(self, x_BLC: Tensor, y_BLC: Tensor, vectors, grid: Grid, keep="all") -> Tensor:
         """x + y and the FFN sublayer on it; y is cross-attention's output."""
         first, _, second = self.ffn
         weights = FFNWeights(first.weight, first.bias, second.weight, second.bias)
         return modulated_ffn(
             x_BLC, y_BLC, *vectors[3:], weights, keep=keep,
             low=_updates(w1=first, w2=second), chunk=self.chunk, eps=self.eps, dtype=self.dtype,
+            boundary=self.boundary(vectors, grid),
         )  # fmt: skip
 
     @property
@@ -248,7 +256,13 @@ class Block(nn.Module):
 
 
 BlockRun = Callable[[Block, Tensor, Tensor, Tensor, int, Grid], Tensor]
-"""Computes x' of a block: (block, x [B, L, C], e [B, 6, C], context [B, S, C], repeats, grid)."""
+"""Computes x' of a block: (block, x [B, L, C], e as Block.forward, context [B, S, C], repeats, grid)."""
+
+
+def first_tokens(grid: Grid, sequence: SequenceGroup | None) -> int:
+    """How many of the tokens on this rank are those of the first frame."""
+    tokens = math.prod(grid)
+    return within(grid[1] * grid[2], slice(0, tokens) if sequence is None else sequence.cut(tokens).span)
 
 
 def _updates(**linears: Linear) -> dict[str, LowRank]:
@@ -265,10 +279,11 @@ class Head(nn.Module):
         self.head = WideLinear(dim, patch_values)
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
-    def forward(self, x_BLC: Tensor, e_BC: Tensor) -> Tensor:
-        """Patches [B, L, patch_values] of tokens [B, L, C] at the embedded timestep e [B, C]."""
-        shift, scale = (self.modulation.to(e_BC.dtype) + e_BC[:, None]).unbind(1)
-        return self.head(modulate(x_BLC, scale, shift, self.eps, wide(x_BLC.dtype)))
+    def forward(self, x_BLC: Tensor, e_BC: Tensor, boundary: int = 0) -> Tensor:
+        """Patches [B, L, patch_values] of tokens [B, L, C] at the embedded timestep e [B, C], or at those of
+        the tokens before the boundary, and of the others, e [B, 2, C]."""
+        shift, scale = (self.modulation.to(e_BC.dtype) + e_BC[..., None, :]).unbind(-2)
+        return self.head(modulate(x_BLC, scale, shift, self.eps, wide(x_BLC.dtype), boundary))
 
 
 class ImageEmbedding(nn.Module):

@@ -192,7 +192,7 @@ class RewardModel(nn.Module):
     ) -> Tensor:
         """Logits [B] as above, with the context tokens of embed_context. A T2V model takes no condition:
         what a first frame adds to a generator is left out."""
-        condition = condition if self.transformer.config.image else None
+        condition = None if self.transformer.config.model_type == "t2v" else condition
         return self.mlp(self._pooled(x, t, context, condition, run_blocks)).squeeze(1)
 
     def _pooled(self, x, t, context, condition, run_blocks) -> Tensor:

@@ -25,7 +25,7 @@ from prfl_engine.inputs import check_file, check_float, open_state, open_tensors
 from prfl_engine.model import wan_json
 from prfl_engine.model.layout import name_layout
 from prfl_engine.model.names import to_native
-from prfl_engine.model.wan import WanConfig
+from prfl_engine.model.wan import TI2V_CHANNELS, WanConfig
 from prfl_engine.tensor_files import DTYPES, NAMES
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -215,8 +215,9 @@ def by_shapes(shapes: Mapping[str, tuple[int, ...]], source: Path) -> WanConfig:
         dim, channels, *patch = shape("patch_embedding.weight", 5)
         check(dim % 128 == 0, "width", dim, f"a multiple of 128, or {CONFIG} next to the file")
         out = shape("head.head.weight", 2)[0] // max(1, math.prod(patch))
+        kind = "i2v" if channels != out else "ti2v" if channels == TI2V_CHANNELS else "t2v"
         return WanConfig(
-            model_type="t2v" if channels == out else "i2v",
+            model_type=kind,
             dim=dim,
             ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
             num_heads=dim // 128,

@@ -1,4 +1,4 @@
-"""The video diffusion transformer of Wan2.1, and of the experts of Wan2.2 A14B, text- and image-to-video.
+"""The video diffusion transformer of Wan2.1 and Wan2.2: text-to-video, image-to-video, and TI2V, both in one.
 
 Parameters carry the names of the native checkpoints, so their state dicts load as they are.
 Precision is a contract of three dtypes: the weights keep theirs; linear layers and attention
@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from prfl_engine.bounds import Section, Within, hints
 from prfl_engine.errors import UserError, check, named
-from prfl_engine.model.layers import IMAGE_TOKENS, Block, Head, ImageEmbedding, Linear, WideLinear
+from prfl_engine.model.layers import (
+    IMAGE_TOKENS,
+    Block,
+    Head,
+    ImageEmbedding,
+    Linear,
+    WideLinear,
+    first_tokens,
+)
 from prfl_kernels.exchange import SequenceGroup, gather
 from prfl_kernels.jit import wide
 from prfl_kernels.linear import linear
@@ -28,6 +36,7 @@ from prfl_kernels.qk_norm_rope.rope import Grid
 
 # Tokens of a text context are a multiple of this: at most eight shapes for 512, whatever the prompts.
 TEXT_MULTIPLE = 64
+TI2V_CHANNELS = 48  # latents of Wan2.2's VAE, which no other Wan model has
 Width = Annotated[int, Within(1, 2**18)]
 Patch = Annotated[int, Within(1, 64)]
 
@@ -35,9 +44,13 @@ Patch = Annotated[int, Within(1, 64)]
 @dataclass(frozen=True)
 class WanConfig(Section, name=""):
     """Hyper-parameters of a Wan transformer, under the names of its config.json, which has no `clip`: whether
-    there is a CLIP branch is seen from the weights."""
+    there is a CLIP branch is seen from the weights.
 
-    model_type: Literal["t2v", "i2v"] = "t2v"
+    A ti2v model makes videos from a text, as t2v, or from a text and a first latent frame, which needs no
+    channels of its own: it takes the place of the first frame of the latents.
+    """
+
+    model_type: Literal["t2v", "i2v", "ti2v"] = "t2v"
     dim: Width = 1536
     ffn_dim: Width = 8960
     num_heads: Width = 12
@@ -61,10 +74,13 @@ class WanConfig(Section, name=""):
         if self.clip is None:
             object.__setattr__(self, "clip", self.image)
         check(self.image or not self.clip, "clip", self.clip, "false with model_type t2v")
+        if self.model_type == "ti2v":
+            check(self.in_dim == self.out_dim, "in_dim", self.in_dim, f"out_dim, {self.out_dim} (ti2v)")
+            check(self.patch_size[0] == 1, "patch_size", self.patch_size, "patches of one frame (ti2v)")
 
     @property
     def image(self) -> bool:
-        """Whether the model takes a first frame (I2V)."""
+        """Whether the model takes CLIP features, and a first frame in channels of its own (I2V)."""
         return self.model_type == "i2v"
 
     @classmethod
@@ -90,9 +106,11 @@ PRESETS = {
     "i2v-14b-720p": WanConfig("i2v", in_dim=36, **_14B),
     **{f"t2v-a14b-{expert}": WanConfig(**_14B) for expert in ("high", "low")},
     **{f"i2v-a14b-{e}": WanConfig("i2v", in_dim=36, clip=False, **_14B) for e in ("high", "low")},
+    "ti2v-5b": WanConfig("ti2v", 3072, 14336, 24, 30, in_dim=48, out_dim=48),
     "tiny-t2v": WanConfig(**_TINY),
     "tiny-i2v": WanConfig("i2v", in_dim=36, **_TINY),
     "tiny-i2v-a14b": WanConfig("i2v", in_dim=36, clip=False, **_TINY),
+    "tiny-ti2v": WanConfig("ti2v", in_dim=48, out_dim=48, **_TINY),
 }
 
 
@@ -104,6 +122,11 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+def with_first_frame(x: Tensor, frame: Tensor) -> Tensor:
+    """x [B, C, T, H, W] with its first frame replaced by frame [B, C, 1, H, W], in the dtype of x."""
+    return torch.cat([frame.to(x.dtype), x[:, :, 1:]], dim=2)
+
+
 class Precision(NamedTuple):
     """The dtypes of a model: of its weights, of linear layers and attention, of the residual stream."""
 
@@ -113,8 +136,9 @@ class Precision(NamedTuple):
 
 
 RunBlocks = Callable[[Sequence[Block], Tensor, Tensor, Tensor, int, Grid], Tensor]
-"""Runs blocks one after another: (blocks, tokens [B, L, C], e [B, 6, C], context [B, S, C], repeats, grid) to
-tokens [B, L, C]. Whoever calls one must not hold the first tokens: a policy may have to free them."""
+"""Runs blocks one after another: (blocks, tokens [B, L, C], e as Block.forward takes it, context [B, S, C],
+repeats, grid) to tokens [B, L, C]. Whoever calls one must not hold the first tokens: a policy may have to
+free them."""
 
 
 def plain_blocks(
@@ -249,28 +273,38 @@ class WanTransformer(nn.Module):
         condition: Tensor | None = None,
         run_blocks: RunBlocks = plain_blocks,
     ) -> Tensor:
-        """Velocity [B, out_dim, T, H, W] in float32 at noisy latents x [B, 16, T, H, W].
+        """Velocity [B, out_dim, T, H, W] in float32 at noisy latents x [B, out_dim, T, H, W].
 
         t [B] is the timestep (1000 sigma, any real number), on any device, context comes from embed_context,
-        condition [B, 20, T, H, W] is the mask and the encoded first frame of an I2V model. run_blocks decides
-        how the blocks run: plainly, under memory policies, in fp8, from a cache, as a CUDA graph.
+        condition [B, 20, T, H, W] is the mask and the encoded first frame of an I2V model. Of a ti2v model it
+        is the first latent frame [B, out_dim, 1, H, W] or None: it takes the place of that in x, its tokens
+        have timestep 0, and its velocity is 0. run_blocks decides how the blocks run: plainly, under
+        memory policies, in fp8, from a cache, as a CUDA graph.
         """
         found, e, grid = self._run(x, t, context, condition, (None,), run_blocks)
-        patches = self.head(found.pop(), e)
+        two = e.dim() == 3
+        patches = self.head(found.pop(), e, first_tokens(grid, self.sequence) if two else 0)
         if self.sequence is not None:
             patches = gather(patches, self.sequence.cut(math.prod(grid)))
-        return self._unpatchify(patches, grid)
+        velocity = self._unpatchify(patches, grid)
+        return with_first_frame(velocity, torch.zeros_like(velocity[:, :, :1])) if two else velocity
 
     def _run(self, x, t, context, condition, ends, run_blocks):
-        """(tokens after each of `ends` blocks, embedding [B, C] of t, grid of patches)."""
+        """(tokens after each of `ends` blocks, embedding [B, C] of t, or [B, 2, C] of 0 and t, grid of
+        patches)."""
         c = self.config
-        if condition is not None:
+        if c.model_type == "ti2v" and condition is not None:
+            if condition.shape != (want := x[:, :, :1].shape):
+                raise UserError(f"condition: got {list(condition.shape)}, want the first frame {list(want)}")
+            x, t = with_first_frame(x, condition), torch.stack([torch.zeros_like(t), t], 1)
+        elif condition is not None:
             x = torch.cat([x, condition.to(x.dtype)], dim=1)
         if x.shape[1] != c.in_dim:
             raise UserError(f"latent: got {x.shape[1]} channels (condition included), want {c.in_dim}")
         tokens, grid = self._patchify(x)
-        e = self.time_embedding(sinusoid(t.to(x.device, non_blocking=True), c.freq_dim))
-        vectors = self.time_projection(e).unflatten(1, (6, c.dim))
+        t = t.to(x.device, non_blocking=True)
+        e = self.time_embedding(sinusoid(t.flatten(), c.freq_dim)).view(*t.shape, c.dim)
+        vectors = self.time_projection(e).unflatten(-1, (6, c.dim))
         held, repeats, found = [tokens], self.repeats(context), []
         del tokens  # this frame must not hold what the first block may offload, nor a tuple of *arguments
         for start, end in zip((0, *ends), ends, strict=False):

@@ -7,7 +7,7 @@ from typing import Any
 from prfl_engine.errors import check
 from prfl_engine.inputs import read_json
 from prfl_engine.model.layers import IMAGE_DIM
-from prfl_engine.model.wan import WanConfig
+from prfl_engine.model.wan import TI2V_CHANNELS, WanConfig
 
 DIFFUSERS = "WanTransformer3DModel"
 _SAME = ("ffn_dim", "num_layers", "text_dim", "freq_dim", "patch_size", "eps")
@@ -57,7 +57,9 @@ def _of_diffusers(values: dict[str, Any], path: Path) -> dict[str, Any]:
     found = {name: values[name] for name in (*_SAME, "text_len") if name in values}
     found |= {ours: values[name] for name, ours in others.items() if name in values}
     conditioned = found.get("in_dim", WanConfig.in_dim) != found.get("out_dim", WanConfig.out_dim)
+    # diffusers leaves it to its pipeline
+    kind = "ti2v" if found.get("out_dim") == TI2V_CHANNELS else "t2v"
     return found | {
-        "model_type": "i2v" if conditioned else "t2v", "dim": heads * width, "num_heads": heads,
+        "model_type": "i2v" if conditioned else kind, "dim": heads * width, "num_heads": heads,
         "clip": image is not None,
     }  # fmt: skip

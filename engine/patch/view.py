@@ -105,7 +105,7 @@ class BlockView:
 
     compute, sublayers, vectors, cut = Block.compute, Block.sublayers, Block.vectors, Block.cut
     attention_input, cross_input = Block.attention_input, Block.cross_input
-    attend, feed = Block.attend, Block.feed
+    attend, feed, boundary = Block.attend, Block.feed, Block.boundary
     compiled = sequence = None
 
     def __init__(

@@ -109,15 +109,17 @@ def reward_model(setup: Setup, blocks: int) -> RewardModel:
     return cut(made, setup.sequence)
 
 
-def inputs(config: WanConfig, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
+def inputs(setup: Setup, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
     """A batch, noise of its shape and noise levels [B]."""
-    return _batch(config, latent), torch.empty(latent), torch.empty(latent[0])
+    return _batch(setup, latent), torch.empty(latent), torch.empty(latent[0])
 
 
-def _batch(config: WanConfig, latent: Latent) -> Batch:
+def _batch(setup: Setup, latent: Latent) -> Batch:
     """As the reader makes it: float32."""
-    n, text = latent[0], torch.empty(latent[0], config.text_len, config.text_dim)
-    made = Batch(torch.empty(latent), text)
+    n, config = latent[0], setup.config
+    made = Batch(torch.empty(latent), torch.empty(n, config.text_len, config.text_dim))
+    if setup.first_frame:
+        return made._replace(condition=torch.empty(n, latent[1], 1, *latent[3:]))
     if not config.image:
         return made
     clip = torch.empty(n, IMAGE_TOKENS, IMAGE_DIM) if config.clip else None
@@ -127,7 +129,7 @@ def _batch(config: WanConfig, latent: Latent) -> Batch:
 def batch_bytes(setup: Setup) -> int:
     """Of a micro-batch."""
     with meta_tensors():
-        live, batch = LiveBytes(ROUND), _batch(setup.config, setup.latent)
+        live, batch = LiveBytes(ROUND), _batch(setup, setup.latent)
         live.add(a for a in batch if a is not None)
         return live.now
 
@@ -152,7 +154,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         if setup.sft:
             with _passes(setup.pool, _counter(model, reward), ["flow matching"]) as (laps, watch):
-                batch, noise, sigma = inputs(setup.config, setup.latent)
+                batch, noise, sigma = inputs(setup, setup.latent)
                 sft_loss(model, batch, noise, sigma, run_under(policies, watch)).mean().backward()
             found |= laps
         if reward is not None:
@@ -172,7 +174,7 @@ def _graded(
     longer = longest(setup) - held(setup, index, config.window)
     names = ["graded step", *["window"] * (config.window - 1)]
     with _passes(setup.pool, _counter(model, reward), names) as (found, watch):
-        batch, noise, _ = inputs(setup.config, setup.latent)
+        batch, noise, _ = inputs(setup, setup.latent)
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
             extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
@@ -209,7 +211,7 @@ def _rollout_bytes(setup: Setup) -> int:
         live = _counter(model, reward)
         base = live.now - SCALARS - setup.pool
         with live:
-            batch, noise, _ = inputs(setup.config, setup.latent)
+            batch, noise, _ = inputs(setup, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
             extra = [reward.embed_context(batch.text, batch.clip)]
             extra.append(ballast(accelerated_bytes(setup)))
@@ -246,11 +248,11 @@ def validation_bytes(setup: Setup) -> int:
         live = _counter(model, reward)
         base, repeated = live.now - SCALARS - setup.pool, Repeated(live)
         with live:
-            extra = [_batch(setup.config, setup.latent), ballast(ROUND * v.values)]
+            extra = [_batch(setup, setup.latent), ballast(ROUND * v.values)]
             extra += [torch.empty(v.latent) for _ in range(v.kept - 1)]
-            extra += [_batch(setup.config, (v.read, *v.latent[1:]))] if v.read else []
+            extra += [_batch(setup, (v.read, *v.latent[1:]))] if v.read else []
             for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
-                batch, noise, sigma = inputs(setup.config, v.latent)
+                batch, noise, sigma = inputs(setup, v.latent)
                 repeated("loss", sft_loss, model, batch, noise, sigma)
                 velocity = repeated.velocity(bind(model, batch))
                 latent = chain.sample(velocity, schedule(FULL_HISTORY + 1), noise)

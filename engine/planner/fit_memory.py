@@ -95,6 +95,7 @@ def setup_of(
         c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
         sequence=c.parallel.sequence, experts=c.trained_experts, idle=c.model.idle == "host",
+        first_frame=c.data.first_frame,
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
         setup = replace(setup, pool=pool_bytes(setup, c.pool if c.rollout.pool_place == "device" else 0))
@@ -109,6 +110,7 @@ def pool_bytes(setup: Setup, chains: int) -> int:
     prompt = [c.text_len * c.text_dim]
     prompt += [IMAGE_TOKENS * IMAGE_DIM] if c.clip else []
     prompt += [20 * math.prod(shape[1:])] if c.image else []
+    prompt += [shape[0] * math.prod(shape[2:])] if setup.first_frame else []
 
     def rounded(values: list[int]) -> int:
         return sum(-(-4 * n // ROUND) * ROUND for n in values)

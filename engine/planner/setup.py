@@ -61,6 +61,7 @@ class Setup:
     experts: tuple[bool, bool] | None = None  # which of two experts is trained; None: there is one model
     idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
+    first_frame: bool = False  # of every latent is given to a ti2v model
 
     @property
     def count(self) -> int:

@@ -196,7 +196,7 @@ def exchange_of(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> in
     """The same of so many blocks: "forward" without gradient, "graded" with its backward, or "reward"."""
     run, before = run_under(policy), traffic[0]
     with meta_tensors(), LiveBytes():  # which looks into operations
-        batch, noise, sigma = inputs(setup.config, setup.latent)
+        batch, noise, sigma = inputs(setup, setup.latent)
         if what == "reward":
             model = reward_model(setup, blocks)
             batch = batch._replace(latent=batch.latent.requires_grad_())

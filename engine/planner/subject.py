@@ -19,6 +19,8 @@ from prfl_engine.planner.fit_memory import check_pooling, setup_of
 from prfl_engine.planner.setup import RewardSetup, Setup
 
 SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}  # latents of 81 frames at 832 x 480 and 1280 x 720
+# Of Wan2.2's VAE, 16 x 16 x 4, 121 frames at 832 x 480 and 1280 x 704.
+SIZES_TI2V = {"480p": (31, 30, 52), "720p": (31, 44, 80)}
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,25 @@ def _named(text: str, names: Sequence[str]) -> str | None:
 
 
 def _shape(c: Config, latent: str | None, names: list[str], model: WanConfig, assumed: list[str]):
+    reader, (sizes, frames) = Reader(model, first_frame=c.data.first_frame), (SIZES, 81)
+    if model.model_type == "ti2v":
+        sizes, frames = SIZES_TI2V, 121
     if latent is not None:
-        size = SIZES.get(latent.lower()) or tuple(map(int, re.findall("[0-9]+", latent)))
-        ok = latent.lower() in SIZES or re.fullmatch("[0-9]{1,4}x[0-9]{1,4}x[0-9]{1,4}", latent)
+        size = sizes.get(latent.lower()) or tuple(map(int, re.findall("[0-9]+", latent)))
+        ok = latent.lower() in sizes or re.fullmatch("[0-9]{1,4}x[0-9]{1,4}x[0-9]{1,4}", latent)
         fits = ok and min(size) > 0 and not any(n % p for n, p in zip(size, model.patch_size, strict=True))
         check(bool(fits), "--latent", latent, f"480p, 720p, or TxHxW in multiples of {model.patch_size}")
         return model.out_dim, *size
     if c.data.train and all(Path(p).is_file() for p in c.data.train):
-        reader = Reader(model)
         shapes = {tuple(reader.shape(p)[1:]) for p in read_lists(c.data.train, "data.train")}
         largest = max(shapes, key=lambda s: torch.Size(s).numel())
         return tuple(largest)
-    found = next((n for n in (_named(name, SIZES) for name in names) if n), None)
+    found = next((n for n in (_named(name, sizes) for name in names) if n), None)
     if found is None:
         raise UserError("--latent: got nothing, want 480p, 720p or TxHxW: data.train is not here")
-    assumed.append(f"data.train is not here: latents of {found}, 81 frames, by the configuration's name")
-    return model.out_dim, *SIZES[found]
+    size = f"latents of {found}, {frames} frames"
+    assumed.append(f"data.train is not here: {size}, by the configuration's name")
+    return model.out_dim, *sizes[found]
 
 
 def _reward(c: Config, model: WanConfig, assumed: list[str]) -> RewardSetup:

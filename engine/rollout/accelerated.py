@@ -22,6 +22,7 @@ from prfl_engine.config import RolloutConfig
 from prfl_engine.errors import UserError
 from prfl_engine.guidance import Guidance
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
+from prfl_engine.objectives import fixed
 from prfl_engine.rollout.cuda_graphs import Captured, CudaRecorder
 from prfl_engine.rollout.fp8 import Fp8Blocks
 from prfl_engine.rollout.step_cache import StepCache, cached
@@ -126,6 +127,7 @@ class Rollout:
         from those of the plain one; arguments as in `chain.rollout`."""
         batch = batch if self.guidance is None else self.guidance.both(batch)
         context = self.model.embed_context(batch.text, batch.clip)
+        noise = fixed(self.model, batch, noise)
         made = []
         for how in (True, False):
             way = chain.Chain(self._velocity(batch, context, how), self.schedule, noise, None, self.together)

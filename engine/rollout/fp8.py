@@ -81,16 +81,17 @@ class Fp8Block:
     def __call__(
         self, block: Block, x_BLC: Tensor, e_B6C: Tensor, context_BSC: Tensor, repeats: int, grid: Grid
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = block.vectors(e_B6C)
-        y = self._attend(modulate_fp8(x_BLC, scale1, shift1, block.eps), block, grid)
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors = block.vectors(e_B6C)
+        eps, boundary = block.eps, block.boundary(vectors, grid)
+        y = self._attend(modulate_fp8(x_BLC, scale1, shift1, eps, boundary), block, grid)
         norm = block.norm3.weight, block.norm3.bias
-        x, *n = gated_add_norm_fp8(x_BLC, y, gate1, *norm, block.eps)
+        x, *n = gated_add_norm_fp8(x_BLC, y, gate1, *norm, eps, boundary)
         y = block.cross_attn.attend(self.cross_q(*n), context_BSC, repeats)
         y = self.cross_o(*quantize_fp8(y))
-        x, *n = gated_add_modulate_fp8(x, y, None, scale2, shift2, block.eps)
+        x, *n = gated_add_modulate_fp8(x, y, None, scale2, shift2, eps, boundary)
         hidden = self.first(*n)
         del n, y
-        return gated_add(x, self.second(*quantize_fp8(hidden, gelu=True)), gate2)
+        return gated_add(x, self.second(*quantize_fp8(hidden, gelu=True)), gate2, boundary)
 
     def _attend(self, n, block, grid):
         attn, (q, k, v) = block.self_attn, self.qkv(*n).chunk(3, -1)

@@ -34,7 +34,7 @@ from prfl_engine.config_method import scales
 from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState, init_state, rounded
 from prfl_engine.metrics import note
-from prfl_engine.objectives import GradedWindow, Grader, Grading, index_range, start_of
+from prfl_engine.objectives import GradedWindow, Grader, Grading, fixed, index_range, start_of
 from prfl_engine.parallel import World
 from prfl_engine.rollout.drift import DriftMeter
 from prfl_engine.rollout.pool import FILE, Finite, Numbers, Pool, PooledChain
@@ -155,7 +155,7 @@ class Persistent:
         relative L2 distance of its newest latent from theirs)."""
         g, index = self.grader, torch.tensor([chain.numbers.index])
         old, prompt = self.pool.get(chain)[-1].x, self.pool.prompt(chain)
-        start = self.start(prompt.latent, self.noise(old, chain.numbers.position))
+        start = self.start(prompt, self.noise(old, chain.numbers.position))
         way = Chain(Grading(g, prompt).velocity, g.schedule, start)
         way.advance_to(index, (index - (g.window - 1)).clamp(min=0))
         states = [state for state in way.states[0] if state is not None]
@@ -166,9 +166,10 @@ class Persistent:
         """The noise [1, C, T, H, W] of the chain that is keyed by `position`, in the dtype of `like`."""
         return noise_like(like, Purpose.ROLLOUT_NOISE, self.config.train.seed, position).to(like.dtype)
 
-    def start(self, latent: Tensor, noise: Tensor) -> Tensor:
-        """Where a chain with this noise begins; latent: of its sample, needed with rollout.start data."""
-        return start_of(self.config.rollout, self.grader.schedule, latent, noise)
+    def start(self, prompt: Batch, noise: Tensor) -> Tensor:
+        """Where a chain with this noise begins; its sample's latent is needed with rollout.start data."""
+        g = self.grader
+        return fixed(g.model, prompt, start_of(self.config.rollout, g.schedule, prompt.latent, noise))
 
     # What `loop.fit` carries from step to step.
 
@@ -234,5 +235,5 @@ class Births:
         prompt = Batch(known, *(None if a is None else pool.hold(a) for a in prompt))
         chain = PooledChain(Numbers(lap, 0, position, self.sources[row], self.step), prompt, [])
         noise = rounded(self.owner.noise(latent, position), self.owner.grader.schedule.dtype)
-        pool.put(chain, [init_state(self.owner.start(latent, noise))])
+        pool.put(chain, [init_state(self.owner.start(prompt._replace(latent=latent), noise))])
         return chain

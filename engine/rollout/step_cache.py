@@ -28,6 +28,7 @@ from prfl_engine.chain import Together
 from prfl_engine.model.layers import Block
 from prfl_engine.model.wan import RunBlocks
 from prfl_kernels.exchange import SequenceGroup
+from prfl_kernels.qk_norm_rope.rope import Grid
 
 
 @dataclass
@@ -132,6 +133,6 @@ def cached(run_blocks: RunBlocks, cache: StepCache, t: Tensor, active: Tensor) -
     return run
 
 
-def _input(block: Block, x: Tensor, e_B6C: Tensor, *_: object) -> Tensor:
+def _input(block: Block, x: Tensor, e_B6C: Tensor, context: Tensor, repeats: int, grid: Grid) -> Tensor:
     """The first modulated input of a block, a `BlockRun`."""
-    return block.attention_input(x, e_B6C)
+    return block.attention_input(x, e_B6C, grid)

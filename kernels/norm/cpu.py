@@ -4,8 +4,9 @@ float32 and bfloat16, float32 inside, no fp8. Sums over tokens are made over a n
 the shapes alone and then added in order, so results are the same bits for any number of threads.
 """
 
-from prfl_kernels.extension import empty, launch, runs, supported
-from prfl_kernels.norm.launch import Backward, Forward
+from prfl_kernels import extension
+from prfl_kernels.extension import empty, launch, supported
+from prfl_kernels.norm.launch import Backward, Forward, runs
 
 
 def forward(a: Forward) -> None:
@@ -24,10 +25,11 @@ def backward(a: Backward) -> None:
     if a.y is not None and a.dy is not None:
         a = a._replace(y=a.y.to(a.dy.dtype))
     supported("norm", *a.inputs, a.dy)
-    (batch, length, width), slots = a.rows.shape, a.sums.shape[1]
-    count = runs(length)
-    part = empty(a.sums, batch, count, slots, width) if slots else None
+    batch, length, width = a.rows.shape
+    tokens = -(-length // extension.runs(length))
+    count, before = runs(length, a.boundary, tokens)
+    part = empty(a.sums, batch, count, a.slots, width) if a.slots else None
     launch(
         "norm_backward", **a._asdict(), part=part, batch=batch, length=length, width=width, runs=count,
-        wants_parameters=a.wants_parameters,
+        tokens=tokens, before=before, sides=a.sums.shape[1], wants_parameters=a.wants_parameters,
     )  # fmt: skip

@@ -1,10 +1,9 @@
 """The fused addition and LayerNorm in CUDA C++ (csrc/cuda/norm.cu).
 
-Rows in float32 or bfloat16, next to a bfloat16 residual in bfloat16 alone; C up to 5120, quick for 1536 and
-5120. ValueError for anything else.
+Rows in float32 or bfloat16, next to a bfloat16 residual in bfloat16 alone; C up to 5120, quick for 1536,
+3072 and 5120. ValueError for anything else.
 """
 
-import torch
 from torch import Tensor
 
 from prfl_kernels import cuda_kernels
@@ -14,8 +13,8 @@ from prfl_kernels.norm.launch import Backward, Forward
 
 
 def _f32(a: Tensor | None, batch: int) -> Tensor | None:
-    """A vector in float32, as [B, C]."""
-    return None if a is None else unit_last(a.float()).expand(batch, -1)
+    """A vector in float32, as [B, 2, C]."""
+    return None if a is None else unit_last(a.float()).expand(batch, -1, -1)
 
 
 def forward(a: Forward) -> None:
@@ -43,12 +42,12 @@ def backward(a: Backward) -> None:
     a = a._replace(gate=_f32(a.gate, batch), scale=_f32(a.scale, batch))
     given = a._asdict()
     sums = given.pop("sums")
-    runs = cuda_kernels.library().row_runs(batch, length, width)
-    part = sums.new_empty(batch, runs, *sums.shape[1:])
+    library, size = cuda_kernels.library(), (batch, length, width, a.boundary)
+    part, before = sums.new_empty(batch, library.row_runs(*size), a.slots, width), library.runs_before(*size)
     cuda_kernels.launch(
-        "norm_backward", **given, part=part, batch=batch, length=length, width=width,
+        "norm_backward", **given, part=part, before=before, batch=batch, length=length, width=width,
         x_kind=CODES[residual], y_kind=CODES[y], dn_kind=CODES[dn],
         wants_parameters=a.wants_parameters, wants_gate=a.wants_gate,
         aligned=cuda_kernels.aligned(width, a.dn, a.dsum, a.x, a.y, a.gate, a.scale, a.dx, a.dy),
     )  # fmt: skip
-    torch.sum(part, 1, out=sums)
+    a.add(part, before)

@@ -1,20 +1,28 @@
 """The fused addition and LayerNorm in Triton.
 
 One pass over memory each way. The two-dimensional grid has one program for every run of `rows`
-tokens of a sample; gate, scale and shift stay in its registers. Sums over tokens (d scale, d shift,
-d gate) stay in registers over the run and written once; torch adds the runs in a fixed order,
-so results are the same from run to run, without atomics. Everything is computed in float32.
+tokens of a sample; gate, scale and shift stay in its registers. No run crosses the boundary between the
+tokens that take one vector and those that take another. Sums over tokens (d scale, d shift, d gate) stay in
+registers over the run and are written once; torch adds the runs in a fixed order, so results are the same
+from run to run, without atomics. Everything is computed in float32.
 """
 
-import torch
 from torch import Tensor
 
 from prfl_kernels import rows, tuning
 from prfl_kernels.fp8.e4m3 import row_scales
 from prfl_kernels.jit import jit, launch, tl, triton
-from prfl_kernels.norm.launch import Backward, Forward
+from prfl_kernels.norm.launch import Backward, Forward, runs
 
 CANDIDATES = rows.candidates("add_norm")
+
+
+@jit
+def _span(run, rows, before, boundary, L):
+    """(side of the boundary, first token, end) of a run."""
+    side = (run >= before).to(tl.int64)
+    first = run * rows + side * (boundary - before * rows)
+    return side, first, tl.minimum(first + rows, tl.where(run >= before, L, boundary))
 
 
 @jit
@@ -25,19 +33,20 @@ def _row(pointer, stride_b, stride_l, b, l, o_c, m_c):
 @jit
 def _forward(
     x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, sum_ptr, n_ptr, quant_ptr, mean_ptr, rstd_ptr,
-    x_b, x_l, y_b, y_l, gate_b, scale_b, shift_b, L, rows, eps, base,
+    x_b, x_l, y_b, y_l, gate_b, gate_s, scale_b, scale_s, shift_b, shift_s,
+    L, rows, before, boundary, eps, base,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * rows
+    side, first, end = _span(tl.program_id(0).to(tl.int64), rows, before, boundary, L)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
     if gate_ptr is not None:
-        gate = _row(gate_ptr, gate_b, 0, b, 0, o_c, m_c)
+        gate = _row(gate_ptr, gate_b, gate_s, b, side, o_c, m_c)
     if n_ptr is not None:
-        scale = _row(scale_ptr, scale_b, 0, b, 0, o_c, m_c) + base
-        shift = _row(shift_ptr, shift_b, 0, b, 0, o_c, m_c)
-    for i in range(0, tl.minimum(rows, L - first)):
+        scale = _row(scale_ptr, scale_b, scale_s, b, side, o_c, m_c) + base
+        shift = _row(shift_ptr, shift_b, shift_s, b, side, o_c, m_c)
+    for i in range(0, end - first):
         l = first + i
         p_out = (b * L + l) * C + o_c
         x = _row(x_ptr, x_b, x_l, b, l, o_c, m_c)
@@ -66,17 +75,18 @@ def _forward(
 @jit
 def _backward(
     dn_ptr, dsum_ptr, x_ptr, y_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dx_ptr, dy_ptr, part_ptr,
-    dn_b, dn_l, dsum_b, dsum_l, x_b, x_l, y_b, y_l, gate_b, scale_b, L, rows, base,
+    dn_b, dn_l, dsum_b, dsum_l, x_b, x_l, y_b, y_l, gate_b, gate_s, scale_b, scale_s,
+    L, rows, before, boundary, base,
     C: tl.constexpr, BLOCK: tl.constexpr, PARAMETERS: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0).to(tl.int64) * rows
+    side, first, end = _span(tl.program_id(0).to(tl.int64), rows, before, boundary, L)
     o_c = tl.arange(0, BLOCK)
     m_c = o_c < C
     dscale = tl.zeros([BLOCK], tl.float32)
     dshift = tl.zeros([BLOCK], tl.float32)
     dgate = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, tl.minimum(rows, L - first)):
+    for i in range(0, end - first):
         l = first + i
         p_out = (b * L + l) * C + o_c
         if dn_ptr is not None:
@@ -85,7 +95,7 @@ def _backward(
             dn = _row(dn_ptr, dn_b, dn_l, b, l, o_c, m_c)
             x = _row(x_ptr, x_b, x_l, b, l, o_c, m_c)
             # Scale and gate come from the cache every time: held, they would spill at C = 5120.
-            scale = _row(scale_ptr, scale_b, 0, b, 0, o_c, m_c) + base
+            scale = _row(scale_ptr, scale_b, scale_s, b, side, o_c, m_c) + base
             rstd = tl.load(rstd_ptr + b * L + l)
             x_hat = tl.where(m_c, (x - tl.load(mean_ptr + b * L + l)) * rstd, 0.0)
             if PARAMETERS:
@@ -103,7 +113,7 @@ def _backward(
         if dy_ptr is not None:
             dy = dx
             if gate_ptr is not None:
-                dy = dx * _row(gate_ptr, gate_b, 0, b, 0, o_c, m_c)
+                dy = dx * _row(gate_ptr, gate_b, gate_s, b, side, o_c, m_c)
             tl.store(dy_ptr + p_out, dy.to(dy_ptr.dtype.element_ty), mask=m_c)
     # Partial sums [B, runs, d scale | d shift | d gate as wanted, C].
     slot = (b * tl.num_programs(0) + tl.program_id(0)) * (2 * PARAMETERS + GATE)
@@ -119,19 +129,16 @@ def _strides(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(s for a in tensors for s in ((0, 0) if a is None else a.stride()[:-1]))
 
 
-def _stride(a: Tensor | None) -> int:
-    """The stride of a vector's samples."""
-    return 0 if a is None else a.stride(0)
-
-
 def _plan(
-    way: rows.Way, kind: tuning.Key, like: Tensor, fp8: bool = False
-) -> tuple[tuple[int, int], int, dict[str, int | bool]]:
-    """(grid, tokens of a run, constants and launch options) for rows of `like` [B, L, C]."""
-    width = like.shape[2]
+    way: rows.Way, kind: tuning.Key, like: Tensor, boundary: int, fp8: bool = False
+) -> tuple[tuple[int, int], tuple[int, int, int, int], dict[str, int | bool]]:
+    """(grid, tokens, of a run, runs and tokens before the boundary, constants and launch options) for rows of
+    `like` [B, L, C]."""
+    batch, length, width = like.shape
     block = triton.next_power_of_2(width)
-    grid, run, options = rows.plan("add_norm", way, kind, like, block, fp8)
-    return grid, run, {"C": width, "BLOCK": block, **options}
+    _, run, options = rows.plan("add_norm", way, kind, like, block, fp8)
+    count, before = runs(length, boundary, run)
+    return (count, batch), (length, run, before, boundary), {"C": width, "BLOCK": block, **options}
 
 
 def forward(a: Forward) -> None:
@@ -139,11 +146,10 @@ def forward(a: Forward) -> None:
     fp8 = a.quant is not None
     parts = "y" * (a.y is not None) + "n" * (a.n is not None) + "8" * fp8
     kind = 8 * a.x.element_size(), parts
-    grid, run, options = _plan("forward", kind, a.x, fp8)
+    grid, lengths, options = _plan("forward", kind, a.x, a.boundary, fp8)
     launch(
         _forward, grid,
-        *a.tensors, *_strides(a.x, a.y), *map(_stride, (a.gate, a.scale, a.shift)),
-        a.x.shape[1], run, a.eps, a.base, **options,
+        *a.tensors, *_strides(a.x, a.y, a.gate, a.scale, a.shift), *lengths, a.eps, a.base, **options,
     )  # fmt: skip
 
 
@@ -152,13 +158,13 @@ def backward(a: Backward) -> None:
     parts = "n" * (a.dn is not None) + "p" * a.wants_parameters
     parts += "y" * (a.dy is not None) + "g" * a.wants_gate
     kind = 8 * (a.rows if a.x is None else a.x).element_size(), parts
-    grid, run, options = _plan("backward", kind, a.rows)
-    batch, slots, width = a.sums.shape
-    part = a.sums.new_empty(batch, grid[0], slots, width)
+    grid, lengths, options = _plan("backward", kind, a.rows, a.boundary)
+    batch, _, width = a.rows.shape
+    part = a.sums.new_empty(batch, grid[0], a.slots, width)
     launch(
         _backward, grid,
-        *a.inputs, a.dx, a.dy, part,
-        *_strides(a.dn, a.dsum, a.x, a.y), _stride(a.gate), _stride(a.scale), a.rows.shape[1], run, a.base,
+        *a.inputs, a.dx, a.dy, part, *_strides(a.dn, a.dsum, a.x, a.y, a.gate, a.scale), *lengths, a.base,
         PARAMETERS=a.wants_parameters, GATE=a.wants_gate, **options,
     )  # fmt: skip
-    torch.sum(part, 1, out=a.sums)
+    _, _, before, _ = lengths
+    a.add(part, before)

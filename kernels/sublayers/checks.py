@@ -18,6 +18,7 @@ from prfl_kernels.checks import (
 )
 from prfl_kernels.exchange import is_group
 from prfl_kernels.jit import wide
+from prfl_kernels.norm.op import check_boundary
 from prfl_kernels.sublayers.chunks import check_chunk
 from prfl_kernels.sublayers.operation import Shape
 
@@ -25,10 +26,12 @@ IMAGE = ("k_img", "k_img_bias", "v_img", "v_img_bias", "norm_k_img")
 """The weights of the image tokens, inputs of cross_attention."""
 
 
-def _vectors(op: str, inputs) -> None:
-    x = inputs.x
+def _vectors(op: str, inputs, settings) -> None:
+    (batch, _, width), x = inputs.x.shape, inputs.x
+    shape = (batch, 2, width) if inputs.shift.dim() == 3 else (batch, width)
     for name in ("shift", "scale", "gate"):
-        expect(op, name, getattr(inputs, name), (x.shape[0], x.shape[2]), x)
+        expect(op, name, getattr(inputs, name), shape, x)
+    check_boundary(op, x, settings.boundary, inputs.shift)
 
 
 def _linear(op: str, inputs, name: str, outputs: int, width: int) -> None:
@@ -76,7 +79,7 @@ def modulated_attention(op, inputs, settings, saved):
     """ValueError where an argument of modulated_attention or, if saved is given, its backward is wrong."""
     x, weight = inputs.x, inputs.weight
     _, length, width = expect_rows(op, "x", x)
-    _vectors(op, inputs)
+    _vectors(op, inputs, settings)
     for name in "qkvo":
         _linear(op, inputs, name, width, width)
     for name in ("norm_q", "norm_k"):
@@ -118,7 +121,7 @@ def _cut(op: str, settings, length: int) -> None:
 def modulated_ffn(op, inputs, settings, saved):
     """ValueError where an argument of modulated_ffn or, if saved is given, its backward is wrong."""
     width = expect_rows(op, "x", inputs.x)[2]
-    _vectors(op, inputs)
+    _vectors(op, inputs, settings)
     hidden = expect_rank(op, "w1", inputs.w1, "F, C")[0]
     if hidden < 1:
         raise ValueError(f"{op}: got w1 {list(inputs.w1.shape)}, want [F, {width}] with F > 0")

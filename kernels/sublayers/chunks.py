@@ -24,6 +24,11 @@ def pieces(x: Tensor, chunk: int | None) -> list[slice]:
     return [slice(i, min(i + step, length)) for i in range(0, length, step)]
 
 
+def within(boundary: int, at: slice) -> int:
+    """The boundary of a sequence as one of the tokens `at`."""
+    return min(max(boundary - at.start, 0), at.stop - at.start)
+
+
 def numbers(a: Tensor, at: slice) -> Tensor:
     """The piece of numbers a token [n, B, L], contiguous as kernels take them."""
     return a[:, :, at].contiguous()

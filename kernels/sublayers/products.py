@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prfl_kernels.jit import wide
+from prfl_kernels.sublayers.chunks import within
 
 
 class AttentionWeights(NamedTuple):
@@ -164,7 +165,10 @@ class Product:
 
 
 class GatedProduct:
-    """The gradients of gate * linear(a, ...), piece by piece: d [B, L, N], gate [B, N] and a [B, L, K]."""
+    """The gradients of gate * linear(a, ...), piece by piece: d [B, L, N], gate [B, N] and a [B, L, K].
+
+    Of two gates [B, 2, N] see GatedProducts.
+    """
 
     def __init__(
         self, gate: Tensor, weight: Tensor, bias: Tensor, low: LowRank | None, dtype: torch.dtype,
@@ -213,6 +217,48 @@ class GatedProduct:
             found[f"{name}_up"] = low.scale * (self.gate.to(up.dtype)[..., None] * up).sum(0)
             found[f"{name}_down"] = sums["down"]
         return found
+
+
+class GatedProducts:
+    """GatedProduct with a gate [B, N], or with two [B, 2, N]: tokens before `boundary` take the first, the
+    others the second. A piece says which tokens it has."""
+
+    def __init__(self, gate: Tensor, boundary: int, *rest):
+        """rest: as GatedProduct takes it."""
+        gates = gate[None] if gate.dim() == 2 else gate.unbind(1)
+        self.boundary, self.sides = boundary, [GatedProduct(a, *rest) for a in gates]
+
+    def input_gradient(self, d: Tensor, at: slice) -> Tensor:
+        """da [B, L, K] in d.dtype, of the tokens `at`."""
+        made = [side.input_gradient(part) for side, part in self._parts(d, at)]
+        return made[0] if len(made) == 1 else torch.cat(made, 1)
+
+    def add(self, d: Tensor, a: Tensor, at: slice) -> None:
+        """Add what the tokens `at` give to the gradients of gate and parameters."""
+        for (side, d_part), (_, a_part) in zip(self._parts(d, at), self._parts(a, at), strict=True):
+            side.add(d_part, a_part)
+
+    def _parts(self, a: Tensor, at: slice) -> list[tuple[GatedProduct, Tensor]]:
+        """The tokens `at` of a by their gate; gates without any are left out."""
+        if len(self.sides) == 1:
+            return [(self.sides[0], a)]
+        first, second = self.sides
+        n = within(self.boundary, at)
+        return [(first, a[:, :n])] * (n > 0) + [(second, a[:, n:])] * (n < a.shape[1] or not n)
+
+    def gradients(self, name: str) -> dict[str, Tensor]:
+        """As those of GatedProduct; ends the sums."""
+        made = [side.gradients(name) if side.sums else {} for side in self.sides]
+        if len(made) == 1:
+            return made[0]
+        sums, gates = Sums(), [a.pop("gate", None) for a in made]
+        for k, a in (pair for gradients in made for pair in gradients.items()):
+            sums.add(k, a)
+        some = next((a for a in gates if a is not None), None)
+        if some is not None:
+            zero = torch.zeros_like(some)  # of a gate that no token here takes
+            sums["gate"] = torch.stack([zero if a is None else a for a in gates], 1)
+        return sums
 
 
 def low_rank(down: Tensor | None, up: Tensor | None, scale: float) -> LowRank | None:

@@ -1,6 +1,6 @@
 """The self-attention sublayer of a block as one operation that is told what to save for its backward.
 
-    n       = LN(x) (1 + scale) + shift                      x [B, L, C]; shift, scale, gate [B, C]
+    n       = LN(x) (1 + scale) + shift               x [B, L, C]; shift, scale, gate [B, C] or [B, 2, C]
     q, k    = rope(rms(n Wq^T + bq)), rope(rms(n Wk^T + bk)),   v = n Wv^T + bv
     a       = softmax(q k^T / sqrt(D)) v
     x'      = x + gate (a Wo^T + bo)
@@ -28,7 +28,8 @@ With a `cut` (prfl_kernels.exchange) x holds the tokens of this rank alone, and 
 of H / P heads: q, k and v are exchanged before it and its output after it, and so are their gradients. What
 only attention's backward reads stays as exchanged: q and k rotated, v and the log-sum-exp. Where P does not
 divide the heads, queries are those of a neighbourhood of ranks. Keys and values are exchanged like them, and
-those of all tokens are gathered for attention and again for its backward.
+those of all tokens are gathered for attention and again for its backward. Of two
+vectors tokens before `boundary`, counted in x, take the first.
 """
 
 from collections.abc import Collection, Mapping
@@ -45,12 +46,12 @@ from prfl_kernels.norm import op as add_norm
 from prfl_kernels.qk_norm_rope import op as qk_norm_rope
 from prfl_kernels.qk_norm_rope.rope import Grid
 from prfl_kernels.sublayers import checks
-from prfl_kernels.sublayers.chunks import numbers, pieces, together
+from prfl_kernels.sublayers.chunks import numbers, pieces, together, within
 from prfl_kernels.sublayers.heads import attended, exchanged, keys
 from prfl_kernels.sublayers.operation import Operation, Shape, tensors
 from prfl_kernels.sublayers.products import (
     AttentionWeights,
-    GatedProduct,
+    GatedProducts,
     LowRank,
     Product,
     Sums,
@@ -70,8 +71,8 @@ KEEP = {
 }
 
 
-# x [B, L, C]; shift, scale, gate [B, C]; weights as in AttentionWeights, those of the next norm [C], updates
-# as in LowRank; output and log-sum-exp of an earlier call, which take no gradient.
+# x [B, L, C]; shift, scale, gate [B, C] or [B, 2, C]; weights as in AttentionWeights, of the next norm [C],
+# updates as in LowRank; output and log-sum-exp of an earlier call, which take no gradient.
 Inputs = NamedTuple("Inputs", tensors(
     ("x", "shift", "scale", "gate", *AttentionWeights._fields),
     ("weight", "bias", *low_rank_names("qkvo"), "given_out", "given_lse"),
@@ -92,6 +93,7 @@ class Settings(NamedTuple):
     group: str
     far: tuple[int, ...]  # tokens of every such group whose keys are gathered, () if there is only one
     far_group: str
+    boundary: int
 
 
 # x' and n'; statistics [2, B, L] of x' and of x; then what is saved if asked for: attention's output
@@ -124,10 +126,11 @@ def _shapes(inputs: Inputs, settings: Settings) -> dict[str, Shape | None]:
     }  # fmt: skip
 
 
-def _normed(x, inputs: Inputs, settings: Settings):
-    """n and the statistics of a piece x of the tokens."""
+def _normed(x, inputs: Inputs, settings: Settings, at: slice):
+    """n and the statistics of a piece x of the tokens, those `at`."""
     fill, vectors, eps = record("modulate", x).forward, (inputs.scale, inputs.shift), settings.eps
-    _, n, _, stats = add_norm.forward(fill, x, None, None, *vectors, 1.0, eps, settings.dtype)
+    boundary = within(settings.boundary, at)
+    _, n, _, stats = add_norm.forward(fill, x, None, None, *vectors, 1.0, eps, settings.dtype, boundary)
     return n, stats
 
 
@@ -140,12 +143,11 @@ def _rotated(q, k, inputs: Inputs, settings: Settings, first: int):
     return q, k, rstd
 
 
-def _ended(x, y, inputs: Inputs, settings: Settings):
+def _ended(x, y, inputs: Inputs, settings: Settings, at: slice):
     """(x', n', statistics of x') of a piece, the last two None without a next norm."""
-    if inputs.weight is None:
-        return add_norm.forward(record("gated_add", x).forward, x, y, inputs.gate)[0], None, None
-    fill, vectors, eps = record("gated_add_norm", x).forward, (inputs.weight, inputs.bias), settings.eps
-    total, n, _, stats = add_norm.forward(fill, x, y, inputs.gate, *vectors, 0.0, eps, settings.dtype)
+    fill = record("gated_add" if inputs.weight is None else "gated_add_norm", x).forward
+    norm = inputs.weight, inputs.bias, 0.0, settings.eps, settings.dtype
+    total, n, _, stats = add_norm.forward(fill, x, y, inputs.gate, *norm, within(settings.boundary, at))
     return total, n, stats
 
 
@@ -162,7 +164,7 @@ def _made(inputs: Inputs, settings: Settings, names: list[str]) -> dict[str, Ten
 
     def run(at: slice):
         made = dict.fromkeys(_AXES)
-        made["n"], made["stats"] = n, _ = _normed(inputs.x[:, at], inputs, settings)
+        made["n"], made["stats"] = n, _ = _normed(inputs.x[:, at], inputs, settings, at)
         if projected:
             made["q_in"] = q = linear(n, q_w, inputs.q_bias, low_q)
             made["k_in"] = k = linear(n, k_w, inputs.k_bias, low_k)
@@ -194,7 +196,7 @@ def _forward(inputs: Inputs, settings: Settings, saves) -> dict[str, Tensor | No
 
     def end(at: slice):
         y = linear(out[:, at].flatten(2), matrix, inputs.o_bias, low)
-        return _ended(inputs.x[:, at], y, inputs, settings)
+        return _ended(inputs.x[:, at], y, inputs, settings, at)
 
     results["total"], results["next_n"], results["next_stats"] = together(end, found, (1, 1, 2))
     return results
@@ -209,32 +211,25 @@ def _save(inputs: Inputs, results) -> tuple[Inputs, NamedTuple]:
 
 
 def _backward(
-    dtotal: Tensor | None,
-    dn: Tensor | None,
-    inputs: Inputs,
-    saved,
-    settings: Settings,
-    wants,
+    dtotal: Tensor | None, dn: Tensor | None, inputs: Inputs, saved, settings: Settings, wants
 ) -> dict[str, Tensor]:
     x, dtype, next_weight = inputs.x, settings.dtype, inputs.weight
     dtotal = torch.zeros_like(x) if dtotal is None else dtotal
     if dn is None and next_weight is not None:
         dn = torch.zeros_like(x, dtype=dtype)
     found, low, sums = pieces(x, settings.chunk), low_ranks(inputs, "qkvo", settings.factors), Sums()
-    projections = [
-        Product(low[i], getattr(wants, name), getattr(wants, f"low_{name}")) for i, name in enumerate("qkv")
-    ]
+    wanted = [(getattr(wants, k), getattr(wants, f"low_{k}")) for k in "qkv"]
+    projections = [Product(update, *both) for update, both in zip(low, wanted, strict=False)]
     needs_n = any(p.trained for p in projections)
 
     have, single, projected = saved._asdict(), len(found) == 1, bool(saved.v.numel())
     missing = [] if projected else ["q_in", "k_in", "v"] if single else ["v"]
     missing += [] if saved.rstd.numel() else ["q", "k", "rstd"]
     if projected and not saved.rstd.numel():
-        have["q"], have["k"], have["rstd"] = together(
-            lambda at: _rotated(saved.q_in[:, at], saved.k_in[:, at], inputs, settings, at.start),
-            found,
-            (1, 1, 2),
-        )
+        def rotated(at: slice):
+            return _rotated(saved.q_in[:, at], saved.k_in[:, at], inputs, settings, at.start)
+
+        have["q"], have["k"], have["rstd"] = together(rotated, found, (1, 1, 2))
     elif missing:
         missing += ["n"] if needs_n and not saved.n.numel() and single else []
         have |= _made(inputs, settings, missing)
@@ -242,9 +237,10 @@ def _backward(
     if not saved.lse.numel():
         have |= attended(have, settings)
 
-    last = GatedProduct(
-        inputs.gate, inputs.o, inputs.o_bias, low[3], dtype, wants.o, wants.gate, wants.low_o
-    )
+    last = GatedProducts(
+        inputs.gate, settings.boundary, inputs.o, inputs.o_bias, low[3], dtype, wants.o, wants.gate,
+        wants.low_o,
+    )  # fmt: skip
 
     def summed(at: slice, norm: bool, cast: torch.dtype | None):
         """The gradient of x', also in `cast`, and those of the next norm if `norm`."""
@@ -263,8 +259,8 @@ def _backward(
             if wants.next_norm:
                 sums.add("weight", norm[0])
                 sums.add("bias", norm[1])
-        last.add(d, have["out"][:, at].flatten(2))
-        return dsum if single else None, last.input_gradient(d)
+        last.add(d, have["out"][:, at].flatten(2), at)
+        return dsum if single else None, last.input_gradient(d, at)
 
     dsum, da = together(ended, found, (1, 1))
     dsum, da = dtotal if next_weight is None else dsum, da.view(have["out"].shape)
@@ -283,7 +279,7 @@ def _backward(
     def begun(at: slice):
         n_at = n[:, at] if n.numel() else None
         if n_at is None and (needs_n or repeated):
-            n_at = _normed(x[:, at], inputs, settings)[0]
+            n_at = _normed(x[:, at], inputs, settings, at)[0]
         if repeated:
             q_at = linear(n_at, matrices[0], inputs.q_bias, low[0])
             k_at = linear(n_at, matrices[1], inputs.k_bias, low[1])
@@ -306,7 +302,7 @@ def _backward(
         dx, _, _, dscale, dshift = add_norm.backward(
             record("modulate", x).backward, acc.view(x[:, at].shape),
             summed(at, False, None)[0] if dsum is None else dsum[:, at], x[:, at], None, None, inputs.scale,
-            numbers(saved.stats, at), 1.0, wants.vectors, None,
+            numbers(saved.stats, at), 1.0, wants.vectors, None, within(settings.boundary, at),
         )  # fmt: skip
         if wants.vectors:
             sums.add("scale", dscale)
@@ -351,17 +347,20 @@ def modulated_attention(
     low: Mapping[str, LowRank] | None = None,
     chunk: int | None = None,
     cut: Cut | None = None,
+    boundary: int = 0,
 ) -> SelfAttentionOutput:
     """The sublayer: x', and n' where there is norm = (weight [C], bias [C]) of the next one.
 
-    x [B, L, C] is the residual stream, shift, scale and gate [B, C]; grid (frames, rows, columns) of the
+    x [B, L, C] is the residual stream, shift, scale and gate [B, C], or [B, 2, C]: those of the tokens of x
+    before `boundary` (0 to L), and of the others; grid (frames, rows, columns) of the
     whole sequence and offset as in qk_norm_rope; products and attention run in dtype (x.dtype if None).
     keep is a mode of KEEP or some of the names it stands for; without gradient nothing is saved. attention is
     what an earlier call with the same inputs returned under that name, not to be recomputed: with it
     nothing else is saved, as with keep "attention". low holds low-rank updates of "q", "k", "v" and "o";
     chunk is the number of tokens (of all samples) to work on at a time, None for all. With cut, x holds the
     tokens cut.span of the sequence; every rank of the group must call. Raises ValueError for another `keep`,
-    or names in `low`, or a chunk below 1, or heads that the ranks of cut.near do not divide.
+    or names in `low`, or a chunk below 1, or heads that the ranks of cut.near do not divide, or a boundary
+    that does not fit.
     """
     op, names = "modulated_attention", saved_names("modulated_attention", KEEP, keep)
     lows, factors = flattened(op, low, "qkvo")
@@ -375,7 +374,8 @@ def modulated_attention(
     keeps["normed"] &= trained or not keeps["projections"]
     groups = ((), "") * 2 if cut is None else cut[3:]
     offset += 0 if cut is None else cut.span.start
-    settings = Settings(grid, num_heads, eps, offset, dtype or x.dtype, factors, chunk, *groups)
+    rest = factors, chunk, *groups, boundary
+    settings = Settings(grid, num_heads, eps, offset, dtype or x.dtype, *rest)
     made = _OPERATION.results._make(_OPERATION.call(*inputs, *settings, list(keeps.values())))
     if keeps["attention"]:
         attention = made.out, made.lse
