@@ -74,11 +74,18 @@ class Inputs:
         return self.tensor(outputs, inputs, dtype=dtype, scale=inputs**-0.5)
 
 
+def _boundary(i: Inputs, length: int, *vectors: Tensor | None) -> dict[str, int]:
+    """A boundary for vectors of which some are [B, 2, C]."""
+    two = any(a is not None and a.dim() == 3 for a in vectors)
+    return {"boundary": i.rng.randint(0, length)} if two else {}
+
+
 def _modulate(i: Inputs, op=modulate):
     batch, length, width = i.rows()
-    shape = i.choice((batch, width), (width,))
+    shape = i.choice((batch, width), (width,), *([(batch, 2, width)] if op is modulate else []))
     tensors = [i.tensor(batch, length, width, dtype=i.stream), i.tensor(*shape), i.tensor(*shape)]
-    return Case(lambda *a: op(*a[:-1], out_dtype=a[-1]), tensors, i.choice(i.stream, i.floats()))
+    more = _boundary(i, length, *tensors[1:])
+    return Case(lambda *a: op(*a[:-1], out_dtype=a[-1], **more), tensors, i.choice(i.stream, i.floats()))
 
 
 def _layer_norm(i: Inputs):
@@ -88,16 +95,19 @@ def _layer_norm(i: Inputs):
 def _gated_add(i: Inputs):
     batch, length, width = i.rows()
     y = i.tensor(batch, length, width, dtype=F16 if i.stream == F16 else None)
-    gate = i.choice(None, i.tensor(batch, width))
-    return Case(lambda *a: gated_add(*a[:-1]), [i.tensor(batch, length, width, dtype=i.stream), y, gate], F32)
+    gate = i.choice(None, i.tensor(batch, width), i.tensor(batch, 2, width))
+    tensors, more = [i.tensor(batch, length, width, dtype=i.stream), y, gate], _boundary(i, length, gate)
+    return Case(lambda *a: gated_add(*a[:-1], **more), tensors, F32)
 
 
 def _gated_add_modulate(i: Inputs, op=gated_add_modulate):
     batch, length, width = i.rows()
-    shape = i.choice((batch, width), (width,))
+    shape = i.choice((batch, width), (width,), *([(batch, 2, width)] if op is gated_add_modulate else []))
     rows = [i.tensor(batch, length, width, dtype=dtype) for dtype in (i.stream, i.stream)]
-    tensors = [*rows, i.choice(None, i.tensor(batch, width)), i.tensor(*shape), i.tensor(*shape)]
-    return Case(lambda *a: op(*a[:-1], out_dtype=a[-1]), tensors, i.choice(i.stream, i.floats()))
+    gate = i.choice(None, i.tensor(batch, width), i.tensor(batch, 2, width))
+    tensors = [*rows, gate, i.tensor(*shape), i.tensor(*shape)]
+    more = _boundary(i, length, *tensors[2:])
+    return Case(lambda *a: op(*a[:-1], out_dtype=a[-1], **more), tensors, i.choice(i.stream, i.floats()))
 
 
 def _gated_add_norm(i: Inputs):
@@ -163,7 +173,9 @@ def _modulated_ffn(i: Inputs):
     hidden = i.choice(1, 8, 33)
     names, low = _updates(i, {"w1": (hidden, width), "w2": (width, hidden)})
     x, y = (i.tensor(batch, length, width, dtype=F32) for _ in range(2))
-    vectors = [i.tensor(batch, width) for _ in range(3)]
+    sizes = i.choice((batch, width), (batch, 2, width))
+    vectors = [i.tensor(*sizes) for _ in range(3)]
+    more = _boundary(i, length, *vectors)
     weights = i.matrix(hidden, width), i.tensor(hidden), i.matrix(width, hidden), i.tensor(width)
     keep, chunk, y = i.choice(*KEEP), i.choice(None, 1, 7), i.choice(None, y)
 
@@ -171,8 +183,9 @@ def _modulated_ffn(i: Inputs):
         *rest, dtype = rest
         low = _low(names, rest[4:])
         return modulated_ffn(
-            x, y, shift, scale, gate, FFNWeights(*rest[:4]), dtype=dtype, keep=keep, low=low, chunk=chunk
-        )
+            x, y, shift, scale, gate, FFNWeights(*rest[:4]), dtype=dtype, keep=keep, low=low, chunk=chunk,
+            **more,
+        )  # fmt: skip
 
     return Case(run, [x, y, *vectors, *weights, *low], F32)
 
@@ -184,7 +197,9 @@ def _projections(i: Inputs, width: int, count: int) -> list[Tensor]:
 def _modulated_attention(i: Inputs):
     batch, length, width, heads, grid, offset = _places(i)
     names, low = _updates(i, dict.fromkeys("qkvo", (width, width)))
-    tensors = [i.tensor(batch, length, width, dtype=F32), *(i.tensor(batch, width) for _ in range(3))]
+    sizes = i.choice((batch, width), (batch, 2, width))
+    tensors = [i.tensor(batch, length, width, dtype=F32), *(i.tensor(*sizes) for _ in range(3))]
+    more = _boundary(i, length, *tensors[1:])
     tensors += [*_projections(i, width, 4), *(i.tensor(width) for _ in range(4))]
     keep, chunk, ends = i.choice(*KEEP), i.choice(None, 1, 7), i.choice(True, False)
 
@@ -193,7 +208,7 @@ def _modulated_attention(i: Inputs):
         made = modulated_attention(
             x, shift, scale, gate, AttentionWeights(*rest[:10]), grid, heads, offset=offset,
             norm=tuple(rest[10:12]) if ends else None, dtype=dtype, keep=keep, low=_low(names, rest[12:]),
-            chunk=chunk,
+            chunk=chunk, **more,
         )  # fmt: skip
         return (made.x, made.n) if ends else made.x
 

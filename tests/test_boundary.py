@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 from prfl_kernels import dispatch, extension, jit, rows
 from prfl_kernels.norm.gated_add import gated_add, gated_add_modulate_fp8, gated_add_norm_fp8
-from prfl_kernels.norm.op import modulate, modulate_fp8
+from prfl_kernels.norm.op import layer_norm, modulate, modulate_fp8
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 ALL = pytest.mark.parametrize("name", NAMES)
@@ -112,6 +112,9 @@ REFUSED = {
     ),
     r"layer_norm: got boundary 1, want 0 where": lambda: prfl.modulate(
         x(), normal(8), normal(8), 0.0, 1e-6, F32, 1
+    ),
+    r"layer_norm: got weight \[2, 2, 8\], want \[2, 8\]": lambda: layer_norm(
+        x(), normal(2, 2, 8), normal(2, 2, 8)
     ),
     r"gated_add: got gate \[2, 1, 8\], want \[2, 2, 8\]": lambda: gated_add(x(), x(), normal(2, 1, 8)),
     r"gated_add: got boundary 9, want 0 to 5": lambda: gated_add(x(), x(), normal(2, 2, 8), 9),

@@ -193,8 +193,8 @@ def test_graded_window_has_the_gradient_of_the_repinned_chain():
         torch.testing.assert_close(got[name], p.grad, rtol=1e-7, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("how, bound", [({"cache": 1e-9}, 1e-6), ({"precision": "fp8"}, 0.1)])
-def test_accelerated_rollouts_have_both_timesteps(how, bound):
+@pytest.mark.parametrize("how", [{"cache": 1e-9}, {"precision": "fp8"}])
+def test_accelerated_rollouts_have_both_timesteps(how):
     model, batch = model_and_batch(dim=128, num_heads=2, ffn_dim=256)
     model, batch = model.float(), Batch(*(None if a is None else a.float() for a in batch))
     schedule, active = flow.make_schedule("euler", 4, 5.0), torch.arange(2)
@@ -203,8 +203,9 @@ def test_accelerated_rollouts_have_both_timesteps(how, bound):
         velocity = rollout.stretches(batch, model.embed_context(batch.text))()
         got, want = (v(batch.latent, T.float(), active) for v in (velocity, bind(model, batch)))
         text = bind(model, batch._replace(condition=None))(batch.latent, T.float(), active)
-    assert relative(got, want) < bound
-    assert relative(text[:, :, 1:], want[:, :, 1:]) > 2 * bound
+    assert not got[:, :, 0].any()
+    got, want, text = (a[:, :, 1:] for a in (got, want, text))
+    assert relative(got, want) < (0.5 * relative(got, text) if "precision" in how else 1e-6)
 
 
 SECTIONS = {

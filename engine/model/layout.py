@@ -20,8 +20,8 @@ _LAYOUTS = (
 
 
 def name_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What a generator is and what to do about it, in one line; None for a model of Wan2.1 or
-    Wan2.2 A14B, or an unknown one.
+    """What a generator is and what to do about it, in one line; None for one that it runs or does
+    not know.
 
     shapes: {key, native where it is one of Wan: shape of the tensor}.
     """
@@ -31,6 +31,4 @@ def name_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
             return f"got {layout}, such as {key}; {advice}"
     patch = shapes.get("patch_embedding.weight", ())
     channels = patch[1] if len(patch) == 5 else None
-    if channels == 48:
-        return "got Wan2.2 TI2V-5B (48 latent channels), want a model of 16: Wan2.1, or Wan2.2 A14B"
     return None

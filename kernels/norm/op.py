@@ -172,12 +172,16 @@ _VECTORS = {1.0: ("scale", "shift"), 0.0: ("weight", "bias")}  # by base, as the
 
 
 def check_affine(op: str, x: Tensor, base: float, *vectors: Tensor) -> None:
-    """Raise ValueError unless base is 0 or 1 and the vectors, scale or scale and shift, are [C], [B, C] or
-    [B, 2, C] for x [B, L, C]."""
+    """Raise ValueError unless base is 0 or 1 and the vectors, scale or scale and shift, are [C], [B, C] or,
+    with base 1, [B, 2, C] for x [B, L, C]."""
     if base not in _VECTORS:
         raise ValueError(f"{op}: got base {base}, want 0 or 1")
     batch, _, width = x.shape
-    shape = {1: (width,), 3: (batch, 2, width)}.get(vectors[0].dim(), (batch, width))
+    dims, shape = vectors[0].dim(), (batch, width)
+    if dims == 1:
+        shape = (width,)
+    elif dims == 3 and base:
+        shape = (batch, 2, width)
     for name, a in zip(_VECTORS[base], vectors, strict=False):
         expect(op, name, a, shape, x)
 
