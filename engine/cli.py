@@ -86,13 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     command("train", _train, "PRFL training of a generator.")
     plan = command("plan", _plan, "What a training takes: memory, seconds, which GPUs. Needs none.")
     plan.add_argument("--gpu", default="h100-80", metavar="NAME", help="h100-80, h200, a100-80, b200")
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="default: %(default)s")
+    plan.add_argument("--gpus", type=int, metavar="N", help="default: 1; the most of a search: 64")
     plan.add_argument("--nodes", type=int, metavar="M", help="of how many nodes (default: 8 GPUs each)")
     plan.add_argument("--budget", type=float, metavar="GB", help="10^9 bytes (default: those of the GPU)")
     plan.add_argument("--latent", metavar="SIZE", help="480p, 720p or TxHxW (default: of the data)")
     plan.add_argument("--model", metavar="PRESET", help="the generator where its folder is not here")
     plan.add_argument("--price", type=float, metavar="X", help="of a GPU hour")
-    plan.add_argument("--search", action="store_true", help="the fastest settings on up to N (or 64) GPUs")
+    plan.add_argument("--train-reward", action="store_true", help="of prfl train-reward, not prfl train")
+    plan.add_argument("--search", action="store_true", help="the fastest settings on up to N GPUs")
     plan.add_argument("--picture", metavar="FILE", help="also memory over a step, as PNG")
     plan.add_argument("--json", action="store_true", help="as JSON")
     command("train-reward", _train_reward, "Train a latent reward model.")
@@ -182,7 +183,7 @@ def _plan(args) -> None:
     from prfl_engine.planner.command import Options, predict
 
     options = Options(
-        args.gpu, args.gpus, args.nodes, args.budget, args.latent, args.model, args.price
+        args.gpu, args.gpus, args.nodes, args.budget, args.latent, args.model, args.price, args.train_reward
     )
     if args.search:
         if args.picture:

@@ -20,34 +20,45 @@ class Options(NamedTuple):
     """The options of the command."""
 
     gpu: str = "h100-80"
-    gpus: int = 1
+    gpus: int | None = None  # of a prediction 1, the most that a search tries
     nodes: int | None = None
     budget: float | None = None  # 10^9 bytes
     latent: str | None = None
     model: str | None = None
     price: float | None = None
+    train_reward: bool = False
 
 
 def predict(path: str, overrides: Sequence[str] = (), options: Options = Options()) -> Prediction:  # noqa: B008
     """The prediction for the configuration in a file. UserError for what cannot be."""
     config = load_config(path, overrides)
     gpu, count = machine_of(options)
-    return of_subject(config, find(config, path, options.latent, options.model), gpu, count, options)
+    return of_subject(config, subject_of(config, path, count, options), gpu, count, options)
+
+
+def subject_of(config: Config, path: str, count: int, options: Options) -> Subject:
+    """What the configuration in the file `path` trains on so many GPUs."""
+    readers = max(1, count // config.parallel.sequence)
+    return find(
+        config, path, options.latent, options.model, readers=readers, train_reward=options.train_reward
+    )
 
 
 def machine_of(options: Options) -> tuple[Machine, int]:
     """The machine and the number of its GPUs."""
-    gpu = machine(options.gpu)
-    check(options.gpus >= 1, "--gpus", options.gpus, "a number from 1 on")
+    gpu, count = machine(options.gpu), 1 if options.gpus is None else options.gpus
+    check(count >= 1, "--gpus", count, "a number from 1 on")
+    if options.price is not None:
+        check(options.price > 0, "--price", options.price, "more than 0")
     if options.budget is not None:
         check(options.budget > 0, "--budget", options.budget, "more than 0 GB")
     if options.nodes is not None:
         check(
-            options.nodes >= 1 and options.gpus % options.nodes == 0, "--nodes", options.nodes,
-            f"a divisor of --gpus = {options.gpus}",
+            options.nodes >= 1 and count % options.nodes == 0, "--nodes", options.nodes,
+            f"a divisor of --gpus = {count}",
         )  # fmt: skip
-        gpu = gpu._replace(per_node=options.gpus // options.nodes)
-    return gpu, options.gpus
+        gpu = gpu._replace(per_node=count // options.nodes)
+    return gpu, count
 
 
 def of_subject(

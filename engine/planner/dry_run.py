@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prfl_engine import chain
 from prfl_engine.batch import Batch
+from prfl_engine.build import freeze_embeddings
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
@@ -34,6 +35,7 @@ from prfl_engine.planner.setup import ROUND, Latent, Setup
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 SCALARS = 32 * ROUND  # losses, metrics and tables of angles
+REWARD_TRAINING = "reward training"
 
 
 class Numbers(NamedTuple):
@@ -108,6 +110,19 @@ def reward_model(setup: Setup, blocks: int) -> RewardModel:
     return cut(made, setup.sequence)
 
 
+def trained(setup: Setup, blocks: int) -> WanTransformer | RewardModel:
+    """The model that is trained, likewise: the generator, or a reward model with gradients."""
+    if setup.trains is None:
+        return generator(setup, blocks)
+    r, trunk = setup.reward, _transformer(setup, setup.config, blocks, head=False)
+    if not setup.trains.embeddings:
+        freeze_embeddings(trunk)
+    if setup.lora is not None:
+        lora.attach(trunk, setup.lora)
+    pool = QueryPool(setup.config.dim, r.queries, r.heads, setup.trains.dropout, r.add_query)
+    return cut(RewardModel(trunk, pool, blocks).train(), setup.sequence)
+
+
 def inputs(config: WanConfig, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
     """A batch, noise of its shape and noise levels [B]."""
     return _batch(config, latent), torch.empty(latent), torch.empty(latent[0])
@@ -128,7 +143,7 @@ def batch_bytes(setup: Setup) -> int:
     with meta_tensors():
         live, batch = LiveBytes(ROUND), _batch(setup.config, setup.latent)
         live.add(a for a in batch if a is not None)
-        return live.now
+        return live.now * setup.sides
 
 
 def _counter(*modules: torch.nn.Module | None) -> LiveBytes:
@@ -144,6 +159,8 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
     addition to weights and gradients. Of a window two steps are made and of several graded steps two; what
     longer ones hold of the chain is allocated in addition."""
     found: dict[str, Laps] = {}
+    if setup.trains is not None:
+        return _reward_training(setup, policies)
     with meta_tensors():
         model, n = generator(setup, len(policies)), setup.reward_blocks
         reward = reward_model(setup, n) if n else None
@@ -157,6 +174,38 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
         if reward is not None:
             found |= _graded(setup, model, reward, policies, run_under(reward_policy))
     return found
+
+
+def _reward_training(setup: Setup, policies: list[BlockPolicy]) -> dict[str, Laps]:
+    """The pass of reward training, of one sample or of one of a pair."""
+    with meta_tensors():
+        model = trained(setup, len(policies))
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        with _passes(0, _counter(model), [REWARD_TRAINING]) as (laps, watch):
+            batch, noise, sigma = inputs(setup.config, setup.latent)
+            extra = [_batch(setup.config, setup.latent) for _ in range(setup.sides - 1)]
+            noisy_reward(model, batch, noise, sigma, run_under(policies, watch)).sum().backward()
+            del extra
+    return laps
+
+
+def pair_bytes(setup: Setup, policies: list[BlockPolicy]) -> tuple[int, int]:
+    """(most bytes of the pass of a pair, what the winner's forward has saved of them). The loser's backward
+    comes first; autograd holds its gradients until it has added the winner's to them."""
+    with meta_tensors():
+        model, run = trained(setup, len(policies)), run_under(policies)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
+        live = _counter(model)
+        base = live.now - SCALARS
+        with live:
+            winner, noise, sigma = inputs(setup.config, setup.latent)
+            loser, before = _batch(setup.config, setup.latent), live.now
+            logit = noisy_reward(model, winner, noise, sigma, run)
+            saved = live.now - before
+            (logit - noisy_reward(model, loser, noise, sigma, run)).sum().backward()
+    return live.peak - base, saved
 
 
 def _graded(
@@ -227,6 +276,8 @@ def accelerated_bytes(setup: Setup) -> int:
 
 def validation_bytes(setup: Setup) -> int:
     """Most bytes of setup.validation, in addition to the weights; there are no gradients then."""
+    if setup.trains is not None:
+        return accuracy_bytes(setup)
     v, reward, scored = setup.validation, None, None
     with meta_tensors(), torch.no_grad():
         model = generator(setup, 2)
@@ -249,6 +300,26 @@ def validation_bytes(setup: Setup) -> int:
                     scored = batch._replace(latent=latent)
                     repeated("reward", noisy_reward, reward, scored, noise, sigma)
             del extra, scored
+    return live.peak - base
+
+
+def accuracy_bytes(setup: Setup) -> int:
+    """The same of a validation of reward training."""
+    v = setup.validation
+    with meta_tensors(), torch.no_grad():
+        model = trained(setup, 2).eval()
+        live = _counter(model)
+        base, repeated = live.now - SCALARS, Repeated(live)
+        with live:
+            extra = [_batch(setup.config, setup.latent) for _ in range(setup.sides)]
+            extra += [ballast(ROUND * v.values)]
+            extra += [_batch(setup.config, (v.read, *v.latent[1:]))] if v.read else []
+            for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
+                sides = [_batch(setup.config, v.latent) for _ in range(setup.sides)]
+                noise, sigma = torch.empty(v.latent), torch.empty(v.latent[0])
+                for side in sides:
+                    repeated("reward", noisy_reward, model, side, noise, sigma)
+            del extra
     return live.peak - base
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from prfl_engine.model.flops import costs
 from prfl_engine.objectives import index_range
+from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
 
 
@@ -35,10 +36,18 @@ def graded_passes(setup: Setup) -> float:
     return setup.rollout.samples * window
 
 
+def _trained_reward(setup: Setup) -> float:
+    trunk = setup.config, setup.count
+    return costs(setup.config, setup.latent[2:], 0, trunk, setup.lora is None).flops["reward"]
+
+
 def step_flops(setup: Setup, forwards: float | None = None) -> dict[str, float]:
     """Model FLOPs of one micro-batch on all ranks that share it, by phase: "flow matching", "rollout",
-    "graded step", "reward". forwards: of one sample without gradient, made in fact; None: on average."""
+    "graded step", "reward"; or of "reward training" alone. forwards: of one sample without gradient, made in
+    fact; None: on average."""
     samples = setup.latent[0]
+    if setup.trains is not None:
+        return {REWARD_TRAINING: samples * setup.sides * _trained_reward(setup)}
     trunk = (setup.reward.config or setup.config, setup.reward_blocks) if setup.reward_blocks else None
     rank = 0 if setup.lora is None else setup.lora.rank
     config = replace(setup.config, num_layers=setup.count)

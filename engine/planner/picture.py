@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prfl_engine.errors import check
-from prfl_engine.planner.predict import Phase
+from prfl_engine.planner.entries import Phase
 from prfl_engine.planner.report import Prediction
 
 STANDING = ("weights", "LoRA", "reward model", "reward head", "optimizer states", "optimizer slots",
-            "averaged weights", "e4m3 weights", "CUDA graph", "CUDA context", "allocator")  # fmt: skip
+            "averaged weights", "e4m3 weights", "CUDA graph", "CUDA context", "NCCL buffers",
+            "allocator")  # fmt: skip
 
 
 class Moment(NamedTuple):

@@ -6,24 +6,23 @@ that is named; *estimated* ones are what no count reaches (work space of attenti
 tests/test_predict.py compares the counted ones with real runs.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-import torch
 
 from prfl_engine.config import Config
 from prfl_engine.memory.policy import of_config
 from prfl_engine.objectives import index_range
+from prfl_engine.planner import between
 from prfl_engine.planner.chain_bytes import longest
 from prfl_engine.planner.dry_run import (
+    REWARD_TRAINING,
     accelerated_bytes,
     batch_bytes,
+    pair_bytes,
     rollout_bytes,
     validation_bytes,
 )
-from prfl_engine.planner.machine import CONTEXT, Machine
+from prfl_engine.planner.entries import COUNTED, ESTIMATED, PREDICTED, Entry, Phase, entries
+from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks, plan
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup
@@ -38,33 +37,7 @@ from prfl_engine.planner.standing import (
     update_bytes,
 )
 
-COUNTED, PREDICTED, ESTIMATED = "counted", "predicted", "estimated"
 BUFFERS = "whole blocks by the order in which FSDP2 gathers and frees"
-
-
-class Entry(NamedTuple):
-    """Bytes of one category in a phase, how they are known, and from what."""
-
-    category: str
-    bytes: int
-    how: str
-    basis: str
-
-
-class Phase(NamedTuple):
-    """A part of a run with all bytes that are on the device in its peak, or on the host."""
-
-    name: str
-    entries: tuple[Entry, ...]
-
-    @property
-    def bytes(self) -> int:
-        """All of them."""
-        return sum(e.bytes for e in self.entries)
-
-    def of(self, *how: str) -> int:
-        """Bytes that are known in one of these ways."""
-        return sum(e.bytes for e in self.entries if e.how in how)
 
 
 @dataclass(frozen=True)
@@ -96,28 +69,23 @@ def memory(
     made, kinds, reward = _kinds(config, setup, gpu) if kind is None else (None, [kind] * setup.count, kind)
     models, c = models_of(setup, shards.shards), config
     stands = _standing(c, setup, models, gpu, shards)
-    gradients = _entries(
+    gradients = entries(
         (("gradients", gradient_bytes(models, c.optim), COUNTED, "parameters that an optimizer updates"),)
     )
-    phases = [Phase("load", _load(c, setup, models, gpu, shards))]
+    phases = [
+        Phase("load", between.load(c, models, gpu, shards)),
+        Phase("resume", (*stands, *between.resume(c, setup, models, shards))),
+    ]
     training = (*stands, *gradients)
     for name, own in _step(c, setup, kinds, reward, models, gpu, shards).items():
         phases.append(Phase(name, (*training, *own)))
     phases.append(Phase("optimizer", (*training, *_optimizer(c, setup, models, gradients, shards))))
     if setup.validation is not None:
         phases.append(Phase("validation", (*stands, *_validation(c, setup, models, shards))))
-    phases.append(Phase("checkpoint", stands))
-    host = Phase("host", _host(c, setup, kinds, reward, models, shards))
-    saved = state_bytes(models, c.optim, shards.many).saved * shards.shards
-    weights = sum(p.count * torch.Size(p.shape).numel() * p.dtype.itemsize for p in models.trained)
-    average = sum(p.count * torch.Size(p.shape).numel() * 4 for p in models.trained)
-    disk = weights + saved + (average if c.train.ema > 0 else 0)
+    phases.append(Phase("checkpoint", (*stands, *between.checkpoint(c, setup, models, shards))))
+    host = Phase("host", _host(c, setup, kinds, reward, models, gpu, shards))
+    disk = between.on_disk(c, setup, models, shards)
     return Memory(tuple(phases), host, disk, tuple(kinds), reward, made)
-
-
-def _entries(found: Sequence[tuple[str, int, str, str]]) -> tuple[Entry, ...]:
-    """Those that are not nothing."""
-    return tuple(Entry(*entry) for entry in found if entry[1])
 
 
 def _kinds(config: Config, setup: Setup, gpu: Machine | None) -> tuple[Plan | None, list[Kind], Kind]:
@@ -144,6 +112,9 @@ def _standing(
     low = [p for p in models.generator if ".lora_" in p.name]
     whole = [p for p in models.generator if ".lora_" not in p.name]
     head = [p for p in models.reward if not p.name.startswith("transformer.")]
+    if setup.trains is not None:
+        head = [p for p in whole if not p.name.startswith("transformer.")]
+        whole = [p for p in whole if p.name.startswith("transformer.")]
     trunk = [p for p in models.reward if p.name.startswith("transformer.")]
     ema = sum(p.bytes(4) for p in models.trained) if c.train.ema > 0 else 0
     slots = update_bytes(models, c.optim, shards.many).slots
@@ -162,28 +133,9 @@ def _standing(
     ]
     if gpu is not None:
         every = [*models.generator, *models.reward]
-        found += [
-            ("allocator", segments(every), PREDICTED, "weights above 10 MiB rounded up to 2 MiB"),
-            ("CUDA context", CONTEXT, ESTIMATED, "assumed 0.6 GB: context, kernels, cuBLAS work space"),
-        ]
-    return _entries(found)
-
-
-def _load(
-    c: Config, setup: Setup, models: Models, gpu: Machine | None, shards: Shards
-) -> tuple[Entry, ...]:
-    """Files are read tensor by tensor; random weights are made whole in float32, then converted or
-    sharded."""
-    weights = sum(p.bytes() for p in models.generator)
-    if c.model.path is None and shards.many:
-        weights = sum(4 * p.count * math.prod(p.shape) for p in models.generator)
-    reward = sum(p.bytes() for p in models.reward)
-    found = [("weights", weights, COUNTED, "shapes of the parameters"), ("reward model", reward, COUNTED, "")]
-    if c.model.path is None and c.model.weights_dtype != "float32" and not shards.many:
-        found.append(("temporaries", max(0, weights - reward), COUNTED, "random weights in float32 first"))
-    if gpu is not None:
-        found.append(("CUDA context", CONTEXT, ESTIMATED, "assumed 0.6 GB"))
-    return _entries(found)
+        found.append(("allocator", segments(every), PREDICTED, "weights above 10 MiB rounded up to 2 MiB"))
+        found += between.of_libraries(gpu, shards)
+    return entries(found)
 
 
 def _step(
@@ -204,15 +156,17 @@ def _step(
     if c.optim.in_backward:
         arriving = update_bytes(models, c.optim, shards.many).temporaries
     gathered = gathered_bytes(models, shards)
+    if setup.sides > 1:  # all of its blocks in one dry run: reward models are short
+        found[REWARD_TRAINING] = {"blocks": Peak(*pair_bytes(setup, [k.policy for k in kinds]))}
 
     def own(phase: str, peak: Peak, around: bool = False, scored: bool = False) -> tuple[Entry, ...]:
         start = 0 if around else reward.numbers[phase].start
-        states = 0 if phase == "flow matching" or around else longest(setup)
+        states = longest(setup) if phase == "graded step" and not around else 0
         pool = 0 if around else setup.pool
         left = peak.bytes - max(start, states + pool) - peak.saved
         update = max(0, arriving - left)
         whole = gathered.graded(left, min(k.numbers[phase].saved for k in kinds)) if shards.many else 0
-        return _entries((
+        return entries((
             ("saved activations", peak.saved, COUNTED, "dry run: what the blocks save"),
             ("sampler states", states, COUNTED, "states of the chain that a window needs"),
             ("chains that persist", pool, COUNTED, "states and prompts of the pool"),
@@ -235,10 +189,11 @@ def _step(
             parts.append(("graded step", rest, True))
         made["graded step"] = own(*max(parts, key=lambda part: part[1]))
         made["reward"] = own("graded step", found["graded step"]["head"], scored=True)
-    if "flow matching" in found:
-        parts = found["flow matching"]
-        place = max(parts, key=lambda p: parts[p].bytes)
-        made["flow matching"] = own("flow matching", parts[place], place == "rest")
+    for name in ("flow matching", REWARD_TRAINING):
+        if name in found:
+            parts = found[name]
+            place = max(parts, key=lambda p: parts[p].bytes)
+            made[name] = own(name, parts[place], place == "rest")
     return made
 
 
@@ -247,7 +202,7 @@ def _rollout(setup: Setup, gathered: Gathered) -> tuple[Entry, ...]:
     states, buffers = min(longest(setup), most), max(gathered.forward, gathered.begin)
     if gathered.resident:  # which are gathered one after another, before the rollout
         buffers = gathered.begin - gathered.forward
-    return _entries((
+    return entries((
         ("sampler states", states, COUNTED, "states of the chain"),
         ("step cache, first tokens", cache, COUNTED, "residual, modulated input, tokens"),
         ("chains that persist", setup.pool, COUNTED, "states and prompts of the pool"),
@@ -264,7 +219,7 @@ def _optimizer(
     if _narrow_average(c):  # a parameter in float32; the gradients are gone by then
         update = max(update, max(4 * p.values for p in models.trained) - sum(e.bytes for e in gradients))
     numbers = 2 * ROUND * sum(p.count for p in models.trained)
-    return _entries((
+    return entries((
         ("inputs, embeddings", batch_bytes(setup), COUNTED, "the last micro-batch"),
         ("temporaries", update, COUNTED, "a real update of one block of the largest parameter"),
         ("norms and counters", numbers, COUNTED, "two numbers a parameter"),
@@ -273,7 +228,7 @@ def _optimizer(
 
 def _validation(c: Config, setup: Setup, models: Models, shards: Shards) -> tuple[Entry, ...]:
     swapped = sum(p.bytes() for p in models.trained) if _narrow_average(c) or shards.many else 0
-    return _entries((
+    return entries((
         ("temporaries", validation_bytes(setup), COUNTED, "dry run: samples, rewards, flow matching"),
         ("weights set aside", swapped if c.train.ema > 0 else 0, COUNTED, "the average in their dtype"),
         ("gathered blocks", gathered_bytes(models, shards).begin, PREDICTED, BUFFERS),
@@ -281,15 +236,24 @@ def _validation(c: Config, setup: Setup, models: Models, shards: Shards) -> tupl
 
 
 def _host(
-    c: Config, setup: Setup, kinds: list[Kind], reward: Kind, models: Models, shards: Shards
+    c: Config,
+    setup: Setup,
+    kinds: list[Kind],
+    reward: Kind,
+    models: Models,
+    gpu: Machine | None,
+    shards: Shards,
 ) -> tuple[Entry, ...]:
-    """Pinned memory; not counted are the process, its loaders and the page cache of files."""
+    """Pinned memory, and what processes, loaders and checkpoints take; not the page cache of files."""
     states = state_bytes(models, c.optim, shards.many)
-    away = sum(k.host for k in kinds[:-1])
+    away = sum(k.host for k in kinds[:-1]) * setup.sides
     scored = reward.host * max(0, setup.reward_blocks - 1)
-    return _entries((
+    return entries((
         ("offloaded activations", away + scored, COUNTED, "dry run: what blocks offload"),
         ("pinned rounding", (away + scored) // 64, PREDICTED, "at most a 64th: torch's powers of two"),
         ("optimizer states", states.host, COUNTED, "pinned, rounded up to powers of two"),
         ("gradients", states.host_gradients, COUNTED, "pinned, rounded up to powers of two"),
+        ("chains that persist", setup.pool_host, COUNTED, "pinned, rounded up to powers of two"),
+        ("noise", between.noise_bytes(setup) if gpu is not None else 0, COUNTED, "pinned, of two samples"),
+        *between.of_processes(c, setup, models, gpu, shards),
     ))  # fmt: skip

@@ -4,15 +4,17 @@ import itertools
 from dataclasses import dataclass
 
 from prfl_engine.memory.policy import BlockPolicy
-from prfl_engine.planner.machine import CONTEXT_NOTE, Machine
-from prfl_engine.planner.predict import COUNTED, ESTIMATED, PREDICTED, Memory, Phase
+from prfl_engine.planner.dry_run import REWARD_TRAINING
+from prfl_engine.planner.entries import COUNTED, ESTIMATED, PREDICTED, Phase
+from prfl_engine.planner.machine import NOT_COUNTED, Machine
+from prfl_engine.planner.predict import Memory
 from prfl_engine.planner.sharded import Exchanged, Shards
 from prfl_engine.planner.subject import Subject
 from prfl_engine.planner.timing import Times
 
 WIDTH = 100
 SHORT = {"graded step": "graded", "flow matching": "flow m.", "optimizer": "optim.", "validation": "valid.",
-         "checkpoint": "save"}  # fmt: skip
+         "checkpoint": "save", REWARD_TRAINING: "reward"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Prediction:
         verdict = f"fits, {left:.2f} GB left" if self.fits else f"DOES NOT FIT, {-left:.2f} GB too much"
         lines.append(f"largest: {peak.name}, {peak.bytes / 1e9:.2f} of {limit:.2f} GB: {verdict}")
         host = self.memory.host
-        each = ", ".join(f"{e.category} {e.bytes / 1e9:.1f}" for e in host.entries) or "no pinned memory"
-        lines.append(f"host memory of a process: {host.bytes / 1e9:.1f} GB ({each})")
+        each = ", ".join(f"{e.category} {e.bytes / 1e9:.1f}" for e in host.entries)
+        lines += wrapped(f"host memory of a process: {host.bytes / 1e9:.1f} GB ({each})")
         lines.append(f"a checkpoint on disk: {self.memory.disk / 1e9:.1f} GB")
         return lines
 
@@ -99,7 +101,7 @@ class Prediction:
             if (category, how) not in seen:
                 seen.add((category, how))
                 lines.append(f"  {category:24}{how:11}{basis}")
-        return lines + wrapped(f"not counted: {CONTEXT_NOTE}")
+        return lines + wrapped(f"not counted: {NOT_COUNTED}")
 
     def _seconds(self) -> list[str]:
         t = self.times
@@ -114,9 +116,10 @@ class Prediction:
         sizes = ((name, size / 1e9) for name, size in self.exchanged._asdict().items() if size)
         if each := ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in sizes):
             lines += wrapped(f"GB that a rank receives in a pass: {each}")
-        if t.graded:
+        if t.graded or t.trained:
             hours, an_hour = t.per_sample * t.gpus / 3600, 3600 / t.per_sample
-            line = f"{t.graded:g} graded samples a step: {t.per_sample:.2f} s each, {an_hour:.0f} an hour"
+            what = f"{t.graded:g} graded" if t.graded else f"{t.trained:g}"
+            line = f"{what} samples a step: {t.per_sample:.2f} s each, {an_hour:.0f} an hour"
             line += f", {t.per_sample * t.gpus:.1f} GPU seconds each"
             if self.price is not None:
                 line += f", at a price of {hours * self.price:.4f} each"
@@ -139,7 +142,8 @@ class Prediction:
             "policies": [described(k.policy, k.name) for k in self.memory.kinds],
             "collectives": self.exchanged._asdict(), "seconds": [row._asdict() for row in t.rows],
             "step": t.seconds, "mfu": t.mfu, "graded": t.graded,
-            "per_sample": t.per_sample if t.graded else None,
+            "trained": t.trained,
+            "per_sample": t.per_sample if t.graded or t.trained else None,
             "how": {"bytes": "see entries", "seconds": PREDICTED, "collectives": COUNTED},
             "rates": self.gpu.rates._asdict(), "basis": self.gpu.basis,
         }  # fmt: skip

@@ -25,10 +25,21 @@ class RewardSetup:
 
 
 @dataclass(frozen=True)
+class RewardTraining:
+    """That a reward model is trained in place of a generator. Setup.config and Setup.blocks are those of its
+    transformer, Setup.reward says what else it has."""
+
+    pairs: bool = False  # a winner and a loser in one backward (reward.loss bt)
+    embeddings: bool = False  # whether they are trained
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
 class Validation:
     """What a validation's memory depends on: its largest batch [B, 16, T, H, W], whether rewards are
-    computed, how many batches there are and how many values [B] it makes of all. On a CPU batches of samples
-    that are `kept` to be written, and `read` samples of the data, are in the same memory."""
+    computed, how many batches there are and how many values [B] it makes of all, of how many samples. On a
+    CPU batches of samples that are `kept` to be written, and `read` samples of the data, are in the same
+    memory."""
 
     latent: Latent
     scored: bool = True
@@ -36,6 +47,7 @@ class Validation:
     values: int = 0
     kept: int = 0
     read: int = 0
+    samples: int = 0  # of all batches
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,14 @@ class Setup:
     lora: LoraConfig | None = None  # None: all weights are trained
     validation: Validation | None = None
     pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
+    pool_host: int = 0  # and of those on the host, pinned
+    trains: RewardTraining | None = None  # None: a generator is trained
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
+
+    @property
+    def sides(self) -> int:
+        """Latents of a training sample: two of a pair."""
+        return 1 + (self.trains is not None and self.trains.pairs)
 
     @property
     def count(self) -> int:

@@ -10,7 +10,7 @@ from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.objectives import noisy_reward, sft_loss
-from prfl_engine.planner.dry_run import generator, inputs, reward_model
+from prfl_engine.planner.dry_run import inputs, reward_model, trained
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.meta import meta_tensors, traffic
 from prfl_engine.planner.plan import Kind
@@ -186,9 +186,10 @@ def exchange_of(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> in
             batch = batch._replace(latent=batch.latent.requires_grad_())
             noisy_reward(model, batch, noise, sigma, run).sum().backward()
         else:
-            model = generator(setup, blocks)
+            model = trained(setup, blocks)
+            losses = sft_loss if setup.trains is None else noisy_reward
             with torch.set_grad_enabled(what == "graded"):
-                loss = sft_loss(model, batch, noise, sigma, run).mean()
+                loss = losses(model, batch, noise, sigma, run).mean()
             if what == "graded":
                 loss.backward()
     return traffic[0] - before

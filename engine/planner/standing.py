@@ -18,7 +18,7 @@ from prfl_engine.config import OptimConfig
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.optim.block_adamw import BLOCK, BlockAdamW, state_layout
 from prfl_engine.optim.optimizer import in_blocks, update
-from prfl_engine.planner.dry_run import generator, reward_model
+from prfl_engine.planner.dry_run import reward_model, trained
 from prfl_engine.planner.meta import meta_tensors
 from prfl_engine.planner.setup import ROUND, Setup
 
@@ -68,7 +68,8 @@ def parameters_of(model: nn.Module, blocks: int, shards: int = 1) -> list[Parame
 
 @dataclass(frozen=True)
 class Models:
-    """The parameters of the generator and of the reward model, if there is one."""
+    """The parameters of the generator and of the frozen reward model, if there is one. Where a reward model
+    is trained, it has the generator's place."""
 
     generator: list[Parameter]
     reward: list[Parameter]
@@ -83,7 +84,7 @@ def models_of(setup: Setup, shards: int = 1) -> Models:
     """The parameters of a setup's models on one of so many ranks."""
     same = Setup(
         setup.config, (1, 16, 1, 2, 2), weight_dtype=setup.weight_dtype, reward=setup.reward,
-        blocks=setup.blocks, lora=setup.lora,
+        blocks=setup.blocks, lora=setup.lora, trains=setup.trains,
     )  # fmt: skip
     return _models(same, shards)
 
@@ -91,11 +92,16 @@ def models_of(setup: Setup, shards: int = 1) -> Models:
 @cache
 def _models(setup: Setup, shards: int) -> Models:
     with meta_tensors():
-        policy = parameters_of(generator(setup, 1), setup.count, shards)
-        if setup.reward is None:
+        policy = parameters_of(trained(setup, 1), setup.count, shards)
+        if setup.reward is None or setup.trains is not None:
             return Models(policy, [])
         reward = reward_model(setup, 1)
     return Models(policy, parameters_of(reward, setup.reward.blocks, shards))
+
+
+def is_narrow(models: Models) -> bool:
+    """Whether an optimizer updates weights in bfloat16."""
+    return any(p.dtype == torch.bfloat16 for p in models.trained)
 
 
 def gradient_bytes(models: Models, optim: OptimConfig) -> int:
@@ -116,7 +122,7 @@ class States(NamedTuple):
 
 def state_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> States:
     """States of the optimizer that make_optimizer makes of these parameters."""
-    narrow = any(p.dtype == torch.bfloat16 for p in models.trained)
+    narrow = is_narrow(models)
     device = host = gradients = saved = 0
     for p in models.trained:
         device += p.count * ROUND  # the counter of steps
@@ -148,39 +154,48 @@ class Update(NamedTuple):
 
 
 def update_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> Update:
-    """Counted in a real update on the CPU of the two largest blocks that follow each other: an update goes
-    block by block, and what it makes of one lives until that of the next is there."""
+    """Counted in a real update on the CPU of the two largest blocks that follow each other, of every pair of
+    dtypes: an update goes block by block, and what it makes of one lives until that of the next is there."""
     trained = models.trained
     narrow = any(p.dtype == torch.bfloat16 for p in trained)
     if not in_blocks(optim, narrow, sharded) or optim.name == "apex":
         return Update(0, 0)
-    dtype = torch.bfloat16 if narrow else torch.float32
-    blocks = [[min(BLOCK, left) for left in range(p.values, 0, -BLOCK)] for p in trained]
+    blocks = [[Piece(min(BLOCK, left), p.dtype) for left in range(p.values, 0, -BLOCK)] for p in trained]
     alone = optim.in_backward  # then parameters come one at a time
     rows = blocks if alone else [list(itertools.chain.from_iterable(blocks))]
     pairs = [row[i : i + 2] for row in rows for i in range(max(1, len(row) - 1))]
-    return _updated(tuple(max(pairs, key=sum)), dtype, optim)
+    largest: dict[tuple[torch.dtype, ...], tuple[Piece, ...]] = {}
+    for pair in sorted(pairs, key=lambda pair: sum(piece.values for piece in pair)):
+        largest[tuple(piece.dtype for piece in pair)] = tuple(pair)
+    return Update(*map(max, zip(*(_updated(pair, optim) for pair in largest.values()), strict=True)))
+
+
+class Piece(NamedTuple):
+    """What an update takes at a time."""
+
+    values: int
+    dtype: torch.dtype
 
 
 @cache
-def _updated(sizes: tuple[int, ...], dtype: torch.dtype, optim: OptimConfig) -> Update:
+def _updated(pieces: tuple[Piece, ...], optim: OptimConfig) -> Update:
     """A real update of parameters of these sizes."""
-    module = nn.ParameterList([nn.Parameter(torch.zeros(n, dtype=dtype)) for n in sizes])
-    gradients = torch.float32 if optim.grad_dtype == "float32" else dtype
+    module = nn.ParameterList([nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in pieces])
+    wide = optim.grad_dtype == "float32"
     for p in module:
-        if gradients != dtype:
-            p.grad_dtype = gradients
+        if wide and p.dtype != torch.float32:
+            p.grad_dtype = torch.float32
     live = LiveBytes(ROUND)
     live.add(module)
     with live:
         before = live.now
         optimizer = BlockAdamW([{"params": list(module), "lr": 1e-6, "base_lr": 1e-6}], optim)
-        slots = live.now - before - ROUND * len(sizes)  # without the counters of steps
+        slots = live.now - before - ROUND * len(pieces)  # without the counters of steps
         for p in module if optim.offload == "none" else ():
             for block in optimizer.state[p]["blocks"]:
                 slots -= sum(rounded(a.nbytes) for a in block.values())
         for p in module:
-            p.grad = torch.zeros(len(p), dtype=gradients)
+            p.grad = torch.zeros(len(p), dtype=torch.float32 if wide else p.dtype)
         if optim.offload == "all":  # then gradients are on the host by now
             for p in module:
                 optimizer._arrived(p)
