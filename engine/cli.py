@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, metavar="X", help="of a GPU hour")
     plan.add_argument("--train-reward", action="store_true", help="of prfl train-reward, not prfl train")
     plan.add_argument("--search", action="store_true", help="the fastest settings on up to N GPUs")
+    plan.add_argument("--rates", metavar="FILE", help="rates.json of prfl accept: rates as measured")
     plan.add_argument("--picture", metavar="FILE", help="also memory over a step, as PNG")
     plan.add_argument("--json", action="store_true", help="as JSON")
     command("train-reward", _train_reward, "Train a latent reward model.")
@@ -183,8 +184,9 @@ def _plan(args) -> None:
     from prfl_engine.planner.command import Options, predict
 
     options = Options(
-        args.gpu, args.gpus, args.nodes, args.budget, args.latent, args.model, args.price, args.train_reward
-    )
+        args.gpu, args.gpus, args.nodes, args.budget, args.latent, args.model, args.price,
+        args.train_reward, args.rates,
+    )  # fmt: skip
     if args.search:
         if args.picture:
             raise UserError("--picture: got it with --search, want one of the two")

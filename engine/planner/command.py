@@ -7,6 +7,7 @@ from typing import NamedTuple
 from prfl_engine.config import Config, load_config
 from prfl_engine.errors import check
 from prfl_engine.parallel import check_layout, check_many, check_readers, copies
+from prfl_engine.planner import rates
 from prfl_engine.planner.machine import Machine, machine
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.report import Prediction
@@ -27,6 +28,7 @@ class Options(NamedTuple):
     model: str | None = None
     price: float | None = None
     train_reward: bool = False
+    rates: str | None = None  # file of measured rates
 
 
 def predict(path: str, overrides: Sequence[str] = (), options: Options = Options()) -> Prediction:  # noqa: B008
@@ -52,6 +54,8 @@ def machine_of(options: Options) -> tuple[Machine, int]:
         check(options.price > 0, "--price", options.price, "more than 0")
     if options.budget is not None:
         check(options.budget > 0, "--budget", options.budget, "more than 0 GB")
+    if options.rates is not None:
+        gpu = rates.read(options.rates).on(gpu)
     if options.nodes is not None:
         check(
             options.nodes >= 1 and count % options.nodes == 0, "--nodes", options.nodes,
@@ -74,7 +78,8 @@ def of_subject(
     models = models_of(setup, shards.shards)
     moved = exchanged_bytes(setup, models, shards, made.reward)
     took = times(config, setup, made.kinds, made.reward, models, gpu, shards, moved)
-    return Prediction(subject, gpu, shards, limit, made, took, moved, options.price)
+    measured = None if options.rates is None else rates.read(options.rates)
+    return Prediction(subject, gpu, shards, limit, made, took, moved, options.price, measured)
 
 
 def layout(config: Config, gpu: Machine, count: int) -> Shards:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.planner.dry_run import REWARD_TRAINING
-from prfl_engine.planner.entries import COUNTED, ESTIMATED, PREDICTED, Phase
-from prfl_engine.planner.machine import NOT_COUNTED, Machine
+from prfl_engine.planner.entries import COUNTED, ESTIMATED, MEASURED, PREDICTED, Phase
+from prfl_engine.planner.machine import NOT_COUNTED, Machine, machine
 from prfl_engine.planner.predict import Memory
+from prfl_engine.planner.rates import Measured
 from prfl_engine.planner.sharded import Exchanged, Shards
 from prfl_engine.planner.subject import Subject
 from prfl_engine.planner.timing import Times
@@ -29,6 +30,7 @@ class Prediction:
     times: Times
     exchanged: Exchanged
     price: float | None = None  # of a GPU hour
+    measured: Measured | None = None  # what the rates of the machine are from
 
     @property
     def fits(self) -> bool:
@@ -37,7 +39,8 @@ class Prediction:
 
     def text(self) -> str:
         """For a terminal."""
-        parts = (self._head(), self._phases(), self._categories(), self._basis(), self._seconds())
+        parts = (self._head(), self._phases(), self._categories(), self._basis(), self._seconds(),
+                 self._measured())
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
     def _head(self) -> list[str]:
@@ -117,14 +120,23 @@ class Prediction:
         if each := ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in sizes):
             lines += wrapped(f"GB that a rank receives in a pass: {each}")
         if t.graded or t.trained:
-            hours, an_hour = t.per_sample * t.gpus / 3600, 3600 / t.per_sample
+            an_hour = 3600 / t.per_sample
             what = f"{t.graded:g} graded" if t.graded else f"{t.trained:g}"
             line = f"{what} samples a step: {t.per_sample:.2f} s each, {an_hour:.0f} an hour"
             line += f", {t.per_sample * t.gpus:.1f} GPU seconds each"
             if self.price is not None:
-                line += f", at a price of {hours * self.price:.4f} each"
+                line += f", at a price of {self.sample_price:.4f} each"
             lines.append(line)
         return lines + wrapped(f"rates: {self.gpu.basis}")
+
+    def _measured(self) -> list[str]:
+        return [] if self.measured is None else self.measured.text(machine(self.gpu.name).rates)
+
+    @property
+    def sample_price(self) -> float | None:
+        """Of a sample; None where no price or no sample is known."""
+        hours = self.times.per_sample * self.times.gpus / 3600
+        return None if self.price is None or hours == float("inf") else hours * self.price
 
     def values(self) -> dict:
         """For JSON: bytes, seconds and FLOPs, with how each is known."""
@@ -144,8 +156,14 @@ class Prediction:
             "step": t.seconds, "mfu": t.mfu, "graded": t.graded,
             "trained": t.trained,
             "per_sample": t.per_sample if t.graded or t.trained else None,
-            "how": {"bytes": "see entries", "seconds": PREDICTED, "collectives": COUNTED},
-            "rates": self.gpu.rates._asdict(), "basis": self.gpu.basis,
+            "how": {
+                "bytes": "see entries", "seconds": PREDICTED, "collectives": COUNTED, "flops": COUNTED,
+                "rates": MEASURED if self.measured else "assumed", "checkpoint": COUNTED,
+            },
+            "price": self.sample_price, "rates": self.gpu.rates._asdict(), "basis": self.gpu.basis,
+            "measured": None if self.measured is None else {
+                "rates": self.measured.rates, "steps": [s._asdict() for s in self.measured.steps]
+            },
         }  # fmt: skip
 
 
