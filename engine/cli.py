@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--search", action="store_true", help="the fastest settings on up to N GPUs")
     plan.add_argument("--rates", metavar="FILE", help="rates.json of prfl accept: rates as measured")
     plan.add_argument("--picture", metavar="FILE", help="also memory over a step, as PNG")
+    plan.add_argument("--html", metavar="FILE", help="also all of it as a page")
     plan.add_argument("--json", action="store_true", help="as JSON")
     command("train-reward", _train_reward, "Train a latent reward model.")
     command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
@@ -188,17 +189,22 @@ def _plan(args) -> None:
         args.train_reward, args.rates,
     )  # fmt: skip
     if args.search:
-        if args.picture:
-            raise UserError("--picture: got it with --search, want one of the two")
+        for name in ("picture", "html"):
+            if getattr(args, name):
+                raise UserError(f"--{name}: got it with --search, want one of the two")
         from prfl_engine.planner.pareto import search
 
         found = search(args.config, args.overrides, options)
     else:
         found = predict(args.config, args.overrides, options)
-        if args.picture:
-            from prfl_engine.planner.picture import draw
+        if args.picture or args.html:
+            from prfl_engine.planner import page, picture
+            from prfl_engine.planner.official import official
 
-            draw(found, Path(args.picture))
+            other = official(args.config, args.overrides, options)
+            for name, write in ((args.picture, picture.draw), (args.html, page.write)):
+                if name:
+                    write(found, other, Path(name))
     print(json.dumps(found.values(), indent=2) if args.json else found.text())
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from prfl_engine import chain, flow
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.objectives import index_range
+from prfl_engine.planner.meta import meta_tensors
 from prfl_engine.planner.setup import ROUND, Latent, Setup
 
 FULL_HISTORY = 4  # steps after which every field of a sampler's state is a tensor of its own
@@ -61,7 +62,7 @@ def _held_by(
     latent: Latent, steps: int, indices: tuple[tuple[int, ...], ...], window: int, detach_input: bool
 ) -> int:
     live, most = LiveBytes(ROUND), 0
-    factor = torch.ones((), requires_grad=True)
+    factor = torch.ones((), requires_grad=True, device="meta")
 
     def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
         nonlocal most
@@ -69,7 +70,7 @@ def _held_by(
             most = max(most, live.now)
         return factor * x
 
-    with live:
+    with meta_tensors(), live:
         noise, drawn = torch.empty(latent), torch.tensor(indices)
         way = chain.Chain(velocity, schedule(steps), noise)
         for index in drawn:

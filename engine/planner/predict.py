@@ -63,8 +63,10 @@ def memory(
     gpu: Machine | None,
     shards: Shards = Shards(),  # noqa: B008 - never changed
     kind: Kind | None = None,
+    like: Setup | None = None,
 ) -> Memory:
-    """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known.
+    """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known; like:
+    whose rollout has been counted already and stands for this one's, apart from states of the chain.
     UserError where auto:GB fits nothing."""
     made, kinds, reward = _kinds(config, setup, gpu) if kind is None else (None, [kind] * setup.count, kind)
     models, c = models_of(setup, shards.shards), config
@@ -77,7 +79,7 @@ def memory(
         Phase("resume", (*stands, *between.resume(c, setup, models, shards))),
     ]
     training = (*stands, *gradients)
-    for name, own in _step(c, setup, kinds, reward, models, gpu, shards).items():
+    for name, own in _step(c, setup, kinds, reward, models, gpu, shards, like).items():
         phases.append(Phase(name, (*training, *own)))
     phases.append(Phase("optimizer", (*training, *_optimizer(c, setup, models, gradients, shards))))
     if setup.validation is not None:
@@ -86,6 +88,13 @@ def memory(
     host = Phase("host", _host(c, setup, kinds, reward, models, gpu, shards))
     disk = between.on_disk(c, setup, models, shards)
     return Memory(tuple(phases), host, disk, tuple(kinds), reward, made)
+
+
+def stands(config: Config, setup: Setup, gpu: Machine | None, shards: Shards) -> int:
+    """Bytes of weights, gradients and states, in every phase of a step."""
+    models = models_of(setup, shards.shards)
+    standing = sum(e.bytes for e in _standing(config, setup, models, gpu, shards))
+    return standing + gradient_bytes(models, config.optim)
 
 
 def _kinds(config: Config, setup: Setup, gpu: Machine | None) -> tuple[Plan | None, list[Kind], Kind]:
@@ -146,6 +155,7 @@ def _step(
     models: Models,
     gpu: Machine | None,
     shards: Shards,
+    like: Setup | None,
 ) -> dict[str, tuple[Entry, ...]]:
     """What the phases of a step hold in addition to what stands, where each has most."""
     found, extra = peaks(kinds, reward), []
@@ -180,12 +190,17 @@ def _step(
     if setup.reward_blocks:
         first, last = index_range(setup.rollout)
         middle = (first + last + 1) // 2
-        mean = replace(setup, rollout=replace(setup.rollout, range=(middle, middle)))
-        made[f"rollout, mean index {middle}"] = _rollout(mean, gathered)
-        made[f"rollout, worst index {last}"] = _rollout(setup, gathered)
+        most = rollout_bytes(setup if like is None else like)
+        if like is None:
+            mean = replace(setup, rollout=replace(setup.rollout, range=(middle, middle)))
+            made[f"rollout, mean index {middle}"] = _rollout(mean, gathered, rollout_bytes(mean))
+        else:
+            most += longest(setup) - longest(like) + accelerated_bytes(setup) - accelerated_bytes(like)
+            most += setup.pool - like.pool
+        made[f"rollout, worst index {last}"] = _rollout(setup, gathered, most)
         parts = [(name, found[name]["blocks"], False) for name in ("graded step", "window") if name in found]
         rest = found["graded step"]["rest"]
-        if rest.bytes > rollout_bytes(setup):
+        if rest.bytes > most:
             parts.append(("graded step", rest, True))
         made["graded step"] = own(*max(parts, key=lambda part: part[1]))
         made["reward"] = own("graded step", found["graded step"]["head"], scored=True)
@@ -197,8 +212,8 @@ def _step(
     return made
 
 
-def _rollout(setup: Setup, gathered: Gathered) -> tuple[Entry, ...]:
-    most, cache = rollout_bytes(setup), accelerated_bytes(setup)
+def _rollout(setup: Setup, gathered: Gathered, most: int) -> tuple[Entry, ...]:
+    cache = accelerated_bytes(setup)
     states, buffers = min(longest(setup), most), max(gathered.forward, gathered.begin)
     if gathered.resident:  # which are gathered one after another, before the rollout
         buffers = gathered.begin - gathered.forward

@@ -40,7 +40,7 @@ class Prediction:
     def text(self) -> str:
         """For a terminal."""
         parts = (self._head(), self._phases(), self._categories(), self._basis(), self._seconds(),
-                 self._measured())
+                 self.measured_lines())
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
     def _head(self) -> list[str]:
@@ -76,7 +76,8 @@ class Prediction:
         lines.append(f"a checkpoint on disk: {self.memory.disk / 1e9:.1f} GB")
         return lines
 
-    def _columns(self) -> list[tuple[str, Phase]]:
+    def columns(self) -> list[tuple[str, Phase]]:
+        """Phases by short names."""
         found = {}
         for phase in self.memory.phases:
             name = "rollout" if phase.name.startswith("rollout, worst") else SHORT.get(phase.name, phase.name)
@@ -85,25 +86,31 @@ class Prediction:
         return list(found.items())
 
     def _categories(self) -> list[str]:
-        columns = self._columns()
-        names = dict.fromkeys(e.category for _, phase in columns for e in phase.entries)
+        columns = self.columns()
         lines = [f"{'by category, GB':26}" + "".join(f"{name:>8}" for name, _ in columns)]
-        for category in names:
-            cells = []
-            for _, phase in columns:
-                size = sum(e.bytes for e in phase.entries if e.category == category)
-                cells.append(f"{size / 1e9:8.2f}" if size else f"{'':8}")
+        for category, sizes in self.categories():
+            cells = (f"{size / 1e9:8.2f}" if size else f"{'':8}" for size in sizes)
             lines.append(f"  {category:24}" + "".join(cells).rstrip())
         return lines
 
+    def categories(self) -> list[tuple[str, list[int]]]:
+        """Bytes of every category in every one of `columns`."""
+        columns = [phase.entries for _, phase in self.columns()]
+        names = dict.fromkeys(e.category for entries in columns for e in entries)
+        return [(n, [sum(e.bytes for e in entries if e.category == n) for entries in columns]) for n in names]
+
+    def known(self) -> list[tuple[str, str, str]]:
+        """(category, how it is known, from what), the first of every category and way."""
+        found: dict[tuple[str, str], str] = {}
+        for phase in (*self.memory.phases, self.memory.host):
+            for e in phase.entries:
+                if e.basis:
+                    found.setdefault((e.category, e.how), e.basis)
+        return [(category, how, basis) for (category, how), basis in found.items()]
+
     def _basis(self) -> list[str]:
-        every = (e for phase in (*self.memory.phases, self.memory.host) for e in phase.entries if e.basis)
-        found = {(e.category, e.how, e.basis): None for e in every}
-        lines, seen = ["how each is known"], set()
-        for category, how, basis in found:
-            if (category, how) not in seen:
-                seen.add((category, how))
-                lines.append(f"  {category:24}{how:11}{basis}")
+        lines = ["how each is known"]
+        lines += [f"  {category:24}{how:11}{basis}" for category, how, basis in self.known()]
         return lines + wrapped(f"not counted: {NOT_COUNTED}")
 
     def _seconds(self) -> list[str]:
@@ -129,7 +136,8 @@ class Prediction:
             lines.append(line)
         return lines + wrapped(f"rates: {self.gpu.basis}")
 
-    def _measured(self) -> list[str]:
+    def measured_lines(self) -> list[str]:
+        """Measured rates and steps; none without them."""
         return [] if self.measured is None else self.measured.text(machine(self.gpu.name).rates)
 
     @property

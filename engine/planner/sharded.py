@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from prfl_engine.config import ChainConfig, RolloutConfig
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
@@ -171,7 +174,17 @@ def exchanged_bytes(setup: Setup, models: Models, shards: Shards, reward: Kind) 
 
 
 def _exchange(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
-    """The larger sides of the exchanges of a pass, from those of one block and of two."""
+    """The larger sides of the exchanges of a pass, from those of one block and of two. Neither the dtype of
+    weights nor adapters nor chunks change what tokens exchange."""
+    plain = replace(
+        setup, weight_dtype=setup.compute_dtype, lora=None, chunk=None, validation=None, pool=0, pool_host=0,
+        rollout=RolloutConfig(), chain=ChainConfig(),
+    )  # fmt: skip
+    return _exchange_of_many(plain, what, policy, blocks)
+
+
+@cache
+def _exchange_of_many(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
     one, two = (exchange_of(setup, what, policy, count) for count in (1, 2))
     return one + (blocks - 1) * (two - one)
 

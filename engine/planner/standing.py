@@ -8,7 +8,7 @@ holds ceil(rows / ranks) rows of each: FSDP2 pads the first dimension to a multi
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ def parameters_of(model: nn.Module, blocks: int, shards: int = 1) -> list[Parame
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object for every setup, see models_of
 class Models:
     """The parameters of the generator and of the frozen reward model, if there is one. Where a reward model
     is trained, it has the generator's place."""
@@ -74,7 +74,7 @@ class Models:
     generator: list[Parameter]
     reward: list[Parameter]
 
-    @property
+    @cached_property
     def trained(self) -> list[Parameter]:
         """Those that an optimizer updates."""
         return [p for p in self.generator if p.trained]
@@ -104,6 +104,7 @@ def is_narrow(models: Models) -> bool:
     return any(p.dtype == torch.bfloat16 for p in models.trained)
 
 
+@cache
 def gradient_bytes(models: Models, optim: OptimConfig) -> int:
     """Gradients that stay on the device until the update."""
     if optim.in_backward or optim.offload == "all":
@@ -120,6 +121,7 @@ class States(NamedTuple):
     saved: int  # in a checkpoint
 
 
+@cache
 def state_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> States:
     """States of the optimizer that make_optimizer makes of these parameters."""
     narrow = is_narrow(models)
@@ -153,6 +155,7 @@ class Update(NamedTuple):
     temporaries: int  # most while it is under way
 
 
+@cache
 def update_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> Update:
     """Counted in a real update on the CPU of the two largest blocks that follow each other, of every pair of
     dtypes: an update goes block by block, and what it makes of one lives until that of the next is there."""
@@ -207,6 +210,7 @@ def _updated(pieces: tuple[Piece, ...], optim: OptimConfig) -> Update:
     return Update(max(0, slots), live.lap() - stood)
 
 
+@cache
 def fp8_bytes(models: Models) -> int:
     """The e4m3 copy of the blocks' linear layers but the text's keys and values (rollout.fp8.Fp8Blocks)."""
     ends = tuple(f"{x}.weight" for x in (".q", ".o", "self_attn.k", "self_attn.v", "ffn.0", "ffn.2"))

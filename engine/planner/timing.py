@@ -6,6 +6,7 @@ inside an operation, so all of them are waited for. Not included: launches, wait
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -85,9 +86,10 @@ def forward_seconds(setup: Setup, rates: Rates, fp8: bool = False) -> float:
 def pass_seconds(setup: Setup, kinds: Sequence[Kind], rates: Rates, frozen: bool, head: bool = True) -> float:
     """Forward and backward of blocks of `kinds` on every rank of a sample, and embeddings and head."""
     p, total = setup.sequence, 0.0
-    for i, kind in enumerate(kinds):
-        host = kind.host * p if i < len(kinds) - 1 else 0
-        total += block_seconds(kind.policy, setup, host, rates, frozen) / p
+    found = Counter((kind.policy, kind.host * p) for kind in kinds[:-1])
+    found.update([(kind.policy, 0) for kind in kinds[-1:]])  # the last block offloads nothing
+    for (policy, host), count in found.items():
+        total += count * block_seconds(policy, setup, host, rates, frozen) / p
     size = setup.latent[0]
     ends = size * end_work(setup.config, setup.tokens // size, head).products * (2 if frozen else 3)
     return total + (len(kinds) * sum(moved(setup)) / rates.memory + ends / rates.products) / p
