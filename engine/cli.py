@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--picture", metavar="FILE", help="also memory over a step, as PNG")
     plan.add_argument("--html", metavar="FILE", help="also all of it as a page")
     plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.add_argument("--no-cache", action="store_true", help="count anew, and store nothing")
     command("train-reward", _train_reward, "Train a latent reward model.")
     command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
     score = command("score", _score, "Rank latents by a reward model.", config=False)
@@ -180,32 +181,23 @@ def _train(args) -> None:
 
 
 def _plan(args) -> None:
-    import json
-
-    from prfl_engine.planner.command import Options, predict
+    from prfl_engine.planner.command import Options
+    from prfl_engine.planner.outputs import Outputs, check_name
 
     options = Options(
         args.gpu, args.gpus, args.nodes, args.budget, args.latent, args.model, args.price,
         args.train_reward, args.rates,
     )  # fmt: skip
-    if args.search:
-        for name in ("picture", "html"):
-            if getattr(args, name):
-                raise UserError(f"--{name}: got it with --search, want one of the two")
-        from prfl_engine.planner.pareto import search
-
-        found = search(args.config, args.overrides, options)
-    else:
-        found = predict(args.config, args.overrides, options)
-        if args.picture or args.html:
-            from prfl_engine.planner import page, picture
-            from prfl_engine.planner.official import official
-
-            other = official(args.config, args.overrides, options)
-            for name, write in ((args.picture, picture.draw), (args.html, page.write)):
-                if name:
-                    write(found, other, Path(name))
-    print(json.dumps(found.values(), indent=2) if args.json else found.text())
+    files = {}
+    for option in ("picture", "html"):
+        if (name := getattr(args, option)) is not None:
+            if args.search:
+                raise UserError(f"--{option}: got it with --search, want one of the two")
+            files[option] = check_name(option, name)
+    outputs = Outputs(args.config, args.overrides, options, args.search, not args.no_cache)
+    for option, path in files.items():
+        path.write_bytes(outputs(option))
+    print(outputs("json" if args.json else "text").decode())
 
 
 def _train_reward(args) -> None:

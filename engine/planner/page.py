@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
-from prfl_engine.errors import check
 from prfl_engine.planner.entries import COUNTED, ESTIMATED, PREDICTED
 from prfl_engine.planner.official import words
 from prfl_engine.planner.picture import moments, ordered
@@ -14,13 +12,6 @@ COLORS = (
     "#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#edc948", "#9c755f", "#d37295",
     "#8cd17d", "#499894", "#b6992d", "#a0cbe8", "#ff9da7", "#bab0ac", "#86bcb6", "#79706e", "#d4a6c8",
 )  # fmt: skip
-
-
-def write(p: Prediction, other: Prediction, path: Path) -> None:
-    """Write the page. UserError for a name that is no HTML, or whose folder is not here."""
-    check(path.suffix == ".html", "--html", str(path), "a name that ends with .html")
-    check(path.parent.is_dir(), "--html", str(path), "a name in a folder that is here")
-    path.write_text(html(p, other))
 
 
 def html(p: Prediction, other: Prediction) -> str:

@@ -1,10 +1,9 @@
 """A picture of device memory over one optimizer step by category: PNG, by matplotlib."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from io import BytesIO
 from typing import NamedTuple
 
-from prfl_engine.errors import check
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.entries import Phase
 from prfl_engine.planner.report import Prediction
@@ -67,11 +66,8 @@ def ordered(found: Sequence[Moment]) -> list[str]:
     return [n for n in STANDING if n in names] + [n for n in names if n not in STANDING]
 
 
-def draw(p: Prediction, other: Prediction, path: Path) -> None:
-    """Write the picture, and under it that of `other`, the paper's settings. UserError for a name that is no
-    PNG, or whose folder is not here."""
-    check(path.suffix == ".png", "--picture", str(path), "a name that ends with .png")
-    check(path.parent.is_dir(), "--picture", str(path), "a name in a folder that is here")
+def draw(p: Prediction, other: Prediction) -> bytes:
+    """A PNG, under it that of `other`, the paper's settings."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,5 +92,7 @@ def draw(p: Prediction, other: Prediction, path: Path) -> None:
         axes.set_title(f"{one.subject.model}, {tokens}: {what}")
     places[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
+    return file.getvalue()
