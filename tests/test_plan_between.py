@@ -103,3 +103,40 @@ def test_groups_of_ranks_have_buffers_of_their_own():
     assert [between.communicators(s) for s in (Shards(), Shards(8), Shards(8, 1, 2), Shards(16, 2, 8))] == [
         0, 1, 2, 4,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides, category, phase",
+    [
+        (("rollout.precision=fp8",), "e4m3 weights", "graded step"),
+        (("rollout.cuda_graph=true",), "CUDA graph", "graded step"),
+        (("rollout.cache=0.1",), "step cache, first tokens", "rollout"),
+        (("rollout.mode=persistent",), "chains that persist", "graded step"),
+        (("train.ema=0.9",), "averaged weights", "checkpoint"),
+        (("lora.rank=4",), "LoRA", "rollout"),
+        (("optim.offload=states",), "optimizer slots", "optimizer"),
+    ],
+)  # fmt: skip
+def test_what_a_setting_needs_is_in_the_plan_of_a_run_that_has_it(tmp_path, overrides, category, phase):
+    path = str(write_run(tmp_path, eval={"every": 5}))
+    for given, there in ((overrides, True), ((), False)):
+        phases = predict(path, given, Options()).memory.phases
+        found = [e for p in phases if p.name.startswith(phase) for e in p.entries if e.category == category]
+        assert bool(found) is there, given
+        assert all(e.bytes > 0 and e.basis for e in found)
+
+
+def test_states_of_longer_windows_and_caches_grow_as_they_should(tmp_path):
+    """Of window=all as many states as the chain has steps; of the step cache three tensors of all tokens."""
+    path = str(write_run(tmp_path, eval={"every": 0}, rollout={"steps": 9}))
+
+    def size(category: str, *overrides: str) -> int:
+        phases = predict(path, overrides, Options()).memory.phases
+        return max(e.bytes for p in phases for e in p.entries if e.category == category)
+
+    setup = find(load_config(path), path).setup
+    latent = 4 * math.prod(setup.latent)
+    one, every = (size("sampler states", f"chain.window={w}") for w in (1, "all"))
+    assert every - one == pytest.approx(7 * 3 * latent, rel=0.4)
+    tokens = 4 * setup.tokens * setup.config.dim
+    assert size("step cache, first tokens", "rollout.cache=0.1") == 3 * tokens
