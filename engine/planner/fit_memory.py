@@ -90,4 +90,4 @@ def _validation(
     if not on_cpu:
         return Validation(latent, scored, batches, values)
     kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1)
-    return Validation(latent, scored, batches, values, kept, min(e.batch_size + 1, e.samples))
+    return Validation(latent, scored, batches, values, kept, latent[0] + 1)

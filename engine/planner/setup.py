@@ -4,12 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
-from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig
+from prfl_engine.config import ChainConfig, LoraConfig, OptimConfig, RolloutConfig
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.objectives import index_range
 
 ROUND = 512  # torch's CUDA allocator rounds sizes up to this
 Latent = tuple[int, int, int, int, int]  # [B, 16, T, H, W]
+
+
+def rounded(size: int, to: int = ROUND) -> int:
+    """Bytes rounded up to a multiple of `to`."""
+    return -(-size // to) * to
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class RewardSetup:
 class Validation:
     """What a validation's memory depends on: its largest batch [B, 16, T, H, W], whether rewards are
     computed, how many batches there are and how many values [B] it makes of all. On a CPU batches of samples
-    that are `kept` to be written, and `read` samples of the data, are in the same memory."""
+    that are `kept` to be written, and `read` samples of the data, one less with the last batch, are in the
+    same memory."""
 
     latent: Latent
     scored: bool = True
@@ -59,6 +65,9 @@ class Setup:
     validation: Validation | None = None
     pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
+    grad_dtype: torch.dtype | None = None  # of gradients; None: of their weights
+    alone: bool = False  # a backward is the only one of an optimizer step: there are no gradients before it
+    arriving: OptimConfig | None = None  # what updates a parameter when its gradient arrives
 
     @property
     def count(self) -> int:
