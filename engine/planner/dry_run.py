@@ -240,7 +240,8 @@ def _rollout_bytes(setup: Setup) -> int:
             for drawn in farthest(setup):
                 way = chain.Chain(velocity, schedule(setup.rollout.steps), noise)
                 for index in torch.tensor(drawn):
-                    way.graded(index, setup.window)
+                    window = way.graded(index, setup.window)
+                    window.x = window.leaf = None  # without a backward it would live on in a cycle
             del extra
     return live.peak - base
 
@@ -263,7 +264,7 @@ def validation_bytes(setup: Setup) -> int:
         if v.scored:
             reward = reward_model(setup, 2)
         live = _counter(model, reward)
-        base, repeated = live.now - SCALARS - setup.pool, Repeated(live)
+        base, repeated = live.now - SCALARS - setup.pool + setup.drawn, Repeated(live)
         with live:
             extra = [_batch(setup.config, setup.latent), ballast(ROUND * v.values)]
             extra += [torch.empty(v.latent) for _ in range(v.kept - 1)]

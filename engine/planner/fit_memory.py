@@ -60,7 +60,8 @@ def setup_of(
         sequence=c.parallel.sequence,
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
-        setup = replace(setup, pool=pool_bytes(setup, c.pool if c.rollout.pool_place == "device" else 0))
+        chains = c.pool if c.rollout.pool_place == "device" else 0
+        setup = replace(setup, pool=pool_bytes(setup, chains), drawn=pool_bytes(setup, 0))
     return setup
 
 
@@ -68,7 +69,8 @@ def pool_bytes(setup: Setup, chains: int) -> int:
     """Bytes of so many chains that persist on the device, the states that a window needs and the prompt; and
     of the prompts of those that are graded."""
     c, (size, *shape) = setup.config, setup.latent
-    states = [math.prod(shape)] * (len(SolverState._fields) * setup.window)
+    held = setup.window if setup.chain.window == setup.window else setup.window + 1  # after a graded step
+    states = [math.prod(shape)] * (len(SolverState._fields) * held)
     prompt = [c.text_len * c.text_dim]
     prompt += [IMAGE_TOKENS * IMAGE_DIM, 20 * math.prod(shape[1:])] if c.image else []
 

@@ -107,7 +107,7 @@ def memory(
     phases.append(Phase("optimizer", (*training, *_optimizer(c, setup, models, gradients, shards))))
     if setup.validation is not None:
         phases.append(Phase("validation", (*stands, *_validation(c, setup, models, shards))))
-    pool = _entries((("chains that persist", setup.pool, COUNTED, "states and prompts of the pool"),))
+    pool = _entries((("chains that persist", setup.pool - setup.drawn, COUNTED, "states, prompts"),))
     phases.append(Phase("checkpoint", (*stands, *pool)))
     host = Phase("host", _host(c, setup, kinds, reward, models, shards))
     saved = state_bytes(models, c.optim, shards.many).saved * shards.shards
@@ -285,7 +285,7 @@ def _optimizer(
         update = max(update, max(4 * p.values for p in models.trained) - sum(e.bytes for e in gradients))
     numbers = 2 * ROUND * sum(p.count for p in models.trained)
     return _entries((
-        ("chains that persist", setup.pool, COUNTED, "states and prompts of the pool"),
+        ("chains that persist", setup.pool - setup.drawn, COUNTED, "states and prompts of the pool"),
         ("inputs, embeddings", batch_bytes(setup), COUNTED, "the last micro-batch"),
         ("temporaries", update, COUNTED, "a real update of one block of the largest parameter"),
         ("norms and counters", numbers, COUNTED, "two numbers a parameter"),

@@ -64,6 +64,7 @@ class Setup:
     lora: LoraConfig | None = None  # None: all weights are trained
     validation: Validation | None = None
     pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
+    drawn: int = 0  # of these what is there in graded steps alone
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
     grad_dtype: torch.dtype | None = None  # of gradients; None: of their weights
     alone: bool = False  # a backward is the only one of an optimizer step: there are no gradients before it
