@@ -36,13 +36,14 @@ POLICIES = (
 )  # fmt: skip
 
 
-def random_values(folder: Path, seed: int) -> dict:
-    """The values of a configuration with the folders that it names. Its rollouts always end at the last step,
-    so that all steps have the most bytes that they may have."""
+def random_values(folder: Path, seed: int, wide: int) -> dict:
+    """The values of a configuration with the folders that it names; wide: how many times as wide its blocks
+    are. Its rollouts always end at the last step, so that all steps have the most bytes they may have."""
     draw = random.Random(seed)
     heads = draw.choice((2, 4))
     config = tiny_config(
-        "i2v" if draw.random() < 0.2 else "t2v", dim=32 * heads, ffn_dim=draw.choice((128, 384)),
+        "i2v" if draw.random() < 0.2 and wide == 1 else "t2v", dim=32 * wide * heads,
+        ffn_dim=wide * draw.choice((128, 384)),
         num_heads=heads, num_layers=draw.randint(2, 4), text_len=draw.choice((16, 70)), text_dim=32,
     )  # fmt: skip
     shape, blocks = (16, draw.choice((1, 3)), 16, draw.choice((8, 16))), draw.randint(1, 2)
@@ -93,8 +94,10 @@ def random_values(folder: Path, seed: int) -> dict:
 
 
 def configuration(folder: Path, seed: int, size: int = 1) -> Path:
-    """The file of such a configuration, for so many processes."""
-    values = random_values(folder, seed)
+    """The file of such a configuration, for so many processes. The head of a reward model and the
+    embedding of images have their width, so blocks that are gathered are wider than in one process, and there
+    are no images: else these would decide alone."""
+    values = random_values(folder, seed, 1 if size == 1 else 3)
     if values["loss"]["weight"] == 0:
         values["loss"]["alternate"] = False
     if size > 1:

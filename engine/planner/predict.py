@@ -231,6 +231,9 @@ def _step(
         left = peak.bytes - max(start, states + pool) - peak.saved - peak.gradients
         update = max(0, arriving - left)
         whole = gathered.graded(left, min(k.numbers[phase].saved for k in kinds)) if shards.many else 0
+        if scored:  # what its blocks allocate is gone when its head is gathered, not what they save
+            kept = reward.numbers[phase].saved * setup.reward_blocks
+            whole = max(gathered.reward, gathered.head + kept - left)
         return _entries((
             ("saved activations", peak.saved, COUNTED, "dry run: what the blocks save"),
             ("sampler states", states, COUNTED, "states of the chain that a window needs"),
@@ -239,7 +242,7 @@ def _step(
             ("gradients", peak.gradients, COUNTED, "those that blocks have made"),
             ("temporaries", left, COUNTED, "dry run"),
             ("optimizer in backward", update, COUNTED, "a real update of one block"),
-            ("gathered blocks", gathered.reward if scored else whole, PREDICTED, BUFFERS), *extra,
+            ("gathered blocks", whole, PREDICTED, BUFFERS), *extra,
         ))  # fmt: skip
 
     made = {}
@@ -293,11 +296,12 @@ def _optimizer(
 
 
 def _validation(c: Config, setup: Setup, models: Models, shards: Shards) -> tuple[Entry, ...]:
+    gathered = gathered_bytes(models, shards)
     swapped = sum(p.bytes() for p in models.trained) if _narrow_average(c, models) or shards.many else 0
     return _entries((
         ("temporaries", validation_bytes(setup), COUNTED, "dry run: samples, rewards, flow matching"),
         ("weights set aside", swapped if c.train.ema > 0 else 0, COUNTED, "the average in their dtype"),
-        ("gathered blocks", gathered_bytes(models, shards).begin, PREDICTED, BUFFERS),
+        ("gathered blocks", max(gathered.begin, gathered.reward, gathered.head), PREDICTED, BUFFERS),
     ))  # fmt: skip
 
 
