@@ -44,7 +44,8 @@ def random_values(folder: Path, seed: int, wide: int) -> dict:
     config = tiny_config(
         "i2v" if draw.random() < 0.2 and wide == 1 else "t2v", dim=32 * wide * heads,
         ffn_dim=wide * draw.choice((128, 384)),
-        num_heads=heads, num_layers=draw.randint(2, 4), text_len=draw.choice((16, 70)), text_dim=32,
+        num_heads=heads, num_layers=draw.randint(2, 4) + (wide > 1), text_len=draw.choice((16, 70)),
+        text_dim=32,
     )  # fmt: skip
     shape, blocks = (16, draw.choice((1, 3)), 16, draw.choice((8, 16))), draw.randint(1, 2)
     save_transformer(tiny_model(config), folder / "policy")
@@ -107,7 +108,7 @@ def configuration(folder: Path, seed: int, size: int = 1) -> Path:
         values["parallel"] = {
             "sequence": sequence, "replicate": replicate, "resident": draw.random() < 0.3
         }
-        values["train"]["accumulate"] *= size // sequence
+        values["train"] |= {"steps": 2, "accumulate": values["train"]["accumulate"] * (size // sequence)}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

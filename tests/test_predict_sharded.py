@@ -4,8 +4,8 @@ import os
 
 import plan_ranks
 import pytest
+import ranks
 from plan_runs import configuration
-from ranks import Ranks
 from run_cases import free_port
 
 from prfl_engine.config import load_config
@@ -22,10 +22,18 @@ SIZES = 2, 4
 
 @pytest.fixture(scope="module")
 def worlds():
-    made = {size: Ranks(size, ("plan_ranks", "prfl_engine.train"), group=False) for size in SIZES}
-    yield made
-    for ranks in made.values():
-        ranks.close()
+    made, before = {}, ranks.LIMIT
+    ranks.LIMIT = 300.0  # a whole run, beside whatever else runs here
+
+    def of(size: int) -> ranks.Ranks:
+        if size not in made:
+            made[size] = ranks.Ranks(size, ("plan_ranks", "prfl_engine.train"), group=False)
+        return made[size]
+
+    yield of
+    ranks.LIMIT = before
+    for world in made.values():
+        world.close()
 
 
 @built
@@ -38,7 +46,7 @@ def test_no_rank_has_more_bytes_than_predicted(seed, worlds, tmp_path):
     p, reduce = c.parallel, 4 if c.optim.grad_dtype == "float32" else None
     shards = Shards(size, p.replicate, p.sequence, p.resident, reduce)
     found = memory(c, find(c, str(path), on_cpu=True).setup, None, shards)
-    real = [max(each) for each in zip(*worlds[size](plan_ranks.run, path, size, free_port()), strict=True)]
+    real = [max(each) for each in zip(*worlds(size)(plan_ranks.run, path, size, free_port()), strict=True)]
     told = {phase.name: phase.bytes for phase in found.phases}
     training = max(told[n] for n in told if n.startswith(("rollout", "graded", "reward", "flow")))
     parts = training, told["optimizer"], told.get("validation", 0)
