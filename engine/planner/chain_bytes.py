@@ -47,7 +47,8 @@ def farthest(setup: Setup) -> list[list[list[int]]]:
 
 def longest(setup: Setup) -> int:
     """The most bytes of the chain. Other draws of several samples hold up to a latent more."""
-    margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 else 0
+    first, last = index_range(setup.rollout)
+    margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 and first < last else 0
     return max(held(setup, drawn, setup.window) for drawn in farthest(setup)) + margin
 
 

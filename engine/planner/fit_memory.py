@@ -64,7 +64,9 @@ def setup_of(
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
         chains, on_host = c.pool // readers, c.rollout.pool_place == "host"
-        setup = replace(setup, pool=pool_bytes(setup, 0 if on_host else chains))
+        setup = replace(
+            setup, pool=pool_bytes(setup, 0 if on_host else chains), drawn=pool_bytes(setup, 0)
+        )
         if on_host:
             setup = replace(setup, pool_host=chains * sum(pinned(4 * n) for n in chain_values(setup)))
     return setup
@@ -72,7 +74,8 @@ def setup_of(
 
 def chain_values(setup: Setup) -> list[int]:
     """Values of the tensors of a chain that persists: the states that a window needs, and the prompt."""
-    return [math.prod(setup.latent[1:])] * (len(SolverState._fields) * setup.window) + _prompt_values(setup)
+    held = setup.window if setup.chain.window == setup.window else setup.window + 1  # after a graded step
+    return [math.prod(setup.latent[1:])] * (len(SolverState._fields) * held) + _prompt_values(setup)
 
 
 def _prompt_values(setup: Setup) -> list[int]:
@@ -102,4 +105,4 @@ def _validation(
     if not on_cpu:
         return Validation(latent, scored, batches, values, samples=e.samples)
     kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1)
-    return Validation(latent, scored, batches, values, kept, min(e.batch_size + 1, e.samples), e.samples)
+    return Validation(latent, scored, batches, values, kept, latent[0] + 1, e.samples)

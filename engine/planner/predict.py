@@ -8,6 +8,8 @@ tests/test_predict.py compares the counted ones with real runs.
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from prfl_engine.config import Config
 from prfl_engine.memory.policy import of_config
 from prfl_engine.objectives import index_range
@@ -68,6 +70,7 @@ def memory(
     """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known; like:
     whose rollout has been counted already and stands for this one's, apart from states of the chain.
     UserError where auto:GB fits nothing."""
+    setup = replace(setup, **_backward(config, setup, shards))
     made, kinds, reward = _kinds(config, setup, gpu) if kind is None else (None, [kind] * setup.count, kind)
     models, c = models_of(setup, shards.shards), config
     stands = _standing(c, setup, models, gpu, shards)
@@ -80,11 +83,12 @@ def memory(
     ]
     training = (*stands, *gradients)
     for name, own in _step(c, setup, kinds, reward, models, gpu, shards, like).items():
-        phases.append(Phase(name, (*training, *own)))
+        phases.append(Phase(name, (*(stands if setup.alone else training), *own)))
     phases.append(Phase("optimizer", (*training, *_optimizer(c, setup, models, gradients, shards))))
     if setup.validation is not None:
         phases.append(Phase("validation", (*stands, *_validation(c, setup, models, shards))))
-    phases.append(Phase("checkpoint", (*stands, *between.checkpoint(c, setup, models, shards))))
+    pool = entries((("chains that persist", setup.pool - setup.drawn, COUNTED, "states, prompts"),))
+    phases.append(Phase("checkpoint", (*stands, *pool, *between.checkpoint(c, setup, models, shards))))
     host = Phase("host", _host(c, setup, kinds, reward, models, gpu, shards))
     disk = between.on_disk(c, setup, models, shards)
     return Memory(tuple(phases), host, disk, tuple(kinds), reward, made)
@@ -108,9 +112,25 @@ def _kinds(config: Config, setup: Setup, gpu: Machine | None) -> tuple[Plan | No
     return None, [kind] * setup.count, kind
 
 
-def _narrow_average(config: Config) -> bool:
+def _backward(c: Config, setup: Setup, shards: Shards) -> dict:
+    """How gradients arrive in the passes of a step: fields of Setup. Those of sharded weights arrive whole
+    and in the dtype of their weights, which `gathered_bytes` counts."""
+    if shards.many:
+        return {}
+    one_loss = c.loss.alternate or 0 in (c.loss.weight, c.loss.sft_weight)
+    one_pass = c.loss.weight == 0 or c.rollout.samples == c.chain.window == 1
+    once = one_loss and one_pass or setup.trains is not None
+    alone = once and c.train.accumulate == 1 and c.optim.offload != "all"
+    wide = c.optim.grad_dtype == "float32"
+    return {
+        "grad_dtype": torch.float32 if wide else None, "alone": alone and c.model.budget is None,
+        "arriving": c.optim if c.optim.in_backward else None,
+    }  # fmt: skip
+
+
+def _narrow_average(config: Config, models: Models) -> bool:
     """Whether the average is kept in another dtype than the weights."""
-    return config.train.ema > 0 and config.model.weights_dtype != "float32"
+    return config.train.ema > 0 and any(p.dtype != torch.float32 for p in models.trained)
 
 
 def _standing(
@@ -158,12 +178,14 @@ def _step(
     like: Setup | None,
 ) -> dict[str, tuple[Entry, ...]]:
     """What the phases of a step hold in addition to what stands, where each has most."""
-    found, extra = peaks(kinds, reward), []
+    block = [p for p in models.trained if "blocks.0." in p.name]
+    gradient = gradient_bytes(Models(block, []), c.optim) // setup.count if setup.alone else 0
+    found, extra = peaks(kinds, reward, gradient), []
     if gpu is not None:
         work = setup.tokens * setup.config.dim * 4 // setup.sequence
         extra.append(("attention", work, ESTIMATED, "float32 dQ of a FlashAttention backward"))
     arriving = 0  # the update of a gradient that a block's backward has made, when that is over
-    if c.optim.in_backward:
+    if c.optim.in_backward and shards.many:
         arriving = update_bytes(models, c.optim, shards.many).temporaries
     gathered = gathered_bytes(models, shards)
     if setup.sides > 1:  # all of its blocks in one dry run: reward models are short
@@ -173,17 +195,21 @@ def _step(
         start = 0 if around else reward.numbers[phase].start
         states = longest(setup) if phase == "graded step" and not around else 0
         pool = 0 if around else setup.pool
-        left = peak.bytes - max(start, states + pool) - peak.saved
+        left = peak.bytes - max(start, states + pool) - peak.saved - peak.gradients
         update = max(0, arriving - left)
         whole = gathered.graded(left, min(k.numbers[phase].saved for k in kinds)) if shards.many else 0
+        if scored:  # what its blocks allocate is gone when its head is gathered, not what they save
+            kept = reward.numbers[phase].saved * setup.reward_blocks
+            whole = max(gathered.reward, gathered.head + kept - left)
         return entries((
             ("saved activations", peak.saved, COUNTED, "dry run: what the blocks save"),
             ("sampler states", states, COUNTED, "states of the chain that a window needs"),
             ("chains that persist", pool, COUNTED, "states and prompts of the pool"),
             ("inputs, embeddings", max(0, start - states - pool), COUNTED, "dry run: before the blocks"),
+            ("gradients", peak.gradients, COUNTED, "those that blocks have made"),
             ("temporaries", left, COUNTED, "dry run"),
             ("optimizer in backward", update, COUNTED, "a real update of one block"),
-            ("gathered blocks", gathered.reward if scored else whole, PREDICTED, BUFFERS), *extra,
+            ("gathered blocks", whole, PREDICTED, BUFFERS), *extra,
         ))  # fmt: skip
 
     made = {}
@@ -230,11 +256,12 @@ def _rollout(setup: Setup, gathered: Gathered, most: int) -> tuple[Entry, ...]:
 def _optimizer(
     c: Config, setup: Setup, models: Models, gradients: tuple[Entry, ...], shards: Shards
 ) -> tuple[Entry, ...]:
-    update = update_bytes(models, c.optim, shards.many).temporaries
-    if _narrow_average(c):  # a parameter in float32; the gradients are gone by then
+    update = 0 if c.optim.in_backward else update_bytes(models, c.optim, shards.many).temporaries
+    if _narrow_average(c, models):  # a parameter in float32; the gradients are gone by then
         update = max(update, max(4 * p.values for p in models.trained) - sum(e.bytes for e in gradients))
     numbers = 2 * ROUND * sum(p.count for p in models.trained)
     return entries((
+        ("chains that persist", setup.pool - setup.drawn, COUNTED, "states and prompts of the pool"),
         ("inputs, embeddings", batch_bytes(setup), COUNTED, "the last micro-batch"),
         ("temporaries", update, COUNTED, "a real update of one block of the largest parameter"),
         ("norms and counters", numbers, COUNTED, "two numbers a parameter"),
@@ -242,11 +269,12 @@ def _optimizer(
 
 
 def _validation(c: Config, setup: Setup, models: Models, shards: Shards) -> tuple[Entry, ...]:
-    swapped = sum(p.bytes() for p in models.trained) if _narrow_average(c) or shards.many else 0
+    gathered = gathered_bytes(models, shards)
+    swapped = sum(p.bytes() for p in models.trained) if _narrow_average(c, models) or shards.many else 0
     return entries((
         ("temporaries", validation_bytes(setup), COUNTED, "dry run: samples, rewards, flow matching"),
         ("weights set aside", swapped if c.train.ema > 0 else 0, COUNTED, "the average in their dtype"),
-        ("gathered blocks", gathered_bytes(models, shards).begin, PREDICTED, BUFFERS),
+        ("gathered blocks", max(gathered.begin, gathered.reward, gathered.head), PREDICTED, BUFFERS),
     ))  # fmt: skip
 
 

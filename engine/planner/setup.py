@@ -4,12 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
-from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig
+from prfl_engine.config import ChainConfig, LoraConfig, OptimConfig, RolloutConfig
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.objectives import index_range
 
 ROUND = 512  # torch's CUDA allocator rounds sizes up to this
 Latent = tuple[int, int, int, int, int]  # [B, 16, T, H, W]
+
+
+def rounded(size: int, to: int = ROUND) -> int:
+    """Bytes rounded up to a multiple of `to`."""
+    return -(-size // to) * to
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class RewardTraining:
 class Validation:
     """What a validation's memory depends on: its largest batch [B, 16, T, H, W], whether rewards are
     computed, how many batches there are and how many values [B] it makes of all, of how many samples. On a
-    CPU batches of samples that are `kept` to be written, and `read` samples of the data, are in the same
-    memory."""
+    CPU batches of samples that are `kept` to be written, and `read` samples of the data, one less with the
+    last batch, are in the same memory."""
 
     latent: Latent
     scored: bool = True
@@ -70,9 +75,13 @@ class Setup:
     lora: LoraConfig | None = None  # None: all weights are trained
     validation: Validation | None = None
     pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
-    pool_host: int = 0  # and of those on the host, pinned
+    drawn: int = 0  # of these what is there in graded steps alone
+    pool_host: int = 0  # bytes of chains that persist on the host, pinned
     trains: RewardTraining | None = None  # None: a generator is trained
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
+    grad_dtype: torch.dtype | None = None  # of gradients; None: of their weights
+    alone: bool = False  # a backward is the only one of an optimizer step: there are no gradients before it
+    arriving: OptimConfig | None = None  # what updates a parameter when its gradient arrives
 
     @property
     def sides(self) -> int:

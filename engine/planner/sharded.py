@@ -69,6 +69,7 @@ class Gathered(NamedTuple):
     reduced: int = 0  # the gradients of the block before in a backward, in the buffer of their reduce-scatter
     begin: int = 0
     reward: int = 0
+    head: int = 0  # of the reward model, when all of its blocks have been computed
     resident: int = 0  # all weights of the generator
 
     def graded(self, temporaries: int, saved: int) -> int:
@@ -91,16 +92,16 @@ def gathered_bytes(models: Models, shards: Shards) -> Gathered:
     trained = sum(p.values for p in models.trained if "blocks.0." in p.name)
     blocks = [p for p in models.generator if "blocks.0." in p.name]
     share = trained / max(1, sum(p.values for p in blocks))
-    scored = 0
+    scored = head = 0
     if models.reward:
         theirs = units_of(models.reward, shards.shards)
         scored = 3 * theirs["block"].padded + theirs["root"].padded
-        scored = max(scored, 2 * theirs["pool"].padded + theirs["mlp"].padded)
+        head = 2 * max(theirs["pool"].padded, theirs["mlp"].padded)
     count = next(p.count for p in blocks)
     return Gathered(
         root + 2 * block, root + 2 * block + round(GRADED * share * block),
         round(share * block * wider(models.trained, shards)),
-        root + 3 * block, scored, (root + count * block) if shards.resident else 0,
+        root + 3 * block, scored, head, (root + count * block) if shards.resident else 0,
     )  # fmt: skip
 
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from prfl_engine.config import OptimConfig
-from prfl_engine.memory.live_bytes import LiveBytes
-from prfl_engine.optim.block_adamw import BLOCK, BlockAdamW, state_layout
-from prfl_engine.optim.optimizer import in_blocks, update
+from prfl_engine.optim.block_adamw import BLOCK, state_layout
+from prfl_engine.optim.optimizer import in_blocks
 from prfl_engine.planner.dry_run import reward_model, trained
 from prfl_engine.planner.meta import meta_tensors
-from prfl_engine.planner.setup import ROUND, Setup
+from prfl_engine.planner.setup import ROUND, Setup, rounded
+from prfl_engine.planner.updates import Piece, Update, updated
 
 PINNED = 4096  # a page: the least that pinned memory takes
 
@@ -43,11 +43,6 @@ class Parameter(NamedTuple):
     def bytes(self, itemsize: int | None = None) -> int:
         """Bytes that are here of all of them, each rounded up as the allocator does."""
         return self.count * rounded(self.values * (itemsize or self.dtype.itemsize))
-
-
-def rounded(size: int, to: int = ROUND) -> int:
-    """Bytes rounded up to a multiple of `to`."""
-    return -(-size // to) * to
 
 
 def pinned(size: int) -> int:
@@ -148,13 +143,6 @@ def state_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> St
     return States(device, host, gradients, saved)
 
 
-class Update(NamedTuple):
-    """What an update takes on the device in addition to states and gradients."""
-
-    slots: int  # always there: where blocks from the host pass through
-    temporaries: int  # most while it is under way
-
-
 @cache
 def update_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> Update:
     """Counted in a real update on the CPU of the two largest blocks that follow each other, of every pair of
@@ -164,50 +152,12 @@ def update_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> U
     if not in_blocks(optim, narrow, sharded) or optim.name == "apex":
         return Update(0, 0)
     blocks = [[Piece(min(BLOCK, left), p.dtype) for left in range(p.values, 0, -BLOCK)] for p in trained]
-    alone = optim.in_backward  # then parameters come one at a time
-    rows = blocks if alone else [list(itertools.chain.from_iterable(blocks))]
+    rows = blocks if optim.in_backward else [list(itertools.chain.from_iterable(blocks))]
     pairs = [row[i : i + 2] for row in rows for i in range(max(1, len(row) - 1))]
     largest: dict[tuple[torch.dtype, ...], tuple[Piece, ...]] = {}
     for pair in sorted(pairs, key=lambda pair: sum(piece.values for piece in pair)):
         largest[tuple(piece.dtype for piece in pair)] = tuple(pair)
-    return Update(*map(max, zip(*(_updated(pair, optim) for pair in largest.values()), strict=True)))
-
-
-class Piece(NamedTuple):
-    """What an update takes at a time."""
-
-    values: int
-    dtype: torch.dtype
-
-
-@cache
-def _updated(pieces: tuple[Piece, ...], optim: OptimConfig) -> Update:
-    """A real update of parameters of these sizes."""
-    module = nn.ParameterList([nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in pieces])
-    wide = optim.grad_dtype == "float32"
-    for p in module:
-        if wide and p.dtype != torch.float32:
-            p.grad_dtype = torch.float32
-    live = LiveBytes(ROUND)
-    live.add(module)
-    with live:
-        before = live.now
-        optimizer = BlockAdamW([{"params": list(module), "lr": 1e-6, "base_lr": 1e-6}], optim)
-        slots = live.now - before - ROUND * len(pieces)  # without the counters of steps
-        for p in module if optim.offload == "none" else ():
-            for block in optimizer.state[p]["blocks"]:
-                slots -= sum(rounded(a.nbytes) for a in block.values())
-        for p in module:
-            p.grad = torch.zeros(len(p), dtype=torch.float32 if wide else p.dtype)
-        if optim.offload == "all":  # then gradients are on the host by now
-            for p in module:
-                optimizer._arrived(p)
-        stood, _ = live.now, live.lap()
-        if optim.in_backward:
-            for p in module:
-                optimizer._arrived(p)
-        update(optimizer, optim.clip)
-    return Update(max(0, slots), live.lap() - stood)
+    return Update(*map(max, zip(*(updated(pair, optim) for pair in largest.values()), strict=True)))
 
 
 @cache
