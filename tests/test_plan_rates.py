@@ -36,6 +36,7 @@ def test_measured_rates_are_used_and_shown_beside_those_assumed(measured, tmp_pa
     assert lines["products, TFLOP/s"][-3:] == ["785", "400", "0.51"]
     assert lines["step/1.3B/attention"][-4:] == ["15.00", "15.50", "4.10", "4.00"]
     assert all(len(line) <= 100 for line in text.splitlines())
+    assert "seconds predicted, FLOPs and GB received counted; rates: measured on" in text
     told = found.values()
     assert told["how"]["rates"] == "measured" and plain.values()["how"]["rates"] == "assumed"
     assert told["measured"]["rates"]["products"] == 400e12

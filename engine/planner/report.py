@@ -73,7 +73,7 @@ class Prediction:
         host = self.memory.host
         each = ", ".join(f"{e.category} {e.bytes / 1e9:.1f}" for e in host.entries)
         lines += wrapped(f"host memory of a process: {host.bytes / 1e9:.1f} GB ({each})")
-        lines.append(f"a checkpoint on disk: {self.memory.disk / 1e9:.1f} GB")
+        lines.append(f"a checkpoint on disk: {self.memory.disk / 1e9:.1f} GB, counted")
         return lines
 
     def columns(self) -> list[tuple[str, Phase]]:
@@ -134,7 +134,7 @@ class Prediction:
             if self.price is not None:
                 line += f", at a price of {self.sample_price:.4f} each"
             lines.append(line)
-        return lines + wrapped(f"rates: {self.gpu.basis}")
+        return lines + wrapped(f"seconds predicted, FLOPs and GB received counted; rates: {self.gpu.basis}")
 
     def measured_lines(self) -> list[str]:
         """Measured rates and steps; none without them."""
