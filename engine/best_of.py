@@ -40,7 +40,7 @@ def judge(
 ) -> Callable[[Tensor], Tensor]:
     """What scores latents of a batch [B, C, T, H, W] that `step` steps have been made of: logits [B], at the
     timestep that they have then."""
-    context = reward.transformer.embed_context(batch.text, batch.clip)
+    context = reward.embed_context(batch.text, batch.clip)
 
     def logits(x: Tensor) -> Tensor:
         t = schedule.timesteps[step].to(x.device).expand(len(x))

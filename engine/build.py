@@ -1,15 +1,25 @@
 """From a configuration to a device, a generator and a reward model."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from prfl_engine.checkpoint_shards import INDEX
-from prfl_engine.config import Config, ModelConfig
-from prfl_engine.errors import UserError, refusing
+from prfl_engine.config import Config, LoraConfig, ModelConfig
+from prfl_engine.errors import UserError, check, refusing
+from prfl_engine.memory.idle import Idle
 from prfl_engine.model import lora
-from prfl_engine.model.checkpoint import Shard, load_reward, load_transformer, new_reward
+from prfl_engine.model.checkpoint import (
+    Shard,
+    load_reward,
+    load_transformer,
+    new_reward,
+    save_transformer,
+)
+from prfl_engine.model.experts import HIGH, LOW, Experts, pair_at
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import PRESETS, WanTransformer
 from prfl_engine.seeds import Purpose, torch_seed
@@ -55,24 +65,120 @@ def set_up(model: WanTransformer, config: ModelConfig) -> WanTransformer:
 
 def make_policy(
     config: Config, resume: Path | None, device: torch.device, shard: Shard | None = None
-) -> WanTransformer:
+) -> WanTransformer | Experts:
     """The generator, weights in model.weights_dtype: from `resume`, from model.path, or random.
 
     With LoRA the checkpoint `resume` holds the adapter, which goes onto the generator of the other two. What
-    a sharded checkpoint holds is loaded later, into the shards. shard: as load_transformer takes it.
+    a sharded checkpoint holds is loaded later, into the shards. shard: as load_transformer takes it. With
+    model.boundary both experts, of which those that rollout.sigma_range has noise levels of are trained.
     """
     m = config.model
     if resume is not None and (resume / INDEX).is_file():
         resume = None
     lora.check_path(config.lora)
-    source = Path(m.path) if m.path else None
-    if resume is not None and not config.lora.rank:
+    if m.boundary is None:
+        return _generator(config, m.path and Path(m.path), resume, config.lora, device, shard)
+    paths = (None, None) if m.path is None else pair_at(m.path, m.low)
+    trained, made = config.trained_experts, []
+    idle = Idle(device) if m.idle == "host" else None
+    for place, (folder, path) in enumerate(zip((HIGH, LOW), paths, strict=True)):
+        adapter = replace(config.lora, path=adapter_of(config.lora.path, folder, all(trained)))
+        if trained[place]:
+            own = resume and resume / folder
+            made.append(_generator(config, path, own, adapter, device, None, place))
+        else:
+            made.append(_generator(config, path, None, LoraConfig(), device, None, place))
+            if config.lora.path is not None and (Path(config.lora.path) / folder).is_dir():
+                lora.apply(made[-1], adapter.path)
+            made[-1].requires_grad_(False)
+        if idle is not None:
+            idle.take(made[-1])
+    return Experts(*made, m.boundary, idle)
+
+
+def load_generator(config: Config, device: torch.device) -> WanTransformer | Experts:
+    """The generator of model.path for sampling, with the adapter of lora.path, or both experts with the
+    adapter of each."""
+    m, made = config.model, []
+
+    def load(path: str | Path, adapter: str | None) -> WanTransformer:
+        model = load_transformer(path, None, device).eval()
+        if adapter is not None:
+            lora.apply(model, adapter)
+        return model.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
+
+    if m.boundary is None:
+        return load(m.path, config.lora.path)
+    idle = Idle(device) if m.idle == "host" else None
+    for folder, path in zip((HIGH, LOW), pair_at(m.path, m.low), strict=True):
+        made.append(load(path, adapter_of(config.lora.path, folder, both=True)))
+        made[-1].requires_grad_(False)
+        if idle is not None:
+            idle.take(made[-1])
+    return Experts(*made, m.boundary, idle)
+
+
+def adapter_of(path: str | None, folder: str, both: bool) -> str | None:
+    """The adapter of one expert at lora.path: in the folder named after the expert; None where another one's
+    is there; and without such folders lora.path itself. UserError where that may be of `both`."""
+    if path is None or (Path(path) / folder).is_dir():
+        return path and str(Path(path) / folder)
+    if any((Path(path) / name).is_dir() for name in (HIGH, LOW)):
+        return None
+    check(not both, "lora.path", path, f"a folder with {HIGH} or {LOW}: an adapter of one expert or of each")
+    return path
+
+
+def save_generator(
+    model: WanTransformer | Experts, config: Config, folder: Path, values: dict[str, Tensor] | None = None
+) -> None:
+    """Write the trained parts of a generator, or in their place `values` by their names in it: of experts in
+    a folder for each."""
+    save = lora.save if config.lora.rank else save_transformer
+    if not isinstance(model, Experts):
+        save(model, folder, values)
+        return
+    for name, sub, expert in model.named_experts(trained=True):
+        own = {k.removeprefix(f"{name}."): v for k, v in (values or {}).items() if k.startswith(f"{name}.")}
+        save(expert, folder / sub, own)
+
+
+def read_generator(
+    model: WanTransformer | Experts, config: Config, folder: Path, device: torch.device
+) -> dict[str, Tensor]:
+    """What save_generator has written, in float32, by names in the model."""
+    if isinstance(model, Experts):
+        parts = {f"{name}.": folder / sub for name, sub, _ in model.named_experts(trained=True)}
+    else:
+        parts = {"": folder}
+    found: dict[str, Tensor] = {}
+    for prefix, path in parts.items():
+        if config.lora.rank:
+            own = lora.named(lora.read(path)[0])
+        else:
+            own = dict(load_transformer(path, torch.float32, device).named_parameters())
+        found |= {prefix + k: a for k, a in own.items()}
+    return found
+
+
+def _generator(
+    config: Config,
+    source: Path | None,
+    resume: Path | None,
+    adapter: LoraConfig,
+    device: torch.device,
+    shard: Shard | None,
+    place: int = 0,
+) -> WanTransformer:
+    """One transformer; `place` keys its random weights."""
+    m = config.model
+    if resume is not None and not adapter.rank:
         source = resume
     if source is not None:
 
         def attached(model: WanTransformer) -> object:
-            if config.lora.rank:
-                lora.start(model, config.lora, config.train.seed, resume)
+            if adapter.rank:
+                lora.start(model, adapter, config.train.seed, resume)
             return shard(model)
 
         policy = load_transformer(source, DTYPES[m.weights_dtype], device, shard=shard and attached)
@@ -83,16 +189,16 @@ def make_policy(
             )
         with torch.device(device):
             policy = WanTransformer(PRESETS[m.preset])
-        generator = torch.Generator(device).manual_seed(torch_seed(Purpose.WEIGHTS, config.train.seed))
+        generator = torch.Generator(device).manual_seed(torch_seed(Purpose.WEIGHTS, config.train.seed, place))
         policy.init_weights(generator)
         policy.to(DTYPES[m.weights_dtype])
-    if config.lora.rank:
-        lora.start(policy, config.lora, config.train.seed, resume)
+    if adapter.rank:
+        lora.start(policy, adapter, config.train.seed, resume)
     return set_up(policy, m)
 
 
 def make_frozen_reward(
-    config: Config, policy: WanTransformer, device: torch.device, shard: Shard | None = None
+    config: Config, policy: WanTransformer | Experts, device: torch.device, shard: Shard | None = None
 ) -> RewardModel:
     """The reward model of reward.path, frozen, computing in the precision of the policy."""
     r, m = config.reward, config.model
@@ -100,8 +206,12 @@ def make_frozen_reward(
         raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
     reward = load_reward(r.path, dtype=DTYPES[m.weights_dtype], device=device, shard=shard, **r.pooling)
     ours, theirs = policy.config, reward.transformer.config
-    for name in ("model_type", "in_dim", "text_dim", "text_len"):
-        got, want = getattr(theirs, name), getattr(ours, name)
+    # A T2V model scores the latents of an I2V generator, too, without its first frame.
+    names = ("model_type", "in_dim", "clip") if theirs.image else ()
+    wanted = {name: getattr(ours, name) for name in (*names, "text_dim", "text_len")}
+    wanted |= {} if theirs.image else {"in_dim": ours.out_dim}
+    for name, want in wanted.items():
+        got = getattr(theirs, name)
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
     set_up(reward.transformer, m)

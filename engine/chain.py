@@ -1,7 +1,8 @@
 """The denoising chain: a rollout without gradient, then windows of steps with gradient.
 
-A `Velocity` is a model bound to its context: (x [B, C, T, H, W], t [B], active [N] long) -> v, where
-`active` names the samples of the full batch that x holds, so that the model can select their context.
+A `Velocity` is a model bound to its context: (x [N, C, T, H, W], t [N], active [N] long) -> v. t and active
+are on the CPU; `active` names the samples of the full batch that x holds, so that the model can select their
+context. One that makes more than a forward of each has `also`: what to count with a phase.
 
 A window is the last k steps before a latent that is scored. Between its steps only latents and solver states
 live. Backward goes through the last step, whose graph exists. Then it recomputes the earlier steps one after
@@ -43,8 +44,14 @@ def advance(
     velocity: Velocity, schedule: flow.Schedule, state: flow.SolverState, index: Tensor, active: Tensor
 ) -> flow.SolverState:
     """One denoising step of the samples `active` [N] of a batch, each at its own step index [N]."""
-    t = schedule.timesteps[index].to(state.x.device, non_blocking=True)
-    return flow.step(schedule, state, velocity(state.x, t, active), index)
+    return flow.step(schedule, state, velocity(state.x, schedule.timesteps[index], active), index)
+
+
+def _count(phase: str, velocity: Velocity, x: Tensor) -> None:
+    """Count a call of the velocity."""
+    for work in (phase, getattr(velocity, "also", {}).get(phase)):
+        if work is not None:
+            phases.count(work, x)
 
 
 class Chain:
@@ -112,7 +119,7 @@ class Chain:
                 return
             at = at[active]
             state = advance(velocity, self.schedule, self.at(at, active), at, active)
-            phases.count("rollout", state.x)
+            _count("rollout", velocity, state.x)
             self._append(state, active)
 
     def _append(self, state: flow.SolverState, active: Tensor) -> None:
@@ -146,7 +153,7 @@ class Window:
         self.chain, self.index, self.window, self.detach_input = chain, index, window, detach_input
         everyone = torch.arange(len(index))
         self.leaf, out = self._step(index, everyone, window > 1)
-        phases.count("graded", out.x)
+        _count("graded", chain.velocity, out.x)
         self.x: Tensor | None = out.x
         self.inside = False  # a backward of our own is running
         if out.x.requires_grad:
@@ -201,7 +208,7 @@ class Window:
             for a in leaf:  # the caller's loss may keep the leaf of the last step alive
                 a.grad = None
             leaf, out = self._step(self.index[active] - distance, active, True)
-            phases.count("earlier", out.x)
+            _count("earlier", self.chain.velocity, out.x)
             torch.autograd.backward(out, gradients)
             del out, gradients
         for _ in range(more):

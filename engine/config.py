@@ -25,13 +25,12 @@ from prfl_engine.bounds import (
     NotEmpty,
     Positive,
     Probability,
-    Real,
     Section,
     Seed,
     Within,
 )
 from prfl_engine.config_file import from_dict, override, plain, read_yaml
-from prfl_engine.config_method import ChainConfig, LossConfig, RolloutConfig
+from prfl_engine.config_method import ChainConfig, LossConfig, RolloutConfig, Scale, scales
 from prfl_engine.config_models import KeptConfig, LoraConfig, ModelConfig, RewardConfig
 from prfl_engine.errors import UserError, check
 
@@ -61,7 +60,8 @@ class DataConfig(Section, name="data"):
     null_text: FilePath | None = None
     """.npy of the null prompt's embedding [1, n, text_dim]; needed when text_dropout > 0."""
     negative_text: FilePath | None = None
-    """.npy of the embedding used against the prompt when sample.guidance is not 1."""
+    """.npy of the embedding used against the prompt where a guidance (of rollout, chain, eval or sample) is
+    not 1: of the negative prompt, or data.null_text's file."""
     text_dropout: Probability | None = None
     """Probability that the null prompt replaces the text of a training sample; null: 0.1 in PRFL, 0 in reward
     training, as in the paper's code."""
@@ -203,6 +203,8 @@ class EvalConfig(Section, name="eval"):
     timesteps: Annotated[tuple[Timestep, ...], NotEmpty()] = (201, 400, 600, 800, 1000)
     """Where rewards and accuracies are measured, with fixed noise. At 1000 the input is noise alone: it is
     shown, and is no part of a score."""
+    guidance: Scale = 1.0
+    """Classifier-free guidance of the chains, as rollout.guidance."""
     seed: Seed = 1234
     videos: Natural = 4
     """How many of the samples are written as latents, and as videos if data are codec latents."""
@@ -227,8 +229,8 @@ class SampleConfig(Section, name="sample"):
     count: Annotated[int, Within(1, 10**6)] = 4
     """How many of the prompts of data.val (in order, repeated if short) are sampled."""
     seed: Seed = 0
-    guidance: Real = 1.0
-    """Classifier-free guidance scale; 1 is none, as in training."""
+    guidance: Scale = 1.0
+    """Classifier-free guidance, as rollout.guidance."""
     codec: FilePath | None = None
     """JSON file of the demo's latent codec; None writes latents only."""
     fps: Annotated[int, Within(1, 1000)] = 16
@@ -253,10 +255,29 @@ class Config(Section, name=""):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.model.boundary is not None:
+            r, want = self.rollout, "with model.boundary: of one expert alone"
+            check(r.precision == "same", "rollout.precision", r.precision, f"same {want}")
+            check(r.cache == 0, "rollout.cache", r.cache, f"0 {want}")
+            check(not r.cuda_graph, "rollout.cuda_graph", True, f"false {want}")
+        for section in ("rollout", "chain", "eval", "sample"):
+            scale = getattr(self, section).guidance
+            ok = not isinstance(scale, tuple) or self.model.boundary is not None
+            check(ok, f"{section}.guidance", plain(scale), "a number without model.boundary")
+        guided = any(scales(part.guidance) != (1, 1) for part in (self.rollout, self.chain, self.eval))
+        ok = guided or not self.rollout.guidance_at_once
+        check(ok, "rollout.guidance_at_once", True, "false where nothing is guided")
         check(
             self.pool % self.graded == 0, "rollout.pool", self.pool,
             f"a multiple of {self.graded} = data.batch_size * train.accumulate * rollout.samples",
         )  # fmt: skip
+
+    @property
+    def trained_experts(self) -> tuple[bool, bool] | None:
+        """Which of two experts, high-noise first, are trained: those that rollout.sigma_range has noise
+        levels of. None without two."""
+        (low, high), boundary = self.rollout.sigma_range, self.model.boundary
+        return None if boundary is None else (high > boundary, low < boundary)
 
     @property
     def graded(self) -> int:

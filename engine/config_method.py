@@ -6,6 +6,13 @@ from typing import Annotated, Literal
 from prfl_engine.bounds import Count, Nonnegative, Positive, Real, Section, Within
 from prfl_engine.errors import check
 
+Level = Annotated[float, Within(0, 1)]
+Scale = Real | tuple[Real, Real]
+
+
+def scales(scale: Scale) -> tuple[float, float]:
+    """The scales of guidance above the boundary of two experts, and below."""
+    return scale if isinstance(scale, tuple) else (scale, scale)
 
 @dataclass(frozen=True)
 class RolloutConfig(Section, name="rollout"):
@@ -27,8 +34,16 @@ class RolloutConfig(Section, name="rollout"):
     """Denoising steps of the whole chain."""
     shift: Positive = 5.0
     """Shift of the flow schedule, for rollouts, flow matching and reward training alike."""
+    sigma_range: tuple[Level, Level] = (0.0, 1.0)
+    """Noise levels [low, high) that are trained at, in flow matching, reward training and graded steps alike;
+    1 is in [low, 1]. One model alone, such as an expert of Wan2.2 A14B, is used nowhere else: its chains end
+    below low, in validation too, where they are scored as they are instead of at eval.timesteps
+    (docs/wan22.md)."""
+    start: Literal["noise", "data"] = "noise"
+    """Where chains begin: data: at the first step of sigma_range, from latents of the data with noise."""
     range: Literal["all", "early", "middle", "late"] | tuple[int, int] = "all"
-    """Where the graded step is drawn: all of 0..steps-2, a third of it, or [first, last]."""
+    """Where the graded step is drawn: all of 0..steps-2 that are in sigma_range, a third of these, or [first,
+    last], which are."""
     samples: Annotated[int, Within(1, 10_000)] = 1
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
@@ -36,6 +51,12 @@ class RolloutConfig(Section, name="rollout"):
     one_index: bool = False
     """All samples of an optimizer step have the same graded steps, as in the official code, so that groups of
     processes wait for no longer rollout. false: every sample has its own, spread more evenly."""
+    guidance: Scale = 1.0
+    """Classifier-free guidance of the steps without gradient, against data.negative_text; 1: none, as in the
+    paper. [high, low]: of the two experts of Wan2.2 A14B. Twice the forwards."""
+    guidance_at_once: bool = False
+    """The two forwards of a guided step, in validation too, as one batch of twice the size. A graded step
+    needs them apart, unless chain.unconditional is gradient."""
     precision: Literal["same", "fp8"] = "same"
     """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
     cache: Nonnegative = 0.0
@@ -55,6 +76,10 @@ class RolloutConfig(Section, name="rollout"):
 
     def __post_init__(self):
         super().__post_init__()
+        low, high = self.sigma_range
+        check(low < high, "rollout.sigma_range", list(self.sigma_range), "[low, high] with low < high")
+        if self.start == "data":
+            check(high < 1, "rollout.start", "data", "noise where rollout.sigma_range ends at 1")
         if not isinstance(self.range, str):
             first, last = self.range
             check(
@@ -79,6 +104,18 @@ class ChainConfig(Section, name="chain"):
     detach_input: bool = False
     """Give the model a detached input at every graded step, so that the gradient goes from step to step
     through the sampler alone (DRTune)."""
+    guidance: Scale = 1.0
+    """Classifier-free guidance of the steps with gradient, as rollout.guidance. Where the two differ, graded
+    steps start from latents of other chains than their own."""
+    unconditional: Literal["detached", "gradient"] = "detached"
+    """The half of a guided step with gradient that has data.negative_text. detached: a constant, for one
+    forward more; gradient: gets its gradient, too, for the time and the activations of two."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        guided = scales(self.guidance) != (1, 1)
+        ok = guided or self.unconditional == "detached"
+        check(ok, "chain.unconditional", self.unconditional, "detached with chain.guidance 1")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,17 @@ class ModelConfig(Section, name="model"):
     """Folder or file of the generator, in any layout that engine/model/sources.py lists; None: random weights
     of `preset`."""
     preset: Name | None = None
-    """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, tiny-t2v, tiny-i2v."""
+    """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, t2v-a14b-high, -low,
+    i2v-a14b-high, -low, tiny-t2v, tiny-i2v, tiny-i2v-a14b."""
+    boundary: Annotated[float, Within(0.001, 0.999)] | None = None
+    """Noise level at which chains go from the high-noise expert of Wan2.2 A14B to the low-noise one: 0.875 of
+    T2V, 0.9 of I2V; both are loaded. null: model.path is one model, of all levels or an expert alone."""
+    low: FilePath | None = None
+    """Folder or file of the low-noise expert, where model.path is the high-noise one alone; null: model.path
+    has both. For model.boundary."""
+    idle: Literal["device", "host"] = "device"
+    """Where the frozen blocks of the expert that is not asked wait; host: one transfer when a chain goes from
+    one to the other (engine/memory/idle.py)."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """Trained weights, and those of a frozen reward model's transformer; bfloat16: see optim.rounding."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -68,6 +78,11 @@ class ModelConfig(Section, name="model"):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.boundary is None:
+            want = "without model.boundary"
+            check(self.low is None, "model.low", self.low, f"null {want}")
+            check(self.idle == "device", "model.idle", self.idle, f"device {want}")
+        check(self.low is None or self.path is not None, "model.low", self.low, "null without model.path")
         if isinstance(self.recompute, str):
             modes = ("none", "full", "attention")
             ok = self.recompute in modes or self.budget is not None

@@ -80,9 +80,9 @@ class Reader:
             object.__setattr__(self, "null", read_text(self.null_text, self.config))
 
     def read(self, path: Path, rng: np.random.Generator) -> Batch:
-        """The sample of a meta JSON: latent [16, T, h, w], text [n, text_dim], and for an I2V model clip and
-        condition, float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. UserError
-        where a file or key is missing or holds something else."""
+        """The sample of a meta JSON: latent [16, T, h, w], text [n, text_dim], and for an I2V model the
+        condition and, with a CLIP branch, clip, float32 on the CPU; label 0-dim. rng draws the dropped and
+        the long caption. UserError where a file or key is missing or holds something else."""
         c, meta = self.config, self.meta(path)
         patch_h, patch_w = c.patch_size[1:]
         latent = self._tensor(path, meta, LATENT_KEYS, (1, c.out_dim, None, None, None), "latent")
@@ -96,8 +96,9 @@ class Reader:
         text = self.null if drop else self._text(path, meta, long)
         clip = condition = None
         if c.image:
-            shape = (1, IMAGE_TOKENS, IMAGE_DIM)
-            clip = self._tensor(path, meta, CLIP_KEYS, shape, "CLIP features")
+            if c.clip:
+                shape = (1, IMAGE_TOKENS, IMAGE_DIM)
+                clip = self._tensor(path, meta, CLIP_KEYS, shape, "CLIP features")
             shape = (1, CONDITION_CHANNELS, *latent.shape[1:])
             first = self._tensor(path, meta, CONDITION_KEYS, shape, "condition")
             mask = torch.zeros(MASK_CHANNELS, *latent.shape[1:])
@@ -118,8 +119,9 @@ class Reader:
         the short text and, for an I2V model, of CLIP features and condition."""
         meta = self.meta(path)
         files = {TEXT_KEY: (self.text_keys(meta, False), "text")}
-        if self.config.image:
+        if self.config.clip:
             files[CLIP_KEYS[0]] = CLIP_KEYS, "CLIP features"
+        if self.config.image:
             files[CONDITION_KEYS[0]] = CONDITION_KEYS, "condition"
         found = {name: self._file(path, meta, keys, what)[0] for name, (keys, what) in files.items()}
         return {name: str(file.absolute()) for name, file in found.items()}

@@ -32,14 +32,26 @@ def shift_sigma(u, shift: float):
     return shift * u / (1 + (shift - 1) * u)
 
 
-def train_sigmas(shift: float) -> Tensor:
-    """The 1000 training noise levels [1000], float32, from 1 downwards; timestep = 1000 sigma."""
-    return shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1, dtype=torch.float64), shift)[:-1].float()
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The noise level that shift_sigma moves to `sigma`."""
+    return sigma / (shift - (shift - 1) * sigma)
+
+
+def within(sigma: Tensor, low: float, high: float) -> Tensor:
+    """Which noise levels are in [low, high); 1 is in [low, 1]."""
+    return (sigma >= low) & ((sigma < high) | (high == 1))
+
+
+def train_sigmas(shift: float, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """The training noise levels [n], float32, from 1 downwards, of 1000 in all those that are `within`;
+    timestep = 1000 sigma."""
+    levels = shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1, dtype=torch.float64), shift)[:-1]
+    return levels[within(levels, low, high)].float()
 
 
 def add_noise(latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """x_t = (1 - sigma) latent + sigma noise for sigma [B] and latents [B, ...]."""
-    sigma = sigma.to(latent.dtype).view(-1, *[1] * (latent.dim() - 1))
+    """x_t = (1 - sigma) latent + sigma noise for sigma [B], on any device, and latents [B, ...]."""
+    sigma = sigma.to(latent.device, latent.dtype, non_blocking=True).view(-1, *[1] * (latent.dim() - 1))
     return (1 - sigma) * latent + sigma * noise
 
 
@@ -74,17 +86,18 @@ class Schedule:
         return len(self.timesteps)
 
 
-def make_schedule(solver: str, steps: int, shift: float) -> Schedule:
-    """Schedule of `solver` ("euler" or "unipc") with steps >= 1 and shift > 0; ValueError otherwise."""
+def make_schedule(solver: str, steps: int, shift: float, first: int = 0) -> Schedule:
+    """Schedule of `solver` ("euler" or "unipc") with steps >= 1 and shift > 0; ValueError otherwise. Of its
+    steps those from `first` on, for a chain that begins there, without a history."""
     if solver not in ("euler", "unipc"):
         raise ValueError(f"solver: got {solver!r}, want euler or unipc")
     if steps < 1 or shift <= 0:
         raise ValueError(f"schedule: got {steps} steps and shift {shift}, want steps >= 1 and shift > 0")
     u = torch.linspace(SIGMA_MAX, 0, steps + 1, dtype=torch.float64)[:-1]
-    sigmas = torch.cat([shift_sigma(u, shift), torch.zeros(1, dtype=torch.float64)])
+    sigmas = torch.cat([shift_sigma(u, shift), torch.zeros(1, dtype=torch.float64)])[first:]
     timesteps = (TRAIN_STEPS * sigmas[:-1]).floor().float()
     row = _euler_row if solver == "euler" else _unipc_row
-    table = torch.tensor([row(sigmas.tolist(), i) for i in range(steps)], dtype=torch.float64)
+    table = torch.tensor([row(sigmas.tolist(), i) for i in range(steps - first)], dtype=torch.float64)
     return Schedule(sigmas, timesteps, table)
 
 

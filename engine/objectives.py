@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,17 @@ from torch import Tensor
 from prfl_engine import chain, flow, phases
 from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
+from prfl_engine.errors import check
+from prfl_engine.guidance import Guidance
+from prfl_engine.model.experts import Experts
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
 
+Generator = WanTransformer | Experts
+
 
 def bind(
-    model: WanTransformer,
+    model: Generator,
     batch: Batch,
     context: Tensor | None = None,
     run_blocks: RunBlocks = plain_blocks,
@@ -38,14 +43,23 @@ def bind(
     return velocity
 
 
+def chain_velocity(model: Generator, batch: Batch, guidance: Guidance | None) -> chain.Velocity:
+    """The model with the batch's context, guided as steps without gradient are."""
+    if guidance is None:
+        return bind(model, batch)
+    batch = guidance.both(batch)
+    return guidance.velocity(partial(bind, model), batch, model.embed_context(batch.text, batch.clip))
+
+
 def sft_loss(
-    model: WanTransformer,
+    model: Generator,
     batch: Batch,
     noise: Tensor,
     sigma: Tensor,
     run_blocks: RunBlocks = plain_blocks,
 ) -> Tensor:
-    """Flow matching at noise levels sigma [B]: mean of (v(x_t) - (eps - x_0))^2 [B], per sample."""
+    """Flow matching at noise levels sigma [B] (for two experts on the CPU): mean of (v(x_t) - (eps - x_0))^2
+    [B], per sample."""
     x = flow.add_noise(batch.latent, noise, sigma)
     velocity = bind(model, batch, run_blocks=run_blocks)(x, flow.TRAIN_STEPS * sigma, torch.arange(len(x)))
     return (velocity - (noise - batch.latent)).square().flatten(1).mean(1)
@@ -71,19 +85,70 @@ def noisy_rewards(
     return torch.stack([noisy_reward(reward, batch, noise, level) for level in levels], 1)
 
 
+def schedule_of(rollout: RolloutConfig) -> flow.Schedule:
+    """The steps of a chain that is trained on: all, or with rollout.start data those from the first in
+    rollout.sigma_range on."""
+    return flow.make_schedule(rollout.solver, rollout.steps, rollout.shift, _skipped(rollout))
+
+
+def train_levels(rollout: RolloutConfig) -> Tensor:
+    """The noise levels [n] that flow matching and reward training draw from; UserError where none are."""
+    levels, want = flow.train_sigmas(rollout.shift, *rollout.sigma_range), "one with noise levels to train at"
+    check(len(levels) > 0, "rollout.sigma_range", list(rollout.sigma_range), want)
+    return levels
+
+
+def start_of(rollout: RolloutConfig, schedule: flow.Schedule, latent: Tensor, noise: Tensor) -> Tensor:
+    """Where chains of latents [B, C, T, H, W] begin: at the noise, or with rollout.start data at the latents
+    with noise of the first level of `schedule`, which is that of schedule_of."""
+    if rollout.start == "noise":
+        return noise
+    return flow.add_noise(latent, noise, schedule.sigmas[:1].expand(len(latent)))
+
+
+def steps_inside(rollout: RolloutConfig) -> tuple[int, int]:
+    """First step of schedule_of(rollout) in rollout.sigma_range, and the one after the last."""
+    first, end = _inside(rollout.steps, rollout.shift, rollout.sigma_range)
+    return first - _skipped(rollout), end - _skipped(rollout)
+
+
 def index_range(rollout: RolloutConfig) -> tuple[int, int]:
-    """First and last step index that may be graded; the last step of the chain never is, since its
-    result has no timestep to be scored at."""
-    n = rollout.steps - 1
+    """First and last step of schedule_of(rollout) that may be graded: in rollout.sigma_range, and never the
+    last of the chain, since its result has no timestep to be scored at. UserError where there are none."""
+    first, end = _inside(rollout.steps, rollout.shift, rollout.sigma_range)
+    n, skipped, levels = min(end, rollout.steps - 1) - first, _skipped(rollout), list(rollout.sigma_range)
+    want = f"one with some of the {rollout.steps - 1} steps that can be graded"
+    check(n > 0, "rollout.sigma_range", levels, want)
     if not isinstance(rollout.range, str):
-        return rollout.range
-    first, end = {
+        inside = first <= rollout.range[0] and rollout.range[1] < first + n
+        want = f"[first, last] within {first}..{first + n - 1}, the steps of rollout.sigma_range = {levels}"
+        check(inside, "rollout.range", list(rollout.range), want)
+        return rollout.range[0] - skipped, rollout.range[1] - skipped
+    parts = {
         "all": (0, n),
         "early": (0, -(-n // 3)),
         "middle": (n // 3, -(-2 * n // 3)),
         "late": (2 * n // 3, n),
-    }[rollout.range]
-    return first, end - 1
+    }
+    begin, end = parts[rollout.range]
+    return first - skipped + begin, first - skipped + end - 1
+
+
+def _skipped(rollout: RolloutConfig) -> int:
+    """How many steps of the whole chain come before those of schedule_of."""
+    if rollout.start == "noise":
+        return 0
+    return _inside(rollout.steps, rollout.shift, rollout.sigma_range)[0]
+
+
+@cache
+def _inside(steps: int, shift: float, sigma_range: tuple[float, float]) -> tuple[int, int]:
+    """First step of the whole chain at a noise level in a range, and the one after the last. As in the
+    official code a step is at its whole timestep."""
+    with torch.device("cpu"):
+        timesteps = flow.make_schedule("euler", steps, shift).timesteps.double()
+    found = flow.within(timesteps / flow.TRAIN_STEPS, *sigma_range).nonzero().flatten().tolist()
+    return (found[0], found[-1] + 1) if found else (0, 0)
 
 
 class GradedWindow:
@@ -112,7 +177,7 @@ class GradedWindow:
 class Grader:
     """What grades denoising steps: the models, the schedule, and how their blocks run; see graded_windows."""
 
-    model: WanTransformer
+    model: Generator
     reward: RewardModel
     schedule: flow.Schedule
     config: ChainConfig = ChainConfig()
@@ -120,6 +185,7 @@ class Grader:
     run_blocks: RunBlocks = plain_blocks
     score_blocks: RunBlocks = plain_blocks
     together: chain.Together | None = None
+    guidance: Guidance | None = None
 
     @property
     def window(self) -> int:
@@ -133,11 +199,21 @@ class Grading:
     def __init__(self, grader: Grader, batch: Batch):
         g = self.grader = grader
         self.condition = batch.condition
+        prompts = batch
+        if g.guidance is not None:
+            batch = g.guidance.both(batch)
         self.context = g.model.embed_context(batch.text, batch.clip)
         self.leaf = self.context.detach().requires_grad_(self.context.requires_grad)
-        self.scored = g.reward.transformer.embed_context(batch.text, batch.clip)
-        self.velocity = bind(g.model, batch, self.leaf, g.run_blocks)
+        self.scored = g.reward.embed_context(prompts.text, prompts.clip)
         self.stretch = None if g.stretches is None else g.stretches(batch, self.leaf)
+        if g.guidance is None:
+            self.velocity = bind(g.model, batch, self.leaf, g.run_blocks)
+            return
+        bound = partial(bind, g.model, run_blocks=g.run_blocks)
+        self.velocity = g.guidance.velocity(bound, batch, self.leaf, with_gradient=True)
+        if self.stretch is None and (g.guidance.at_once or g.guidance.rollout != g.guidance.graded):
+            plain = g.guidance.velocity(bound, batch, self.leaf.detach())
+            self.stretch = lambda: plain
 
     def way(self, start: Tensor | list[list[flow.SolverState | None]]) -> chain.Chain:
         """The chain of the batch from `start`, as chain.Chain takes it."""
@@ -160,7 +236,7 @@ class Grading:
 
 
 def graded_windows(
-    model: WanTransformer,
+    model: Generator,
     reward: RewardModel,
     schedule: flow.Schedule,
     batch: Batch,
@@ -170,6 +246,7 @@ def graded_windows(
     stretches: Callable[[Batch, Tensor], Callable[[], chain.Velocity]] | None = None,
     run_blocks: RunBlocks = plain_blocks,
     score_blocks: RunBlocks = plain_blocks,
+    guidance: Guidance | None = None,
 ) -> Iterator[GradedWindow]:
     """The graded steps indices[0], indices[1], ... of one rollout from noise, one window after another.
 
@@ -183,9 +260,10 @@ def graded_windows(
     itself, so the loop may be left at any time. Text and image embeddings, the reward model's too, are
     computed once. Steps without gradient are made by stretches(batch, context) where it is given
     (`rollout.Rollout`); run_blocks runs the blocks of the generator in windows, score_blocks those of the
-    reward model.
+    reward model. guidance: of all of its steps; the reward model is not guided.
     """
-    grader = Grader(model, reward, schedule, config, stretches, run_blocks, score_blocks)
+    given = model, reward, schedule, config, stretches, run_blocks, score_blocks, None, guidance
+    grader = Grader(*given)
     return Grading(grader, batch).windows(noise, indices)
 
 

@@ -313,6 +313,13 @@ def check_many(config: Config, readers: int) -> None:
         f"false {many}: gathered weights have another address in every rollout",
     )  # fmt: skip
     check(
+        c.model.boundary is None, "model.boundary", c.model.boundary,
+        f"null {many}: they train one expert alone",
+    )  # fmt: skip
+    apart = c.chain.unconditional == "gradient" and not c.rollout.guidance_at_once
+    want = f"detached, or rollout.guidance_at_once, {many}: a backward goes through one forward of a block"
+    check(not apart, "chain.unconditional", c.chain.unconditional, want)
+    check(
         c.optim.name != "apex", "optim.name", c.optim.name, f"adamw or adamw8bit {many}: apex has no shards"
     )
 

@@ -22,6 +22,7 @@ from prfl_engine.config_file import plain, read_yaml
 from prfl_engine.errors import UserError
 from prfl_engine.inputs import check_out, load_pickle, read_json
 from prfl_engine.metrics import FILE, check_writers, note, read_metrics
+from prfl_engine.model.experts import HIGH, LOW
 from prfl_engine.model.sources import transformer_folder
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import load_state
@@ -35,9 +36,9 @@ STATE, RUN = "training_state.pt", "run.json"
 # but must hold the same; state: it may as far as the optimizer's state fits; call: no property of the run.
 KINDS = {
     "model": {
-        "source": "path",
-        "fixed": "preset weights_dtype",
-        "free": "compute_dtype residual_dtype recompute keep compile chunk kernels host costs",
+        "source": "path low",
+        "fixed": "preset weights_dtype boundary",
+        "free": "idle compute_dtype residual_dtype recompute keep compile chunk kernels host costs",
     },
     "lora": {"source": "path", "fixed": "rank alpha targets"},
     "reward": {
@@ -52,12 +53,12 @@ KINDS = {
         "free": "negative_text text_dropout long_caption skip_broken num_workers",
     },
     "rollout": {
-        "score": "solver steps shift",
+        "score": "solver steps shift sigma_range start",
         # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
-        "free": "mode pool pool_place stride range samples one_index precision cache probe_every max_drift "
-        "cuda_graph",
+        "free": "mode pool pool_place stride range samples one_index guidance guidance_at_once precision "
+        "cache probe_every max_drift cuda_graph",
     },
-    "chain": {"free": "window detach_input"},
+    "chain": {"free": "window detach_input guidance unconditional"},
     "loss": {"free": "form weight target sft_weight sft_every alternate"},
     "optim": {
         "state": "name rounding grad_dtype in_backward offload",
@@ -69,7 +70,7 @@ KINDS = {
         "call": "out resume",
     },
     "parallel": {"free": "replicate sequence resident save_async timeout"},
-    "eval": {"score": "samples timesteps seed", "free": "every batch_size videos"},
+    "eval": {"score": "samples timesteps seed guidance", "free": "every batch_size videos"},
     "sample": {"free": "count seed guidance codec fps"},
 }
 KIND = {
@@ -78,7 +79,7 @@ KIND = {
     for kind, names in kinds.items()
     for name in names.split()
 }
-MODELS = ("model.path", "lora.path", "reward.path", "data.null_text")  # the other sources are lists
+MODELS = ("model.path", "model.low", "lora.path", "reward.path", "data.null_text")  # the others are lists
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,10 @@ def _digest(paths: list[Path]) -> dict:
 
 def _files(path: Path) -> Iterable[Path]:
     if path.is_dir():
-        folder = transformer_folder(path)
-        return sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".ckpt") and p.is_file())
+        inner = [path / name for name in (HIGH, LOW, "transformer_2") if (path / name).is_dir()]
+        folders = [*inner, *([path / "transformer"] if (path / "transformer_2").is_dir() else [])]
+        found = (p for folder in folders or [transformer_folder(path)] for p in folder.iterdir())
+        return sorted(p for p in found if p.suffix in (".safetensors", ".ckpt") and p.is_file())
     if path.suffix != ".json":
         return [path] if path.is_file() else []
     try:

@@ -9,33 +9,21 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
-from prfl_engine.batch import Batch
 from prfl_engine.best_of import best_of, check_choice, forwards, judge
-from prfl_engine.build import DTYPES, make_frozen_reward, pick_device
+from prfl_engine.build import load_generator, make_frozen_reward, pick_device
 from prfl_engine.config import Config, SampleConfig
-from prfl_engine.data import LATENT_KEYS, Reader, counted, fixed_batches, read_lists, read_text
-from prfl_engine.errors import UserError
+from prfl_engine.data import LATENT_KEYS, Reader, counted, fixed_batches, read_lists
+from prfl_engine.errors import UserError, check
 from prfl_engine.files import atomic_folder
+from prfl_engine.guidance import guidance_of
 from prfl_engine.inputs import check_new
 from prfl_engine.metrics import note, progress
-from prfl_engine.model import lora
-from prfl_engine.model.checkpoint import load_transformer
-from prfl_engine.objectives import bind
+from prfl_engine.objectives import chain_velocity
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
 
 LIST = "samples.list"
 """The meta JSONs of the samples of a folder, in order."""
-
-
-def guided(velocity: chain.Velocity, against: chain.Velocity, scale: float) -> chain.Velocity:
-    """Classifier-free guidance: against + scale * (velocity - against)."""
-
-    def combined(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
-        base = against(x, t, active)
-        return base + scale * (velocity(x, t, active) - base)
-
-    return combined
 
 
 def sample(config: Config, out: str | Path, count: int = 1, step: int | None = None) -> list[Path]:
@@ -55,18 +43,15 @@ def sample(config: Config, out: str | Path, count: int = 1, step: int | None = N
         raise UserError("model.path: got null, want the folder of a generator")
     if count > 1 and config.reward.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model (--best-of)")
-    if s.guidance != 1 and config.data.negative_text is None:
-        raise UserError("data.negative_text: got null, want a .npy (sample.guidance is not 1)")
+    alone = config.model.boundary is None and r.sigma_range != (0, 1)
+    want = "[0, 1], or both experts (model.boundary): one alone makes no sample"
+    check(not alone, "rollout.sigma_range", list(r.sigma_range), want)
     device = pick_device(config)
     paths = read_lists(config.data.val, "data.val")
     paths = [paths[i % len(paths)] for i in range(s.count)]
-    model = load_transformer(config.model.path, None, device).eval()
-    if config.lora.path is not None:
-        lora.apply(model, config.lora.path)
-    model.set_precision(DTYPES[config.model.compute_dtype], DTYPES[config.model.residual_dtype])
+    model = load_generator(config, device)
     reward = make_frozen_reward(config, model, device) if count > 1 else None
-    if s.guidance != 1:
-        negative = read_text(config.data.negative_text, model.config).to(device)
+    guidance = guidance_of(config, s.guidance, s.guidance, model, "sample.guidance")
     schedule = flow.make_schedule(r.solver, r.steps, r.shift)
     latents: list[Tensor] = []
     chosen: list[dict] = []
@@ -75,10 +60,7 @@ def sample(config: Config, out: str | Path, count: int = 1, step: int | None = N
     with torch.no_grad():
         for first, batch in counted(progress(batches, "sampling", -(-len(paths) // size))):
             noises = (noise_like(batch.latent, Purpose.SAMPLE, s.seed + n, first) for n in range(count))
-            velocity = bind(model, batch)
-            if s.guidance != 1:
-                plain: Batch = batch._replace(text=negative.expand(len(batch.text), -1, -1))
-                velocity = guided(velocity, bind(model, plain), s.guidance)
+            velocity = chain_velocity(model, batch, guidance)
             if reward is None:
                 latent = chain.sample(velocity, schedule, next(noises))
                 chosen += [{"seed": s.seed}] * len(latent)
@@ -93,7 +75,7 @@ def sample(config: Config, out: str | Path, count: int = 1, step: int | None = N
                 ]
             latents.extend(finite("sample", latent, paths[first:]).cpu())
     if reward is not None:
-        note(_cost(count, step, r.steps, s.guidance != 1))
+        note(_cost(count, step, r.steps, guidance is not None))
     metas = [
         {**reader.given(path), "source": str(path.absolute()), **of}
         for path, of in zip(paths, chosen, strict=True)

@@ -1,6 +1,7 @@
 """PRFL training: flow matching, and the reward of a graded denoising step (a step that carries gradient)."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,25 +10,35 @@ from torch import Tensor
 
 from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
-from prfl_engine.build import make_frozen_reward, make_policy, pick_device
+from prfl_engine.build import (
+    make_frozen_reward,
+    make_policy,
+    pick_device,
+    read_generator,
+    save_generator,
+)
 from prfl_engine.config import Config, LossConfig
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
+from prfl_engine.guidance import guidance_of, training_guidance
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.micro_batches import MicroBatches
-from prfl_engine.model import flops, lora
-from prfl_engine.model.checkpoint import load_transformer, save_transformer
+from prfl_engine.model import flops
 from prfl_engine.model.reward import RewardModel
-from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
+    Generator,
     Grader,
-    bind,
+    chain_velocity,
     index_range,
     noisy_reward,
     reward_loss,
+    schedule_of,
     sft_loss,
+    start_of,
+    steps_inside,
+    train_levels,
 )
 from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
@@ -50,6 +61,15 @@ def check_one_backward(config: Config) -> None:
     if c.loss.weight > 0:
         check(c.rollout.samples == 1, "rollout.samples", c.rollout.samples, f"1 {want}")
         check(c.chain.window == 1, "chain.window", c.chain.window, f"1 {want}")
+        halves = c.chain.unconditional
+        check(halves == "detached", "chain.unconditional", halves, f"detached {want}")
+
+
+def check_start(config: Config) -> None:
+    """UserError for chains that one model alone cannot begin."""
+    high, start = config.rollout.sigma_range[1], config.rollout.start
+    want = f"data: model.path is one model, used below rollout.sigma_range's {high:g} alone"
+    check(config.model.boundary is not None or high == 1 or start == "data", "rollout.start", start, want)
 
 
 def due(loss: LossConfig, step: int) -> tuple[bool, bool]:
@@ -74,8 +94,9 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     text_dropout = c.data.dropout(0.1)
     if c.optim.in_backward:
         check_one_backward(c)
-    schedule = flow.make_schedule(c.rollout.solver, c.rollout.steps, c.rollout.shift)
-    sigmas = flow.train_sigmas(c.rollout.shift)
+    check_start(c)
+    schedule, sigmas = schedule_of(c.rollout), train_levels(c.rollout)
+    steps = index_range(c.rollout) if use_reward else None
     paths = read_lists(c.data.train, "data.train")
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
     begin = prepare_out(c, {"data.train": paths})
@@ -110,15 +131,19 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))
     graded, meter = None, None
+    if c.eval.every:
+        guidance_of(c, c.eval.guidance, c.eval.guidance, policy, "eval.guidance")
     if use_reward:
+        guidance = training_guidance(c, policy)
         together = world.together(policy)
-        rollout = make_rollout(policy, c.rollout, schedule, device, together)
+        rollout = make_rollout(policy, c.rollout, schedule, device, together, guidance)
         if rollout is not None and rollout.approximate:
             sample = Batch(*(None if a is None else a[:1] for a in stream[0]))
-            last = index_range(c.rollout)[1]
-            meter = DriftMeter(rollout, sample, last, c.train.seed, c.train.save_every)
+            meter = DriftMeter(rollout, sample, steps[1], c.train.seed, c.train.save_every)
         stretches = rollout and rollout.stretches
-        grader = Grader(policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together)
+        grader = Grader(
+            policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together, guidance
+        )
         graded = Persistent(grader, c, meter, stream.picked, world) if persists else Fresh(grader, c, meter)
 
     def backpropagate(batch: Batch, key: int, share: float):
@@ -128,8 +153,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         if sft_due:
             mark("flow_matching")
             count("flow_matching", batch.latent)
-            sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.SFT_LEVEL, *at, n)]
-            sigma = sigma.to(device, non_blocking=True)
+            sigma = sigmas[integers(len(sigmas), Purpose.SFT_LEVEL, *at, n)]
             noise = noise_like(batch.latent, Purpose.SFT_NOISE, *at)
             loss = sft_loss(policy, batch, noise, sigma, run_blocks).mean()
             world.add_up_copies(policy, last and not reward_due)
@@ -153,12 +177,10 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         return evaluate_policy(c, policy, reward, schedule, held_out, step, world)
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
-        (lora.save if c.lora.rank else save_transformer)(policy, folder, values)
+        save_generator(policy, c, folder, values)
 
     def load(folder: Path) -> dict[str, Tensor]:
-        if c.lora.rank:
-            return lora.named(lora.read(folder)[0])
-        return dict(load_transformer(folder, torch.float32, device).named_parameters())
+        return read_generator(policy, c, folder, device)
 
     scored = None if reward is None else (reward.transformer.config, reward.feature_layer)
     costs = partial(flops.costs, policy.config, rank=c.lora.rank, reward=scored)
@@ -171,7 +193,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
 @torch.no_grad()
 def evaluate_policy(
     config: Config,
-    policy: WanTransformer,
+    policy: Generator,
     reward: RewardModel | None,
     schedule: flow.Schedule,
     paths: list[Path],
@@ -180,24 +202,42 @@ def evaluate_policy(
 ) -> dict[str, float]:
     """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents.
 
-    Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n, shifted.
-    It is noised to every one of eval.timesteps and scored there. "score" is the mean reward over eval.scored,
-    or minus the flow-matching loss where no reward is trained. Every group of processes evaluates a part of
-    the samples; all get the same result. TrainingError for a number that is not finite.
+    Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n of those
+    in rollout.sigma_range, before the shift. It is noised to every one of eval.timesteps and scored there; a
+    chain that ends above noise level 0 is scored where it ends instead, and its prediction of the latent is
+    what is written. "score" is the mean reward over eval.scored, or where the chain ends, or minus the
+    flow-matching loss where no reward is trained. Every group of processes evaluates a part of the samples;
+    all get the same result. TrainingError for a number that is not finite.
     """
     e, device = config.eval, next(policy.parameters()).device
     paths = [paths[i % len(paths)] for i in range(e.samples)]
     samples, kept = HeldOut([paths], world), []
+    guidance = guidance_of(config, e.guidance, e.guidance, policy, "eval.guidance")
+    r, end = config.rollout, steps_inside(config.rollout)[1]
+    if config.model.boundary is not None:  # both experts make whole chains, wherever they are trained
+        r = replace(r, sigma_range=(0.0, 1.0), start="noise")
+        schedule, end = schedule_of(r), r.steps
+    ends = None if end == len(schedule) else schedule.timesteps[end].item()
+    scored = e.scored if ends is None else (ends,)
+    low, high = (flow.unshift_sigma(s, r.shift) for s in config.rollout.sigma_range)
     for first, (batch,) in samples.batches(Reader(policy.config), e.batch_size, device):
         n = len(batch.latent)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, e.seed, first)
-        level = (torch.arange(first, first + n, device=device) + 0.5) / len(paths)
-        samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, config.rollout.shift)))
+        level = low + (high - low) * (torch.arange(first, first + n) + 0.5) / len(paths)
+        samples.put("sft_loss", sft_loss(policy, batch, noise, flow.shift_sigma(level, r.shift)))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
-        latent = chain.sample(bind(policy, batch), schedule, noise)
+        noise = start_of(r, schedule, batch.latent, noise)
+        state = chain.rollout(chain_velocity(policy, batch, guidance), schedule, noise, torch.full((n,), end))
+        latent, last = (state.x, None) if ends is None else (state.m0, state.x)
+        del state
         samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
         if reward is None:
+            continue
+        if ends is not None:
+            context = reward.embed_context(batch.text, batch.clip)
+            t = torch.full((n,), ends, device=device)
+            samples.put(f"reward_t{ends:g}", reward.score(last, t, context, batch.condition))
             continue
         noise = noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first)
         for t in e.timesteps:
@@ -211,8 +251,8 @@ def evaluate_policy(
             write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
     values = {"sft_loss": found["sft_loss", 0].mean().item()}
     if reward is not None:
-        names = [f"reward_t{t:g}" for t in e.timesteps]
+        names = [f"reward_t{t:g}" for t in (e.timesteps if ends is None else scored)]
         values |= {name: found[name, 0].sigmoid().mean().item() for name in names}
     trained = reward is not None and config.loss.weight > 0
-    scored = [values[f"reward_t{t:g}"] for t in e.scored] if trained else [-values["sft_loss"]]
+    scored = [values[f"reward_t{t:g}"] for t in scored] if trained else [-values["sft_loss"]]
     return values | {"score": sum(scored) / len(scored)}

@@ -26,7 +26,7 @@ from prfl_engine.model.checkpoint import (
 from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward
+from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward, train_levels
 from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
 from prfl_engine.resume import prepare_out
@@ -87,7 +87,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         check_labels(win, c.data.label, "data.train")
         if c.eval.every:
             check_labels(held_out, c.data.label, "data.val")
-    sigmas = flow.train_sigmas(c.rollout.shift)
+    sigmas = train_levels(c.rollout)
     begin = prepare_out(c, {"data.train": win} | ({"data.lose": lose} if pairs else {}))
     resume = begin.checkpoint
     world.check_checkpoint(resume)
@@ -117,7 +117,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
             count("reward", one.latent)
         batch = item[0] if pairs else item
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
-        sigma = sigmas[integers(flow.TRAIN_STEPS, Purpose.REWARD_LEVEL, *at, n)]
+        sigma = sigmas[integers(len(sigmas), Purpose.REWARD_LEVEL, *at, n)]
         sigma = sigma.to(device, non_blocking=True)
         noise = noise_like(batch.latent, Purpose.REWARD_NOISE, *at)
         logit = noisy_reward(model, batch, noise, sigma, run_blocks)

@@ -19,11 +19,12 @@ SHAPE = (16, 1, 4, 4)  # channels, frames, rows, columns of a latent: 4 tokens
 
 
 def tiny_config(model_type="t2v", **fields) -> WanConfig:
+    """Of t2v, i2v, or i2v-a14b, which has no CLIP branch."""
     values = dict(
         dim=32, ffn_dim=48, num_heads=2, num_layers=2, text_dim=12, text_len=6, freq_dim=16,
-        in_dim=36 if model_type == "i2v" else 16,
+        in_dim=16 if model_type == "t2v" else 36, clip=model_type == "i2v",
     )  # fmt: skip
-    return WanConfig(model_type, **values | fields)
+    return WanConfig(model_type[:3], **values | fields)
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -59,7 +60,7 @@ def random_batch(
     text = torch.randn(size, tokens, config.text_dim)
     clip = condition = None
     if config.image:
-        clip = torch.randn(size, IMAGE_TOKENS, IMAGE_DIM).to(dtype)
+        clip = torch.randn(size, IMAGE_TOKENS, IMAGE_DIM).to(dtype) if config.clip else None
         condition = torch.randn(size, 20, *shape[1:]).to(dtype)
     return Batch(torch.randn(size, *shape).to(dtype), text.to(dtype), clip, condition)
 
@@ -114,6 +115,7 @@ def write_data(
         meta["textlong_path"] = save(f"long-{i}.npy", 1, text, config.text_dim)
         if config.image:
             meta["f1_black_path"] = save(f"first-{i}.npy", 1, *shape)
+        if config.clip:
             meta["imgclip_path"] = save(f"clip-{i}.npy", 1, IMAGE_TOKENS, IMAGE_DIM)
         meta |= labels(i) if labels else {}
         (folder / f"{i}.json").write_text(json.dumps(meta))

@@ -20,7 +20,7 @@ from prfl_engine.model.names import COMFYUI, to_comfyui, to_diffusers, to_native
 from prfl_engine.model.sources import find, read_config
 from prfl_engine.model.wan import sinusoid
 
-BOTH = pytest.mark.parametrize("kind", ["t2v", "i2v"])
+BOTH = pytest.mark.parametrize("kind", ["t2v", "i2v", "i2v-a14b"])
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 KEY = "blocks.0.ffn.0.weight"
 

@@ -21,7 +21,7 @@ from prfl_engine.config import UserError
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.model.wan import PRESETS, WanTransformer, plain_blocks, sinusoid
 
-BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v", "i2v-a14b"])
 
 # The native names, written out from the official checkpoints.
 BLOCK = {

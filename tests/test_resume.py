@@ -12,7 +12,7 @@ from prfl_engine import train_reward as train_reward_module
 from prfl_engine.rollout import fresh as fresh_module
 
 
-@pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+@pytest.mark.parametrize("model_type", ["t2v", "i2v-a14b"])
 def test_a_stopped_run_goes_on_to_the_bit(model_type, tmp_path, monkeypatch):
     config = write_run(
         tmp_path, model_type,

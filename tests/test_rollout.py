@@ -166,6 +166,7 @@ class Scripted:
     def __init__(self, drifts, **fields):
         self.model, self.drifts, self.asked = tiny_model(), drifts, []
         self.config, self.accelerated, self.version = RolloutConfig(**fields), True, None
+        self.schedule = None  # what begins at the noise needs none
 
     def drift(self, batch, noise, index):
         self.asked.append(self.version)

@@ -27,7 +27,7 @@ def test_sample_writes_latents_in_the_layout_of_the_data(tmp_path, capsys):
     assert all(np.array_equal(np.load(again / n), a) for n, a in zip(names, latents, strict=True))
 
 
-@pytest.mark.parametrize("model_type", ["t2v", "i2v"])
+@pytest.mark.parametrize("model_type", ["t2v", "i2v", "i2v-a14b"])
 def test_samples_are_data_that_can_be_scored(model_type, tmp_path, capsys, monkeypatch):
     """With the text and the first frame that they were sampled with, from any working directory."""
     config, out = write_run(tmp_path, model_type), tmp_path / "samples"

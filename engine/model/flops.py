@@ -65,7 +65,7 @@ class Work(NamedTuple):
 def block_work(c: WanConfig, tokens: int, rank: int = 0) -> Work:
     """A block's forward of one sample of so many tokens: self-attention, cross-attention, FFN. rank: of
     low-rank updates of all its linear layers."""
-    context = c.text_len + IMAGE_TOKENS * c.image
+    context = c.text_len + IMAGE_TOKENS * c.clip
     linear = 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim)
     updates = 2 * rank * (tokens * (14 * c.dim + 2 * c.ffn_dim) + 4 * context * c.dim)
     return Work(linear, 4 * context * c.dim**2, 4 * tokens * c.dim * (tokens + context), updates)
@@ -75,7 +75,7 @@ def end_work(c: WanConfig, tokens: int, head: bool = True) -> Work:
     """The forward before and after the blocks: patches, text, image and time, and the head."""
     patch, out = math.prod(c.patch_size), c.out_dim * head
     time = c.freq_dim * c.dim + 7 * c.dim**2
-    image = IMAGE_TOKENS * (IMAGE_DIM**2 + IMAGE_DIM * c.dim) if c.image else 0
+    image = IMAGE_TOKENS * (IMAGE_DIM**2 + IMAGE_DIM * c.dim) if c.clip else 0
     text = c.text_len * (c.text_dim * c.dim + c.dim**2)
     return Work(2 * (tokens * c.dim * patch * (c.in_dim + out) + time), 2 * (text + image), 0)
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-_NATIVE = "the native files of Wan2.1"
+_NATIVE = "the native files of Wan2.1 or Wan2.2 A14B"
 # (a pattern found in a key, the layout, what to do), the more special first.
 _LAYOUTS = (
     (r"lora_|\.alpha$", "an adapter (LoRA)", "give it as lora.path, and its generator as model.path"),
@@ -20,8 +20,8 @@ _LAYOUTS = (
 
 
 def name_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What a generator is and what to do about it, in one line; None for a Wan2.1 model or an unknown
-    one.
+    """What a generator is and what to do about it, in one line; None for a model of Wan2.1 or
+    Wan2.2 A14B, or an unknown one.
 
     shapes: {key, native where it is one of Wan: shape of the tensor}.
     """
@@ -32,7 +32,5 @@ def name_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     patch = shapes.get("patch_embedding.weight", ())
     channels = patch[1] if len(patch) == 5 else None
     if channels == 48:
-        return "got Wan2.2 TI2V-5B (48 latent channels), want a model of 16: Wan2.1, or Wan2.2 T2V-A14B"
-    if channels == 36 and "img_emb.proj.1.weight" not in shapes:
-        return "got Wan2.2 I2V-A14B (36 channels, no img_emb), want Wan2.1 I2V, which takes CLIP features"
+        return "got Wan2.2 TI2V-5B (48 latent channels), want a model of 16: Wan2.1, or Wan2.2 A14B"
     return None

@@ -52,7 +52,7 @@ def linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, Linear]:
 
 def attach(model: WanTransformer, config: LoraConfig, seed: int = 0) -> WanTransformer:
     """Freeze the model and give the layers of lora.targets their updates, which are zero. Returns it."""
-    i2v_only = set() if model.config.image else {"k_img", "v_img"}
+    i2v_only = set() if model.config.clip else {"k_img", "v_img"}
     layers = linears(model, tuple(t for t in config.targets if t not in i2v_only))
     for name, m in layers.items():
         most = max(m.in_features, m.out_features)

@@ -124,7 +124,12 @@ class RewardModel(nn.Module):
         x [B, 16, T, H, W], t [B], text [B, n, text_dim]; for an I2V model clip [B, 257, 1280] and
         condition [B, 20, T, H, W].
         """
-        return self.score(x, t, self.transformer.embed_context(text, clip), condition, run_blocks)
+        return self.score(x, t, self.embed_context(text, clip), condition, run_blocks)
+
+    def embed_context(self, text: Tensor, clip: Tensor | None = None) -> Tensor:
+        """The context tokens [B, S, C] of the transformer, without image tokens where it has no branch for
+        them."""
+        return self.transformer.embed_context(text, clip if self.transformer.config.clip else None)
 
     def score(
         self,
@@ -134,7 +139,9 @@ class RewardModel(nn.Module):
         condition: Tensor | None = None,
         run_blocks: RunBlocks = plain_blocks,
     ) -> Tensor:
-        """Logits [B] as above, with the context tokens of transformer.embed_context."""
+        """Logits [B] as above, with the context tokens of embed_context. A T2V model takes no condition:
+        what a first frame adds to a generator is left out."""
+        condition = condition if self.transformer.config.image else None
         x = self.transformer.features(x, t, context, condition, self.feature_layer, run_blocks)
         return self.mlp(self.pool(x)).squeeze(1)
 

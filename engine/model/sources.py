@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -30,6 +31,10 @@ from prfl_engine.tensor_files import DTYPES, NAMES
 WEIGHTS = "diffusion_pytorch_model"
 """The file of a folder, before .safetensors, of Wan and of diffusers."""
 CONFIG = "config.json"
+PAIRS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+"""The folders of the two experts of Wan2.2 A14B, high-noise first, native and of diffusers."""
+CLIP = "img_emb.proj.1.weight"
+"""A tensor of the CLIP branch, which I2V models of Wan2.1 have and those of Wan2.2 do not."""
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 _FILES = "a .safetensors, .pth, .pt, .ckpt or .bin file"
 
@@ -107,19 +112,26 @@ def find(path: str | Path) -> Source:
 
 
 def read_config(path: str | Path) -> WanConfig:
-    """The hyper-parameters of what is at a path; of a folder its config.json alone is read."""
+    """The hyper-parameters of what is at a path; of a folder its config.json, and for an I2V model the
+    names of the weights, where there are any."""
     path = Path(path)
-    return find(path).config if path.is_file() else wan_json.read(transformer_folder(path) / CONFIG)
+    if path.is_file():
+        return find(path).config
+    folder = transformer_folder(path)
+    config = wan_json.read(folder / CONFIG)
+    return find(path).config if config.image and any(folder.glob("*.safetensors")) else config
 
 
 def transformer_folder(path: Path) -> Path:
     """The folder with config.json and weights: `path`, or of a pipeline of diffusers its transformer."""
-    inner = path / "transformer"
-    if os.path.lexists(path / CONFIG) or not inner.is_dir():
+    if os.path.lexists(path / CONFIG):
         return path
-    if (path / "transformer_2").is_dir():
-        raise UserError(f"{path}: got two generators (Wan2.2 A14B), want {inner} or {path / 'transformer_2'}")
-    return inner
+    for first, second in PAIRS:
+        if (path / second).is_dir():
+            want = f"{path / first} or {path / second}, or model.boundary for both"
+            raise UserError(f"{path}: got two experts of Wan2.2 A14B, want {want}")
+    inner = path / "transformer"
+    return inner if inner.is_dir() else path
 
 
 def stored(path: Path) -> dict[str, Stored]:
@@ -177,12 +189,11 @@ def _in_folder(folder: Path) -> dict[str, Stored]:
 
 
 def _config(path: Path, tensors: Mapping[str, Stored]) -> WanConfig:
-    if not path.is_file():
-        return wan_json.read(transformer_folder(path) / CONFIG)
-    beside = path.with_name(CONFIG)
-    if os.path.lexists(beside):
-        return wan_json.read(beside)
-    return by_shapes({name: s.shape for name, s in tensors.items()}, path)
+    file = path.with_name(CONFIG) if path.is_file() else transformer_folder(path) / CONFIG
+    if path.is_file() and not os.path.lexists(file):
+        return by_shapes({name: s.shape for name, s in tensors.items()}, path)
+    config = wan_json.read(file)
+    return replace(config, clip=CLIP in tensors) if config.image else config
 
 
 def by_shapes(shapes: Mapping[str, tuple[int, ...]], source: Path) -> WanConfig:
@@ -197,15 +208,17 @@ def by_shapes(shapes: Mapping[str, tuple[int, ...]], source: Path) -> WanConfig:
     with named(str(source)):
         dim, channels, *patch = shape("patch_embedding.weight", 5)
         check(dim % 128 == 0, "width", dim, f"a multiple of 128, or {CONFIG} next to the file")
+        out = shape("head.head.weight", 2)[0] // max(1, math.prod(patch))
         return WanConfig(
-            model_type="i2v" if "img_emb.proj.1.weight" in shapes else "t2v",
+            model_type="t2v" if channels == out else "i2v",
             dim=dim,
             ffn_dim=shape("blocks.0.ffn.0.weight", 2)[0],
             num_heads=dim // 128,
             num_layers=count_blocks(shapes),
             in_dim=channels,
-            out_dim=shape("head.head.weight", 2)[0] // max(1, math.prod(patch)),
+            out_dim=out,
             text_dim=shape("text_embedding.0.weight", 2)[1],
             freq_dim=shape("time_embedding.0.weight", 2)[1],
             patch_size=tuple(patch),
+            clip=CLIP in shapes,
         )

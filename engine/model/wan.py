@@ -1,4 +1,4 @@
-"""The Wan2.1 video diffusion transformer, text-to-video and image-to-video.
+"""The video diffusion transformer of Wan2.1, and of the experts of Wan2.2 A14B, text- and image-to-video.
 
 Parameters carry the names of the native checkpoints, so their state dicts load as they are.
 Precision is a contract of three dtypes: the weights keep theirs; linear layers and attention
@@ -34,7 +34,8 @@ Patch = Annotated[int, Within(1, 64)]
 
 @dataclass(frozen=True)
 class WanConfig(Section, name=""):
-    """Hyper-parameters of a Wan2.1 transformer, under the names of its config.json."""
+    """Hyper-parameters of a Wan transformer, under the names of its config.json, which has no `clip`: whether
+    there is a CLIP branch is seen from the weights."""
 
     model_type: Literal["t2v", "i2v"] = "t2v"
     dim: Width = 1536
@@ -48,6 +49,7 @@ class WanConfig(Section, name=""):
     freq_dim: Width = 256
     patch_size: tuple[Patch, Patch, Patch] = (1, 2, 2)
     eps: Annotated[float, Within(1e-12, 1)] = 1e-6
+    clip: bool | None = None  # whether CLIP tokens are attended to; None: in an I2V model, as in Wan2.1
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,6 +58,9 @@ class WanConfig(Section, name=""):
             f"a multiple of twice the {self.num_heads} heads",
         )  # fmt: skip
         check(self.freq_dim % 2 == 0, "freq_dim", self.freq_dim, "an even number")
+        if self.clip is None:
+            object.__setattr__(self, "clip", self.image)
+        check(self.image or not self.clip, "clip", self.clip, "false with model_type t2v")
 
     @property
     def image(self) -> bool:
@@ -72,7 +77,8 @@ class WanConfig(Section, name=""):
 
     def to_json(self, path: Path) -> None:
         """Write config.json of a native checkpoint."""
-        path.write_text(json.dumps({"_class_name": "WanModel", **asdict(self)}, indent=2) + "\n")
+        values = {name: value for name, value in asdict(self).items() if name != "clip"}
+        path.write_text(json.dumps({"_class_name": "WanModel", **values}, indent=2) + "\n")
 
 
 _14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -82,8 +88,11 @@ PRESETS = {
     "t2v-14b": WanConfig(**_14B),
     "i2v-14b-480p": WanConfig("i2v", in_dim=36, **_14B),
     "i2v-14b-720p": WanConfig("i2v", in_dim=36, **_14B),
+    **{f"t2v-a14b-{expert}": WanConfig(**_14B) for expert in ("high", "low")},
+    **{f"i2v-a14b-{e}": WanConfig("i2v", in_dim=36, clip=False, **_14B) for e in ("high", "low")},
     "tiny-t2v": WanConfig(**_TINY),
     "tiny-i2v": WanConfig("i2v", in_dim=36, **_TINY),
+    "tiny-i2v-a14b": WanConfig("i2v", in_dim=36, clip=False, **_TINY),
 }
 
 
@@ -134,11 +143,11 @@ class WanTransformer(nn.Module):
         )
         self.time_projection = nn.Sequential(nn.SiLU(), WideLinear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(
-            Block(c.dim, c.ffn_dim, c.num_heads, c.eps, c.image)
+            Block(c.dim, c.ffn_dim, c.num_heads, c.eps, c.clip)
             for _ in range(c.num_layers if num_blocks is None else num_blocks)
         )
         self.head = Head(c.dim, math.prod(c.patch_size) * c.out_dim, c.eps) if head else None
-        self.img_emb = ImageEmbedding(c.dim) if c.image else None
+        self.img_emb = ImageEmbedding(c.dim) if c.clip else None
 
     def set_precision(
         self,
@@ -187,10 +196,10 @@ class WanTransformer(nn.Module):
     def embed_context(self, text: Tensor, clip: Tensor | None = None) -> Tensor:
         """Context tokens of a sample, the same at every timestep.
 
-        text [B, n <= text_len, text_dim], clip [B, 257, 1280] for an I2V model; returns [B, S (+ 257), C],
-        the image tokens first. S is text_len, or the multiple of 64 above n if that is less. Then the last
-        token is a padding token and represents all that are left out, see `repeats`. Raises UserError for a
-        longer text.
+        text [B, n <= text_len, text_dim], clip [B, 257, 1280] for a model with a CLIP branch; returns
+        [B, S (+ 257), C], the image tokens first. S is text_len, or the multiple of 64 above n if that is
+        less. Then the last token is a padding token and represents all that are left out, see `repeats`.
+        Raises UserError for a longer text.
         """
         n, whole = text.shape[1], self.config.text_len
         if n > whole:
@@ -205,7 +214,7 @@ class WanTransformer(nn.Module):
         All tokens of padding are one vector, so in every block their keys are equal, and their values: in a
         softmax one key that counts that often is the same, in all gradients too.
         """
-        return self.config.text_len + 1 - (context.shape[1] - IMAGE_TOKENS * self.config.image)
+        return self.config.text_len + 1 - (context.shape[1] - IMAGE_TOKENS * self.config.clip)
 
     def features(
         self,
@@ -230,7 +239,7 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         """Velocity [B, out_dim, T, H, W] in float32 at noisy latents x [B, 16, T, H, W].
 
-        t [B] is the timestep (1000 sigma, any real number), context comes from embed_context,
+        t [B] is the timestep (1000 sigma, any real number), on any device, context comes from embed_context,
         condition [B, 20, T, H, W] is the mask and the encoded first frame of an I2V model. run_blocks decides
         how the blocks run: plainly, under memory policies, in fp8, from a cache, as a CUDA graph.
         """
@@ -248,7 +257,7 @@ class WanTransformer(nn.Module):
         if x.shape[1] != c.in_dim:
             raise UserError(f"latent: got {x.shape[1]} channels (condition included), want {c.in_dim}")
         tokens, grid = self._patchify(x)
-        e = self.time_embedding(sinusoid(t, c.freq_dim))
+        e = self.time_embedding(sinusoid(t.to(x.device, non_blocking=True), c.freq_dim))
         vectors = self.time_projection(e).unflatten(1, (6, c.dim))
         first, repeats = [tokens], self.repeats(context)
         del tokens  # this frame must not hold what the first block may offload, nor a tuple of *arguments

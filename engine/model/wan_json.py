@@ -30,9 +30,9 @@ def write_diffusers(config: WanConfig, path: Path) -> None:
     leaves the length of texts to its caller, and says that it ignores the field."""
     values: dict[str, Any] = {
         "_class_name": DIFFUSERS,
-        "added_kv_proj_dim": config.dim if config.image else None,
+        "added_kv_proj_dim": config.dim if config.clip else None,
         "attention_head_dim": config.dim // config.num_heads,
-        "image_dim": IMAGE_DIM if config.image else None,
+        "image_dim": IMAGE_DIM if config.clip else None,
         "in_channels": config.in_dim,
         "num_attention_heads": config.num_heads,
         "out_channels": config.out_dim,
@@ -56,6 +56,8 @@ def _of_diffusers(values: dict[str, Any], path: Path) -> dict[str, Any]:
     others = {"in_channels": "in_dim", "out_channels": "out_dim"}
     found = {name: values[name] for name in (*_SAME, "text_len") if name in values}
     found |= {ours: values[name] for name, ours in others.items() if name in values}
+    conditioned = found.get("in_dim", WanConfig.in_dim) != found.get("out_dim", WanConfig.out_dim)
     return found | {
-        "model_type": "t2v" if image is None else "i2v", "dim": heads * width, "num_heads": heads,
+        "model_type": "i2v" if conditioned else "t2v", "dim": heads * width, "num_heads": heads,
+        "clip": image is not None,
     }  # fmt: skip

@@ -9,7 +9,15 @@ from prfl_engine.planner.entries import COUNTED, ESTIMATED, Entry, entries
 from prfl_engine.planner.machine import COMMUNICATOR, CONTEXT, PROCESS, WORKER, Machine
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.sharded import Shards
-from prfl_engine.planner.standing import Models, Parameter, is_narrow, pinned, rounded, state_bytes
+from prfl_engine.planner.standing import (
+    Models,
+    Parameter,
+    idle_bytes,
+    is_narrow,
+    pinned,
+    rounded,
+    state_bytes,
+)
 
 PREFETCHED = 4  # batches of a loader process, micro_batches.MicroBatches.loader
 
@@ -36,10 +44,12 @@ def of_libraries(gpu: Machine | None, shards: Shards) -> list[tuple[str, int, st
     ]
 
 
-def load(c: Config, models: Models, gpu: Machine | None, shards: Shards) -> tuple[Entry, ...]:
+def load(
+    c: Config, setup: Setup, models: Models, gpu: Machine | None, shards: Shards
+) -> tuple[Entry, ...]:
     """Files are read tensor by tensor; random weights are made whole in float32, then converted or
     sharded."""
-    weights = sum(p.bytes() for p in models.generator)
+    weights = sum(p.bytes() for p in models.generator) - idle_bytes(setup, models)[0]
     if c.model.path is None and shards.many:
         weights = sum(4 * p.count * math.prod(p.shape) for p in models.generator)
     reward = sum(p.bytes() for p in models.reward)

@@ -20,6 +20,7 @@ from torch import Tensor
 from prfl_engine import chain
 from prfl_engine.batch import Batch
 from prfl_engine.build import freeze_embeddings
+from prfl_engine.config_method import scales
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
@@ -145,7 +146,7 @@ def _batch(config: WanConfig, latent: Latent) -> Batch:
     made = Batch(torch.empty(latent), text)
     if not config.image:
         return made
-    clip = torch.empty(n, IMAGE_TOKENS, IMAGE_DIM)
+    clip = torch.empty(n, IMAGE_TOKENS, IMAGE_DIM) if config.clip else None
     return made._replace(clip=clip, condition=torch.empty(n, 20, *latent[2:]))
 
 
@@ -241,6 +242,7 @@ def _graded(
 ) -> dict[str, Laps]:
     if setup.rollout.mode == "persistent":  # every window has a chain of its own
         setup = replace(setup, rollout=replace(setup.rollout, samples=1))
+    rollout, setup = rollout_bytes(setup), _both_halves(setup)
     steps, last = setup.rollout.steps, index_range(setup.rollout)[1]
     config = replace(setup.chain, window=min(setup.window, 2))
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
@@ -257,14 +259,23 @@ def _graded(
             window.backward(torch.sigmoid(window.logit).mean())
             del window
         del extra
-    rollout = rollout_bytes(setup)
     for laps in found.values():
         laps.before, laps.peak = max(laps.before, rollout), max(laps.peak, rollout)
     return found
 
 
+def _both_halves(setup: Setup, rollout: bool = False) -> Setup:
+    """The setup with twice the samples where the two halves of guided steps are there at once."""
+    scale = (setup.rollout if rollout else setup.chain).guidance
+    at_once = setup.rollout.guidance_at_once if rollout else setup.chain.unconditional == "gradient"
+    if scales(scale) == (1, 1) or not at_once:
+        return setup
+    return replace(setup, latent=(2 * setup.latent[0], *setup.latent[1:]))
+
+
 def rollout_bytes(setup: Setup) -> int:
     """Most bytes of the steps without gradient before a graded one, in addition to weights and gradients."""
+    setup = _both_halves(setup, rollout=True)
     return _rollout_bytes(replace(setup, blocks=None, keep="all", sft=True, validation=None))
 
 
@@ -277,7 +288,7 @@ def _rollout_bytes(setup: Setup) -> int:
         with live:
             batch, noise, _ = inputs(setup.config, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            extra = [reward.transformer.embed_context(batch.text, batch.clip)]
+            extra = [reward.embed_context(batch.text, batch.clip)]
             extra.append(ballast(accelerated_bytes(setup)))
             forward = Repeated(live).velocity(bind(model, batch, context.detach()))
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from prfl_engine.config import Config
+from prfl_engine.config_method import scales
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import RewardModel
@@ -60,7 +61,7 @@ def setup_of(
         model, latent, precision.compute, precision.residual, precision.weights, reward,
         c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
-        sequence=c.parallel.sequence,
+        sequence=c.parallel.sequence, experts=c.trained_experts, idle=c.model.idle == "host",
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
         chains, on_host = c.pool // readers, c.rollout.pool_place == "host"
@@ -81,7 +82,8 @@ def chain_values(setup: Setup) -> list[int]:
 def _prompt_values(setup: Setup) -> list[int]:
     c, (_, _, *shape) = setup.config, setup.latent
     prompt = [c.text_len * c.text_dim]
-    return [*prompt, IMAGE_TOKENS * IMAGE_DIM, 20 * math.prod(shape)] if c.image else prompt
+    prompt += [IMAGE_TOKENS * IMAGE_DIM] if c.clip else []
+    return prompt + ([20 * math.prod(shape)] if c.image else [])
 
 
 def pool_bytes(setup: Setup, chains: int) -> int:
@@ -99,7 +101,8 @@ def _validation(
     """Of eval.samples of these latents."""
     e, shapes = config.eval, [shapes[i % len(shapes)] for i in range(config.eval.samples)]
     runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
-    latent = max(((min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
+    halves = 2 if config.rollout.guidance_at_once and scales(e.guidance) != (1, 1) else 1
+    latent = max(((halves * min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
     batches = sum(-(-n // e.batch_size) for _, n in runs)
     values = batches * (1 + scored * len(e.timesteps))
     if not on_cpu:

@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+from prfl_engine.config import Config
+from prfl_engine.config_method import scales
 from prfl_engine.model.flops import costs
-from prfl_engine.objectives import index_range
+from prfl_engine.objectives import index_range, schedule_of, steps_inside
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
 
@@ -13,24 +15,32 @@ def rollout_forwards(setup: Setup, groups: int = 1, padded: bool = False) -> flo
     padded: `groups` ranks each make as many as the one that needs most."""
     r = setup.rollout
     first, last = index_range(r)
-    steps, k = last + 1 - first, r.samples
+    steps, k, halves = last + 1 - first, r.samples, 2 if scales(r.guidance) != (1, 1) else 1
+    constant = scales(setup.chain.guidance) != (1, 1) and setup.chain.unconditional == "detached"
+    more = _windows(setup) if constant else 0  # of halves of graded steps
     if r.mode == "persistent":  # a new chain makes the steps before the range
-        return k * (r.stride - 1 + first * r.stride / steps)
+        return more + halves * k * (r.stride - 1 + first * r.stride / steps)
     before, width = (k - 1) * steps / k, steps / k  # the last of k strata
     many = groups if padded else 1
     below = (min(1.0, max(0.0, (i + 1 - before) / width)) for i in range(steps))
-    return first + sum(1 - share**many for share in below) + 1 - k
+    return more + halves * (first + sum(1 - share**many for share in below) + 1 - k)
 
 
 def worst_forwards(setup: Setup) -> int:
-    """The same where the last graded step is the last of the range."""
+    """The same where the last graded step is the last of the range, without guidance."""
     r = setup.rollout
     first, last = index_range(r)
     return r.samples * (first + r.stride - 1) if r.mode == "persistent" else last + 1 - r.samples
 
 
 def graded_passes(setup: Setup) -> float:
-    """Forwards with gradient, on average, for all graded steps of a sample: windows are cut at the noise."""
+    """Forwards with gradient, on average, for all graded steps of a sample."""
+    both = scales(setup.chain.guidance) != (1, 1) and setup.chain.unconditional == "gradient"
+    return (1 + both) * _windows(setup)
+
+
+def _windows(setup: Setup) -> float:
+    """Steps with gradient, on average, for all graded steps of a sample: windows are cut at the noise."""
     first, last = index_range(setup.rollout)
     window = sum(min(setup.window, i + 1) for i in range(first, last + 1)) / (last + 1 - first)
     return setup.rollout.samples * window
@@ -39,6 +49,15 @@ def graded_passes(setup: Setup) -> float:
 def _trained_reward(setup: Setup) -> float:
     trunk = setup.config, setup.count
     return costs(setup.config, setup.latent[2:], 0, trunk, setup.lora is None).flops["reward"]
+
+
+def validation_forwards(config: Config) -> int:
+    """Forwards of the generator for a sample of a validation: of one expert alone its own steps."""
+    r = config.rollout
+    steps = r.steps if config.model.boundary is not None or r.sigma_range[0] == 0 else steps_inside(r)[1]
+    if config.model.boundary is None and r.start == "data":
+        steps = len(schedule_of(r))
+    return steps * (2 if scales(config.eval.guidance) != (1, 1) else 1)
 
 
 def step_flops(setup: Setup, forwards: float | None = None) -> dict[str, float]:

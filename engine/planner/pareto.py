@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from prfl_engine.config import Config, RolloutConfig
+from prfl_engine.config import Config
 from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import of_config
 from prfl_engine.planner.choices import Choices, Overrides, Settings, pointless, whole
@@ -173,7 +173,11 @@ class Search:
     @staticmethod
     def _plain(setup: Setup) -> Setup:
         """What blocks depend on: not on states of rollouts."""
-        return replace(setup, rollout=RolloutConfig(), pool=0, pool_host=0, validation=None)
+        rollout = replace(
+            setup.rollout, mode="fresh", pool=None, pool_place="device", stride=1, samples=1,
+            precision="same", cache=0.0, cuda_graph=False,
+        )  # fmt: skip
+        return replace(setup, rollout=rollout, pool=0, drawn=0, pool_host=0, validation=None)
 
     def _host(self, plain: Setup, policy) -> int:
         """Bytes that a block offloads, from a dry run where it does."""

@@ -357,7 +357,7 @@ def measure(
         model = WanTransformer(replace(c, num_layers=3)).to(setup.weight_dtype)
         x = torch.randn(samples, tokens, c.dim, dtype=setup.residual_dtype).requires_grad_()
         e = torch.randn(samples, 6, c.dim)
-        texts = c.text_len + (IMAGE_TOKENS if c.image else 0)
+        texts = c.text_len + (IMAGE_TOKENS if c.clip else 0)
         context = torch.randn(samples, texts, c.dim, dtype=setup.compute_dtype)
     blocks = model.set_precision(setup.compute_dtype, setup.residual_dtype).set_chunk(setup.chunk).blocks
 

@@ -33,6 +33,7 @@ from prfl_engine.planner.standing import (
     Models,
     fp8_bytes,
     gradient_bytes,
+    idle_bytes,
     models_of,
     segments,
     state_bytes,
@@ -78,7 +79,7 @@ def memory(
         (("gradients", gradient_bytes(models, c.optim), COUNTED, "parameters that an optimizer updates"),)
     )
     phases = [
-        Phase("load", between.load(c, models, gpu, shards)),
+        Phase("load", between.load(c, setup, models, gpu, shards)),
         Phase("resume", (*stands, *between.resume(c, setup, models, shards))),
     ]
     training = (*stands, *gradients)
@@ -150,7 +151,7 @@ def _standing(
     graph = rollout_bytes(setup) if c.rollout.cuda_graph and setup.reward_blocks else 0
     of_shapes = "shapes of the parameters"
     found = [
-        ("weights", sum(p.bytes() for p in whole), COUNTED, of_shapes),
+        ("weights", sum(p.bytes() for p in whole) - idle_bytes(setup, models)[0], COUNTED, of_shapes),
         ("LoRA", sum(p.bytes() for p in low), COUNTED, "A and B in float32"),
         ("reward model", sum(p.bytes() for p in trunk), COUNTED, of_shapes),
         ("reward head", sum(p.bytes() for p in head), COUNTED, "pooling and MLP in float32"),
@@ -218,7 +219,8 @@ def _step(
         middle = (first + last + 1) // 2
         most = rollout_bytes(setup if like is None else like)
         if like is None:
-            mean = replace(setup, rollout=replace(setup.rollout, range=(middle, middle)))
+            whole = {"sigma_range": (0.0, 1.0), "start": "noise"}  # an index counts from where chains begin
+            mean = replace(setup, rollout=replace(setup.rollout, range=(middle, middle), **whole))
             made[f"rollout, mean index {middle}"] = _rollout(mean, gathered, rollout_bytes(mean))
         else:
             most += longest(setup) - longest(like) + accelerated_bytes(setup) - accelerated_bytes(like)
@@ -294,6 +296,7 @@ def _host(
     return entries((
         ("offloaded activations", away + scored, COUNTED, "dry run: what blocks offload"),
         ("pinned rounding", (away + scored) // 64, PREDICTED, "at most a 64th: torch's powers of two"),
+        ("idle experts", idle_bytes(setup, models)[1], COUNTED, "frozen blocks of both experts"),
         ("optimizer states", states.host, COUNTED, "pinned, rounded up to powers of two"),
         ("gradients", states.host_gradients, COUNTED, "pinned, rounded up to powers of two"),
         ("chains that persist", setup.pool_host, COUNTED, "pinned, rounded up to powers of two"),

@@ -78,6 +78,8 @@ class Setup:
     drawn: int = 0  # of these what is there in graded steps alone
     pool_host: int = 0  # bytes of chains that persist on the host, pinned
     trains: RewardTraining | None = None  # None: a generator is trained
+    experts: tuple[bool, bool] | None = None  # which of two experts is trained; None: there is one model
+    idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
     grad_dtype: torch.dtype | None = None  # of gradients; None: of their weights
     alone: bool = False  # a backward is the only one of an optimizer step: there are no gradients before it

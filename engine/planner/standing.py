@@ -79,15 +79,30 @@ def models_of(setup: Setup, shards: int = 1) -> Models:
     """The parameters of a setup's models on one of so many ranks."""
     same = Setup(
         setup.config, (1, 16, 1, 2, 2), weight_dtype=setup.weight_dtype, reward=setup.reward,
-        blocks=setup.blocks, lora=setup.lora, trains=setup.trains,
+        blocks=setup.blocks, lora=setup.lora, trains=setup.trains, experts=setup.experts,
     )  # fmt: skip
     return _models(same, shards)
+
+
+def idle_bytes(setup: Setup, models: Models) -> tuple[int, int]:
+    """(bytes of blocks of experts that are never on the device at once, bytes of those that the host has a
+    copy of). A micro-batch of one sample asks one expert at a time."""
+    if setup.experts is None or not setup.idle:
+        return 0, 0
+    names = [p.name for p in models.generator]
+    second = names.index(names[0], 1)  # where the low-noise expert begins
+    parts = models.generator[:second], models.generator[second:]
+    frozen = [sum(p.bytes() for p in part if "blocks." in p.name and not p.trained) for part in parts]
+    return (min(frozen) if setup.latent[0] == 1 else 0), sum(frozen)
 
 
 @cache
 def _models(setup: Setup, shards: int) -> Models:
     with meta_tensors():
         policy = parameters_of(trained(setup, 1), setup.count, shards)
+        if setup.experts is not None:
+            frozen = [p._replace(trained=False) for p in policy if ".lora_" not in p.name]
+            policy = [p for each in setup.experts for p in (policy if each else frozen)]
         if setup.reward is None or setup.trains is not None:
             return Models(policy, [])
         reward = reward_model(setup, 1)

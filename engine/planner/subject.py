@@ -11,6 +11,7 @@ import torch
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
+from prfl_engine.model.experts import HIGH, pair_at
 from prfl_engine.model.reward_files import OFFICIAL, settle
 from prfl_engine.model.sources import read_config
 from prfl_engine.model.wan import PRESETS, Precision, WanConfig
@@ -78,9 +79,12 @@ def _generator(c: Config, preset: str | None, assumed: list[str]) -> tuple[str, 
         return preset, PRESETS[preset]
     if c.model.path is not None:
         folder = Path(c.model.path)
+        if c.model.boundary is not None and (folder / HIGH).is_dir():
+            folder = pair_at(folder, c.model.low)[0]
         if folder.exists():  # without a config.json it is refused, as in training
             return folder.name, read_config(folder)
-        preset = _named(folder.name, PRESETS)
+        expert = " high" if c.model.boundary is not None else ""
+        preset = _named(f"{folder.parent.name} {folder.name}{expert}", PRESETS)
         want = f"a folder or file that is here, or --model with one of {known}"
         check(preset is not None, "model.path", c.model.path, want)
         assumed.append(f"model.path is not here: taken for {preset} by its name")

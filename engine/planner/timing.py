@@ -15,7 +15,7 @@ from prfl_engine.config import Config
 from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
 from prfl_engine.planner.dry_run import REWARD_TRAINING
-from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops
+from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops, validation_forwards
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind
 from prfl_engine.planner.seconds import Rates, block_seconds
@@ -176,7 +176,7 @@ def _validation(c: Config, setup: Setup, readers: int, each: float, p: int) -> R
     else:
         scored = v.scored and setup.reward is not None
         trunk = setup.reward.blocks / setup.count * len(e.timesteps) if scored else 0.0
-        count = mine * (c.rollout.steps + 1 + trunk)
+        count = mine * (1 + validation_forwards(c) + trunk)
         work = forward_work(setup.config, setup.count, tokens).forward
     return Row("validation", count * each / e.every, count * work / p / e.every)
 

@@ -11,6 +11,7 @@ resumed run depends only on its weights and step number.
 """
 
 from collections.abc import Callable, Hashable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
 from prfl_engine.config import RolloutConfig
 from prfl_engine.errors import UserError
+from prfl_engine.guidance import Guidance
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
 from prfl_engine.rollout.cuda_graphs import Captured, CudaRecorder
 from prfl_engine.rollout.fp8 import Fp8Blocks
@@ -32,6 +34,7 @@ def make_rollout(
     schedule: flow.Schedule,
     device: torch.device,
     together: chain.Together | None = None,
+    guidance: Guidance | None = None,
 ) -> "Rollout | None":
     """The accelerated rollout that the configuration asks for, or None if it asks for none. together: the
     ranks that share a sharded model. Raises UserError if this model or device cannot run it."""
@@ -39,7 +42,8 @@ def make_rollout(
         return None
     if config.cuda_graph and device.type != "cuda":
         raise UserError(f"rollout.cuda_graph: got true on {device.type}, want a CUDA device")
-    return Rollout(model, config, schedule, CudaRecorder() if config.cuda_graph else None, together)
+    recorder = CudaRecorder() if config.cuda_graph else None
+    return Rollout(model, config, schedule, recorder, together, guidance)
 
 
 class Rollout:
@@ -52,9 +56,11 @@ class Rollout:
         schedule: flow.Schedule,
         record: Callable | None = None,
         together: chain.Together | None = None,
+        guidance: Guidance | None = None,
     ):
         """record: a recorder (`cuda_graphs.CudaRecorder`) if the blocks are to be replayed as a graph;
-        together: the ranks that share a sharded model."""
+        together: the ranks that share a sharded model; guidance: of the steps."""
+        self.guidance = guidance
         self.model, self.config, self.schedule, self.together = model, config, schedule, together
         self.fp8 = Fp8Blocks(model) if config.precision == "fp8" else None
         self.version: Hashable = None  # of the weights, see Fp8Blocks.follow
@@ -74,11 +80,17 @@ class Rollout:
         """A function that gives the velocity for one stretch of steps without gradient.
 
         A stretch ends with a graded step, before which the residuals of the step cache are freed.
-        context as in `objectives.bind`.
+        context as in `objectives.bind`; with guidance batch and context are those of `Guidance.both`.
         """
         return lambda: self._velocity(batch, context.detach(), self.accelerated)
 
     def _velocity(self, batch: Batch, context: Tensor, accelerated: bool) -> chain.Velocity:
+        bound = partial(self._bound, accelerated)
+        if self.guidance is None:
+            return bound(batch, context)
+        return self.guidance.velocity(bound, batch, context)
+
+    def _bound(self, accelerated: bool, batch: Batch, context: Tensor) -> chain.Velocity:
         model, run_blocks, cache = self.model, self.blocks[accelerated], None
         if accelerated and self.config.cache > 0:
             last = self.schedule.timesteps[-1].item()
@@ -89,6 +101,7 @@ class Rollout:
         @torch.no_grad()
         def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
             condition = None if batch.condition is None else _rows(batch.condition, active)
+            t = t.to(x.device, non_blocking=True)
             run = run_blocks if cache is None else cached(run_blocks, cache, t, active)
             return model(x, t, _rows(context, active), condition, run)
 
@@ -110,6 +123,7 @@ class Rollout:
     def drift(self, batch: Batch, noise: Tensor, index: Tensor) -> Tensor:
         """Relative L2 distance, a scalar, of the latents before step index[b] of the accelerated rollout
         from those of the plain one; arguments as in `chain.rollout`."""
+        batch = batch if self.guidance is None else self.guidance.both(batch)
         context = self.model.embed_context(batch.text, batch.clip)
         fast, plain = (
             chain.rollout(self._velocity(batch, context, how), self.schedule, noise, index).x

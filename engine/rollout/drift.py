@@ -6,6 +6,7 @@ from torch import Tensor
 
 from prfl_engine.batch import Batch, to_device
 from prfl_engine.metrics import note
+from prfl_engine.objectives import start_of
 from prfl_engine.rollout.accelerated import Rollout
 from prfl_engine.seeds import Purpose, noise_like
 
@@ -17,7 +18,8 @@ class DriftMeter:
         """sample: a batch of one, on the CPU; index: the step before which latents are compared;
         save_every: optimizer steps between checkpoints."""
         self.rollout, self.sample, self.index = rollout, sample, torch.tensor([index])
-        self.noise = noise_like(sample.latent, Purpose.DRIFT, seed, 0)
+        noise = noise_like(sample.latent, Purpose.DRIFT, seed, 0)
+        self.start = start_of(rollout.config, rollout.schedule, sample.latent, noise)
         self.periods = rollout.config.probe_every, save_every
         self.drift: Tensor | None = None  # as measured last
         self.step: int | None = None
@@ -32,7 +34,7 @@ class DriftMeter:
             return
         device = next(self.rollout.model.parameters()).device
         sample = to_device(self.sample, device)
-        self.drift = self.rollout.drift(sample, self.noise.to(device), self.index)
+        self.drift = self.rollout.drift(sample, self.start.to(device), self.index)
         drift, limit, before = self.drift.item(), self.rollout.config.max_drift, self.rollout.accelerated
         self.rollout.accelerated = drift <= limit
         if self.rollout.accelerated != before:

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from prfl_engine.batch import Batch
 from prfl_engine.config import Config
-from prfl_engine.objectives import GradedWindow, Grader, Grading, index_range, stratified_indices
+from prfl_engine.objectives import (
+    GradedWindow,
+    Grader,
+    Grading,
+    index_range,
+    start_of,
+    stratified_indices,
+)
 from prfl_engine.rollout.drift import DriftMeter
 from prfl_engine.seeds import Purpose, each, noise_like
 
@@ -29,7 +36,9 @@ class Fresh:
         if self.meter is not None:
             self.meter.begin(key // c.train.accumulate)
             extra = self.meter.values()
-        for window in Grading(g, batch).windows(noise, indices):
+        start = start_of(c.rollout, g.schedule, batch.latent, noise)
+        del noise
+        for window in Grading(g, batch).windows(start, indices):
             yield window, extra
             del window  # its graph holds the state before it
             extra = {}  # once for every micro-batch

@@ -30,10 +30,11 @@ from torch import Tensor
 from prfl_engine.batch import Batch, collate
 from prfl_engine.chain import Chain
 from prfl_engine.config import Config
+from prfl_engine.config_method import scales
 from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState, init_state
 from prfl_engine.metrics import note
-from prfl_engine.objectives import GradedWindow, Grader, Grading, bind, index_range
+from prfl_engine.objectives import GradedWindow, Grader, Grading, index_range, start_of
 from prfl_engine.parallel import World
 from prfl_engine.rollout.drift import DriftMeter
 from prfl_engine.rollout.pool import FILE, Finite, Numbers, Pool, PooledChain
@@ -62,8 +63,9 @@ class Persistent:
         size, seed = config.data.batch_size, config.train.seed
         self.world, slots = world, config.pool // world.readers
         self.turns = Turns(steps, slots, config.graded // world.readers, size, r.stride, seed)
-        names = "solver", "steps", "shift", "samples", "stride"
+        names = "solver", "steps", "shift", "start", "samples", "stride"
         settings = {f"rollout.{name}": getattr(r, name) for name in names}
+        settings["chain.guidance"] = list(scales(config.chain.guidance))
         settings |= {"rollout.range": list(steps), "rollout.pool": config.pool, "chain.window": grader.window}
         settings |= {"processes with samples of their own": world.readers}
         name = FILE if world.readers == 1 else f"pool-{world.reader}.safetensors"
@@ -153,9 +155,8 @@ class Persistent:
         relative L2 distance of its newest latent from theirs)."""
         g, index = self.grader, torch.tensor([chain.numbers.index])
         old, prompt = self.pool.get(chain)[-1].x, self.pool.prompt(chain)
-        context = g.model.embed_context(prompt.text, prompt.clip)
-        velocity = bind(g.model, prompt, context, g.run_blocks)
-        way = Chain(velocity, g.schedule, self.noise(old, chain.numbers.position))
+        start = self.start(prompt.latent, self.noise(old, chain.numbers.position))
+        way = Chain(Grading(g, prompt).velocity, g.schedule, start)
         way.advance_to(index, (index - (g.window - 1)).clamp(min=0))
         states = [state for state in way.states[0] if state is not None]
         new = states[-1].x
@@ -164,6 +165,10 @@ class Persistent:
     def noise(self, like: Tensor, position: int) -> Tensor:
         """The noise [1, C, T, H, W] of the chain that is keyed by `position`, in the dtype of `like`."""
         return noise_like(like, Purpose.ROLLOUT_NOISE, self.config.train.seed, position).to(like.dtype)
+
+    def start(self, latent: Tensor, noise: Tensor) -> Tensor:
+        """Where a chain with this noise begins; latent: of its sample, needed with rollout.start data."""
+        return start_of(self.config.rollout, self.grader.schedule, latent, noise)
 
     # What `loop.fit` carries from step to step.
 
@@ -206,7 +211,8 @@ class Births:
         position = (self.key * c.rollout.samples + self.used[row]) * c.data.batch_size + row
         self.used[row] += 1
         latent, *prompt = (None if a is None else a[row : row + 1] for a in self.batch)
-        prompt = Batch(torch.empty(1, 0), *(None if a is None else pool.hold(a) for a in prompt))
+        known = pool.hold(latent) if c.rollout.start == "data" else torch.empty(1, 0)
+        prompt = Batch(known, *(None if a is None else pool.hold(a) for a in prompt))
         chain = PooledChain(Numbers(lap, 0, position, self.sources[row], self.step), prompt, [])
-        pool.put(chain, [init_state(self.owner.noise(latent, position))])
+        pool.put(chain, [init_state(self.owner.start(latent, self.owner.noise(latent, position)))])
         return chain

@@ -23,7 +23,7 @@ from prfl_engine.metrics import note
 from prfl_engine.rollout.turns import Turn
 
 FILE = "pool.safetensors"
-PROMPT = ("text", "clip", "condition")
+PROMPT = ("latent", "text", "clip", "condition")
 
 
 @dataclass
@@ -57,7 +57,7 @@ class PooledChain:
     """A chain of the pool; its tensors have a batch dimension of 1."""
 
     numbers: Numbers
-    prompt: Batch  # without a latent
+    prompt: Batch  # its latent is empty unless the chain began there (rollout.start data)
     states: list[SolverState]  # the last ones, the newest before step numbers.index
     finite: Callable[[], bool] = field(default=lambda: True)
 
@@ -156,7 +156,8 @@ class Pool:
                 parts = zip(SolverState._fields, state, strict=True)
                 tensors |= {f"{slot}.{i}.{k}": a.cpu() for k, a in parts}
             prompt = chain.prompt._asdict()
-            tensors |= {f"{slot}.{k}": prompt[k].cpu() for k in PROMPT if prompt[k] is not None}
+            kept = (k for k in PROMPT if prompt[k] is not None and prompt[k].numel())
+            tensors |= {f"{slot}.{k}": prompt[k].cpu() for k in kept}
         numbers = {slot: asdict(chain.numbers) for slot, chain in held.items()}
         said = {"settings": self.settings, "counts": asdict(self.counts), "chains": numbers}
         save_file(tensors, folder / self.name, {"pool": json.dumps(said)})
@@ -204,10 +205,12 @@ class Pool:
                 states.append(SolverState(*parts))
             prompt = [tensors.pop(f"{slot}.{k}", None) for k in PROMPT]
             count = min(self.settings["chain.window"], numbers.index + 1)
-            if len(states) != count or prompt[0] is None or self.chains[slot] is not None:
+            latent = torch.empty(1, 0) if prompt[0] is None else prompt[0]
+            fits = latent.shape == (shape if self.settings["rollout.start"] == "data" else (1, 0))
+            if len(states) != count or not fits or prompt[1] is None or self.chains[slot] is not None:
                 raise LookupError
         except LookupError:
             raise UserError(f"{path}: slot {slot} holds no whole chain, want the file as written") from None
-        prompt = [None if a is None else self.hold(a) for a in prompt]
-        chain = self.chains[slot] = PooledChain(numbers, Batch(torch.empty(1, 0), *prompt), [])
+        prompt = [None if a is None else self.hold(a) for a in (latent, *prompt[1:])]
+        chain = self.chains[slot] = PooledChain(numbers, Batch(*prompt), [])
         self.put(chain, states)

@@ -107,7 +107,7 @@ def compute(folder: str | Path) -> dict[str, Tensor]:
         out["latent_next"] = chain.Chain(velocity, schedule, noise).graded(mid).x
         out["latent_final"] = chain.sample(velocity, schedule, noise)
         t_next = schedule.timesteps[mid + 1]
-        context = reward.transformer.embed_context(batch.text, batch.clip)
+        context = reward.embed_context(batch.text, batch.clip)
         features = reward.transformer.features(
             out["latent_next"], t_next, context, batch.condition, reward.feature_layer
         )
@@ -147,7 +147,9 @@ def _inputs(path: Path, config: WanConfig) -> dict[str, Tensor]:
             "text_states": (1, tokens, config.text_dim)}  # fmt: skip
     if config.image:
         channels = config.in_dim - config.out_dim
-        want |= {"clip_features": (1, IMAGE_TOKENS, IMAGE_DIM), "latent_condition": (1, channels, *video)}
+        want["latent_condition"] = 1, channels, *video
+    if config.clip:
+        want["clip_features"] = 1, IMAGE_TOKENS, IMAGE_DIM
     for key, shape in want.items():
         tensor = inputs.get(key)
         got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"

@@ -1,0 +1,79 @@
+"""What the planner knows of experts and of guidance: bytes, forwards, configurations that are there."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import write_run
+
+from prfl_engine.build import make_policy
+from prfl_engine.config import ChainConfig, RolloutConfig, load_config
+from prfl_engine.model.wan import PRESETS
+from prfl_engine.planner.flops import graded_passes, rollout_forwards, validation_forwards
+from prfl_engine.planner.predict import memory
+from prfl_engine.planner.setup import Setup
+from prfl_engine.planner.standing import models_of
+from prfl_engine.planner.subject import find
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*a14b*.yaml"))
+
+
+@pytest.mark.parametrize("given, trained", [
+    ([], (True, True)), (["rollout.sigma_range=[0.875, 1]"], (True, False)),
+    (["lora.rank=4", "model.idle=host"], (True, True)),
+    (["lora.rank=4", "model.idle=host", "rollout.sigma_range=[0, 0.875]"], (False, True)),
+    (["model.idle=host", "rollout.sigma_range=[0.875, 1]"], (True, False)),
+])  # fmt: skip
+def test_the_bytes_of_a_pair_are_those_of_its_parameters(given, trained, tmp_path):
+    random = ["model.path=null", "model.preset=tiny-t2v", "model.boundary=0.875"]
+    flow_matching = ["reward.path=null", "loss.weight=0", "rollout.steps=8"]
+    config = load_config(write_run(tmp_path), [*random, *flow_matching, *given])
+    found = find(config, "x", "1x4x4")
+    assert config.trained_experts == trained == found.setup.experts
+    made = memory(config, found.setup, None)
+    policy = make_policy(config, None, torch.device("cpu"))
+    there = sum(p.untyped_storage().nbytes() for p in policy.parameters() if p.untyped_storage().nbytes() > 8)
+    stands = {e.category: e.bytes for e in made.phases[-1].entries}
+    # Nothing has been asked yet, so where both wait one's frozen blocks are still to come.
+    idle = policy.bring is not None
+    blocks = (expert.blocks.parameters() for expert in (policy.high, policy.low))
+    frozen = [sum(p.nbytes for p in of if not p.requires_grad) for of in blocks]
+    want = there + (max(frozen) if idle else 0)
+    assert stands["weights"] + stands.get("LoRA", 0) == pytest.approx(want, rel=0.01)
+    held = {e.category: e.bytes for e in made.host.entries}.get("idle experts", 0)
+    assert held == pytest.approx(sum(frozen) if idle else 0, rel=0.01)
+    real = [p for p in policy.parameters() if p.requires_grad]
+    told = models_of(found.setup).trained
+    assert sum(p.count for p in told) == len(real)
+    assert sum(p.count * p.values for p in told) == sum(p.numel() for p in real)
+
+
+T2V = {"steps": 40, "shift": 12.0}
+
+
+@pytest.mark.parametrize("rollout, chain, forwards, passes", [
+    ({}, {}, 19.0, 1.0), ({"sigma_range": (0.875, 1.0)}, {}, 12.5, 1.0),
+    ({"sigma_range": (0.875, 1.0), "mode": "persistent"}, {}, 0.0, 1.0),
+    ({"sigma_range": (0.0, 0.875), "start": "data"}, {}, 6.0, 1.0),
+    ({"sigma_range": (0.0, 0.875)}, {}, 32.0, 1.0), ({"guidance": 4.0}, {}, 38.0, 1.0),
+    ({"guidance": 4.0}, {"guidance": 4.0}, 39.0, 1.0),
+    ({"guidance": 4.0}, {"guidance": 4.0, "unconditional": "gradient"}, 38.0, 2.0),
+])  # fmt: skip
+def test_forwards_of_a_graded_step(rollout, chain, forwards, passes):
+    setup = Setup(PRESETS["t2v-a14b-high"], (1, 16, 1, 2, 2), rollout=RolloutConfig(**T2V, **rollout))
+    setup = replace(setup, chain=ChainConfig(**chain))
+    assert rollout_forwards(setup) == pytest.approx(forwards)
+    assert graded_passes(setup) == passes
+
+
+def test_the_configurations_of_experts():
+    """They load, are known by their names, and a validation of an expert alone makes its own steps."""
+    steps = {"t2v_a14b_high": 26, "t2v_a14b_low": 14, "i2v_a14b_high": 15, "i2v_a14b_low": 25}
+    steps["t2v_a14b_480p"] = 40
+    assert len(CONFIGS) == len(steps)
+    for path in CONFIGS:
+        config = load_config(path)
+        name, forwards = next(item for item in steps.items() if item[0] in path.stem)
+        assert validation_forwards(config) == forwards
+        assert find(config, str(path)).model.startswith(name[:8].replace("_", "-"))
