@@ -1,67 +1,212 @@
-"""Tables of predictions in Markdown: `python -m prfl_bench.plan_tables [readme|paper]`, from `prfl plan`."""
+"""Tables of predictions in Markdown, from `prfl plan`: `python -m prfl_bench.plan_tables [TABLE]`.
+
+short: README's; full: ours beside the official settings; paper: its Table 4; targets: what was wanted.
+"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
+from prfl_bench.official_memory import CASES, SIZES, total
 from prfl_engine.planner.command import Options, predict
+from prfl_engine.planner.report import Prediction
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ONE = ("eval.batch_size=1",)
 AWAY = "model.recompute={keep: [], offload: [attention, input]}"
-LEAN = (
-    "model.weights_dtype=bfloat16", "optim.rounding=stochastic", "optim.offload=all", AWAY, "model.chunk=8192"
-)  # fmt: skip
-PERSIST = "chains that persist, `sft_every=4`"
-KEPT = ("rollout.mode=persistent", "loss.sft_every=4")
+NARROW = ("model.weights_dtype=bfloat16", "optim.rounding=stochastic")
+LEAN = (*NARROW, "optim.offload=all", AWAY, "model.chunk=8192")
+RESIDUALS = "model.recompute={keep: [input, after_attention, after_cross, attention, cross_attention]}"
+PERSIST, SAMPLES = "rollout.mode=persistent", "rollout.samples"
+KEPT = (PERSIST, "loss.sft_every=4")
+CHAINS = "chains that persist, `sft_every=4`"
+SMALL, BIG, IMAGE = "prfl_t2v_1.3b_480p", "prfl_t2v_14b_480p", "prfl_i2v_14b_720p"
+EIGHT, LORA = "prfl_t2v_14b_480p_8gpu", "prfl_t2v_14b_480p_lora"
+OFFICIAL = ("model.recompute=full", "model.weights_dtype=float32", "eval.every=0")
+# Of T2V-A14B's expert of high noise: 40 steps of which 27 are above its boundary, all graded alike: 12.5
+# forwards without gradient a rollout on average, one more with the last of its range.
+HIGH = "rollout.range=[0,25]"
+
 # (model, latents, GPUs, what it is, configuration, overrides)
-README = [
-    ("1.3B", "480p", 1, "float32, attention saved", "prfl_t2v_1.3b_480p", ()),
-    ("1.3B", "720p", 1, "float32, attention saved", "prfl_t2v_1.3b_480p", ()),
-    ("1.3B", "480p", 8, "float32, 4 GPUs a sample", "prfl_t2v_1.3b_480p",
-     ("parallel.sequence=4", "train.accumulate=8")),
-    ("1.3B", "720p", 64, f"float32, 4 GPUs a sample, {PERSIST}", "prfl_t2v_1.3b_480p",
-     ("parallel.sequence=4", "parallel.replicate=8", "train.accumulate=16", *KEPT)),
-    ("14B", "480p", 1, "LoRA of rank 128, 4 samples, blocks offload", "prfl_t2v_14b_480p_lora", (AWAY,)),
-    ("14B", "720p", 1, "LoRA of rank 128, 4 samples, blocks offload", "prfl_t2v_14b_480p_lora", (AWAY,)),
-    ("14B", "480p", 1, "all weights in bfloat16, states and blocks offload", "prfl_t2v_14b_480p", LEAN),
-    ("14B", "720p", 1, "all weights in bfloat16, states and blocks offload", "prfl_t2v_14b_480p", LEAN),
-    ("14B", "480p", 8, "float32, 8 GPUs a sample", "prfl_t2v_14b_480p_8gpu", ()),
-    ("14B", "720p", 8, "float32, 8 GPUs a sample", "prfl_t2v_14b_480p_8gpu", ()),
-    ("14B", "720p", 8, f"float32, 8 GPUs a sample, {PERSIST}", "prfl_t2v_14b_480p_8gpu", KEPT),
-    ("14B", "480p", 64, f"float32, 8 GPUs a sample, {PERSIST}", "prfl_t2v_14b_480p_64gpu", ()),
-    ("14B", "720p", 64, f"float32, 8 GPUs a sample, {PERSIST}", "prfl_t2v_14b_720p_64gpu", ()),
+SHORT = [
+    ("1.3B", "480p", 1, "float32, attention saved", SMALL, ()),
+    ("1.3B", "720p", 1, "float32, attention saved", SMALL, ()),
+    ("14B", "480p", 1, "LoRA of rank 128, 4 samples, blocks offload", LORA, (AWAY,)),
+    ("14B", "720p", 1, "LoRA of rank 128, 4 samples, blocks offload", LORA, (AWAY,)),
+    ("14B", "720p", 1, "all weights in bfloat16, states and blocks offload", BIG, LEAN),
+    ("14B", "480p", 8, "float32, 8 GPUs a sample", EIGHT, ()),
+    ("14B", "720p", 8, "float32, 8 GPUs a sample", EIGHT, ()),
+    ("14B", "720p", 8, f"float32, 8 GPUs a sample, {CHAINS}", EIGHT, KEPT),
+    ("14B", "480p", 64, f"float32, 8 GPUs a sample, {CHAINS}", "prfl_t2v_14b_480p_64gpu", ()),
+    ("14B", "720p", 64, f"float32, 8 GPUs a sample, {CHAINS}", "prfl_t2v_14b_720p_64gpu", ()),
 ]  # fmt: skip
-OFFICIAL = (
-    "model.recompute=full", "model.weights_dtype=float32", "parallel.sequence=4", "parallel.replicate=1",
-    "eval.every=0",
-)  # fmt: skip
-PAPER = [
-    (
-        "14B", latent, gpus, "official settings", "prfl_t2v_14b_480p",
-        (*OFFICIAL, f"train.accumulate={gpus // 4}"),
+# {GPUs: what it is and its overrides}
+SMALL_ON = {
+    1: ("attention saved", ()),
+    8: ("4 GPUs a sample", ("parallel.sequence=4", "train.accumulate=2")),
+    64: ("4 GPUs a sample, 8 copies", ("parallel.sequence=4", "parallel.replicate=8", "train.accumulate=16")),
+}
+BIG_ON = {
+    1: ("bfloat16, states and blocks offload", LEAN),
+    8: ("8 GPUs a sample", ("parallel.sequence=8", "train.accumulate=8")),
+    64: ("8 GPUs a sample, 8 copies", ("parallel.sequence=8", "parallel.replicate=8", "train.accumulate=8")),
+}  # fmt: skip
+FULL = [
+    (name, latent, gpus, what, config, (*overrides, *extra))
+    for name, config, on, extra in (
+        ("1.3B, T2V", SMALL, SMALL_ON, ()), ("14B, T2V", BIG, BIG_ON, ()), ("14B, I2V", IMAGE, BIG_ON, ()),
+        ("A14B, T2V, expert of high noise", BIG, BIG_ON, (HIGH,)),
     )
-    for latent in ("480p", "720p") for gpus in (8, 24)
+    for latent in ("480p", "720p") for gpus, (what, overrides) in on.items()
 ]  # fmt: skip
+# (what, limit, unit, (what, configuration, GPUs, overrides), ...)
+MEMORY = [
+    ("14B, full fine-tuning, attention saved", 40, [
+        ("float32", EIGHT, 8, ()), ("bfloat16, float32 masters", EIGHT, 8, NARROW[:1]),
+        ("bfloat16, rounded at random", EIGHT, 8, NARROW),
+        ("float32, moments in 8 bits", EIGHT, 8, ("optim.name=adamw8bit",)),
+        ("float32, states on the host", EIGHT, 8, ("optim.offload=states",)),
+        ("bfloat16, rounded at random, moments in 8 bits", EIGHT, 8, (*NARROW, "optim.name=adamw8bit")),
+    ]),
+    ("14B, LoRA on one", 76, [("blocks offload", LORA, 1, (AWAY,))]),
+    ("14B, full fine-tuning on one", 78, [("bfloat16, states and blocks offload", BIG, 1, LEAN)]),
+]  # fmt: skip
+EIGHTH = (*NARROW, "optim.name=adamw8bit", RESIDUALS)
+SPEED = [
+    ("4 samples", 2, EIGHT, (f"{SAMPLES}=4",)),
+    ("8 samples", 3, EIGHT, (f"{SAMPLES}=8",)),
+    ("chains that persist", 4, EIGHT, (PERSIST,)),
+    ("chains that persist, more saved", 4, EIGHT, (*EIGHTH, PERSIST)),
+    ("chains that persist, flow matching in 1 step of 4", 6, EIGHT, KEPT),
+    ("chains that persist, flow matching in 1 step of 4, more saved", 6, EIGHT, (*EIGHTH, *KEPT)),
+]
+APART = [
+    ("fp8 rollouts, 4 samples", EIGHT, (f"{SAMPLES}=4", "rollout.precision=fp8")),
+    ("fp8 rollouts, 8 samples", EIGHT, (f"{SAMPLES}=8", "rollout.precision=fp8")),
+]
 
 
-def lines(rows: list[tuple]) -> Iterator[str]:
-    """A table, all on H100s of 80 GB, validation in batches of one."""
-    yield "| model | tokens | GPUs | settings | GB a GPU | host, GB a GPU | s a graded sample | GPU s |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for model, latent, gpus, what, name, overrides in rows:
-        path = str(CONFIGS / f"{name}.yaml")
-        p = predict(path, (*ONE, *overrides), Options(gpus=gpus, latent=latent))
-        size, host = p.memory.peak.bytes / 1e9, p.memory.host.bytes / 1e9
-        seconds = p.times.per_sample
-        fits = "" if p.fits else " (does not fit)"
-        cells = (
-            model, f"{p.subject.setup.tokens:,}", gpus, what, f"{size:.1f}{fits}", f"{host:.0f}",
-            f"{seconds:.3g}", f"{seconds * gpus:.3g}",
-        )  # fmt: skip
-        yield "| " + " | ".join(map(str, cells)) + " |"
+@cache
+def made(name: str, overrides: tuple[str, ...], gpus: int, latent: str) -> Prediction:
+    """A prediction for H100s of 80 GB, validation in batches of one."""
+    return predict(str(CONFIGS / f"{name}.yaml"), (*ONE, *overrides), Options(gpus=gpus, latent=latent))
 
+
+def official(name: str, gpus: int, latent: str, extra: tuple[str, ...] = ()) -> Prediction:
+    """The same of the official settings: 4 ranks a sample, of one GPU one."""
+    ranks = 4 if gpus > 1 else 1
+    layout = (f"parallel.sequence={ranks}", "parallel.replicate=1", f"train.accumulate={gpus // ranks}")
+    return made(name, (*OFFICIAL, *layout, *extra), gpus, latent)
+
+
+def gigabytes(p: Prediction) -> str:
+    """Of a GPU."""
+    return f"{p.memory.peak.bytes / 1e9:.1f}{'' if p.fits else ' (does not fit)'}"
+
+
+def cost(p: Prediction) -> float:
+    """GPU seconds of a graded sample."""
+    return p.times.per_sample * p.times.gpus
+
+
+def share(p: Prediction) -> str:
+    """Of flow matching in a step."""
+    found = sum(row.seconds for row in p.times.rows if row.phase == "flow matching")
+    return f"{found / p.times.seconds:.0%}"
+
+
+def table(heads: str, rows: Iterable[Iterable]) -> Iterator[str]:
+    """In Markdown; heads as in its first line."""
+    yield f"| {heads} |"
+    yield "|" + "---|" * (heads.count("|") + 1)
+    for row in rows:
+        yield "| " + " | ".join(map(str, row)) + " |"
+
+
+def short() -> Iterator[str]:
+    """README's."""
+    def row(model, latent, gpus, what, name, overrides):
+        p = made(name, overrides, gpus, latent)
+        host, seconds = f"{p.memory.host.bytes / 1e9:.0f}", f"{p.times.per_sample:.3g}"
+        return model, f"{p.subject.setup.tokens:,}", gpus, what, gigabytes(p), host, seconds, f"{cost(p):.3g}"
+
+    heads = "model | tokens | GPUs | settings | GB a GPU | host, GB a GPU | s a graded sample | GPU s"
+    yield from table(heads, (row(*given) for given in SHORT))
+
+
+def full() -> Iterator[str]:
+    """Ours beside the official settings, under the same rates and with the same attention."""
+    def row(model, latent, gpus, what, name, overrides):
+        extra = (HIGH,) if HIGH in overrides else ()
+        ours, theirs = made(name, overrides, gpus, latent), official(name, gpus, latent, extra)
+        four = made(name, (*overrides, f"{SAMPLES}=4"), gpus, latent)
+        tokens, seconds = f"{ours.subject.setup.tokens:,}", (f"{cost(p):.3g}" for p in (theirs, ours, four))
+        return model, tokens, gpus, gigabytes(theirs), what, gigabytes(ours), *seconds
+
+    heads = (
+        "model | tokens | GPUs | official, GB | ours | ours, GB | official, GPU s a graded sample | ours |"
+        " ours, 4 samples"
+    )
+    yield from table(heads, (row(*given) for given in FULL))
+
+
+def paper() -> Iterator[str]:
+    """Memory and a step of the official code; of a step without flow matching too."""
+    rows = []
+    for (name, case), told in zip(CASES.items(), ("66.81", "55.47", "out of memory"), strict=True):
+        for latent, size in SIZES.items():
+            for gpus in (8, 24):
+                needed = total(case(size, gpus))
+                rows.append((name, latent, gpus, f"{needed / 1e9:.1f}", f"{needed / 2**30:.1f}", told))
+    yield from table("method | latents | GPUs | GB | GiB | paper", rows)
+    yield ""
+    rows = []
+    for latent in SIZES:
+        for gpus in (8, 24):
+            p = official(BIG, gpus, latent)
+            alone = next(row.seconds for row in p.times.rows if row.phase == "flow matching")
+            seconds = (p.times.seconds, p.times.seconds - alone, alone)
+            rows.append((latent, gpus, *(f"{s:.1f}" for s in seconds)))
+    rows.append(("paper", "", "51.11", "43.69", "7.42"))
+    yield from table("latents | GPUs | s a step | without flow matching | difference", rows)
+    yield ""
+    parts = ((p.name, f"{p.bytes / 1e9:.2f}", p.basis) for p in CASES["PRFL, 81 frames"](SIZES["720p"], 8))
+    yield from table("PRFL, 720p, 8 GPUs | GB | from", parts)
+
+
+def targets() -> Iterator[str]:
+    """What was wanted of 14B at 720p, and what is predicted."""
+    rows = []
+    for what, limit, ways in MEMORY:
+        for way, name, gpus, overrides in ways:
+            p = made(name, overrides, gpus, "720p")
+            size, host = p.memory.peak.bytes / 1e9, p.memory.host.bytes / 1e9
+            met = "met" if size <= limit else f"missed by {size - limit:.1f}"
+            line = " ".join(f"`{o}`" for o in overrides)
+            rows.append((what, way, line, gpus, f"{size:.1f} of {limit} GB", f"{host:.0f}", met))
+    yield from table("target | way | overrides | GPUs | a GPU | host, GB a GPU | ", rows)
+    yield ""
+    base = cost(official(BIG, 8, "720p"))
+    rows = []
+    for what, want, name, overrides in SPEED:
+        p = made(name, overrides, 8, "720p")
+        ratio = base / cost(p)
+        met = "met" if ratio >= want else f"missed by {1 - ratio / want:.0%}"
+        line = " ".join(f"`{o}`" for o in overrides)
+        rows.append((what, line, gigabytes(p), f"{cost(p):.1f}", f"{ratio:.2f} of {want}", share(p), met))
+    for what, name, overrides in APART:
+        p = made(name, overrides, 8, "720p")
+        line = " ".join(f"`{o}`" for o in overrides)
+        rows.append((what, line, gigabytes(p), f"{cost(p):.1f}", f"{base / cost(p):.2f}", share(p), "apart"))
+    yield f"The official settings on 8 GPUs take {base:.0f} GPU seconds a graded sample."
+    yield ""
+    heads = "what | overrides | GB a GPU | GPU s a graded sample | times fewer | flow matching | "
+    yield from table(heads, rows)
+
+
+TABLES = {"short": short, "full": full, "paper": paper, "targets": targets}
 
 if __name__ == "__main__":
-    for line in lines({"readme": README, "paper": PAPER}[sys.argv[1] if len(sys.argv) > 1 else "readme"]):
+    for line in TABLES[sys.argv[1] if len(sys.argv) > 1 else "short"]():
         print(line, flush=True)

@@ -228,6 +228,13 @@ def make_frozen_reward(
 EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
 
 
+def freeze_embeddings(transformer: WanTransformer) -> None:
+    """No gradient to the embeddings of patches, text, time and image from here on."""
+    for name in EMBEDDINGS:
+        if (part := getattr(transformer, name)) is not None:
+            part.requires_grad_(False)
+
+
 def make_reward(
     config: Config,
     source: str | Path | None,
@@ -256,8 +263,6 @@ def make_reward(
     if m.budget is not None:
         raise UserError(f"model.recompute: got {m.recompute!r} for a reward model, want a mode or names")
     if not r.train_embeddings:
-        for name in EMBEDDINGS:
-            if (part := getattr(model.transformer, name)) is not None:
-                part.requires_grad_(False)
+        freeze_embeddings(model.transformer)
     set_up(model.transformer, m)
     return model

@@ -104,15 +104,19 @@ def _parser() -> argparse.ArgumentParser:
     command("train", _train, "PRFL training of a generator.")
     plan = command("plan", _plan, "What a training takes: memory, seconds, which GPUs. Needs none.")
     plan.add_argument("--gpu", default="h100-80", metavar="NAME", help="h100-80, h200, a100-80, b200")
-    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="default: %(default)s")
+    plan.add_argument("--gpus", type=int, metavar="N", help="default: 1; the most of a search: 64")
     plan.add_argument("--nodes", type=int, metavar="M", help="of how many nodes (default: 8 GPUs each)")
     plan.add_argument("--budget", type=float, metavar="GB", help="10^9 bytes (default: those of the GPU)")
     plan.add_argument("--latent", metavar="SIZE", help="480p, 720p or TxHxW (default: of the data)")
     plan.add_argument("--model", metavar="PRESET", help="the generator where its folder is not here")
     plan.add_argument("--price", type=float, metavar="X", help="of a GPU hour")
-    plan.add_argument("--search", action="store_true", help="the fastest settings on up to N (or 64) GPUs")
+    plan.add_argument("--train-reward", action="store_true", help="of prfl train-reward, not prfl train")
+    plan.add_argument("--search", action="store_true", help="the fastest settings on up to N GPUs")
+    plan.add_argument("--rates", metavar="FILE", help="rates.json of prfl accept: rates as measured")
     plan.add_argument("--picture", metavar="FILE", help="also memory over a step, as PNG")
+    plan.add_argument("--html", metavar="FILE", help="also all of it as a page")
     plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.add_argument("--no-cache", action="store_true", help="count anew, and store nothing")
     command("train-reward", _train_reward, "Train a latent reward model.")
     command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
     score = command("score", _score, "Rank latents by a reward model.", config=False)
@@ -197,27 +201,23 @@ def _train(args) -> None:
 
 
 def _plan(args) -> None:
-    import json
-
-    from prfl_engine.planner.command import Options, predict
+    from prfl_engine.planner.command import Options
+    from prfl_engine.planner.outputs import Outputs, check_name
 
     options = Options(
-        args.gpu, args.gpus, args.nodes, args.budget, args.latent, args.model, args.price
-    )
-    if args.search:
-        if args.picture:
-            raise UserError("--picture: got it with --search, want one of the two")
-        from prfl_engine.planner.pareto import search
-
-        found = search(args.config, args.overrides, options)
-    else:
-        from prfl_engine.planner import picture
-
-        path = picture.check_name(args.picture) if args.picture else None
-        found = predict(args.config, args.overrides, options)
-        if path is not None:
-            picture.draw(found, path)
-    print(json.dumps(found.values(), indent=2) if args.json else found.text())
+        args.gpu, args.gpus, args.nodes, args.budget, args.latent, args.model, args.price,
+        args.train_reward, args.rates,
+    )  # fmt: skip
+    files = {}
+    for option in ("picture", "html"):
+        if (name := getattr(args, option)) is not None:
+            if args.search:
+                raise UserError(f"--{option}: got it with --search, want one of the two")
+            files[option] = check_name(option, name)
+    outputs = Outputs(args.config, args.overrides, options, args.search, not args.no_cache)
+    for option, path in files.items():
+        path.write_bytes(outputs(option))
+    print(outputs("json" if args.json else "text").decode())
 
 
 def _train_reward(args) -> None:

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import tempfile
 from importlib.util import find_spec
 
 import numpy as np
@@ -35,6 +36,14 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache():
+    """Plans are cached in a folder of this session."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

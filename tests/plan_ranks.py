@@ -1,8 +1,13 @@
-"""What test_plan_sharded.py runs on real ranks: the exchanges of a step, counted."""
+"""What test_plan_sharded.py runs on real ranks: the exchanges of a step, and whole runs, counted."""
 
+from pathlib import Path
+
+import plan_runs
+import pytest
 import torch
 import torch.distributed as dist
 from helpers import random_batch, tiny_config, tiny_model, under
+from run_cases import launched
 
 from prfl_engine.objectives import sft_loss
 from prfl_engine.parallel import cut_sequence
@@ -41,3 +46,10 @@ def exchanged(policy, blocks: int, graded: bool, heads: int) -> int:
     finally:
         exchange.dist = before
     return total[0]
+
+
+def run(path: Path, size: int, port: int) -> tuple[int, int, int]:
+    """Most bytes of a training run on this rank: (training, optimizer, validation)."""
+    with pytest.MonkeyPatch.context() as changed, launched(size, port):
+        found = plan_runs.measured(path, changed)
+    return found.training, found.optimizer, found.validation

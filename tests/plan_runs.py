@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed.fsdp._fully_shard._fsdp_param as _fsdp_param
 import yaml
 from helpers import tiny_config, tiny_model, tiny_reward, write_data
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 
 from prfl_engine import train
@@ -35,14 +37,16 @@ POLICIES = (
 )  # fmt: skip
 
 
-def random_values(folder: Path, seed: int) -> dict:
-    """The values of a configuration with the folders that it names. Its rollouts always end at the last step,
-    so that all steps have the most bytes that they may have."""
+def random_values(folder: Path, seed: int, wide: int) -> dict:
+    """The values of a configuration with the folders that it names; wide: how many times as wide its blocks
+    are. Its rollouts always end at the last step, so that all steps have the most bytes they may have."""
     draw = random.Random(seed)
     heads = draw.choice((2, 4))
     config = tiny_config(
-        "i2v" if draw.random() < 0.2 else "t2v", dim=32 * heads, ffn_dim=draw.choice((128, 384)),
-        num_heads=heads, num_layers=draw.randint(2, 4), text_len=draw.choice((16, 70)), text_dim=32,
+        "i2v" if draw.random() < 0.2 and wide == 1 else "t2v", dim=32 * wide * heads,
+        ffn_dim=wide * draw.choice((128, 384)),
+        num_heads=heads, num_layers=draw.randint(2, 4) + (wide > 1), text_len=draw.choice((16, 70)),
+        text_dim=32,
     )  # fmt: skip
     shape, blocks = (16, draw.choice((1, 3)), 16, draw.choice((8, 16))), draw.randint(1, 2)
     save_transformer(tiny_model(config), folder / "policy")
@@ -53,7 +57,7 @@ def random_values(folder: Path, seed: int) -> dict:
     weights, optim = OPTIMIZERS[seed % len(OPTIMIZERS)]
     steps, alone = draw.choice((3, 5)), "in_backward" in optim
     persistent = not alone and draw.random() < 0.2
-    samples = 1 if alone else draw.choice((1, 1, 2))
+    samples, more = 1 if alone else draw.choice((1, 1, 2)), random.Random(-1 - seed)
     return {
         "model": {
             "path": str(folder / "policy"), "recompute": draw.choice(POLICIES),
@@ -68,12 +72,16 @@ def random_values(folder: Path, seed: int) -> dict:
         },
         "data": {
             "train": lists[:1], "val": lists[1:], "num_workers": 0, "text_dropout": 0.0, "long_caption": 1.0,
+            "batch_size": more.choice((1, 1, 2)) if samples == 1 else 1,
         },
         "rollout": {
             "steps": steps, "samples": samples, "range": [steps - 2, steps - 2],
             "mode": "persistent" if persistent else "fresh",
+            "cache": 0.0 if persistent else more.choice((0.0, 0.0, 0.0, 0.1)),
         },
-        "chain": {"window": 1 if alone else draw.choice((1, 1, 2, "all"))},
+        "chain": {
+            "window": 1 if alone else draw.choice((1, 1, 2, "all")), "detach_input": more.random() < 0.2,
+        },
         "loss": {"alternate": alone or draw.random() < 0.2, "weight": draw.choice((0.0, 0.1, 0.1, 0.1))},
         "optim": optim | {"clip": None},
         "train": {
@@ -81,17 +89,27 @@ def random_values(folder: Path, seed: int) -> dict:
             "ema": draw.choice((0.0, 0.0, 0.9)), "accumulate": 1 if alone else draw.choice((1, 2)),
         },
         "eval": {
-            "every": draw.choice((0, 2)), "samples": 2, "batch_size": draw.randint(1, 2),
-            "timesteps": [201, 1000],
+            "every": draw.choice((0, 2)), "samples": more.randint(2, 4), "batch_size": draw.randint(1, 2),
+            "timesteps": [201, 1000], "videos": more.choice((0, 1, 4)),
         },
     }  # fmt: skip
 
 
-def configuration(folder: Path, seed: int) -> Path:
-    """The file of such a configuration."""
-    values = random_values(folder, seed)
+def configuration(folder: Path, seed: int, size: int = 1) -> Path:
+    """The file of such a configuration, for so many processes. The head of a reward model and the
+    embedding of images have their width, so blocks that are gathered are wider than in one process, and there
+    are no images: else these would decide alone."""
+    values = random_values(folder, seed, 1 if size == 1 else 3)
     if values["loss"]["weight"] == 0:
         values["loss"]["alternate"] = False
+    if size > 1:
+        draw = random.Random(1000 + seed)
+        replicate = draw.choice((1, 1, 2)) if size > 2 else 1
+        sequence = draw.choice([n for n in (1, 2) if size // replicate % n == 0])
+        values["parallel"] = {
+            "sequence": sequence, "replicate": replicate, "resident": draw.random() < 0.3
+        }
+        values["train"] |= {"steps": 2, "accumulate": values["train"]["accumulate"] * (size // sequence)}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -105,20 +123,31 @@ class Measured:
     optimizer: int = 0
     validation: int = 0
     host: int = 0
-    live: LiveBytes = field(default_factory=lambda: LiveBytes(ROUND))
+    live: LiveBytes = field(default_factory=lambda: OfShards(ROUND))
+
+
+class OfShards(LiveBytes):
+    """Of a DTensor the part that is here."""
+
+    def _see(self, a: torch.Tensor) -> None:
+        super()._see(a.to_local() if isinstance(a, DTensor) else a)
+
+    def resized(self, a: torch.Tensor) -> None:
+        """FSDP2 has resized the storage of a tensor, which no operation shows."""
+        self._see(a)
+        self.peak, self._lap = max(self.peak, self.now), max(self._lap, self.now)
 
 
 def measured(path: Path, monkeypatch) -> Measured:
     """Train by the configuration of a file and count."""
     found = Measured()
     live, (fit, update) = found.live, (train.fit, updates.update)
-    policy_of, reward_of = train.make_policy, train.make_frozen_reward
+    policy_of, reward_of, models = train.make_policy, train.make_frozen_reward, []
 
     def seen(make):
         def made(*given):
-            model = make(*given)
-            live.add(model.parameters())
-            return model
+            models.append(make(*given))
+            return models[-1]
 
         return made
 
@@ -131,6 +160,7 @@ def measured(path: Path, monkeypatch) -> Measured:
             found.validation = max(found.validation, live.lap())
             return made
 
+        live.add(p for model in models for p in model.parameters())
         with live:
             fit(c, begin, policy, groups, stream, losses, validate and validated, *rest)
 
@@ -140,6 +170,15 @@ def measured(path: Path, monkeypatch) -> Measured:
         found.optimizer = max(found.optimizer, live.lap())
         return norm
 
+    def resizing(call):
+        def called(a):
+            call(a)
+            live.resized(a)
+
+        return called
+
+    for name in ("free_storage", "alloc_storage"):
+        monkeypatch.setattr(_fsdp_param, name, resizing(getattr(_fsdp_param, name)))
     monkeypatch.setattr(train, "make_policy", seen(policy_of))
     monkeypatch.setattr(train, "make_frozen_reward", seen(reward_of))
     monkeypatch.setattr(updates, "update", updated)

@@ -89,7 +89,7 @@ def test_claims_without_a_measurement_say_so():
 
 
 def test_a_report_of_a_gpu_has_everything_and_can_be_read_again(tmp_path):
-    page, held, proposals = report.write(tmp_path, gpu_results())
+    page, held, proposals, _ = report.write(tmp_path, gpu_results())
     assert held.name == "2026-01-02-nvidia-h200.json" and read(held) == gpu_results()
     text = page.read_text()
     for part in (

@@ -47,7 +47,7 @@ def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
             for i, kind in enumerate(blocks):
                 more, peak = kind.block(phase, before, i == count - 1)
                 found = max(laps.forward[i + 1], laps.backward[count - i]) - laps.base
-                assert kept + peak == (max(found, laps.rest - laps.base) if before is None else found)
+                assert kept + peak == (max(found, laps.before, laps.after) if before is None else found)
                 kept, before = kept + more, kind
 
 

@@ -15,7 +15,7 @@ from prfl_engine.memory.policy import named
 from prfl_engine.model.flops import forward_work
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.objectives import index_range, stratified_indices
-from prfl_engine.planner import pareto, plan
+from prfl_engine.planner import plan
 from prfl_engine.planner.command import Options, predict
 from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops
 from prfl_engine.planner.machine import MACHINES
@@ -221,29 +221,6 @@ def test_the_picture_has_the_peaks_of_the_phases(tmp_path):
     assert {"flow matching", "graded step", "reward", "optimizer"} < set(most)
     for name in ("graded step", "reward", "optimizer"):
         assert most[name] == phases[name], name
-    picture = tmp_path / "memory.png"
-    assert cli.main(["plan", str(path), "--picture", str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_search_finds_the_fastest_that_fits(tmp_path, monkeypatch):
-    """Its rows, pasted behind the configuration, are predicted alike."""
-    monkeypatch.setattr(pareto, "POLICIES", pareto.POLICIES[1:2])
-    monkeypatch.setattr(pareto, "OPTIMIZERS", pareto.OPTIMIZERS[:1])
-    monkeypatch.setattr(pareto, "CHAINS", pareto.CHAINS[:3:2])
-    path = str(write_run(tmp_path, eval={"every": 0}))
-    found = pareto.search(path, (), Options(gpus=2, budget=1.0))
-    overrides, row = found.rows[-1]
-    again = predict(path, overrides, Options(gpus=row.times.gpus, budget=1.0))
-    assert again.values() == row.values() and row.fits
-    assert "rollout.mode=persistent" in overrides  # nothing else takes less time
-    seconds = [r.times.per_sample for _, r in found.rows]
-    assert seconds == sorted(seconds, reverse=True) and found.tried > len(found.rows)
-    text = found.text()
-    assert all(len(line) <= 100 for line in text.splitlines()) and "what another setting" in text
-    monkeypatch.setattr(pareto.Search, "candidates", lambda *_: iter(()))
-    with pytest.raises(UserError, match="--search: nothing of 0 settings fits 1.0 GB on 2 GPUs"):
-        pareto.search(path, (), Options(gpus=2, budget=1.0))
 
 
 def test_what_is_here_is_read(tmp_path, capsys):

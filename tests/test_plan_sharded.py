@@ -122,7 +122,7 @@ def test_what_is_gathered_grows_with_the_padding_alone():
     assert (wide.gather, wide.reduce, wide.replicas) == (sums.gather, 2 * sums.reduce, 2 * sums.replicas)
     parts = (gathered_bytes(models_of(setup, 8), Shards(8, reduce=n)).reduced for n in (None, 4))
     assert 2 * next(parts) == next(parts)
-    assert gathered_bytes(models_of(setup), Shards()) == (0,) * 6
+    assert gathered_bytes(models_of(setup), Shards()) == (0,) * 7
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])

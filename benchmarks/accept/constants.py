@@ -8,6 +8,7 @@ kernels/attention/op.py.
 from prfl_bench.accept.results import Results
 from prfl_bench.accept.row import RAN
 
+PASSES = ("forward", "backward")
 WORTH = 1.02  # times as fast as the present default
 
 
@@ -23,6 +24,30 @@ def proposed(results: Results) -> dict:
         "changed": [{k: t[k] for k in ("kernel", "key", "default", "best")} for t in changed],
         "defaults": defaults(results),
     }
+
+
+def rates(results: Results) -> dict:
+    """What `prfl plan --rates` takes: the planner's rates as measured (attention: the fastest back end at 14B
+    and 32,760 tokens), and the steps beside their predictions."""
+    found, limits = {}, results.ran("environment/rates") or {}
+    names = {"products": "product", "memory": "copy", "link": "to the host", "products_fp8": "fp8"}
+    found = {field: limits[name] for field, name in names.items() if name in limits}
+    for kind, fields in (("self", ("attention", "attention_backward")), ("fp8-self", ("attention_fp8",))):
+        timed = results.attention(kind, "14B", 32760).values()
+        for field, direction in zip(fields, PASSES, strict=False):
+            best = [passes[direction]["tflop_per_s"] for passes in timed if direction in passes]
+            found |= {field: 1e12 * max(best)} if best else {}
+    pairs = ((name, results.job(name)) for name in results.rows)
+    steps = [
+        {
+            "step": name, "bytes": got["bytes"], "seconds": got["seconds"],
+            "bytes_predicted": told["bytes"], "seconds_predicted": told["seconds"],
+        }
+        for name, (got, told) in ((name, pair) for name, pair in pairs if pair)
+    ]  # fmt: skip
+    machine = results.machine
+    known = {"gpu": machine["name"], "date": results.date, "torch": machine["torch"]}
+    return known | {"rates": found, "steps": steps}
 
 
 def defaults(results: Results) -> list[dict]:

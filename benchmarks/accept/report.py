@@ -7,10 +7,11 @@ from itertools import groupby
 from pathlib import Path
 
 from prfl_bench.accept.claims import FAILS, HOLDS, Verdict, verdicts
-from prfl_bench.accept.constants import proposed
+from prfl_bench.accept.constants import proposed, rates
 from prfl_bench.accept.results import Results, file_name
 from prfl_bench.accept.row import BAD, RAN, REFUSED, STAGES
 from prfl_bench.accept.tables import Table, tables
+from prfl_engine.planner.rates import FILE as RATES
 
 HTML, CONSTANTS = "report.html", "constants.json"
 
@@ -36,6 +37,9 @@ def write(folder: Path, results: Results) -> list[Path]:
         + "\n"
     )
     constants.write_text(json.dumps(proposed(results), indent=1) + "\n")
+    if results.on_gpu:
+        (folder / RATES).write_text(json.dumps(rates(results), indent=1) + "\n")
+        return [page, held, constants, folder / RATES]
     return [page, held, constants]
 
 

@@ -42,6 +42,7 @@ from prfl_engine.planner.fit_memory import pool_bytes
 from prfl_engine.planner.plan import kinds_of, make_kinds, predicted_peak
 from prfl_engine.planner.seconds import block_seconds
 from prfl_engine.planner.setup import ROUND, RewardSetup, Setup
+from prfl_engine.planner.timing import forward_seconds
 from prfl_engine.rollout.accelerated import make_rollout
 from prfl_engine.rollout.persistent import Persistent
 from prfl_kernels import dispatch
@@ -119,18 +120,14 @@ def predict(context: Context, name: str) -> Outcome:
     (kind,) = make_kinds(setup, RATES, {}, [job.kind])
     peak = predicted_peak([kind] * setup.count, kind)
     host = kind.host * (setup.count - 1)
-    seconds = (setup.count * kind.cost + kind.reward_cost) / 1e12 + setup.count * forwards(setup) * ahead(
-        setup
-    )
+    seconds = (setup.count * kind.cost + kind.reward_cost) / 1e12 + ahead(setup)
     told = f"{peak / 1e9:.2f} GB, {host / 1e9:.2f} GB on the host, {seconds:.2f} s without the optimizer"
     return Outcome(RAN, told, {"bytes": peak, "host": host, "seconds": seconds})
 
 
 def ahead(setup: Setup) -> float:
-    """Predicted seconds of a block's forward without gradient."""
-    c, tokens = setup.config, setup.tokens
-    pairs = 4 * tokens * c.dim * (tokens + c.text_len)
-    return 2 * tokens * c.dim * (6 * c.dim + 2 * c.ffn_dim) / RATES.products + pairs / RATES.attention
+    """Predicted seconds of the steps without gradient."""
+    return forwards(setup) * forward_seconds(setup, RATES)
 
 
 def forwards(setup: Setup) -> int:
@@ -365,6 +362,6 @@ def seconds(job: Job) -> float:
     n = setup.rollout.samples
     passes = (1 + n) * setup.count + n * setup.reward_blocks
     policy = kinds_of(setup)[job.kind]
-    one = passes * block_seconds(policy, setup, 0, RATES) + setup.count * forwards(setup) * ahead(setup)
+    one = passes * block_seconds(policy, setup, 0, RATES) + ahead(setup)
     pinning = 20 if job.optim.offload != "none" else 0
     return 15 + pinning + (REPEAT + 2) * one

@@ -131,7 +131,6 @@ def _predicted_steps() -> Table:
         policy = kinds_of(setup)[job.kind]
         passes = (1 + n) * setup.count + n * setup.reward_blocks
         one = passes * block_seconds(policy, setup, 0, RATES, frozen=setup.lora is not None)
-        ahead = setup.count * steps.forwards(setup) * steps.ahead(setup)
-        rows.append([name.split("/", 1)[1], f"{one + ahead:.2g}"])
+        rows.append([name.split("/", 1)[1], f"{one + steps.ahead(setup):.2g}"])
     title = f"One step at 32,760 tokens; 14B: its first 8 blocks; seconds without the optimizer, {PREDICTED}."
     return Table(title, ["step", PREDICTED], rows)

@@ -29,6 +29,4 @@ def name_layout(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         key = next((k for k in shapes if re.search(pattern, k)), None)
         if key is not None:
             return f"got {layout}, such as {key}; {advice}"
-    patch = shapes.get("patch_embedding.weight", ())
-    channels = patch[1] if len(patch) == 5 else None
     return None

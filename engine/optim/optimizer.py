@@ -1,7 +1,7 @@
 """The optimizer, one update with it, its learning-rate schedule, and the moving average of the weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -30,13 +30,7 @@ def make_optimizer(groups: list[tuple[nn.Module, float]], config: OptimConfig) -
     narrow = any(p.dtype == torch.bfloat16 for p in parameters)
     sharded = any(isinstance(p, DTensor) for p in parameters)
     if config.grad_dtype == "float32":
-        for p in parameters:
-            if not hasattr(p, "grad_dtype"):
-                version = torch.__version__
-                raise UserError(f"optim.grad_dtype: got 'float32', want 'weights' with torch {version}")
-            p.grad_dtype = None if isinstance(p, DTensor) else torch.float32
-            if isinstance(p, DTensor):
-                p.register_post_accumulate_grad_hook(_widen)
+        set_grad_dtype(parameters, torch.float32)
     if config.name == "apex":
         if narrow or sharded or parameters[0].device.type != "cuda":
             what = "bfloat16 weights" if narrow else "sharded weights" if sharded else "weights on a CPU"
@@ -54,6 +48,17 @@ def in_blocks(config: OptimConfig, narrow: bool, sharded: bool) -> bool:
     return (
         narrow or sharded or config.name == "adamw8bit" or config.in_backward or config.offload != "none"
     )
+
+
+def set_grad_dtype(parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
+    """Let gradients add up in a dtype, those of sharded ones in float32. UserError where torch cannot."""
+    for p in parameters:
+        if not hasattr(p, "grad_dtype"):
+            version = torch.__version__
+            raise UserError(f"optim.grad_dtype: got 'float32', want 'weights' with torch {version}")
+        p.grad_dtype = None if isinstance(p, DTensor) else dtype
+        if isinstance(p, DTensor):
+            p.register_post_accumulate_grad_hook(_widen)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor
 from prfl_engine import chain, flow
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.objectives import index_range
+from prfl_engine.planner.meta import meta_tensors
 from prfl_engine.planner.setup import ROUND, Latent, Setup
 
 FULL_HISTORY = 4  # steps after which every field of a sampler's state is a tensor of its own
@@ -46,7 +47,8 @@ def farthest(setup: Setup) -> list[list[list[int]]]:
 
 def longest(setup: Setup) -> int:
     """The most bytes of the chain. Other draws of several samples hold up to a latent more."""
-    margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 else 0
+    first, last = index_range(setup.rollout)
+    margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 and first < last else 0
     return max(held(setup, drawn, setup.window) for drawn in farthest(setup)) + margin
 
 
@@ -61,7 +63,7 @@ def _held_by(
     latent: Latent, steps: int, indices: tuple[tuple[int, ...], ...], window: int, detach_input: bool
 ) -> int:
     live, most = LiveBytes(ROUND), 0
-    factor = torch.ones((), requires_grad=True)
+    factor = torch.ones((), requires_grad=True, device="meta")
 
     def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
         nonlocal most
@@ -69,7 +71,7 @@ def _held_by(
             most = max(most, live.now)
         return factor * x
 
-    with live:
+    with meta_tensors(), live:
         noise, drawn = torch.empty(latent), torch.tensor(indices)
         way = chain.Chain(velocity, schedule(steps), noise)
         for index in drawn:

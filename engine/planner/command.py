@@ -7,6 +7,7 @@ from typing import NamedTuple
 from prfl_engine.config import Config, load_config
 from prfl_engine.errors import check
 from prfl_engine.parallel import check_layout, check_many, check_readers, copies
+from prfl_engine.planner import rates
 from prfl_engine.planner.machine import Machine, machine
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.report import Prediction
@@ -20,34 +21,48 @@ class Options(NamedTuple):
     """The options of the command."""
 
     gpu: str = "h100-80"
-    gpus: int = 1
+    gpus: int | None = None  # of a prediction 1, the most that a search tries
     nodes: int | None = None
     budget: float | None = None  # 10^9 bytes
     latent: str | None = None
     model: str | None = None
     price: float | None = None
+    train_reward: bool = False
+    rates: str | None = None  # file of measured rates
 
 
 def predict(path: str, overrides: Sequence[str] = (), options: Options = Options()) -> Prediction:  # noqa: B008
     """The prediction for the configuration in a file. UserError for what cannot be."""
     config = load_config(path, overrides)
     gpu, count = machine_of(options)
-    return of_subject(config, find(config, path, options.latent, options.model), gpu, count, options)
+    return of_subject(config, subject_of(config, path, count, options), gpu, count, options)
+
+
+def subject_of(config: Config, path: str, count: int, options: Options) -> Subject:
+    """What the configuration in the file `path` trains on so many GPUs."""
+    readers = max(1, count // config.parallel.sequence)
+    return find(
+        config, path, options.latent, options.model, readers=readers, train_reward=options.train_reward
+    )
 
 
 def machine_of(options: Options) -> tuple[Machine, int]:
     """The machine and the number of its GPUs."""
-    gpu = machine(options.gpu)
-    check(options.gpus >= 1, "--gpus", options.gpus, "a number from 1 on")
+    gpu, count = machine(options.gpu), 1 if options.gpus is None else options.gpus
+    check(count >= 1, "--gpus", count, "a number from 1 on")
+    if options.price is not None:
+        check(options.price > 0, "--price", options.price, "more than 0")
     if options.budget is not None:
         check(options.budget > 0, "--budget", options.budget, "more than 0 GB")
+    if options.rates is not None:
+        gpu = rates.read(options.rates).on(gpu)
     if options.nodes is not None:
         check(
-            options.nodes >= 1 and options.gpus % options.nodes == 0, "--nodes", options.nodes,
-            f"a divisor of --gpus = {options.gpus}",
+            options.nodes >= 1 and count % options.nodes == 0, "--nodes", options.nodes,
+            f"a divisor of --gpus = {count}",
         )  # fmt: skip
-        gpu = gpu._replace(per_node=options.gpus // options.nodes)
-    return gpu, options.gpus
+        gpu = gpu._replace(per_node=count // options.nodes)
+    return gpu, count
 
 
 def of_subject(
@@ -61,7 +76,8 @@ def of_subject(
     models = models_of(setup, shards.shards)
     moved = exchanged_bytes(setup, models, shards, made.reward)
     took = times(config, setup, made.kinds, made.reward, models, gpu, shards, moved)
-    return Prediction(subject, gpu, shards, limit, made, took, moved, options.price)
+    measured = None if options.rates is None else rates.read(options.rates)
+    return Prediction(subject, gpu, shards, limit, made, took, moved, options.price, measured)
 
 
 def layout(config: Config, gpu: Machine, count: int) -> Shards:

@@ -11,7 +11,7 @@ CUDA uses up to six bytes a value of one weight less. What attention libraries a
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prfl_engine import chain
 from prfl_engine.batch import Batch
+from prfl_engine.build import freeze_embeddings
 from prfl_engine.config_method import scales
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
@@ -28,13 +29,16 @@ from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
 from prfl_engine.objectives import bind, graded_windows, index_range, noisy_reward, sft_loss
+from prfl_engine.optim.optimizer import set_grad_dtype
 from prfl_engine.planner.chain_bytes import FULL_HISTORY, farthest, held, longest, schedule
 from prfl_engine.planner.meta import call, cut, default_dtype, meta_tensors
 from prfl_engine.planner.repeated import Repeated, ballast
 from prfl_engine.planner.setup import ROUND, Latent, Setup
+from prfl_engine.planner.updates import arrival_bytes
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 SCALARS = 32 * ROUND  # losses, metrics and tables of angles
+REWARD_TRAINING = "reward training"
 
 
 class Numbers(NamedTuple):
@@ -50,15 +54,21 @@ class Numbers(NamedTuple):
     host: int  # on the host
     leaving: int  # still on the device of what a block has offloaded, until the next block's forward is over
     start: int  # before the blocks, in addition to weights and gradients
-    rest: int  # most before and after all blocks
+    before: int  # most before all blocks
+    after: int  # and after all of them
+
+    @property
+    def rest(self) -> int:
+        """Most before and after all blocks."""
+        return max(self.before, self.after)
 
 
 class Laps:
     """The bytes at the borders of blocks, and the peaks between them, of one pass with gradient through the
-    generator. peak and rest are those of all passes of one loss."""
+    generator. peak, before and after (all blocks) are those of all passes of one loss."""
 
     def __init__(self, live: LiveBytes, base: int):
-        self.live, self.base, self.rest, self.peak = live, base, 0, 0
+        self.live, self.base, self.before, self.after, self.peak = live, base, 0, 0, 0
         self.now, self.host, self.forward, self.backward = [], [], [], []
 
     def border(self, x: Tensor) -> None:
@@ -83,9 +93,12 @@ def _passes(pool: int, live: LiveBytes, names: list[str]) -> Iterator[tuple[dict
 
     with live:
         yield found, begin
-    rest = max(live.lap(), *(laps.forward[0] for laps in found.values())) - base
+    before = max(laps.forward[0] for laps in found.values()) - base
+    # The embedding of time has its backward before the first block's input has its gradient, if it has one.
+    whole = (laps for laps in found.values() if len(laps.backward) == len(laps.forward))
+    after = max([live.lap(), *(laps.backward[-1] for laps in whole)]) - base
     for laps in found.values():
-        laps.rest, laps.peak = rest, live.peak - base
+        laps.before, laps.after, laps.peak = before, after, live.peak - base
 
 
 def _transformer(setup: Setup, config: WanConfig, blocks: int, head: bool = True) -> WanTransformer:
@@ -107,6 +120,19 @@ def reward_model(setup: Setup, blocks: int) -> RewardModel:
     pool = QueryPool(config.dim, r.queries, r.heads, add_query=r.add_query)
     made = RewardModel(_transformer(setup, config, blocks, head=False), pool, blocks).freeze()
     return cut(made, setup.sequence)
+
+
+def trained(setup: Setup, blocks: int) -> WanTransformer | RewardModel:
+    """The model that is trained, likewise: the generator, or a reward model with gradients."""
+    if setup.trains is None:
+        return generator(setup, blocks)
+    r, trunk = setup.reward, _transformer(setup, setup.config, blocks, head=False)
+    if not setup.trains.embeddings:
+        freeze_embeddings(trunk)
+    if setup.lora is not None:
+        lora.attach(trunk, setup.lora)
+    pool = QueryPool(setup.config.dim, r.queries, r.heads, setup.trains.dropout, r.add_query)
+    return cut(RewardModel(trunk, pool, blocks).train(), setup.sequence)
 
 
 def inputs(setup: Setup, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
@@ -131,7 +157,7 @@ def batch_bytes(setup: Setup) -> int:
     with meta_tensors():
         live, batch = LiveBytes(ROUND), _batch(setup, setup.latent)
         live.add(a for a in batch if a is not None)
-        return live.now
+        return live.now * setup.sides
 
 
 def _counter(*modules: torch.nn.Module | None) -> LiveBytes:
@@ -147,19 +173,70 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
     addition to weights and gradients. Of a window two steps are made and of several graded steps two; what
     longer ones hold of the chain is allocated in addition."""
     found: dict[str, Laps] = {}
+    if setup.trains is not None:
+        return _reward_training(setup, policies)
     with meta_tensors():
         model, n = generator(setup, len(policies)), setup.reward_blocks
         reward = reward_model(setup, n) if n else None
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.requires_grad else None
+    begin_gradients(setup, model)
+    with meta_tensors():
         if setup.sft:
             with _passes(setup.pool, _counter(model, reward), ["flow matching"]) as (laps, watch):
                 batch, noise, sigma = inputs(setup, setup.latent)
                 sft_loss(model, batch, noise, sigma, run_under(policies, watch)).mean().backward()
             found |= laps
+        for p in model.parameters() if setup.alone else ():
+            p.grad = None
         if reward is not None:
             found |= _graded(setup, model, reward, policies, run_under(reward_policy))
     return found
+
+
+def _reward_training(setup: Setup, policies: list[BlockPolicy]) -> dict[str, Laps]:
+    """The pass of reward training, of one sample or of one of a pair."""
+    with meta_tensors():
+        model = trained(setup, len(policies))
+    begin_gradients(setup, model)
+    with meta_tensors(), _passes(0, _counter(model), [REWARD_TRAINING]) as (laps, watch):
+        batch, noise, sigma = inputs(setup, setup.latent)
+        extra = [_batch(setup, setup.latent) for _ in range(setup.sides - 1)]
+        noisy_reward(model, batch, noise, sigma, run_under(policies, watch)).sum().backward()
+        del extra
+    return laps
+
+
+def pair_bytes(setup: Setup, policies: list[BlockPolicy]) -> tuple[int, int]:
+    """(most bytes of the pass of a pair, what the winner's forward has saved of them). The loser's backward
+    comes first; autograd holds its gradients until it has added the winner's to them."""
+    with meta_tensors():
+        model, run = trained(setup, len(policies)), run_under(policies)
+    begin_gradients(setup, model)
+    with meta_tensors():
+        live = _counter(model)
+        base = live.now - SCALARS
+        with live:
+            winner, noise, sigma = inputs(setup, setup.latent)
+            loser, before = _batch(setup, setup.latent), live.now
+            logit = noisy_reward(model, winner, noise, sigma, run)
+            saved = live.now - before
+            (logit - noisy_reward(model, loser, noise, sigma, run)).sum().backward()
+    return live.peak - base, saved
+def begin_gradients(setup: Setup, model: torch.nn.Module) -> None:
+    """Gradients on the meta device as they are before a pass, and what becomes of those that arrive in it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if setup.grad_dtype is not None:
+        set_grad_dtype(trained, setup.grad_dtype)
+    for p in trained:
+        if not setup.alone:
+            p.grad = torch.zeros_like(p, dtype=setup.grad_dtype)
+        if setup.arriving is not None:
+            size = arrival_bytes(p.numel(), p.dtype, setup.arriving)
+            p.register_post_accumulate_grad_hook(partial(_update, size))
+
+
+def _update(size: int, p: Tensor) -> None:
+    ballast(size)
+    p.grad = None
 
 
 def _graded(
@@ -185,7 +262,7 @@ def _graded(
             del window
         del extra
     for laps in found.values():
-        laps.rest, laps.peak = max(laps.rest, rollout), max(laps.peak, rollout)
+        laps.before, laps.peak = max(laps.before, rollout), max(laps.peak, rollout)
     return found
 
 
@@ -223,7 +300,8 @@ def _rollout_bytes(setup: Setup) -> int:
             for drawn in farthest(setup):
                 way = chain.Chain(velocity, schedule(setup.rollout.steps), noise)
                 for index in torch.tensor(drawn):
-                    way.graded(index, setup.window)
+                    window = way.graded(index, setup.window)
+                    window.x = window.leaf = None  # without a backward it would live on in a cycle
             del extra
     return live.peak - base
 
@@ -240,18 +318,20 @@ def accelerated_bytes(setup: Setup) -> int:
 
 def validation_bytes(setup: Setup) -> int:
     """Most bytes of setup.validation, in addition to the weights; there are no gradients then."""
-    v, reward, scored = setup.validation, None, None
+    if setup.trains is not None:
+        return accuracy_bytes(setup)
+    v, reward = setup.validation, None
     with meta_tensors(), torch.no_grad():
         model = generator(setup, 2)
         if v.scored:
             reward = reward_model(setup, 2)
         live = _counter(model, reward)
-        base, repeated = live.now - SCALARS - setup.pool, Repeated(live)
+        base, repeated = live.now - SCALARS - setup.pool + setup.drawn, Repeated(live)
         with live:
             extra = [_batch(setup, setup.latent), ballast(ROUND * v.values)]
             extra += [torch.empty(v.latent) for _ in range(v.kept - 1)]
-            extra += [_batch(setup, (v.read, *v.latent[1:]))] if v.read else []
-            for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
+            for left in reversed(range(min(v.batches, 3))):  # what one leaves is there in the next
+                read = _batch(setup, (v.read - (left == 0), *v.latent[1:])) if v.read else None
                 batch, noise, sigma = inputs(setup, v.latent)
                 repeated("loss", sft_loss, model, batch, noise, sigma)
                 velocity = repeated.velocity(bind(model, batch))
@@ -261,7 +341,29 @@ def validation_bytes(setup: Setup) -> int:
                 if reward is not None:
                     scored = batch._replace(latent=latent)
                     repeated("reward", noisy_reward, reward, scored, noise, sigma)
-            del extra, scored
+                    del scored
+                del read
+            del extra
+    return live.peak - base
+
+
+def accuracy_bytes(setup: Setup) -> int:
+    """The same of a validation of reward training."""
+    v = setup.validation
+    with meta_tensors(), torch.no_grad():
+        model = trained(setup, 2).eval()
+        live = _counter(model)
+        base, repeated = live.now - SCALARS, Repeated(live)
+        with live:
+            extra = [_batch(setup, setup.latent) for _ in range(setup.sides)]
+            extra += [ballast(ROUND * v.values)]
+            extra += [_batch(setup, (v.read, *v.latent[1:]))] if v.read else []
+            for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
+                sides = [_batch(setup, v.latent) for _ in range(setup.sides)]
+                noise, sigma = torch.empty(v.latent), torch.empty(v.latent[0])
+                for side in sides:
+                    repeated("reward", noisy_reward, model, side, noise, sigma)
+            del extra
     return live.peak - base
 
 
@@ -277,5 +379,5 @@ def numbers_of(laps: Laps, policy: BlockPolicy) -> Numbers:
         laps.backward[2] - now[0] - (n - 1) * saved - ahead,
         laps.backward[1] - now[0] - n * saved - (0 if policy.staying().plain else host),
         laps.backward[0] - now[0] - n * saved - saved_last, host, leaving,
-        now[0] - laps.base, laps.rest,
+        now[0] - laps.base, laps.before, laps.after,
     )  # fmt: skip

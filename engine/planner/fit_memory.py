@@ -16,9 +16,9 @@ from prfl_engine.model.wan import Precision, WanConfig, WanTransformer
 from prfl_engine.planner.dry_run import rollout_bytes
 from prfl_engine.planner.plan import Plan, plan
 from prfl_engine.planner.seconds import Rates
-from prfl_engine.planner.setup import ROUND, RewardSetup, Setup, Validation
+from prfl_engine.planner.setup import RewardSetup, Setup, Validation
 from prfl_engine.planner.sharded import Gathered, Shards, gathered_bytes
-from prfl_engine.planner.standing import models_of
+from prfl_engine.planner.standing import models_of, pinned, rounded
 
 
 def fit_memory(
@@ -85,8 +85,10 @@ def setup_of(
     shapes: Sequence[tuple[int, ...]],
     held_out: Sequence[tuple[int, ...]] = (),
     on_cpu: bool = False,
+    readers: int = 1,
 ) -> Setup:
-    """What PRFL as configured takes; shapes as `fit_memory` takes them."""
+    """What PRFL as configured takes; shapes as `fit_memory` takes them. readers: groups of processes with
+    samples of their own, which share the chains that persist."""
     c, counts = config, Counter(shapes)
     latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
     validation = _validation(c, held_out, reward is not None, on_cpu) if held_out else None
@@ -98,24 +100,36 @@ def setup_of(
         first_frame=c.data.first_frame,
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
-        setup = replace(setup, pool=pool_bytes(setup, c.pool if c.rollout.pool_place == "device" else 0))
+        chains, on_host = c.pool // readers, c.rollout.pool_place == "host"
+        setup = replace(
+            setup, pool=pool_bytes(setup, 0 if on_host else chains), drawn=pool_bytes(setup, 0)
+        )
+        if on_host:
+            setup = replace(setup, pool_host=chains * sum(pinned(4 * n) for n in chain_values(setup)))
     return setup
 
 
-def pool_bytes(setup: Setup, chains: int) -> int:
-    """Bytes of so many chains that persist on the device, the states that a window needs and the prompt; and
-    of the prompts of those that are graded."""
-    c, (size, *shape) = setup.config, setup.latent
-    states = [math.prod(shape)] * (len(SolverState._fields) * setup.window)
+def chain_values(setup: Setup) -> list[int]:
+    """Values of the tensors of a chain that persists: the states that a window needs, and the prompt."""
+    held = setup.window if setup.chain.window == setup.window else setup.window + 1  # after a graded step
+    return [math.prod(setup.latent[1:])] * (len(SolverState._fields) * held) + _prompt_values(setup)
+
+
+def _prompt_values(setup: Setup) -> list[int]:
+    c, (_, _, *shape) = setup.config, setup.latent
     prompt = [c.text_len * c.text_dim]
     prompt += [IMAGE_TOKENS * IMAGE_DIM] if c.clip else []
-    prompt += [20 * math.prod(shape[1:])] if c.image else []
-    prompt += [shape[0] * math.prod(shape[2:])] if setup.first_frame else []
+    prompt += [20 * math.prod(shape)] if c.image else []
+    return prompt + ([setup.latent[1] * math.prod(shape[1:])] if setup.first_frame else [])
 
-    def rounded(values: list[int]) -> int:
-        return sum(-(-4 * n // ROUND) * ROUND for n in values)
 
-    return chains * rounded(states + prompt) + size * rounded(prompt)
+def pool_bytes(setup: Setup, chains: int) -> int:
+    """Bytes of so many chains that persist on the device, and of the prompts of those that are graded."""
+
+    def taken(values: list[int]) -> int:
+        return sum(rounded(4 * n) for n in values)
+
+    return chains * taken(chain_values(setup)) + setup.latent[0] * taken(_prompt_values(setup))
 
 
 def _validation(
@@ -129,6 +143,6 @@ def _validation(
     batches = sum(-(-n // e.batch_size) for _, n in runs)
     values = batches * (1 + scored * len(e.timesteps))
     if not on_cpu:
-        return Validation(latent, scored, batches, values)
+        return Validation(latent, scored, batches, values, samples=e.samples)
     kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1)
-    return Validation(latent, scored, batches, values, kept, min(e.batch_size + 1, e.samples))
+    return Validation(latent, scored, batches, values, kept, latent[0] + 1, e.samples)

@@ -6,6 +6,7 @@ from prfl_engine.config import Config
 from prfl_engine.config_method import scales
 from prfl_engine.model.flops import costs
 from prfl_engine.objectives import index_range, schedule_of, steps_inside
+from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
 
 
@@ -45,6 +46,11 @@ def _windows(setup: Setup) -> float:
     return setup.rollout.samples * window
 
 
+def _trained_reward(setup: Setup) -> float:
+    trunk = setup.config, setup.count
+    return costs(setup.config, setup.latent[2:], 0, trunk, setup.lora is None).flops["reward"]
+
+
 def validation_forwards(config: Config) -> int:
     """Forwards of the generator for a sample of a validation: of one expert alone its own steps."""
     r = config.rollout
@@ -56,8 +62,11 @@ def validation_forwards(config: Config) -> int:
 
 def step_flops(setup: Setup, forwards: float | None = None) -> dict[str, float]:
     """Model FLOPs of one micro-batch on all ranks that share it, by phase: "flow matching", "rollout",
-    "graded step", "reward". forwards: of one sample without gradient, made in fact; None: on average."""
+    "graded step", "reward"; or of "reward training" alone. forwards: of one sample without gradient, made in
+    fact; None: on average."""
     samples = setup.latent[0]
+    if setup.trains is not None:
+        return {REWARD_TRAINING: samples * setup.sides * _trained_reward(setup)}
     trunk = (setup.reward.config or setup.config, setup.reward_blocks) if setup.reward_blocks else None
     rank = 0 if setup.lora is None else setup.lora.rank
     config = replace(setup.config, num_layers=setup.count)

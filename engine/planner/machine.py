@@ -7,9 +7,11 @@ from prfl_engine.planner.seconds import Rates
 
 GIB = 2**30
 CONTEXT = 600_000_000  # CUDA's context, loaded kernels and cuBLAS's work space
-CONTEXT_NOTE = (
-    "fragments of the allocator, what NCCL takes, partial sums of Triton kernels, the process itself, its"
-    " loaders and the page cache of files on the host"
+COMMUNICATOR = 2 * 32 * 2**22  # NCCL's buffers for a group of ranks: 32 channels, 4 MiB each way
+PROCESS = 4_000_000_000  # of the host: Python, torch and CUDA's libraries
+WORKER = 400_000_000  # a loader process: 0.38 GB measured on a CPU, memory of libraries shared not deducted
+NOT_COUNTED = (
+    "fragments of the allocator, partial sums of Triton kernels, the page cache of files on the host"
 )
 
 

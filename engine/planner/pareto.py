@@ -1,62 +1,53 @@
 """`prfl plan --search`: the fastest settings that fit on every number of GPUs.
 
-Tried are all combinations of: ranks of a sample, copies of the weights, what blocks save, dtype of weights
-and mode of the optimizer, fresh rollouts or chains that persist, graded steps of a rollout, resident weights,
-fp8 rollouts. Everything else stays as configured. Bytes of blocks come from one dry run for every policy,
-dtype and cut; the settings that win are predicted in full afterwards, and the next best is taken where they
-do not fit.
+Tried are all combinations of the groups in choices.py. Everything else stays as configured. All are sorted by
+predicted seconds; bytes are counted in this order until something fits. Bytes of blocks come from one dry run
+for every policy, chunk, dtype and cut, and only where weights, gradients and states alone leave room. What
+fits is then predicted in full, with its validation, and the next best is taken where that does not fit.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from prfl_engine.config import Config, RolloutConfig, load_config
+from prfl_engine.config import Config
 from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import of_config
-from prfl_engine.planner.command import Options, layout, machine_of, of_subject
-from prfl_engine.planner.machine import Machine
+from prfl_engine.planner.choices import Choices, Overrides, Settings, pointless, whole
+from prfl_engine.planner.command import Options, layout, machine_of, of_subject, subject_of
+from prfl_engine.planner.dry_run import Numbers
 from prfl_engine.planner.plan import Kind, make_kind
-from prfl_engine.planner.predict import memory
-from prfl_engine.planner.report import WIDTH, Prediction, wrapped
+from prfl_engine.planner.predict import memory, stands
+from prfl_engine.planner.report import WIDTH, Prediction
 from prfl_engine.planner.setup import Setup
-from prfl_engine.planner.sharded import Exchanged, Shards, exchanged_bytes
+from prfl_engine.planner.sharded import Shards, exchanged_bytes
 from prfl_engine.planner.standing import models_of
-from prfl_engine.planner.subject import Subject, find
 from prfl_engine.planner.timing import times
-from prfl_kernels.attention.fp8 import HEAD_DIMS
 
 MOST = 64  # GPUs, where --gpus does not say
+CHANGE = 62  # columns of a change of settings
 AHEAD = 12  # candidates of a number of GPUs that are predicted in full before it is given up
-FOR_ROLLOUTS = {"rollout.precision=fp8", "parallel.resident=true"}
-POLICIES = (
-    "model.recompute=none", "model.recompute=attention", "model.recompute=full",
-    "model.recompute={keep: [], offload: [attention, input]}",
-    "model.recompute={keep: [attention], offload: [input]}",
-)  # fmt: skip
-BRAIN = "model.weights_dtype=bfloat16"
-OPTIMIZERS = (
-    ("model.weights_dtype=float32",),
-    (BRAIN, "optim.rounding=master"),
-    (BRAIN, "optim.rounding=stochastic", "optim.name=adamw8bit"),
-    (BRAIN, "optim.rounding=stochastic", "optim.offload=states"),
-    (BRAIN, "optim.rounding=stochastic", "optim.offload=all"),
-)
-CHAINS = tuple(
-    (f"rollout.mode={mode}", f"rollout.samples={k}") for mode in ("fresh", "persistent") for k in (1, 4)
-)
-Overrides = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings, and what they are predicted at without a dry run of their own."""
+    """Settings and their seconds a sample, predicted without a dry run of their own."""
 
-    overrides: Overrides
+    option: tuple[Overrides, ...]
     config: Config
-    gpus: int
-    seconds: float  # a graded sample
-    bytes: int
+    setup: Setup
+    shards: Shards
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """The settings of a row with one group changed: what that costs and buys."""
+
+    change: str
+    seconds: float  # of a sample, relative: -0.1 is 10 % less
+    bytes: int  # of the largest phase, in addition
+    fits: bool
 
 
 @dataclass(frozen=True)
@@ -64,162 +55,192 @@ class Found:
     """The fastest settings of every number of GPUs that is faster than all smaller ones, in full."""
 
     rows: tuple[tuple[Overrides, Prediction], ...]
-    neighbours: tuple[tuple[str, Candidate], ...]  # of the last row, with one setting changed
+    neighbours: tuple[Neighbour, ...]  # of the last row
     tried: int
 
     def text(self) -> str:
-        """For a terminal: a table, a line of overrides for each, and what other settings would change."""
-        head = f"{'GPUs':>5}{'s a graded sample':>19}{'GPU s':>9}{'an hour':>9}"
-        head += f"{'largest, GB':>13}{'host, GB':>10}"
-        lines = [f"{self.tried:,} settings tried; predicted, fastest that fit:", head]
+        """For a terminal: a table, a line of overrides for each, and what other settings would buy."""
+        price = self.rows[0][1].price is not None
+        head = f"{'GPUs':>5}{'s a sample':>12}{'GPU s':>9}{'an hour':>9}{'largest, GB':>13}{'host, GB':>10}"
+        lines = [f"{self.tried:,} settings tried; predicted, the fastest that fit:"]
+        lines.append(head + (f"{'price each':>12}" if price else ""))
         for _, p in self.rows:
             t = p.times
             lines.append(
-                f"{t.gpus:5}{t.per_sample:19.2f}{t.per_sample * t.gpus:9.1f}{3600 / t.per_sample:9.0f}"
+                f"{t.gpus:5}{t.per_sample:12.2f}{t.per_sample * t.gpus:9.1f}{3600 / t.per_sample:9.0f}"
                 f"{p.memory.peak.bytes / 1e9:13.1f}{p.memory.host.bytes / 1e9:10.1f}"
+                + (f"{p.sample_price:12.4f}" if price else "")
             )
-        lines.append("")
+        least = self.rows[0][1]
+        lines.append(f"the smallest machine that works: {least.times.gpus} x {least.gpu.name}")
+        lines += [f"assumed: {line}" for line in least.subject.assumed]
+        lines += ["", "to put after `prfl train CONFIG`; read what they change, adapters (lora.rank) want"]
+        lines.append("another learning rate, chains that persist and more samples train another loss:")
         for overrides, p in self.rows:
-            quoted = (f"'{o}'" if " " in o else o for o in overrides)
-            lines += wrapped(f"{p.times.gpus}: {' '.join(quoted)}")
+            lines += [f"# {p.times.gpus} GPUs" + ("" if overrides else ": as configured"), *pasted(overrides)]
         if self.neighbours:
-            best = self.rows[-1][1]
-            lines += ["", f"what another setting would change on {best.times.gpus} GPUs"]
-            for change, c in self.neighbours:
-                change = change if len(change) < 58 else change[:55] + "..."
-                here = f"{c.seconds / best.times.per_sample - 1:+8.0%} time"
-                size = f"{(c.bytes - best.memory.peak.bytes) / 1e9:+9.1f} GB"
-                line = f"  {change:58}{here}{size}{'' if c.bytes <= best.limit else '  too much'}"
-                lines.append(line[:WIDTH])
+            lines += ["", f"what another setting would buy on {self.rows[-1][1].times.gpus} GPUs"]
+        for n in self.neighbours:
+            change = n.change
+            if len(change) > CHANGE:
+                change = " ".join(item.partition(".")[2] for item in change.split())[:CHANGE]
+            line = f"  {change:{CHANGE}}{n.seconds:+7.0%} time{n.bytes / 1e9:+9.1f} GB"
+            lines.append(line + ("" if n.fits else "  too much"))
         return "\n".join(lines)
 
     def values(self) -> dict:
         """For JSON."""
+        least = self.rows[0][1]
         return {
-            "tried": self.tried,
+            "tried": self.tried, "smallest": {"gpu": least.gpu.name, "gpus": least.times.gpus},
             "rows": [{"overrides": list(o), **p.values()} for o, p in self.rows],
-            "neighbours": [
-                {"change": change, "seconds": c.seconds, "bytes": c.bytes} for change, c in self.neighbours
-            ],
-        }
+            "neighbours": [n.__dict__ for n in self.neighbours],
+        }  # fmt: skip
 
 
 class Search:
     """The candidates of a configuration on a machine."""
 
     def __init__(self, path: str, given: Sequence[str], options: Options):
-        self.path, self.given, self.options = path, tuple(given), options
-        most = options.gpus if options.gpus > 1 else MOST
-        self.gpu, self.most = machine_of(options._replace(gpus=most))
+        self.path, self.options = path, options
+        self.gpu, self.most = machine_of(options._replace(gpus=options.gpus or MOST))
+        self.settings = Settings(path, given)
         self.kinds: dict[object, Kind] = {}
-        self.exchanges: dict[object, Exchanged] = {}
-        base = load_config(path, given)
-        model = find(base, path, options.latent, options.model).setup.config
-        self.heads, self.head_dim = model.num_heads, model.dim // model.num_heads
+        self.hosts: dict[object, int] = {}
+        self.saved: dict[object, int] = {}
+        self.subjects: dict[object, Setup] = {}
+        model = subject_of(self.settings.base, path, 1, options).setup.config
+        self.choices = Choices(
+            self.settings, self.gpu, options, model.num_heads, model.dim // model.num_heads
+        )
+
+    @cached_property
+    def room(self) -> float:
+        """Bytes that a peak may have."""
+        return 1e9 * self.options.budget if self.options.budget else self.gpu.memory
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of GPUs: powers of two, and the largest."""
+        return sorted({2**i for i in range(self.most.bit_length())} | {self.most})
 
     def candidates(self, gpus: int) -> Iterator[Candidate]:
         """All settings on so many GPUs that are no mistake."""
-        for parts in itertools.product(self._layouts(gpus), POLICIES, OPTIMIZERS, CHAINS, self._more(gpus)):
-            ranks, policy, *rest = parts
-            if "rollout.mode=persistent" in rest[1] and FOR_ROLLOUTS & {*rest[2]}:
-                continue
-            overrides = (*ranks, policy, *itertools.chain.from_iterable(rest))
-            if (made := self.candidate(gpus, overrides)) is not None:
-                yield made
+        made = (self.candidate(gpus, option) for option in self.choices.candidates(gpus))
+        return (c for c in made if c is not None)
 
-    def candidate(self, gpus: int, overrides: Overrides) -> Candidate | None:
+    def candidate(self, gpus: int, option: tuple[Overrides, ...]) -> Candidate | None:
         """These settings; None where they are a mistake."""
         try:
-            config = load_config(self.path, (*self.given, *overrides))
+            config = self.settings.of(whole(option))
             shards = layout(config, self.gpu, gpus)
-            subject = find(config, self.path, self.options.latent, self.options.model)
+            if pointless(config):
+                return None
+            setup = self._setup(config, gpus)
         except UserError:
             return None
-        setup = replace(subject.setup, validation=None)
-        kind = self._kind(config, setup)
+        plain, policy = self._plain(setup), of_config(config.model)
+        host = Numbers(*[0] * len(Numbers._fields))._replace(host=self._host(plain, policy))
+        kind = Kind("", policy, {"": host}, 0, 0)
         models = models_of(setup, shards.shards)
-        made = memory(config, setup, self.gpu, shards, kind)
-        moved = self._moved(setup, shards, kind)
-        took = times(config, subject.setup, made.kinds, kind, models, self.gpu, shards, moved)
-        return Candidate(overrides, config, gpus, took.per_sample, made.peak.bytes)
+        moved = exchanged_bytes(plain, models, shards, kind)
+        took = times(config, setup, [kind] * setup.count, kind, models, self.gpu, shards, moved)
+        return Candidate(option, config, setup, shards, took.per_sample)
 
-    def _kind(self, config: Config, setup: Setup) -> Kind:
-        """Its blocks, with the states of a plain rollout."""
-        plain = replace(setup, rollout=RolloutConfig(), pool=0)
-        policy = of_config(config.model)
-        if (plain, policy) not in self.kinds:
-            self.kinds[plain, policy] = make_kind("", policy, plain, self.gpu.rates)
-        return self.kinds[plain, policy]
-
-    def _moved(self, setup: Setup, shards: Shards, kind: Kind) -> Exchanged:
-        key = replace(setup, rollout=RolloutConfig(), pool=0), shards._replace(resident=False), kind.policy
-        if key not in self.exchanges:
-            models = models_of(setup, shards.shards)
-            self.exchanges[key] = exchanged_bytes(key[0], models, shards, kind)
-        return self.exchanges[key]
-
-    def _layouts(self, gpus: int) -> list[Overrides]:
-        """Ranks of a sample, copies of the weights, and micro-batches enough for all groups."""
-        if gpus == 1:
-            return [()]
-        found, base = [], load_config(self.path, self.given).train.accumulate
-        inside = min(gpus, self.gpu.per_node)
-        for p in (n for n in (1, 2, 4, 8) if inside % n == 0 and self.heads % n == 0):
-            for copies in {1, gpus // inside}:
-                groups = gpus // p
-                accumulate = -(-base // groups) * groups
-                found.append((
-                    f"parallel.sequence={p}", f"parallel.replicate={copies}", f"train.accumulate={accumulate}"
-                ))  # fmt: skip
-        return found
-
-    def _more(self, gpus: int) -> list[Overrides]:
-        fp8 = self.gpu.rates.products_fp8 is not None and self.head_dim in HEAD_DIMS
-        found = [(), ("rollout.precision=fp8",)] if fp8 else [()]
-        if gpus == 1:
-            return found
-        return [(*one, f"parallel.resident={flag}") for one in found for flag in ("false", "true")]
+    def bytes(self, c: Candidate, searching: bool = False) -> int:
+        """The largest phase without validation; in a search that is too much, less of it may be counted: what
+        stands in all phases, and half of what blocks save, as found with other dtypes or chunks."""
+        setup = replace(c.setup, validation=None)
+        if searching:
+            key = of_config(c.config.model), setup.latent, setup.sequence
+            least = stands(c.config, setup, self.gpu, c.shards) + self.saved.get(key, 0) // 2
+            if least > self.room:
+                return least
+        kind, plain = self._kind(c), self._plain(c.setup)
+        return memory(c.config, setup, self.gpu, c.shards, kind, plain).peak.bytes
 
     def full(self, c: Candidate) -> Prediction:
         """A candidate with dry runs of its own."""
-        subject: Subject = find(c.config, self.path, self.options.latent, self.options.model)
-        return of_subject(c.config, subject, self.gpu, c.gpus, self.options)
+        subject = subject_of(c.config, self.path, c.shards.size, self.options)
+        return of_subject(c.config, subject, self.gpu, c.shards.size, self.options)
 
-    def limit(self, gpu: Machine) -> float:
-        """Bytes that a peak may have."""
-        return 1e9 * self.options.budget if self.options.budget else gpu.memory
+    def _setup(self, config: Config, gpus: int) -> Setup:
+        key = config.model, config.lora, config.rollout, config.parallel, config.train.accumulate, gpus
+        if key not in self.subjects:
+            self.subjects[key] = subject_of(config, self.path, gpus, self.options).setup
+        return self.subjects[key]
+
+    @staticmethod
+    def _plain(setup: Setup) -> Setup:
+        """What blocks depend on: not on states of rollouts."""
+        rollout = replace(
+            setup.rollout, mode="fresh", pool=None, pool_place="device", stride=1, samples=1,
+            precision="same", cache=0.0, cuda_graph=False,
+        )  # fmt: skip
+        return replace(setup, rollout=rollout, pool=0, drawn=0, pool_host=0, validation=None)
+
+    def _host(self, plain: Setup, policy) -> int:
+        """Bytes that a block offloads, from a dry run where it does."""
+        if not policy.offload:
+            return 0
+        key = replace(plain, chunk=None, lora=None, weight_dtype=plain.compute_dtype), policy
+        if key not in self.hosts:
+            self.hosts[key] = make_kind("", policy, key[0], self.gpu.rates).host
+        return self.hosts[key]
+
+    def _kind(self, c: Candidate) -> Kind:
+        """The candidate's blocks, with the states of a plain rollout."""
+        key = self._plain(c.setup), of_config(c.config.model)
+        if key not in self.kinds:
+            made = self.kinds[key] = make_kind("", key[1], key[0], self.gpu.rates)
+            saved = max(n.saved for n in made.numbers.values()) * c.setup.count
+            self.saved.setdefault((key[1], c.setup.latent, c.setup.sequence), saved)
+        return self.kinds[key]
+
+
+def pasted(overrides: Overrides) -> list[str]:
+    """Lines to paste into a shell after a command, at most WIDTH wide."""
+    lines: list[str] = []
+    for item in (f"'{o}'" if set(o) & set(" {[") else o for o in overrides):
+        if not lines or len(lines[-1]) + len(item) + 3 > WIDTH:
+            lines.append(item)
+        else:
+            lines[-1] += f" {item}"
+    return [line + " \\" for line in lines[:-1]] + lines[-1:]
 
 
 def search(path: str, given: Sequence[str] = (), options: Options = Options()) -> Found:  # noqa: B008
-    """The Pareto front of seconds a graded sample over GPUs: 1, 2, 4, ... up to --gpus, or MOST. UserError
-    where nothing fits."""
+    """The Pareto front of seconds a sample over GPUs: 1, 2, 4, ... up to --gpus, or MOST. UserError where
+    nothing fits."""
     s, rows, tried, best = Search(path, given, options), [], 0, float("inf")
-    for gpus in (2**i for i in range(s.most.bit_length())):
-        every = list(s.candidates(gpus))
-        tried += len(every)
-        room = s.limit(s.gpu)
-        fitting = sorted((c for c in every if c.bytes <= room), key=lambda c: (c.seconds, c.bytes))
-        for c in fitting[:AHEAD]:
-            if c.seconds >= best:
+    chosen: Candidate | None = None
+    for gpus in s.counts:
+        every = sorted(s.candidates(gpus), key=lambda c: c.seconds)
+        tried, full = tried + len(every), 0
+        for c in every:
+            if c.seconds >= best or full == AHEAD:
                 break
-            found = s.full(c)
+            if s.bytes(c, searching=True) > s.room:
+                continue
+            found, full = s.full(c), full + 1
             if found.fits:
-                rows.append((c.overrides, found))
-                best = found.times.per_sample
+                rows.append((s.choices.minimal(whole(c.option)), found))
+                best, chosen = found.times.per_sample, c
                 break
-    if not rows:
-        raise UserError(f"--search: nothing of {tried} settings fits {room / 1e9:.1f} GB on {s.most} GPUs")
-    return Found(tuple(rows), tuple(_neighbours(s, *rows[-1])), tried)
+    if chosen is None:
+        raise UserError(f"--search: nothing of {tried} settings fits {s.room / 1e9:.1f} GB on {s.most} GPUs")
+    return Found(tuple(rows), tuple(_neighbours(s, chosen)), tried)
 
 
-def _neighbours(s: Search, overrides: Overrides, best: Prediction) -> Iterator[tuple[str, Candidate]]:
-    """The settings with one of them changed."""
-    gpus = best.times.gpus
-    groups = [s._layouts(gpus), [(p,) for p in POLICIES], list(OPTIMIZERS), list(CHAINS), s._more(gpus)]
-    for group in groups:
-        here = max((option for option in group if set(option) <= set(overrides)), key=len)
+def _neighbours(s: Search, best: Candidate) -> Iterator[Neighbour]:
+    """The settings with one group changed, where that takes less time or less memory."""
+    size = s.bytes(best)
+    for place, group in enumerate(s.choices.groups(best.shards.size)):
         for other in group:
-            if other != here:
-                changed = tuple(o for o in overrides if o not in here) + other
-                if (made := s.candidate(gpus, changed)) is not None:
-                    yield " ".join(o for o in other if o not in here) or f"not {' '.join(here)}", made
+            option = (*best.option[:place], other, *best.option[place + 1 :])
+            if other == best.option[place] or (made := s.candidate(best.shards.size, option)) is None:
+                continue
+            change = " ".join(item for item in other if item not in best.option[place])
+            taken, ratio = s.bytes(made), made.seconds / best.seconds - 1
+            if ratio < -0.005 or taken < 0.99 * size:
+                yield Neighbour(change, ratio, taken - size, taken <= s.room)

@@ -1,16 +1,16 @@
 """A picture of device memory over one optimizer step by category: PNG, by matplotlib."""
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from typing import NamedTuple
 
-from prfl_engine.errors import check
-from prfl_engine.inputs import check_out
-from prfl_engine.planner.predict import Phase
+from prfl_engine.planner.dry_run import REWARD_TRAINING
+from prfl_engine.planner.entries import Phase
 from prfl_engine.planner.report import Prediction
 
 STANDING = ("weights", "LoRA", "reward model", "reward head", "optimizer states", "optimizer slots",
-            "averaged weights", "e4m3 weights", "CUDA graph", "CUDA context", "allocator")  # fmt: skip
+            "averaged weights", "e4m3 weights", "CUDA graph", "CUDA context", "NCCL buffers",
+            "allocator")  # fmt: skip
 
 
 class Moment(NamedTuple):
@@ -25,9 +25,9 @@ def moments(p: Prediction) -> Iterator[Moment]:
     before every block, of the others their largest moment."""
     named = {phase.name: phase for phase in p.memory.phases}
     worst = next((name for name in named if name.startswith("rollout, worst")), "")
-    found = (name for name in ("flow matching", "graded step") if name in named)
+    found = (name for name in ("flow matching", "graded step", REWARD_TRAINING) if name in named)
     passes = {name: list(_blocks(p, named[name])) for name in found}
-    yield from passes.get("flow matching", ())
+    yield from passes.get("flow matching", passes.get(REWARD_TRAINING, ()))
     if worst:
         yield from [Moment(worst, _sizes(named[worst]))] * 8
         forward = len(passes["graded step"]) // 2
@@ -60,38 +60,39 @@ def _blocks(p: Prediction, phase: Phase) -> Iterator[Moment]:
             yield Moment(f"{phase.name}, {name}", sizes | here)
 
 
-def check_name(text: str) -> Path:
-    """The path of a picture, which may be there already; UserError where none can be written."""
-    path = Path(text)
-    check(path.suffix == ".png", "--picture", text, "a name that ends with .png")
-    check(path.parent.is_dir() and not path.is_dir(), "--picture", text, "a name in a folder that is here")
-    check_out(path.parent, "--picture")
-    return path
+def ordered(found: Sequence[Moment]) -> list[str]:
+    """The categories of moments, those of all phases first."""
+    names = dict.fromkeys(n for m in found for n in m.bytes)
+    return [n for n in STANDING if n in names] + [n for n in names if n not in STANDING]
 
 
-def draw(p: Prediction, path: Path) -> None:
-    """Write the picture."""
+def draw(p: Prediction, other: Prediction) -> bytes:
+    """A PNG, under it that of `other`, the paper's settings."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = list(moments(p))
-    names = dict.fromkeys(n for m in found for n in m.bytes)
-    ordered = [n for n in STANDING if n in names] + [n for n in names if n not in STANDING]
-    rows = [[m.bytes.get(n, 0) / 1e9 for m in found] for n in ordered]
-    figure, axes = pyplot.subplots(figsize=(12, 6))
-    colors = [pyplot.get_cmap("tab20")(i % 20) for i in range(len(ordered))]
-    axes.stackplot(range(len(found)), rows, labels=ordered, colors=colors, step="post")
-    axes.axhline(p.limit / 1e9, color="black", linestyle="--", linewidth=1, label="limit")
-    starts = [i for i, m in enumerate(found) if i == 0 or m.phase != found[i - 1].phase]
-    for i in starts:
-        axes.axvline(i, color="white", linewidth=1)
-    phases = [found[i].phase for i in starts]
-    axes.set_xticks(starts, phases, rotation=60, rotation_mode="anchor", ha="right", fontsize=8)
-    axes.set_ylabel("GB on a GPU, predicted")
-    axes.set_title(f"{p.subject.model}, {p.subject.setup.tokens:,} tokens, {p.shards.size} x {p.gpu.name}")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    pictures = ((p, "as configured"), (other, "the paper's settings"))
+    names = ordered([m for one, _ in pictures for m in moments(one)])
+    colors = [pyplot.get_cmap("tab20")(i % 20) for i in range(len(names))]
+    figure, places = pyplot.subplots(2, 1, figsize=(12, 11), sharey=True)
+    for axes, (one, what) in zip(places, pictures, strict=True):
+        found = list(moments(one))
+        rows = [[m.bytes.get(n, 0) / 1e9 for m in found] for n in names]
+        axes.stackplot(range(len(found)), rows, labels=names, colors=colors, step="post")
+        axes.axhline(one.limit / 1e9, color="black", linestyle="--", linewidth=1, label="limit")
+        starts = [i for i, m in enumerate(found) if i == 0 or m.phase != found[i - 1].phase]
+        for i in starts:
+            axes.axvline(i, color="white", linewidth=1)
+        phases = [found[i].phase for i in starts]
+        axes.set_xticks(starts, phases, rotation=60, rotation_mode="anchor", ha="right", fontsize=8)
+        axes.set_ylabel("GB on a GPU, predicted")
+        tokens = f"{one.subject.setup.tokens:,} tokens, {one.shards.size} x {one.gpu.name}"
+        axes.set_title(f"{one.subject.model}, {tokens}: {what}")
+    places[0].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=100)
     pyplot.close(figure)
+    return file.getvalue()

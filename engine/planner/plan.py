@@ -75,11 +75,12 @@ class Kind:
         blocks before it save). before: the kind of the block before it; None where it is the first, and then
         what lives before and after all blocks counts too. If both offload something, the peak in forward is
         an upper bound."""
-        saved, peak = self.inside(phase, before, last)
-        return saved, max(peak, self.numbers[phase].rest) if before is None else peak
+        saved, forward, backward = self.passes(phase, before, last)
+        rest = self.numbers[phase].rest if before is None else 0
+        return saved, max(forward, backward, rest)
 
-    def inside(self, phase: str, before: "Kind | None", last: bool) -> tuple[int, int]:
-        """The same without what lives before and after all blocks."""
+    def passes(self, phase: str, before: "Kind | None", last: bool) -> tuple[int, int, int]:
+        """(what it saves, its peak in forward, its peak in backward)."""
         n, policy = self.numbers[phase], self.policy.staying() if last else self.policy
         leaving = 0 if before is None else before.numbers[phase].leaving
         back = 0 if before is None or policy.plain else before.numbers[phase].host
@@ -87,30 +88,37 @@ class Kind:
             saved, forward, backward = n.saved_last, n.forward_last + leaving, n.backward_last
         else:
             saved, forward, backward = n.saved, n.forward + max(0, leaving - n.leaving), n.backward
-        return saved, n.start + max(forward, backward + back)
+        return saved, n.start + forward, n.start + backward + back
 
 
 class Peak(NamedTuple):
-    """The most bytes of a part of a step, and what of them blocks have saved."""
+    """The most bytes of a part of a step, what of them blocks have saved, and what the backward of blocks has
+    made of gradients that were not there before."""
 
     bytes: int
     saved: int
+    gradients: int = 0
 
 
-def peaks(kinds: Sequence[Kind], reward: Kind) -> dict[str, dict[str, Peak]]:
+def peaks(kinds: Sequence[Kind], reward: Kind, gradient: int = 0) -> dict[str, dict[str, Peak]]:
     """Of a step whose blocks have `kinds`, in every pass with gradient: the peak in "blocks", in the "head"
     (head, loss, reward model), and in the "rest" before and after all blocks. In addition to weights,
-    gradients and optimizer states."""
-    found = {}
+    gradients and optimizer states. gradient: bytes of a block's gradients where the pass begins without any
+    (Setup.alone) and they stay; then they are counted."""
+    found, count = {}, len(kinds)
     for phase, n in reward.numbers.items():
         saved, before, blocks = 0, None, []
         for i, kind in enumerate(kinds):
-            more, here = kind.inside(phase, before, i == len(kinds) - 1)
-            blocks.append(Peak(saved + here, saved))
+            more, forward, backward = kind.passes(phase, before, i == count - 1)
+            arrived = (count - 1 - i) * gradient  # those of one block are in its numbers
+            backward += max(0, arrived - gradient)
+            blocks += [Peak(saved + forward, saved), Peak(saved + backward, saved, arrived)]
             saved, before = saved + more, kind
+        first = kinds[0].numbers[phase]
+        after = Peak(first.after + (count - BLOCKS) * gradient, 0, count * gradient)
         found[phase] = {
             "blocks": max(blocks), "head": Peak(saved + n.start + n.head, saved),
-            "rest": Peak(kinds[0].numbers[phase].rest, 0),
+            "rest": max(Peak(first.before, 0), after),
         }  # fmt: skip
     return found
 

@@ -6,25 +6,26 @@ that is named; *estimated* ones are what no count reaches (work space of attenti
 tests/test_predict.py compares the counted ones with real runs.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
 from prfl_engine.config import Config
 from prfl_engine.memory.policy import of_config
 from prfl_engine.objectives import index_range
+from prfl_engine.planner import between
 from prfl_engine.planner.chain_bytes import longest
 from prfl_engine.planner.dry_run import (
+    REWARD_TRAINING,
     accelerated_bytes,
     batch_bytes,
+    pair_bytes,
     rollout_bytes,
     validation_bytes,
 )
+from prfl_engine.planner.entries import COUNTED, ESTIMATED, PREDICTED, Entry, Phase, entries
 from prfl_engine.planner.fit_memory import planned
-from prfl_engine.planner.machine import CONTEXT, Machine
+from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup
@@ -40,33 +41,7 @@ from prfl_engine.planner.standing import (
     update_bytes,
 )
 
-COUNTED, PREDICTED, ESTIMATED = "counted", "predicted", "estimated"
 BUFFERS = "whole blocks by the order in which FSDP2 gathers and frees"
-
-
-class Entry(NamedTuple):
-    """Bytes of one category in a phase, how they are known, and from what."""
-
-    category: str
-    bytes: int
-    how: str
-    basis: str
-
-
-class Phase(NamedTuple):
-    """A part of a run with all bytes that are on the device in its peak, or on the host."""
-
-    name: str
-    entries: tuple[Entry, ...]
-
-    @property
-    def bytes(self) -> int:
-        """All of them."""
-        return sum(e.bytes for e in self.entries)
-
-    def of(self, *how: str) -> int:
-        """Bytes that are known in one of these ways."""
-        return sum(e.bytes for e in self.entries if e.how in how)
 
 
 @dataclass(frozen=True)
@@ -92,36 +67,42 @@ def memory(
     gpu: Machine | None,
     shards: Shards = Shards(),  # noqa: B008 - never changed
     kind: Kind | None = None,
+    like: Setup | None = None,
 ) -> Memory:
-    """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known.
+    """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known; like:
+    whose rollout has been counted already and stands for this one's, apart from states of the chain.
     UserError where auto:GB fits nothing."""
+    setup = replace(setup, **_backward(config, setup, shards))
     made, kinds, reward = None, [kind] * setup.count, kind
     if kind is None:
         made, kinds, reward = _kinds(config, setup, gpu, shards)
     models, c = models_of(setup, shards.shards), config
     stands = _standing(c, setup, models, gpu, shards)
-    gradients = _entries(
+    gradients = entries(
         (("gradients", gradient_bytes(models, c.optim), COUNTED, "parameters that an optimizer updates"),)
     )
-    phases = [Phase("load", _load(c, setup, models, gpu, shards))]
+    phases = [
+        Phase("load", between.load(c, setup, models, gpu, shards)),
+        Phase("resume", (*stands, *between.resume(c, setup, models, shards))),
+    ]
     training = (*stands, *gradients)
-    for name, own in _step(c, setup, kinds, reward, models, gpu, shards).items():
-        phases.append(Phase(name, (*training, *own)))
+    for name, own in _step(c, setup, kinds, reward, models, gpu, shards, like).items():
+        phases.append(Phase(name, (*(stands if setup.alone else training), *own)))
     phases.append(Phase("optimizer", (*training, *_optimizer(c, setup, models, gradients, shards))))
     if setup.validation is not None:
         phases.append(Phase("validation", (*stands, *_validation(c, setup, models, shards))))
-    phases.append(Phase("checkpoint", stands))
-    host = Phase("host", _host(c, setup, kinds, reward, models, shards))
-    saved = state_bytes(models, c.optim, shards.many).saved * shards.shards
-    weights = sum(p.count * torch.Size(p.shape).numel() * p.dtype.itemsize for p in models.trained)
-    average = sum(p.count * torch.Size(p.shape).numel() * 4 for p in models.trained)
-    disk = weights + saved + (average if c.train.ema > 0 else 0)
+    pool = entries((("chains that persist", setup.pool - setup.drawn, COUNTED, "states, prompts"),))
+    phases.append(Phase("checkpoint", (*stands, *pool, *between.checkpoint(c, setup, models, shards))))
+    host = Phase("host", _host(c, setup, kinds, reward, models, gpu, shards))
+    disk = between.on_disk(c, setup, models, shards)
     return Memory(tuple(phases), host, disk, tuple(kinds), reward, made)
 
 
-def _entries(found: Sequence[tuple[str, int, str, str]]) -> tuple[Entry, ...]:
-    """Those that are not nothing."""
-    return tuple(Entry(*entry) for entry in found if entry[1])
+def stands(config: Config, setup: Setup, gpu: Machine | None, shards: Shards) -> int:
+    """Bytes of weights, gradients and states, in every phase of a step."""
+    models = models_of(setup, shards.shards)
+    standing = sum(e.bytes for e in _standing(config, setup, models, gpu, shards))
+    return standing + gradient_bytes(models, config.optim)
 
 
 def _kinds(
@@ -139,9 +120,25 @@ def _kinds(
     return None, [kind] * setup.count, kind
 
 
-def _narrow_average(config: Config) -> bool:
+def _backward(c: Config, setup: Setup, shards: Shards) -> dict:
+    """How gradients arrive in the passes of a step: fields of Setup. Those of sharded weights arrive whole
+    and in the dtype of their weights, which `gathered_bytes` counts."""
+    if shards.many:
+        return {}
+    one_loss = c.loss.alternate or 0 in (c.loss.weight, c.loss.sft_weight)
+    one_pass = c.loss.weight == 0 or c.rollout.samples == c.chain.window == 1
+    once = one_loss and one_pass or setup.trains is not None
+    alone = once and c.train.accumulate == 1 and c.optim.offload != "all"
+    wide = c.optim.grad_dtype == "float32"
+    return {
+        "grad_dtype": torch.float32 if wide else None, "alone": alone and c.model.budget is None,
+        "arriving": c.optim if c.optim.in_backward else None,
+    }  # fmt: skip
+
+
+def _narrow_average(config: Config, models: Models) -> bool:
     """Whether the average is kept in another dtype than the weights."""
-    return config.train.ema > 0 and config.model.weights_dtype != "float32"
+    return config.train.ema > 0 and any(p.dtype != torch.float32 for p in models.trained)
 
 
 def _standing(
@@ -152,6 +149,9 @@ def _standing(
     low = [p for p in models.generator if ".lora_" in p.name]
     whole = [p for p in models.generator if ".lora_" not in p.name]
     head = [p for p in models.reward if not p.name.startswith("transformer.")]
+    if setup.trains is not None:
+        head = [p for p in whole if not p.name.startswith("transformer.")]
+        whole = [p for p in whole if p.name.startswith("transformer.")]
     trunk = [p for p in models.reward if p.name.startswith("transformer.")]
     ema = sum(p.bytes(4) for p in models.trained) if c.train.ema > 0 else 0
     slots = update_bytes(models, c.optim, shards.many).slots
@@ -172,28 +172,9 @@ def _standing(
     ]
     if gpu is not None:
         every = [*models.generator, *models.reward]
-        found += [
-            ("allocator", segments(every), PREDICTED, "weights above 10 MiB rounded up to 2 MiB"),
-            ("CUDA context", CONTEXT, ESTIMATED, "assumed 0.6 GB: context, kernels, cuBLAS work space"),
-        ]
-    return _entries(found)
-
-
-def _load(
-    c: Config, setup: Setup, models: Models, gpu: Machine | None, shards: Shards
-) -> tuple[Entry, ...]:
-    """Files are read tensor by tensor; random weights are made whole in float32, then converted or
-    sharded."""
-    weights = sum(p.bytes() for p in models.generator) - idle_bytes(setup, models)[0]
-    if c.model.path is None and shards.many:
-        weights = sum(4 * p.count * math.prod(p.shape) for p in models.generator)
-    reward = sum(p.bytes() for p in models.reward)
-    found = [("weights", weights, COUNTED, "shapes of the parameters"), ("reward model", reward, COUNTED, "")]
-    if c.model.path is None and c.model.weights_dtype != "float32" and not shards.many:
-        found.append(("temporaries", max(0, weights - reward), COUNTED, "random weights in float32 first"))
-    if gpu is not None:
-        found.append(("CUDA context", CONTEXT, ESTIMATED, "assumed 0.6 GB"))
-    return _entries(found)
+        found.append(("allocator", segments(every), PREDICTED, "weights above 10 MiB rounded up to 2 MiB"))
+        found += between.of_libraries(gpu, shards)
+    return entries(found)
 
 
 def _step(
@@ -204,63 +185,78 @@ def _step(
     models: Models,
     gpu: Machine | None,
     shards: Shards,
+    like: Setup | None,
 ) -> dict[str, tuple[Entry, ...]]:
     """What the phases of a step hold in addition to what stands, where each has most."""
-    found, extra = peaks(kinds, reward), []
+    block = [p for p in models.trained if "blocks.0." in p.name]
+    gradient = gradient_bytes(Models(block, []), c.optim) // setup.count if setup.alone else 0
+    found, extra = peaks(kinds, reward, gradient), []
     if gpu is not None:
         work = setup.tokens * setup.config.dim * 4 // setup.sequence
         extra.append(("attention", work, ESTIMATED, "float32 dQ of a FlashAttention backward"))
     arriving = 0  # the update of a gradient that a block's backward has made, when that is over
-    if c.optim.in_backward:
+    if c.optim.in_backward and shards.many:
         arriving = update_bytes(models, c.optim, shards.many).temporaries
     gathered = gathered_bytes(models, shards, setup.compute_dtype)
+    if setup.sides > 1:  # all of its blocks in one dry run: reward models are short
+        found[REWARD_TRAINING] = {"blocks": Peak(*pair_bytes(setup, [k.policy for k in kinds]))}
 
     def own(phase: str, peak: Peak, around: bool = False, scored: bool = False) -> tuple[Entry, ...]:
         start = 0 if around else reward.numbers[phase].start
-        states = 0 if phase == "flow matching" or around else longest(setup)
+        states = longest(setup) if phase == "graded step" and not around else 0
         pool = 0 if around else setup.pool
-        left = peak.bytes - max(start, states + pool) - peak.saved
+        left = peak.bytes - max(start, states + pool) - peak.saved - peak.gradients
         update = max(0, arriving - left)
         whole = gathered.graded(left, min(k.numbers[phase].saved for k in kinds)) if shards.many else 0
-        return _entries((
+        if scored:  # what its blocks allocate is gone when its head is gathered, not what they save
+            kept = reward.numbers[phase].saved * setup.reward_blocks
+            whole = max(gathered.reward, gathered.head + kept - left)
+        return entries((
             ("saved activations", peak.saved, COUNTED, "dry run: what the blocks save"),
             ("sampler states", states, COUNTED, "states of the chain that a window needs"),
             ("chains that persist", pool, COUNTED, "states and prompts of the pool"),
             ("inputs, embeddings", max(0, start - states - pool), COUNTED, "dry run: before the blocks"),
+            ("gradients", peak.gradients, COUNTED, "those that blocks have made"),
             ("temporaries", left, COUNTED, "dry run"),
             ("optimizer in backward", update, COUNTED, "a real update of one block"),
-            ("gathered blocks", gathered.reward if scored else whole, PREDICTED, BUFFERS), *extra,
+            ("gathered blocks", whole, PREDICTED, BUFFERS), *extra,
         ))  # fmt: skip
 
     made = {}
     if setup.reward_blocks:
         first, last = index_range(setup.rollout)
         middle = (first + last + 1) // 2
-        whole = {"sigma_range": (0.0, 1.0), "start": "noise"}  # an index counts from where chains begin
-        mean = replace(setup, rollout=replace(setup.rollout, range=(middle, middle), **whole))
-        made[f"rollout, mean index {middle}"] = _rollout(mean, gathered)
-        made[f"rollout, worst index {last}"] = _rollout(setup, gathered)
+        most = rollout_bytes(setup if like is None else like)
+        if like is None:
+            whole = {"sigma_range": (0.0, 1.0), "start": "noise"}  # an index counts from where chains begin
+            mean = replace(setup, rollout=replace(setup.rollout, range=(middle, middle), **whole))
+            made[f"rollout, mean index {middle}"] = _rollout(mean, gathered, rollout_bytes(mean))
+        else:
+            most += longest(setup) - longest(like) + accelerated_bytes(setup) - accelerated_bytes(like)
+            most += setup.pool - like.pool
+        made[f"rollout, worst index {last}"] = _rollout(setup, gathered, most)
         parts = [(name, found[name]["blocks"], False) for name in ("graded step", "window") if name in found]
         rest = found["graded step"]["rest"]
-        if rest.bytes > rollout_bytes(setup):
+        if rest.bytes > most:
             parts.append(("graded step", rest, True))
         made["graded step"] = own(*max(parts, key=lambda part: part[1]))
         made["reward"] = own("graded step", found["graded step"]["head"], scored=True)
-    if "flow matching" in found:
-        parts = found["flow matching"]
-        place = max(parts, key=lambda p: parts[p].bytes)
-        made["flow matching"] = own("flow matching", parts[place], place == "rest")
+    for name in ("flow matching", REWARD_TRAINING):
+        if name in found:
+            parts = found[name]
+            place = max(parts, key=lambda p: parts[p].bytes)
+            made[name] = own(name, parts[place], place == "rest")
     return made
 
 
-def _rollout(setup: Setup, gathered: Gathered) -> tuple[Entry, ...]:
-    most, cache = rollout_bytes(setup), accelerated_bytes(setup)
+def _rollout(setup: Setup, gathered: Gathered, most: int) -> tuple[Entry, ...]:
+    cache = accelerated_bytes(setup)
     states, buffers = min(longest(setup), most), max(gathered.forward, gathered.begin)
     left = most - states - cache - setup.pool
     if gathered.resident:  # before the rollout, from one whole block and the buffer of its gather at a time
         buffers = max(0, 2 * (gathered.begin - gathered.forward) - left)
     resident = 0 if setup.rollout.cuda_graph else gathered.resident
-    return _entries((
+    return entries((
         ("sampler states", states, COUNTED, "states of the chain"),
         ("step cache, first tokens", cache, COUNTED, "residual, modulated input, tokens"),
         ("chains that persist", setup.pool, COUNTED, "states and prompts of the pool"),
@@ -273,11 +269,12 @@ def _rollout(setup: Setup, gathered: Gathered) -> tuple[Entry, ...]:
 def _optimizer(
     c: Config, setup: Setup, models: Models, gradients: tuple[Entry, ...], shards: Shards
 ) -> tuple[Entry, ...]:
-    update = update_bytes(models, c.optim, shards.many).temporaries
-    if _narrow_average(c):  # a parameter in float32; the gradients are gone by then
+    update = 0 if c.optim.in_backward else update_bytes(models, c.optim, shards.many).temporaries
+    if _narrow_average(c, models):  # a parameter in float32; the gradients are gone by then
         update = max(update, max(4 * p.values for p in models.trained) - sum(e.bytes for e in gradients))
     numbers = 2 * ROUND * sum(p.count for p in models.trained)
-    return _entries((
+    return entries((
+        ("chains that persist", setup.pool - setup.drawn, COUNTED, "states and prompts of the pool"),
         ("inputs, embeddings", batch_bytes(setup), COUNTED, "the last micro-batch"),
         ("temporaries", update, COUNTED, "a real update of one block of the largest parameter"),
         ("norms and counters", numbers, COUNTED, "two numbers a parameter"),
@@ -285,25 +282,35 @@ def _optimizer(
 
 
 def _validation(c: Config, setup: Setup, models: Models, shards: Shards) -> tuple[Entry, ...]:
-    swapped = sum(p.bytes() for p in models.trained) if _narrow_average(c) or shards.many else 0
-    return _entries((
+    gathered = gathered_bytes(models, shards)
+    swapped = sum(p.bytes() for p in models.trained) if _narrow_average(c, models) or shards.many else 0
+    return entries((
         ("temporaries", validation_bytes(setup), COUNTED, "dry run: samples, rewards, flow matching"),
         ("weights set aside", swapped if c.train.ema > 0 else 0, COUNTED, "the average in their dtype"),
-        ("gathered blocks", gathered_bytes(models, shards).begin, PREDICTED, BUFFERS),
+        ("gathered blocks", max(gathered.begin, gathered.reward, gathered.head), PREDICTED, BUFFERS),
     ))  # fmt: skip
 
 
 def _host(
-    c: Config, setup: Setup, kinds: list[Kind], reward: Kind, models: Models, shards: Shards
+    c: Config,
+    setup: Setup,
+    kinds: list[Kind],
+    reward: Kind,
+    models: Models,
+    gpu: Machine | None,
+    shards: Shards,
 ) -> tuple[Entry, ...]:
-    """Pinned memory; not counted are the process, its loaders and the page cache of files."""
+    """Pinned memory, and what processes, loaders and checkpoints take; not the page cache of files."""
     states = state_bytes(models, c.optim, shards.many)
-    away = sum(k.host for k in kinds[:-1])
+    away = sum(k.host for k in kinds[:-1]) * setup.sides
     scored = reward.host * max(0, setup.reward_blocks - 1)
-    return _entries((
+    return entries((
         ("offloaded activations", away + scored, COUNTED, "dry run: what blocks offload"),
         ("pinned rounding", (away + scored) // 64, PREDICTED, "at most a 64th: torch's powers of two"),
         ("idle experts", idle_bytes(setup, models)[1], COUNTED, "frozen blocks of both experts"),
         ("optimizer states", states.host, COUNTED, "pinned, rounded up to powers of two"),
         ("gradients", states.host_gradients, COUNTED, "pinned, rounded up to powers of two"),
+        ("chains that persist", setup.pool_host, COUNTED, "pinned, rounded up to powers of two"),
+        ("noise", between.noise_bytes(setup) if gpu is not None else 0, COUNTED, "pinned, of two samples"),
+        *between.of_processes(c, setup, models, gpu, shards),
     ))  # fmt: skip

@@ -4,15 +4,18 @@ import itertools
 from dataclasses import dataclass
 
 from prfl_engine.memory.policy import BlockPolicy
-from prfl_engine.planner.machine import CONTEXT_NOTE, Machine
-from prfl_engine.planner.predict import COUNTED, ESTIMATED, PREDICTED, Memory, Phase
+from prfl_engine.planner.dry_run import REWARD_TRAINING
+from prfl_engine.planner.entries import COUNTED, ESTIMATED, MEASURED, PREDICTED, Phase
+from prfl_engine.planner.machine import NOT_COUNTED, Machine, machine
+from prfl_engine.planner.predict import Memory
+from prfl_engine.planner.rates import Measured
 from prfl_engine.planner.sharded import Exchanged, Shards
 from prfl_engine.planner.subject import Subject
 from prfl_engine.planner.timing import Times
 
 WIDTH = 100
 SHORT = {"graded step": "graded", "flow matching": "flow m.", "optimizer": "optim.", "validation": "valid.",
-         "checkpoint": "save"}  # fmt: skip
+         "checkpoint": "save", REWARD_TRAINING: "reward"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Prediction:
     times: Times
     exchanged: Exchanged
     price: float | None = None  # of a GPU hour
+    measured: Measured | None = None  # what the rates of the machine are from
 
     @property
     def fits(self) -> bool:
@@ -35,7 +39,8 @@ class Prediction:
 
     def text(self) -> str:
         """For a terminal."""
-        parts = (self._head(), self._phases(), self._categories(), self._basis(), self._seconds())
+        parts = (self._head(), self._phases(), self._categories(), self._basis(), self._seconds(),
+                 self.measured_lines())
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
     def _head(self) -> list[str]:
@@ -66,12 +71,13 @@ class Prediction:
         verdict = f"fits, {left:.2f} GB left" if self.fits else f"DOES NOT FIT, {-left:.2f} GB too much"
         lines.append(f"largest: {peak.name}, {peak.bytes / 1e9:.2f} of {limit:.2f} GB: {verdict}")
         host = self.memory.host
-        each = ", ".join(f"{e.category} {e.bytes / 1e9:.1f}" for e in host.entries) or "no pinned memory"
-        lines.append(f"host memory of a process: {host.bytes / 1e9:.1f} GB ({each})")
-        lines.append(f"a checkpoint on disk: {self.memory.disk / 1e9:.1f} GB")
+        each = ", ".join(f"{e.category} {e.bytes / 1e9:.1f}" for e in host.entries)
+        lines += wrapped(f"host memory of a process: {host.bytes / 1e9:.1f} GB ({each})")
+        lines.append(f"a checkpoint on disk: {self.memory.disk / 1e9:.1f} GB, counted")
         return lines
 
-    def _columns(self) -> list[tuple[str, Phase]]:
+    def columns(self) -> list[tuple[str, Phase]]:
+        """Phases by short names."""
         found = {}
         for phase in self.memory.phases:
             name = "rollout" if phase.name.startswith("rollout, worst") else SHORT.get(phase.name, phase.name)
@@ -80,26 +86,32 @@ class Prediction:
         return list(found.items())
 
     def _categories(self) -> list[str]:
-        columns = self._columns()
-        names = dict.fromkeys(e.category for _, phase in columns for e in phase.entries)
+        columns = self.columns()
         lines = [f"{'by category, GB':26}" + "".join(f"{name:>8}" for name, _ in columns)]
-        for category in names:
-            cells = []
-            for _, phase in columns:
-                size = sum(e.bytes for e in phase.entries if e.category == category)
-                cells.append(f"{size / 1e9:8.2f}" if size else f"{'':8}")
+        for category, sizes in self.categories():
+            cells = (f"{size / 1e9:8.2f}" if size else f"{'':8}" for size in sizes)
             lines.append(f"  {category:24}" + "".join(cells).rstrip())
         return lines
 
+    def categories(self) -> list[tuple[str, list[int]]]:
+        """Bytes of every category in every one of `columns`."""
+        columns = [phase.entries for _, phase in self.columns()]
+        names = dict.fromkeys(e.category for entries in columns for e in entries)
+        return [(n, [sum(e.bytes for e in entries if e.category == n) for entries in columns]) for n in names]
+
+    def known(self) -> list[tuple[str, str, str]]:
+        """(category, how it is known, from what), the first of every category and way."""
+        found: dict[tuple[str, str], str] = {}
+        for phase in (*self.memory.phases, self.memory.host):
+            for e in phase.entries:
+                if e.basis:
+                    found.setdefault((e.category, e.how), e.basis)
+        return [(category, how, basis) for (category, how), basis in found.items()]
+
     def _basis(self) -> list[str]:
-        every = (e for phase in (*self.memory.phases, self.memory.host) for e in phase.entries if e.basis)
-        found = {(e.category, e.how, e.basis): None for e in every}
-        lines, seen = ["how each is known"], set()
-        for category, how, basis in found:
-            if (category, how) not in seen:
-                seen.add((category, how))
-                lines.append(f"  {category:24}{how:11}{basis}")
-        return lines + wrapped(f"not counted: {CONTEXT_NOTE}")
+        lines = ["how each is known"]
+        lines += [f"  {category:24}{how:11}{basis}" for category, how, basis in self.known()]
+        return lines + wrapped(f"not counted: {NOT_COUNTED}")
 
     def _seconds(self) -> list[str]:
         t = self.times
@@ -114,14 +126,25 @@ class Prediction:
         sizes = ((name, size / 1e9) for name, size in self.exchanged._asdict().items() if size)
         if each := ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in sizes):
             lines += wrapped(f"GB that a rank receives in a pass: {each}")
-        if t.graded:
-            hours, an_hour = t.per_sample * t.gpus / 3600, 3600 / t.per_sample
-            line = f"{t.graded:g} graded samples a step: {t.per_sample:.2f} s each, {an_hour:.0f} an hour"
+        if t.graded or t.trained:
+            an_hour = 3600 / t.per_sample
+            what = f"{t.graded:g} graded" if t.graded else f"{t.trained:g}"
+            line = f"{what} samples a step: {t.per_sample:.2f} s each, {an_hour:.0f} an hour"
             line += f", {t.per_sample * t.gpus:.1f} GPU seconds each"
             if self.price is not None:
-                line += f", at a price of {hours * self.price:.4f} each"
+                line += f", at a price of {self.sample_price:.4f} each"
             lines.append(line)
-        return lines + wrapped(f"rates: {self.gpu.basis}")
+        return lines + wrapped(f"seconds predicted, FLOPs and GB received counted; rates: {self.gpu.basis}")
+
+    def measured_lines(self) -> list[str]:
+        """Measured rates and steps; none without them."""
+        return [] if self.measured is None else self.measured.text(machine(self.gpu.name).rates)
+
+    @property
+    def sample_price(self) -> float | None:
+        """Of a sample; None where no price or no sample is known."""
+        hours = self.times.per_sample * self.times.gpus / 3600
+        return None if self.price is None or hours == float("inf") else hours * self.price
 
     def values(self) -> dict:
         """For JSON: bytes, seconds and FLOPs, with how each is known."""
@@ -139,9 +162,16 @@ class Prediction:
             "policies": [described(k.policy, k.name) for k in self.memory.kinds],
             "collectives": self.exchanged._asdict(), "seconds": [row._asdict() for row in t.rows],
             "step": t.seconds, "mfu": t.mfu, "graded": t.graded,
-            "per_sample": t.per_sample if t.graded else None,
-            "how": {"bytes": "see entries", "seconds": PREDICTED, "collectives": COUNTED},
-            "rates": self.gpu.rates._asdict(), "basis": self.gpu.basis,
+            "trained": t.trained,
+            "per_sample": t.per_sample if t.graded or t.trained else None,
+            "how": {
+                "bytes": "see entries", "seconds": PREDICTED, "collectives": COUNTED, "flops": COUNTED,
+                "rates": MEASURED if self.measured else "assumed", "checkpoint": COUNTED,
+            },
+            "price": self.sample_price, "rates": self.gpu.rates._asdict(), "basis": self.gpu.basis,
+            "measured": None if self.measured is None else {
+                "rates": self.measured.rates, "steps": [s._asdict() for s in self.measured.steps]
+            },
         }  # fmt: skip
 
 

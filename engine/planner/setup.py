@@ -4,12 +4,17 @@ from dataclasses import dataclass
 
 import torch
 
-from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig
+from prfl_engine.config import ChainConfig, LoraConfig, OptimConfig, RolloutConfig
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.objectives import index_range
 
 ROUND = 512  # torch's CUDA allocator rounds sizes up to this
 Latent = tuple[int, int, int, int, int]  # [B, 16, T, H, W]
+
+
+def rounded(size: int, to: int = ROUND) -> int:
+    """Bytes rounded up to a multiple of `to`."""
+    return -(-size // to) * to
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,21 @@ class RewardSetup:
 
 
 @dataclass(frozen=True)
+class RewardTraining:
+    """That a reward model is trained in place of a generator. Setup.config and Setup.blocks are those of its
+    transformer, Setup.reward says what else it has."""
+
+    pairs: bool = False  # a winner and a loser in one backward (reward.loss bt)
+    embeddings: bool = False  # whether they are trained
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
 class Validation:
     """What a validation's memory depends on: its largest batch [B, 16, T, H, W], whether rewards are
-    computed, how many batches there are and how many values [B] it makes of all. On a CPU batches of samples
-    that are `kept` to be written, and `read` samples of the data, are in the same memory."""
+    computed, how many batches there are and how many values [B] it makes of all, of how many samples. On a
+    CPU batches of samples that are `kept` to be written, and `read` samples of the data, one less with the
+    last batch, are in the same memory."""
 
     latent: Latent
     scored: bool = True
@@ -36,6 +52,7 @@ class Validation:
     values: int = 0
     kept: int = 0
     read: int = 0
+    samples: int = 0  # of all batches
 
 
 @dataclass(frozen=True)
@@ -58,10 +75,21 @@ class Setup:
     lora: LoraConfig | None = None  # None: all weights are trained
     validation: Validation | None = None
     pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
+    drawn: int = 0  # of these what is there in graded steps alone
+    pool_host: int = 0  # bytes of chains that persist on the host, pinned
+    trains: RewardTraining | None = None  # None: a generator is trained
     experts: tuple[bool, bool] | None = None  # which of two experts is trained; None: there is one model
     idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
     first_frame: bool = False  # of every latent is given to a ti2v model
+    grad_dtype: torch.dtype | None = None  # of gradients; None: of their weights
+    alone: bool = False  # a backward is the only one of an optimizer step: there are no gradients before it
+    arriving: OptimConfig | None = None  # what updates a parameter when its gradient arrives
+
+    @property
+    def sides(self) -> int:
+        """Latents of a training sample: two of a pair."""
+        return 1 + (self.trains is not None and self.trains.pairs)
 
     @property
     def count(self) -> int:

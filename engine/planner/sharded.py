@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from prfl_engine.config import ChainConfig, RolloutConfig
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.objectives import noisy_reward, sft_loss
-from prfl_engine.planner.dry_run import generator, inputs, reward_model
+from prfl_engine.planner.dry_run import inputs, reward_model, trained
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.meta import meta_tensors, traffic
 from prfl_engine.planner.plan import Kind
@@ -66,12 +69,13 @@ class Gathered(NamedTuple):
     reduced: int = 0  # the gradients of the block before in a backward, in the buffer of their reduce-scatter
     begin: int = 0
     reward: int = 0
+    head: int = 0  # of the reward model, when all of its blocks have been computed
     resident: int = 0  # all weights of the generator, as products read them
 
     @property
     def most(self) -> int:
         """Of any pass but a rollout with resident weights, at the most."""
-        return max(self.backward + self.reduced, self.begin, self.reward)
+        return max(self.backward + self.reduced, self.begin, self.reward, self.head)
 
     def graded(self, temporaries: int, saved: int) -> int:
         """Most in a pass with gradient in addition to the peak of its last block, with so many bytes of
@@ -94,15 +98,16 @@ def gathered_bytes(models: Models, shards: Shards, compute: torch.dtype | None =
     trained = sum(p.values for p in models.trained if "blocks.0." in p.name)
     blocks = [p for p in models.generator if "blocks.0." in p.name]
     share = trained / max(1, sum(p.values for p in blocks))
-    scored = 0
+    scored = head = 0
     if models.reward:
         theirs = units_of(models.reward, shards.shards)
         scored = 3 * theirs["block"].padded + theirs["root"].padded
-        scored = max(scored, 2 * theirs["pool"].padded + theirs["mlp"].padded)
+        head = 2 * max(theirs["pool"].padded, theirs["mlp"].padded)
     return Gathered(
         root + 2 * block, root + 2 * block + round(GRADED * share * block),
         round(share * block * wider(models.trained, shards)),
-        root + 3 * block, scored, _resident(models.generator, compute) if shards.resident else 0,
+        root + 3 * block, scored, head,
+        _resident(models.generator, compute) if shards.resident else 0,
     )  # fmt: skip
 
 
@@ -187,7 +192,17 @@ def exchanged_bytes(setup: Setup, models: Models, shards: Shards, reward: Kind) 
 
 
 def _exchange(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
-    """The larger sides of the exchanges of a pass, from those of one block and of two."""
+    """The larger sides of the exchanges of a pass, from those of one block and of two. Neither the dtype of
+    weights nor adapters nor chunks change what tokens exchange."""
+    plain = replace(
+        setup, weight_dtype=setup.compute_dtype, lora=None, chunk=None, validation=None, pool=0, pool_host=0,
+        rollout=RolloutConfig(), chain=ChainConfig(),
+    )  # fmt: skip
+    return _exchange_of_many(plain, what, policy, blocks)
+
+
+@cache
+def _exchange_of_many(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
     one, two = (exchange_of(setup, what, policy, count) for count in (1, 2))
     return one + (blocks - 1) * (two - one)
 
@@ -202,9 +217,10 @@ def exchange_of(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> in
             batch = batch._replace(latent=batch.latent.requires_grad_())
             noisy_reward(model, batch, noise, sigma, run).sum().backward()
         else:
-            model = generator(setup, blocks)
+            model = trained(setup, blocks)
+            losses = sft_loss if setup.trains is None else noisy_reward
             with torch.set_grad_enabled(what == "graded"):
-                loss = sft_loss(model, batch, noise, sigma, run).mean()
+                loss = losses(model, batch, noise, sigma, run).mean()
             if what == "graded":
                 loss.backward()
     return traffic[0] - before

@@ -8,19 +8,19 @@ holds ceil(rows / ranks) rows of each: FSDP2 pads the first dimension to a multi
 import itertools
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from prfl_engine.config import OptimConfig
-from prfl_engine.memory.live_bytes import LiveBytes
-from prfl_engine.optim.block_adamw import BLOCK, BlockAdamW, state_layout
-from prfl_engine.optim.optimizer import in_blocks, update
-from prfl_engine.planner.dry_run import generator, reward_model
+from prfl_engine.optim.block_adamw import BLOCK, state_layout
+from prfl_engine.optim.optimizer import in_blocks
+from prfl_engine.planner.dry_run import reward_model, trained
 from prfl_engine.planner.meta import meta_tensors
-from prfl_engine.planner.setup import ROUND, Setup
+from prfl_engine.planner.setup import ROUND, Setup, rounded
+from prfl_engine.planner.updates import Piece, Update, updated
 
 PINNED = 4096  # a page: the least that pinned memory takes
 
@@ -45,11 +45,6 @@ class Parameter(NamedTuple):
         return self.count * rounded(self.values * (itemsize or self.dtype.itemsize))
 
 
-def rounded(size: int, to: int = ROUND) -> int:
-    """Bytes rounded up to a multiple of `to`."""
-    return -(-size // to) * to
-
-
 def pinned(size: int) -> int:
     """Bytes that torch's pinned allocator takes for a buffer: the next power of two."""
     return max(PINNED, 1 << (size - 1).bit_length()) if size else 0
@@ -66,14 +61,15 @@ def parameters_of(model: nn.Module, blocks: int, shards: int = 1) -> list[Parame
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object for every setup, see models_of
 class Models:
-    """The parameters of the generator and of the reward model, if there is one."""
+    """The parameters of the generator and of the frozen reward model, if there is one. Where a reward model
+    is trained, it has the generator's place."""
 
     generator: list[Parameter]
     reward: list[Parameter]
 
-    @property
+    @cached_property
     def trained(self) -> list[Parameter]:
         """Those that an optimizer updates."""
         return [p for p in self.generator if p.trained]
@@ -83,7 +79,7 @@ def models_of(setup: Setup, shards: int = 1) -> Models:
     """The parameters of a setup's models on one of so many ranks."""
     same = Setup(
         setup.config, (1, 16, 1, 2, 2), weight_dtype=setup.weight_dtype, reward=setup.reward,
-        blocks=setup.blocks, lora=setup.lora, experts=setup.experts,
+        blocks=setup.blocks, lora=setup.lora, trains=setup.trains, experts=setup.experts,
     )  # fmt: skip
     return _models(same, shards)
 
@@ -103,16 +99,22 @@ def idle_bytes(setup: Setup, models: Models) -> tuple[int, int]:
 @cache
 def _models(setup: Setup, shards: int) -> Models:
     with meta_tensors():
-        policy = parameters_of(generator(setup, 1), setup.count, shards)
+        policy = parameters_of(trained(setup, 1), setup.count, shards)
         if setup.experts is not None:
             frozen = [p._replace(trained=False) for p in policy if ".lora_" not in p.name]
-            policy = [p for trained in setup.experts for p in (policy if trained else frozen)]
-        if setup.reward is None:
+            policy = [p for each in setup.experts for p in (policy if each else frozen)]
+        if setup.reward is None or setup.trains is not None:
             return Models(policy, [])
         reward = reward_model(setup, 1)
     return Models(policy, parameters_of(reward, setup.reward.blocks, shards))
 
 
+def is_narrow(models: Models) -> bool:
+    """Whether an optimizer updates weights in bfloat16."""
+    return any(p.dtype == torch.bfloat16 for p in models.trained)
+
+
+@cache
 def gradient_bytes(models: Models, optim: OptimConfig) -> int:
     """Gradients that stay on the device until the update."""
     if optim.in_backward or optim.offload == "all":
@@ -129,9 +131,10 @@ class States(NamedTuple):
     saved: int  # in a checkpoint
 
 
+@cache
 def state_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> States:
     """States of the optimizer that make_optimizer makes of these parameters."""
-    narrow = any(p.dtype == torch.bfloat16 for p in models.trained)
+    narrow = is_narrow(models)
     device = host = gradients = saved = 0
     for p in models.trained:
         device += p.count * ROUND  # the counter of steps
@@ -155,58 +158,24 @@ def state_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> St
     return States(device, host, gradients, saved)
 
 
-class Update(NamedTuple):
-    """What an update takes on the device in addition to states and gradients."""
-
-    slots: int  # always there: where blocks from the host pass through
-    temporaries: int  # most while it is under way
-
-
+@cache
 def update_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> Update:
-    """Counted in a real update on the CPU of the two largest blocks that follow each other: an update goes
-    block by block, and what it makes of one lives until that of the next is there."""
+    """Counted in a real update on the CPU of the two largest blocks that follow each other, of every pair of
+    dtypes: an update goes block by block, and what it makes of one lives until that of the next is there."""
     trained = models.trained
     narrow = any(p.dtype == torch.bfloat16 for p in trained)
     if not in_blocks(optim, narrow, sharded) or optim.name == "apex":
         return Update(0, 0)
-    dtype = torch.bfloat16 if narrow else torch.float32
-    blocks = [[min(BLOCK, left) for left in range(p.values, 0, -BLOCK)] for p in trained]
-    alone = optim.in_backward  # then parameters come one at a time
-    rows = blocks if alone else [list(itertools.chain.from_iterable(blocks))]
+    blocks = [[Piece(min(BLOCK, left), p.dtype) for left in range(p.values, 0, -BLOCK)] for p in trained]
+    rows = blocks if optim.in_backward else [list(itertools.chain.from_iterable(blocks))]
     pairs = [row[i : i + 2] for row in rows for i in range(max(1, len(row) - 1))]
-    return _updated(tuple(max(pairs, key=sum)), dtype, optim)
+    largest: dict[tuple[torch.dtype, ...], tuple[Piece, ...]] = {}
+    for pair in sorted(pairs, key=lambda pair: sum(piece.values for piece in pair)):
+        largest[tuple(piece.dtype for piece in pair)] = tuple(pair)
+    return Update(*map(max, zip(*(updated(pair, optim) for pair in largest.values()), strict=True)))
 
 
 @cache
-def _updated(sizes: tuple[int, ...], dtype: torch.dtype, optim: OptimConfig) -> Update:
-    """A real update of parameters of these sizes."""
-    module = nn.ParameterList([nn.Parameter(torch.zeros(n, dtype=dtype)) for n in sizes])
-    gradients = torch.float32 if optim.grad_dtype == "float32" else dtype
-    for p in module:
-        if gradients != dtype:
-            p.grad_dtype = gradients
-    live = LiveBytes(ROUND)
-    live.add(module)
-    with live:
-        before = live.now
-        optimizer = BlockAdamW([{"params": list(module), "lr": 1e-6, "base_lr": 1e-6}], optim)
-        slots = live.now - before - ROUND * len(sizes)  # without the counters of steps
-        for p in module if optim.offload == "none" else ():
-            for block in optimizer.state[p]["blocks"]:
-                slots -= sum(rounded(a.nbytes) for a in block.values())
-        for p in module:
-            p.grad = torch.zeros(len(p), dtype=gradients)
-        if optim.offload == "all":  # then gradients are on the host by now
-            for p in module:
-                optimizer._arrived(p)
-        stood, _ = live.now, live.lap()
-        if optim.in_backward:
-            for p in module:
-                optimizer._arrived(p)
-        update(optimizer, optim.clip)
-    return Update(max(0, slots), live.lap() - stood)
-
-
 def fp8_bytes(models: Models) -> int:
     """The e4m3 copy of the blocks' linear layers but the text's keys and values (rollout.fp8.Fp8Blocks)."""
     ends = tuple(f"{x}.weight" for x in (".q", ".o", "self_attn.k", "self_attn.v", "ffn.0", "ffn.2"))

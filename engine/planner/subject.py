@@ -13,10 +13,10 @@ from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
 from prfl_engine.model.experts import HIGH, pair_at
 from prfl_engine.model.reward_files import OFFICIAL, settle
-from prfl_engine.model.sources import CONFIG, read_config, transformer_folder
+from prfl_engine.model.sources import read_config
 from prfl_engine.model.wan import PRESETS, Precision, WanConfig
 from prfl_engine.planner.fit_memory import check_pooling, setup_of
-from prfl_engine.planner.setup import RewardSetup, Setup
+from prfl_engine.planner.setup import RewardSetup, RewardTraining, Setup, Validation
 
 SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}  # latents of 81 frames at 832 x 480 and 1280 x 720
 # Of Wan2.2's VAE, 16 x 16 x 4, 121 frames at 832 x 480 and 1280 x 704.
@@ -34,24 +34,44 @@ class Subject:
 
 
 def find(
-    config: Config, path: str, latent: str | None = None, preset: str | None = None, on_cpu: bool = False
+    config: Config,
+    path: str,
+    latent: str | None = None,
+    preset: str | None = None,
+    on_cpu: bool = False,
+    readers: int = 1,
+    train_reward: bool = False,
 ) -> Subject:
-    """The subject of the configuration in the file `path`.
+    """The subject of the configuration in the file `path`; train_reward: of `prfl train-reward`. readers: as
+    `fit_memory.setup_of` takes it.
 
     latent: 480p, 720p or TxHxW, the size of latents; None: of data.train, else by the names in the
     configuration. preset: the generator, as model.preset; None: of model.path, else by its name. UserError
     where one of them cannot be found.
     """
     c, assumed = config, []
+    if not train_reward and c.loss.weight > 0 and c.reward.path is None:
+        want = "the folder of a reward model, or --train-reward for the training of one"
+        raise UserError(f"reward.path: got null, want {want}")
     names = [c.model.preset or "", Path(c.model.path or "").name, Path(path).stem]
-    name, model = _generator(c, preset, assumed)
+    if train_reward and c.reward.path is not None:
+        name, model, known = _trained_reward(c, preset, assumed)
+    else:
+        name, model = _generator(c, preset, assumed)
+        known = OFFICIAL | {"feature_layer": c.reward.blocks} | _given(c)
     shape = _shape(c, latent, [preset or "", *names], model, assumed)
+    if train_reward:
+        return Subject(c, _reward_setup(c, model, shape, known, on_cpu, assumed), name, tuple(assumed))
     reward = _reward(c, model, assumed) if c.loss.weight > 0 or c.reward.path else None
     held_out = [shape] * c.eval.samples if c.eval.every else []
-    dtypes = (c.model.weights_dtype, c.model.compute_dtype, c.model.residual_dtype)
-    precision = Precision(*(getattr(torch, dtype) for dtype in dtypes))
-    setup = setup_of(c, model, precision, reward, [shape] * c.data.batch_size, held_out, on_cpu)
+    shapes = [shape] * c.data.batch_size
+    setup = setup_of(c, model, _precision(c), reward, shapes, held_out, on_cpu, readers)
     return Subject(c, setup, name, tuple(assumed))
+
+
+def _precision(c: Config) -> Precision:
+    dtypes = (c.model.weights_dtype, c.model.compute_dtype, c.model.residual_dtype)
+    return Precision(*(getattr(torch, dtype) for dtype in dtypes))
 
 
 def _generator(c: Config, preset: str | None, assumed: list[str]) -> tuple[str, WanConfig]:
@@ -63,7 +83,7 @@ def _generator(c: Config, preset: str | None, assumed: list[str]) -> tuple[str, 
         folder = Path(c.model.path)
         if c.model.boundary is not None and (folder / HIGH).is_dir():
             folder = pair_at(folder, c.model.low)[0]
-        if folder.is_file() or (transformer_folder(folder) / CONFIG).is_file():
+        if folder.exists():  # without a config.json it is refused, as in training
             return folder.name, read_config(folder)
         expert = " high" if c.model.boundary is not None else ""
         preset = _named(f"{folder.parent.name} {folder.name}{expert}", PRESETS)
@@ -104,20 +124,74 @@ def _shape(c: Config, latent: str | None, names: list[str], model: WanConfig, as
 
 
 def _reward(c: Config, model: WanConfig, assumed: list[str]) -> RewardSetup:
-    r, folder = c.reward, Path(c.reward.path or "")
-    given = {name: value for name, value in r.pooling.items() if name != "add_query"}
-    if "add_query" in r.pooling:
-        given["return_type"] = "query" if r.pooling["add_query"] else None
-    here = c.reward.path is not None and (folder / CONFIG).is_file()
-    if here:
+    r, folder, given = c.reward, Path(c.reward.path), _given(c)
+    if folder.exists():
         trunk, settings = read_config(folder), settle(folder, given)
     else:
         trunk, settings = model, OFFICIAL | given
     layers = settings["feature_layer"]
     check_pooling(settings["pool"], layers)
     layers = layers if isinstance(layers, int) else layers[0]
-    if not here:
+    if not folder.exists():
         assumed.append(f"reward.path is not here: {layers} blocks of the generator's width, as official ones")
     return RewardSetup(
         layers, trunk, r.num_queries, settings["num_heads"], settings["return_type"] == "query",
+    )  # fmt: skip
+
+
+def _given(c: Config) -> dict:
+    """num_heads, feature_layer, return_type and pool that the configuration sets."""
+    given = {name: value for name, value in c.reward.pooling.items() if name != "add_query"}
+    if "add_query" in c.reward.pooling:
+        given["return_type"] = "query" if c.reward.pooling["add_query"] else None
+    return given
+
+
+def _trained_reward(c: Config, preset: str | None, assumed: list[str]) -> tuple[str, WanConfig, dict]:
+    """Name, transformer and settings of the reward model that is trained further."""
+    folder = Path(c.reward.path)
+    if folder.exists():
+        return folder.name, read_config(folder), settle(folder, _given(c))
+    preset = preset or _named(folder.name, PRESETS)
+    want = f"a folder that is here, or --model with one of {', '.join(PRESETS)}"
+    check(preset in PRESETS, "reward.path", c.reward.path, want)
+    known = OFFICIAL | _given(c)
+    layers = known["feature_layer"]
+    assumed.append(f"reward.path is not here: {layers} blocks of {preset}, as official ones")
+    return f"reward model of {preset}", PRESETS[preset], known
+
+
+def _reward_setup(
+    c: Config, model: WanConfig, shape: tuple[int, ...], known: dict, on_cpu: bool, assumed: list[str]
+) -> Setup:
+    """What `prfl train-reward` takes. UserError where it would refuse."""
+    check(c.model.budget is None, "model.recompute", c.model.recompute, "a mode or names for a reward model")
+    if c.reward.path is None:
+        check(c.model.path is not None, "model.path", None, "the generator that the reward starts from")
+    count = 0
+    if c.eval.every:
+        count = c.eval.samples
+        if c.data.val and all(Path(p).is_file() for p in c.data.val):
+            count = len(read_lists(c.data.val, "data.val"))
+        else:
+            assumed.append(f"data.val is not here: {count} held-out samples, as many as eval.samples")
+    check_pooling(known["pool"], known["feature_layer"])
+    pairs = c.reward.loss == "bt"
+    reward = RewardSetup(
+        known["feature_layer"], model, c.reward.num_queries, known["num_heads"],
+        known["return_type"] == "query",
+    )  # fmt: skip
+    validation = None
+    if count:
+        size = min(c.eval.batch_size, count)
+        batches = -(-count // c.eval.batch_size)
+        values = batches * (1 + len(c.eval.timesteps) * (1 + pairs))
+        read = min(c.eval.batch_size + 1, count) if on_cpu else 0
+        validation = Validation((size, *shape), True, batches, values, 0, read, count)
+    precision = _precision(c)
+    return Setup(
+        model, (c.data.batch_size, *shape), precision.compute, precision.residual, precision.weights, reward,
+        graded=False, sft=False, blocks=known["feature_layer"], chunk=c.model.chunk, keep=c.model.keep,
+        lora=c.lora if c.lora.rank else None, validation=validation, sequence=c.parallel.sequence,
+        trains=RewardTraining(pairs, c.reward.train_embeddings, c.reward.dropout),
     )  # fmt: skip

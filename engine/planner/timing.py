@@ -6,6 +6,7 @@ inside an operation, so all of them are waited for. Not included: launches, wait
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from prfl_engine.config import Config
 from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
+from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops, validation_forwards
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind
@@ -20,6 +22,8 @@ from prfl_engine.planner.seconds import Rates, block_seconds
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.sharded import Exchanged, Shards
 from prfl_engine.planner.standing import Models, gradient_bytes, state_bytes
+
+BACKWARDS = ("graded step", "flow matching", REWARD_TRAINING)  # phases with gradients of weights
 
 
 class Row(NamedTuple):
@@ -39,6 +43,7 @@ class Times:
     graded: float  # samples that all ranks grade in a step
     gpus: int
     peak: float  # FLOP/s of the data sheet
+    trained: float = 0.0  # samples that a reward model is trained on in a step, of all ranks
 
     @property
     def seconds(self) -> float:
@@ -52,8 +57,10 @@ class Times:
 
     @property
     def per_sample(self) -> float:
-        """Seconds a graded sample, of all GPUs together; without a graded sample infinite."""
-        return self.seconds / self.graded if self.graded else float("inf")
+        """Seconds a graded sample, of all GPUs together, or a sample that a reward model is trained on; where
+        there is neither infinite."""
+        count = self.graded or self.trained
+        return self.seconds / count if count else float("inf")
 
 
 def moved(setup: Setup, frozen: bool = False) -> tuple[float, float]:
@@ -79,9 +86,10 @@ def forward_seconds(setup: Setup, rates: Rates, fp8: bool = False) -> float:
 def pass_seconds(setup: Setup, kinds: Sequence[Kind], rates: Rates, frozen: bool, head: bool = True) -> float:
     """Forward and backward of blocks of `kinds` on every rank of a sample, and embeddings and head."""
     p, total = setup.sequence, 0.0
-    for i, kind in enumerate(kinds):
-        host = kind.host * p if i < len(kinds) - 1 else 0
-        total += block_seconds(kind.policy, setup, host, rates, frozen) / p
+    found = Counter((kind.policy, kind.host * p) for kind in kinds[:-1])
+    found.update([(kind.policy, 0) for kind in kinds[-1:]])  # the last block offloads nothing
+    for (policy, host), count in found.items():
+        total += count * block_seconds(policy, setup, host, rates, frozen) / p
     size = setup.latent[0]
     ends = size * end_work(setup.config, setup.tokens // size, head).products * (2 if frozen else 3)
     return total + (len(kinds) * sum(moved(setup)) / rates.memory + ends / rates.products) / p
@@ -105,7 +113,7 @@ def times(
     graded = own * (0.5 if c.loss.alternate else 1.0) if setup.reward_blocks else 0.0
     flops, frozen = step_flops(setup), setup.lora is not None
     links = exchanged.seconds(gpu, shards)
-    rows = []
+    rows: list[Row] = []
 
     def add(phase: str, count: float, seconds: float, hidden: float, exposed: float, model: float) -> None:
         """hidden: seconds of collectives that overlap with the others."""
@@ -136,24 +144,44 @@ def times(
         add("graded step", graded * passes, one, links.graded, links.exchange_graded, model)
         k = c.rollout.samples
         add("reward", k * graded, scored, links.reward, links.exchange_reward, flops["reward"] / k)
+    if setup.trains is not None:
+        head = pass_seconds(setup, kinds, rates, frozen, head=False)
+        add(
+            REWARD_TRAINING, own * setup.sides, head, links.graded, links.exchange_graded,
+            flops[REWARD_TRAINING] / setup.sides,
+        )  # fmt: skip
     add("flow matching", sft, one, links.graded, links.exchange_graded, flops.get("flow matching", 0.0))
     if (waits := links.replicas - one / 2) > 0:  # the last backward hides the rest
         rows.append(Row("gradients of copies", waits, 0.0, waits))
-    rows.append(_optimizer(c, models, gpu, shards, rows, sft + graded * passes))
+    backwards = own * setup.sides if setup.trains is not None else sft + graded * passes
+    fetched = sum(kind.host for kind in kinds[:-1])
+    rows.append(_optimizer(c, models, gpu, shards, rows, backwards, fetched))
     if setup.validation is not None:
-        e, whole = c.eval, forward_work(setup.config, setup.count, setup.tokens // samples).forward
-        mine = math.ceil(e.samples / readers)  # of a group of ranks
-        work = mine * (1 + validation_forwards(c))
-        trunk = 0.0
-        if setup.validation.scored and setup.reward is not None:
-            trunk = setup.reward.blocks / setup.count * mine * len(e.timesteps)
         one_forward = plain + links.exchange_forward / samples
-        seconds = (work + trunk) * max(one_forward, links.forward / e.batch_size)
-        rows.append(Row("validation", seconds / e.every, (work + trunk) * whole / p / e.every))
+        each = max(one_forward, links.forward / c.eval.batch_size)
+        rows.append(_validation(c, setup, readers, each, p))
     probes = _probes(c, setup)
     if probes:
         rows.append(Row("drift probes", probes * max(plain, links.forward), 0.0))
-    return Times(tuple(rows), readers * graded * samples * c.rollout.samples, shards.size, gpu.peak)
+    scored_of_all = readers * graded * samples * c.rollout.samples
+    trained = readers * own * samples if setup.trains is not None else 0.0
+    return Times(tuple(rows), scored_of_all, shards.size, gpu.peak, trained)
+
+
+def _validation(c: Config, setup: Setup, readers: int, each: float, p: int) -> Row:
+    """An optimizer step's part of a validation; each: seconds of a forward of all blocks. Samples are those
+    of the group of ranks that has most."""
+    e, v, tokens = c.eval, setup.validation, setup.tokens // setup.latent[0]
+    mine = math.ceil(v.samples / readers)
+    if setup.trains is not None:
+        count = mine * len(e.timesteps) * setup.sides
+        work = forward_work(setup.config, setup.count, tokens, head=False).forward
+    else:
+        scored = v.scored and setup.reward is not None
+        trunk = setup.reward.blocks / setup.count * len(e.timesteps) if scored else 0.0
+        count = mine * (1 + validation_forwards(c) + trunk)
+        work = forward_work(setup.config, setup.count, tokens).forward
+    return Row("validation", count * each / e.every, count * work / p / e.every)
 
 
 def _scoring(setup: Setup, reward: Kind) -> tuple[Setup, list[Kind]]:
@@ -171,19 +199,22 @@ def _probes(c: Config, setup: Setup) -> float:
 
 
 def _optimizer(
-    c: Config, models: Models, gpu: Machine, shards: Shards, rows: list[Row], backwards: float
+    c: Config, models: Models, gpu: Machine, shards: Shards, rows: list[Row], backwards: float, fetched: float
 ) -> Row:
     """The update reads weights, gradients and states and writes weights and states; what lives on the host
-    crosses the link in both directions at once. Gradients on the host are added to in every backward."""
-    states = state_bytes(models, c.optim, shards.many)
+    crosses the link in both directions at once. Gradients on the host are added to in every backward; with
+    optim.in_backward states cross then. There they share the link with `fetched` bytes of activations a
+    backward."""
+    states, link = state_bytes(models, c.optim, shards.many), gpu.rates.link
     weights = sum(p.bytes() for p in models.trained)
     gradients = gradient_bytes(models, c.optim) or weights
     average = 2 * sum(p.bytes(4) for p in models.trained) if c.train.ema > 0 else 0
     seconds = (2 * weights + gradients + 2 * states.saved + average) / gpu.rates.memory
-    copies, waits = (states.host + states.host_gradients) / gpu.rates.link, 0.0
-    if states.host_gradients:  # beside the backward
-        adding = backwards * states.host_gradients / gpu.rates.link
-        free = sum(row.seconds for row in rows if row.phase in ("graded step", "flow matching")) * 2 / 3
-        waits = max(0.0, adding - free)
-    total = max(seconds, copies) + waits
-    return Row("optimizer", total, 0.0, waits + max(0.0, copies - seconds))
+    free = sum(row.seconds for row in rows if row.phase in BACKWARDS) * 2 / 3
+    free = max(0.0, free - backwards * fetched / link)
+    if c.optim.in_backward:
+        waits = max(0.0, states.host / link - free)
+        return Row("optimizer", seconds + waits, 0.0, waits)
+    added = max(0.0, backwards * states.host_gradients / link - free) if states.host_gradients else 0.0
+    exposed = max(0.0, (states.host + states.host_gradients) / link - seconds)
+    return Row("optimizer", seconds + exposed + added, 0.0, exposed + added)

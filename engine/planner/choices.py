@@ -1,0 +1,161 @@
+"""What `prfl plan --search` tries: groups of settings of which a candidate has one each."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from prfl_engine.config import Config
+from prfl_engine.config_file import from_dict, override, read_yaml
+from prfl_engine.errors import UserError
+from prfl_engine.planner.command import Options
+from prfl_engine.planner.machine import Machine
+from prfl_kernels.attention.fp8 import HEAD_DIMS
+
+RANK = 128  # of adapters, where the configuration has none
+CHUNK = 8192  # tokens, where the configuration has none
+POLICIES = (
+    "model.recompute=none", "model.recompute=attention", "model.recompute=full",
+    "model.recompute={keep: [], offload: [attention, input]}",
+    "model.recompute={keep: [attention], offload: [input]}",
+)  # fmt: skip
+WIDE, BRAIN = "model.weights_dtype=float32", "model.weights_dtype=bfloat16"
+PLAIN = "optim.name=adamw", "optim.rounding=master", "optim.offload=none"
+LEAN = BRAIN, "optim.rounding=stochastic"
+OPTIMIZERS = (
+    (WIDE, *PLAIN),
+    (BRAIN, *PLAIN),
+    (*LEAN, "optim.name=adamw8bit", "optim.offload=none"),
+    (*LEAN, "optim.name=adamw", "optim.offload=states"),
+    (*LEAN, "optim.name=adamw", "optim.offload=all"),
+)
+SAMPLES = 1, 4
+Overrides = tuple[str, ...]
+
+
+class Settings:
+    """Configurations that differ from one in a file by a few fields; a section is read once for all."""
+
+    def __init__(self, path: str, given: Sequence[str]):
+        self.path, self.given = path, tuple(given)
+        self._sections: dict[tuple[str, ...], object] = {}
+
+    @cached_property
+    def base(self) -> Config:
+        """The one in the file, with what is given."""
+        return self.of(())
+
+    def of(self, overrides: Sequence[str]) -> Config:
+        """With these overrides. UserError where they are a mistake."""
+        by_section: dict[str, list[str]] = {name: [] for name in Config.__dataclass_fields__}
+        for item in overrides:
+            by_section[item.partition(".")[0]].append(item)
+        return Config(**{name: self._section(name, *items) for name, items in by_section.items()})
+
+    def _section(self, name: str, *items: str) -> object:
+        key = (name, *items)
+        if key not in self._sections:
+            values = read_yaml(Path(self.path))
+            for item in (*self.given, *items):
+                override(values, item)
+            kind = Config.__dataclass_fields__[name].default_factory
+            self._sections[key] = from_dict(kind, values.get(name, {}), name)
+        return self._sections[key]
+
+    def changes(self, item: str) -> bool:
+        """Whether an override changes the configuration of the file; one that cannot be alone does."""
+        section, _, field = item.partition("=")[0].partition(".")
+        try:
+            made = self._section(section, item)
+        except UserError:
+            return True
+        return getattr(made, field) != getattr(getattr(self.base, section), field)
+
+
+class Choices:
+    """The groups of a configuration on a machine."""
+
+    def __init__(self, settings: Settings, gpu: Machine, options: Options, heads: int, head_dim: int):
+        self.settings, self.gpu, self.options = settings, gpu, options
+        self.heads, self.head_dim = heads, head_dim
+
+    def groups(self, gpus: int) -> list[list[Overrides]]:
+        """Layouts, optimizers with or without adapters, policies, chunks, chains, rollouts. In every
+        group what is as configured comes first."""
+        base = self.settings.base
+        chunks = [(f"model.chunk={c}",) for c in (base.model.chunk or "null", base.model.chunk or CHUNK)]
+        policies = [(policy,) for policy in POLICIES]
+        groups = [self._layouts(gpus), self._training(), policies, list(dict.fromkeys(chunks))]
+        if not self.options.train_reward:
+            groups += [self._chains(), self._rollouts(gpus)]
+        return [sorted(self._allowed(g), key=lambda option: len(self.minimal(option))) for g in groups]
+
+    def _allowed(self, group: list[Overrides]) -> list[Overrides]:
+        """The options that leave alone what overrides of the command have set."""
+        fixed = {item.partition("=")[0] for item in self.settings.given}
+
+        def fits(item: str) -> bool:
+            return item.partition("=")[0] not in fixed or not self.settings.changes(item)
+
+        return [option for option in group if all(map(fits, option))] or [()]
+
+    def minimal(self, overrides: Overrides) -> Overrides:
+        """Those that change the configuration."""
+        return tuple(item for item in overrides if self.settings.changes(item))
+
+    def candidates(self, gpus: int) -> Iterator[tuple[Overrides, ...]]:
+        """One option of every group, in all combinations."""
+        return itertools.product(*self.groups(gpus))
+
+    def _layouts(self, gpus: int) -> list[Overrides]:
+        """Ranks of a sample, copies of the weights, and micro-batches enough for all groups."""
+        if gpus == 1:
+            return [("parallel.sequence=1", "parallel.replicate=1")]
+        base, found = self.settings.base.train.accumulate, []
+        inside = min(gpus, self.gpu.per_node)
+        for p in (n for n in (1, 2, 4, 8) if inside % n == 0 and self.heads % n == 0):
+            for copies in sorted({1, gpus // inside}):
+                groups = gpus // p
+                accumulate = -(-base // groups) * groups
+                found.append((
+                    f"parallel.sequence={p}", f"parallel.replicate={copies}", f"train.accumulate={accumulate}"
+                ))  # fmt: skip
+        return found
+
+    def _training(self) -> list[Overrides]:
+        rank = self.settings.base.lora.rank or min(RANK, self.heads * self.head_dim)
+        full = [("lora.rank=0", *optimizer) for optimizer in OPTIMIZERS]
+        return full + [(f"lora.rank={rank}", dtype, *PLAIN) for dtype in (WIDE, BRAIN)]
+
+    def _chains(self) -> list[Overrides]:
+        """Fresh or persistent, and graded steps of a rollout or of a sample."""
+        r = self.settings.base.rollout
+        fresh, persistent = ("rollout.mode=fresh",), ("rollout.mode=persistent",)
+        if r.mode == "persistent":
+            fresh += "rollout.pool=null", "rollout.pool_place=device", "rollout.stride=1"
+        elif r.one_index:
+            persistent += ("rollout.one_index=false",)
+        samples = sorted({*SAMPLES, r.samples})
+        return [(*mode, f"rollout.samples={k}") for mode in (fresh, persistent) for k in samples]
+
+    def _rollouts(self, gpus: int) -> list[Overrides]:
+        fp8 = self.gpu.rates.products_fp8 is not None and self.head_dim in HEAD_DIMS
+        found = [(f"rollout.precision={p}",) for p in (("same", "fp8") if fp8 else ("same",))]
+        if gpus == 1:
+            return found
+        return [
+            (*one, f"parallel.resident={flag}", "rollout.cuda_graph=false")
+            for one in found for flag in ("false", "true")
+        ]  # fmt: skip
+
+
+def pointless(config: Config) -> bool:
+    """Whether settings buy nothing: what is for rollouts with chains that persist, which are never rolled out
+    but in the beginning."""
+    r = config.rollout
+    return r.mode == "persistent" and (r.precision == "fp8" or config.parallel.resident)
+
+
+def whole(option: Sequence[Overrides]) -> Overrides:
+    """The overrides of all groups."""
+    return tuple(itertools.chain.from_iterable(option))

@@ -1,0 +1,43 @@
+"""The settings of the paper's code, as far as this engine has them, to plan beside a configuration's own."""
+
+from collections.abc import Sequence
+
+from prfl_engine.config import load_config
+from prfl_engine.planner.command import Options, predict, subject_of
+from prfl_engine.planner.report import Prediction
+
+SEQUENCE = 4  # ranks of a sample
+SETTINGS = (
+    "model.recompute=full", "model.weights_dtype=float32", "model.compute_dtype=bfloat16",
+    "model.residual_dtype=float32", "model.chunk=null", "model.keep=all", "lora.rank=0", "optim.name=adamw",
+    "optim.rounding=master", "optim.grad_dtype=weights", "optim.offload=none", "optim.in_backward=false",
+    "train.ema=0", "parallel.replicate=1", "parallel.resident=false",
+)  # fmt: skip
+PRFL = (
+    "rollout.mode=fresh", "rollout.pool=null", "rollout.pool_place=device", "rollout.stride=1",
+    "rollout.samples=1", "rollout.one_index=true", "rollout.precision=same", "rollout.cache=0",
+    "rollout.cuda_graph=false", "chain.window=1", "loss.sft_every=1",
+)  # fmt: skip
+WORDS = (
+    "the paper's settings: float32 weights and reward model, all of a block recomputed, float32 residual"
+    " stream, fresh rollouts with one graded step, and {ranks}; by this engine's operations"
+)
+
+
+def official(path: str, overrides: Sequence[str], options: Options) -> Prediction:
+    """The prediction for the configuration in a file under these settings, on as many GPUs."""
+    config, count = load_config(path, overrides), options.gpus or 1
+    heads = subject_of(config, path, 1, options).setup.config.num_heads
+    cut = SEQUENCE if count % SEQUENCE == heads % SEQUENCE == 0 else 1
+    groups = count // cut
+    accumulate = -(-config.train.accumulate // groups) * groups
+    given = (*overrides, *SETTINGS, *(() if options.train_reward else PRFL))
+    return predict(
+        path, (*given, f"parallel.sequence={cut}", f"train.accumulate={accumulate}"), options
+    )
+
+
+def words(p: Prediction) -> str:
+    """What the settings are, in words."""
+    n = p.shards.sequence
+    return WORDS.format(ranks=f"{n} GPUs a sample" if n > 1 else "one GPU a sample")

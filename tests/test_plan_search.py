@@ -1,0 +1,94 @@
+"""`prfl plan --search`: its rows, what it tries, and what it says."""
+
+import json
+import shlex
+
+import pytest
+from helpers import write_run
+
+from prfl_engine import cli
+from prfl_engine.errors import UserError
+from prfl_engine.planner import choices, pareto
+from prfl_engine.planner.command import Options, predict
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Only few settings, so that a search is quick."""
+    monkeypatch.setattr(choices, "POLICIES", choices.POLICIES[1:4:2])
+    monkeypatch.setattr(choices, "OPTIMIZERS", choices.OPTIMIZERS[:1])
+    monkeypatch.setattr(choices, "SAMPLES", (1,))
+    monkeypatch.setattr(choices, "CHUNK", 16)
+
+
+def test_rows_pasted_behind_the_configuration_are_predicted_alike(tmp_path, few):
+    path = str(write_run(tmp_path, eval={"every": 0}))
+    found = pareto.search(path, (), Options(gpus=2, budget=2.0, price=2.0))
+    overrides, row = found.rows[-1]
+    again = predict(path, overrides, Options(gpus=row.times.gpus, budget=2.0, price=2.0))
+    assert again.values() == row.values() and row.fits
+    assert "rollout.mode=persistent" in overrides  # nothing else takes less time
+    seconds = [r.times.per_sample for _, r in found.rows]
+    assert seconds == sorted(seconds, reverse=True) and found.tried > len(found.rows)
+    text = found.text()
+    assert all(len(line) <= 100 for line in text.splitlines()) and "price each" in text
+    assert f"the smallest machine that works: {found.rows[0][1].times.gpus} x h100-80" in text
+    for overrides, row in found.rows:  # as a shell reads them
+        start = text.index(f"# {row.times.gpus} GPUs")
+        block = text[start:].split("\n\n")[0].split("\n# ")[0].partition("\n")[2]
+        assert tuple(shlex.split(block.replace("\\\n", " "))) == overrides
+    told = found.values()
+    s = pareto.Search(path, (), Options(gpus=2))
+    buys = list(pareto._neighbours(s, max(s.candidates(2), key=lambda c: c.seconds)))
+    assert buys and all(n.seconds < 0 or n.bytes < 0 for n in buys)
+    assert told["smallest"]["gpus"] == found.rows[0][1].times.gpus
+    assert [r["price"] for r in told["rows"]] == [pytest.approx(s * r["gpus"] / 1800) for s, r in zip(
+        seconds, told["rows"], strict=True)]  # fmt: skip
+
+
+def test_a_search_tries_no_more_gpus_than_it_may(tmp_path, few, capsys):
+    path = str(write_run(tmp_path, eval={"every": 0}, parallel={"sequence": 2}))
+    given = ["plan", path, "--search", "--gpus", "1", "--budget", "2", "--json"]
+    assert cli.main(given) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["gpus"] for row in told["rows"]] == [1]
+    assert pareto.Search(path, (), Options(gpus=6)).counts == [1, 2, 4, 6]
+    assert pareto.Search(path, (), Options()).counts[-1] == pareto.MOST
+
+
+def test_every_group_of_settings_is_tried(tmp_path):
+    path = str(write_run(tmp_path, lora={"rank": 4}, rollout={"mode": "persistent", "stride": 2, "pool": 8}))
+    s = pareto.Search(path, (), Options(gpus=2))
+    tried = {item for option in s.choices.candidates(2) for item in choices.whole(option)}
+    for item in (
+        "parallel.sequence=2", "parallel.replicate=1", "lora.rank=0", "lora.rank=4", "model.chunk=8192",
+        "rollout.mode=fresh", "rollout.samples=4", "optim.offload=all", "optim.name=adamw8bit",
+        "parallel.resident=true", "model.weights_dtype=bfloat16", *choices.POLICIES,
+    ):  # fmt: skip
+        assert item in tried, item
+    first = next(iter(s.choices.candidates(2)))
+    changed = {item.partition("=")[0] for item in s.choices.minimal(choices.whole(first))}
+    assert changed <= {"parallel.sequence", "parallel.replicate", "parallel.resident", "train.accumulate",
+                       "model.recompute"}  # fmt: skip
+
+
+def test_what_an_override_sets_is_not_changed(tmp_path):
+    path = str(write_run(tmp_path))
+    given = "lora.rank=0", "model.recompute=full", "parallel.sequence=2"
+    s = pareto.Search(path, given, Options(gpus=2))
+    tried = {item for option in s.choices.candidates(2) for item in choices.whole(option)}
+    for item in tried:
+        assert item in given or item.partition("=")[0] not in ("lora.rank", "model.recompute"), item
+    assert "parallel.sequence=2" in tried and "parallel.sequence=1" not in tried
+
+
+def test_reward_training_is_searched_too(tmp_path, few):
+    path = str(write_run(tmp_path, eval={"every": 0}, reward={"path": None}))
+    found = pareto.search(path, (), Options(gpus=2, budget=2.0, train_reward=True))
+    assert found.rows[0][1].times.trained and "rollout" not in " ".join(found.rows[-1][0])
+
+
+def test_nothing_fits(tmp_path, few):
+    path = str(write_run(tmp_path))
+    with pytest.raises(UserError, match="--search: nothing of [0-9]+ settings fits 0.1 GB on 2 GPUs"):
+        pareto.search(path, (), Options(gpus=2, budget=0.1))
