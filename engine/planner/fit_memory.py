@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from prfl_engine.config import Config
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
@@ -58,6 +60,8 @@ def setup_of(
         c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
         sequence=c.parallel.sequence,
+        grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
+        arriving=c.optim if c.optim.in_backward else None,
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
         chains = c.pool if c.rollout.pool_place == "device" else 0

@@ -145,14 +145,15 @@ class Search:
 
     def _kind(self, config: Config, setup: Setup) -> Kind:
         """Its blocks, with the states of a plain rollout."""
-        plain = replace(setup, rollout=RolloutConfig(), pool=0)
+        plain = replace(setup, rollout=RolloutConfig(), pool=0, drawn=0)
         policy = of_config(config.model)
         if (plain, policy) not in self.kinds:
             self.kinds[plain, policy] = make_kind("", policy, plain, self.gpu.rates)
         return self.kinds[plain, policy]
 
     def _moved(self, setup: Setup, shards: Shards, kind: Kind) -> Exchanged:
-        key = replace(setup, rollout=RolloutConfig(), pool=0), shards._replace(resident=False), kind.policy
+        plain = replace(setup, rollout=RolloutConfig(), pool=0, drawn=0)
+        key = plain, shards._replace(resident=False), kind.policy
         if key not in self.exchanges:
             models = models_of(setup, shards.shards)
             self.exchanges[key] = exchanged_bytes(key[0], models, shards, kind)

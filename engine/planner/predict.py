@@ -93,8 +93,10 @@ def memory(
 ) -> Memory:
     """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known.
     UserError where auto:GB fits nothing."""
-    setup = replace(setup, **_backward(config, shards))
-    made, kinds, reward = _kinds(config, setup, gpu) if kind is None else (None, [kind] * setup.count, kind)
+    made, kinds, reward = None, [kind] * setup.count, kind
+    if kind is None:
+        setup = replace(setup, **_backward(config, shards))
+        made, kinds, reward = _kinds(config, setup, gpu)
     models, c = models_of(setup, shards.shards), config
     stands = _standing(c, setup, models, gpu, shards)
     gradients = _entries(
@@ -137,15 +139,11 @@ def _backward(c: Config, shards: Shards) -> dict:
     """How gradients arrive in the passes of a step: fields of Setup. Those of sharded weights arrive whole
     and in the dtype of their weights, which `gathered_bytes` counts."""
     if shards.many:
-        return {}
+        return {"grad_dtype": None, "arriving": None}
     one_loss = c.loss.alternate or 0 in (c.loss.weight, c.loss.sft_weight)
     one_pass = c.loss.weight == 0 or c.rollout.samples == c.chain.window == 1
-    alone = one_loss and one_pass and c.train.accumulate == 1 and c.optim.offload != "all"
-    wide = c.optim.grad_dtype == "float32"
-    return {
-        "grad_dtype": torch.float32 if wide else None, "alone": alone and c.model.budget is None,
-        "arriving": c.optim if c.optim.in_backward else None,
-    }  # fmt: skip
+    alone = one_loss and one_pass and c.train.accumulate == 1
+    return {"alone": alone and c.optim.offload != "all" and c.model.budget is None}
 
 
 def _narrow_average(config: Config, models: Models) -> bool:
@@ -220,7 +218,7 @@ def _step(
         work = setup.tokens * setup.config.dim * 4 // setup.sequence
         extra.append(("attention", work, ESTIMATED, "float32 dQ of a FlashAttention backward"))
     arriving = 0  # the update of a gradient that a block's backward has made, when that is over
-    if c.optim.in_backward and shards.many:
+    if c.optim.in_backward and setup.arriving is None:
         arriving = update_bytes(models, c.optim, shards.many).temporaries
     gathered = gathered_bytes(models, shards)
 
