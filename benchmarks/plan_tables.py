@@ -17,7 +17,6 @@ ONE = ("eval.batch_size=1",)
 AWAY = "model.recompute={keep: [], offload: [attention, input]}"
 NARROW = ("model.weights_dtype=bfloat16", "optim.rounding=stochastic")
 LEAN = (*NARROW, "optim.offload=all", AWAY, "model.chunk=8192")
-RESIDUALS = "model.recompute={keep: [input, after_attention, after_cross, attention, cross_attention]}"
 PERSIST, SAMPLES = "rollout.mode=persistent", "rollout.samples"
 KEPT = (PERSIST, "loss.sft_every=4")
 SMALL, BIG, IMAGE = "prfl_t2v_1.3b_480p", "prfl_t2v_14b_480p", "prfl_i2v_14b_720p"
@@ -79,14 +78,11 @@ MEMORY = [
     ("14B, LoRA on one", 76, [("blocks offload", LORA, 1, (AWAY,))]),
     ("14B, full fine-tuning on one", 78, [("bfloat16, states and blocks offload", BIG, 1, LEAN)]),
 ]  # fmt: skip
-EIGHTH = (*NARROW, "optim.name=adamw8bit", RESIDUALS)
 SPEED = [
     ("4 samples", 2, EIGHT, (f"{SAMPLES}=4",)),
     ("8 samples", 3, EIGHT, (f"{SAMPLES}=8",)),
     ("chains that persist", 4, EIGHT, (PERSIST,)),
-    ("chains that persist, more saved", 4, EIGHT, (*EIGHTH, PERSIST)),
     ("chains that persist, flow matching in 1 step of 4", 6, EIGHT, KEPT),
-    ("chains that persist, flow matching in 1 step of 4, more saved", 6, EIGHT, (*EIGHTH, *KEPT)),
 ]  # fmt: skip
 APART = [
     ("fp8 rollouts, 4 samples", EIGHT, (f"{SAMPLES}=4", "rollout.precision=fp8")),
