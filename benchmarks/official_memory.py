@@ -215,6 +215,7 @@ def block_bytes(tokens: int, ranks: int, config: WanConfig = CONFIG) -> int:
     return live.peak - before
 
 
+@cache
 def decoder_bytes(latent: tuple[int, int, int], dtype: torch.dtype) -> int:
     """Most bytes of a decode of so many latent frames and of its backward, in addition to the weights, which
     are frozen. Attention inside the decoder is taken for one that saves no weights."""
