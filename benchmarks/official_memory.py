@@ -27,6 +27,7 @@ CONFIG = PRESETS["t2v-14b"]
 RANKS = 4  # of a sample
 REWARD_BLOCKS = 8
 LOW, WIDE = torch.bfloat16, torch.float32
+DEVICE = "meta"
 
 
 class Part(NamedTuple):
@@ -168,7 +169,7 @@ def block_bytes(tokens: int, ranks: int, config: WanConfig = CONFIG) -> int:
     its input."""
     c, f, heads, n = config.dim, config.ffn_dim, config.num_heads, tokens // ranks
     head = c // heads
-    with torch.device("meta"):
+    with torch.device(DEVICE):
         names = ("q", "k", "v", "o", "cq", "ck", "cv", "co")
         w = {name: torch.empty(c, c, requires_grad=True) for name in names}
         w |= {name: torch.empty(c, requires_grad=True) for name in ("nq", "nk", "ncq", "nck", "n3")}
@@ -214,6 +215,7 @@ def block_bytes(tokens: int, ranks: int, config: WanConfig = CONFIG) -> int:
     return live.peak - before
 
 
+@cache
 def decoder_bytes(latent: tuple[int, int, int], dtype: torch.dtype) -> int:
     """Most bytes of a decode of so many latent frames and of its backward, in addition to the weights, which
     are frozen. Attention inside the decoder is taken for one that saves no weights."""

@@ -20,7 +20,7 @@ from prfl_engine.model.checkpoint import (
     save_transformer,
 )
 from prfl_engine.model.experts import HIGH, LOW, Experts, pair_at
-from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.reward import RewardModel, freeze_embeddings
 from prfl_engine.model.wan import PRESETS, WanTransformer
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels import dispatch, extension, tuning
@@ -223,16 +223,6 @@ def make_frozen_reward(
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
     set_up(reward.transformer, m)
     return reward.freeze()
-
-
-EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
-
-
-def freeze_embeddings(transformer: WanTransformer) -> None:
-    """No gradient to the embeddings of patches, text, time and image from here on."""
-    for name in EMBEDDINGS:
-        if (part := getattr(transformer, name)) is not None:
-            part.requires_grad_(False)
 
 
 def make_reward(

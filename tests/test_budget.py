@@ -135,7 +135,7 @@ def test_no_run_has_more_than_its_plan_says(seed, tmp_path, monkeypatch):
     validation = found["validation"] - weights
     told, b = found["plan"], values["data"]["batch_size"]
     assert training <= told.bytes and validation <= told.validation
-    assert ("chains that persist" in str(told)) == (values["rollout"].get("mode") == "persistent")
+    assert ("of both, there in every pass" in str(told)) == (values["rollout"].get("mode") == "persistent")
     latent = 4 * b * math.prod(shape)
     if values["rollout"]["range"] != "all":
         persists = values["rollout"].get("mode") == "persistent"  # a chain's noise may live or not

@@ -7,9 +7,10 @@ import yaml
 from helpers import one_line, tiny_config, tiny_model, write_data
 from plan_runs import Measured
 
-from prfl_engine import cli, loop, train_reward
+from prfl_engine import cli, train_reward
 from prfl_engine.config import load_config
 from prfl_engine.model.checkpoint import save_transformer
+from prfl_engine.optim import updates
 from prfl_engine.planner.command import Options, predict
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.predict import memory
@@ -59,7 +60,7 @@ def written(folder: Path, **sections) -> Path:
 def measured(path: Path, monkeypatch) -> Measured:
     """Train the reward model of a configuration and count all that is alive."""
     found = Measured()
-    live, fit, update, make = found.live, train_reward.fit, loop.update, train_reward.make_reward
+    live, fit, update, make = found.live, train_reward.fit, updates.update, train_reward.make_reward
 
     def made(*given, **named):
         model = make(*given, **named)
@@ -84,7 +85,7 @@ def measured(path: Path, monkeypatch) -> Measured:
 
     monkeypatch.setattr(train_reward, "make_reward", made)
     monkeypatch.setattr(train_reward, "fit", watched)
-    monkeypatch.setattr(loop, "update", updated)
+    monkeypatch.setattr(updates, "update", updated)
     train_reward.train_reward(load_config(path))
     found.host = live.host_peak
     return found

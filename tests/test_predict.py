@@ -13,11 +13,14 @@ from prfl_kernels import extension
 built = pytest.mark.skipif(extension.absence("cpu", "cpu") is not None, reason="the kernels are not built")
 TRAINING = ("rollout", "graded", "reward", "flow")
 FIRST = int(os.environ.get("PRFL_PLAN_FIRST", 0))
-RUNS = int(os.environ.get("PRFL_PLAN_RUNS", 12))  # docs/planner.md has the result of 40
+RUNS = int(os.environ.get("PRFL_PLAN_RUNS", 0))  # docs/planner.md has the result of 60
+# Every mode of the optimizer once, and what predictions once missed: gradients that come one after another
+# (11, 18, 23), in float32 (13), a pool in the update (20), images in a validation (36, 42).
+SEEDS = range(FIRST, FIRST + RUNS) if RUNS else (0, 4, 5, 7, 9, 11, 13, 18, 20, 23, 36, 42)
 
 
 @built
-@pytest.mark.parametrize("seed", range(FIRST, FIRST + RUNS))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_no_phase_of_a_run_has_other_bytes_than_predicted(seed, tmp_path, monkeypatch):
     """Everything that is alive on the device, within 1 %, and never more than 0.5 % above."""
     path = configuration(tmp_path, seed)

@@ -207,3 +207,13 @@ class RewardModel(nn.Module):
     def freeze(self) -> "RewardModel":
         """Evaluation mode, and no gradient to any weight from here on. Returns self."""
         return self.eval().requires_grad_(False)
+
+
+EMBEDDINGS = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "img_emb")
+
+
+def freeze_embeddings(transformer: WanTransformer) -> None:
+    """No gradient to the embeddings of patches, text, time and image from here on."""
+    for name in EMBEDDINGS:
+        if (part := getattr(transformer, name)) is not None:
+            part.requires_grad_(False)

@@ -134,7 +134,7 @@ class Choices:
         if r.mode == "persistent":
             fresh += "rollout.pool=null", "rollout.pool_place=device", "rollout.stride=1"
         elif r.one_index:
-            persistent += ("rollout.one_index=false",)
+            persistent += ("rollout.one_index=0",)
         samples = sorted({*SAMPLES, r.samples})
         return [(*mode, f"rollout.samples={k}") for mode in (fresh, persistent) for k in samples]
 

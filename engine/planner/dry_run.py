@@ -19,14 +19,13 @@ from torch import Tensor
 
 from prfl_engine import chain
 from prfl_engine.batch import Batch
-from prfl_engine.build import freeze_embeddings
 from prfl_engine.config_method import scales
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.model import lora
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
-from prfl_engine.model.reward import QueryPool, RewardModel
+from prfl_engine.model.reward import QueryPool, RewardModel, freeze_embeddings
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
 from prfl_engine.objectives import bind, graded_windows, index_range, noisy_reward, sft_loss
 from prfl_engine.optim.optimizer import set_grad_dtype

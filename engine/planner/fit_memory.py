@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from prfl_engine.config import Config
 from prfl_engine.config_method import scales
 from prfl_engine.errors import UserError, check
@@ -98,6 +100,8 @@ def setup_of(
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
         sequence=c.parallel.sequence, experts=c.trained_experts, idle=c.model.idle == "host",
         first_frame=c.data.first_frame,
+        grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
+        arriving=c.optim if c.optim.in_backward else None,
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":
         chains, on_host = c.pool // readers, c.rollout.pool_place == "host"

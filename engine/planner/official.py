@@ -15,7 +15,7 @@ SETTINGS = (
 )  # fmt: skip
 PRFL = (
     "rollout.mode=fresh", "rollout.pool=null", "rollout.pool_place=device", "rollout.stride=1",
-    "rollout.samples=1", "rollout.one_index=true", "rollout.precision=same", "rollout.cache=0",
+    "rollout.samples=1", "rollout.one_index=turn", "rollout.precision=same", "rollout.cache=0",
     "rollout.cuda_graph=false", "chain.window=1", "loss.sft_every=1",
 )  # fmt: skip
 WORDS = (

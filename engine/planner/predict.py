@@ -72,9 +72,9 @@ def memory(
     """The memory of a run; gpu None: of a CPU, without estimates. kind: of all blocks, if it is known; like:
     whose rollout has been counted already and stands for this one's, apart from states of the chain.
     UserError where auto:GB fits nothing."""
-    setup = replace(setup, **_backward(config, setup, shards))
     made, kinds, reward = None, [kind] * setup.count, kind
     if kind is None:
+        setup = replace(setup, **_backward(config, setup, shards))
         made, kinds, reward = _kinds(config, setup, gpu, shards)
     models, c = models_of(setup, shards.shards), config
     stands = _standing(c, setup, models, gpu, shards)
@@ -124,16 +124,12 @@ def _backward(c: Config, setup: Setup, shards: Shards) -> dict:
     """How gradients arrive in the passes of a step: fields of Setup. Those of sharded weights arrive whole
     and in the dtype of their weights, which `gathered_bytes` counts."""
     if shards.many:
-        return {}
+        return {"grad_dtype": None, "arriving": None}
     one_loss = c.loss.alternate or 0 in (c.loss.weight, c.loss.sft_weight)
     one_pass = c.loss.weight == 0 or c.rollout.samples == c.chain.window == 1
     once = one_loss and one_pass or setup.trains is not None
-    alone = once and c.train.accumulate == 1 and c.optim.offload != "all"
-    wide = c.optim.grad_dtype == "float32"
-    return {
-        "grad_dtype": torch.float32 if wide else None, "alone": alone and c.model.budget is None,
-        "arriving": c.optim if c.optim.in_backward else None,
-    }  # fmt: skip
+    alone = once and c.train.accumulate == 1
+    return {"alone": alone and c.optim.offload != "all" and c.model.budget is None}
 
 
 def _narrow_average(config: Config, models: Models) -> bool:
@@ -195,7 +191,7 @@ def _step(
         work = setup.tokens * setup.config.dim * 4 // setup.sequence
         extra.append(("attention", work, ESTIMATED, "float32 dQ of a FlashAttention backward"))
     arriving = 0  # the update of a gradient that a block's backward has made, when that is over
-    if c.optim.in_backward and shards.many:
+    if c.optim.in_backward and setup.arriving is None:
         arriving = update_bytes(models, c.optim, shards.many).temporaries
     gathered = gathered_bytes(models, shards, setup.compute_dtype)
     if setup.sides > 1:  # all of its blocks in one dry run: reward models are short
@@ -208,8 +204,9 @@ def _step(
         left = peak.bytes - max(start, states + pool) - peak.saved - peak.gradients
         update = max(0, arriving - left)
         whole = gathered.graded(left, min(k.numbers[phase].saved for k in kinds)) if shards.many else 0
-        if scored:  # what its blocks allocate is gone when its head is gathered, not what they save
+        if scored:  # what its blocks allocate is gone when its head is gathered, not what they save and give
             kept = reward.numbers[phase].saved * setup.reward_blocks
+            kept += setup.tokens // setup.sequence * setup.config.dim * setup.residual_dtype.itemsize
             whole = max(gathered.reward, gathered.head + kept - left)
         return entries((
             ("saved activations", peak.saved, COUNTED, "dry run: what the blocks save"),

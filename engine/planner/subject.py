@@ -194,4 +194,6 @@ def _reward_setup(
         graded=False, sft=False, blocks=known["feature_layer"], chunk=c.model.chunk, keep=c.model.keep,
         lora=c.lora if c.lora.rank else None, validation=validation, sequence=c.parallel.sequence,
         trains=RewardTraining(pairs, c.reward.train_embeddings, c.reward.dropout),
+        grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
+        arriving=c.optim if c.optim.in_backward else None,
     )  # fmt: skip
