@@ -49,7 +49,7 @@ KINDS = {
     },
     "data": {
         "source": "train lose null_text",
-        "fixed": "label batch_size",
+        "fixed": "label batch_size first_frame",
         "score": "val val_lose",
         "free": "negative_text text_dropout long_caption skip_broken num_workers",
     },
