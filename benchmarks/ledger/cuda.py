@@ -72,7 +72,7 @@ def _arguments(given: Mapping[str, object], written: str, **times: float) -> lis
     """Of the tensors of a launch: written ones once, the others read as often as `times` says, or once."""
     return [
         Argument(name, a, 0, a.nbytes) if name in written.split()
-        else Argument(name, a, int(times.get(name, 1) * a.nbytes))
+        else Argument(name, a, round(times.get(name, 1) * a.nbytes))
         for name, a in given.items()
         if isinstance(a, Tensor)
     ]  # fmt: skip
@@ -154,7 +154,7 @@ class Recorder:
     def _norm(self, way: str, kinds: str, written: str, blocks: int, given: dict, **times: float) -> None:
         """Every token reads the vectors of its sample."""
         values = given["batch"] * given["length"] * given["width"]
-        times |= {name: values * 4 // given[name].nbytes
+        times |= {name: values * 4 / given[name].nbytes
                   for name in ("gate", "scale", "shift") if given.get(name) is not None}  # fmt: skip
         types = ", ".join(_TYPE[given[kind]] for kind in kinds.split())
         kernel = f"norm_{way}_kernel<{types}, {_special(given['width'], given['aligned'])}>"
