@@ -123,6 +123,11 @@ def test_i2v_has_first_frames(models, clips, tmp_path):
     want = ImageEncoder(models)(red[:, :, 0].expand(-1, -1, 32, 48))[0]
     assert (image.clip - want).abs().max() < 1e-4
     assert not torch.equal(video.clip, image.clip)
+    encode(tmp_path / "rows.jsonl", models, tmp_path / "a14b", "--i2v", "--no-clip", code=3)
+    reader = Reader(tiny_config("i2v-a14b"))
+    without = reader.read(read_lists([str(tmp_path / "a14b/all.list")], "list")[1], rng)
+    assert without.clip is None and torch.equal(without.condition, image.condition)
+    assert not list((tmp_path / "a14b").glob("latents/*.clip.npy"))
 
 
 def test_what_cannot_be_encoded_is_left_out_and_named(models, clips, tmp_path, capsys):

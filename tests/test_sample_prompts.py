@@ -7,12 +7,13 @@ import encoder_cases as cases
 import numpy as np
 import pytest
 import torch
-from helpers import one_line, write_run
+from helpers import one_line, tiny_config, tiny_model, write_run
 from PIL import Image
 from training_runs import run
 
 from prfl_engine.encode.encoders import TextEncoder, VideoVAE
 from prfl_engine.media.video import read_video
+from prfl_engine.model.checkpoint import save_transformer
 
 for package in ("diffusers", "transformers"):
     pytest.importorskip(package)
@@ -25,7 +26,7 @@ def models(tmp_path_factory):
     return str(cases.write_diffusers(tmp_path_factory.mktemp("models")))
 
 
-@pytest.fixture(scope="module", params=["t2v", "i2v"])
+@pytest.fixture(scope="module", params=["t2v", "i2v", "i2v-a14b"])
 def kind(request):
     return request.param
 
@@ -39,11 +40,13 @@ def test_prompts_become_videos(kind, models, tmp_path, capsys):
     config, out = write_run(tmp_path, kind), tmp_path / "samples"
     words = ["--prompt", "a red  cat", "--prompt", "a boat", "--text-encoder", models, *SIZE, "--vae", models]
     words += ["--guidance", "3", "--negative", "blurry"]
-    if kind == "i2v":
+    if kind != "t2v":
         Image.new("RGB", (60, 40), (200, 30, 90)).save(tmp_path / "first.png")
-        words += ["--image", str(tmp_path / "first.png"), "--image-encoder", models]
+        words += ["--image", str(tmp_path / "first.png")]
+        words += ["--image-encoder", models] if kind == "i2v" else []
     run("sample", config, *words, "--out", str(out))
-    ends = ["json", "mp4", "npy", "text.npy"] + ["clip.npy", "first.npy"] * (kind == "i2v")
+    ends = ["json", "mp4", "npy", "text.npy"]
+    ends += ["clip.npy"] * (kind == "i2v") + ["first.npy"] * (kind != "t2v")
     names = [f"sample-{i:02d}.{end}" for i in range(2) for end in ends]
     assert sorted(p.name for p in out.iterdir()) == sorted([*names, "samples.list"])
     meta = json.loads((out / "sample-00.json").read_text())
@@ -103,6 +106,21 @@ def test_mistakes_are_one_line(models, tmp_path, capsys):
         (tmp_path / "policy/config.json").read_text().replace('"text_dim": 12', '"text_dim": 16')
     )
     refused("--text-encoder: width: got 12, want 16, the generator's", *prompt)
+
+
+def test_a_generator_without_clip_takes_no_image_encoder(models, tmp_path, capsys):
+    words = ["--prompt", "a cat", "--text-encoder", models, *SIZE, "--out", str(tmp_path / "samples")]
+    words += ["--image", "a.png", "--vae", models, "--image-encoder", models]
+    run("sample", write_run(tmp_path, "i2v-a14b"), *words, code=2)
+    assert "--image-encoder: got" in (line := one_line(capsys)) and "takes no CLIP features" in line
+
+
+def test_prompts_need_a_generator_of_latents_of_16_channels(models, tmp_path, capsys):
+    save_transformer(tiny_model(tiny_config("ti2v", in_dim=48, out_dim=48)), tmp_path / "wide")
+    config = write_run(tmp_path)
+    words = ["--prompt", "a cat", "--text-encoder", models, *SIZE, "--out", str(tmp_path / "samples")]
+    run("sample", config, *words, f"model.path={tmp_path / 'wide'}", code=2)
+    assert "model.path: latent channels: got 48, want 16" in one_line(capsys)
 
 
 def test_an_i2v_generator_needs_a_first_frame(models, tmp_path, capsys):

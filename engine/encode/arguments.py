@@ -3,8 +3,8 @@
 from argparse import ArgumentParser, Namespace
 
 ENCODE = (
-    "models", "size", "frames", "min_frames", "fps", "i2v", "negative", "store", "text_dtype", "text_batch",
-    "device",
+    "models", "size", "frames", "min_frames", "fps", "i2v", "no_clip", "negative", "store", "text_dtype",
+    "text_batch", "device",
 )  # fmt: skip
 SAMPLE = ("text_encoder", "negative", "size", "frames", "image", "image_encoder", "vae")
 
@@ -20,6 +20,7 @@ def add_encode(parser: ArgumentParser) -> None:
     add("--min-frames", type=int, metavar="N", help="of shorter videos that are taken, too")
     add("--fps", default="16", metavar="F", help="frames a second (default: %(default)s)")
     add("--i2v", action="store_true", help="also first frames and CLIP features")
+    add("--no-clip", action="store_true", help="with --i2v, for Wan2.2, which takes no CLIP features")
     add("--negative", metavar="TEXT", help="negative prompt (default: that of Wan2.1)")
     add("--store", choices=("float32", "float16"), default="float32", help="arrays (default: %(default)s)")
     add("--text-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="UMT5 computes in it")

@@ -37,6 +37,7 @@ class Options:
     min_frames: int | None = None  # None: frames
     fps: str = "16"
     i2v: bool = False
+    no_clip: bool = False
     negative: str | None = None  # None: that of Wan2.1
     store: str = "float32"
     text_dtype: str = "bfloat16"
@@ -47,6 +48,7 @@ class Options:
         for option, value in ("--frames", self.frames), ("--min-frames", self.fewest):
             check(value >= 1 and value % 4 == 1, option, value, "1, 5, 9, ...: 4n + 1")
         check(self.fewest <= self.frames, "--min-frames", self.fewest, f"at most {self.frames} = --frames")
+        check(self.i2v or not self.no_clip, "--no-clip", True, "--i2v with it")
         check(self.text_batch >= 1, "--text-batch", self.text_batch, "a whole number from 1 on")
         try:
             good = 0 < Fraction(self.fps) <= 1000
@@ -61,13 +63,18 @@ class Options:
         return self.frames if self.min_frames is None else self.min_frames
 
     @property
+    def clip(self) -> bool:
+        """Whether CLIP features are encoded."""
+        return self.i2v and not self.no_clip
+
+    @property
     def against(self) -> str:
         """The negative prompt."""
         return negative_prompt(self.i2v) if self.negative is None else self.negative
 
     def settings(self, source: Path) -> dict[str, Any]:
         """All that arrays depend on: a data set has one of each."""
-        kinds = [encoders.VAE, encoders.TEXT] + [encoders.IMAGE] * self.i2v
+        kinds = [encoders.VAE, encoders.TEXT] + [encoders.IMAGE] * self.clip
         found = {kind.what: encoders.digest(encoders.find(kind, self.models)) for kind in kinds}
         return found | {
             "tokenizer": encoders.digest(encoders.find_tokenizer(self.models)),
@@ -77,6 +84,7 @@ class Options:
             "min_frames": self.fewest,
             "fps": str(Fraction(self.fps)),
             "i2v": self.i2v,
+            "clip": self.clip,
             "negative": self.against,
             "store": self.store,
             "text_dtype": self.text_dtype,
@@ -112,7 +120,7 @@ def encode(source: str | Path, out: str | Path, options: Options) -> Summary:
     skipped = wrong + repeated if rank == 0 else []
     samples, unusable = share.videos(rows[rank::world])
     for sample in samples:
-        work.write_meta(places, sample, prompts[sample.row.where], options.i2v)
+        work.write_meta(places, sample, prompts[sample.row.where], options)
     places.write_report(rank, world, Report(len(samples), (*skipped, *unusable)))
     return _summary(places, rows, rank, world)
 

@@ -29,6 +29,7 @@ from prfl_engine.media.video import pixels, read_image, write_video
 from prfl_engine.metrics import progress
 from prfl_engine.model.experts import pair_at
 from prfl_engine.model.sources import read_config
+from prfl_engine.model.wan import WanConfig
 from prfl_engine.sample import sample
 
 
@@ -69,16 +70,19 @@ class Prompts:
         """Frames of a sample."""
         return 81 if self.frames is None else self.frames
 
-    def check_image(self, wanted: bool) -> None:
+    def check_image(self, config: WanConfig) -> None:
         """UserError unless there is all that an I2V generator needs, or nothing for it where it is none."""
-        if not wanted:
+        if config.image and not config.clip:
+            _check_none(self, "image_encoder", "none: the generator takes no CLIP features")
+        if not config.image:
             for option in ("image", "image_encoder"):
                 _check_none(self, option, "none: the generator is text-to-video")
         else:
-            for option in ("image", "image_encoder", "vae"):
+            for option in ("image", *["image_encoder"] * config.clip, "vae"):
                 name, there = option.replace("_", "-"), getattr(self, option) is not None
                 check(there, f"--{name}", None, "one: the generator needs a first frame")
-            encoders.find(encoders.IMAGE, self.image_encoder)
+            if config.clip:
+                encoders.find(encoders.IMAGE, self.image_encoder)
             check_file(self.image, "the first frame")
 
 
@@ -99,7 +103,9 @@ def prompted(config: Config, given: Prompts) -> Iterator[Config]:
     m, device, data = config.model, pick_device(config), config.data
     model = read_config(m.path if m.boundary is None else pair_at(m.path, m.low)[0])
     if given.prompts:
-        given.check_image(model.image)
+        want = f"{CHANNELS}, of Wan2.1's VAE"
+        check(model.out_dim == CHANNELS, "model.path: latent channels", model.out_dim, want)
+        given.check_image(model)
     guided = config.sample.guidance != 1
     check(guided or given.negative is None, "--negative", given.negative, "--guidance S with it")
     texts = dict(enumerate(given.prompts))
@@ -112,7 +118,7 @@ def prompted(config: Config, given: Prompts) -> Iterator[Config]:
         if "negative" in files:
             data = replace(data, negative_text=files.pop("negative"))
         if files:
-            frame = _frame(folder, given, model.image, device)
+            frame = _frame(folder, given, model, device)
             data = replace(data, val=(_listed(folder, given.prompts, files, frame),))
         yield replace(config, data=data)
 
@@ -130,14 +136,15 @@ def _texts(
     return files
 
 
-def _frame(folder: Path, given: Prompts, image: bool, device: torch.device) -> dict[str, str]:
+def _frame(folder: Path, given: Prompts, model: WanConfig, device: torch.device) -> dict[str, str]:
     """The files that all prompts share, by their keys in meta JSONs: a latent that only says its size, and
     what an I2V generator is given of the first frame."""
     t, (h, w) = 1 + (given.length - 1) // STRIDE_T, (n // STRIDE_S for n in given.pixels)
     arrays = {LATENT_KEYS[0]: torch.zeros(CHANNELS, t, h, w)}
-    if image:
+    if model.image:
         first = floats(read_image(given.image, lambda *_: given.pixels))
-        arrays[CLIP_KEYS[0]] = ImageEncoder(given.image_encoder, device)(first[:, :, 0])[0]
+        if model.clip:
+            arrays[CLIP_KEYS[0]] = ImageEncoder(given.image_encoder, device)(first[:, :, 0])[0]
         arrays[CONDITION_KEYS[0]] = condition_of(VideoVAE(given.vae, device), first, given.length)
     for key, array in arrays.items():
         save(folder / f"{key}.npy", array, torch.float32)

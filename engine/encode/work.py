@@ -66,7 +66,7 @@ class Share:
                 continue
             digests = (path and encoders.digest(path) for path in (row.video, row.image))
             samples.append(self.places.sample(row, *digests))
-        if self.options.i2v:
+        if self.options.clip:
             samples = self._each(
                 samples, skipped, "image features", ImageEncoder, lambda s: [s.clip], self._write_features
             )
@@ -139,12 +139,16 @@ def condition_of(vae: VideoVAE, first: Tensor, frames: int) -> Tensor:
     return vae.encode(torch.cat([first, gray], 2))[0]
 
 
-def write_meta(places: Places, sample: Sample, prompts: tuple[str, str], i2v: bool) -> None:
+def write_meta(
+    places: Places, sample: Sample, prompts: tuple[str, str], options: "Options"
+) -> None:
     """Write the meta JSON of a sample whose arrays are there, in the keys of HY-Video-PRFL."""
     path = places.meta(sample.row)
     keys = {"vae_latent_path": sample.latent}
-    if i2v:
-        keys |= {"f1_black_path": sample.first, "imgclip_path": sample.clip}
+    if options.i2v:
+        keys["f1_black_path"] = sample.first
+    if options.clip:
+        keys["imgclip_path"] = sample.clip
     for key, text in zip(("textshort_path", "textlong_path"), prompts, strict=True):
         keys[key] = places.text(text)
     meta = {
