@@ -75,9 +75,15 @@ class PixelRollouts(Fresh):
     """Fresh rollouts whose graded steps pixels judge."""
 
     def __init__(
-        self, judge: PixelJudge, place: str, grader: Grader, config: Config, meter: DriftMeter | None = None
+        self,
+        judge: PixelJudge,
+        place: str,
+        grader: Grader,
+        config: Config,
+        meter: DriftMeter | None = None,
+        readers: int = 1,
     ):
-        super().__init__(grader, config, meter)
+        super().__init__(grader, config, meter, readers)
         self.judge, last = judge, config.rollout.steps - 1
         self.range = (max(0, last + 1 - LAST) if place == "last" else 0), last
 

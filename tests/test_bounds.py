@@ -18,7 +18,7 @@ from prfl_engine.planner import plan
 
 NONSENSE = (math.nan, math.inf, -math.inf, 1e39, -1, 2**200, -(2**200), "", "a\0b", "a" * 5000, [], {}, [[]],
             [math.nan], [math.nan, math.nan], [-1, 2], [""], {"a": 1}, True)  # fmt: skip
-FREE = ("loss.target", "sample.guidance")
+FREE = ("loss.target", "rollout.guidance", "chain.guidance", "eval.guidance", "sample.guidance")
 """Numbers that may be negative."""
 
 
@@ -34,7 +34,7 @@ def legal(section, field, hint, value) -> bool:
         return hint is bool or bool in typing.get_args(hint)
     if isinstance(value, int) and value == -1:
         return f"{section}.{field}" in FREE
-    lists = ("data.train", "data.lose", "data.val", "data.val_lose")
+    lists = ("data.train", "data.lose", "data.val", "data.val_lose", "reward.timesteps")
     return value == [] and f"{section}.{field}" in lists
 
 
@@ -102,9 +102,9 @@ def bare(hint) -> bool:
 def numbers(kind):
     """(section.field, low, high) in YAML of every number in a configuration."""
     for section, field, hint in (p.values for p in fields_of_all_sections()):
-        lists = "tuple" in str(hint)
-        for b in within(hint, kind):
-            yield f"{section}.{field}", *(f"[{end}, {end}]" if lists else f"{end}" for end in (b.low, b.high))
+        lists = typing.get_origin(hint) is tuple
+        for low, high in dict.fromkeys((b.low, b.high) for b in within(hint, kind)):
+            yield f"{section}.{field}", *(f"[{end}, {end}]" if lists else f"{end}" for end in (low, high))
 
 
 def test_floats_are_bounded_so_that_their_squares_are_finite():
@@ -121,13 +121,15 @@ CALLS = {
     "optim.weight_decay": ("train", "optim.lr_head=0"), "eval.timesteps": ("train", "eval.every=1"),
     "optim.lr": ("train", "optim.weight_decay=1"), "data.text_dropout": ("train", "loss.weight=0"),
     "sample.guidance": ("sample", "data.negative_text={}/data/null.npy", "sample.count=1"),
+    **{f"{part}.guidance": ("train", "data.negative_text={}/data/null.npy", "eval.every=1", "train.steps=1")
+       for part in ("rollout", "chain", "eval")},
 }  # fmt: skip
 """The command that a number is used in, and what it is used with."""
 LONG = ("data.num_workers", "reward.num_queries", "rollout.steps", "rollout.samples", "train.steps",
         "train.accumulate", "eval.samples", "sample.count")  # fmt: skip
 """Numbers that are work: as large as they may be they are a run that a test cannot wait for."""
 REFUSED = ("lora.rank", "reward.blocks", "reward.num_heads", "reward.feature_layer", "rollout.pool",
-           "rollout.stride", "parallel.replicate", "parallel.sequence")  # fmt: skip
+           "rollout.stride", "rollout.one_index", "parallel.replicate", "parallel.sequence")  # fmt: skip
 """Numbers that the model bounds too, or another setting, or the number of processes."""
 
 
@@ -149,7 +151,11 @@ def call(tiny, tmp_path, monkeypatch):
     return call
 
 
-@pytest.mark.parametrize("name, low, high", [*numbers(float)])
+OTHERS = ("model.boundary", "rollout.sigma_range")
+"""A number of two generators, and a range that must hold a noise level."""
+
+
+@pytest.mark.parametrize("name, low, high", [n for n in numbers(float) if n[0] not in OTHERS])
 def test_a_run_bears_every_float(name, low, high, call):
     command, *rest = CALLS.get(name, ("train",))
     assert call(command, *rest, f"{name}={low}") == 0
@@ -204,7 +210,7 @@ BAD = {
     "num_layers": (10**9, -1, "2", 2.5), "eps": (math.nan, None, -1, 0, math.inf, "1e-6"),
     "patch_size": ([1, 2], [0, 2, 2], [1, -2, 2], "122", None, 5, [1, 2, 2.5]), "freq_dim": (0, 15, None),
     "text_len": (0, -1, 2**62, None), "model_type": ("x", None, 3, []), "in_dim": (0, None),
-    "out_dim": (0, 2**62), "ffn_dim": (-1, None), "text_dim": (0, None),
+    "out_dim": (0, 2**62), "ffn_dim": (-1, None), "text_dim": (0, None), "clip": (True, 1, "x", []),
 }  # fmt: skip
 
 

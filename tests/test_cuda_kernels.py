@@ -220,7 +220,7 @@ def test_rms_norm(shape, dtype):
     assert_as_good_as_torch(qk_norm_rope.rms_norm, inputs)
 
 
-@pytest.mark.parametrize("offset, length", [(0, 12), (12, 10), (29, 1)])
+@pytest.mark.parametrize("offset, length", [(0, 12), (12, 10), (23, 1)])
 def test_a_shard_is_a_slice_of_the_whole(offset, length):
     inputs = rope_inputs()
     whole = rope()(*inputs)

@@ -155,12 +155,14 @@ def test_what_waits_for_the_next_record_and_pools_of_chains_resume(run, tmp_path
     run(config, f"train.out={tmp_path}/whole")
     run(config, f"train.out={tmp_path}/parts", "train.steps=2")
     (tmp_path / "parts/checkpoint-2/pool-1.safetensors").rename(tmp_path / "pool-1.safetensors")
+    sums = (tmp_path / "parts/checkpoint-2" / checksums.FILE).rename(tmp_path / checksums.FILE)
     more = f"train.out={tmp_path}/parts", "train.resume=true"
     for out in run(config, *more, ok=False):
         assert out.splitlines()[-1].endswith(
             "checkpoint-2/pool-1.safetensors: does not go with the pool of rank 0, want one checkpoint's"
         )
     (tmp_path / "pool-1.safetensors").rename(tmp_path / "parts/checkpoint-2/pool-1.safetensors")
+    sums.rename(tmp_path / "parts/checkpoint-2" / checksums.FILE)
     run(config, *more)
     assert training_runs.values(tmp_path / "parts") == training_runs.values(tmp_path / "whole")
     assert "train/sft_loss" in training_runs.values(tmp_path / "whole")[4]

@@ -167,8 +167,8 @@ def test_tune_measures_stores_and_is_obeyed(gpu, monkeypatch):
         ("add_norm forward", (256, 16, "n", 5)): (1, 3),
     }
     x = torch.zeros(1, 20, 256, device=DEVICE)
-    grid, rows, options = add_norm._plan("forward", (32, "n"), x)
-    assert (grid, rows, options["num_warps"]) == ((3, 1), 7, 1)
+    grid, rows, options = add_norm._plan("forward", (32, "n"), x, 0)
+    assert (grid, rows, options["num_warps"]) == ((3, 1), (20, 7, 0, 0), 1)
     assert all(f"from {gpu}" in line for line in tune.listing(["tiny"], [40], 2))
 
 

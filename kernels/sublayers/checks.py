@@ -91,7 +91,7 @@ def modulated_attention(op, inputs, settings, saved):
     expect_float(op, "dtype", settings.dtype)
     expect_length(op, "factors", settings.factors, 4)
     check_chunk(settings.chunk)
-    if settings.parts or settings.group:
+    if any((settings.parts, settings.group, settings.far, settings.far_group)):
         _cut(op, settings, length)
     given = inputs.given_out, inputs.given_lse
     if _all(op, ("given_out", "given_lse"), given):
@@ -110,7 +110,8 @@ def _cut(op: str, settings, length: int) -> None:
     if heads % len(parts):
         raise ValueError(f"{op}: got {heads} heads for {len(parts)} ranks, want a multiple")
     whole = sum(settings.far) if settings.far else sum(parts)
-    if settings.far and (sum(parts) not in settings.far or not is_group(settings.far_group)):
+    beside = sum(parts) in settings.far and is_group(settings.far_group)
+    if not beside if settings.far else settings.far_group:
         got = f"parts {list(parts)} beside {list(settings.far)} of group {settings.far_group!r}"
         raise ValueError(f"{op}: got {got}, want the parts of one of a SequenceGroup's neighbourhoods")
     if whole != tokens or length not in parts:
