@@ -78,6 +78,11 @@ def _arguments(given: Mapping[str, object], written: str, **times: float) -> lis
     ]  # fmt: skip
 
 
+def _footprint(a: Tensor) -> int:
+    """Bytes of a tensor, those that a stride of 0 repeats once."""
+    return a.element_size() * math.prod(n for n, s in zip(a.shape, a.stride(), strict=True) if s or not n)
+
+
 _TYPES = {torch.float32: "float", torch.bfloat16: "__nv_bfloat16"}
 _TYPE = list(_TYPES.values())
 
@@ -296,7 +301,7 @@ def _kernel(launch: Launch) -> dict:
     code = compiled(launch.source)[launch.kernel]
     blocks, limits = sass.occupancy(code["registers"], launch.threads, launch.shared)
     arguments = [
-        {"name": a.name, "footprint": a.tensor.nbytes, "read": a.read, "written": a.written}
+        {"name": a.name, "footprint": _footprint(a.tensor), "read": a.read, "written": a.written}
         for a in launch.arguments
     ]
     if "cycles" in code:
