@@ -192,6 +192,9 @@ class TrainConfig(Section, name="train"):
     ema_each: Literal["step", "micro_batch"] = "step"
     """When the average moves: once after an optimizer step, or as often as a process has micro-batches in it,
     as in the official script."""
+    stop_anchor: Positive | None = None
+    """A distance to the frozen start (loss.anchor), of graded steps or of flow matching, above which a PRFL
+    run saves a checkpoint and ends, one step after the record (log_every) that has it; null: it goes on."""
     tensorboard: bool = True
     wandb: Name | None = None
     """Weights & Biases project; needs the wandb package."""
@@ -312,6 +315,14 @@ class Config(Section, name=""):
             f"0, turn or a divisor of train.accumulate = {accumulate}",
         )  # fmt: skip
 
+        loss, stop, many = self.loss, self.train.stop_anchor, self.model.boundary
+        ok = stop is None or loss.anchored
+        check(ok, "train.stop_anchor", stop, "null without loss.anchor and loss.anchor_every")
+        if loss.anchored and self.lora.rank:
+            place = loss.anchor_place
+            check(place == "device", "loss.anchor_place", place, "device with LoRA: there is no copy")
+        ok = many is None or self.lora.rank > 0 or not loss.anchored
+        check(ok, "model.boundary", many, "null, or LoRA, with loss.anchor: the copy is of one model")
         if self.loss.split:
             want = "same with loss.split: weights are quantised once in an optimizer step"
             check(self.rollout.precision == "same", "rollout.precision", self.rollout.precision, want)

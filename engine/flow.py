@@ -101,6 +101,11 @@ def add_noise(latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * latent + sigma * noise
 
 
+def distance(velocity: Tensor, other: Tensor) -> Tensor:
+    """Mean of the squared differences of a sample's values [B], of velocities [B, C, T, H, W]."""
+    return (velocity - other).square().flatten(1).mean(1)
+
+
 class SolverState(NamedTuple):
     """All that a sampler carries from step to step; every field [B, C, T, H, W]."""
 

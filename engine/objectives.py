@@ -15,13 +15,14 @@ from prfl_engine.errors import check
 from prfl_engine.guidance import Guidance
 from prfl_engine.model.experts import Experts
 from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.start import Start
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
 
 Generator = WanTransformer | Experts
 
 
 def bind(
-    model: Generator,
+    model: Generator | Start,
     batch: Batch,
     context: Tensor | None = None,
     run_blocks: RunBlocks = plain_blocks,
@@ -61,10 +62,25 @@ def sft_loss(
 ) -> Tensor:
     """Flow matching at noise levels sigma [B] (for two experts on the CPU): mean of (v(x_t) - (eps - x_0))^2
     [B], per sample. t [B]: the timesteps that the model is given; None: 1000 sigma."""
-    x = flow.add_noise(batch.latent, noise, sigma)
+    return anchored_sft_loss(model, None, batch, noise, sigma, run_blocks, t)[0]
+
+
+def anchored_sft_loss(
+    model: Generator,
+    start: Start | None,
+    batch: Batch,
+    noise: Tensor,
+    sigma: Tensor,
+    run_blocks: RunBlocks = plain_blocks,
+    t: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(sft_loss, the distance [B] of its velocities to those of the start; None without one)."""
+    x, rows = flow.add_noise(batch.latent, noise, sigma), torch.arange(len(sigma))
     t = flow.TRAIN_STEPS * sigma if t is None else t
-    velocity = bind(model, batch, run_blocks=run_blocks)(x, t, torch.arange(len(x)))
-    return (velocity - (noise - batch.latent)).square().flatten(1).mean(1)
+    known = None if start is None else bind(start, batch)(x, t, rows)
+    velocity = bind(model, batch, run_blocks=run_blocks)(x, t, rows)
+    apart = None if known is None else flow.distance(velocity, known)
+    return flow.distance(velocity, noise - batch.latent), apart
 
 
 def noisy_reward(
@@ -160,20 +176,22 @@ def _inside(steps: int, shift: float, sigma_range: tuple[float, float]) -> tuple
 class GradedWindow:
     """A window of denoising steps with gradient, ending with the graded step, and the reward after it.
 
-    `logit` [B] is the reward's logit; `backward(loss)` backpropagates a loss of it.
+    `logit` [B] is the reward's logit, `distance` [B] that of the graded step's velocity to the frozen
+    start's, None where it is not computed; `backward(loss)` backpropagates a loss of both.
     """
 
     def __init__(self, window: chain.Window, logit: Tensor, context: Tensor, leaf: Tensor):
         """leaf: what the steps take in place of the model's context tokens `context`."""
-        self.logit = logit
+        self.logit, self.distance = logit, window.distance
         self._window, self._context, self._leaf = window, context, leaf
 
     def backward(self, loss: Tensor) -> None:
-        """Add the whole gradient of a loss of `logit` to .grad of the parameters: through the graded step,
-        the steps of the window before it, and the embedding of the context. Frees the window, of which
-        the value of `logit` stays; RuntimeError the second time."""
+        """Add the whole gradient of a loss to .grad of the parameters: through the graded step, the steps of
+        the window before it, and the embedding of the context. Frees the window, of which the values of
+        `logit` and `distance` stay; RuntimeError the second time."""
         self._window.backward(loss)
         self.logit = self.logit.detach()
+        self.distance = None if self.distance is None else self.distance.detach()
         gradient, self._leaf.grad = self._leaf.grad, None
         if gradient is not None:  # the graph of the embedding serves every window of the rollout
             self._context.backward(gradient, retain_graph=True)
@@ -202,7 +220,8 @@ class Grader:
 class Grading:
     """A grader with the context of a batch, which is embedded once for all of its graded steps."""
 
-    def __init__(self, grader: Grader, batch: Batch):
+    def __init__(self, grader: Grader, batch: Batch, start: Start | None = None):
+        """start: what the velocities of graded steps are compared with."""
         g = self.grader = grader
         self.condition = batch.condition
         prompts = batch
@@ -214,10 +233,15 @@ class Grading:
         self.stretch = None if g.stretches is None else g.stretches(batch, self.leaf)
         models = g.model, g.model if g.together is None else g.together.model
         bound, rolled = (partial(bind, model, run_blocks=g.run_blocks) for model in models)
+        known = None if start is None else start.embed_context(batch.text, batch.clip)
         if g.guidance is None:
             self.velocity, self.plain = bound(batch, self.leaf), rolled(batch, self.leaf)
+            self.anchor = None if start is None else bind(start, batch, known)
             return
         guided = partial(g.guidance.velocity, batch=batch)
+        self.anchor = None
+        if start is not None:
+            self.anchor = guided(partial(bind, start), context=known, with_gradient=True)
         self.velocity = guided(bound, context=self.leaf, with_gradient=True)
         # Between the steps of a window: with the scales of its steps, without their gradient.
         self.plain = guided(rolled, context=self.leaf, with_gradient=True)
@@ -238,7 +262,7 @@ class Grading:
     def grade(self, way: chain.Chain, index: Tensor) -> GradedWindow:
         """The window that ends with steps index [B] of a chain of `way`."""
         g = self.grader
-        window = way.graded(index, g.window, g.config.detach_input)
+        window = way.graded(index, g.window, g.config.detach_input, self.anchor)
         phases.mark("reward")
         phases.count("reward", window.x)
         t = g.schedule.timesteps[index + 1].to(window.x.device, non_blocking=True)
@@ -258,6 +282,7 @@ def graded_windows(
     run_blocks: RunBlocks = plain_blocks,
     score_blocks: RunBlocks = plain_blocks,
     guidance: Guidance | None = None,
+    start: Start | None = None,
 ) -> Iterator[GradedWindow]:
     """The graded steps indices[0], indices[1], ... of one rollout from noise, one window after another.
 
@@ -271,11 +296,12 @@ def graded_windows(
     itself, so the loop may be left at any time. Text and image embeddings, the reward model's too, are
     computed once. Steps without gradient are made by stretches(batch, context) where it is given
     (`rollout.Rollout`); run_blocks runs the blocks of the generator in windows, score_blocks those of the
-    reward model. guidance: of all of its steps; the reward model is not guided.
+    reward model. guidance: of all of its steps; the reward model is not guided. start: what the velocities of
+    graded steps are compared with.
     """
     given = model, reward, schedule, config, stretches, run_blocks, score_blocks, None, guidance
     grader = Grader(*given)
-    return Grading(grader, batch).windows(noise, indices)
+    return Grading(grader, batch, start).windows(noise, indices)
 
 
 def stratified_indices(first: int, last: int, uniform: Tensor) -> Tensor:

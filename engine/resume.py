@@ -60,14 +60,16 @@ KINDS = {
         "cache probe_every max_drift cuda_graph",
     },
     "chain": {"free": "window detach_input guidance unconditional"},
-    "loss": {"free": "form weight target sft_weight sft_every alternate split"},
+    "loss": {
+        "free": "form weight target sft_weight sft_every anchor anchor_every anchor_place alternate split",
+    },
     "optim": {
         "state": "name rounding grad_dtype in_backward offload",
         "free": "lr lr_head betas eps weight_decay schedule warmup horizon cycles clip clip_each clip_heads",
     },
     "train": {
         "fixed": "accumulate seed",
-        "free": "device steps save_every keep log_every ema ema_each tensorboard wandb",
+        "free": "device steps save_every keep log_every ema ema_each stop_anchor tensorboard wandb",
         "call": "out resume compat",
     },
     "parallel": {"free": "replicate sequence resident save_async timeout"},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
+from prfl_engine.anchor import make_anchor
 from prfl_engine.batch import Batch
 from prfl_engine.build import (
     latent_dtype,
@@ -33,6 +34,7 @@ from prfl_engine.model.wan import plain_blocks
 from prfl_engine.objectives import (
     Generator,
     Grader,
+    anchored_sft_loss,
     chain_velocity,
     index_range,
     noisy_reward,
@@ -142,6 +144,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     world.stop_if_asked()
     reward = make_frozen_reward(c, policy, device, world.shard) if use_reward or c.reward.path else None
     reward = reward and world.place(reward)
+    anchor = make_anchor(c, policy, device, world)
     world.stop_if_asked()
     reader = Reader(
         policy.config,
@@ -180,9 +183,12 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together, guidance
         )
         if persists:
-            graded = Persistent(grader, c, meter, stream.picked, world)
+            graded = Persistent(grader, c, meter, stream.picked, world, anchor)
         else:
-            graded = Fresh(grader, c, meter, world.readers)
+            graded = Fresh(grader, c, meter, world.readers, anchor)
+
+    def leashed(loss: Tensor, apart: Tensor | None, share: float) -> Tensor:
+        return loss if apart is None or not c.loss.anchor else loss + share * c.loss.anchor * apart
 
     def backpropagate(batch: Batch, key: int, share: float):
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
@@ -193,11 +199,18 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             count("flow_matching", batch.latent)
             sigma = levels.sigmas[integers(len(levels.sigmas), Purpose.SFT_LEVEL, *at, n)]
             noise = flow.rounded(noise_like(batch.latent, Purpose.SFT_NOISE, *at), dtype)
-            loss = sft_loss(policy, batch, noise, sigma, run_blocks, levels.timestep(sigma)).mean()
+            given = batch, noise, sigma, run_blocks, levels.timestep(sigma)
+            apart, start = None, anchor and anchor.at(key // c.train.accumulate)
+            if start is None:
+                loss = sft_loss(policy, *given).mean()
+            else:
+                count("rollout", batch.latent)
+                loss, apart = (a.mean() for a in anchored_sft_loss(policy, start, *given))
             world.add_up_copies(policy, each or (last and (c.loss.split or not reward_due)))
-            (share * c.loss.sft_weight * loss).backward()
-            values = {"sft_loss": loss.detach()}
-            del loss, noise, sigma  # they and the loss's graph would live as long as the graded steps
+            leashed(share * c.loss.sft_weight * loss, apart, share).backward()
+            values = {"sft_loss": loss.detach()} | ({} if apart is None else {"sft_anchor": apart.detach()})
+            # They and the loss's graph would live as long as the graded steps.
+            del loss, apart, given, noise, sigma
             yield values
         if reward_due:
             mark("rollout")
@@ -205,10 +218,12 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             for number, (window, extra) in enumerate(graded.windows(batch, key), 1):
                 world.add_up_copies(policy, each or (last and number == c.rollout.samples))
                 loss = part * reward_loss(window.logit, c.loss).mean()
-                window.backward(share * loss)
+                apart = None if window.distance is None else part * window.distance.mean()
+                window.backward(leashed(share * loss, apart, share))
                 reward_now = part * torch.sigmoid(window.logit).mean()
                 values = {"reward_loss": loss.detach(), "reward": reward_now} | extra
-                del loss, window  # their graph holds the state before a window
+                values |= {} if apart is None else {"anchor": apart.detach()}
+                del loss, apart, window  # their graph holds the state before a window
                 yield values
 
     def validate(step: int) -> dict[str, float]:

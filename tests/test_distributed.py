@@ -65,7 +65,7 @@ def values(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rollout": {"steps": 5}, "chain": {"window": 3}},
+        {"rollout": {"steps": 5}, "chain": {"window": 3}, "loss": {"anchor": 0.5}},
         {"rollout": {"steps": 5}, "parallel": {"sequence": 2}},
         {"rollout": {"steps": 5, "cache": 0.3, "max_drift": 9}, "parallel": {"resident": True}},
         {"rollout": {"steps": 5, "one_index": 2}, "parallel": {"replicate": 2}},
@@ -110,8 +110,9 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
 def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     """4 steps on 2 processes are 2 on 2, then 2 on 1 under torchrun (to rounding), and a LoRA run too."""
     config = write_run(
-        tmp_path, samples=8, train={"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9}, lora={"rank": 2}
-    )
+        tmp_path, samples=8, train={"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9},
+        lora={"rank": 2}, loss={"anchor": 0.5},
+    )  # fmt: skip
     run(config, f"train.out={tmp_path}/whole")
     run(config, f"train.out={tmp_path}/parts", "train.steps=2")
     run(config, f"train.out={tmp_path}/parts", "train.resume=true", processes=1)
@@ -174,6 +175,8 @@ def test_mistakes_end_all_processes_with_a_line(run, tmp_path):
     config = write_run(tmp_path, samples=8, train={"accumulate": 2})
     for out in run(config, "train.accumulate=3", ok=False):
         assert "train.accumulate: got 3, want a multiple of 2" in out
+    for out in run(config, "loss.anchor=1", "loss.anchor_place=host", ok=False):
+        assert "loss.anchor_place: got 'host', want device with several processes" in out
     few = "data.batch_size=3", "rollout.mode=persistent", "rollout.steps=5"
     for out in run(config, *few, ok=False):
         assert "data.train: got 8 samples, want a multiple of data.batch_size = 3" in out

@@ -94,6 +94,7 @@ def setup_of(
         model, latent, precision.compute, precision.residual, precision.weights, reward,
         c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
+        anchor=c.loss.anchor_place if c.loss.anchored else "none",
         sequence=c.parallel.sequence, experts=c.trained_experts, idle=c.model.idle == "host",
     )  # fmt: skip
     if setup.reward_blocks and c.rollout.mode == "persistent":

@@ -1,6 +1,7 @@
 """What a training step's memory and time depend on."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -60,6 +61,7 @@ class Setup:
     pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
     experts: tuple[bool, bool] | None = None  # which of two experts is trained; None: there is one model
     idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
+    anchor: Literal["none", "device", "host"] = "none"  # where a forward of the frozen start is from
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
 
     @property

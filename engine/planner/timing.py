@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prfl_engine.config import Config
+from prfl_engine.config_method import scales
 from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
 from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops, validation_forwards
@@ -19,7 +20,7 @@ from prfl_engine.planner.plan import Kind
 from prfl_engine.planner.seconds import Rates, block_seconds
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.sharded import Exchanged, Shards
-from prfl_engine.planner.standing import Models, gradient_bytes, state_bytes
+from prfl_engine.planner.standing import Models, gradient_bytes, start_bytes, state_bytes
 
 
 class Row(NamedTuple):
@@ -137,6 +138,14 @@ def times(
         k = c.rollout.samples
         add("reward", k * graded, scored, links.reward, links.exchange_reward, flops["reward"] / k)
     add("flow matching", sft, one, links.graded, links.exchange_graded, flops.get("flow matching", 0.0))
+    if c.loss.anchored:
+        often = 1.0 if c.loss.anchor else 1 / c.loss.anchor_every
+        halves = 2 if scales(c.chain.guidance) != (1, 1) else 1
+        count = often * samples * (sft + halves * graded * c.rollout.samples)
+        coming = start_bytes(setup, models)[1] / rates.link
+        model = forward_work(setup.config, setup.count, setup.tokens // samples).forward
+        hidden = (links.forward + coming) / samples
+        add("frozen start", count, plain, hidden, links.exchange_forward / samples, model)
     if (waits := links.replicas - one / 2) > 0:  # the last backward hides the rest
         rows.append(Row("gradients of copies", waits, 0.0, waits))
     rows.append(_optimizer(c, models, gpu, shards, rows, sft + graded * passes))

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prfl_engine.anchor import Anchor
 from prfl_engine.batch import Batch
 from prfl_engine.config import Config
 from prfl_engine.objectives import (
@@ -26,10 +27,15 @@ class Fresh:
     """Where graded steps come from, with `rollout.mode` fresh."""
 
     def __init__(
-        self, grader: Grader, config: Config, meter: DriftMeter | None = None, readers: int = 1
+        self,
+        grader: Grader,
+        config: Config,
+        meter: DriftMeter | None = None,
+        readers: int = 1,
+        anchor: Anchor | None = None,
     ):
         """readers: the groups of processes that have samples of their own."""
-        self.grader, self.config, self.meter = grader, config, meter
+        self.grader, self.config, self.meter, self.anchor = grader, config, meter, anchor
         self.range = index_range(config.rollout)
         alike = config.rollout.one_index
         self.together = readers if alike == "turn" else alike  # micro-batches that have the same graded steps
@@ -46,7 +52,8 @@ class Fresh:
             extra = self.meter.values()
         start = start_of(c.rollout, g.schedule, batch.latent, noise)
         del noise
-        for window in Grading(g, batch).windows(start, indices):
+        anchor = self.anchor and self.anchor.at(key // c.train.accumulate)
+        for window in Grading(g, batch, anchor).windows(start, indices):
             yield window, extra
             del window  # its graph holds the state before it
             extra = {}  # once for every micro-batch

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prfl_engine.anchor import Anchor
 from prfl_engine.batch import Batch, collate
 from prfl_engine.chain import Chain
 from prfl_engine.config import Config
@@ -52,6 +53,7 @@ class Persistent:
         meter: DriftMeter | None,
         sources: Callable[[int], list[int]],
         world: World = World(),  # noqa: B008 - frozen
+        anchor: Anchor | None = None,
     ):
         """sources(key): the numbers of the samples of micro-batch `key` in the data (`MicroBatches.picked`).
         UserError where the configuration does not fit."""
@@ -60,6 +62,7 @@ class Persistent:
         most = steps[1] + 1 - steps[0]
         check(r.stride <= most, "rollout.stride", r.stride, f"at most {most}, the steps of rollout.range")
         self.grader, self.config, self.meter, self.sources = grader, config, meter, sources
+        self.anchor = anchor
         size, seed = config.data.batch_size, config.train.seed
         self.world, slots = world, config.pool // world.readers
         self.turns = Turns(steps, slots, config.graded // world.readers, size, r.stride, seed)
@@ -107,7 +110,8 @@ class Persistent:
     def _grade(self, chains: list[PooledChain], turns: list[Turn], step: int) -> GradedWindow:
         """The window of these chains up to the steps of their turns, whose results they take."""
         prompts = [Batch(*(None if a is None else a[0] for a in self.pool.prompt(c))) for c in chains]
-        grading, states = Grading(self.grader, collate(prompts)), []
+        anchor = self.anchor and self.anchor.at(step)
+        grading, states = Grading(self.grader, collate(prompts), anchor), []
         for chain in chains:
             known = self.pool.get(chain)
             states.append([None] * (chain.numbers.index + 1 - len(known)) + known)
