@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from prfl_engine.checkpoint_shards import INDEX
-from prfl_engine.config import Config, LoraConfig, ModelConfig
-from prfl_engine.errors import UserError, check, refusing
+from prfl_engine.config import Config, LoraConfig, ModelConfig, RewardConfig
+from prfl_engine.errors import UserError, check, named, refusing
 from prfl_engine.memory.idle import Idle
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import (
@@ -200,6 +200,18 @@ def _generator(
     if adapter.rank:
         lora.start(policy, adapter, config.train.seed, resume)
     return set_up(policy, m)
+
+
+def make_more_rewards(
+    config: Config, policy: WanTransformer | Experts, device: torch.device, shard: Shard | None = None
+) -> list[RewardModel]:
+    """The reward models of reward.more, as make_frozen_reward makes one."""
+    made = []
+    for more in config.reward.more:
+        own = replace(config, reward=RewardConfig(path=more.path))
+        with named(f"reward.more {more.name}"):
+            made.append(make_frozen_reward(own, policy, device, shard))
+    return made
 
 
 def make_frozen_reward(

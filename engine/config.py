@@ -35,13 +35,13 @@ from prfl_engine.bounds import (
 )
 from prfl_engine.config_file import from_dict, override, plain, read_yaml
 from prfl_engine.config_method import ChainConfig, LossConfig, RolloutConfig, Scale, scales
-from prfl_engine.config_models import KeptConfig, LoraConfig, ModelConfig, RewardConfig
+from prfl_engine.config_models import KeptConfig, LoraConfig, ModelConfig, MoreReward, RewardConfig
 from prfl_engine.errors import UserError, check
 
 __all__ = [
     "ChainConfig", "Config", "DataConfig", "EvalConfig", "KeptConfig", "LoraConfig", "LossConfig",
-    "ModelConfig", "OptimConfig", "ParallelConfig", "RewardConfig", "RolloutConfig", "SampleConfig",
-    "TrainConfig", "load_config",
+    "ModelConfig", "MoreReward", "OptimConfig", "ParallelConfig", "RewardConfig", "RolloutConfig",
+    "SampleConfig", "TrainConfig", "load_config",
 ]  # fmt: skip
 
 DEVICE = Matches(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", "auto, cpu, cuda or cuda:N")
@@ -315,6 +315,8 @@ class Config(Section, name=""):
             f"0, turn or a divisor of train.accumulate = {accumulate}",
         )  # fmt: skip
 
+        if self.loss.weight == 0:
+            self.reward.check_one("with loss.weight 0")
         loss, stop, many = self.loss, self.train.stop_anchor, self.model.boundary
         ok = stop is None or loss.anchored
         check(ok, "train.stop_anchor", stop, "null without loss.anchor and loss.anchor_every")

@@ -101,6 +101,15 @@ def add_noise(latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * latent + sigma * noise
 
 
+def add_more_noise(x: Tensor, noise: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
+    """Latents x [B, ...] at noise levels sigma [B] brought to the levels `to` [B], sigma <= to <= 1, both in
+    float64 on the CPU: of x = (1 - sigma) x_0 + sigma e it has the distribution of (1 - to) x_0 + to e."""
+    keep = (1 - to) / (1 - sigma)
+    more = (to.square() - (keep * sigma).square()).clamp(min=0).sqrt()
+    keep, more = (a.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1)) for a in (keep, more))
+    return keep * x + more * noise
+
+
 def distance(velocity: Tensor, other: Tensor) -> Tensor:
     """Mean of the squared differences of a sample's values [B], of velocities [B, C, T, H, W]."""
     return (velocity - other).square().flatten(1).mean(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prfl_engine import chain, flow, phases
 from prfl_engine.batch import Batch
-from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
+from prfl_engine.config import ChainConfig, LossConfig, MoreReward, RolloutConfig
 from prfl_engine.errors import check
 from prfl_engine.guidance import Guidance
 from prfl_engine.model.experts import Experts
@@ -176,21 +176,27 @@ def _inside(steps: int, shift: float, sigma_range: tuple[float, float]) -> tuple
 class GradedWindow:
     """A window of denoising steps with gradient, ending with the graded step, and the reward after it.
 
-    `logit` [B] is the reward's logit, `distance` [B] that of the graded step's velocity to the frozen
-    start's, None where it is not computed; `backward(loss)` backpropagates a loss of both.
+    `logits` are those of every reward, each [n B] of n draws, the first of them at the noise level that the
+    step leaves; `distance` [B] is that of the graded step's velocity to the frozen start's, None where it is
+    not computed; `backward(loss)` backpropagates a loss of all.
     """
 
-    def __init__(self, window: chain.Window, logit: Tensor, context: Tensor, leaf: Tensor):
+    def __init__(self, window: chain.Window, logits: list[Tensor], context: Tensor, leaf: Tensor):
         """leaf: what the steps take in place of the model's context tokens `context`."""
-        self.logit, self.distance = logit, window.distance
+        self.logits, self.distance = logits, window.distance
         self._window, self._context, self._leaf = window, context, leaf
+
+    @property
+    def logit(self) -> Tensor:
+        """The logits of the first reward."""
+        return self.logits[0]
 
     def backward(self, loss: Tensor) -> None:
         """Add the whole gradient of a loss to .grad of the parameters: through the graded step, the steps of
         the window before it, and the embedding of the context. Frees the window, of which the values of
-        `logit` and `distance` stay; RuntimeError the second time."""
+        `logits` and `distance` stay; RuntimeError the second time."""
         self._window.backward(loss)
-        self.logit = self.logit.detach()
+        self.logits = [logit.detach() for logit in self.logits]
         self.distance = None if self.distance is None else self.distance.detach()
         gradient, self._leaf.grad = self._leaf.grad, None
         if gradient is not None:  # the graph of the embedding serves every window of the rollout
@@ -210,6 +216,13 @@ class Grader:
     score_blocks: RunBlocks = plain_blocks
     together: chain.Together | None = None
     guidance: Guidance | None = None
+    more: tuple[RewardModel, ...] = ()  # further rewards
+    draws: int = 1  # noise levels that rewards score at
+
+    @property
+    def rewards(self) -> tuple[RewardModel, ...]:
+        """All of them."""
+        return self.reward, *self.more
 
     @property
     def window(self) -> int:
@@ -220,16 +233,24 @@ class Grader:
 class Grading:
     """A grader with the context of a batch, which is embedded once for all of its graded steps."""
 
-    def __init__(self, grader: Grader, batch: Batch, start: Start | None = None):
-        """start: what the velocities of graded steps are compared with."""
-        g = self.grader = grader
+    def __init__(
+        self,
+        grader: Grader,
+        batch: Batch,
+        start: Start | None = None,
+        draw: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """start: what the velocities of graded steps are compared with; draw(x): noise like x for several
+        draws of a grader, None for one draw."""
+        g, self.draw = grader, draw
+        self.grader = grader
         self.condition = batch.condition
         prompts = batch
         if g.guidance is not None:
             batch = g.guidance.both(batch)
         self.context = g.model.embed_context(batch.text, batch.clip)
         self.leaf = self.context.detach().requires_grad_(self.context.requires_grad)
-        self.scored = g.reward.embed_context(prompts.text, prompts.clip)
+        self.scored = [reward.embed_context(prompts.text, prompts.clip) for reward in g.rewards]
         self.stretch = None if g.stretches is None else g.stretches(batch, self.leaf)
         models = g.model, g.model if g.together is None else g.together.model
         bound, rolled = (partial(bind, model, run_blocks=g.run_blocks) for model in models)
@@ -265,9 +286,23 @@ class Grading:
         window = way.graded(index, g.window, g.config.detach_input, self.anchor)
         phases.mark("reward")
         phases.count("reward", window.x)
-        t = g.schedule.timesteps[index + 1].to(window.x.device, non_blocking=True)
-        logit = g.reward.score(window.x, t, self.scored, self.condition, g.score_blocks)
-        return GradedWindow(window, logit, self.context, self.leaf)
+        logits, noisy = [], list(self._noisy(window.x, index))
+        for reward, context in zip(g.rewards, self.scored, strict=True):
+            found = [reward.score(x, t, context, self.condition, g.score_blocks) for x, t in noisy]
+            logits.append(found[0] if len(found) == 1 else torch.cat(found))
+        return GradedWindow(window, logits, self.context, self.leaf)
+
+    def _noisy(self, x: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(latents, timesteps) of all draws from the results x of steps index [B]."""
+        g = self.grader
+        yield x, g.schedule.timesteps[index + 1].to(x.device, non_blocking=True)
+        if g.draws == 1:
+            return
+        sigma, noise = g.schedule.sigmas[index + 1], self.draw(x).to(x.dtype)
+        for j in range(1, g.draws):
+            to = sigma + (1 - sigma) * j / g.draws
+            t = (flow.TRAIN_STEPS * to).float().to(x.device, non_blocking=True)
+            yield flow.rounded(flow.add_more_noise(x, noise, sigma, to), g.schedule.dtype), t
 
 
 def graded_windows(
@@ -312,7 +347,7 @@ def stratified_indices(first: int, last: int, uniform: Tensor) -> Tensor:
     return first + place.floor().long().clamp(max=last - first)
 
 
-def reward_loss(logit: Tensor, loss: LossConfig) -> Tensor:
+def reward_loss(logit: Tensor, loss: LossConfig | MoreReward) -> Tensor:
     """Loss [B] to be minimised, from reward logits [B]; see LossConfig.form."""
     if loss.form == "log":
         return -loss.weight * F.logsigmoid(logit)

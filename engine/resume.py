@@ -43,9 +43,9 @@ KINDS = {
     },
     "lora": {"source": "path", "fixed": "rank alpha targets"},
     "reward": {
-        "source": "path query_attention mlp",
+        "source": "path query_attention mlp more",
         "fixed": "blocks feature_layer pool num_queries num_heads return_type train_embeddings loss",
-        "free": "dropout timesteps",
+        "free": "dropout timesteps draws",
     },
     "data": {
         "source": "train lose null_text",
@@ -84,7 +84,7 @@ KIND = {
 }
 MODELS = (  # the other sources are lists
     "model.path", "model.low", "lora.path", "reward.path", "reward.query_attention", "reward.mlp",
-    "data.null_text",
+    "reward.more", "data.null_text",
 )  # fmt: skip
 
 
@@ -122,8 +122,9 @@ def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
         )
     sources = {name: _digest(paths) for name, paths in lists.items()}
     for name in MODELS:
-        if (path := _value(asdict(config), name)) is not None:
-            sources[name] = _digest([Path(path)])
+        if path := _value(asdict(config), name):
+            many = [more["path"] for more in path] if name == "reward.more" else [path]
+            sources[name] = _digest([Path(path) for path in many])
     if (out / FILE).exists():
         read_metrics(out)
     if not found:

@@ -76,6 +76,7 @@ def train_reward(config: Config) -> None:
 
 def _train_reward(config: Config, device: torch.device, world: World) -> None:
     c = config
+    c.reward.check_one("in reward training")
     lora.check_path(c.lora)
     adapted = c.lora.rank > 0
     text_dropout, pairs, dtype = c.data.dropout(0.0), c.reward.loss == "bt", latent_dtype(c)

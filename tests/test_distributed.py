@@ -77,6 +77,9 @@ def values(folder: Path) -> list[dict[str, float]]:
 def test_two_processes_train_as_one(run, tmp_path, settings):
     """The same losses, rewards and norms, since the samples of a step are the same. Two pools of chains that
     persist are drawn otherwise than one."""
+    if "replicate" in settings.get("parallel", {}):
+        again = {"name": "again", "path": str(tmp_path / "reward"), "form": "log"}
+        settings = settings | {"reward": {"draws": 2, "more": [again]}}
     validation = {"every": 3, "samples": 3, "batch_size": 1, "videos": 3}
     shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": validation}
     config = write_run(tmp_path, samples=8, **shared, **settings)

@@ -88,6 +88,7 @@ def setup_of(
 ) -> Setup:
     """What PRFL as configured takes; shapes as `fit_memory` takes them."""
     c, counts = config, Counter(shapes)
+    c.reward.check_one("for the planner, which counts no more")
     latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
     validation = _validation(c, held_out, reward is not None, on_cpu) if held_out else None
     setup = Setup(

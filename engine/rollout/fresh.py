@@ -1,6 +1,7 @@
 """Graded steps of fresh rollouts: every micro-batch starts from noise, as in the paper."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ class Fresh:
         start = start_of(c.rollout, g.schedule, batch.latent, noise)
         del noise
         anchor = self.anchor and self.anchor.at(key // c.train.accumulate)
-        for window in Grading(g, batch, anchor).windows(start, indices):
+        draw = partial(noise_like, purpose=Purpose.REWARD_DRAW, seed=at[0], first=at[1])
+        for window in Grading(g, batch, anchor, draw).windows(start, indices):
             yield window, extra
             del window  # its graph holds the state before it
             extra = {}  # once for every micro-batch

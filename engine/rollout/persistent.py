@@ -88,7 +88,7 @@ class Persistent:
             turns = [self.turns[counts.drawn + row] for row in range(len(batch.latent))]
             counts.drawn += len(turns)
             chains = [self._chain(turn, births, step) for turn in turns]
-            window = self._grade(chains, turns, step)
+            window = self._grade(chains, turns, step, key)
             ages = sum(step - chain.numbers.birth for chain in chains)
             now = {"chain_age": ages / len(chains) / c.rollout.samples}
             if part == 0:  # once for every micro-batch
@@ -107,11 +107,13 @@ class Persistent:
             chain = self.pool.chains[turn.slot] = births.make(turn.lap)
         return chain
 
-    def _grade(self, chains: list[PooledChain], turns: list[Turn], step: int) -> GradedWindow:
+    def _grade(self, chains: list[PooledChain], turns: list[Turn], step: int, key: int) -> GradedWindow:
         """The window of these chains up to the steps of their turns, whose results they take."""
         prompts = [Batch(*(None if a is None else a[0] for a in self.pool.prompt(c))) for c in chains]
-        anchor = self.anchor and self.anchor.at(step)
-        grading, states = Grading(self.grader, collate(prompts), anchor), []
+        anchor, c = self.anchor and self.anchor.at(step), self.config
+        first = key * c.data.batch_size
+        draw = partial(noise_like, purpose=Purpose.REWARD_DRAW, seed=c.train.seed, first=first)
+        grading, states = Grading(self.grader, collate(prompts), anchor, draw), []
         for chain in chains:
             known = self.pool.get(chain)
             states.append([None] * (chain.numbers.index + 1 - len(known)) + known)
