@@ -21,7 +21,9 @@ from prfl_engine.model.checkpoint import (
 )
 from prfl_engine.model.experts import HIGH, LOW, Experts, pair_at
 from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.start import Anchor, Start
 from prfl_engine.model.wan import PRESETS, WanTransformer
+from prfl_engine.parallel import World
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels import dispatch, extension, tuning
 
@@ -99,6 +101,22 @@ def make_policy(
         if idle is not None:
             idle.take(made[-1])
     return Experts(*made, m.boundary, idle)
+
+
+def make_anchor(
+    config: Config, policy: WanTransformer | Experts, device: torch.device, world: World
+) -> Anchor | None:
+    """The leash of a training, None without one. With LoRA the start is in `policy`; otherwise it is loaded
+    or drawn as for the first step, wherever the run goes on from."""
+    loss, start, idle = config.loss, policy, None
+    if not loss.anchored:
+        return None
+    if not config.lora.rank:
+        start = world.place(make_policy(config, None, device, world.shard).requires_grad_(False))
+    if loss.anchor_place == "host":
+        idle = Idle(device)
+        idle.take(start)
+    return Anchor(Start(start, idle), loss.anchor, loss.anchor_every)
 
 
 def load_generator(config: Config, device: torch.device) -> WanTransformer | Experts:

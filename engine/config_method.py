@@ -32,6 +32,9 @@ class RolloutConfig(Section, name="rollout"):
     solver: Literal["unipc", "euler"] = "unipc"
     steps: Annotated[int, Within(2, 1000)] = 40
     """Denoising steps of the whole chain."""
+    sigmas: tuple[Annotated[float, Within(0.001, 1)], ...] = ()
+    """Noise levels of the steps, falling, in place of those of `shift`: as many as `steps`, such as the few
+    of a distilled generator; the last step ends at 0. Of unipc the first is below 1."""
     shift: Positive = 5.0
     """Shift of the flow schedule, for rollouts, flow matching and reward training alike."""
     sigma_range: tuple[Level, Level] = (0.0, 1.0)
@@ -82,6 +85,13 @@ class RolloutConfig(Section, name="rollout"):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.sigmas:
+            falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
+            check(falling, "rollout.sigmas", list(self.sigmas), "each below the one before")
+            n = len(self.sigmas)
+            check(self.steps == n, "rollout.steps", self.steps, f"{n}, the length of rollout.sigmas")
+            ok = self.solver != "unipc" or self.sigmas[0] < 1
+            check(ok, "rollout.sigmas", list(self.sigmas), "levels below 1 with rollout.solver unipc")
         low, high = self.sigma_range
         check(low < high, "rollout.sigma_range", list(self.sigma_range), "[low, high] with low < high")
         if self.start == "data":

@@ -15,6 +15,7 @@ any step can be recomputed, and the samples of a batch may be at different steps
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -148,17 +149,23 @@ class Schedule:
 
 
 def make_schedule(
-    solver: str, steps: int, shift: float, dtype: torch.dtype | None = None, first: int = 0
+    solver: str,
+    steps: int,
+    shift: float,
+    dtype: torch.dtype | None = None,
+    first: int = 0,
+    levels: Sequence[float] = (),
 ) -> Schedule:
     """Schedule of `solver` ("euler" or "unipc") with steps >= 1 and shift > 0; ValueError otherwise. dtype:
     what samples are rounded to after every step; None: nothing is. Of its steps those from `first` on, for a
-    chain that begins there, without a history."""
+    chain that begins there, without a history. levels: noise levels of all steps, in place of shift's."""
     if solver not in ("euler", "unipc"):
         raise ValueError(f"solver: got {solver!r}, want euler or unipc")
     if steps < 1 or shift <= 0:
         raise ValueError(f"schedule: got {steps} steps and shift {shift}, want steps >= 1 and shift > 0")
     u = torch.linspace(SIGMA_MAX, 0, steps + 1, dtype=torch.float64)[:-1]
-    sigmas = torch.cat([shift_sigma(u, shift), torch.zeros(1, dtype=torch.float64)])[first:]
+    starts = torch.tensor(levels, dtype=torch.float64) if levels else shift_sigma(u, shift)
+    sigmas = torch.cat([starts, torch.zeros(1, dtype=torch.float64)])[first:]
     timesteps = (TRAIN_STEPS * sigmas[:-1]).floor().float()
     row = _euler_row if solver == "euler" else _unipc_row
     table = torch.tensor([row(sigmas.tolist(), i) for i in range(steps - first)], dtype=torch.float64)

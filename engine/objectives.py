@@ -105,10 +105,19 @@ def noisy_rewards(
     return torch.stack([noisy_reward(reward, batch, noise, level) for level in levels], 1)
 
 
+def whole_schedule(
+    rollout: RolloutConfig, dtype: torch.dtype | None = None, first: int = 0
+) -> flow.Schedule:
+    """The steps of a chain from the noise on, or from step `first`; as flow.make_schedule makes them."""
+    return flow.make_schedule(
+        rollout.solver, rollout.steps, rollout.shift, dtype, first, rollout.sigmas
+    )
+
+
 def schedule_of(rollout: RolloutConfig, dtype: torch.dtype | None = None) -> flow.Schedule:
     """The steps of a chain that is trained on: all, or with rollout.start data those from the first in
     rollout.sigma_range on. dtype: what latents are rounded to."""
-    return flow.make_schedule(rollout.solver, rollout.steps, rollout.shift, dtype, _skipped(rollout))
+    return whole_schedule(rollout, dtype, _skipped(rollout))
 
 
 def train_levels(rollout: RolloutConfig, dtype: torch.dtype | None = None) -> flow.Levels:
@@ -130,14 +139,14 @@ def start_of(rollout: RolloutConfig, schedule: flow.Schedule, latent: Tensor, no
 
 def steps_inside(rollout: RolloutConfig) -> tuple[int, int]:
     """First step of schedule_of(rollout) in rollout.sigma_range, and the one after the last."""
-    first, end = _inside(rollout.steps, rollout.shift, rollout.sigma_range)
+    first, end = _inside(rollout)
     return first - _skipped(rollout), end - _skipped(rollout)
 
 
 def index_range(rollout: RolloutConfig) -> tuple[int, int]:
     """First and last step of schedule_of(rollout) that may be graded: in rollout.sigma_range, and never the
     last of the chain, since its result has no timestep to be scored at. UserError where there are none."""
-    first, end = _inside(rollout.steps, rollout.shift, rollout.sigma_range)
+    first, end = _inside(rollout)
     n, skipped, levels = min(end, rollout.steps - 1) - first, _skipped(rollout), list(rollout.sigma_range)
     want = f"one with some of the {rollout.steps - 1} steps that can be graded"
     check(n > 0, "rollout.sigma_range", levels, want)
@@ -160,16 +169,16 @@ def _skipped(rollout: RolloutConfig) -> int:
     """How many steps of the whole chain come before those of schedule_of."""
     if rollout.start == "noise":
         return 0
-    return _inside(rollout.steps, rollout.shift, rollout.sigma_range)[0]
+    return _inside(rollout)[0]
 
 
 @cache
-def _inside(steps: int, shift: float, sigma_range: tuple[float, float]) -> tuple[int, int]:
+def _inside(rollout: RolloutConfig) -> tuple[int, int]:
     """First step of the whole chain at a noise level in a range, and the one after the last. As in the
     official code a step is at its whole timestep."""
     with torch.device("cpu"):
-        timesteps = flow.make_schedule("euler", steps, shift).timesteps.double()
-    found = flow.within(timesteps / flow.TRAIN_STEPS, *sigma_range).nonzero().flatten().tolist()
+        timesteps = whole_schedule(rollout).timesteps.double()
+    found = flow.within(timesteps / flow.TRAIN_STEPS, *rollout.sigma_range).nonzero().flatten().tolist()
     return (found[0], found[-1] + 1) if found else (0, 0)
 
 

@@ -54,7 +54,7 @@ KINDS = {
         "free": "negative_text text_dropout long_caption skip_broken num_workers",
     },
     "rollout": {
-        "score": "solver steps shift sigma_range start whole_timesteps",
+        "score": "solver steps sigmas shift sigma_range start whole_timesteps",
         # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
         "free": "mode pool pool_place stride range samples one_index guidance guidance_at_once precision "
         "cache probe_every max_drift cuda_graph",

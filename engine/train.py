@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain, flow
-from prfl_engine.anchor import make_anchor
 from prfl_engine.batch import Batch
 from prfl_engine.build import (
     latent_dtype,
+    make_anchor,
     make_frozen_reward,
     make_more_rewards,
     make_policy,

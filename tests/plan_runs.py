@@ -9,7 +9,7 @@ import yaml
 from helpers import tiny_config, tiny_model, tiny_reward, write_data
 from torch.utils._pytree import tree_iter
 
-from prfl_engine import anchor, train
+from prfl_engine import build, train
 from prfl_engine.config import load_config
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.model.checkpoint import save_reward, save_transformer
@@ -138,7 +138,7 @@ def measured(path: Path, monkeypatch) -> Measured:
         found.optimizer = max(found.optimizer, live.lap())
         return norm
 
-    for module in (train, anchor):
+    for module in (train, build):
         monkeypatch.setattr(module, "make_policy", seen(policy_of))
     monkeypatch.setattr(train, "make_frozen_reward", seen(reward_of))
     monkeypatch.setattr(updates, "update", updated)

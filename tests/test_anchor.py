@@ -19,6 +19,7 @@ from training_runs import assert_equal, content, run, values
 from prfl_engine import flow, phases
 from prfl_engine.config import ChainConfig, LoraConfig, load_config
 from prfl_engine.guidance import Guidance, Scales
+from prfl_engine.memory.idle import Idle
 from prfl_engine.model import lora
 from prfl_engine.model import start as start_module
 from prfl_engine.model.start import Start
@@ -45,7 +46,10 @@ def setup(kind, model_type="t2v", config=None):
         start = Start(model)
     else:
         model, frozen = randomize(model.double(), 5), tiny_model(config).double().requires_grad_(False)
-        start = Start(frozen, host=kind == "host")
+        idle = Idle(torch.device("cpu")) if kind == "host" else None
+        if idle is not None:
+            idle.take(frozen)
+        start = Start(frozen, idle)
     reward = tiny_reward(config).double().freeze()
     return model, plain, start, reward, random_batch(config, 2, dtype=torch.float64)
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prfl_engine.anchor import Anchor
 from prfl_engine.batch import Batch
 from prfl_engine.config import Config
+from prfl_engine.model.start import Anchor
 from prfl_engine.objectives import (
     GradedWindow,
     Grader,

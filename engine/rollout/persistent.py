@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prfl_engine.anchor import Anchor
 from prfl_engine.batch import Batch, collate
 from prfl_engine.chain import Chain
 from prfl_engine.config import Config
@@ -35,6 +34,7 @@ from prfl_engine.config_method import scales
 from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState, init_state, rounded
 from prfl_engine.metrics import note
+from prfl_engine.model.start import Anchor
 from prfl_engine.objectives import GradedWindow, Grader, Grading, index_range, start_of
 from prfl_engine.parallel import World
 from prfl_engine.rollout.drift import DriftMeter
@@ -68,6 +68,7 @@ class Persistent:
         self.turns = Turns(steps, slots, config.graded // world.readers, size, r.stride, seed)
         names = "solver", "steps", "shift", "start", "samples", "stride"
         settings = {f"rollout.{name}": getattr(r, name) for name in names}
+        settings |= {"rollout.sigmas": list(r.sigmas)} if r.sigmas else {}
         settings["chain.guidance"] = list(scales(config.chain.guidance))
         settings |= {"rollout.range": list(steps), "rollout.pool": config.pool, "chain.window": grader.window}
         settings |= {"processes with samples of their own": world.readers}
