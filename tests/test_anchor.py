@@ -24,6 +24,7 @@ from prfl_engine.model import lora
 from prfl_engine.model import start as start_module
 from prfl_engine.model.start import Start
 from prfl_engine.objectives import Grader, Grading, anchored_sft_loss
+from prfl_engine.planner.command import predict
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.subject import find
 from prfl_kernels import extension
@@ -275,3 +276,11 @@ def test_a_plan_counts_the_frozen_start(given, tmp_path, monkeypatch):
     kind = "lora" if config.lora.rank else config.loss.anchor_place
     away = found.host.bytes - less.host.bytes
     assert more + away == (0 if kind == "lora" else weights) and (away > 0) == (kind == "host")
+
+
+@pytest.mark.parametrize("given, forwards", [(["loss.anchor=1"], 2), (["loss.anchor_every=4", *LORA], 0.5)])
+def test_a_plan_counts_the_forwards_of_the_start(given, forwards, tmp_path):
+    """Beside the mean half of a forward of a rollout of three steps."""
+    rows = {row.phase: row for row in predict(str(write_run(tmp_path)), given).times.rows}
+    assert rows["frozen start"].seconds == pytest.approx(forwards / 0.5 * rows["rollout"].seconds)
+    assert rows["frozen start"].flops == pytest.approx(forwards / 0.5 * rows["rollout"].flops)
