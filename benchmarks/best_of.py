@@ -37,7 +37,7 @@ from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import bind, noisy_rewards
+from prfl_engine.objectives import bind, noisy_rewards, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
 
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     subject = Subject(
         load_transformer(args.model or config.model.path, torch.float32, device).eval(),
         load_reward(config.reward.path, **config.reward.pooling, dtype=torch.float32, device=device).freeze(),
-        flow.make_schedule(r.solver, r.steps, r.shift), config.eval.scored, config.eval.seed,
+        whole_schedule(r), config.eval.scored, config.eval.seed,
     )  # fmt: skip
     data = args.folder / "data"
     paths = spread(read_lists([str(data / "clean_val.list")], "clean_val"), args.prompts)

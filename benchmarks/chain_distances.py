@@ -31,7 +31,7 @@ from prfl_engine.build import load_generator, make_frozen_reward, pick_device
 from prfl_engine.config import Config, load_config
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists
 from prfl_engine.guidance import guidance_of
-from prfl_engine.objectives import chain_velocity
+from prfl_engine.objectives import chain_velocity, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
 
 
@@ -67,7 +67,7 @@ def distances(
     device, e, r = pick_device(config), config.eval, config.rollout
     model = load_generator(config, device)
     reward = None if config.reward.path is None else make_frozen_reward(config, model, device)
-    schedule = flow.make_schedule(r.solver, r.steps, r.shift)
+    schedule = whole_schedule(r)
     guides = {f"guided {s:g}": guidance_of(config, s, s, model, "--scales") for s in guidance}
     paths = read_lists(config.data.val, "data.val")
     paths = [paths[i * len(paths) // count] for i in range(count)]

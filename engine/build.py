@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from prfl_engine.checkpoint_shards import INDEX
-from prfl_engine.config import Config, LoraConfig, ModelConfig
-from prfl_engine.errors import UserError, check, refusing
+from prfl_engine.config import Config, LoraConfig, ModelConfig, RewardConfig
+from prfl_engine.errors import UserError, check, named, refusing
 from prfl_engine.memory.idle import Idle
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import (
@@ -21,16 +21,13 @@ from prfl_engine.model.checkpoint import (
 )
 from prfl_engine.model.experts import HIGH, LOW, Experts, pair_at
 from prfl_engine.model.reward import RewardModel, freeze_embeddings
+from prfl_engine.model.start import Anchor, Start
 from prfl_engine.model.wan import PRESETS, WanTransformer
+from prfl_engine.parallel import World
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels import dispatch, extension, tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def latent_dtype(config: Config) -> torch.dtype | None:
-    """What latents are rounded to; None: nothing."""
-    return None if config.model.latent_dtype == "float32" else DTYPES[config.model.latent_dtype]
 
 
 def pick_device(config: Config) -> torch.device:
@@ -99,6 +96,22 @@ def make_policy(
         if idle is not None:
             idle.take(made[-1])
     return Experts(*made, m.boundary, idle)
+
+
+def make_anchor(
+    config: Config, policy: WanTransformer | Experts, device: torch.device, world: World
+) -> Anchor | None:
+    """The leash of a training, None without one. With LoRA the start is in `policy`; otherwise it is loaded
+    or drawn as for the first step, wherever the run goes on from."""
+    loss, start, idle = config.loss, policy, None
+    if not loss.anchored:
+        return None
+    if not config.lora.rank:
+        start = world.place(make_policy(config, None, device, world.shard).requires_grad_(False))
+    if loss.anchor_place == "host":
+        idle = Idle(device)
+        idle.take(start)
+    return Anchor(Start(start, idle), loss.anchor, loss.anchor_every)
 
 
 def load_generator(config: Config, device: torch.device) -> WanTransformer | Experts:
@@ -200,6 +213,18 @@ def _generator(
     if adapter.rank:
         lora.start(policy, adapter, config.train.seed, resume)
     return set_up(policy, m)
+
+
+def make_more_rewards(
+    config: Config, policy: WanTransformer | Experts, device: torch.device, shard: Shard | None = None
+) -> list[RewardModel]:
+    """The reward models of reward.more, as make_frozen_reward makes one."""
+    made = []
+    for more in config.reward.more:
+        own = replace(config, reward=RewardConfig(path=more.path))
+        with named(f"reward.more {more.name}"):
+            made.append(make_frozen_reward(own, policy, device, shard))
+    return made
 
 
 def make_frozen_reward(

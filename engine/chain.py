@@ -130,12 +130,15 @@ class Chain:
         for row, b in enumerate(active.tolist()):
             self.states[b].append(flow.SolverState(*(a[row : row + 1].detach() for a in state)))
 
-    def graded(self, index: Tensor, window: int = 1, detach_input: bool = False) -> "Window":
+    def graded(
+        self, index: Tensor, window: int = 1, detach_input: bool = False, anchor: Velocity | None = None
+    ) -> "Window":
         """The last `window` steps up to and with step index[b], with gradient to the model.
 
         index [B] long on the CPU, 0 <= index < len(schedule); a window is cut to index[b] + 1 steps. The
         states before it are constants. detach_input gives the model a detached input at every step, so that
-        the gradient goes from step to step through the sampler alone (DRTune, Wu et al. 2024).
+        the gradient goes from step to step through the sampler alone (DRTune, Wu et al. 2024). anchor: a
+        constant velocity that the last one is compared with.
         """
         phases.mark("rollout")
         first = (index - (window - 1)).clamp(min=0)
@@ -143,21 +146,26 @@ class Chain:
             self.advance_to(first, first)
         self.advance_to(index, first, self.plain)
         phases.mark("graded")
-        return Window(self, index, window, detach_input)
+        return Window(self, index, window, detach_input, anchor)
 
 
 class Window:
-    """Steps of a chain with gradient. `x` [B, C, T, H, W] is the latent after the last of them.
+    """Steps of a chain with gradient. `x` [B, C, T, H, W] is the latent after the last of them, `distance`
+    [B] that of the last velocity to the anchor's, see flow.distance; None: there is none.
 
-    A loss of x is backpropagated by `backward` alone, which goes through all steps of the window. Any other
-    backward through x would stop at the last step, so it raises RuntimeError.
+    A loss of both is backpropagated by `backward` alone, which goes through all steps of the window. Any
+    other backward through x would stop at the last step, so it raises RuntimeError.
     """
 
-    def __init__(self, chain: Chain, index: Tensor, window: int, detach_input: bool):
+    def __init__(
+        self, chain: Chain, index: Tensor, window: int, detach_input: bool, anchor: Velocity | None = None
+    ):
         self.chain, self.index, self.window, self.detach_input = chain, index, window, detach_input
         everyone = torch.arange(len(index))
-        self.leaf, out = self._step(index, everyone, window > 1)
+        self.leaf, out, self.distance = self._step(index, everyone, window > 1, anchor)
         _count("graded", chain.velocity, out.x)
+        if anchor is not None:
+            _count("rollout", anchor, out.x)
         self.x: Tensor | None = out.x
         self.inside = False  # a backward of our own is running
         if out.x.requires_grad:
@@ -173,19 +181,25 @@ class Window:
             raise RuntimeError("a loss of a window: got backward(), want window.backward(loss)")
         phases.mark("graded")  # the backward of what scores it is done
 
-    def _step(self, index, active, through):
-        """(state before the steps index, state after them); the first is a leaf that takes gradient if
-        `through`."""
+    def _step(self, index, active, through, anchor=None):
+        """(state before the steps index, state after them, distance of their velocity to that of anchor); the
+        first is a leaf that takes gradient if `through`."""
         leaf = flow.SolverState(*(a.detach().requires_grad_(through) for a in self.chain.at(index, active)))
         velocity = self.chain.velocity
         if self.detach_input:
             def velocity(x, t, active):  # fmt: skip
                 return self.chain.velocity(x.detach(), t, active)
-        return leaf, advance(velocity, self.chain.schedule, leaf, index, active)
+        if anchor is None:
+            return leaf, advance(velocity, self.chain.schedule, leaf, index, active), None
+        t = self.chain.schedule.timesteps[index]
+        known = anchor(leaf.x.detach(), t, active)
+        v = velocity(leaf.x, t, active)
+        return leaf, flow.step(self.chain.schedule, leaf, v, index), flow.distance(v, known)
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate a loss of x through every step of the window, and free it. RuntimeError, with nothing
-        added to any gradient, the second time, and once a later window has dropped the states of this one."""
+        """Backpropagate a loss of x and distance through every step of the window, and free it. RuntimeError,
+        with nothing added to any gradient, the second time, and once a later window has dropped the states of
+        this one."""
         if self.x is None:
             raise RuntimeError("a window: got a second backward, want one")
         first = (self.index - (self.window - 1)).clamp(min=0).tolist()
@@ -197,7 +211,7 @@ class Window:
             loss.backward()
         finally:
             self.inside = False
-        leaf, self.leaf, self.x = self.leaf, None, None
+        leaf, self.leaf, self.x, self.distance = self.leaf, None, None, None
         active, more = torch.arange(len(self.index)), 0
         count = min(self.window - 1, int(self.index.max()))
         if self.window > 1 and self.chain.together is not None:
@@ -211,12 +225,12 @@ class Window:
             gradients, active = [a.grad[rows] for a in leaf], active[on]
             for a in leaf:  # the caller's loss may keep the leaf of the last step alive
                 a.grad = None
-            leaf, out = self._step(self.index[active] - distance, active, True)
+            leaf, out, _ = self._step(self.index[active] - distance, active, True)
             _count("earlier", self.chain.velocity, out.x)
             torch.autograd.backward(out, gradients)
             del out, gradients
         for _ in range(more):
-            _, out = self._step(self.index, torch.arange(len(self.index)), True)
+            _, out, _ = self._step(self.index, torch.arange(len(self.index)), True)
             torch.autograd.backward(out, [torch.zeros_like(a) for a in out])
 
 

@@ -53,11 +53,11 @@ def listed(folder: Path) -> dict[Path, str]:
 
 
 def check(paths: Iterable[Path]) -> None:
-    """UserError, which names the file, unless those of the files that have a checksum, in their folder or the
-    one above, are as they were written. It reads them whole."""
+    """UserError, which names the file, unless those of the files that have a checksum, in their folder or one
+    of the two above, are as they were written. It reads them whole."""
     known: dict[Path, dict[Path, str]] = {}
     for path in paths:
-        for folder in (path.parent, path.parent.parent):
+        for folder in [*path.parents][:3]:
             if folder not in known:
                 known[folder] = listed(folder)
             want = known[folder].get(path)

@@ -35,13 +35,13 @@ from prfl_engine.bounds import (
 )
 from prfl_engine.config_file import from_dict, override, plain, read_yaml
 from prfl_engine.config_method import ChainConfig, LossConfig, RolloutConfig, Scale, scales
-from prfl_engine.config_models import KeptConfig, LoraConfig, ModelConfig, RewardConfig
+from prfl_engine.config_models import KeptConfig, LoraConfig, ModelConfig, MoreReward, RewardConfig
 from prfl_engine.errors import UserError, check
 
 __all__ = [
     "ChainConfig", "Config", "DataConfig", "EvalConfig", "KeptConfig", "LoraConfig", "LossConfig",
-    "ModelConfig", "OptimConfig", "ParallelConfig", "RewardConfig", "RolloutConfig", "SampleConfig",
-    "TrainConfig", "load_config",
+    "ModelConfig", "MoreReward", "OptimConfig", "ParallelConfig", "RewardConfig", "RolloutConfig",
+    "SampleConfig", "TrainConfig", "load_config",
 ]  # fmt: skip
 
 DEVICE = Matches(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", "auto, cpu, cuda or cuda:N")
@@ -194,6 +194,9 @@ class TrainConfig(Section, name="train"):
     ema_each: Literal["step", "micro_batch"] = "step"
     """When the average moves: once after an optimizer step, or as often as a process has micro-batches in it,
     as in the official script."""
+    stop_anchor: Positive | None = None
+    """A distance to the frozen start (loss.anchor), of graded steps or of flow matching, above which a PRFL
+    run saves a checkpoint and ends, one step after the record (log_every) that has it; null: it goes on."""
     tensorboard: bool = True
     wandb: Name | None = None
     """Weights & Biases project; needs the wandb package."""
@@ -297,11 +300,16 @@ class Config(Section, name=""):
             check(r.precision == "same", "rollout.precision", r.precision, f"same {want}")
             check(r.cache == 0, "rollout.cache", r.cache, f"0 {want}")
             check(not r.cuda_graph, "rollout.cuda_graph", True, f"false {want}")
+            moves = self.lora.rank > 0 or not all(self.trained_experts)
+            want = "device where both experts are trained whole: none of their blocks is frozen"
+            check(self.model.idle == "device" or moves, "model.idle", self.model.idle, want)
         for section in ("rollout", "chain", "eval", "sample"):
             scale = getattr(self, section).guidance
             ok = not isinstance(scale, tuple) or self.model.boundary is not None
             check(ok, f"{section}.guidance", plain(scale), "a number without model.boundary")
-        guided = any(scales(part.guidance) != (1, 1) for part in (self.rollout, self.chain, self.eval))
+        parts = [self.rollout, self.eval, self.sample]
+        parts += [self.chain] if self.chain.unconditional == "gradient" else []
+        guided = any(scales(part.guidance) != (1, 1) for part in parts)
         ok = guided or not self.rollout.guidance_at_once
         check(ok, "rollout.guidance_at_once", True, "false where nothing is guided")
         check(
@@ -314,6 +322,16 @@ class Config(Section, name=""):
             f"0, turn or a divisor of train.accumulate = {accumulate}",
         )  # fmt: skip
 
+        if self.loss.weight == 0:
+            self.reward.check_one("with loss.weight 0")
+        loss, stop, many = self.loss, self.train.stop_anchor, self.model.boundary
+        ok = stop is None or loss.anchored
+        check(ok, "train.stop_anchor", stop, "null without loss.anchor and loss.anchor_every")
+        if loss.anchored and self.lora.rank:
+            place = loss.anchor_place
+            check(place == "device", "loss.anchor_place", place, "device with LoRA: there is no copy")
+        ok = many is None or self.lora.rank > 0 or not loss.anchored
+        check(ok, "model.boundary", many, "null, or LoRA, with loss.anchor: the copy is of one model")
         if self.loss.split:
             want = "same with loss.split: weights are quantised once in an optimizer step"
             check(self.rollout.precision == "same", "rollout.precision", self.rollout.precision, want)

@@ -32,6 +32,9 @@ class RolloutConfig(Section, name="rollout"):
     solver: Literal["unipc", "euler"] = "unipc"
     steps: Annotated[int, Within(2, 1000)] = 40
     """Denoising steps of the whole chain."""
+    sigmas: tuple[Annotated[float, Within(0.001, 1)], ...] = ()
+    """Noise levels of the steps, falling, in place of those of `shift`: as many as `steps`, such as the few
+    of a distilled generator; the last step ends at 0. Of unipc the first is below 1."""
     shift: Positive = 5.0
     """Shift of the flow schedule, for rollouts, flow matching and reward training alike."""
     sigma_range: tuple[Level, Level] = (0.0, 1.0)
@@ -82,6 +85,13 @@ class RolloutConfig(Section, name="rollout"):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.sigmas:
+            falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:], strict=False))
+            check(falling, "rollout.sigmas", list(self.sigmas), "each below the one before")
+            n = len(self.sigmas)
+            check(self.steps == n, "rollout.steps", self.steps, f"{n}, the length of rollout.sigmas")
+            ok = self.solver != "unipc" or self.sigmas[0] < 1
+            check(ok, "rollout.sigmas", list(self.sigmas), "levels below 1 with rollout.solver unipc")
         low, high = self.sigma_range
         check(low < high, "rollout.sigma_range", list(self.sigma_range), "[low, high] with low < high")
         if self.start == "data":
@@ -143,6 +153,17 @@ class LossConfig(Section, name="loss"):
     """true: one optimizer step has the flow-matching loss of all its micro-batches, the next one the reward
     loss of all of its own, in turn. false: every step has the reward loss, and as many as sft_every says have
     both losses of every micro-batch."""
+    anchor: Nonnegative = 0.0
+    """Weight of the squared distance of velocities to those of the frozen start, its mean over elements as in
+    flow matching: a leash on graded steps and on samples of flow matching, for a forward more of each. The
+    start is the generator of model.path: with LoRA the trained model without its updates, which takes no
+    memory; otherwise a frozen copy."""
+    anchor_every: Natural = 0
+    """Optimizer steps between measurements of that distance, without gradient, where `anchor` is 0; 0: it is
+    not measured."""
+    anchor_place: Literal["device", "host"] = "device"
+    """Where the blocks of a frozen copy are; host: pinned for a GPU, all of them on the device during a
+    forward of it alone."""
     split: bool = False
     """Two updates in an optimizer step, as in the official script: by all gradients up to the flow-matching
     gradient of the last micro-batch, then by the reward gradient of that micro-batch alone, whose rollout is
@@ -163,8 +184,18 @@ class LossConfig(Section, name="loss"):
             want = "1, or positive loss.weight and loss.sft_weight"
             check(both, "loss.sft_every", self.sft_every, want)
             check(not self.alternate, "loss.sft_every", self.sft_every, "1 with loss.alternate")
+        free = not self.anchor or not self.anchor_every
+        want = "0 with loss.anchor, which measures in every step"
+        check(free, "loss.anchor_every", self.anchor_every, want)
+        want = "device without loss.anchor and loss.anchor_every"
+        check(self.anchored or self.anchor_place == "device", "loss.anchor_place", self.anchor_place, want)
         if self.split:
             both = self.weight > 0 and self.sft_weight > 0
             check(both, "loss.split", True, "false, or positive loss.weight and loss.sft_weight")
             check(not self.alternate, "loss.alternate", True, "false with loss.split")
             check(self.sft_every == 1, "loss.sft_every", self.sft_every, "1 with loss.split")
+
+    @property
+    def anchored(self) -> bool:
+        """Whether distances to the frozen start are computed."""
+        return self.anchor > 0 or self.anchor_every > 0

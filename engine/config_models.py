@@ -7,10 +7,12 @@ from prfl_engine.bounds import (
     Count,
     FilePath,
     Fraction,
+    Matches,
     Name,
     Nonnegative,
     NotEmpty,
     Positive,
+    Real,
     Section,
     Within,
 )
@@ -36,7 +38,7 @@ class ModelConfig(Section, name="model"):
     of `preset`."""
     preset: Name | None = None
     """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, t2v-a14b-high, -low,
-    i2v-a14b-high, -low, tiny-t2v, tiny-i2v, tiny-i2v-a14b."""
+    i2v-a14b-high, -low, ti2v-5b, tiny-t2v, tiny-i2v, tiny-i2v-a14b, tiny-ti2v."""
     boundary: Annotated[float, Within(0.001, 0.999)] | None = None
     """Noise level at which chains go from the high-noise expert of Wan2.2 A14B to the low-noise one: 0.875 of
     T2V, 0.9 of I2V; both are loaded. null: model.path is one model, of all levels or an expert alone."""
@@ -53,7 +55,8 @@ class ModelConfig(Section, name="model"):
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Residual stream; the official code keeps it in float32."""
     latent_dtype: Literal["float32", "bfloat16"] = "float32"
-    """To what samples, noise and the states of a rollout are rounded; the official code has bfloat16."""
+    """To what samples, noise and the states of a rollout are rounded in training and validation; the official
+    code has bfloat16. `prfl sample` and `prfl score` round nothing."""
     recompute: KeptConfig | str = "none"
     """What blocks save for backward. none: all that `keep` names; full: their inputs; attention: also the
     output of their self-attention, which is most of a block's work; auto:GB: the fastest policies whose step
@@ -125,6 +128,20 @@ class LoraConfig(Section, name="lora"):
 
 
 @dataclass(frozen=True)
+class MoreReward(Section, name="reward.more"):
+    """A further reward of PRFL, whose loss is added to that of loss.form."""
+
+    name: Annotated[str, Matches(r"[a-z0-9_]{1,40}", "lower-case letters, digits and _")]
+    """Its metrics are called NAME_reward and so on."""
+    path: FilePath
+    """Folder with the three files of a reward model, which say how it pools."""
+    weight: Positive = 0.1
+    form: Literal["hinge", "linear", "log"] = "hinge"
+    """As loss.form, with these weight and target."""
+    target: Real = 2.0
+
+
+@dataclass(frozen=True)
 class RewardConfig(Section, name="reward"):
     """The reward model and how it is trained."""
 
@@ -160,8 +177,18 @@ class RewardConfig(Section, name="reward"):
     """Train at these timesteps alone, one optimizer step after another in turn; empty: at a noise level that
     is drawn for every sample from the 1000 of the schedule."""
 
+    more: tuple[MoreReward, ...] = ()
+    """PRFL: a list of further rewards, each with name, path, weight, form and target; that of `path` has the
+    weight, form and target of the section loss. The score of a validation is their weighted mean."""
+    draws: Annotated[int, Within(1, 1000)] = 1
+    """PRFL: noise levels at which every reward scores the result of a graded step; the mean of their losses
+    is taken. The first is the level that it has. For the others, evenly spread from there to pure noise, it
+    gets more noise, by the same random numbers at all levels and for all rewards."""
+
     def __post_init__(self):
         super().__post_init__()
+        names = [more.name for more in self.more]
+        check(len(set(names)) == len(names), "reward.more", names, "a name of its own for each")
         layers = self.feature_layer
         several = isinstance(layers, tuple)
         ok = layers == "auto" or max(layers if several else (layers,)) <= self.blocks
@@ -177,6 +204,12 @@ class RewardConfig(Section, name="reward"):
             for name, usual in (("num_queries", 1), ("num_heads", "auto"), ("return_type", "auto")):
                 value = getattr(self, name)
                 check(value == usual, f"reward.{name}", value, f"{usual} with reward.pool {self.pool}")
+
+    def check_one(self, why: str) -> None:
+        """UserError for more than one reward or draw, which `why` rules out."""
+        names = [more.name for more in self.more]
+        check(not names, "reward.more", names, f"none {why}")
+        check(self.draws == 1, "reward.draws", self.draws, f"1 {why}")
 
     @property
     def heads(self) -> dict[str, str | None]:

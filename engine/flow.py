@@ -15,12 +15,14 @@ any step can be recomputed, and the samples of a batch may be at different steps
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prfl_engine.config import Config
 from prfl_engine.errors import check
 from prfl_kernels.solver_step import solver_step
 
@@ -38,16 +40,19 @@ def unshift_sigma(sigma: float, shift: float) -> float:
     return sigma / (shift - (shift - 1) * sigma)
 
 
-def within(sigma: Tensor, low: float, high: float) -> Tensor:
-    """Which noise levels are in [low, high); 1 is in [low, 1]."""
-    return (sigma >= low) & ((sigma < high) | (high == 1))
+def within(t: Tensor, low: float, high: float) -> Tensor:
+    """Which timesteps are at noise levels in [low, high); 1000 is in [low, 1]."""
+    return (t >= TRAIN_STEPS * low) & ((t < TRAIN_STEPS * high) | (high == 1))
 
 
-def train_sigmas(shift: float, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """The training noise levels [n], float32, from 1 downwards, of 1000 in all those that are `within`;
-    timestep = 1000 sigma."""
-    levels = shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1, dtype=torch.float64), shift)[:-1]
-    return levels[within(levels, low, high)].float()
+def train_sigmas(shift: float) -> Tensor:
+    """The 1000 training noise levels [1000], float32, from 1 downwards; timestep = 1000 sigma."""
+    return shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1, dtype=torch.float64), shift)[:-1].float()
+
+
+def latent_dtype(config: Config) -> torch.dtype | None:
+    """What latents, and the texts beside them, are rounded to; None: nothing."""
+    return None if config.model.latent_dtype == "float32" else torch.bfloat16
 
 
 def rounded(a: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -60,8 +65,8 @@ class Levels:
     and the timesteps that the model is given with them.
 
     whole: timesteps without their fraction, by the float32 arithmetic of the official table, in which some
-    are one less. dtype: what the level of a given timestep is rounded to. low, high: of all levels those that
-    are `within`.
+    are one less. dtype: what the level of a given timestep is rounded to. low, high: of all levels those
+    whose timesteps are `within`, so that a model for this range alone is never given another.
     """
 
     def __init__(
@@ -72,10 +77,10 @@ class Levels:
         low: float = 0.0,
         high: float = 1.0,
     ):
-        self.whole, self.dtype, self.sigmas = whole, dtype, train_sigmas(shift, low, high)
+        self.whole, self.dtype, self.table = whole, dtype, train_sigmas(shift)
         if whole:
             self.table = shift_sigma(torch.linspace(1, 0, TRAIN_STEPS + 1), shift)[:-1]
-            self.sigmas = self.table[within(self.table, low, high)]
+        self.sigmas = self.table[within(self.timestep(self.table), low, high)]
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """Timesteps [B] of noise levels [B]."""
@@ -99,6 +104,20 @@ def add_noise(latent: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """x_t = (1 - sigma) latent + sigma noise for sigma [B], on any device, and latents [B, ...]."""
     sigma = sigma.to(latent.device, latent.dtype, non_blocking=True).view(-1, *[1] * (latent.dim() - 1))
     return (1 - sigma) * latent + sigma * noise
+
+
+def add_more_noise(x: Tensor, noise: Tensor, sigma: Tensor, to: Tensor) -> Tensor:
+    """Latents x [B, ...] at noise levels sigma [B] brought to the levels `to` [B], sigma <= to <= 1, both in
+    float64 on the CPU: of x = (1 - sigma) x_0 + sigma e it has the distribution of (1 - to) x_0 + to e."""
+    keep = (1 - to) / (1 - sigma)
+    more = (to.square() - (keep * sigma).square()).clamp(min=0).sqrt()
+    keep, more = (a.to(x.device, x.dtype).view(-1, *[1] * (x.dim() - 1)) for a in (keep, more))
+    return keep * x + more * noise
+
+
+def distance(velocity: Tensor, other: Tensor) -> Tensor:
+    """Mean of the squared differences of a sample's values [B], of velocities [B, C, T, H, W]."""
+    return (velocity - other).square().flatten(1).mean(1)
 
 
 class SolverState(NamedTuple):
@@ -134,17 +153,23 @@ class Schedule:
 
 
 def make_schedule(
-    solver: str, steps: int, shift: float, dtype: torch.dtype | None = None, first: int = 0
+    solver: str,
+    steps: int,
+    shift: float,
+    dtype: torch.dtype | None = None,
+    first: int = 0,
+    levels: Sequence[float] = (),
 ) -> Schedule:
     """Schedule of `solver` ("euler" or "unipc") with steps >= 1 and shift > 0; ValueError otherwise. dtype:
     what samples are rounded to after every step; None: nothing is. Of its steps those from `first` on, for a
-    chain that begins there, without a history."""
+    chain that begins there, without a history. levels: noise levels of all steps, in place of shift's."""
     if solver not in ("euler", "unipc"):
         raise ValueError(f"solver: got {solver!r}, want euler or unipc")
     if steps < 1 or shift <= 0:
         raise ValueError(f"schedule: got {steps} steps and shift {shift}, want steps >= 1 and shift > 0")
     u = torch.linspace(SIGMA_MAX, 0, steps + 1, dtype=torch.float64)[:-1]
-    sigmas = torch.cat([shift_sigma(u, shift), torch.zeros(1, dtype=torch.float64)])[first:]
+    starts = torch.tensor(levels, dtype=torch.float64) if levels else shift_sigma(u, shift)
+    sigmas = torch.cat([starts, torch.zeros(1, dtype=torch.float64)])[first:]
     timesteps = (TRAIN_STEPS * sigmas[:-1]).floor().float()
     row = _euler_row if solver == "euler" else _unipc_row
     table = torch.tensor([row(sigmas.tolist(), i) for i in range(steps - first)], dtype=torch.float64)

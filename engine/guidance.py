@@ -20,7 +20,7 @@ from prfl_engine.config import Config
 from prfl_engine.config_method import Scale, scales
 from prfl_engine.data import read_text
 from prfl_engine.errors import UserError, check
-from prfl_engine.flow import TRAIN_STEPS
+from prfl_engine.flow import TRAIN_STEPS, latent_dtype, rounded
 from prfl_engine.model.experts import Experts
 from prfl_engine.model.wan import WanTransformer
 
@@ -114,7 +114,8 @@ def guidance_of(
         return None
     if config.data.negative_text is None:
         raise UserError(f"data.negative_text: got null, want a .npy ({field} is not 1)")
-    text = read_text(config.data.negative_text, model.config).to(next(model.parameters()).device)
+    text = rounded(read_text(config.data.negative_text, model.config), latent_dtype(config))
+    text = text.to(next(model.parameters()).device)
     gradient = config.chain.unconditional == "gradient"
     return Guidance(text, *found, gradient, config.rollout.guidance_at_once)
 

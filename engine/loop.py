@@ -161,6 +161,7 @@ class Run:
     world: World
     checkpoints: Checkpoints
     split: bool
+    too_far: str | None = None  # why train.stop_anchor ends the run
 
     def train(self, device: torch.device) -> None:
         """Take the folder and make all steps that are left, until a signal comes: then Stopped is raised."""
@@ -171,9 +172,11 @@ class Run:
                     self.take_folder(out, held, device)
             with self.checkpoints:
                 self.steps(device)
-            if (name := self.world.signal(self.signals)) is not None:
+            name = self.world.signal(self.signals)
+            if name is not None or (self.too_far and self.progress.step < self.config.train.steps):
                 saved = f"{self.checkpoints.last()}, train.resume=true goes on from it"
-                raise Stopped(f"{name}: stopped; {saved if files.checkpoints(out) else 'nothing to save'}")
+                saved = saved if files.checkpoints(out) else "nothing to save"
+                raise Stopped(f"{name or self.too_far}: stopped; {saved}")
 
     def take_folder(self, out: Path, held: ExitStack, device: torch.device) -> None:
         """Lock the folder for as long as `held` is open, and say how the run starts."""
@@ -206,8 +209,9 @@ class Run:
             bfloat16 = self.config.model.compute_dtype == "bfloat16"
             performance = Performance(device, world, self.costs, bfloat16)
             measurements = Measurements(
-                metrics, train.log_every, progress.unlogged, self.bad_gradient, world.mean, clock, performance
-            )
+                metrics, train.log_every, progress.unlogged, self.bad_gradient, self.look, world.mean, clock,
+                performance,
+            )  # fmt: skip
             stop = world.any(self.signals.asked is not None)
             first_time = self.begin.checkpoint is None or progress.unvalidated
             if self.validate is not None and first_time and not stop:
@@ -246,7 +250,8 @@ class Run:
                     self.check_weights()
                     self.check(metrics)
                 # Asked once, since a signal may come at any time. The next checkpoint raises what has failed.
-                stop = world.any(self.signals.asked is not None or self.checkpoints.failed)
+                asked = self.signals.asked is not None or self.too_far is not None
+                stop = world.any(asked or self.checkpoints.failed)
                 if stop or last or done % train.save_every == 0:
                     measurements.settle()
                     self.check_weights()
@@ -278,6 +283,15 @@ class Run:
             note(f"{broken[sample]}; left out (data.skip_broken)")
         lines = [{"sample": str(sample), "reason": why} for sample, why in broken.items()]
         files.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def look(self, step: int, values: dict[str, float]) -> None:
+        """Whether the logged values of a step, the same on all ranks, end the run."""
+        limit = self.config.train.stop_anchor
+        if limit is None or self.too_far is not None:
+            return
+        for name in ("anchor", "sft_anchor"):
+            if (found := values.get(name, 0.0)) > limit:
+                self.too_far = f"train.stop_anchor: {name} of step {step + 1} is {found:.4g}, above {limit:g}"
 
     def check(self, metrics: MetricsWriter) -> None:
         """Validate, with the averaged weights if there are any, and keep the best. Left for the resumed run

@@ -102,11 +102,14 @@ class Measurements:
         log_every: int,
         newest: dict[str, Tensor],
         bad_gradient: Callable[[int, float], None],
+        logged: Callable[[int, dict[str, float]], None],
         mean: Callable[[Tensor], Tensor],
         clock: Clock,
         performance: Performance,
     ):
-        """mean: of values over all processes, on the device."""
+        """logged: called with a step and its values once they are; mean: of values over all processes, on the
+        device."""
+        self.logged = logged
         self.metrics, self.log_every, self.bad_gradient, self.mean = metrics, log_every, bad_gradient, mean
         self.clock, self.performance = clock, performance
         self.last: Measured | None = None
@@ -142,3 +145,4 @@ class Measurements:
         if (step + 1) % self.log_every == 0:
             self.metrics.log(step + 1, self.performance.values(), "perf")
             self.metrics.log(step + 1, values, "train")
+            self.logged(step, values)

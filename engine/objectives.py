@@ -10,18 +10,19 @@ from torch import Tensor
 
 from prfl_engine import chain, flow, phases
 from prfl_engine.batch import Batch
-from prfl_engine.config import ChainConfig, LossConfig, RolloutConfig
+from prfl_engine.config import ChainConfig, LossConfig, MoreReward, RolloutConfig
 from prfl_engine.errors import check
 from prfl_engine.guidance import Guidance
 from prfl_engine.model.experts import Experts
 from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.start import Start
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks, with_first_frame
 
 Generator = WanTransformer | Experts
 
 
 def bind(
-    model: Generator,
+    model: Generator | Start,
     batch: Batch,
     context: Tensor | None = None,
     run_blocks: RunBlocks = plain_blocks,
@@ -73,11 +74,29 @@ def sft_loss(
     """Flow matching at noise levels sigma [B] (for two experts on the CPU): mean of (v(x_t) - (eps - x_0))^2
     [B], per sample, over all frames but one that is given to a ti2v model. t [B]: the timesteps that the
     model is given; None: 1000 sigma."""
-    x = flow.add_noise(batch.latent, noise, sigma)
+    return anchored_sft_loss(model, None, batch, noise, sigma, run_blocks, t)[0]
+
+
+def anchored_sft_loss(
+    model: Generator,
+    start: Start | None,
+    batch: Batch,
+    noise: Tensor,
+    sigma: Tensor,
+    run_blocks: RunBlocks = plain_blocks,
+    t: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(sft_loss, the distance [B] of its velocities to those of the start; None without one)."""
+    x, rows = flow.add_noise(batch.latent, noise, sigma), torch.arange(len(sigma))
     t = flow.TRAIN_STEPS * sigma if t is None else t
-    velocity = bind(model, batch, run_blocks=run_blocks)(x, t, torch.arange(len(x)))
-    off = velocity - (noise - batch.latent)
-    return (off[:, :, 1:] if _is_fixed(model, batch) else off).square().flatten(1).mean(1)
+    known = None if start is None else bind(start, batch)(x, t, rows)
+    velocity = bind(model, batch, run_blocks=run_blocks)(x, t, rows)
+    free = slice(1, None) if _is_fixed(model, batch) else slice(None)
+
+    def apart(a: Tensor, b: Tensor) -> Tensor:
+        return flow.distance(a[:, :, free], b[:, :, free])
+
+    return apart(velocity, noise - batch.latent), None if known is None else apart(velocity, known)
 
 
 def noisy_reward(
@@ -102,10 +121,19 @@ def noisy_rewards(
     return torch.stack([noisy_reward(reward, batch, noise, level) for level in levels], 1)
 
 
+def whole_schedule(
+    rollout: RolloutConfig, dtype: torch.dtype | None = None, first: int = 0
+) -> flow.Schedule:
+    """The steps of a chain from the noise on, or from step `first`; as flow.make_schedule makes them."""
+    return flow.make_schedule(
+        rollout.solver, rollout.steps, rollout.shift, dtype, first, rollout.sigmas
+    )
+
+
 def schedule_of(rollout: RolloutConfig, dtype: torch.dtype | None = None) -> flow.Schedule:
     """The steps of a chain that is trained on: all, or with rollout.start data those from the first in
     rollout.sigma_range on. dtype: what latents are rounded to."""
-    return flow.make_schedule(rollout.solver, rollout.steps, rollout.shift, dtype, _skipped(rollout))
+    return whole_schedule(rollout, dtype, _skipped(rollout))
 
 
 def train_levels(rollout: RolloutConfig, dtype: torch.dtype | None = None) -> flow.Levels:
@@ -127,14 +155,14 @@ def start_of(rollout: RolloutConfig, schedule: flow.Schedule, latent: Tensor, no
 
 def steps_inside(rollout: RolloutConfig) -> tuple[int, int]:
     """First step of schedule_of(rollout) in rollout.sigma_range, and the one after the last."""
-    first, end = _inside(rollout.steps, rollout.shift, rollout.sigma_range)
+    first, end = _inside(rollout)
     return first - _skipped(rollout), end - _skipped(rollout)
 
 
 def index_range(rollout: RolloutConfig) -> tuple[int, int]:
     """First and last step of schedule_of(rollout) that may be graded: in rollout.sigma_range, and never the
     last of the chain, since its result has no timestep to be scored at. UserError where there are none."""
-    first, end = _inside(rollout.steps, rollout.shift, rollout.sigma_range)
+    first, end = _inside(rollout)
     n, skipped, levels = min(end, rollout.steps - 1) - first, _skipped(rollout), list(rollout.sigma_range)
     want = f"one with some of the {rollout.steps - 1} steps that can be graded"
     check(n > 0, "rollout.sigma_range", levels, want)
@@ -157,36 +185,44 @@ def _skipped(rollout: RolloutConfig) -> int:
     """How many steps of the whole chain come before those of schedule_of."""
     if rollout.start == "noise":
         return 0
-    return _inside(rollout.steps, rollout.shift, rollout.sigma_range)[0]
+    return _inside(rollout)[0]
 
 
 @cache
-def _inside(steps: int, shift: float, sigma_range: tuple[float, float]) -> tuple[int, int]:
+def _inside(rollout: RolloutConfig) -> tuple[int, int]:
     """First step of the whole chain at a noise level in a range, and the one after the last. As in the
     official code a step is at its whole timestep."""
     with torch.device("cpu"):
-        timesteps = flow.make_schedule("euler", steps, shift).timesteps.double()
-    found = flow.within(timesteps / flow.TRAIN_STEPS, *sigma_range).nonzero().flatten().tolist()
+        timesteps = whole_schedule(rollout).timesteps.double()
+    found = flow.within(timesteps, *rollout.sigma_range).nonzero().flatten().tolist()
     return (found[0], found[-1] + 1) if found else (0, 0)
 
 
 class GradedWindow:
     """A window of denoising steps with gradient, ending with the graded step, and the reward after it.
 
-    `logit` [B] is the reward's logit; `backward(loss)` backpropagates a loss of it.
+    `logits` are those of every reward, each [n B] of n draws, the first of them at the noise level that the
+    step leaves; `distance` [B] is that of the graded step's velocity to the frozen start's, None where it is
+    not computed; `backward(loss)` backpropagates a loss of all.
     """
 
-    def __init__(self, window: chain.Window, logit: Tensor, context: Tensor, leaf: Tensor):
+    def __init__(self, window: chain.Window, logits: list[Tensor], context: Tensor, leaf: Tensor):
         """leaf: what the steps take in place of the model's context tokens `context`."""
-        self.logit = logit
+        self.logits, self.distance = logits, window.distance
         self._window, self._context, self._leaf = window, context, leaf
 
+    @property
+    def logit(self) -> Tensor:
+        """The logits of the first reward."""
+        return self.logits[0]
+
     def backward(self, loss: Tensor) -> None:
-        """Add the whole gradient of a loss of `logit` to .grad of the parameters: through the graded step,
-        the steps of the window before it, and the embedding of the context. Frees the window, of which
-        the value of `logit` stays; RuntimeError the second time."""
+        """Add the whole gradient of a loss to .grad of the parameters: through the graded step, the steps of
+        the window before it, and the embedding of the context. Frees the window, of which the values of
+        `logits` and `distance` stay; RuntimeError the second time."""
         self._window.backward(loss)
-        self.logit = self.logit.detach()
+        self.logits = [logit.detach() for logit in self.logits]
+        self.distance = None if self.distance is None else self.distance.detach()
         gradient, self._leaf.grad = self._leaf.grad, None
         if gradient is not None:  # the graph of the embedding serves every window of the rollout
             self._context.backward(gradient, retain_graph=True)
@@ -205,6 +241,13 @@ class Grader:
     score_blocks: RunBlocks = plain_blocks
     together: chain.Together | None = None
     guidance: Guidance | None = None
+    more: tuple[RewardModel, ...] = ()  # further rewards
+    draws: int = 1  # noise levels that rewards score at
+
+    @property
+    def rewards(self) -> tuple[RewardModel, ...]:
+        """All of them."""
+        return self.reward, *self.more
 
     @property
     def window(self) -> int:
@@ -215,21 +258,35 @@ class Grader:
 class Grading:
     """A grader with the context of a batch, which is embedded once for all of its graded steps."""
 
-    def __init__(self, grader: Grader, batch: Batch):
-        g = self.grader = grader
+    def __init__(
+        self,
+        grader: Grader,
+        batch: Batch,
+        start: Start | None = None,
+        draw: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """start: what the velocities of graded steps are compared with; draw(x): noise like x for several
+        draws of a grader, None for one draw."""
+        g, self.draw = grader, draw
+        self.grader = grader
         self.batch, self.condition, prompts = batch, batch.condition, batch
         if g.guidance is not None:
             batch = g.guidance.both(batch)
         self.context = g.model.embed_context(batch.text, batch.clip)
         self.leaf = self.context.detach().requires_grad_(self.context.requires_grad)
-        self.scored = g.reward.embed_context(prompts.text, prompts.clip)
+        self.scored = [reward.embed_context(prompts.text, prompts.clip) for reward in g.rewards]
         self.stretch = None if g.stretches is None else g.stretches(batch, self.leaf)
         models = g.model, g.model if g.together is None else g.together.model
         bound, rolled = (partial(bind, model, run_blocks=g.run_blocks) for model in models)
+        known = None if start is None else start.embed_context(batch.text, batch.clip)
         if g.guidance is None:
             self.velocity, self.plain = bound(batch, self.leaf), rolled(batch, self.leaf)
+            self.anchor = None if start is None else bind(start, batch, known)
             return
         guided = partial(g.guidance.velocity, batch=batch)
+        self.anchor = None
+        if start is not None:
+            self.anchor = guided(partial(bind, start), context=known, with_gradient=True)
         self.velocity = guided(bound, context=self.leaf, with_gradient=True)
         # Between the steps of a window: with the scales of its steps, without their gradient.
         self.plain = guided(rolled, context=self.leaf, with_gradient=True)
@@ -250,12 +307,26 @@ class Grading:
     def grade(self, way: chain.Chain, index: Tensor) -> GradedWindow:
         """The window that ends with steps index [B] of a chain of `way`."""
         g = self.grader
-        window = way.graded(index, g.window, g.config.detach_input)
+        window = way.graded(index, g.window, g.config.detach_input, self.anchor)
         phases.mark("reward")
         phases.count("reward", window.x)
-        t = g.schedule.timesteps[index + 1].to(window.x.device, non_blocking=True)
-        logit = g.reward.score(window.x, t, self.scored, self.condition, g.score_blocks)
-        return GradedWindow(window, logit, self.context, self.leaf)
+        logits, noisy = [], list(self._noisy(window.x, index))
+        for reward, context in zip(g.rewards, self.scored, strict=True):
+            found = [reward.score(x, t, context, self.condition, g.score_blocks) for x, t in noisy]
+            logits.append(found[0] if len(found) == 1 else torch.cat(found))
+        return GradedWindow(window, logits, self.context, self.leaf)
+
+    def _noisy(self, x: Tensor, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(latents, timesteps) of all draws from the results x of steps index [B]."""
+        g = self.grader
+        yield x, g.schedule.timesteps[index + 1].to(x.device, non_blocking=True)
+        if g.draws == 1:
+            return
+        sigma, noise = g.schedule.sigmas[index + 1], self.draw(x).to(x.dtype)
+        for j in range(1, g.draws):
+            to = sigma + (1 - sigma) * j / g.draws
+            t = (flow.TRAIN_STEPS * to).float().to(x.device, non_blocking=True)
+            yield flow.rounded(flow.add_more_noise(x, noise, sigma, to), g.schedule.dtype), t
 
 
 def graded_windows(
@@ -270,6 +341,7 @@ def graded_windows(
     run_blocks: RunBlocks = plain_blocks,
     score_blocks: RunBlocks = plain_blocks,
     guidance: Guidance | None = None,
+    start: Start | None = None,
 ) -> Iterator[GradedWindow]:
     """The graded steps indices[0], indices[1], ... of one rollout from noise, one window after another.
 
@@ -283,11 +355,12 @@ def graded_windows(
     itself, so the loop may be left at any time. Text and image embeddings, the reward model's too, are
     computed once. Steps without gradient are made by stretches(batch, context) where it is given
     (`rollout.Rollout`); run_blocks runs the blocks of the generator in windows, score_blocks those of the
-    reward model. guidance: of all of its steps; the reward model is not guided.
+    reward model. guidance: of all of its steps; the reward model is not guided. start: what the velocities of
+    graded steps are compared with.
     """
     given = model, reward, schedule, config, stretches, run_blocks, score_blocks, None, guidance
     grader = Grader(*given)
-    return Grading(grader, batch).windows(noise, indices)
+    return Grading(grader, batch, start).windows(noise, indices)
 
 
 def stratified_indices(first: int, last: int, uniform: Tensor) -> Tensor:
@@ -298,7 +371,7 @@ def stratified_indices(first: int, last: int, uniform: Tensor) -> Tensor:
     return first + place.floor().long().clamp(max=last - first)
 
 
-def reward_loss(logit: Tensor, loss: LossConfig) -> Tensor:
+def reward_loss(logit: Tensor, loss: LossConfig | MoreReward) -> Tensor:
     """Loss [B] to be minimised, from reward logits [B]; see LossConfig.form."""
     if loss.form == "log":
         return -loss.weight * F.logsigmoid(logit)

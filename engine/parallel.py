@@ -336,6 +336,10 @@ def check_many(config: Config, readers: int) -> None:
         c.model.boundary is None, "model.boundary", c.model.boundary,
         f"null {many}: they train one expert alone",
     )  # fmt: skip
+    check(
+        c.loss.anchor_place == "device", "loss.anchor_place", c.loss.anchor_place,
+        f"device {many}: shards of the copy stay there",
+    )  # fmt: skip
     apart = c.chain.unconditional == "gradient" and not c.rollout.guidance_at_once
     want = f"detached, or rollout.guidance_at_once, {many}: a backward goes through one forward of a block"
     check(not apart, "chain.unconditional", c.chain.unconditional, want)

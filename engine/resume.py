@@ -43,31 +43,33 @@ KINDS = {
     },
     "lora": {"source": "path", "fixed": "rank alpha targets"},
     "reward": {
-        "source": "path query_attention mlp",
+        "source": "path query_attention mlp more",
         "fixed": "blocks feature_layer pool num_queries num_heads return_type train_embeddings loss",
-        "free": "dropout timesteps",
+        "free": "dropout timesteps draws",
     },
     "data": {
         "source": "train lose null_text",
         "fixed": "label batch_size first_frame",
-        "score": "val val_lose",
-        "free": "negative_text text_dropout long_caption skip_broken num_workers",
+        "score": "val val_lose negative_text",
+        "free": "text_dropout long_caption skip_broken num_workers",
     },
     "rollout": {
-        "score": "solver steps shift sigma_range start whole_timesteps",
+        "score": "solver steps sigmas shift sigma_range start whole_timesteps",
         # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
         "free": "mode pool pool_place stride range samples one_index guidance guidance_at_once precision "
         "cache probe_every max_drift cuda_graph",
     },
     "chain": {"free": "window detach_input guidance unconditional"},
-    "loss": {"free": "form weight target sft_weight sft_every alternate split"},
+    "loss": {
+        "free": "form weight target sft_weight sft_every anchor anchor_every anchor_place alternate split",
+    },
     "optim": {
         "state": "name rounding grad_dtype in_backward offload",
         "free": "lr lr_head betas eps weight_decay schedule warmup horizon cycles clip clip_each clip_heads",
     },
     "train": {
         "fixed": "accumulate seed",
-        "free": "device steps save_every keep log_every ema ema_each tensorboard wandb",
+        "free": "device steps save_every keep log_every ema ema_each stop_anchor tensorboard wandb",
         "call": "out resume compat",
     },
     "parallel": {"free": "replicate sequence resident save_async timeout"},
@@ -82,7 +84,7 @@ KIND = {
 }
 MODELS = (  # the other sources are lists
     "model.path", "model.low", "lora.path", "reward.path", "reward.query_attention", "reward.mlp",
-    "data.null_text",
+    "reward.more", "data.null_text",
 )  # fmt: skip
 
 
@@ -120,8 +122,9 @@ def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
         )
     sources = {name: _digest(paths) for name, paths in lists.items()}
     for name in MODELS:
-        if (path := _value(asdict(config), name)) is not None:
-            sources[name] = _digest([Path(path)])
+        if path := _value(asdict(config), name):
+            many = [more["path"] for more in path] if name == "reward.more" else [path]
+            sources[name] = _digest([Path(path) for path in many])
     if (out / FILE).exists():
         read_metrics(out)
     if not found:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prfl_engine import chain, flow
+from prfl_engine import chain
 from prfl_engine.best_of import best_of, check_choice, forwards, judge
 from prfl_engine.build import load_generator, make_frozen_reward, pick_device
 from prfl_engine.config import Config, SampleConfig
@@ -30,7 +30,7 @@ from prfl_engine.files import atomic_folder
 from prfl_engine.guidance import guidance_of
 from prfl_engine.inputs import check_new
 from prfl_engine.metrics import note, progress
-from prfl_engine.objectives import chain_velocity, fixed
+from prfl_engine.objectives import chain_velocity, fixed, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
 
@@ -66,7 +66,7 @@ def sample(
     model = load_generator(config, device)
     reward = make_frozen_reward(config, model, device) if count > 1 else None
     guidance = guidance_of(config, s.guidance, s.guidance, model, "sample.guidance")
-    schedule = flow.make_schedule(r.solver, r.steps, r.shift)
+    schedule = whole_schedule(r)
     latents: list[Tensor] = []
     chosen: list[dict] = []
     reader, size = Reader(model.config, first_frame=config.data.first_frame), config.eval.batch_size

@@ -34,6 +34,7 @@ class Purpose(Enum):
     POOL_JUMP = auto()  # how far a round of draws runs ahead (round)
     REWARD_LEVEL = auto()  # noise level of reward training
     REWARD_NOISE = auto()  # noise of reward training
+    REWARD_DRAW = auto()  # PRFL: noise that the result of a graded step gets before it is scored again
     DRIFT = auto()  # noise of the rollout whose drift is measured (0)
     VALIDATION_SFT = auto()  # validation: noise of flow matching
     VALIDATION_SAMPLE = auto()  # validation: noise that samples start from

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,8 +10,9 @@ from torch import Tensor
 from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
 from prfl_engine.build import (
-    latent_dtype,
+    make_anchor,
     make_frozen_reward,
+    make_more_rewards,
     make_policy,
     pick_device,
     read_generator,
@@ -21,7 +21,7 @@ from prfl_engine.build import (
 from prfl_engine.config import Config, LossConfig
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
-from prfl_engine.guidance import guidance_of, training_guidance
+from prfl_engine.guidance import Guidance, guidance_of, training_guidance
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
@@ -33,6 +33,7 @@ from prfl_engine.model.wan import plain_blocks
 from prfl_engine.objectives import (
     Generator,
     Grader,
+    anchored_sft_loss,
     chain_velocity,
     fixed,
     index_range,
@@ -45,7 +46,7 @@ from prfl_engine.objectives import (
     train_levels,
 )
 from prfl_engine.parallel import World, check_config, started
-from prfl_engine.phases import count, mark
+from prfl_engine.phases import Shape, count, mark
 from prfl_engine.planner.fit_memory import fit_memory
 from prfl_engine.planner.plan import Plan
 from prfl_engine.planner.sharded import Shards
@@ -127,7 +128,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     if c.optim.in_backward:
         check_one_backward(c)
     check_start(c)
-    dtype = latent_dtype(c)
+    dtype = flow.latent_dtype(c)
     schedule, levels = schedule_of(c.rollout, dtype), train_levels(c.rollout, dtype)
     steps = index_range(c.rollout) if use_reward else None
     if c.loss.weight > 0 or c.reward.path is not None:
@@ -143,6 +144,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     world.stop_if_asked()
     reward = make_frozen_reward(c, policy, device, world.shard) if use_reward or c.reward.path else None
     reward = reward and world.place(reward)
+    more = tuple(world.place(other) for other in make_more_rewards(c, policy, device, world.shard))
+    anchor = make_anchor(c, policy, device, world)
     world.stop_if_asked()
     reader = Reader(
         policy.config,
@@ -168,8 +171,12 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))
     graded, meter = None, None
+    eval_guidance = None
     if c.eval.every:
-        guidance_of(c, c.eval.guidance, c.eval.guidance, policy, "eval.guidance")
+        eval_guidance = guidance_of(c, c.eval.guidance, c.eval.guidance, policy, "eval.guidance")
+        if c.model.boundary is None:
+            given, want = list(c.rollout.sigma_range), "one with a step of the chain, for validation"
+            check(steps_inside(c.rollout)[1] > 0, "rollout.sigma_range", given, want)
     if use_reward:
         guidance = training_guidance(c, policy)
         together = world.together(policy, keep=c.rollout.cuda_graph)
@@ -179,12 +186,28 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             meter = DriftMeter(rollout, sample, steps[1], c.train.seed, c.train.save_every)
         stretches = rollout and rollout.stretches
         grader = Grader(
-            policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together, guidance
-        )
+            policy, reward, schedule, c.chain, stretches, run_blocks, score_blocks, together, guidance, more,
+            c.reward.draws,
+        )  # fmt: skip
         if persists:
-            graded = Persistent(grader, c, meter, stream.picked, world)
+            graded = Persistent(grader, c, meter, stream.picked, world, anchor)
         else:
-            graded = Fresh(grader, c, meter, world.readers)
+            graded = Fresh(grader, c, meter, world.readers, anchor)
+
+    names = ["", *(f"{other.name}_" for other in c.reward.more)]
+    rewards = {} if reward is None else dict(zip(names, (reward, *more), strict=True))
+
+    def of_rewards(logits: list[Tensor], part: float) -> tuple[Tensor | float, dict[str, Tensor]]:
+        loss, values = 0.0, {}
+        for name, form, own in zip(names, (c.loss, *c.reward.more), logits, strict=True):
+            one = part * reward_loss(own, form).mean()
+            loss = loss + one
+            values[f"{name}reward_loss"] = one.detach()
+            values[f"{name}reward"] = part * torch.sigmoid(own.detach()).mean()
+        return loss, values
+
+    def leashed(loss: Tensor, apart: Tensor | None, share: float) -> Tensor:
+        return loss if apart is None or not c.loss.anchor else loss + share * c.loss.anchor * apart
 
     def backpropagate(batch: Batch, key: int, share: float):
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
@@ -195,26 +218,33 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             count("flow_matching", batch.latent)
             sigma = levels.sigmas[integers(len(levels.sigmas), Purpose.SFT_LEVEL, *at, n)]
             noise = flow.rounded(noise_like(batch.latent, Purpose.SFT_NOISE, *at), dtype)
-            loss = sft_loss(policy, batch, noise, sigma, run_blocks, levels.timestep(sigma)).mean()
+            given = batch, noise, sigma, run_blocks, levels.timestep(sigma)
+            apart, start = None, anchor and anchor.at(key // c.train.accumulate)
+            if start is None:
+                loss = sft_loss(policy, *given).mean()
+            else:
+                count("rollout", batch.latent)
+                loss, apart = (a.mean() for a in anchored_sft_loss(policy, start, *given))
             world.add_up_copies(policy, each or (last and (c.loss.split or not reward_due)))
-            (share * c.loss.sft_weight * loss).backward()
-            values = {"sft_loss": loss.detach()}
-            del loss, noise, sigma  # they and the loss's graph would live as long as the graded steps
+            leashed(share * c.loss.sft_weight * loss, apart, share).backward()
+            values = {"sft_loss": loss.detach()} | ({} if apart is None else {"sft_anchor": apart.detach()})
+            # They and the loss's graph would live as long as the graded steps.
+            del loss, apart, given, noise, sigma
             yield values
         if reward_due:
             mark("rollout")
             part = 1 / c.rollout.samples
             for number, (window, extra) in enumerate(graded.windows(batch, key), 1):
                 world.add_up_copies(policy, each or (last and number == c.rollout.samples))
-                loss = part * reward_loss(window.logit, c.loss).mean()
-                window.backward(share * loss)
-                reward_now = part * torch.sigmoid(window.logit).mean()
-                values = {"reward_loss": loss.detach(), "reward": reward_now} | extra
-                del loss, window  # their graph holds the state before a window
+                loss, values = of_rewards(window.logits, part)
+                apart = None if window.distance is None else part * window.distance.mean()
+                window.backward(leashed(share * loss, apart, share))
+                values |= extra | ({} if apart is None else {"anchor": apart.detach()})
+                del loss, apart, window  # their graph holds the state before a window
                 yield values
 
     def validate(step: int) -> dict[str, float]:
-        return evaluate_policy(c, policy, reward, schedule, held_out, step, world)
+        return evaluate_policy(c, policy, rewards, schedule, held_out, step, world, eval_guidance)
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
         save_generator(policy, c, folder, values)
@@ -222,8 +252,14 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     def load(folder: Path) -> dict[str, Tensor]:
         return read_generator(policy, c, folder, device)
 
-    scored = None if reward is None else (reward.transformer.config, reward.feature_layer)
-    costs = partial(flops.costs, policy.config, rank=c.lora.rank, reward=scored)
+    def costs(shape: Shape) -> flops.Costs:
+        scored = [(made.transformer.config, made.feature_layer) for made in rewards.values()] or [None]
+        found, *others = (flops.costs(policy.config, shape, c.lora.rank, own) for own in scored)
+        if reward is not None:
+            found.flops["reward"] += sum(other.flops["reward"] for other in others)
+            found.flops["reward"] *= c.reward.draws
+        return found
+
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
         validate if c.eval.every else None, save, load, costs, graded if persists else None, world,
@@ -235,26 +271,28 @@ def _train(config: Config, device: torch.device, world: World) -> None:
 def evaluate_policy(
     config: Config,
     policy: Generator,
-    reward: RewardModel | None,
+    rewards: dict[str, RewardModel],
     schedule: flow.Schedule,
     paths: list[Path],
     step: int,
     world: World = World(),  # noqa: B008 - frozen
+    guidance: Guidance | None = None,
 ) -> dict[str, float]:
-    """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents.
+    """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents. rewards: by what
+    the names of their metrics begin with.
 
     Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n of those
     in rollout.sigma_range, before the shift. It is noised to every one of eval.timesteps and scored there; a
     chain that ends above noise level 0 is scored where it ends instead, and its prediction of the latent is
-    what is written. "score" is the mean reward over eval.scored, or where the chain ends, or minus the
-    flow-matching loss where no reward is trained. Every group of processes evaluates a part of the samples;
-    all get the same result. TrainingError for a number that is not finite.
+    what is written. "score" is the mean reward over eval.scored, or where the chain ends (of several rewards
+    their mean by their weights), or minus the flow-matching loss where no reward is trained. Every group of
+    processes evaluates a part of the samples; all get the same result. TrainingError for a number that is not
+    finite.
     """
-    e, device, dtype = config.eval, next(policy.parameters()).device, latent_dtype(config)
+    e, device, dtype = config.eval, next(policy.parameters()).device, flow.latent_dtype(config)
     levels = train_levels(config.rollout, dtype)
     paths = [paths[i % len(paths)] for i in range(e.samples)]
     samples, kept = HeldOut([paths], world), []
-    guidance = guidance_of(config, e.guidance, e.guidance, policy, "eval.guidance")
     r, end = config.rollout, steps_inside(config.rollout)[1]
     if config.model.boundary is not None:  # both experts make whole chains, wherever they are trained
         r = replace(r, sigma_range=(0.0, 1.0), start="noise")
@@ -279,28 +317,33 @@ def evaluate_policy(
         del state, start
         samples.put("sample", torch.linalg.vector_norm(latent.flatten(1), math.inf, 1))
         kept.extend(latent[: max(0, e.videos - len(kept))].cpu())
-        if reward is None:
+        if not rewards:
             continue
         if ends is not None:
-            context = reward.embed_context(batch.text, batch.clip)
             t = torch.full((n,), ends, device=device)
-            samples.put(f"reward_t{decimal(ends)}", reward.score(last, t, context, batch.condition))
+            for name, reward in rewards.items():
+                logit = reward(last, t, batch.text, batch.clip, batch.condition)
+                samples.put(f"{name}reward_t{decimal(ends)}", logit)
             continue
         noise = flow.rounded(noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first), dtype)
         for t in e.timesteps:
             sigma = torch.full((n,), levels.at(t, "eval.timesteps"), device=device)
             at = torch.full((n,), float(t), device=device)
-            logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma, t=at)
-            samples.put(f"reward_t{decimal(t)}", logit)
+            for name, reward in rewards.items():
+                logit = noisy_reward(reward, batch._replace(latent=latent), noise, sigma, t=at)
+                samples.put(f"{name}reward_t{decimal(t)}", logit)
     found = samples.all()
     kept = samples.first(kept, e.videos)
     with world.agreed():
         if kept:
             write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
     values = {"sft_loss": found["sft_loss", 0].mean().item()}
-    if reward is not None:
-        names = [f"reward_t{decimal(t)}" for t in (e.timesteps if ends is None else scored)]
-        values |= {name: found[name, 0].sigmoid().mean().item() for name in names}
-    trained = reward is not None and config.loss.weight > 0
-    scored = [values[f"reward_t{decimal(t)}"] for t in scored] if trained else [-values["sft_loss"]]
-    return values | {"score": sum(scored) / len(scored)}
+    for name in rewards:
+        shown = [f"{name}reward_t{decimal(t)}" for t in (e.timesteps if ends is None else scored)]
+        values |= {key: found[key, 0].sigmoid().mean().item() for key in shown}
+    if not rewards or config.loss.weight == 0:
+        return values | {"score": -values["sft_loss"]}
+    means = [sum(values[f"{name}reward_t{decimal(t)}"] for t in scored) / len(scored) for name in rewards]
+    weights = [config.loss.weight, *(more.weight for more in config.reward.more)]
+    mean = sum(w * m for w, m in zip(weights, means, strict=True)) / sum(weights)
+    return values | {"score": mean if len(means) > 1 else means[0]}

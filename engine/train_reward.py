@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import flow
-from prfl_engine.build import latent_dtype, make_reward, pick_device
+from prfl_engine.build import make_reward, pick_device
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, read_lists
@@ -76,9 +76,10 @@ def train_reward(config: Config) -> None:
 
 def _train_reward(config: Config, device: torch.device, world: World) -> None:
     c = config
+    c.reward.check_one("in reward training")
     lora.check_path(c.lora)
     adapted = c.lora.rank > 0
-    text_dropout, pairs, dtype = c.data.dropout(0.0), c.reward.loss == "bt", latent_dtype(c)
+    text_dropout, pairs, dtype = c.data.dropout(0.0), c.reward.loss == "bt", flow.latent_dtype(c)
     levels = train_levels(c.rollout, dtype)
     fixed = [levels.at(t, "reward.timesteps") for t in c.reward.timesteps]
     for t in c.eval.timesteps if c.eval.every else ():
@@ -137,7 +138,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         else:
             loss = cross_entropy(logit, batch.label).mean()
             right = (logit > 0) == (batch.label > 0.5)
-        world.add_up_copies(model, world.last(key, c.train.accumulate))
+        world.add_up_copies(model, c.optim.clip_each or world.last(key, c.train.accumulate))
         (share * loss).backward()
         yield {"loss": loss.detach(), "accuracy": right.float().mean()}
 
@@ -182,7 +183,7 @@ def evaluate_reward(
     all samples. Every group of processes evaluates a part of the samples; all get the same result.
     TrainingError for a logit that is not finite.
     """
-    e, device, dtype = config.eval, next(model.parameters()).device, latent_dtype(config)
+    e, device, dtype = config.eval, next(model.parameters()).device, flow.latent_dtype(config)
     samples = HeldOut([paths] if lose is None else [paths, lose], world)
     levels, first = train_levels(config.rollout, dtype), config.data.first_frame
     reader = Reader(model.transformer.config, config.data.label, dtype=dtype, first_frame=first)

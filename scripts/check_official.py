@@ -44,9 +44,9 @@ from torch import Tensor
 from prfl_bench.peer import PACKAGE, Peer, load_module
 from prfl_bench.stand_ins import Dict, StandIns, Torch, attributes
 from prfl_engine import flow
-from prfl_engine.build import latent_dtype
 from prfl_engine.config import Config, load_config
 from prfl_engine.data import Reader, read_lists
+from prfl_engine.flow import latent_dtype
 from prfl_engine.metrics import read_metrics
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model.checkpoint import (

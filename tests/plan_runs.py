@@ -11,7 +11,7 @@ from helpers import tiny_config, tiny_model, tiny_reward, write_data
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_iter
 
-from prfl_engine import train
+from prfl_engine import build, train
 from prfl_engine.config import load_config
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.model.checkpoint import save_reward, save_transformer
@@ -179,7 +179,8 @@ def measured(path: Path, monkeypatch) -> Measured:
 
     for name in ("free_storage", "alloc_storage"):
         monkeypatch.setattr(_fsdp_param, name, resizing(getattr(_fsdp_param, name)))
-    monkeypatch.setattr(train, "make_policy", seen(policy_of))
+    for module in (train, build):
+        monkeypatch.setattr(module, "make_policy", seen(policy_of))
     monkeypatch.setattr(train, "make_frozen_reward", seen(reward_of))
     monkeypatch.setattr(updates, "update", updated)
     monkeypatch.setattr(train, "fit", watched)

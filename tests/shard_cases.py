@@ -17,9 +17,11 @@ from torch.distributed.tensor import DTensor
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig
 from prfl_engine.model import lora
+from prfl_engine.model.start import Start
 from prfl_engine.objectives import (
     Grader,
     Grading,
+    anchored_sft_loss,
     bind,
     cross_entropy,
     noisy_reward,
@@ -249,6 +251,33 @@ def adapter(replicate, sequence):
         return [model.double()]
 
     return compare(sft, make, replicate, sequence)
+
+
+def anchored(updates, replicate, sequence):
+    """Flow matching and a window of a generator that has left its frozen start, which is sharded, too: with
+    updates the same shards, otherwise a copy."""
+
+    def make():
+        model = generator()[0]
+        if updates:
+            lora.start(model, LoraConfig(rank=2), 0, None)
+        frozen = [] if updates else [tiny_model(tiny_config()).double().requires_grad_(False)]
+        return [randomize(model.double(), 5), *both()[1:], *frozen]
+
+    def run(model, reward, *rest):
+        *frozen, inputs, own, world = rest
+        (batch, noise, sigma), start = inputs, Start(frozen[0] if frozen else model)
+        losses = anchored_sft_loss(model, start, batch, noise, sigma, under("full"))
+        loss = torch.stack(losses).sum(0).mean()
+        loss.backward()
+        grader = Grader(model, reward, SCHEDULE, ChainConfig(2), together=world.together(model))
+        index = torch.tensor([[1, 3, 0, 2]])[:, own]
+        (graded,) = Grading(grader, batch, start).windows(noise, index)
+        more = (graded.logit + graded.distance).mean()
+        graded.backward(more)
+        return loss.detach() + more.detach()
+
+    return compare(run, make, replicate, sequence)
 
 
 def accumulated(replicate, sequence):

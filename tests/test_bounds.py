@@ -34,7 +34,8 @@ def legal(section, field, hint, value) -> bool:
         return hint is bool or bool in typing.get_args(hint)
     if isinstance(value, int) and value == -1:
         return f"{section}.{field}" in FREE
-    lists = ("data.train", "data.lose", "data.val", "data.val_lose", "reward.timesteps")
+    lists = ("data.train", "data.lose", "data.val", "data.val_lose", "reward.timesteps", "reward.more",
+             "rollout.sigmas")  # fmt: skip
     return value == [] and f"{section}.{field}" in lists
 
 
@@ -115,7 +116,8 @@ def test_floats_are_bounded_so_that_their_squares_are_finite():
 
 CALLS = {
     "model.host": ("train", "model.recompute=auto:1", "loss.weight=0"),
-    "lora.alpha": ("train", "lora.rank=2"), "reward.dropout": ("train-reward", "reward.path=null"),
+    "lora.alpha": ("train", "lora.rank=2"), "train.stop_anchor": ("train", "loss.anchor=1"),
+    "reward.dropout": ("train-reward", "reward.path=null"),
     "rollout.max_drift": ("train", "rollout.cache=0.1"),
     "optim.lr_head": ("train-reward", "reward.path=null", "optim.weight_decay=0"),
     "optim.weight_decay": ("train", "optim.lr_head=0"), "eval.timesteps": ("train", "eval.every=1"),
@@ -128,8 +130,9 @@ CALLS = {
 LONG = ("data.num_workers", "reward.num_queries", "rollout.steps", "rollout.samples", "train.steps",
         "train.accumulate", "eval.samples", "sample.count")  # fmt: skip
 """Numbers that are work: as large as they may be they are a run that a test cannot wait for."""
-REFUSED = ("lora.rank", "reward.blocks", "reward.num_heads", "reward.feature_layer", "rollout.pool",
-           "rollout.stride", "rollout.one_index", "parallel.replicate", "parallel.sequence")  # fmt: skip
+REFUSED = ("lora.rank", "reward.draws", "reward.blocks", "reward.num_heads", "reward.feature_layer",
+           "rollout.pool", "rollout.stride", "rollout.one_index",
+           "parallel.replicate", "parallel.sequence")  # fmt: skip
 """Numbers that the model bounds too, or another setting, or the number of processes."""
 
 
@@ -151,8 +154,8 @@ def call(tiny, tmp_path, monkeypatch):
     return call
 
 
-OTHERS = ("model.boundary", "rollout.sigma_range")
-"""A number of two generators, and a range that must hold a noise level."""
+OTHERS = ("model.boundary", "rollout.sigma_range", "rollout.sigmas")
+"""A number of two generators, a range that must hold a noise level, and a list that must fall."""
 
 
 @pytest.mark.parametrize("name, low, high", [n for n in numbers(float) if n[0] not in OTHERS])

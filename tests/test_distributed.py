@@ -65,7 +65,7 @@ def values(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"rollout": {"steps": 5}, "chain": {"window": 3}},
+        {"rollout": {"steps": 5}, "chain": {"window": 3}, "loss": {"anchor": 0.5}},
         {"rollout": {"steps": 5}, "parallel": {"sequence": 2}},
         {"rollout": {"steps": 5, "cache": 0.3, "max_drift": 9}, "parallel": {"resident": True}},
         {"rollout": {"steps": 5, "one_index": 2}, "parallel": {"replicate": 2}},
@@ -77,6 +77,9 @@ def values(folder: Path) -> list[dict[str, float]]:
 def test_two_processes_train_as_one(run, tmp_path, settings):
     """The same losses, rewards and norms, since the samples of a step are the same. Two pools of chains that
     persist are drawn otherwise than one."""
+    if "replicate" in settings.get("parallel", {}):
+        again = {"name": "again", "path": str(tmp_path / "reward"), "form": "log"}
+        settings = settings | {"reward": {"draws": 2, "more": [again]}}
     validation = {"every": 3, "samples": 3, "batch_size": 1, "videos": 3}
     shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": validation}
     config = write_run(tmp_path, samples=8, **shared, **settings)
@@ -111,8 +114,9 @@ def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     """4 steps on 2 processes are 2 on 2, then 2 on 1 under torchrun (to rounding), and a LoRA run too. Not so
     where a bit of any file has flipped, which one of the two sees."""
     config = write_run(
-        tmp_path, samples=8, train={"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9}, lora={"rank": 2}
-    )
+        tmp_path, samples=8, train={"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9},
+        lora={"rank": 2}, loss={"anchor": 0.5},
+    )  # fmt: skip
     run(config, f"train.out={tmp_path}/whole")
     run(config, f"train.out={tmp_path}/parts", "train.steps=2")
     run(config, f"train.out={tmp_path}/parts", "train.resume=true", processes=1)
@@ -188,6 +192,8 @@ def test_mistakes_end_all_processes_with_a_line(run, tmp_path):
     config = write_run(tmp_path, samples=8, train={"accumulate": 2})
     for out in run(config, "train.accumulate=3", ok=False):
         assert "train.accumulate: got 3, want a multiple of 2" in out
+    for out in run(config, "loss.anchor=1", "loss.anchor_place=host", ok=False):
+        assert "loss.anchor_place: got 'host', want device with several processes" in out
     few = "data.batch_size=3", "rollout.mode=persistent", "rollout.steps=5"
     for out in run(config, *few, ok=False):
         assert "data.train: got 8 samples, want a multiple of data.batch_size = 3" in out

@@ -275,3 +275,17 @@ def test_experts_of_different_structure_are_refused(tmp_path, capsys):
     save_transformer(tiny_model(tiny_config(num_layers=1)), tmp_path / "other")
     run("train", config, f"model.path={tmp_path / 'pair' / HIGH}", f"model.low={tmp_path / 'other'}", code=2)
     assert "model.low: got " in one_line(capsys)
+
+
+@pytest.mark.parametrize("given", [(), (HIGH_ALONE,)], ids=["both", "high"])
+def test_the_leash_of_a_pair_with_updates(given, tmp_path):
+    """From a start of distance 0, which is the start of the resumed run, too."""
+    config = written(tmp_path, lora={"rank": 2}, loss={"anchor": 0.5}, model={"idle": "host"})
+    run("train", config, *given, "train.steps=4", "train.save_every=2")
+    cut = f"train.out={tmp_path / 'cut'}"
+    run("train", config, *given, "train.steps=2", "train.save_every=2", cut)
+    run("train", config, *given, "train.steps=4", "train.save_every=2", cut, "train.resume=true")
+    found = values(tmp_path / "run")
+    assert found == values(tmp_path / "cut")
+    for name in ("train/anchor", "train/sft_anchor"):
+        assert found[1][name] == 0 < found[4][name]

@@ -65,9 +65,9 @@ def test_with_fixed_weights_gradients_are_those_of_fresh_rollouts(case, monkeypa
     source, grader, c, data = setup(**case)
     grade, found = Persistent._grade, []
 
-    def recorded(self, chains, turns, step):
+    def recorded(self, chains, turns, step, key):
         found.extend((chain, turn.index) for chain, turn in zip(chains, turns, strict=True))
-        return grade(self, chains, turns, step)
+        return grade(self, chains, turns, step, key)
 
     monkeypatch.setattr(Persistent, "_grade", recorded)
     steps, ages = index_range(c.rollout), []

@@ -95,6 +95,11 @@ def test_an_adapter(ranks):
     check(ranks, cases.adapter)
 
 
+@pytest.mark.parametrize("updates", [True, False])
+def test_a_leash(two, updates):
+    check(two, cases.anchored, updates)
+
+
 BF16 = torch.bfloat16
 
 

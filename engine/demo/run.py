@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prfl_engine import chain, flow
+from prfl_engine import chain
 from prfl_engine.build import pick_device
 from prfl_engine.config import (
     Config,
@@ -34,7 +34,7 @@ from prfl_engine.media.codec import DCTCodec
 from prfl_engine.metrics import decimal, progress, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.sources import read_config
-from prfl_engine.objectives import bind, noisy_rewards
+from prfl_engine.objectives import bind, noisy_rewards, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 from prfl_engine.train_reward import train_reward
@@ -166,7 +166,7 @@ def measure(
     scored = [i for i, t in enumerate(e.timesteps) if t in e.scored]
     codec = DCTCodec.load(codec_path)
     score = load_reward(r.path, **r.pooling, dtype=torch.float32, device=device).freeze()
-    schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
+    schedule = whole_schedule(config.rollout)
     paths = spread(read_lists([str(clean_val)], "clean_val"), seeds)
     reference = clean_medians(read_lists([str(clean_val)], "clean_val"), codec)
     captions = [read_meta(p)["short_caption"] for p in paths]

@@ -14,6 +14,7 @@ import torch
 
 from prfl_engine.build import pick_device
 from prfl_engine.config import Config
+from prfl_engine.config_method import scales
 from prfl_engine.data import CLIP_KEYS, CONDITION_KEYS, LATENT_KEYS, TEXT_KEY
 from prfl_engine.encode import encoders
 from prfl_engine.encode.buckets import Size, parse_sizes
@@ -106,7 +107,7 @@ def prompted(config: Config, given: Prompts) -> Iterator[Config]:
         want = f"{CHANNELS}, of Wan2.1's VAE"
         check(model.out_dim == CHANNELS, "model.path: latent channels", model.out_dim, want)
         given.check_image(model)
-    guided = config.sample.guidance != 1
+    guided = scales(config.sample.guidance) != (1, 1)
     check(guided or given.negative is None, "--negative", given.negative, "--guidance S with it")
     texts = dict(enumerate(given.prompts))
     if guided and (given.negative is not None or data.negative_text is None):

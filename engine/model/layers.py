@@ -36,6 +36,7 @@ class Linear(nn.Linear):
 
     compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
     lora_scale: float = 1.0
+    left_out: bool = False  # whether the layer computes without its update for now
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
@@ -44,8 +45,9 @@ class Linear(nn.Linear):
 
     @property
     def low(self) -> LowRank | None:
-        """The low-rank update; None: there is none."""
-        return None if self.lora_A is None else LowRank(self.lora_A, self.lora_B, self.lora_scale)
+        """The low-rank update; None: there is none, or it is left out."""
+        absent = self.lora_A is None or self.left_out
+        return None if absent else LowRank(self.lora_A, self.lora_B, self.lora_scale)
 
     @property
     def dtype(self) -> torch.dtype:

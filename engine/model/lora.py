@@ -221,6 +221,20 @@ def _sum(weight: Tensor, low: LowRank) -> Tensor:
 
 
 @contextmanager
+def left_out(model: nn.Module) -> Iterator[None]:
+    """Inside a with block the model computes without the updates that are trained. No backward may run there,
+    which would recompute the forwards of others without them."""
+    layers = [m for m in _attached(model).values() if m.lora_A.requires_grad]
+    for m in layers:
+        m.left_out = True
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.left_out = False
+
+
+@contextmanager
 @torch.no_grad()
 def merged(model: WanTransformer, values: dict[str, Tensor] | None = None) -> Iterator[None]:
     """Inside a with block the model's parameters are in float32, with the updates in the weights, and on the

@@ -52,8 +52,6 @@ class Updates:
     def end(self) -> Tensor:
         """The (last) update; returns the norm of the gradient before clipping, the largest of the step,
         0-dim on the device."""
-        if not self.config.clip_each and not self.config.clip_heads:
-            self.seen = self._clip()
         self._update()
         if self.ema is not None:
             self.ema.update()
@@ -66,6 +64,8 @@ class Updates:
     def _update(self) -> None:
         mark("optimizer")
         o = self.config
+        if not o.clip_each and not o.clip_heads:
+            self.seen = self._clip()
         factor = lr_factor(self.number, self.horizon, o)
         set_lr(self.optimizer, factor)
         self.lr, self.number = self.optimizer.param_groups[0]["base_lr"] * factor, self.number + 1

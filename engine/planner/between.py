@@ -16,6 +16,7 @@ from prfl_engine.planner.standing import (
     is_narrow,
     pinned,
     rounded,
+    start_bytes,
     state_bytes,
 )
 
@@ -54,6 +55,7 @@ def load(
         weights = sum(4 * p.count * math.prod(p.shape) for p in models.generator)
     reward = sum(p.bytes() for p in models.reward)
     found = [("weights", weights, COUNTED, "shapes of the parameters"), ("reward model", reward, COUNTED, "")]
+    found.append(("frozen start", start_bytes(setup, models)[0], COUNTED, ""))
     if c.model.path is None and c.model.weights_dtype != "float32" and not shards.many:
         found.append(("temporaries", max(0, weights - reward), COUNTED, "random weights in float32 first"))
     return entries([*found, *of_libraries(gpu, shards)])

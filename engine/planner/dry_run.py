@@ -26,8 +26,16 @@ from prfl_engine.memory.recompute import run_under
 from prfl_engine.model import lora
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import QueryPool, RewardModel, freeze_embeddings
+from prfl_engine.model.start import Start
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
-from prfl_engine.objectives import bind, graded_windows, index_range, noisy_reward, sft_loss
+from prfl_engine.objectives import (
+    anchored_sft_loss,
+    bind,
+    graded_windows,
+    index_range,
+    noisy_reward,
+    sft_loss,
+)
 from prfl_engine.optim.optimizer import set_grad_dtype
 from prfl_engine.planner.chain_bytes import FULL_HISTORY, farthest, held, longest, schedule
 from prfl_engine.planner.meta import call, cut, default_dtype, meta_tensors
@@ -121,6 +129,36 @@ def reward_model(setup: Setup, blocks: int) -> RewardModel:
     return cut(made, setup.sequence)
 
 
+class _Coming(Start):
+    """A start whose blocks come for a forward: `bytes` of them."""
+
+    bytes = 0
+
+    def __call__(self, *given) -> Tensor:
+        """As Start's."""
+        here = ballast(self.bytes)
+        made = super().__call__(*given)
+        del here
+        return made
+
+
+def start_of(setup: Setup, model: WanTransformer, blocks: int) -> Start | None:
+    """The frozen start of a setup, where there is one, with its first blocks."""
+    if setup.anchor == "none":
+        return None
+    if setup.lora is not None:
+        return Start(model)
+    start = _Coming(generator(setup, blocks).requires_grad_(False))
+    if setup.anchor == "host":
+        start.bytes = block_bytes(start.model) * setup.count
+    return start
+
+
+def block_bytes(model: WanTransformer) -> int:
+    """Bytes of the parameters of a block, each as the allocator rounds it."""
+    return sum(-(-p.nbytes // ROUND) * ROUND for p in model.blocks[0].parameters())
+
+
 def trained(setup: Setup, blocks: int) -> WanTransformer | RewardModel:
     """The model that is trained, likewise: the generator, or a reward model with gradients."""
     if setup.trains is None:
@@ -176,18 +214,21 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
         return _reward_training(setup, policies)
     with meta_tensors():
         model, n = generator(setup, len(policies)), setup.reward_blocks
-        reward = reward_model(setup, n) if n else None
+        reward, start = reward_model(setup, n) if n else None, start_of(setup, model, len(policies))
+        there = model, reward, start and start.model
     begin_gradients(setup, model)
     with meta_tensors():
         if setup.sft:
-            with _passes(setup.pool, _counter(model, reward), ["flow matching"]) as (laps, watch):
-                batch, noise, sigma = inputs(setup, setup.latent)
-                sft_loss(model, batch, noise, sigma, run_under(policies, watch)).mean().backward()
+            with _passes(setup.pool, _counter(*there), ["flow matching"]) as (laps, watch):
+                given = inputs(setup, setup.latent)
+                losses = anchored_sft_loss(model, start, *given, run_under(policies, watch))
+                sum(loss.mean() for loss in losses if loss is not None).backward()
+                del given, losses
             found |= laps
         for p in model.parameters() if setup.alone else ():
             p.grad = None
         if reward is not None:
-            found |= _graded(setup, model, reward, policies, run_under(reward_policy))
+            found |= _graded(setup, *there[:2], start, policies, run_under(reward_policy))
     return found
 
 
@@ -239,7 +280,12 @@ def _update(size: int, p: Tensor) -> None:
 
 
 def _graded(
-    setup: Setup, model: WanTransformer, reward: RewardModel, policies: list[BlockPolicy], score: RunBlocks
+    setup: Setup,
+    model: WanTransformer,
+    reward: RewardModel,
+    start: Start | None,
+    policies: list[BlockPolicy],
+    score: RunBlocks,
 ) -> dict[str, Laps]:
     if setup.rollout.mode == "persistent":  # every window has a chain of its own
         setup = replace(setup, rollout=replace(setup.rollout, samples=1))
@@ -249,15 +295,17 @@ def _graded(
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
     longer = longest(setup) - held(setup, index, config.window)
     names = ["graded step", *["window"] * (config.window - 1)]
-    with _passes(setup.pool, _counter(model, reward), names) as (found, watch):
+    counter = _counter(model, reward, start and start.model)
+    with _passes(setup.pool, counter, names) as (found, watch):
         batch, noise, _ = inputs(setup, setup.latent)
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
             extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
         given = model, reward, schedule(steps), batch, noise, torch.tensor(index), config
         stay, run_blocks = (lambda *_: lambda: lambda x, t, active: x.clone()), run_under(policies, watch)
-        for window in graded_windows(*given, stay, run_blocks, score):
-            window.backward(torch.sigmoid(window.logit).mean())
+        for window in graded_windows(*given, stay, run_blocks, score, None, start):
+            loss = torch.sigmoid(window.logit).mean()
+            window.backward(loss if start is None else loss + window.distance.mean())
             del window
         del extra
     for laps in found.values():

@@ -92,12 +92,14 @@ def setup_of(
     """What PRFL as configured takes; shapes as `fit_memory` takes them. readers: groups of processes with
     samples of their own, which share the chains that persist."""
     c, counts = config, Counter(shapes)
+    c.reward.check_one("for the planner, which counts no more")
     latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
     validation = _validation(c, held_out, reward is not None, on_cpu) if held_out else None
     setup = Setup(
         model, latent, precision.compute, precision.residual, precision.weights, reward,
         c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
+        anchor=c.loss.anchor_place if c.loss.anchored else "none",
         sequence=c.parallel.sequence, experts=c.trained_experts, idle=c.model.idle == "host",
         first_frame=c.data.first_frame,
         grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,

@@ -37,6 +37,7 @@ from prfl_engine.planner.standing import (
     idle_bytes,
     models_of,
     segments,
+    start_bytes,
     state_bytes,
     update_bytes,
 )
@@ -156,6 +157,7 @@ def _standing(
     of_shapes = "shapes of the parameters"
     found = [
         ("weights", sum(p.bytes() for p in whole) - idle_bytes(setup, models)[0], COUNTED, of_shapes),
+        ("frozen start", start_bytes(setup, models)[0], COUNTED, of_shapes),
         ("LoRA", sum(p.bytes() for p in low), COUNTED, "A and B in float32"),
         ("reward model", sum(p.bytes() for p in trunk), COUNTED, of_shapes),
         ("reward head", sum(p.bytes() for p in head), COUNTED, "pooling and MLP in float32"),
@@ -168,6 +170,7 @@ def _standing(
     ]
     if gpu is not None:
         every = [*models.generator, *models.reward]
+        every += models.generator if setup.anchor == "device" and setup.lora is None else []
         found.append(("allocator", segments(every), PREDICTED, "weights above 10 MiB rounded up to 2 MiB"))
         found += between.of_libraries(gpu, shards)
     return entries(found)
@@ -305,6 +308,7 @@ def _host(
         ("offloaded activations", away + scored, COUNTED, "dry run: what blocks offload"),
         ("pinned rounding", (away + scored) // 64, PREDICTED, "at most a 64th: torch's powers of two"),
         ("idle experts", idle_bytes(setup, models)[1], COUNTED, "frozen blocks of both experts"),
+        ("frozen start", start_bytes(setup, models)[1], COUNTED, "blocks of the copy"),
         ("optimizer states", states.host, COUNTED, "pinned, rounded up to powers of two"),
         ("gradients", states.host_gradients, COUNTED, "pinned, rounded up to powers of two"),
         ("chains that persist", setup.pool_host, COUNTED, "pinned, rounded up to powers of two"),

@@ -1,6 +1,7 @@
 """What a training step's memory and time depend on."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -80,6 +81,7 @@ class Setup:
     trains: RewardTraining | None = None  # None: a generator is trained
     experts: tuple[bool, bool] | None = None  # which of two experts is trained; None: there is one model
     idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
+    anchor: Literal["none", "device", "host"] = "none"  # where a forward of the frozen start is from
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
     first_frame: bool = False  # of every latent is given to a ti2v model
     grad_dtype: torch.dtype | None = None  # of gradients; None: of their weights

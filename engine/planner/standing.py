@@ -96,6 +96,15 @@ def idle_bytes(setup: Setup, models: Models) -> tuple[int, int]:
     return (min(frozen) if setup.latent[0] == 1 else 0), sum(frozen)
 
 
+def start_bytes(setup: Setup, models: Models) -> tuple[int, int]:
+    """(bytes of the frozen copy that stay on the device, bytes of its blocks on the host); none with LoRA."""
+    if setup.anchor == "none" or setup.lora is not None:
+        return 0, 0
+    blocks = sum(p.bytes() for p in models.generator if "blocks." in p.name)
+    whole = sum(p.bytes() for p in models.generator)
+    return (whole, 0) if setup.anchor == "device" else (whole - blocks, blocks)
+
+
 @cache
 def _models(setup: Setup, shards: int) -> Models:
     with meta_tensors():

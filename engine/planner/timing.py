@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prfl_engine.config import Config
+from prfl_engine.config_method import scales
 from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
 from prfl_engine.planner.dry_run import REWARD_TRAINING
@@ -21,7 +22,7 @@ from prfl_engine.planner.plan import Kind
 from prfl_engine.planner.seconds import Rates, block_seconds
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.sharded import Exchanged, Shards
-from prfl_engine.planner.standing import Models, gradient_bytes, state_bytes
+from prfl_engine.planner.standing import Models, gradient_bytes, start_bytes, state_bytes
 
 BACKWARDS = ("graded step", "flow matching", REWARD_TRAINING)  # phases with gradients of weights
 
@@ -151,6 +152,14 @@ def times(
             flops[REWARD_TRAINING] / setup.sides,
         )  # fmt: skip
     add("flow matching", sft, one, links.graded, links.exchange_graded, flops.get("flow matching", 0.0))
+    if c.loss.anchored:
+        often = 1.0 if c.loss.anchor else 1 / c.loss.anchor_every
+        halves = 2 if scales(c.chain.guidance) != (1, 1) else 1
+        count = often * samples * (sft + halves * graded * c.rollout.samples)
+        coming = start_bytes(setup, models)[1] / rates.link
+        model = forward_work(setup.config, setup.count, setup.tokens // samples).forward
+        hidden = (links.forward + coming) / samples
+        add("frozen start", count, plain, hidden, links.exchange_forward / samples, model)
     if (waits := links.replicas - one / 2) > 0:  # the last backward hides the rest
         rows.append(Row("gradients of copies", waits, 0.0, waits))
     backwards = own * setup.sides if setup.trains is not None else sft + graded * passes

@@ -125,9 +125,9 @@ class Rollout:
     def drift(self, batch: Batch, noise: Tensor, index: Tensor) -> Tensor:
         """Relative L2 distance, a scalar, of the latents before step index[b] of the accelerated rollout
         from those of the plain one; arguments as in `chain.rollout`."""
+        noise = fixed(self.model, batch, noise)
         batch = batch if self.guidance is None else self.guidance.both(batch)
         context = self.model.embed_context(batch.text, batch.clip)
-        noise = fixed(self.model, batch, noise)
         made = []
         for how in (True, False):
             way = chain.Chain(self._velocity(batch, context, how), self.schedule, noise, None, self.together)

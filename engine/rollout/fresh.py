@@ -1,6 +1,7 @@
 """Graded steps of fresh rollouts: every micro-batch starts from noise, as in the paper."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from prfl_engine.batch import Batch
 from prfl_engine.config import Config
+from prfl_engine.model.start import Anchor
 from prfl_engine.objectives import (
     GradedWindow,
     Grader,
@@ -26,10 +28,15 @@ class Fresh:
     """Where graded steps come from, with `rollout.mode` fresh."""
 
     def __init__(
-        self, grader: Grader, config: Config, meter: DriftMeter | None = None, readers: int = 1
+        self,
+        grader: Grader,
+        config: Config,
+        meter: DriftMeter | None = None,
+        readers: int = 1,
+        anchor: Anchor | None = None,
     ):
         """readers: the groups of processes that have samples of their own."""
-        self.grader, self.config, self.meter = grader, config, meter
+        self.grader, self.config, self.meter, self.anchor = grader, config, meter, anchor
         self.range = index_range(config.rollout)
         alike = config.rollout.one_index
         self.together = readers if alike == "turn" else alike  # micro-batches that have the same graded steps
@@ -46,7 +53,9 @@ class Fresh:
             extra = self.meter.values()
         start = start_of(c.rollout, g.schedule, batch.latent, noise)
         del noise
-        for window in Grading(g, batch).windows(start, indices):
+        anchor = self.anchor and self.anchor.at(key // c.train.accumulate)
+        draw = partial(noise_like, purpose=Purpose.REWARD_DRAW, seed=at[0], first=at[1])
+        for window in Grading(g, batch, anchor, draw).windows(start, indices):
             yield window, extra
             del window  # its graph holds the state before it
             extra = {}  # once for every micro-batch

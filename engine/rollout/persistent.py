@@ -34,6 +34,7 @@ from prfl_engine.config_method import scales
 from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState, init_state, rounded
 from prfl_engine.metrics import note
+from prfl_engine.model.start import Anchor
 from prfl_engine.objectives import GradedWindow, Grader, Grading, fixed, index_range, start_of
 from prfl_engine.parallel import World
 from prfl_engine.rollout.drift import DriftMeter
@@ -52,6 +53,7 @@ class Persistent:
         meter: DriftMeter | None,
         sources: Callable[[int], list[int]],
         world: World = World(),  # noqa: B008 - frozen
+        anchor: Anchor | None = None,
     ):
         """sources(key): the numbers of the samples of micro-batch `key` in the data (`MicroBatches.picked`).
         UserError where the configuration does not fit."""
@@ -60,11 +62,15 @@ class Persistent:
         most = steps[1] + 1 - steps[0]
         check(r.stride <= most, "rollout.stride", r.stride, f"at most {most}, the steps of rollout.range")
         self.grader, self.config, self.meter, self.sources = grader, config, meter, sources
+        self.anchor = anchor
         size, seed = config.data.batch_size, config.train.seed
         self.world, slots = world, config.pool // world.readers
         self.turns = Turns(steps, slots, config.graded // world.readers, size, r.stride, seed)
         names = "solver", "steps", "shift", "start", "samples", "stride"
         settings = {f"rollout.{name}": getattr(r, name) for name in names}
+        settings |= {"rollout.sigmas": list(r.sigmas)} if r.sigmas else {}
+        if r.start == "data":  # steps are counted from the first one in it
+            settings["rollout.sigma_range"] = list(r.sigma_range)
         settings["chain.guidance"] = list(scales(config.chain.guidance))
         settings |= {"rollout.range": list(steps), "rollout.pool": config.pool, "chain.window": grader.window}
         settings |= {"processes with samples of their own": world.readers}
@@ -85,7 +91,7 @@ class Persistent:
             turns = [self.turns[counts.drawn + row] for row in range(len(batch.latent))]
             counts.drawn += len(turns)
             chains = [self._chain(turn, births, step) for turn in turns]
-            window = self._grade(chains, turns, step)
+            window = self._grade(chains, turns, step, key)
             ages = sum(step - chain.numbers.birth for chain in chains)
             now = {"chain_age": ages / len(chains) / c.rollout.samples}
             if part == 0:  # once for every micro-batch
@@ -104,10 +110,13 @@ class Persistent:
             chain = self.pool.chains[turn.slot] = births.make(turn.lap)
         return chain
 
-    def _grade(self, chains: list[PooledChain], turns: list[Turn], step: int) -> GradedWindow:
+    def _grade(self, chains: list[PooledChain], turns: list[Turn], step: int, key: int) -> GradedWindow:
         """The window of these chains up to the steps of their turns, whose results they take."""
         prompts = [Batch(*(None if a is None else a[0] for a in self.pool.prompt(c))) for c in chains]
-        grading, states = Grading(self.grader, collate(prompts)), []
+        anchor, c = self.anchor and self.anchor.at(step), self.config
+        first = key * c.data.batch_size
+        draw = partial(noise_like, purpose=Purpose.REWARD_DRAW, seed=c.train.seed, first=first)
+        grading, states = Grading(self.grader, collate(prompts), anchor, draw), []
         for chain in chains:
             known = self.pool.get(chain)
             states.append([None] * (chain.numbers.index + 1 - len(known)) + known)
@@ -234,6 +243,6 @@ class Births:
         known = pool.hold(latent) if c.rollout.start == "data" else torch.empty(1, 0)
         prompt = Batch(known, *(None if a is None else pool.hold(a) for a in prompt))
         chain = PooledChain(Numbers(lap, 0, position, self.sources[row], self.step), prompt, [])
-        noise = rounded(self.owner.noise(latent, position), self.owner.grader.schedule.dtype)
-        pool.put(chain, [init_state(self.owner.start(prompt._replace(latent=latent), noise))])
+        start = self.owner.start(prompt._replace(latent=latent), self.owner.noise(latent, position))
+        pool.put(chain, [init_state(rounded(start, self.owner.grader.schedule.dtype))])
         return chain

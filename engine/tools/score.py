@@ -162,7 +162,9 @@ def score(config: Config, paths: Sequence[Path], options: Options) -> list[Score
     does not fit the model; TrainingError for a reward that is not finite.
     """
     _refuse_videos(paths)
-    reader = ScoreReader(read_config(config.reward.path), text=options.text)
+    reader = ScoreReader(
+        read_config(config.reward.path), first_frame=config.data.first_frame, text=options.text
+    )
     _check_texts(paths, options.text, reader.config.image)
     shapes = by_shape(reader, paths)
     if len(shapes) > 1:
