@@ -84,6 +84,16 @@ def test_the_steps_of_an_expert_are_those_of_the_official_code(chain, levels, st
     }[levels]  # fmt: skip
 
 
+def test_every_level_of_a_range_is_at_a_timestep_of_its_expert():
+    """In float32, in which an expert is chosen."""
+    for shift, boundary in ((3.0, 0.875), (6.0, 0.9), (12.0, 0.875), (5.0, 0.9)):
+        low, high = flow.Levels(shift, high=boundary), flow.Levels(shift, low=boundary)
+        assert len(low.sigmas) + len(high.sigmas) == 1000
+        assert low.timestep(low.sigmas).max() < 1000 * boundary <= high.timestep(high.sigmas).min()
+    whole = flow.Levels(12.0, whole=True, low=0.9005)
+    assert whole.timestep(whole.sigmas).min() == 901
+
+
 def test_parts_of_the_range_of_an_expert():
     found = {p: index_range(RolloutConfig(sigma_range=(0.875, 1), range=p, **T2V)) for p in (
         "early", "middle", "late", (3, 25),

@@ -244,6 +244,25 @@ def test_whole_timesteps_are_those_of_the_official_table():
 # Reward training.
 
 
+def test_both_updates_are_clipped_where_the_heads_are_not(monkeypatch):
+    config = Config(loss=LossConfig(split=True), optim=OptimConfig(clip_heads=False, clip=1.0))
+    p, norms = torch.nn.Parameter(torch.zeros(4)), []
+    optimizer = torch.optim.SGD([{"params": [p], "lr": 1.0, "base_lr": 1.0}])
+
+    def recorded(*_):
+        norms.append(p.grad.norm())
+        return norms[-1]
+
+    monkeypatch.setattr("prfl_engine.optim.updates.update", recorded)
+    both = Updates(optimizer, config, None, 1, split=True)
+    both.begin(0)
+    for number in (0, 1):
+        p.grad = torch.full((4,), 50.0)
+        both.after(number, last=True)
+    assert both.end().item() == pytest.approx(100)  # before clipping
+    assert [norm.item() for norm in norms] == pytest.approx([1, 1])
+
+
 def test_the_transformer_alone_is_clipped(tmp_path):
     """One step against plain torch: the heads' gradients are as they are."""
     path = reward_run(tmp_path, "ce", train={"steps": 1})

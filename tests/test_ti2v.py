@@ -26,6 +26,7 @@ from prfl_engine.batch import Batch
 from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig, UserError
 from prfl_engine.convert import convert
 from prfl_engine.data import Reader
+from prfl_engine.guidance import Guidance, Scales
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import load_transformer, save_transformer
 from prfl_engine.model.wan import PRESETS, WanTransformer, sinusoid
@@ -206,6 +207,16 @@ def test_accelerated_rollouts_have_both_timesteps(how):
     assert not got[:, :, 0].any()
     got, want, text = (a[:, :, 1:] for a in (got, want, text))
     assert relative(got, want) < (0.5 * relative(got, text) if "precision" in how else 1e-6)
+
+
+def test_the_drift_of_a_guided_rollout_keeps_the_given_frame():
+    model, batch = model_and_batch()
+    model, batch = model.float(), Batch(*(None if a is None else a.float() for a in batch))
+    guidance = Guidance(torch.randn(3, model.config.text_dim), *[Scales(3.0, 3.0, 0.0)] * 2)
+    rollout = Rollout(
+        model, RolloutConfig(steps=4, cache=0.1), flow.make_schedule("euler", 4, 5.0), guidance=guidance
+    )
+    assert 0 <= rollout.drift(batch, torch.randn_like(batch.latent), torch.tensor([3, 2])) < 1
 
 
 SECTIONS = {
