@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prfl_engine.config import Config
+from prfl_engine.config_method import scales
 from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
 from prfl_engine.planner.dry_run import REWARD_TRAINING
@@ -191,11 +192,12 @@ def _scoring(setup: Setup, reward: Kind) -> tuple[Setup, list[Kind]]:
 
 def _probes(c: Config, setup: Setup) -> float:
     """Forwards of drift probes an optimizer step."""
-    r, last = c.rollout, index_range(c.rollout)[1]
     if not setup.reward_blocks:
         return 0.0
+    r, last = c.rollout, index_range(c.rollout)[1]
     approximate = r.precision == "fp8" or r.cache > 0
-    return ((2 * last if approximate else 0) + (last + 1 if r.mode == "persistent" else 0)) / r.probe_every
+    forwards = (2 * last if approximate else 0) + (last + 1 if r.mode == "persistent" else 0)
+    return forwards * (2 if scales(r.guidance) != (1, 1) else 1) / r.probe_every
 
 
 def _optimizer(
