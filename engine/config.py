@@ -41,7 +41,7 @@ from prfl_engine.errors import UserError, check
 __all__ = [
     "ChainConfig", "Config", "DataConfig", "EvalConfig", "KeptConfig", "LoraConfig", "LossConfig",
     "ModelConfig", "MoreReward", "OptimConfig", "ParallelConfig", "RewardConfig", "RolloutConfig",
-    "SampleConfig", "TrainConfig", "load_config",
+    "SampleConfig", "TrainConfig", "load_config", "read_config", "values_of",
 ]  # fmt: skip
 
 DEVICE = Matches(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", "auto, cpu, cuda or cuda:N")
@@ -321,7 +321,6 @@ class Config(Section, name=""):
             alike in (0, "turn") or accumulate % alike == 0, "rollout.one_index", alike,
             f"0, turn or a divisor of train.accumulate = {accumulate}",
         )  # fmt: skip
-
         if self.loss.weight == 0:
             self.reward.check_one("with loss.weight 0")
         loss, stop, many = self.loss, self.train.stop_anchor, self.model.boundary
@@ -357,28 +356,48 @@ class Config(Section, name=""):
         return yaml.safe_dump(plain(asdict(self)), sort_keys=False)
 
 
+def values_of(
+    path: str | Path | None, overrides: Sequence[str] = (), world: int | None = None
+) -> tuple[dict[str, dict], official_yaml.Translation | None]:
+    """The fields by section that a YAML file, overrides and train.compat set, and the translation of a file
+    of HY-Video-PRFL, for `world` processes; None: those that torchrun has started."""
+    values, made = {} if path is None else read_yaml(Path(path)), None
+    if official_yaml.recognised(values):
+        made = official_yaml.settings(values, world)
+        values = copy.deepcopy(made.values)
+    for item in overrides:
+        override(values, item)
+        if made is not None:
+            made.origin.pop(item.partition("=")[0], None)
+    official_yaml.compat(values, made.updates if made else 0)
+    return values, made
+
+
+def read_config(
+    path: str | Path | None, overrides: Sequence[str] = (), world: int | None = None
+) -> tuple[Config, official_yaml.Translation | None]:
+    """load_config's Config, whose paths need not be there, without a word; and what values_of translates."""
+    values, made = values_of(path, overrides, world)
+    try:
+        return from_dict(Config, values, ""), made
+    except UserError as error:
+        key = made and made.origin.get(str(error).partition(":")[0])
+        raise UserError(f"{key}: {error}" if key else str(error)) from None
+
+
 def load_config(
-    path: str | Path | None, overrides: Sequence[str] = (), job: official_yaml.Job | None = None
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    job: official_yaml.Job | None = None,
+    world: int | None = None,
 ) -> Config:
     """Config from a YAML file (None: all defaults) and overrides such as "train.steps=100".
 
     The file may be one of HY-Video-PRFL; a line on stderr then names the keys that have no meaning here. With
-    a job its paths have to be there, and it has to be of that kind.
+    a job its paths have to be there, and it has to be of that kind. world: processes of the run, to which its
+    batches refer; None: those that torchrun has started.
     """
-    values, made = {} if path is None else read_yaml(Path(path)), None
-    if official_yaml.recognised(values):
-        made = official_yaml.settings(values)
-        values = copy.deepcopy(made.values)
-    origin = made.origin if made else {}
-    for item in overrides:
-        override(values, item)
-        origin.pop(item.partition("=")[0], None)
-    official_yaml.compat(values, made.updates if made else 0)
-    try:
-        config = from_dict(Config, values, "")
-    except UserError as error:
-        key = origin.get(str(error).partition(":")[0])
-        raise UserError(f"{key}: {error}" if key else str(error)) from None
+    config, made = read_config(path, overrides, world)
     if made is not None:
         if job is not None:
             official_yaml.check_paths(made, asdict(config), job)

@@ -14,6 +14,7 @@ def scales(scale: Scale) -> tuple[float, float]:
     """The scales of guidance above the boundary of two experts, and below."""
     return scale if isinstance(scale, tuple) else (scale, scale)
 
+
 @dataclass(frozen=True)
 class RolloutConfig(Section, name="rollout"):
     """Denoising steps, and the chains that graded steps are taken from."""

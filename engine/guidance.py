@@ -19,7 +19,7 @@ from prfl_engine.chain import Velocity
 from prfl_engine.config import Config
 from prfl_engine.config_method import Scale, scales
 from prfl_engine.data import read_text
-from prfl_engine.errors import UserError, check
+from prfl_engine.errors import UserError
 from prfl_engine.flow import TRAIN_STEPS, latent_dtype, rounded
 from prfl_engine.model.experts import Experts
 from prfl_engine.model.wan import WanTransformer
@@ -121,10 +121,7 @@ def guidance_of(
 
 
 def training_guidance(config: Config, model: WanTransformer | Experts) -> Guidance | None:
-    """That of the chains that a generator is trained on. UserError where it does not fit."""
+    """That of the chains that a generator is trained on."""
     r, c = config.rollout, config.chain
-    if r.mode == "persistent":
-        want = f"chain.guidance's {c.guidance} with rollout.mode persistent, whose steps are graded steps"
-        check(scales(r.guidance) == scales(c.guidance), "rollout.guidance", r.guidance, want)
     field = "rollout.guidance" if scales(r.guidance) != (1, 1) else "chain.guidance"
     return guidance_of(config, r.guidance, c.guidance, model, field)

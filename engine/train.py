@@ -18,6 +18,7 @@ from prfl_engine.build import (
     read_generator,
     save_generator,
 )
+from prfl_engine.checks import check_prfl
 from prfl_engine.config import Config, LossConfig
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
@@ -58,26 +59,6 @@ from prfl_engine.rollout.persistent import Persistent
 from prfl_engine.sample import write_samples
 from prfl_engine.seeds import Purpose, integers, noise_like
 from prfl_engine.validation import HeldOut
-
-
-def check_one_backward(config: Config) -> None:
-    """UserError where an optimizer step of PRFL has more than one backward: not with optim.in_backward."""
-    c, want = config, "with optim.in_backward: one backward in an optimizer step"
-    both = c.loss.weight > 0 and c.loss.sft_weight > 0
-    check(not both or c.loss.alternate, "loss.alternate", c.loss.alternate, f"true or one loss alone {want}")
-    check(not c.loss.split, "loss.split", True, f"false {want}")
-    if c.loss.weight > 0:
-        check(c.rollout.samples == 1, "rollout.samples", c.rollout.samples, f"1 {want}")
-        check(c.chain.window == 1, "chain.window", c.chain.window, f"1 {want}")
-        halves = c.chain.unconditional
-        check(halves == "detached", "chain.unconditional", halves, f"detached {want}")
-
-
-def check_start(config: Config) -> None:
-    """UserError for chains that one model alone cannot begin."""
-    high, start = config.rollout.sigma_range[1], config.rollout.start
-    want = f"data: model.path is one model, used below rollout.sigma_range's {high:g} alone"
-    check(config.model.boundary is not None or high == 1 or start == "data", "rollout.start", start, want)
 
 
 def due(loss: LossConfig, step: int) -> tuple[bool, bool]:
@@ -125,9 +106,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     use_reward = c.loss.weight > 0
     persists = use_reward and c.rollout.mode == "persistent"
     text_dropout = c.data.dropout(0.1)
-    if c.optim.in_backward:
-        check_one_backward(c)
-    check_start(c)
+    check_prfl(c)
     dtype = flow.latent_dtype(c)
     schedule, levels = schedule_of(c.rollout, dtype), train_levels(c.rollout, dtype)
     steps = index_range(c.rollout) if use_reward else None

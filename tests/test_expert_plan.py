@@ -1,6 +1,7 @@
 """What the planner knows of experts and of guidance: bytes, forwards, configurations that are there."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,16 @@ from helpers import write_run
 
 from prfl_engine.build import make_policy
 from prfl_engine.config import ChainConfig, RolloutConfig, load_config
+from prfl_engine.errors import UserError
 from prfl_engine.model.wan import PRESETS
+from prfl_engine.objectives import schedule_of, steps_inside
+from prfl_engine.planner.command import Options, predict
 from prfl_engine.planner.flops import graded_passes, rollout_forwards, validation_forwards
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.standing import models_of
 from prfl_engine.planner.subject import find
+from prfl_engine.train import train
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*a14b*.yaml"))
 
@@ -77,3 +82,33 @@ def test_the_configurations_of_experts():
         name, forwards = next(item for item in steps.items() if item[0] in path.stem)
         assert validation_forwards(config) == forwards
         assert find(config, str(path)).model.startswith(name[:8].replace("_", "-"))
+
+
+def test_a_validation_from_data_ends_below_the_range(tmp_path):
+    path = write_run(tmp_path, rollout={"steps": 40, "sigma_range": [0.3, 0.9], "start": "data"})
+    r = (config := load_config(path)).rollout
+    first, end = steps_inside(r)
+    assert validation_forwards(config) == end < len(schedule_of(r)) and first == 0
+
+
+def test_guided_drift_probes_take_twice_the_forwards(tmp_path):
+    def seconds(scale: int) -> float:
+        given = [f"{part}.guidance={scale}" for part in ("rollout", "chain")]
+        rows = predict(path, ["rollout.mode=persistent", *given]).times.rows
+        return next(row.seconds for row in rows if row.phase == "drift probes")
+
+    path = str(write_run(tmp_path, eval={"every": 0}))
+    assert seconds(4) == pytest.approx(2 * seconds(1))
+
+
+@pytest.mark.parametrize("given, field", [
+    (["rollout.sigma_range=[0, 0.875]"], "rollout.start"),
+    (["rollout.mode=persistent", "rollout.guidance=4"], "rollout.guidance"),
+    (["optim.in_backward=true", "optim.clip=null"], "loss.alternate"),
+])  # fmt: skip
+def test_a_plan_refuses_what_training_refuses(given, field, tmp_path):
+    path = str(write_run(tmp_path))
+    for job in (partial(predict, path), lambda given: train(load_config(path, given))):
+        with pytest.raises(UserError, match=f"^{field}: "):
+            job(given)
+    predict(path, given, Options(train_reward=True))

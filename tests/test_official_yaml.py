@@ -10,10 +10,13 @@ import yaml
 from helpers import one_line, tiny_config, write_data, write_run
 from training_runs import run
 
+from prfl_engine import cli
 from prfl_engine.config import Config, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.official_keys import KEYS, Copy, Into
 from prfl_engine.official_yaml import OFFICIAL, recognised, settings
+from prfl_engine.planner import pareto
+from prfl_engine.planner.command import Options, predict
 
 MODEL = """
 model:
@@ -161,6 +164,25 @@ def test_prfl_by_a_file_as_it_is(trained, capsys, monkeypatch):
     assert made.reward.mlp == paths["model__lrm_mlp_path"] and made.rollout.steps == 3
     run("train", path, *short, f"train.out={tmp_path / 'again'}", "train.compat=official")
     assert "train.compat" not in one_line(capsys)
+
+
+def test_a_file_is_planned_for_as_many_gpus_as_are_asked_for(trained, capsys, monkeypatch):
+    """As torchrun runs it, beside the paper's settings, and with one line about its keys."""
+    tmp_path, lists, paths = trained
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = str(official(tmp_path, "prfl", lists, **paths))
+    page = tmp_path / "plan.html"
+    assert cli.main(["plan", path, "--gpus", "8", "--html", str(page), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("without meaning here") == 1 and "dataset.sp_size" not in printed.err
+    planned = predict(path, (), Options(gpus=8))
+    assert (planned.shards.size, planned.shards.sequence) == (8, 4)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert planned.subject.config == load_config(path) and load_config(path).train.accumulate == 10
+    search = pareto.Search(path, (), Options(gpus=8))
+    assert search.choices(8).settings.base == planned.subject.config
+    assert list(search.candidates(2)) == []  # dataset.sp_size = 4 does not divide them
+    assert search.choices(1).settings.base.train.accumulate == 5
 
 
 @pytest.mark.parametrize("kind", ["ce", "bt"])

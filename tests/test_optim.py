@@ -13,6 +13,7 @@ from training_runs import NAME, STATE, assert_equal, content, interrupt, reward_
 
 from prfl_engine import flow
 from prfl_engine import train as train_module
+from prfl_engine.checks import check_prfl
 from prfl_engine.config import ChainConfig, Config, LossConfig, OptimConfig, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.measurements import Measured
@@ -379,4 +380,4 @@ def test_a_gradient_that_is_not_a_number_in_backward_stops_the_run(tmp_path, cap
 
 def test_configs_of_in_backward_are_whole():
     ok = Config(optim=OptimConfig(in_backward=True, clip=None), loss=LossConfig(alternate=True))
-    train_module.check_one_backward(ok)
+    check_prfl(ok)

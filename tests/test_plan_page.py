@@ -74,3 +74,9 @@ def test_files_are_written_where_they_can_be(tmp_path, capsys):
     ):
         assert cli.main(["plan", path, *given]) == 2
         assert message in one_line(capsys)
+
+
+def test_the_papers_settings_have_no_host_limit(tmp_path):
+    path = str(write_run(tmp_path, model={"recompute": "auto:40", "host": 100.0}))
+    c = official(path, (), Options()).subject.config
+    assert (c.model.recompute, c.model.host) == ("full", None)

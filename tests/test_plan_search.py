@@ -7,6 +7,7 @@ import pytest
 from helpers import write_run
 
 from prfl_engine import cli
+from prfl_engine.config import load_config
 from prfl_engine.errors import UserError
 from prfl_engine.planner import choices, pareto
 from prfl_engine.planner.command import Options, predict
@@ -59,15 +60,15 @@ def test_a_search_tries_no_more_gpus_than_it_may(tmp_path, few, capsys):
 def test_every_group_of_settings_is_tried(tmp_path):
     path = str(write_run(tmp_path, lora={"rank": 4}, rollout={"mode": "persistent", "stride": 2, "pool": 8}))
     s = pareto.Search(path, (), Options(gpus=2))
-    tried = {item for option in s.choices.candidates(2) for item in choices.whole(option)}
+    tried = {item for option in s.choices(2).candidates() for item in choices.whole(option)}
     for item in (
         "parallel.sequence=2", "parallel.replicate=1", "lora.rank=0", "lora.rank=4", "model.chunk=8192",
         "rollout.mode=fresh", "rollout.samples=4", "optim.offload=all", "optim.name=adamw8bit",
         "parallel.resident=true", "model.weights_dtype=bfloat16", *choices.POLICIES,
     ):  # fmt: skip
         assert item in tried, item
-    first = next(iter(s.choices.candidates(2)))
-    changed = {item.partition("=")[0] for item in s.choices.minimal(choices.whole(first))}
+    first = next(iter(s.choices(2).candidates()))
+    changed = {item.partition("=")[0] for item in s.choices(2).minimal(choices.whole(first))}
     assert changed <= {"parallel.sequence", "parallel.replicate", "parallel.resident", "train.accumulate",
                        "model.recompute"}  # fmt: skip
 
@@ -76,7 +77,7 @@ def test_what_an_override_sets_is_not_changed(tmp_path):
     path = str(write_run(tmp_path))
     given = "lora.rank=0", "model.recompute=full", "parallel.sequence=2"
     s = pareto.Search(path, given, Options(gpus=2))
-    tried = {item for option in s.choices.candidates(2) for item in choices.whole(option)}
+    tried = {item for option in s.choices(2).candidates() for item in choices.whole(option)}
     for item in tried:
         assert item in given or item.partition("=")[0] not in ("lora.rank", "model.recompute"), item
     assert "parallel.sequence=2" in tried and "parallel.sequence=1" not in tried
@@ -92,3 +93,19 @@ def test_nothing_fits(tmp_path, few):
     path = str(write_run(tmp_path))
     with pytest.raises(UserError, match="--search: nothing of [0-9]+ settings fits 0.1 GB on 2 GPUs"):
         pareto.search(path, (), Options(gpus=2, budget=0.1))
+
+
+def test_a_search_starts_from_what_compat_sets(tmp_path):
+    path = str(write_run(tmp_path, train={"compat": "official", "accumulate": 2}))
+    base = pareto.Search(path, (), Options(gpus=2)).choices(2).settings.base
+    assert base == load_config(path)
+    assert (base.loss.split, base.model.latent_dtype, base.rollout.one_index) == (True, "bfloat16", "turn")
+
+
+def test_policies_are_tried_in_place_of_auto_with_a_host_limit(tmp_path):
+    path = str(write_run(tmp_path, model={"recompute": "auto:40", "host": 100.0}))
+    s = pareto.Search(path, (), Options(gpus=1))
+    kinds = {repr(c.config.model.recompute) for c in s.candidates(1)}
+    assert len(kinds) == len(choices.POLICIES)
+    one = next(iter(s.choices(1).candidates()))
+    assert "model.host=null" in s.choices(1).minimal(choices.whole(one))

@@ -1,12 +1,12 @@
 """What `prfl plan --search` tries: groups of settings of which a candidate has one each."""
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 
-from prfl_engine.config import Config
-from prfl_engine.config_file import from_dict, override, read_yaml
+from prfl_engine.config import Config, values_of
+from prfl_engine.config_file import from_dict, override
 from prfl_engine.errors import UserError
 from prfl_engine.planner.command import Options
 from prfl_engine.planner.machine import Machine
@@ -19,6 +19,7 @@ POLICIES = (
     "model.recompute={keep: [], offload: [attention, input]}",
     "model.recompute={keep: [attention], offload: [input]}",
 )  # fmt: skip
+AUTO = "model.host=null", "model.costs=null"  # of auto:GB alone
 WIDE, BRAIN = "model.weights_dtype=float32", "model.weights_dtype=bfloat16"
 PLAIN = "optim.name=adamw", "optim.rounding=master", "optim.offload=none"
 LEAN = BRAIN, "optim.rounding=stochastic"
@@ -34,10 +35,12 @@ Overrides = tuple[str, ...]
 
 
 class Settings:
-    """Configurations that differ from one in a file by a few fields; a section is read once for all."""
+    """Configurations that differ from one in a file by a few fields, on so many GPUs; a section is read once
+    for all."""
 
-    def __init__(self, path: str, given: Sequence[str]):
-        self.path, self.given = path, tuple(given)
+    def __init__(self, path: str, given: Sequence[str], gpus: int):
+        self.given = tuple(given)
+        self._values, _ = values_of(path, given, gpus)
         self._sections: dict[tuple[str, ...], object] = {}
 
     @cached_property
@@ -55,11 +58,11 @@ class Settings:
     def _section(self, name: str, *items: str) -> object:
         key = (name, *items)
         if key not in self._sections:
-            values = read_yaml(Path(self.path))
-            for item in (*self.given, *items):
+            values = {name: copy.deepcopy(self._values.get(name, {}))}
+            for item in items:
                 override(values, item)
             kind = Config.__dataclass_fields__[name].default_factory
-            self._sections[key] = from_dict(kind, values.get(name, {}), name)
+            self._sections[key] = from_dict(kind, values[name], name)
         return self._sections[key]
 
     def changes(self, item: str) -> bool:
@@ -73,21 +76,23 @@ class Settings:
 
 
 class Choices:
-    """The groups of a configuration on a machine."""
+    """The groups of a configuration on so many GPUs of a machine."""
 
-    def __init__(self, settings: Settings, gpu: Machine, options: Options, heads: int, head_dim: int):
-        self.settings, self.gpu, self.options = settings, gpu, options
+    def __init__(
+        self, settings: Settings, gpu: Machine, gpus: int, options: Options, heads: int, head_dim: int
+    ):
+        self.settings, self.gpu, self.gpus, self.options = settings, gpu, gpus, options
         self.heads, self.head_dim = heads, head_dim
 
-    def groups(self, gpus: int) -> list[list[Overrides]]:
+    def groups(self) -> list[list[Overrides]]:
         """Layouts, optimizers with or without adapters, policies, chunks, chains, rollouts. In every
         group what is as configured comes first."""
         base = self.settings.base
         chunks = [(f"model.chunk={c}",) for c in (base.model.chunk or "null", base.model.chunk or CHUNK)]
-        policies = [(policy,) for policy in POLICIES]
-        groups = [self._layouts(gpus), self._training(), policies, list(dict.fromkeys(chunks))]
+        policies = [(policy, *AUTO) for policy in POLICIES]
+        groups = [self._layouts(), self._training(), policies, list(dict.fromkeys(chunks))]
         if not self.options.train_reward:
-            groups += [self._chains(), self._rollouts(gpus)]
+            groups += [self._chains(), self._rollouts()]
         return [sorted(self._allowed(g), key=lambda option: len(self.minimal(option))) for g in groups]
 
     def _allowed(self, group: list[Overrides]) -> list[Overrides]:
@@ -103,15 +108,15 @@ class Choices:
         """Those that change the configuration."""
         return tuple(item for item in overrides if self.settings.changes(item))
 
-    def candidates(self, gpus: int) -> Iterator[tuple[Overrides, ...]]:
+    def candidates(self) -> Iterator[tuple[Overrides, ...]]:
         """One option of every group, in all combinations."""
-        return itertools.product(*self.groups(gpus))
+        return itertools.product(*self.groups())
 
-    def _layouts(self, gpus: int) -> list[Overrides]:
+    def _layouts(self) -> list[Overrides]:
         """Ranks of a sample, copies of the weights, and micro-batches enough for all groups."""
-        if gpus == 1:
+        if self.gpus == 1:
             return [("parallel.sequence=1", "parallel.replicate=1")]
-        base, found = self.settings.base.train.accumulate, []
+        gpus, base, found = self.gpus, self.settings.base.train.accumulate, []
         inside = min(gpus, self.gpu.per_node)
         for p in (n for n in (1, 2, 4, 8) if inside % n == 0 and self.heads % n == 0):
             for copies in sorted({1, gpus // inside}):
@@ -138,10 +143,10 @@ class Choices:
         samples = sorted({*SAMPLES, r.samples})
         return [(*mode, f"rollout.samples={k}") for mode in (fresh, persistent) for k in samples]
 
-    def _rollouts(self, gpus: int) -> list[Overrides]:
+    def _rollouts(self) -> list[Overrides]:
         fp8 = self.gpu.rates.products_fp8 is not None and self.head_dim in HEAD_DIMS
         found = [(f"rollout.precision={p}",) for p in (("same", "fp8") if fp8 else ("same",))]
-        if gpus == 1:
+        if self.gpus == 1:
             return found
         return [
             (*one, f"parallel.resident={flag}", "rollout.cuda_graph=false")

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from prfl_engine.config import Config, load_config
+from prfl_engine.checks import check_prfl
+from prfl_engine.config import Config, read_config
 from prfl_engine.errors import check
 from prfl_engine.parallel import check_layout, check_many, check_readers, copies
 from prfl_engine.planner import rates
@@ -33,8 +34,8 @@ class Options(NamedTuple):
 
 def predict(path: str, overrides: Sequence[str] = (), options: Options = Options()) -> Prediction:  # noqa: B008
     """The prediction for the configuration in a file. UserError for what cannot be."""
-    config = load_config(path, overrides)
     gpu, count = machine_of(options)
+    config, _ = read_config(path, overrides, count)
     return of_subject(config, subject_of(config, path, count, options), gpu, count, options)
 
 
@@ -69,7 +70,7 @@ def of_subject(
     config: Config, subject: Subject, gpu: Machine, count: int, options: Options = Options()  # noqa: B008
 ) -> Prediction:
     """The prediction for what has been found."""
-    shards = layout(config, gpu, count)
+    shards = layout(config, gpu, count, options.train_reward)
     subject = replace(subject, config=config)
     setup, limit = subject.setup, 1e9 * options.budget if options.budget else gpu.memory
     made = memory(config, setup, gpu, shards)
@@ -80,8 +81,10 @@ def of_subject(
     return Prediction(subject, gpu, shards, limit, made, took, moved, options.price, measured)
 
 
-def layout(config: Config, gpu: Machine, count: int) -> Shards:
-    """How so many GPUs share the work. UserError for settings that they cannot have."""
+def layout(config: Config, gpu: Machine, count: int, train_reward: bool = False) -> Shards:
+    """How so many GPUs share the work. UserError for settings that they, or the training, cannot have."""
+    if not train_reward:
+        check_prfl(config)
     p, precision = config.parallel, config.rollout.precision
     fits = precision != "fp8" or gpu.rates.products_fp8 is not None
     check(fits, "rollout.precision", precision, f"same: {gpu.name} has no fp8")

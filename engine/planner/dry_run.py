@@ -261,6 +261,8 @@ def pair_bytes(setup: Setup, policies: list[BlockPolicy]) -> tuple[int, int]:
             saved = live.now - before
             (logit - noisy_reward(model, loser, noise, sigma, run)).sum().backward()
     return live.peak - base, saved
+
+
 def begin_gradients(setup: Setup, model: torch.nn.Module) -> None:
     """Gradients on the meta device as they are before a pass, and what becomes of those that arrive in it."""
     trained = [p for p in model.parameters() if p.requires_grad]

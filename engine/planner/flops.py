@@ -5,7 +5,7 @@ from dataclasses import replace
 from prfl_engine.config import Config
 from prfl_engine.config_method import scales
 from prfl_engine.model.flops import costs
-from prfl_engine.objectives import index_range, schedule_of, steps_inside
+from prfl_engine.objectives import index_range, steps_inside
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
 
@@ -24,13 +24,6 @@ def rollout_forwards(setup: Setup, groups: int = 1, padded: bool = False) -> flo
     many = groups if padded else 1
     below = (min(1.0, max(0.0, (i + 1 - before) / width)) for i in range(steps))
     return more + halves * (first + sum(1 - share**many for share in below) + 1 - k)
-
-
-def worst_forwards(setup: Setup) -> int:
-    """The same where the last graded step is the last of the range, without guidance."""
-    r = setup.rollout
-    first, last = index_range(r)
-    return r.samples * (first + r.stride - 1) if r.mode == "persistent" else last + 1 - r.samples
 
 
 def graded_passes(setup: Setup) -> float:
@@ -54,9 +47,7 @@ def _trained_reward(setup: Setup) -> float:
 def validation_forwards(config: Config) -> int:
     """Forwards of the generator for a sample of a validation: of one expert alone its own steps."""
     r = config.rollout
-    steps = r.steps if config.model.boundary is not None or r.sigma_range[0] == 0 else steps_inside(r)[1]
-    if config.model.boundary is None and r.start == "data":
-        steps = len(schedule_of(r))
+    steps = r.steps if config.model.boundary is not None else steps_inside(r)[1]
     return steps * (2 if scales(config.eval.guidance) != (1, 1) else 1)
 
 

@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 
-from prfl_engine.config import load_config
+from prfl_engine.config import read_config
 from prfl_engine.planner.command import Options, predict, subject_of
 from prfl_engine.planner.report import Prediction
 
 SEQUENCE = 4  # ranks of a sample
 SETTINGS = (
-    "model.recompute=full", "model.weights_dtype=float32", "model.compute_dtype=bfloat16",
-    "model.residual_dtype=float32", "model.chunk=null", "model.keep=all", "lora.rank=0", "optim.name=adamw",
-    "optim.rounding=master", "optim.grad_dtype=weights", "optim.offload=none", "optim.in_backward=false",
-    "train.ema=0", "parallel.replicate=1", "parallel.resident=false",
+    "model.recompute=full", "model.host=null", "model.costs=null", "model.weights_dtype=float32",
+    "model.compute_dtype=bfloat16", "model.residual_dtype=float32", "model.chunk=null", "model.keep=all",
+    "lora.rank=0", "optim.name=adamw", "optim.rounding=master", "optim.grad_dtype=weights",
+    "optim.offload=none", "optim.in_backward=false", "train.ema=0", "parallel.replicate=1",
+    "parallel.resident=false",
 )  # fmt: skip
 PRFL = (
     "rollout.mode=fresh", "rollout.pool=null", "rollout.pool_place=device", "rollout.stride=1",
@@ -26,7 +27,8 @@ WORDS = (
 
 def official(path: str, overrides: Sequence[str], options: Options) -> Prediction:
     """The prediction for the configuration in a file under these settings, on as many GPUs."""
-    config, count = load_config(path, overrides), options.gpus or 1
+    count = options.gpus or 1
+    config, _ = read_config(path, overrides, count)
     heads = subject_of(config, path, 1, options).setup.config.num_heads
     cut = SEQUENCE if count % SEQUENCE == heads % SEQUENCE == 0 else 1
     groups = count // cut

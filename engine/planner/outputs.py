@@ -18,7 +18,7 @@ import torch
 
 import prfl_engine
 import prfl_kernels
-from prfl_engine.config import load_config
+from prfl_engine.config import load_config, read_config
 from prfl_engine.errors import check
 from prfl_engine.files import write_whole
 from prfl_engine.inputs import check_out
@@ -58,8 +58,8 @@ def sources() -> str:
 
 def key(path: str, overrides: Sequence[str], options: Options, searching: bool) -> str:
     """The name of an entry. UserError where the configuration is a mistake that is seen without dry runs."""
-    config = load_config(path, overrides)
     gpu, count = machine_of(options)
+    config, _ = read_config(path, overrides, count)
     found = [
         Path(path).stem, config.to_yaml(), tuple(overrides), options, searching, gpu, sources(),
         subject_of(config, path, count, options), platform.python_version(), torch.__version__,
@@ -81,6 +81,7 @@ class Outputs:
     def __init__(self, path: str, overrides: Sequence[str], options: Options, searching: bool, cached: bool):
         """cached: whether the cache is read and written."""
         self.path, self.overrides, self.options, self.searching = path, tuple(overrides), options, searching
+        load_config(path, overrides, world=machine_of(options)[1])  # names keys without meaning, once
         self.key = key(path, overrides, options, searching) if cached else None
 
     def __call__(self, name: str) -> bytes:

@@ -102,17 +102,15 @@ class Search:
     """The candidates of a configuration on a machine."""
 
     def __init__(self, path: str, given: Sequence[str], options: Options):
-        self.path, self.options = path, options
+        self.path, self.given, self.options = path, given, options
         self.gpu, self.most = machine_of(options._replace(gpus=options.gpus or MOST))
-        self.settings = Settings(path, given)
+        self.made: dict[int, Choices] = {}
         self.kinds: dict[object, Kind] = {}
         self.hosts: dict[object, int] = {}
         self.saved: dict[object, int] = {}
         self.subjects: dict[object, Setup] = {}
-        model = subject_of(self.settings.base, path, 1, options).setup.config
-        self.choices = Choices(
-            self.settings, self.gpu, options, model.num_heads, model.dim // model.num_heads
-        )
+        base = Settings(path, given, self.most).base
+        self.model = subject_of(base, path, 1, options).setup.config
 
     @cached_property
     def room(self) -> float:
@@ -124,16 +122,30 @@ class Search:
         """Numbers of GPUs: powers of two, and the largest."""
         return sorted({2**i for i in range(self.most.bit_length())} | {self.most})
 
+    def choices(self, gpus: int) -> Choices:
+        """What is tried on so many GPUs. UserError where the file is a mistake there."""
+        if gpus not in self.made:
+            m, settings = self.model, Settings(self.path, self.given, gpus)
+            self.made[gpus] = Choices(
+                settings, self.gpu, gpus, self.options, m.num_heads, m.dim // m.num_heads
+            )
+        return self.made[gpus]
+
     def candidates(self, gpus: int) -> Iterator[Candidate]:
-        """All settings on so many GPUs that are no mistake."""
-        made = (self.candidate(gpus, option) for option in self.choices.candidates(gpus))
+        """All settings on so many GPUs that are no mistake; none where the file is one there, such as one of
+        HY-Video-PRFL whose dataset.sp_size does not divide them."""
+        try:
+            options = self.choices(gpus).candidates()
+        except UserError:
+            return iter(())
+        made = (self.candidate(gpus, option) for option in options)
         return (c for c in made if c is not None)
 
     def candidate(self, gpus: int, option: tuple[Overrides, ...]) -> Candidate | None:
         """These settings; None where they are a mistake."""
         try:
-            config = self.settings.of(whole(option))
-            shards = layout(config, self.gpu, gpus)
+            config = self.choices(gpus).settings.of(whole(option))
+            shards = layout(config, self.gpu, gpus, self.options.train_reward)
             if pointless(config):
                 return None
             setup = self._setup(config, gpus)
@@ -224,7 +236,7 @@ def search(path: str, given: Sequence[str] = (), options: Options = Options()) -
                 continue
             found, full = s.full(c), full + 1
             if found.fits:
-                rows.append((s.choices.minimal(whole(c.option)), found))
+                rows.append((s.choices(gpus).minimal(whole(c.option)), found))
                 best, chosen = found.times.per_sample, c
                 break
     if chosen is None:
@@ -235,7 +247,7 @@ def search(path: str, given: Sequence[str] = (), options: Options = Options()) -
 def _neighbours(s: Search, best: Candidate) -> Iterator[Neighbour]:
     """The settings with one group changed, where that takes less time or less memory."""
     size = s.bytes(best)
-    for place, group in enumerate(s.choices.groups(best.shards.size)):
+    for place, group in enumerate(s.choices(best.shards.size).groups()):
         for other in group:
             option = (*best.option[:place], other, *best.option[place + 1 :])
             if other == best.option[place] or (made := s.candidate(best.shards.size, option)) is None:

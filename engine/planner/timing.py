@@ -200,11 +200,12 @@ def _scoring(setup: Setup, reward: Kind) -> tuple[Setup, list[Kind]]:
 
 def _probes(c: Config, setup: Setup) -> float:
     """Forwards of drift probes an optimizer step."""
-    r, last = c.rollout, index_range(c.rollout)[1]
     if not setup.reward_blocks:
         return 0.0
+    r, last = c.rollout, index_range(c.rollout)[1]
     approximate = r.precision == "fp8" or r.cache > 0
-    return ((2 * last if approximate else 0) + (last + 1 if r.mode == "persistent" else 0)) / r.probe_every
+    forwards = (2 * last if approximate else 0) + (last + 1 if r.mode == "persistent" else 0)
+    return forwards * (2 if scales(r.guidance) != (1, 1) else 1) / r.probe_every
 
 
 def _optimizer(
