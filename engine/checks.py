@@ -1,8 +1,8 @@
 """What PRFL refuses of a configuration alone, in training and in its plan."""
 
 from prfl_engine.config import Config
-from prfl_engine.config_method import scales
 from prfl_engine.errors import check
+from prfl_engine.guidance import check_training
 
 
 def check_prfl(config: Config) -> None:
@@ -10,10 +10,8 @@ def check_prfl(config: Config) -> None:
     if config.optim.in_backward:
         _check_one_backward(config)
     _check_start(config)
-    r, c = config.rollout, config.chain
-    if config.loss.weight > 0 and r.mode == "persistent":
-        want = f"chain.guidance's {c.guidance} with rollout.mode persistent, whose steps are graded steps"
-        check(scales(r.guidance) == scales(c.guidance), "rollout.guidance", r.guidance, want)
+    if config.loss.weight > 0:
+        check_training(config)
 
 
 def _check_one_backward(config: Config) -> None:

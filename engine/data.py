@@ -64,6 +64,11 @@ def label_of(meta: dict, name: str) -> float:
     return known[value]
 
 
+def check_frames(shape: Sequence[int], name: str) -> None:
+    """UserError where data.first_frame would leave nothing of a latent [C, T, h, w]."""
+    check(shape[1] > 1, name, list(shape), "2 frames or more (data.first_frame keeps the first)")
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads single samples for one model, as a Batch without the batch dimension."""
@@ -109,8 +114,7 @@ class Reader:
                 clip = self._tensor(path, meta, CLIP_KEYS, shape, "CLIP features")
             condition = self._condition(path, meta, latent.shape[1:])
         if self.first_frame:
-            want = "2 frames or more (data.first_frame keeps the first)"
-            check(latent.shape[1] > 1, f"{path}: latent", list(latent.shape), want)
+            check_frames(latent.shape, f"{path}: latent")
             condition = latent[:, :1].clone()
         label = None
         if self.label is not None:

@@ -19,7 +19,7 @@ from prfl_engine.chain import Velocity
 from prfl_engine.config import Config
 from prfl_engine.config_method import Scale, scales
 from prfl_engine.data import read_text
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check
 from prfl_engine.flow import TRAIN_STEPS, latent_dtype, rounded
 from prfl_engine.model.experts import Experts
 from prfl_engine.model.wan import WanTransformer
@@ -103,17 +103,35 @@ class Guidance:
         return Guided(scales, guided, other, gradient)
 
 
+def check_scales(config: Config, rollout: Scale, graded: Scale, field: str) -> tuple[Scales, Scales]:
+    """These scales by timestep. UserError where one is not 1 and there is no negative text; `field` names
+    the scale."""
+    boundary = TRAIN_STEPS * (config.model.boundary or 0.0)
+    found = Scales(*scales(rollout), boundary), Scales(*scales(graded), boundary)
+    if config.data.negative_text is None and not all(scale.none for scale in found):
+        raise UserError(f"data.negative_text: got null, want a .npy ({field} is not 1)")
+    return found
+
+
+def check_training(config: Config) -> str:
+    """UserError where the guidance of the chains that a generator is trained on does not fit; returns the
+    name of its scale."""
+    r, c = config.rollout, config.chain
+    if r.mode == "persistent":
+        want = f"chain.guidance's {c.guidance} with rollout.mode persistent, whose steps are graded steps"
+        check(scales(r.guidance) == scales(c.guidance), "rollout.guidance", r.guidance, want)
+    field = "rollout.guidance" if scales(r.guidance) != (1, 1) else "chain.guidance"
+    check_scales(config, r.guidance, c.guidance, field)
+    return field
+
+
 def guidance_of(
     config: Config, rollout: Scale, graded: Scale, model: WanTransformer | Experts, field: str
 ) -> Guidance | None:
-    """The guidance with these scales, None where there is none. UserError without a negative text; `field`
-    names the scale."""
-    boundary = TRAIN_STEPS * (config.model.boundary or 0.0)
-    found = [Scales(*scales(scale), boundary) for scale in (rollout, graded)]
+    """The guidance with these scales, None where there is none. UserError as `check_scales`."""
+    found = check_scales(config, rollout, graded, field)
     if all(scale.none for scale in found):
         return None
-    if config.data.negative_text is None:
-        raise UserError(f"data.negative_text: got null, want a .npy ({field} is not 1)")
     text = rounded(read_text(config.data.negative_text, model.config), latent_dtype(config))
     text = text.to(next(model.parameters()).device)
     gradient = config.chain.unconditional == "gradient"
@@ -121,7 +139,6 @@ def guidance_of(
 
 
 def training_guidance(config: Config, model: WanTransformer | Experts) -> Guidance | None:
-    """That of the chains that a generator is trained on."""
-    r, c = config.rollout, config.chain
-    field = "rollout.guidance" if scales(r.guidance) != (1, 1) else "chain.guidance"
-    return guidance_of(config, r.guidance, c.guidance, model, field)
+    """That of the chains that a generator is trained on. UserError where it does not fit."""
+    field = check_training(config)
+    return guidance_of(config, config.rollout.guidance, config.chain.guidance, model, field)

@@ -13,12 +13,16 @@ from prfl_engine.config import ChainConfig, RolloutConfig, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.objectives import schedule_of, steps_inside
+from prfl_engine.planner.between import resume
 from prfl_engine.planner.command import Options, predict
-from prfl_engine.planner.flops import graded_passes, rollout_forwards, validation_forwards
+from prfl_engine.planner.flops import expert_switches, graded_passes, rollout_forwards, validation_forwards
+from prfl_engine.planner.machine import MACHINES
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.setup import Setup
-from prfl_engine.planner.standing import models_of
+from prfl_engine.planner.sharded import Shards, exchanged_bytes
+from prfl_engine.planner.standing import idle_bytes, models_of
 from prfl_engine.planner.subject import find
+from prfl_engine.planner.timing import times
 from prfl_engine.train import train
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*a14b*.yaml"))
@@ -54,7 +58,82 @@ def test_the_bytes_of_a_pair_are_those_of_its_parameters(given, trained, tmp_pat
     assert sum(p.count * p.values for p in told) == sum(p.numel() for p in real)
 
 
+def planned(tmp_path, *given: str):
+    """(configuration, subject) of two experts with random weights that are trained by flow matching."""
+    random = ["model.path=null", "model.preset=tiny-t2v", "model.boundary=0.875", "eval.every=5"]
+    config = load_config(write_run(tmp_path), [*random, "reward.path=null", "loss.weight=0", *given])
+    return config, find(config, "x", "1x4x4")
+
+
+def test_training_keeps_the_untrained_expert_on_the_host(tmp_path):
+    """Whose blocks alone are frozen where the other is trained whole; a validation asks both."""
+    config, found = planned(tmp_path, "model.idle=host", "rollout.sigma_range=[0.875, 1]")
+    made = memory(config, found.setup, None)
+    size = {
+        phase.name: next(e.bytes for e in phase.entries if e.category == "weights") for phase in made.phases
+    }
+    blocks = next(e.bytes for e in made.host.entries if e.category == "idle experts")
+    assert size["validation"] - size["flow matching"] == blocks > 0
+    assert size["flow matching"] == size["optimizer"]
+    low = replace(found.setup, experts=(False, True))
+    models = models_of(low)
+    assert idle_bytes(low, models)[:3] == (0, 0, blocks)  # a chain begins with the high-noise expert
+    low = replace(low, rollout=RolloutConfig(start="data", sigma_range=(0.0, 0.875)))
+    assert idle_bytes(low, models)[:3] == (0, blocks, blocks)
+
+
+def test_a_resumed_run_reads_the_average_of_trained_experts_alone(tmp_path):
+    def read(*given: str) -> int:
+        config, found = planned(tmp_path, "train.ema=0.9", "optim.name=adamw8bit", *given)
+        return sum(e.bytes for e in resume(config, found.setup, models_of(found.setup), Shards()))
+
+    assert 2 * read("rollout.sigma_range=[0.875, 1]") == read() > 0
+
+
+def test_a_gradient_of_a_block_is_counted_once(tmp_path):
+    """Where it is there in its backward alone, of one expert as of two."""
+    one, two = ["rollout.sigma_range=[0.875, 1]"], []
+    sizes = []
+    for given in (one, two):
+        given = [*given, "train.accumulate=1", "data.batch_size=1", "loss.weight=0"]
+        config, found = planned(tmp_path, *given)
+        phases = memory(config, found.setup, None).phases
+        phase = next(p for p in phases if p.name == "flow matching")
+        assert not found.setup.alone  # `memory` finds out
+        sizes.append({e.category: e.bytes for e in phase.entries}["gradients"])
+    assert sizes[0] == sizes[1] > 0
+
+
 T2V = {"steps": 40, "shift": 12.0}
+
+
+@pytest.mark.parametrize("rollout, experts, switches", [
+    ({}, (True, True), 2 * 13 / 39), ({"samples": 4}, (True, True), 2.0),
+    ({"mode": "persistent", "samples": 2}, (True, True), 2),
+    ({"sigma_range": (0.875, 1.0)}, (True, False), 0.0), ({"sigma_range": (0.0, 0.875)}, (False, True), 2.0),
+    ({"sigma_range": (0.0, 0.875), "start": "data"}, (False, True), 0.0),
+])  # fmt: skip
+def test_chains_go_from_one_expert_to_the_other(rollout, experts, switches):
+    """At a boundary of 0.875 the steps 0 to 25 of 40 ask the first."""
+    setup = Setup(PRESETS["t2v-a14b-high"], (1, 16, 1, 2, 2), rollout=RolloutConfig(**T2V, **rollout))
+    assert expert_switches(replace(setup, experts=experts), 0.875) == pytest.approx(switches)
+
+
+def test_a_slow_link_is_waited_for(tmp_path):
+    """What a switch copies beyond its first forward."""
+    config, found = planned(tmp_path, "lora.rank=4", "model.idle=host", "eval.every=0")
+    setup, gpu = found.setup, MACHINES["h100-80"]
+    made, models = memory(config, setup, None), models_of(setup)
+
+    def waits(link: float) -> float:
+        on = gpu._replace(rates=gpu.rates._replace(link=link))
+        moved = exchanged_bytes(setup, models, Shards(), made.reward)
+        took = times(config, setup, made.kinds, made.reward, models, on, Shards(), moved)
+        return sum(row.waits for row in took.rows if row.phase == "idle experts")
+
+    assert waits(1e18) == 0 and waits(1e3) == pytest.approx(
+        config.train.accumulate * idle_bytes(setup, models).coming / 1e3, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("rollout, chain, forwards, passes", [

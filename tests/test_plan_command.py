@@ -203,6 +203,12 @@ def test_a_plan_of_several_gpus_counts_what_they_gather(monkeypatch):
         (["parallel.sequence=8"], "parallel.sequence: got 8, want 1 with one GPU"),
         (["--gpus", "8", "parallel.sequence=3"], "parallel.sequence: got 3, want a divisor of the 8"),
         (["--gpus", "3"], "train.accumulate: got 1, want a multiple of 3"),
+        (["rollout.guidance=5"], "data.negative_text: got null, want a .npy (rollout.guidance is not 1)"),
+        (["eval.guidance=5"], "data.negative_text: got null, want a .npy (eval.guidance is not 1)"),
+        (
+            ["--model", "ti2v-5b", "--latent", "1x4x4", "data.first_frame=true"],
+            "a latent: got [48, 1, 4, 4], want 2 frames or more (data.first_frame keeps the first)",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(capsys, arguments, message):

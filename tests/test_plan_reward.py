@@ -125,6 +125,30 @@ def test_the_official_reward_training_of_14b():
     assert sharded.exchanged.graded > 0 and sharded.memory.peak.bytes < found.memory.peak.bytes / 2
 
 
+def test_a_validation_of_single_samples_asks_once(tmp_path):
+    """With eval.pairs=false, also where pairs are trained on."""
+    path = str(written(tmp_path, reward={"loss": "bt", "blocks": 1}))
+
+    def made(*given: str) -> tuple[int, float]:
+        found = predict(path, given, Options(train_reward=True))
+        return (
+            next(p.bytes for p in found.memory.phases if p.name == "validation"),
+            next(row.seconds for row in found.times.rows if row.phase == "validation"),
+        )
+
+    (pair, long), (single, short) = made(), made("eval.pairs=false")
+    assert long == pytest.approx(2 * short) and pair > single
+
+
+def test_a_first_frame_is_counted():
+    path = str(CONFIG.with_name("reward_ti2v_5b_720p.yaml"))
+    sizes = [
+        predict(path, (f"data.first_frame={on}",), Options(train_reward=True)).memory.peak.bytes
+        for on in ("true", "false")
+    ]
+    assert sizes[0] > sizes[1]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 from helpers import write_run
@@ -45,6 +46,18 @@ def test_rows_pasted_behind_the_configuration_are_predicted_alike(tmp_path, few)
     assert told["smallest"]["gpus"] == found.rows[0][1].times.gpus
     assert [r["price"] for r in told["rows"]] == [pytest.approx(s * r["gpus"] / 1800) for s, r in zip(
         seconds, told["rows"], strict=True)]  # fmt: skip
+
+
+def test_lines_have_what_the_search_was_given(tmp_path, few):
+    path, given = str(write_run(tmp_path, eval={"every": 0})), ("model.recompute=full",)
+    found = pareto.search(path, given, Options(gpus=1, budget=2.0))
+    (overrides, row), text = found.rows[0], found.text()
+    line = text[text.index("# 1 GPUs") :].split("\n\n")[0].partition("\n")[2]
+    pasted = tuple(shlex.split(line.replace("\\\n", " ")))
+    assert pasted == (*given, *overrides) and found.values()["given"] == list(given)
+    assert predict(path, pasted, Options(budget=2.0)).values() == row.values()
+    assert "after `prfl train CONFIG`" in text
+    assert "after `prfl train-reward CONFIG`" in replace(found, command="train-reward").text()
 
 
 def test_a_search_tries_no_more_gpus_than_it_may(tmp_path, few, capsys):

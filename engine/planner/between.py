@@ -50,7 +50,7 @@ def load(
 ) -> tuple[Entry, ...]:
     """Files are read tensor by tensor; random weights are made whole in float32, then converted or
     sharded."""
-    weights = sum(p.bytes() for p in models.generator) - idle_bytes(setup, models)[0]
+    weights = sum(p.bytes() for p in models.generator) - idle_bytes(setup, models).either
     if c.model.path is None and shards.many:
         weights = sum(4 * p.count * math.prod(p.shape) for p in models.generator)
     reward = sum(p.bytes() for p in models.reward)
@@ -66,7 +66,7 @@ def resume(c: Config, setup: Setup, models: Models, shards: Shards) -> tuple[Ent
     AdamW has no states by then. A sharded checkpoint is copied into what is there."""
     if c.train.ema == 0 or shards.many:
         return ()
-    read = models.trained if c.lora.rank else [p._replace(rows=p.shape[0]) for p in models.generator]
+    read = models.trained if c.lora.rank or setup.experts is not None else models.generator
     again = sum(p.bytes(4) for p in read)
     if not in_blocks(c.optim, is_narrow(models), shards.many):
         again = max(0, again - state_bytes(models, c.optim, shards.many).device)

@@ -408,7 +408,7 @@ def accuracy_bytes(setup: Setup) -> int:
             extra += [ballast(ROUND * v.values)]
             extra += [_batch(setup, (v.read, *v.latent[1:]))] if v.read else []
             for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
-                sides = [_batch(setup, v.latent) for _ in range(setup.sides)]
+                sides = [_batch(setup, v.latent) for _ in range(v.sides)]
                 noise, sigma = torch.empty(v.latent), torch.empty(v.latent[0])
                 for side in sides:
                     repeated("reward", noisy_reward, model, side, noise, sigma)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from prfl_engine.config import Config
 from prfl_engine.config_method import scales
+from prfl_engine.flow import TRAIN_STEPS
 from prfl_engine.model.flops import costs
-from prfl_engine.objectives import index_range, steps_inside
+from prfl_engine.objectives import index_range, schedule_of, steps_inside
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
 
@@ -30,6 +31,23 @@ def graded_passes(setup: Setup) -> float:
     """Forwards with gradient, on average, for all graded steps of a sample."""
     both = scales(setup.chain.guidance) != (1, 1) and setup.chain.unconditional == "gradient"
     return (1 + both) * _windows(setup)
+
+
+def expert_switches(setup: Setup, boundary: float) -> float:
+    """How often, at most, the chains of a sample go from one of two experts to the other, on average: fresh
+    ones there and back where they cross `boundary`, and of chains that persist every graded step."""
+    r, chosen = setup.rollout, setup.experts
+    if chosen == (True, True) and r.mode == "persistent":
+        return r.samples
+    if chosen != (True, True) and not setup.through_high:
+        return 0.0
+    first, last = index_range(r)
+    steps = last + 1 - first
+    if r.mode == "persistent":  # a new chain begins with the high-noise expert
+        return 2 * r.samples * r.stride / steps
+    levels = schedule_of(r).timesteps[first : last + 1]
+    low = int((levels < TRAIN_STEPS * boundary).sum())
+    return 2 * min(1.0, low * r.samples / steps)  # the last of the strata says
 
 
 def _windows(setup: Setup) -> float:

@@ -57,6 +57,8 @@ class Found:
     rows: tuple[tuple[Overrides, Prediction], ...]
     neighbours: tuple[Neighbour, ...]  # of the last row
     tried: int
+    given: tuple[str, ...] = ()  # overrides of all settings, as the search got them
+    command: str = "train"  # of prfl, whose settings they are
 
     def text(self) -> str:
         """For a terminal: a table, a line of overrides for each, and what other settings would buy."""
@@ -74,10 +76,12 @@ class Found:
         least = self.rows[0][1]
         lines.append(f"the smallest machine that works: {least.times.gpus} x {least.gpu.name}")
         lines += [f"assumed: {line}" for line in least.subject.assumed]
-        lines += ["", "to put after `prfl train CONFIG`; read what they change, adapters (lora.rank) want"]
-        lines.append("another learning rate, chains that persist and more samples train another loss:")
+        lines += ["", f"to put after `prfl {self.command} CONFIG`; read what they change, adapters"]
+        lines.append("(lora.rank) want another learning rate, chains that persist and more samples train")
+        lines.append("another loss:")
         for overrides, p in self.rows:
-            lines += [f"# {p.times.gpus} GPUs" + ("" if overrides else ": as configured"), *pasted(overrides)]
+            own = f"# {p.times.gpus} GPUs" + ("" if overrides else ": as configured")
+            lines += [own, *pasted((*self.given, *overrides))]
         if self.neighbours:
             lines += ["", f"what another setting would buy on {self.rows[-1][1].times.gpus} GPUs"]
         for n in self.neighbours:
@@ -92,7 +96,8 @@ class Found:
         """For JSON."""
         least = self.rows[0][1]
         return {
-            "tried": self.tried, "smallest": {"gpu": least.gpu.name, "gpus": least.times.gpus},
+            "tried": self.tried, "given": list(self.given),
+            "smallest": {"gpu": least.gpu.name, "gpus": least.times.gpus},
             "rows": [{"overrides": list(o), **p.values()} for o, p in self.rows],
             "neighbours": [n.__dict__ for n in self.neighbours],
         }  # fmt: skip
@@ -241,7 +246,8 @@ def search(path: str, given: Sequence[str] = (), options: Options = Options()) -
                 break
     if chosen is None:
         raise UserError(f"--search: nothing of {tried} settings fits {s.room / 1e9:.1f} GB on {s.most} GPUs")
-    return Found(tuple(rows), tuple(_neighbours(s, chosen)), tried)
+    command = "train-reward" if options.train_reward else "train"
+    return Found(tuple(rows), tuple(_neighbours(s, chosen)), tried, tuple(given), command)
 
 
 def _neighbours(s: Search, best: Candidate) -> Iterator[Neighbour]:

@@ -8,9 +8,9 @@ from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.entries import Phase
 from prfl_engine.planner.report import Prediction
 
-STANDING = ("weights", "LoRA", "reward model", "reward head", "optimizer states", "optimizer slots",
-            "averaged weights", "e4m3 weights", "CUDA graph", "CUDA context", "NCCL buffers",
-            "allocator")  # fmt: skip
+STANDING = ("weights", "frozen start", "LoRA", "reward model", "reward head", "optimizer states",
+            "optimizer slots", "averaged weights", "e4m3 weights", "CUDA graph", "resident weights",
+            "CUDA context", "NCCL buffers", "allocator")  # fmt: skip
 
 
 class Moment(NamedTuple):

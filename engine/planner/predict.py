@@ -78,7 +78,8 @@ def memory(
         setup = replace(setup, **_backward(config, setup, shards))
         made, kinds, reward = _kinds(config, setup, gpu, shards)
     models, c = models_of(setup, shards.shards), config
-    stands = _standing(c, setup, models, gpu, shards)
+    idle = idle_bytes(setup, models)
+    stands = _standing(c, setup, models, gpu, shards, idle.either)
     gradients = entries(
         (("gradients", gradient_bytes(models, c.optim), COUNTED, "parameters that an optimizer updates"),)
     )
@@ -86,10 +87,12 @@ def memory(
         Phase("load", between.load(c, setup, models, gpu, shards)),
         Phase("resume", (*stands, *between.resume(c, setup, models, shards))),
     ]
-    training = (*stands, *gradients)
     for name, own in _step(c, setup, kinds, reward, models, gpu, shards, like).items():
-        phases.append(Phase(name, (*(stands if setup.alone else training), *own)))
-    phases.append(Phase("optimizer", (*training, *_optimizer(c, setup, models, gradients, shards))))
+        away = idle.rollout if name.startswith("rollout") else idle.trained
+        there = _standing(c, setup, models, gpu, shards, away)
+        phases.append(Phase(name, (*there, *(() if setup.alone else gradients), *own)))
+    there = _standing(c, setup, models, gpu, shards, idle.trained)
+    phases.append(Phase("optimizer", (*there, *gradients, *_optimizer(c, setup, models, gradients, shards))))
     if setup.validation is not None:
         phases.append(Phase("validation", (*stands, *_validation(c, setup, models, shards))))
     pool = entries((("chains that persist", setup.pool - setup.drawn, COUNTED, "states, prompts"),))
@@ -100,9 +103,10 @@ def memory(
 
 
 def stands(config: Config, setup: Setup, gpu: Machine | None, shards: Shards) -> int:
-    """Bytes of weights, gradients and states, in every phase of a step."""
+    """Bytes of weights, gradients and states, at least, in every phase of a step."""
     models = models_of(setup, shards.shards)
-    standing = sum(e.bytes for e in _standing(config, setup, models, gpu, shards))
+    away = idle_bytes(setup, models).trained
+    standing = sum(e.bytes for e in _standing(config, setup, models, gpu, shards, away))
     return standing + gradient_bytes(models, config.optim)
 
 
@@ -139,9 +143,9 @@ def _narrow_average(config: Config, models: Models) -> bool:
 
 
 def _standing(
-    c: Config, setup: Setup, models: Models, gpu: Machine | None, shards: Shards
+    c: Config, setup: Setup, models: Models, gpu: Machine | None, shards: Shards, away: int
 ) -> tuple[Entry, ...]:
-    """What is there in every phase once training has begun."""
+    """What is there in a phase once training has begun; away: bytes of idle experts that are not."""
     states = state_bytes(models, c.optim, shards.many)
     low = [p for p in models.generator if ".lora_" in p.name]
     whole = [p for p in models.generator if ".lora_" not in p.name]
@@ -156,7 +160,7 @@ def _standing(
     stays = gathered_bytes(models, shards, setup.compute_dtype).resident if graph else 0
     of_shapes = "shapes of the parameters"
     found = [
-        ("weights", sum(p.bytes() for p in whole) - idle_bytes(setup, models)[0], COUNTED, of_shapes),
+        ("weights", sum(p.bytes() for p in whole) - away, COUNTED, of_shapes),
         ("frozen start", start_bytes(setup, models)[0], COUNTED, of_shapes),
         ("LoRA", sum(p.bytes() for p in low), COUNTED, "A and B in float32"),
         ("reward model", sum(p.bytes() for p in trunk), COUNTED, of_shapes),
@@ -188,7 +192,8 @@ def _step(
 ) -> dict[str, tuple[Entry, ...]]:
     """What the phases of a step hold in addition to what stands, where each has most."""
     block = [p for p in models.trained if "blocks.0." in p.name]
-    gradient = gradient_bytes(Models(block, []), c.optim) // setup.count if setup.alone else 0
+    blocks = setup.count * (1 if setup.experts is None else sum(setup.experts))
+    gradient = gradient_bytes(Models(block, []), c.optim) // blocks if setup.alone else 0
     found, extra = peaks(kinds, reward, gradient), []
     if gpu is not None:
         work = setup.tokens * setup.config.dim * 4 // setup.sequence
@@ -307,7 +312,7 @@ def _host(
     return entries((
         ("offloaded activations", away + scored, COUNTED, "dry run: what blocks offload"),
         ("pinned rounding", (away + scored) // 64, PREDICTED, "at most a 64th: torch's powers of two"),
-        ("idle experts", idle_bytes(setup, models)[1], COUNTED, "frozen blocks of both experts"),
+        ("idle experts", idle_bytes(setup, models).host, COUNTED, "frozen blocks of both experts"),
         ("frozen start", start_bytes(setup, models)[1], COUNTED, "blocks of the copy"),
         ("optimizer states", states.host, COUNTED, "pinned, rounded up to powers of two"),
         ("gradients", states.host_gradients, COUNTED, "pinned, rounded up to powers of two"),

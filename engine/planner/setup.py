@@ -10,7 +10,7 @@ from prfl_engine.model.wan import WanConfig
 from prfl_engine.objectives import index_range
 
 ROUND = 512  # torch's CUDA allocator rounds sizes up to this
-Latent = tuple[int, int, int, int, int]  # [B, 16, T, H, W]
+Latent = tuple[int, int, int, int, int]  # [B, C, T, H, W]
 
 
 def rounded(size: int, to: int = ROUND) -> int:
@@ -42,7 +42,7 @@ class RewardTraining:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation's memory depends on: its largest batch [B, 16, T, H, W], whether rewards are
+    """What a validation's memory depends on: its largest batch [B, C, T, H, W], whether rewards are
     computed, how many batches there are and how many values [B] it makes of all, of how many samples. On a
     CPU batches of samples that are `kept` to be written, and `read` samples of the data, one less with the
     last batch, are in the same memory."""
@@ -54,6 +54,7 @@ class Validation:
     kept: int = 0
     read: int = 0
     samples: int = 0  # of all batches
+    sides: int = 1  # latents of a sample: two of a pair
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class Setup:
     def sides(self) -> int:
         """Latents of a training sample: two of a pair."""
         return 1 + (self.trains is not None and self.trains.pairs)
+
+    @property
+    def through_high(self) -> bool:
+        """Whether chains begin with the high-noise expert, and the low-noise one alone is trained."""
+        return self.experts == (False, True) and self.rollout.start == "noise"
 
     @property
     def count(self) -> int:

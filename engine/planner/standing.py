@@ -84,16 +84,31 @@ def models_of(setup: Setup, shards: int = 1) -> Models:
     return _models(same, shards)
 
 
-def idle_bytes(setup: Setup, models: Models) -> tuple[int, int]:
-    """(bytes of blocks of experts that are never on the device at once, bytes of those that the host has a
-    copy of). A micro-batch of one sample asks one expert at a time."""
+class Idle(NamedTuple):
+    """Bytes of frozen blocks of two experts: those that are not on the device in a phase, and those that the
+    host has a copy of."""
+
+    either: int = 0  # in a phase that may ask either expert
+    rollout: int = 0
+    trained: int = 0  # in the other phases of a training step: they ask trained experts alone
+    coming: int = 0  # what a switch from one to the other brings, at most
+    host: int = 0
+
+
+def idle_bytes(setup: Setup, models: Models) -> Idle:
+    """Of a setup; none where all experts stay. A micro-batch of one sample asks one expert at a time."""
     if setup.experts is None or not setup.idle:
-        return 0, 0
+        return Idle()
     names = [p.name for p in models.generator]
     second = names.index(names[0], 1)  # where the low-noise expert begins
     parts = models.generator[:second], models.generator[second:]
     frozen = [sum(p.bytes() for p in part if "blocks." in p.name and not p.trained) for part in parts]
-    return (min(frozen) if setup.latent[0] == 1 else 0), sum(frozen)
+    either = trained = rollout = min(frozen) if setup.latent[0] == 1 else 0
+    if not all(setup.experts):
+        trained = rollout = frozen[setup.experts.index(False)]
+        if setup.through_high:
+            rollout = either
+    return Idle(either, rollout, trained, max(frozen), sum(frozen))
 
 
 def start_bytes(setup: Setup, models: Models) -> tuple[int, int]:

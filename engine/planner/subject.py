@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from prfl_engine.config import Config
-from prfl_engine.data import Reader, read_lists
+from prfl_engine.data import Reader, check_frames, read_lists
 from prfl_engine.errors import UserError, check
+from prfl_engine.guidance import check_scales
 from prfl_engine.model.experts import HIGH, pair_at
 from prfl_engine.model.reward_files import OFFICIAL, settle
 from prfl_engine.model.sources import read_config
@@ -60,8 +61,12 @@ def find(
         name, model = _generator(c, preset, assumed)
         known = OFFICIAL | {"feature_layer": c.reward.blocks} | _given(c)
     shape = _shape(c, latent, [preset or "", *names], model, assumed)
+    if c.data.first_frame:
+        check_frames(shape, "a latent")
     if train_reward:
         return Subject(c, _reward_setup(c, model, shape, known, on_cpu, assumed), name, tuple(assumed))
+    if c.eval.every:
+        check_scales(c, c.eval.guidance, c.eval.guidance, "eval.guidance")
     reward = _reward(c, model, assumed) if c.loss.weight > 0 or c.reward.path else None
     held_out = [shape] * c.eval.samples if c.eval.every else []
     shapes = [shape] * c.data.batch_size
@@ -177,6 +182,7 @@ def _reward_setup(
             assumed.append(f"data.val is not here: {count} held-out samples, as many as eval.samples")
     check_pooling(known["pool"], known["feature_layer"])
     pairs = c.reward.loss == "bt"
+    sides = 1 + (pairs and c.eval.pairs)  # of a held-out sample
     reward = RewardSetup(
         known["feature_layer"], model, c.reward.num_queries, known["num_heads"],
         known["return_type"] == "query",
@@ -185,14 +191,15 @@ def _reward_setup(
     if count:
         size = min(c.eval.batch_size, count)
         batches = -(-count // c.eval.batch_size)
-        values = batches * (1 + len(c.eval.timesteps) * (1 + pairs))
+        values = batches * (1 + len(c.eval.timesteps) * sides)
         read = min(c.eval.batch_size + 1, count) if on_cpu else 0
-        validation = Validation((size, *shape), True, batches, values, 0, read, count)
+        validation = Validation((size, *shape), True, batches, values, 0, read, count, sides)
     precision = _precision(c)
     return Setup(
         model, (c.data.batch_size, *shape), precision.compute, precision.residual, precision.weights, reward,
         graded=False, sft=False, blocks=known["feature_layer"], chunk=c.model.chunk, keep=c.model.keep,
         lora=c.lora if c.lora.rank else None, validation=validation, sequence=c.parallel.sequence,
+        first_frame=c.data.first_frame,
         trains=RewardTraining(pairs, c.reward.train_embeddings, c.reward.dropout),
         grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
         arriving=c.optim if c.optim.in_backward else None,

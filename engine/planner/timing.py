@@ -16,13 +16,19 @@ from prfl_engine.config_method import scales
 from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
 from prfl_engine.planner.dry_run import REWARD_TRAINING
-from prfl_engine.planner.flops import graded_passes, rollout_forwards, step_flops, validation_forwards
+from prfl_engine.planner.flops import (
+    expert_switches,
+    graded_passes,
+    rollout_forwards,
+    step_flops,
+    validation_forwards,
+)
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind
 from prfl_engine.planner.seconds import Rates, block_seconds
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.sharded import Exchanged, Shards
-from prfl_engine.planner.standing import Models, gradient_bytes, start_bytes, state_bytes
+from prfl_engine.planner.standing import Models, gradient_bytes, idle_bytes, start_bytes, state_bytes
 
 BACKWARDS = ("graded step", "flow matching", REWARD_TRAINING)  # phases with gradients of weights
 
@@ -160,6 +166,10 @@ def times(
         model = forward_work(setup.config, setup.count, setup.tokens // samples).forward
         hidden = (links.forward + coming) / samples
         add("frozen start", count, plain, hidden, links.exchange_forward / samples, model)
+    switch = max(0.0, idle_bytes(setup, models).coming / rates.link - plain)  # beside its first forward
+    if switch > 0:
+        waits = switch * _switches(c, setup, graded, sft, readers)
+        rows.append(Row("idle experts", waits, 0.0, waits))
     if (waits := links.replicas - one / 2) > 0:  # the last backward hides the rest
         rows.append(Row("gradients of copies", waits, 0.0, waits))
     backwards = own * setup.sides if setup.trains is not None else sft + graded * passes
@@ -183,7 +193,7 @@ def _validation(c: Config, setup: Setup, readers: int, each: float, p: int) -> R
     e, v, tokens = c.eval, setup.validation, setup.tokens // setup.latent[0]
     mine = math.ceil(v.samples / readers)
     if setup.trains is not None:
-        count = mine * len(e.timesteps) * setup.sides
+        count = mine * len(e.timesteps) * v.sides
         work = forward_work(setup.config, setup.count, tokens, head=False).forward
     else:
         scored = v.scored and setup.reward is not None
@@ -191,6 +201,16 @@ def _validation(c: Config, setup: Setup, readers: int, each: float, p: int) -> R
         count = mine * (1 + validation_forwards(c) + trunk)
         work = forward_work(setup.config, setup.count, tokens).forward
     return Row("validation", count * each / e.every, count * work / p / e.every)
+
+
+def _switches(c: Config, setup: Setup, graded: float, sft: float, readers: int) -> float:
+    """Switches between two experts in an optimizer step, at most; flow matching may ask either where both are
+    trained, and a validation's chains go there and back."""
+    count = graded * setup.latent[0] * expert_switches(setup, c.model.boundary) if graded else 0.0
+    count += sft * all(setup.experts)
+    if setup.validation is not None:
+        count += 2 * setup.validation.batches / readers / c.eval.every
+    return count
 
 
 def _scoring(setup: Setup, reward: Kind) -> tuple[Setup, list[Kind]]:
