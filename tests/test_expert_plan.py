@@ -176,7 +176,7 @@ def test_guided_drift_probes_take_twice_the_forwards(tmp_path):
         rows = predict(path, ["rollout.mode=persistent", *given]).times.rows
         return next(row.seconds for row in rows if row.phase == "drift probes")
 
-    path = str(write_run(tmp_path, eval={"every": 0}))
+    path = str(write_run(tmp_path, eval={"every": 0}, data={"negative_text": "negative.npy"}))
     assert seconds(4) == pytest.approx(2 * seconds(1))
 
 
