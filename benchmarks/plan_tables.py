@@ -186,10 +186,10 @@ def targets() -> Iterator[str]:
         for way, name, gpus, overrides in ways:
             p = made(name, overrides, gpus, "720p")
             size, host = p.memory.peak.bytes / 1e9, p.memory.host.bytes / 1e9
-            met = "met" if size <= limit else f"missed by {size - limit:.1f}"
+            met = "met" if size <= limit else f"missed by {size - limit:.2f}"
             ways_met.setdefault(what, []).append(size <= limit)
             line = " ".join(f"`{o}`" for o in overrides)
-            rows.append((what, way, line, gpus, f"{size:.1f} of {limit} GB", f"{host:.0f}", met))
+            rows.append((what, way, line, gpus, f"{size:.2f} of {limit} GB", f"{host:.0f}", met))
     yield from table("target | way | overrides | GPUs | a GPU | host, GB a GPU | ", rows)
     yield ""
     yield from (f"- {what}: {counted(found)}" for what, found in ways_met.items())
