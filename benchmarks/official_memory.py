@@ -243,7 +243,6 @@ def _vae_values() -> int:
         return sum(p.numel() for p in _decoder().parameters())
 
 
-SIZES = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
 CASES: dict[str, Callable[[tuple[int, int, int], int], list[Part]]] = {
     "PRFL, 81 frames": prfl,
     "RGB ReFL, first frame": lambda latent, gpus: rgb(latent, gpus, 1),

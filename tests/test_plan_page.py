@@ -10,6 +10,7 @@ from prfl_engine import cli
 from prfl_engine.planner import page
 from prfl_engine.planner.command import Options, predict
 from prfl_engine.planner.official import official
+from prfl_engine.planner.picture import STANDING
 
 
 class Parsed(HTMLParser):
@@ -48,6 +49,14 @@ def test_the_page_holds_all_of_a_prediction(tmp_path):
     heights = [float(y) for y in re.findall(r"[0-9.]+,([0-9.]+)", text.split("<svg", 2)[1])]
     peak = 100 * (1 - found.memory.peak.bytes / (1.05 * max(found.limit, other.memory.peak.bytes)))
     assert min(heights) == pytest.approx(peak, abs=0.01)
+
+
+def test_the_picture_begins_with_all_that_stands(tmp_path):
+    path = str(write_run(tmp_path, train={"accumulate": 2, "ema": 0.9}, eval={"every": 0}))
+    given = ("parallel.resident=true", "rollout.cuda_graph=true", "loss.anchor=0.1")
+    found = predict(path, given, Options(gpus=2))
+    there = {e.category for p in found.memory.phases if p.name == "checkpoint" for e in p.entries}
+    assert {"resident weights", "frozen start"} < there - {"one whole weight"} <= set(STANDING)
 
 
 def test_the_papers_settings_take_the_place_of_ours(tmp_path):
