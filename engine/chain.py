@@ -160,7 +160,8 @@ class Window:
     def __init__(
         self, chain: Chain, index: Tensor, window: int, detach_input: bool, anchor: Velocity | None = None
     ):
-        self.chain, self.index, self.window, self.detach_input = chain, index, window, detach_input
+        self.chain: Chain | None = chain
+        self.index, self.window, self.detach_input = index, window, detach_input
         everyone = torch.arange(len(index))
         self.leaf, out, self.distance = self._step(index, everyone, window > 1, anchor)
         _count("graded", chain.velocity, out.x)
@@ -232,6 +233,7 @@ class Window:
         for _ in range(more):
             _, out, _ = self._step(self.index, torch.arange(len(self.index)), True)
             torch.autograd.backward(out, [torch.zeros_like(a) for a in out])
+        self.chain = None  # whoever still has the window keeps no states
 
 
 def rollout(

@@ -1,5 +1,7 @@
 """The denoising chain: per-sample indices, the number of model calls, the way of the gradient."""
 
+import weakref
+
 import pytest
 import torch
 from helpers import LiteralUniPC, model_and_batch, rows
@@ -210,3 +212,13 @@ def test_only_the_states_that_a_window_needs_are_kept():
     way = chain.Chain(velocity, schedule, noise)
     way.graded(torch.tensor([4]), 2)
     assert [s is not None for s in way.states[0]] == [False, False, False, True, True, True]
+
+
+def test_a_window_keeps_no_states_after_its_backward():
+    """Whoever still has it: `enumerate` keeps its last item while the next one is made."""
+    way = chain.Chain(Counted(1), flow.make_schedule("euler", 6, 3.0), torch.ones(1, 2, 1, 2, 2).double())
+    window = way.graded(torch.tensor([3]), window=2)
+    window.backward(window.x.sum())
+    state = weakref.ref(way.states[0][-1].x)
+    del way
+    assert state() is None and window.x is None

@@ -15,8 +15,9 @@ TRAINING = ("rollout", "graded", "reward", "flow")
 FIRST = int(os.environ.get("PRFL_PLAN_FIRST", 0))
 RUNS = int(os.environ.get("PRFL_PLAN_RUNS", 0))  # docs/planner.md has the result of 60
 # Every mode of the optimizer once, and what predictions once missed: gradients that come one after another
-# (11, 18, 23), in float32 (13), a pool in the update (20), images in a validation (36, 42).
-SEEDS = range(FIRST, FIRST + RUNS) if RUNS else (0, 4, 5, 7, 9, 11, 13, 18, 20, 23, 36, 42)
+# (11, 18, 23), in float32 (13), a pool in the update (20), images in a validation (36, 42), the noise of
+# drift probes (37), the copied states of a pool (57).
+SEEDS = range(FIRST, FIRST + RUNS) if RUNS else (0, 4, 5, 7, 9, 11, 13, 18, 20, 23, 36, 37, 42, 57)
 
 
 @built

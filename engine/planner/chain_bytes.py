@@ -46,21 +46,29 @@ def farthest(setup: Setup) -> list[list[list[int]]]:
 
 
 def longest(setup: Setup) -> int:
-    """The most bytes of the chain. Other draws of several samples hold up to a latent more."""
+    """The most bytes of the chain. Other draws of several samples hold up to a latent more. Of a chain that
+    persists every field of its first state is a tensor of its own, as the pool has copied it."""
     first, last = index_range(setup.rollout)
     margin = math.prod(setup.latent) * 4 if setup.latent[0] > 1 and first < last else 0
-    return max(held(setup, drawn, setup.window) for drawn in farthest(setup)) + margin
+    copied = setup.rollout.mode == "persistent"
+    return max(held(setup, drawn, setup.window, copied) for drawn in farthest(setup)) + margin
 
 
-def held(setup: Setup, indices: list[list[int]], window: int) -> int:
-    """Bytes of the chain, most at the begin of a step with gradient of all samples."""
+def held(setup: Setup, indices: list[list[int]], window: int, copied: bool = False) -> int:
+    """Bytes of the chain, most at the begin of a step with gradient of all samples; copied: from a first
+    state in which all fields are tensors of their own."""
     key = tuple(map(tuple, indices))
-    return _held_by(setup.latent, setup.rollout.steps, key, window, setup.chain.detach_input)
+    return _held_by(setup.latent, setup.rollout.steps, key, window, setup.chain.detach_input, copied)
 
 
 @cache
 def _held_by(
-    latent: Latent, steps: int, indices: tuple[tuple[int, ...], ...], window: int, detach_input: bool
+    latent: Latent,
+    steps: int,
+    indices: tuple[tuple[int, ...], ...],
+    window: int,
+    detach_input: bool,
+    copied: bool,
 ) -> int:
     live, most = LiveBytes(ROUND), 0
     factor = torch.ones((), requires_grad=True, device="meta")
@@ -74,6 +82,8 @@ def _held_by(
     with meta_tensors(), live:
         noise, drawn = torch.empty(latent), torch.tensor(indices)
         way = chain.Chain(velocity, schedule(steps), noise)
+        if copied:
+            way.states = [[flow.SolverState(*map(torch.clone, first))] for [first] in way.states]
         for index in drawn:
             passed = way.graded(index, window, detach_input)
             passed.backward(passed.x.sum())

@@ -6,6 +6,7 @@ that is named; *estimated* ones are what no count reaches (work space of attenti
 tests/test_predict.py compares the counted ones with real runs.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +29,7 @@ from prfl_engine.planner.fit_memory import planned
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks
 from prfl_engine.planner.seconds import Rates
-from prfl_engine.planner.setup import ROUND, Setup
+from prfl_engine.planner.setup import ROUND, Setup, rounded
 from prfl_engine.planner.sharded import Gathered, Shards, gathered_bytes
 from prfl_engine.planner.standing import (
     Models,
@@ -158,6 +159,9 @@ def _standing(
     slots = update_bytes(models, c.optim, shards.many).slots
     graph = rollout_bytes(setup) if c.rollout.cuda_graph and setup.reward_blocks else 0
     stays = gathered_bytes(models, shards, setup.compute_dtype).resident if graph else 0
+    # On a CPU the noise of drift probes is not copied, so it is there from the first of them on.
+    probes = gpu is None and setup.reward_blocks and (c.rollout.cache > 0 or c.rollout.precision == "fp8")
+    noise = rounded(4 * math.prod(setup.latent[1:])) if probes else 0
     of_shapes = "shapes of the parameters"
     found = [
         ("weights", sum(p.bytes() for p in whole) - away, COUNTED, of_shapes),
@@ -171,6 +175,7 @@ def _standing(
         ("e4m3 weights", fp8_bytes(models) if c.rollout.precision == "fp8" else 0, COUNTED, of_shapes),
         ("CUDA graph", graph, ESTIMATED, "as many bytes as a rollout needs stay reserved"),
         ("resident weights", stays, COUNTED, "all weights, which a graph needs at one place"),
+        ("drift probes", noise, COUNTED, "noise"),
     ]
     if gpu is not None:
         every = [*models.generator, *models.reward]
