@@ -40,16 +40,19 @@ SHORT = [
     ("14B", "720p", 64, CHAINED, "prfl_t2v_14b_720p_64gpu", ()),
     ("14B", "720p", 8, "the official code's settings, by our operations", BIG, OFFICIAL),
 ]  # fmt: skip
+TURN = "rollout.one_index=turn"  # no group of GPUs waits for a longer rollout, as in the official code
 # {GPUs: what it is and its overrides}
 SMALL_ON = {
     1: ("attention saved", ()),
-    8: ("4 GPUs a sample", ("parallel.sequence=4", "train.accumulate=2")),
-    64: ("4 GPUs a sample, 8 copies", ("parallel.sequence=4", "parallel.replicate=8", "train.accumulate=16")),
-}
+    8: ("4 GPUs a sample", ("parallel.sequence=4", "train.accumulate=2", TURN)),
+    64: ("4 GPUs a sample, 8 copies",
+         ("parallel.sequence=4", "parallel.replicate=8", "train.accumulate=16", TURN)),
+}  # fmt: skip
 BIG_ON = {
     1: ("bfloat16, states and blocks offload", LEAN),
     8: ("8 GPUs a sample", ("parallel.sequence=8", "train.accumulate=8")),
-    64: ("8 GPUs a sample, 8 copies", ("parallel.sequence=8", "parallel.replicate=8", "train.accumulate=8")),
+    64: ("8 GPUs a sample, 8 copies",
+         ("parallel.sequence=8", "parallel.replicate=8", "train.accumulate=8", TURN)),
 }  # fmt: skip
 FULL = [
     (name, latent, gpus, what, config, overrides, extra)
