@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -48,7 +49,6 @@ from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import Grader, bind
-from prfl_engine.rollout.drift import DriftMeter
 from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.seeds import Purpose, noise_like
 
@@ -62,28 +62,22 @@ BATCH = 64  # of the networks' training
 class PixelWindow:
     """A graded step that pixels judge; objectives.GradedWindow to the training loop."""
 
+    distance = None  # of a leash, which there is none
+
     def __init__(self, logit: Tensor):
-        self.logit = logit
+        self.logits = [logit]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss of `logit` [B] to the parameters."""
+        """Add the gradient of a loss of the one logit [B] to the parameters."""
         loss.backward()
-        self.logit = self.logit.detach()
+        self.logits = [logit.detach() for logit in self.logits]
 
 
 class PixelRollouts(Fresh):
     """Fresh rollouts whose graded steps pixels judge."""
 
-    def __init__(
-        self,
-        judge: PixelJudge,
-        place: str,
-        grader: Grader,
-        config: Config,
-        meter: DriftMeter | None = None,
-        readers: int = 1,
-    ):
-        super().__init__(grader, config, meter, readers)
+    def __init__(self, judge: PixelJudge, place: str, grader: Grader, config: Config, *rest: Any):
+        super().__init__(grader, config, *rest)
         self.judge, last = judge, config.rollout.steps - 1
         self.range = (max(0, last + 1 - LAST) if place == "last" else 0), last
 

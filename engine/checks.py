@@ -10,6 +10,7 @@ def check_prfl(config: Config) -> None:
     if config.optim.in_backward:
         _check_one_backward(config)
     _check_start(config)
+    _check_idle(config)
     if config.loss.weight > 0:
         check_training(config)
 
@@ -25,6 +26,13 @@ def _check_one_backward(config: Config) -> None:
         check(c.chain.window == 1, "chain.window", c.chain.window, f"1 {want}")
         halves = c.chain.unconditional
         check(halves == "detached", "chain.unconditional", halves, f"detached {want}")
+
+
+def _check_idle(config: Config) -> None:
+    """UserError for blocks that cannot wait on the host: those of a whole expert that is trained stay."""
+    moves = config.lora.rank > 0 or not all(config.trained_experts or ())
+    want = "device where both experts are trained whole: none of their blocks is frozen"
+    check(config.model.idle == "device" or moves, "model.idle", config.model.idle, want)
 
 
 def _check_start(config: Config) -> None:

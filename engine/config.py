@@ -300,9 +300,6 @@ class Config(Section, name=""):
             check(r.precision == "same", "rollout.precision", r.precision, f"same {want}")
             check(r.cache == 0, "rollout.cache", r.cache, f"0 {want}")
             check(not r.cuda_graph, "rollout.cuda_graph", True, f"false {want}")
-            moves = self.lora.rank > 0 or not all(self.trained_experts)
-            want = "device where both experts are trained whole: none of their blocks is frozen"
-            check(self.model.idle == "device" or moves, "model.idle", self.model.idle, want)
         for section in ("rollout", "chain", "eval", "sample"):
             scale = getattr(self, section).guidance
             ok = not isinstance(scale, tuple) or self.model.boundary is not None

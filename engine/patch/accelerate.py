@@ -91,7 +91,7 @@ class Forward(Replacement):
 
         if self.patch.cache is None:
             return run()
-        return self.patch.cache(self.place, x, lambda: view.attention_input(x, e), run)
+        return self.patch.cache(self.place, x, lambda: view.attention_input(x, e, grid), run)
 
     def _under_policy(self, view: BlockView, *arguments) -> Tensor:
         """A block with gradient, as memory.recompute runs a row of them: the last one offloads nothing."""
