@@ -21,7 +21,9 @@ from training_runs import assert_equal, content, reward_run, run, values
 
 from prfl_engine import flow
 from prfl_engine import train_reward as train_reward_module
-from prfl_engine.config import ChainConfig, RolloutConfig
+from prfl_engine.checks import check_prfl
+from prfl_engine.config import ChainConfig, Config, LoraConfig, ModelConfig, RolloutConfig
+from prfl_engine.errors import UserError
 from prfl_engine.model import checkpoint
 from prfl_engine.model.checkpoint import load_transformer, save_reward, save_transformer
 from prfl_engine.model.sources import read_config
@@ -243,3 +245,11 @@ def test_which_rewards_fit_which_generators(case, tmp_path, capsys):
         assert 0 < values(tmp_path / "run", "eval")[1]["eval/reward_t201"] < 1
     else:
         assert line in one_line(capsys)
+
+
+def test_an_expert_that_is_trained_whole_does_not_wait_on_the_host():
+    config = Config(model=ModelConfig(boundary=0.875, idle="host"))
+    with pytest.raises(UserError, match="model.idle: got 'host', want device where both experts are trained"):
+        check_prfl(config)
+    check_prfl(replace(config, lora=LoraConfig(rank=2)))
+    check_prfl(replace(config, rollout=RolloutConfig(sigma_range=(0.875, 1))))
