@@ -92,11 +92,22 @@ def quiet_children() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Signals wait for the end of the block. A process that starts in it has them blocked from the beginning,
+    until `shield`: torch's own handler, which comes before, would end a loader process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def shield(worker: int) -> None:
-    """For a loader process: Ctrl-C and a batch system's SIGTERM, which reach every process of a run, are the
-    training process's to answer; a SIGTERM from that one ends this."""
+    """For a loader process, started `held_back`: Ctrl-C and a batch system's SIGTERM, which reach every
+    process of a run, are the training process's to answer; a SIGTERM from that one ends this."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 

@@ -19,7 +19,7 @@ from prfl_engine.batch import Batch, collate, to_device
 from prfl_engine.data import Reader
 from prfl_engine.errors import UserError
 from prfl_engine.failures import lost_worker
-from prfl_engine.interrupt import quiet_children, shield
+from prfl_engine.interrupt import held_back, quiet_children, shield
 from prfl_engine.seeds import Purpose, each, seeded
 
 Shapes = list[tuple[int, ...] | None]
@@ -280,7 +280,8 @@ class MicroBatches:
             prefetch_factor=4 if num_workers else None,
             worker_init_fn=shield,
         )
-        items = iter(loader)
+        with held_back():
+            items = iter(loader)
         with quiet_children() if num_workers else nullcontext():
             while True:
                 try:

@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import one_line, write_run
+from helpers import one_line, tiny_config, write_data, write_run
 from ranks import server
 from safetensors import SafetensorError
 from training_runs import assert_equal, content, run, values
 
-from prfl_engine import failures, files, loop, resume, tensor_files
+from prfl_engine import failures, files, loop, micro_batches, resume, tensor_files
 from prfl_engine import train as train_module
 from prfl_engine.cli import main
+from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError
-from prfl_engine.interrupt import Stopped, interrupts
+from prfl_engine.interrupt import Stopped, interrupts, shield
 from prfl_engine.optim import updates
 from prfl_engine.rollout import fresh as fresh_module
 
@@ -170,6 +171,19 @@ def test_processes(tmp_path):
     assert (out / files.LOCK).exists()
     run("train", config, "train.resume=true", f"train.steps={last.name[11:]}")
     assert sorted(os.listdir(out)) == [last.name, "config.yaml", "metrics.jsonl"]
+
+
+def test_a_loader_process_is_shielded_from_its_beginning(tmp_path, monkeypatch):
+    def masked(worker):
+        (tmp_path / f"{worker}").write_text(str(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, []))))
+        shield(worker)
+
+    monkeypatch.setattr(micro_batches, "shield", masked)
+    paths = read_lists([str(write_data(tmp_path / "data", tiny_config()))], "list")
+    stream = micro_batches.MicroBatches(Reader(tiny_config()), paths, 1, 0)
+    next(stream.loader(0, 1, torch.device("cpu")))
+    assert (tmp_path / "0").read_text() == str(sorted((signal.SIGINT, signal.SIGTERM)))
+    assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path, monkeypatch, capsys):
