@@ -17,6 +17,11 @@ if find_spec("triton") and not torch.cuda.is_available():
 
     interpreter.install()
 
+# torch keeps a record of gloo's collectives, with the Python frames of each, that all threads of all groups
+# write to. Once in some thousand runs of several processes a thread of gloo crashed in malloc (torch 2.13).
+# This record is what its threads share, so it is off. That it was the cause is not proved.
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
+
 # One thread, or as many as asked for. Models this small gain nothing from threads, and lose minutes where
 # another process has the cores (one training test: 0.8 s on free cores, 146 s beside a busy process).
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -1,10 +1,11 @@
 """Runs functions on several processes that talk over gloo.
 
 The processes come from one server that has imported torch and the engine, and stay for many calls. A function
-must be importable by name. Where a rank fails or hangs, all end and the test gets the rank's traceback.
+must be importable by name. Where a rank fails, hangs or crashes, all end and the test gets its traceback.
 """
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import tempfile
@@ -26,7 +27,13 @@ def server(*preload: str) -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def _serve(rank: int, size: int, store: str | None, pipe) -> None:
+def _serve(rank: int, size: int, folder: Path, group: bool, pipe) -> None:
+    with open(folder / f"crash-{rank}", "w") as crash:
+        faulthandler.enable(crash)
+        _answer_calls(rank, size, folder / "store" if group else None, pipe)
+
+
+def _answer_calls(rank: int, size: int, store: Path | None, pipe) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     import torch
@@ -60,11 +67,12 @@ class Ranks:
     def _start(self) -> None:
         context = server(*self.preload)
         self._folder = tempfile.TemporaryDirectory()
-        store = str(Path(self._folder.name) / "store") if self.group else None
+        folder = Path(self._folder.name)
         self._pipes, self._processes = [], []
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
+            arguments = rank, self.size, folder, self.group, theirs
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -88,12 +96,18 @@ class Ranks:
                 try:
                     ok, value = pipe.recv() if ready else (False, f"no answer in {LIMIT:g} s")
                 except EOFError:
-                    ok, value = False, "the process has ended"
+                    ok, value = False, self._end(left[pipe])
                 if not ok:  # the others may wait for this rank
                     self.close()
                     raise RuntimeError(f"rank {left[pipe]} of {len(self._pipes)}, {what}: {value}")
                 found[left[pipe]] = value
         return [found[rank] for rank in range(len(found))]
+
+    def _end(self, rank: int) -> str:
+        """Of a process that has ended by itself: its exit code, and where its threads were if it crashed."""
+        self._processes[rank].join()
+        crash = Path(self._folder.name, f"crash-{rank}").read_text()
+        return f"the process has ended with exit code {self._processes[rank].exitcode}\n{crash}"
 
     def close(self) -> None:
         """End the processes."""
