@@ -52,6 +52,16 @@ class RolloutConfig(Section, name="rollout"):
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
     every sample of a micro-batch, each of another chain."""
+    seeds: Annotated[int, Within(1, 1000)] = 1
+    """Noises of every sample. More than 1: each is rolled out to `seeds_step` and scored there by the reward
+    models, and chains go on from the best alone (docs/training.md says what bias that makes)."""
+    seeds_step: Count | None = None
+    """Steps of a chain after which its seed is scored; null: a quarter of those of the chain, and at most
+    those before the last that may be graded."""
+    seeds_keep: Literal["steepest", "highest", "lowest", "median", "both"] = "steepest"
+    """Which seed goes on: the one at whose reward the reward loss has the largest slope; that with the
+    highest, the lowest or the median reward; both: the highest and the lowest, graded in turn, each at a half
+    of `samples`."""
     one_index: Natural | Literal["turn"] = 0
     """So many neighbouring micro-batches, of all processes together, have the same graded steps, and those of
     an optimizer step are spread evenly. turn: as many as there are groups of processes, so that none waits
@@ -103,6 +113,15 @@ class RolloutConfig(Section, name="rollout"):
                 0 <= first <= last <= self.steps - 2, "rollout.range", list(self.range),
                 f"[first, last] within 0..{self.steps - 2}",
             )  # fmt: skip
+        if self.seeds == 1:
+            want = "with rollout.seeds 1"
+            check(self.seeds_step is None, "rollout.seeds_step", self.seeds_step, f"null {want}")
+            check(self.seeds_keep == "steepest", "rollout.seeds_keep", self.seeds_keep, f"steepest {want}")
+        else:
+            want = "1 with rollout.mode persistent, whose chains outlive what they were chosen for"
+            check(self.mode == "fresh", "rollout.seeds", self.seeds, want)
+            even = self.seeds_keep != "both" or self.samples % 2 == 0
+            check(even, "rollout.samples", self.samples, "an even number with rollout.seeds_keep both")
         if self.mode == "fresh":
             want = "with rollout.mode fresh"
             check(self.pool is None, "rollout.pool", self.pool, f"null {want}")

@@ -56,8 +56,8 @@ KINDS = {
     "rollout": {
         "score": "solver steps sigmas shift sigma_range start whole_timesteps",
         # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
-        "free": "mode pool pool_place stride range samples one_index guidance guidance_at_once precision "
-        "cache probe_every max_drift cuda_graph",
+        "free": "mode pool pool_place stride range samples seeds seeds_step seeds_keep one_index guidance "
+        "guidance_at_once precision cache probe_every max_drift cuda_graph",
     },
     "chain": {"free": "window detach_input guidance unconditional"},
     "loss": {

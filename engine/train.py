@@ -235,7 +235,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         scored = [(made.transformer.config, made.feature_layer) for made in rewards.values()] or [None]
         found, *others = (flops.costs(policy.config, shape, c.lora.rank, own) for own in scored)
         if reward is not None:
-            found.flops["reward"] += sum(other.flops["reward"] for other in others)
+            for name in ("reward", "judged"):
+                found.flops[name] += sum(other.flops[name] for other in others)
             found.flops["reward"] *= c.reward.draws
         return found
 
