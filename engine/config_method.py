@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from prfl_engine.bounds import Count, Natural, Nonnegative, Positive, Real, Section, Within
+from prfl_engine.bounds import Count, FilePath, Natural, Nonnegative, Positive, Real, Section, Within
 from prfl_engine.errors import check
 
 Level = Annotated[float, Within(0, 1)]
@@ -77,6 +77,10 @@ class RolloutConfig(Section, name="rollout"):
     guidance_at_once: bool = False
     """The two forwards of a guided step, in validation too, as one batch of twice the size. A graded step
     needs them apart, unless chain.unconditional is gradient."""
+    lora: FilePath | None = None
+    """Adapter of fresh rollouts alone, such as one that is distilled to the few steps of `sigmas`: a folder
+    or file as lora.path takes it. Graded steps, rewards and flow matching are without it, and no checkpoint
+    holds it. A trained adapter is on in addition to it."""
     precision: Literal["same", "fp8"] = "same"
     """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
     cache: Nonnegative = 0.0
@@ -84,8 +88,8 @@ class RolloutConfig(Section, name="rollout"):
     their modulated input stays below this (TeaCache); 0 computes every step. With 40 steps 0.05 skipped
     0.4 of the demo's, 0.1 0.6 of them."""
     probe_every: Count = 50
-    """Optimizer steps between measurements of how far an fp8 or cached rollout ends from a plain one, and a
-    chain that persists from a rollout by the present weights."""
+    """Optimizer steps between measurements of how far a rollout in fp8, cached or with an adapter of its own
+    ends from a plain one, and a chain that persists from a rollout by the present weights."""
     max_drift: Positive = 0.05
     """Relative distance of the latents above which rollouts are plain until a measurement is below it, and
     the oldest chains that persist are rolled out again. On the demo fp8 has 0.025, and the last step of 40 by
@@ -128,6 +132,8 @@ class RolloutConfig(Section, name="rollout"):
             check(self.pool_place == "device", "rollout.pool_place", self.pool_place, f"device {want}")
             check(self.stride == 1, "rollout.stride", self.stride, f"1 {want}")
         else:
+            want = "null with rollout.mode persistent, whose steps are graded steps"
+            check(self.lora is None, "rollout.lora", self.lora, want)
             check(not self.one_index, "rollout.one_index", self.one_index, "0 with rollout.mode persistent")
 
 

@@ -43,6 +43,7 @@ from prfl_engine.planner.repeated import Repeated, ballast
 from prfl_engine.planner.setup import ROUND, Latent, Setup
 from prfl_engine.planner.updates import arrival_bytes
 from prfl_engine.rollout.choice import judged_step, ranks
+from prfl_kernels.sublayers.products import LowRank
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 SCALARS = 32 * ROUND  # losses, metrics and tables of angles
@@ -335,6 +336,7 @@ def rollout_bytes(setup: Setup) -> int:
 def _rollout_bytes(setup: Setup) -> int:
     with meta_tensors():
         model, reward = generator(setup, 2), reward_model(setup, 1)
+        _lend(setup, model)
         live = _counter(model, reward)
         base = live.now - SCALARS - setup.pool
         with live:
@@ -342,11 +344,13 @@ def _rollout_bytes(setup: Setup) -> int:
             context = model.embed_context(batch.text, batch.clip)
             scored, extra = reward.embed_context(batch.text, batch.clip), []
             extra.append(ballast(accelerated_bytes(setup)))
+            extra += [torch.empty_like(context)] if setup.lent else []
             repeated = Repeated(live)
             forward = repeated.velocity(bind(model, batch, context.detach()))
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
-                return x.clone() if torch.is_grad_enabled() else forward(x, t, active)
+                with lora.lent(model):
+                    return x.clone() if torch.is_grad_enabled() else forward(x, t, active)
 
             def judge(x: Tensor) -> None:
                 repeated("judge", reward.score, x, torch.empty(len(x)), scored, batch.condition)
@@ -361,6 +365,15 @@ def _rollout_bytes(setup: Setup) -> int:
                     del way
             del extra
     return live.peak - base
+
+
+def _lend(setup: Setup, model: WanTransformer) -> None:
+    """Give the layers of a model what an adapter of rollouts has for them."""
+    layers = dict(model.named_modules())
+    for name, rank in setup.lent:
+        if (m := layers.get(name)) is not None:
+            n, k = m.weight.shape
+            m.lent = LowRank(*(torch.empty(s, dtype=m.dtype) for s in ((rank, k), (n, rank))), 1.0)
 
 
 def accelerated_bytes(setup: Setup) -> int:

@@ -10,9 +10,10 @@ import torch
 
 from prfl_engine.config import Config
 from prfl_engine.config_method import scales
-from prfl_engine.errors import UserError, check
+from prfl_engine.errors import UserError, check, named
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
+from prfl_engine.model.lora_files import read
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import Precision, WanConfig, WanTransformer
 from prfl_engine.planner.dry_run import rollout_bytes
@@ -102,7 +103,7 @@ def setup_of(
         anchor=c.loss.anchor_place if c.loss.anchored else "none",
         sequence=c.parallel.sequence, experts=c.trained_experts, boundary=c.model.boundary,
         idle=c.model.idle == "host",
-        first_frame=c.data.first_frame,
+        first_frame=c.data.first_frame, lent=_lent(c.rollout.lora),
         grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
         arriving=c.optim if c.optim.in_backward else None,
     )  # fmt: skip
@@ -114,6 +115,14 @@ def setup_of(
         if on_host:
             setup = replace(setup, pool_host=chains * sum(pinned(4 * n) for n in chain_values(setup)))
     return setup
+
+
+def _lent(path: str | None) -> tuple[tuple[str, int], ...]:
+    """The layers of the adapter of rollouts at a path, and their ranks."""
+    if path is None:
+        return ()
+    with named("rollout.lora"):
+        return tuple((name, len(low.down)) for name, low in read(path)[0].items())
 
 
 def chain_values(setup: Setup) -> list[int]:

@@ -88,6 +88,7 @@ class Setup:
     first_frame: bool = False  # of every latent is given to a ti2v model
     grad_dtype: torch.dtype | None = None  # of gradients; None: of their weights
     alone: bool = False  # a backward is the only one of an optimizer step: there are no gradients before it
+    lent: tuple[tuple[str, int], ...] = ()  # layers and ranks of the adapter of rollouts
     arriving: OptimConfig | None = None  # what updates a parameter when its gradient arrives
 
     @property

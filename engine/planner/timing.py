@@ -227,7 +227,7 @@ def _probes(c: Config, setup: Setup) -> float:
     if not setup.reward_blocks:
         return 0.0
     r, last = c.rollout, index_range(c.rollout)[1]
-    approximate = r.precision == "fp8" or r.cache > 0
+    approximate = r.precision == "fp8" or r.cache > 0 or r.lora is not None
     forwards = 2 * probe_forwards(setup, last) if approximate else 0
     forwards += probe_forwards(setup, last + 1) if r.mode == "persistent" else 0
     return forwards / r.probe_every
