@@ -66,7 +66,8 @@ def values(folder: Path) -> list[dict[str, float]]:
     "settings",
     [
         {"rollout": {"steps": 5}, "chain": {"window": 3}, "loss": {"anchor": 0.5}},
-        {"rollout": {"steps": 5, "seeds": 2, "seeds_keep": "both", "samples": 2}, "parallel": {"sequence": 2}},
+        {"rollout": {"steps": 5, "seeds": 2, "seeds_keep": "both", "samples": 2},
+         "parallel": {"sequence": 2}},
         {"rollout": {"steps": 5, "cache": 0.3, "max_drift": 9, "seeds": 2, "lora": "adapter"},
          "parallel": {"resident": True}},
         {"rollout": {"steps": 5, "one_index": 2, "lora": "adapter"}, "parallel": {"replicate": 2}},

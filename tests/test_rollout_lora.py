@@ -1,4 +1,4 @@
-"""An adapter of rollouts alone: rollouts are those of a model that it is merged into, all else is without it."""
+"""An adapter of rollouts alone: they are those of a model that it is merged into, all else is without it."""
 
 import copy
 import shutil
@@ -13,6 +13,7 @@ from helpers import (
     tiny_config,
     tiny_model,
     tiny_reward,
+    under,
     write_adapter,
     write_run,
 )
@@ -21,6 +22,7 @@ from training_runs import assert_equal, content, run, values
 from prfl_engine import chain
 from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig, load_config
 from prfl_engine.guidance import Guidance, Scales
+from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import save_transformer
 from prfl_engine.model.layers import Linear
@@ -96,6 +98,7 @@ def test_rollouts_have_it_and_graded_steps_have_not(kind, rank, window, guided, 
         free = states_of(rolled(model), schedule, noise, first)
     for mine, other, plain in zip(found, want, free, strict=True):
         assert relative(mine[-1].x, other[-1].x) < 1e-12 < 1e-3 < relative(plain[-1].x, other[-1].x)
+    apart = [torch.cat([states[-1].x for states in way]) for way in (want, free)]
     plain = Grader(model, reward, schedule, ChainConfig(window), guidance=guidance)
     grading = Grading(plain, batch)
     other = grading.grade(grading.way(want), index)
@@ -103,7 +106,6 @@ def test_rollouts_have_it_and_graded_steps_have_not(kind, rank, window, guided, 
     other.backward(other.logit.sum())
     assert relative(got, gradient(model)) < 1e-12
     drift = rollout.drift(batch, noise, first).item()
-    apart = [torch.cat([states[-1].x for states in way]) for way in (want, free)]
     assert drift == pytest.approx(relative(*apart), rel=1e-9)
     rollout.accelerated = False
     with torch.no_grad():
@@ -136,10 +138,6 @@ def test_e4m3_weights_have_it_too(tmp_path):
 @pytest.mark.parametrize("recompute", ["full", {"keep": ["attention"], "offload": ["input"]}], ids=str)
 def test_no_backward_meets_it(recompute, tmp_path):
     """Where blocks are recomputed and where they are compiled: the gradient of the graded step alone."""
-    from helpers import under
-
-    from prfl_engine.memory.policy import BlockPolicy
-
     how = under(recompute if isinstance(recompute, str) else BlockPolicy({"attention"}, {"input"}))
     model, batch = model_and_batch("t2v", 1)
     path, reward = write_adapter(tmp_path, model.config), tiny_reward(model.config).freeze()
@@ -157,7 +155,8 @@ def test_no_backward_meets_it(recompute, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_goes_on_to_the_bit_and_saves_none_of_it(rank, tmp_path, capsys):
-    config = write_run(tmp_path, lora={"rank": rank}, eval={"every": 2, "samples": 1}, train={"save_every": 2})
+    given = {"lora": {"rank": rank}, "eval": {"every": 2, "samples": 1}, "train": {"save_every": 2}}
+    config = write_run(tmp_path, **given)
     path = write_adapter(tmp_path / "fast", tiny_config())
     levels = ["rollout.sigmas=[0.99, 0.83, 0.6, 0.25]", "rollout.steps=4"]
     given = [*levels, f"rollout.lora={path}", "rollout.max_drift=9"]
