@@ -192,7 +192,7 @@ def test_a_run_goes_on_to_the_bit_and_saves_none_of_it(rank, tmp_path, capsys):
     ("rollout.lora={}/fast rollout.mode=persistent", "rollout.lora: got '{}/fast', want null with rollout.m"),
     ("rollout.lora={}/fast loss.weight=0", "rollout.lora: got '{}/fast', want null with loss.weight 0"),
     ("rollout.lora={}/fast model.boundary=0.9", "rollout.lora: got '{}/fast', want null with model.boundary"),
-    ("rollout.lora={}/wide", "{}/wide: blocks.0.self_attn.q updates [64, 64], want [32, 32]"),
+    ("rollout.lora={}/wide", "{}/wide: blocks.0.cross_attn.k updates [64, 64], want [32, 32]"),
     ("eval.rollout_lora=true", "eval.rollout_lora: got True, want false without rollout.lora"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(given, line, tmp_path, capsys):

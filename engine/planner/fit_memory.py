@@ -10,7 +10,7 @@ import torch
 
 from prfl_engine.config import Config
 from prfl_engine.config_method import scales
-from prfl_engine.errors import UserError, check, named
+from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.lora_files import read
@@ -121,8 +121,7 @@ def _lent(path: str | None) -> tuple[tuple[str, int], ...]:
     """The layers of the adapter of rollouts at a path, and their ranks."""
     if path is None:
         return ()
-    with named("rollout.lora"):
-        return tuple((name, len(low.down)) for name, low in read(path)[0].items())
+    return tuple((name, len(low.down)) for name, low in read(path)[0].items())
 
 
 def chain_values(setup: Setup) -> list[int]:
