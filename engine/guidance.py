@@ -114,6 +114,12 @@ class Guidance:
         return Guided(scales, guided, other, gradient)
 
 
+def step_forwards(scale: Scale, boundary: float | None, timesteps: Tensor) -> list[int]:
+    """Forwards of a step at each of `timesteps` [n]: two where its guidance is not 1."""
+    found = Scales(*scales(scale), TRAIN_STEPS * (boundary or 0.0)).at(timesteps)
+    return [1 + (value != 1) for value in found.tolist()]
+
+
 def check_scales(config: Config, rollout: Scale, graded: Scale, field: str) -> tuple[Scales, Scales]:
     """These scales by timestep. UserError where one is not 1 and there is no negative text; `field` names
     the scale."""

@@ -201,7 +201,7 @@ HIGH_ALONE, LOW_ALONE = "rollout.sigma_range=[0.875, 1]", "rollout.sigma_range=[
 @pytest.mark.parametrize("given, trained", [
     ((), {HIGH, LOW}), ((HIGH_ALONE,), {HIGH}), ((LOW_ALONE,), {LOW}),
     ((LOW_ALONE, "rollout.start=data", "rollout.mode=persistent"), {LOW}),
-    (("lora.rank=2", "model.idle=host"), {HIGH, LOW}),
+    (("lora.rank=2", "model.idle=host", "rollout.seeds=2"), {HIGH, LOW}),
     (("lora.rank=2", "model.idle=host", HIGH_ALONE, "rollout.mode=persistent"), {HIGH}),
 ])  # fmt: skip
 def test_a_run_of_a_pair_goes_on_to_the_bit(given, trained, tmp_path):

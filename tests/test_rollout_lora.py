@@ -135,10 +135,10 @@ def test_e4m3_weights_have_it_too(tmp_path):
     assert relative(found["lent"], found["merged"]) < 0.01 < 0.05 < relative(found["free"], found["merged"])
 
 
-@pytest.mark.parametrize("recompute", ["full", {"keep": ["attention"], "offload": ["input"]}], ids=str)
-def test_no_backward_meets_it(recompute, tmp_path):
+@pytest.mark.parametrize("how", ["full", "offload", "compile"])
+def test_no_backward_meets_it(how, tmp_path):
     """Where blocks are recomputed and where they are compiled: the gradient of the graded step alone."""
-    how = under(recompute if isinstance(recompute, str) else BlockPolicy({"attention"}, {"input"}))
+    blocks = {"full": under("full"), "offload": under(BlockPolicy({"attention"}, {"input"}))}
     model, batch = model_and_batch("t2v", 1)
     path, reward = write_adapter(tmp_path, model.config), tiny_reward(model.config).freeze()
     r = RolloutConfig(**LEVELS, lora=str(path))
@@ -146,10 +146,13 @@ def test_no_backward_meets_it(recompute, tmp_path):
     lora.lend(model, path)
     given = model, reward, schedule, batch, noise, torch.tensor([[0], [2]]), ChainConfig(2)
     found = []
-    for run_blocks in (under(), how):
+    for run_blocks in (under(), blocks.get(how, under())):
+        if found and how == "compile":
+            model.compile_blocks("aot_eager")
         for window in graded_windows(*given, Rollout(model, r, schedule).stretches, run_blocks):
             window.backward(window.logit.sum())
         found.append(gradient(model))
+    torch.compiler.reset()
     assert relative(found[1], found[0]) < 1e-5
 
 

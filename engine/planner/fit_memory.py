@@ -22,6 +22,7 @@ from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import RewardSetup, Setup, Validation
 from prfl_engine.planner.sharded import Gathered, Shards, gathered_bytes
 from prfl_engine.planner.standing import models_of, pinned, rounded
+from prfl_engine.rollout.choice import judged_step
 
 
 def fit_memory(
@@ -107,6 +108,8 @@ def setup_of(
         grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
         arriving=c.optim if c.optim.in_backward else None,
     )  # fmt: skip
+    if setup.reward_blocks:
+        judged_step(c.rollout)  # which refuses what it cannot be
     if setup.reward_blocks and c.rollout.mode == "persistent":
         chains, on_host = c.pool // readers, c.rollout.pool_place == "host"
         setup = replace(

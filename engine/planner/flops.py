@@ -3,23 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
-
 from prfl_engine.config import Config
-from prfl_engine.config_method import Scale, scales
+from prfl_engine.config_method import scales
 from prfl_engine.flow import TRAIN_STEPS
-from prfl_engine.guidance import Scales
+from prfl_engine.guidance import step_forwards
 from prfl_engine.model.flops import costs
 from prfl_engine.objectives import index_range, schedule_of, steps_inside, whole_schedule
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
 from prfl_engine.rollout.choice import graded_rows, judged_step
-
-
-def step_forwards(scale: Scale, boundary: float | None, timesteps: Tensor) -> list[int]:
-    """Forwards of a step at each of `timesteps` [n]: two where its guidance is not 1."""
-    found = Scales(*scales(scale), TRAIN_STEPS * (boundary or 0.0)).at(timesteps)
-    return [1 + (value != 1) for value in found.tolist()]
 
 
 def rollout_forwards(setup: Setup, groups: int = 1, padded: bool = False) -> float:
