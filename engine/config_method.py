@@ -56,8 +56,8 @@ class RolloutConfig(Section, name="rollout"):
     """Noises of every sample. More than 1: each is rolled out to `seeds_step` and scored there by the reward
     models, and chains go on from the best alone (docs/training.md says what bias that makes)."""
     seeds_step: Count | None = None
-    """Steps of a chain after which its seed is scored; null: a quarter of those of the chain, and at most
-    those before the last that may be graded."""
+    """Steps of a chain after which its seed is scored, at most as many as come before the last step that may
+    be graded; null: a quarter of the chain's."""
     seeds_keep: Literal["steepest", "highest", "lowest", "median", "both"] = "steepest"
     """Which seed goes on: the one at whose reward the reward loss has the largest slope; that with the
     highest, the lowest or the median reward; both: the highest and the lowest, graded in turn, each at a half

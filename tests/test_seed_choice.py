@@ -24,7 +24,9 @@ from prfl_engine.config import (
     TrainConfig,
     load_config,
 )
+from prfl_engine.model.flops import costs
 from prfl_engine.objectives import Grader, Grading, bind, schedule_of
+from prfl_engine.planner.command import predict
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.subject import find
 from prfl_engine.rollout import choice, fresh
@@ -206,6 +208,20 @@ def test_a_run_with_seeds_goes_on_to_the_bit(given, tmp_path):
 def test_what_does_not_fit_is_refused(given, line, tmp_path, capsys):
     run("train", write_run(tmp_path), *given.split(), code=2)
     assert one_line(capsys).startswith(f"prfl: {line}")
+
+
+def test_a_plan_has_their_forwards(tmp_path):
+    """Three of a seed before the judgement, and 15/8 after it: indices are 0 to 7. Without 3.5."""
+    path = str(write_run(tmp_path, eval={"every": 0}, rollout={"steps": 9}))
+
+    def rows(*given):
+        return {row.phase: row for row in predict(path, given).times.rows}
+
+    seeds, one = rows("rollout.seeds=3", "rollout.seeds_step=2"), rows()
+    assert seeds["rollout"].flops == pytest.approx((3 * 2 + 15 / 8) / 3.5 * one["rollout"].flops)
+    judged = costs(tiny_config(), (1, 4, 4), reward=(tiny_config(), 1)).flops["judged"]
+    assert seeds["seeds"].flops == pytest.approx(3 * judged) and "seeds" not in one
+    assert all(seeds[name].flops == row.flops for name, row in one.items() if name != "rollout")
 
 
 @pytest.mark.parametrize("seed, rollout", [

@@ -28,7 +28,7 @@ from torch import Tensor
 from prfl_engine import phases
 from prfl_engine.batch import Batch
 from prfl_engine.chain import Chain
-from prfl_engine.config import Config, RolloutConfig
+from prfl_engine.config import Config, LossConfig, MoreReward, RolloutConfig
 from prfl_engine.errors import check
 from prfl_engine.flow import SolverState
 from prfl_engine.objectives import Grading, fixed, index_range, reward_loss, schedule_of, start_of
@@ -70,7 +70,6 @@ class _Seed:
     """A seed of a sample."""
 
     place: float  # what seeds are ordered by
-    reward: float
     states: list[SolverState | None]
 
 
@@ -92,7 +91,7 @@ def choose(
         left = count - 1 - seed
         for b, ranked in enumerate(samples):
             place = places[b] if places[b] == places[b] else float("inf")
-            own = _Seed(place, found[b], states[b])
+            own = _Seed(place, states[b])
             insort_left(ranked, own, key=lambda s: s.place)
             rewards[b].append(found[b])
             for rank, other in enumerate(ranked):
@@ -171,7 +170,7 @@ class Seeds:
         return torch.stack([places, found]).tolist()
 
 
-def slope(logit: Tensor, form) -> Tensor:
+def slope(logit: Tensor, form: LossConfig | MoreReward) -> Tensor:
     """|dL / d logit| [B] of reward_loss, from logits [B]."""
     with torch.enable_grad():
         leaf = logit.detach().requires_grad_()
