@@ -136,6 +136,11 @@ def schedule_of(rollout: RolloutConfig, dtype: torch.dtype | None = None) -> flo
     return whole_schedule(rollout, dtype, _skipped(rollout))
 
 
+def chain_steps(rollout: RolloutConfig) -> int:
+    """The steps of schedule_of(rollout)."""
+    return rollout.steps - _skipped(rollout)
+
+
 def train_levels(rollout: RolloutConfig, dtype: torch.dtype | None = None) -> flow.Levels:
     """The noise levels that flow matching and reward training draw from; UserError where none are. dtype:
     what latents are rounded to."""

@@ -178,6 +178,8 @@ def test_where_seeds_are_judged():
     assert judged_step(r) == 10 and judged_step(RolloutConfig()) == 0
     assert judged_step(replace(r, range=(0, 3))) == 3
     assert judged_step(replace(r, seeds_step=7)) == 7
+    low = replace(r, sigma_range=(0.0, 0.875), start="data")
+    assert judged_step(low) == -(-len(schedule_of(low)) // 4) < 10
 
 
 @pytest.mark.parametrize("given", [

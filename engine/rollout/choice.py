@@ -31,7 +31,7 @@ from prfl_engine.chain import Chain
 from prfl_engine.config import Config, LossConfig, MoreReward, RolloutConfig
 from prfl_engine.errors import check
 from prfl_engine.flow import SolverState
-from prfl_engine.objectives import Grading, fixed, index_range, reward_loss, schedule_of, start_of
+from prfl_engine.objectives import Grading, chain_steps, fixed, index_range, reward_loss, start_of
 from prfl_engine.seeds import Purpose, integers, noise_like, seed_position
 
 States = list[list[SolverState | None]]
@@ -47,7 +47,7 @@ def judged_step(rollout: RolloutConfig) -> int:
     if rollout.seeds_step is None:
         want = "1 where the first step of the chain is the only one that may be graded"
         check(last > 0, "rollout.seeds", rollout.seeds, want)
-        return min(last, -(-len(schedule_of(rollout)) // 4))
+        return min(last, -(-chain_steps(rollout) // 4))
     want = f"1 to {last}, the last step that may be graded" if last else "null, and rollout.seeds 1"
     check(rollout.seeds_step <= last, "rollout.seeds_step", rollout.seeds_step, want)
     return rollout.seeds_step
