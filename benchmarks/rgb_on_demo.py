@@ -38,7 +38,7 @@ from prfl_bench import rgb, samples_quality
 from prfl_bench.rgb import FRAMES, FrameReward, PixelJudge, graded_pixels, predicted
 from prfl_bench.samples_quality import ROUNDS, Mode, means_of, settings, step_seconds, trained
 from prfl_bench.timing import machine
-from prfl_engine import chain, flow
+from prfl_engine import chain
 from prfl_engine.batch import Batch
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, fixed_batches, read_lists
@@ -48,7 +48,7 @@ from prfl_engine.media.codec import DCTCodec
 from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.model.sources import read_config
-from prfl_engine.objectives import Grader, bind
+from prfl_engine.objectives import Grader, bind, schedule_of
 from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.seeds import Purpose, noise_like
 
@@ -131,7 +131,7 @@ def gate(folder: Path, codec: DCTCodec, network: FrameReward) -> None:
     paths = read_lists(c.data.val, "data.val")[:1]
     batch = next(fixed_batches(Reader(policy.config), paths, 1, torch.device("cpu")))
     batch = batch._replace(latent=batch.latent.double(), text=batch.text.double())
-    schedule = flow.make_schedule(c.rollout.solver, c.rollout.steps, c.rollout.shift)
+    schedule = schedule_of(c.rollout)
     judge = PixelJudge(codec.decode, network.double(), "all")
     noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, 0, 0).double()
     index = torch.tensor([c.rollout.steps // 2])

@@ -39,14 +39,13 @@ import torch
 from torch import Tensor
 
 from prfl_bench.timing import machine
-from prfl_engine import flow
 from prfl_engine.config import ChainConfig, Config, load_config
 from prfl_engine.data import Reader, fixed_batches, read_lists
 from prfl_engine.demo.run import measure
 from prfl_engine.files import checkpoints, write_whole
 from prfl_engine.metrics import MetricsWriter, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
-from prfl_engine.objectives import graded_windows
+from prfl_engine.objectives import graded_windows, schedule_of
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 
@@ -70,7 +69,7 @@ def gate(folder: Path, limit: float = 1e-4) -> None:
     paths = read_lists(config.data.val, "data.val")[:1]
     batch = next(fixed_batches(Reader(policy.config), paths, 1, torch.device("cpu")))
     noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, 0, 0)
-    schedule = flow.make_schedule(config.rollout.solver, config.rollout.steps, config.rollout.shift)
+    schedule = schedule_of(config.rollout)
 
     def gradient(*indices: int) -> Tensor:
         policy.zero_grad()

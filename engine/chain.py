@@ -2,7 +2,8 @@
 
 A `Velocity` is a model bound to its context: (x [N, C, T, H, W], t [N], active [N] long) -> v. t and active
 are on the CPU; `active` names the samples of the full batch that x holds, so that the model can select their
-context. One that makes more than a forward of each has `also`: what to count with a phase.
+context. One that makes a further forward of some has `also`, what to count with a phase, and `halves`, the
+number of those in its last call.
 
 A window is the last k steps before a latent that is scored. Between its steps only latents and solver states
 live. Backward goes through the last step, whose graph exists. Then it recomputes the earlier steps one after
@@ -50,10 +51,10 @@ def advance(
 
 
 def _count(phase: str, velocity: Velocity, x: Tensor) -> None:
-    """Count a call of the velocity."""
-    for work in (phase, getattr(velocity, "also", {}).get(phase)):
-        if work is not None:
-            phases.count(work, x)
+    """Count a call of the velocity, which has given as many samples as x has."""
+    phases.count(phase, x)
+    if (also := getattr(velocity, "also", {}).get(phase)) is not None:
+        phases.count(also, x[: velocity.halves])
 
 
 class Chain:

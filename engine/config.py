@@ -239,6 +239,9 @@ class EvalConfig(Section, name="eval"):
     shown, and is no part of a score."""
     guidance: Scale = 1.0
     """Classifier-free guidance of the chains, as rollout.guidance."""
+    rollout_lora: bool = False
+    """PRFL: the chains are made with the adapter of rollout.lora, as those that the generator will be used
+    with; false: by the generator alone. Rewards and the flow-matching loss are without it."""
     seed: Seed = 1234
     one_noise: bool = False
     """Reward training: all held-out samples have the same noise, as in the official script; false: every
@@ -300,6 +303,7 @@ class Config(Section, name=""):
             check(r.precision == "same", "rollout.precision", r.precision, f"same {want}")
             check(r.cache == 0, "rollout.cache", r.cache, f"0 {want}")
             check(not r.cuda_graph, "rollout.cuda_graph", True, f"false {want}")
+            check(r.lora is None, "rollout.lora", r.lora, f"null {want}")
         for section in ("rollout", "chain", "eval", "sample"):
             scale = getattr(self, section).guidance
             ok = not isinstance(scale, tuple) or self.model.boundary is not None
@@ -320,6 +324,9 @@ class Config(Section, name=""):
         )  # fmt: skip
         if self.loss.weight == 0:
             self.reward.check_one("with loss.weight 0")
+            check(self.rollout.lora is None, "rollout.lora", self.rollout.lora, "null with loss.weight 0")
+        own = self.eval.rollout_lora and self.rollout.lora is None
+        check(not own, "eval.rollout_lora", True, "false without rollout.lora")
         loss, stop, many = self.loss, self.train.stop_anchor, self.model.boundary
         ok = stop is None or loss.anchored
         check(ok, "train.stop_anchor", stop, "null without loss.anchor and loss.anchor_every")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from prfl_engine.bounds import Count, Natural, Nonnegative, Positive, Real, Section, Within
+from prfl_engine.bounds import Count, FilePath, Natural, Nonnegative, Positive, Real, Section, Within
 from prfl_engine.errors import check
 
 Level = Annotated[float, Within(0, 1)]
@@ -52,6 +52,16 @@ class RolloutConfig(Section, name="rollout"):
     """Graded steps of one rollout, drawn one from each of as many equal parts of `range`; the mean of
     their losses is taken. 1 is the paper's algorithm. Of chains that persist: so many graded steps for
     every sample of a micro-batch, each of another chain."""
+    seeds: Annotated[int, Within(1, 1000)] = 1
+    """Noises of every sample. More than 1: each is rolled out to `seeds_step` and scored there by the reward
+    models, and chains go on from the best alone (docs/training.md says what bias that makes)."""
+    seeds_step: Count | None = None
+    """Steps of a chain after which its seed is scored, at most as many as come before the last step that may
+    be graded; null: a quarter of the chain's."""
+    seeds_keep: Literal["steepest", "highest", "lowest", "median", "both"] = "steepest"
+    """Which seed goes on: the one at whose reward the reward loss has the largest slope; that with the
+    highest, the lowest or the median reward; both: the highest and the lowest, graded in turn, each at a half
+    of `samples`."""
     one_index: Natural | Literal["turn"] = 0
     """So many neighbouring micro-batches, of all processes together, have the same graded steps, and those of
     an optimizer step are spread evenly. turn: as many as there are groups of processes, so that none waits
@@ -67,6 +77,10 @@ class RolloutConfig(Section, name="rollout"):
     guidance_at_once: bool = False
     """The two forwards of a guided step, in validation too, as one batch of twice the size. A graded step
     needs them apart, unless chain.unconditional is gradient."""
+    lora: FilePath | None = None
+    """Adapter of fresh rollouts alone, such as one that is distilled to the few steps of `sigmas`: a folder
+    or file as lora.path takes it. Graded steps, rewards and flow matching are without it, and no checkpoint
+    holds it. A trained adapter is on in addition to it."""
     precision: Literal["same", "fp8"] = "same"
     """fp8: linear layers and self-attention of the steps without gradient in e4m3; heads of 64 or 128."""
     cache: Nonnegative = 0.0
@@ -74,8 +88,8 @@ class RolloutConfig(Section, name="rollout"):
     their modulated input stays below this (TeaCache); 0 computes every step. With 40 steps 0.05 skipped
     0.4 of the demo's, 0.1 0.6 of them."""
     probe_every: Count = 50
-    """Optimizer steps between measurements of how far an fp8 or cached rollout ends from a plain one, and a
-    chain that persists from a rollout by the present weights."""
+    """Optimizer steps between measurements of how far a rollout in fp8, cached or with an adapter of its own
+    ends from a plain one, and a chain that persists from a rollout by the present weights."""
     max_drift: Positive = 0.05
     """Relative distance of the latents above which rollouts are plain until a measurement is below it, and
     the oldest chains that persist are rolled out again. On the demo fp8 has 0.025, and the last step of 40 by
@@ -103,12 +117,23 @@ class RolloutConfig(Section, name="rollout"):
                 0 <= first <= last <= self.steps - 2, "rollout.range", list(self.range),
                 f"[first, last] within 0..{self.steps - 2}",
             )  # fmt: skip
+        if self.seeds == 1:
+            want = "with rollout.seeds 1"
+            check(self.seeds_step is None, "rollout.seeds_step", self.seeds_step, f"null {want}")
+            check(self.seeds_keep == "steepest", "rollout.seeds_keep", self.seeds_keep, f"steepest {want}")
+        else:
+            want = "1 with rollout.mode persistent, whose chains outlive what they were chosen for"
+            check(self.mode == "fresh", "rollout.seeds", self.seeds, want)
+            even = self.seeds_keep != "both" or self.samples % 2 == 0
+            check(even, "rollout.samples", self.samples, "an even number with rollout.seeds_keep both")
         if self.mode == "fresh":
             want = "with rollout.mode fresh"
             check(self.pool is None, "rollout.pool", self.pool, f"null {want}")
             check(self.pool_place == "device", "rollout.pool_place", self.pool_place, f"device {want}")
             check(self.stride == 1, "rollout.stride", self.stride, f"1 {want}")
         else:
+            want = "null with rollout.mode persistent, whose steps are graded steps"
+            check(self.lora is None, "rollout.lora", self.lora, want)
             check(not self.one_index, "rollout.one_index", self.one_index, "0 with rollout.mode persistent")
 
 

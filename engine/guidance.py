@@ -2,8 +2,9 @@
 negative text (Ho and Salimans 2022, arXiv 2207.12598).
 
 A step then costs two forwards of the generator. They run one after the other, or as one batch of twice the
-size. In a step with gradient the half without the prompt may be a constant: then it saves nothing for
-backward, and dv = s dv_1.
+size. Where the scale is 1, as it may be of one expert of two, v is v_1 and v_0 is not computed. In a step
+with gradient the half without the prompt may be a constant: then it saves nothing for backward, and
+dv = s dv_1.
 """
 
 from collections.abc import Callable
@@ -40,10 +41,10 @@ class Scales(NamedTuple):
         """Whether nothing is guided."""
         return self.high == self.low == 1
 
-    def at(self, t: Tensor) -> float | Tensor:
-        """The scales at timesteps t [N] on the CPU: one number, or [N, 1, 1, 1, 1]."""
+    def at(self, t: Tensor) -> Tensor:
+        """The scales [N] at timesteps t [N], both on the CPU."""
         found = [self.high if value >= self.boundary else self.low for value in t.tolist()]
-        return found[0] if len(set(found)) == 1 else torch.tensor(found).view(-1, 1, 1, 1, 1)
+        return torch.tensor(found, dtype=torch.float64)
 
 
 class Guided:
@@ -56,18 +57,28 @@ class Guided:
         # The work of the half without the prompt, by the phase that counts the other half.
         self.also = {"rollout": "rollout", "graded": "graded" if gradient else "rollout"}
         self.also |= {"earlier": "earlier"} if gradient else {}
+        self.halves = 0  # of these, samples of the last call
 
     def __call__(self, x: Tensor, t: Tensor, active: Tensor) -> Tensor:
         scale = self.scales.at(t)
-        if isinstance(scale, Tensor):
-            scale = scale.to(x.device, x.dtype, non_blocking=True)
+        rows = (scale != 1).nonzero().flatten()
+        n = self.halves = len(rows)
+        if n == 0:
+            return self.velocity(x, t, active)
+        every = n == len(t)
+        at = slice(None) if every else rows.to(x.device, non_blocking=True)
+        scale = scale[rows].view(-1, 1, 1, 1, 1).to(x.device, x.dtype, non_blocking=True)
+        given = x[at], t[rows], active[rows]
         if isinstance(self.other, int):
-            twice = torch.cat([x, x]), torch.cat([t, t]), torch.cat([active, active + self.other])
-            guided, base = self.velocity(*twice).chunk(2)
-            return base + scale * (guided - base)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient):
-            base = self.other(x, t, active)
-        return base + scale * (self.velocity(x, t, active) - base)
+            again = given[0], given[1], given[2] + self.other
+            twice = (torch.cat(parts) for parts in zip((x, t, active), again, strict=True))
+            whole, base = self.velocity(*twice).split([len(t), n])
+        else:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient):
+                base = self.other(*given)
+            whole = self.velocity(x, t, active)
+        guided = base + scale * (whole[at] - base)
+        return guided if every else whole.index_copy(0, at, guided)
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,12 @@ class Guidance:
             return guided
         other = bind(second, context[n:] if gradient else context[n:].detach())
         return Guided(scales, guided, other, gradient)
+
+
+def step_forwards(scale: Scale, boundary: float | None, timesteps: Tensor) -> list[int]:
+    """Forwards of a step at each of `timesteps` [n]: two where its guidance is not 1."""
+    found = Scales(*scales(scale), TRAIN_STEPS * (boundary or 0.0)).at(timesteps)
+    return [1 + (value != 1) for value in found.tolist()]
 
 
 def check_scales(config: Config, rollout: Scale, graded: Scale, field: str) -> tuple[Scales, Scales]:

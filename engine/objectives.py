@@ -136,6 +136,11 @@ def schedule_of(rollout: RolloutConfig, dtype: torch.dtype | None = None) -> flo
     return whole_schedule(rollout, dtype, _skipped(rollout))
 
 
+def chain_steps(rollout: RolloutConfig) -> int:
+    """The steps of schedule_of(rollout)."""
+    return rollout.steps - _skipped(rollout)
+
+
 def train_levels(rollout: RolloutConfig, dtype: torch.dtype | None = None) -> flow.Levels:
     """The noise levels that flow matching and reward training draw from; UserError where none are. dtype:
     what latents are rounded to."""
@@ -299,9 +304,13 @@ class Grading:
         g = self.grader
         return chain.Chain(self.velocity, g.schedule, start, self.stretch, g.together, self.plain)
 
-    def windows(self, noise: Tensor, indices: Tensor) -> Iterator[GradedWindow]:
-        """The windows of one rollout, see graded_windows."""
-        way = self.way(fixed(self.grader.model, self.batch, noise))
+    def windows(
+        self, start: Tensor | list[list[flow.SolverState | None]], indices: Tensor
+    ) -> Iterator[GradedWindow]:
+        """The windows of one rollout from noise or from known states, see graded_windows."""
+        if isinstance(start, Tensor):
+            start = fixed(self.grader.model, self.batch, start)
+        way = self.way(start)
         yield from map(partial(self.grade, way), indices)  # no window lives here while the next is made
 
     def grade(self, way: chain.Chain, index: Tensor) -> GradedWindow:

@@ -55,9 +55,10 @@ KINDS = {
     },
     "rollout": {
         "score": "solver steps sigmas shift sigma_range start whole_timesteps",
+        "source": "lora",
         # A pool that was made under other fields is left out, and its chains start anew (rollout/pool.py).
-        "free": "mode pool pool_place stride range samples one_index guidance guidance_at_once precision "
-        "cache probe_every max_drift cuda_graph",
+        "free": "mode pool pool_place stride range samples seeds seeds_step seeds_keep one_index guidance "
+        "guidance_at_once precision cache probe_every max_drift cuda_graph",
     },
     "chain": {"free": "window detach_input guidance unconditional"},
     "loss": {
@@ -73,7 +74,10 @@ KINDS = {
         "call": "out resume compat",
     },
     "parallel": {"free": "replicate sequence resident save_async timeout"},
-    "eval": {"score": "samples timesteps seed one_noise pairs guidance", "free": "every batch_size videos"},
+    "eval": {
+        "score": "samples timesteps seed one_noise pairs guidance rollout_lora",
+        "free": "every batch_size videos",
+    },
     "sample": {"free": "count seed guidance codec fps"},
 }
 KIND = {
@@ -84,7 +88,7 @@ KIND = {
 }
 MODELS = (  # the other sources are lists
     "model.path", "model.low", "lora.path", "reward.path", "reward.query_attention", "reward.mlp",
-    "reward.more", "data.null_text",
+    "reward.more", "data.null_text", "rollout.lora",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain
-from prfl_engine.best_of import best_of, check_choice, forwards, judge
+from prfl_engine.best_of import best_of, check_choice, judge
 from prfl_engine.build import load_generator, make_frozen_reward, pick_device
 from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import (
@@ -27,7 +27,7 @@ from prfl_engine.data import (
 )
 from prfl_engine.errors import UserError, check
 from prfl_engine.files import atomic_folder
-from prfl_engine.guidance import guidance_of
+from prfl_engine.guidance import guidance_of, step_forwards
 from prfl_engine.inputs import check_new
 from prfl_engine.metrics import note, progress
 from prfl_engine.objectives import chain_velocity, fixed, whole_schedule
@@ -90,7 +90,7 @@ def sample(
                 ]
             latents.extend(fixed(model, batch, finite("sample", latent, paths[first:])).cpu())
     if reward is not None:
-        note(_cost(count, step, r.steps, guidance is not None))
+        note(_cost(count, step, step_forwards(s.guidance, config.model.boundary, schedule.timesteps)))
     metas = [
         {**reader.given(path), "source": str(path.absolute()), **of}
         for path, of in zip(paths, chosen, strict=True)
@@ -98,11 +98,12 @@ def sample(
     return write_samples(out, latents, s, metas, keep)
 
 
-def _cost(count: int, step: int, steps: int, guided: bool) -> str:
-    ours, all_ = (n * (1 + guided) for n in forwards(count, step, steps))
+def _cost(count: int, step: int, each: Sequence[int]) -> str:
+    """What best of `count` costs, with so many forwards of each step."""
+    ours, all_ = count * sum(each[:step]) + sum(each[step:]), count * sum(each)
     return (
-        f"best of {count}, judged after {step} of {steps} steps: {ours} forwards of the generator a sample, "
-        f"{ours / all_:.2f} of the {all_} to finish all, and {count} of the reward model"
+        f"best of {count}, judged after {step} of {len(each)} steps: {ours} forwards of the generator a "
+        f"sample, {ours / all_:.2f} of the {all_} to finish all, and {count} of the reward model"
     )
 
 

@@ -29,6 +29,8 @@ class Purpose(Enum):
     SFT_NOISE = auto()  # noise of flow matching
     ROLLOUT_INDEX = auto()  # graded steps of a rollout
     ROLLOUT_NOISE = auto()  # noise that a rollout starts from
+    SEED_NOISE = auto()  # the same of the further seeds of a sample (seed_position)
+    SEED_TURN = auto()  # which of two seeds of a sample is graded first
     POOL_PLACE = auto()  # where in the range a slot of a pool of chains starts (slot)
     POOL_ORDER = auto()  # the order in which the slots of a stratum are drawn (round and stratum)
     POOL_JUMP = auto()  # how far a round of draws runs ahead (round)
@@ -66,6 +68,11 @@ def noise_like(latent: Tensor, purpose: Purpose, seed: int, first: int) -> Tenso
     for row, rng in zip(noise.numpy(), each(purpose, seed, first, len(noise)), strict=True):
         rng.standard_normal(dtype=np.float32, out=row)
     return noise.to(latent.device, non_blocking=True)
+
+
+def seed_position(seed: int, position: int) -> int:
+    """The position that further seed `seed` of the sample at a position has: of no other of either."""
+    return (seed << 64) + position
 
 
 def integers(below: int, purpose: Purpose, seed: int, first: int, count: int) -> Tensor:

@@ -1,6 +1,7 @@
 """PRFL training: flow matching, and the reward of a graded denoising step (a step that carries gradient)."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.metrics import decimal
 from prfl_engine.micro_batches import MicroBatches
-from prfl_engine.model import flops
+from prfl_engine.model import flops, lora
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import plain_blocks
 from prfl_engine.objectives import (
@@ -120,6 +121,9 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     world.check_checkpoint(resume)
     world.stop_if_asked()
     policy = world.place(make_policy(c, resume, device, world.shard))
+    if c.rollout.lora is not None:
+        with world.agreed():
+            lora.lend(policy, c.rollout.lora)
     world.stop_if_asked()
     reward = make_frozen_reward(c, policy, device, world.shard) if use_reward or c.reward.path else None
     reward = reward and world.place(reward)
@@ -235,7 +239,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         scored = [(made.transformer.config, made.feature_layer) for made in rewards.values()] or [None]
         found, *others = (flops.costs(policy.config, shape, c.lora.rank, own) for own in scored)
         if reward is not None:
-            found.flops["reward"] += sum(other.flops["reward"] for other in others)
+            for name in ("reward", "judged"):
+                found.flops[name] += sum(other.flops[name] for other in others)
             found.flops["reward"] *= c.reward.draws
         return found
 
@@ -290,7 +295,10 @@ def evaluate_policy(
         samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, plain_blocks, t))
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
         start = fixed(policy, batch, start_of(r, schedule, batch.latent, noise))
-        state = chain.rollout(chain_velocity(policy, batch, guidance), schedule, start, torch.full((n,), end))
+        with lora.lent(policy) if e.rollout_lora else nullcontext():
+            velocity = chain_velocity(policy, batch, guidance)
+            state = chain.rollout(velocity, schedule, start, torch.full((n,), end))
+        del velocity
         latent, last = (state.x, None) if ends is None else (state.m0, state.x)
         latent = fixed(policy, batch, latent)
         del state, start

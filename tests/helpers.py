@@ -12,8 +12,10 @@ from prfl_engine.batch import Batch
 from prfl_engine.memory.policy import BlockPolicy, named
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.model.checkpoint import new_reward, save_reward, save_transformer
-from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
+from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS, Linear
+from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
+from prfl_kernels.sublayers.products import LowRank
 
 SHAPE = (16, 1, 4, 4)  # channels, frames, rows, columns of a latent: 4 tokens
 
@@ -52,6 +54,19 @@ def tiny_reward(config: WanConfig | None = None, seed: int = 1, blocks: int = 1,
 def under(policy: str | BlockPolicy = "none", keep: str = "all") -> RunBlocks:
     """Blocks under a policy or the mode of that name."""
     return run_under(named(policy, keep) if isinstance(policy, str) else policy)
+
+
+def write_adapter(folder: Path, config: WanConfig, rank: int = 2, seed: int = 3, scale: float = 2.0) -> Path:
+    """An adapter of all linear layers of a model, those outside of blocks included; returns its folder."""
+    generator = torch.Generator().manual_seed(seed)
+    updates = {}
+    for name, m in WanTransformer(config).named_modules():
+        if isinstance(m, Linear):
+            n, k = m.weight.shape
+            down, up = (torch.randn(s, generator=generator) for s in ((rank, k), (n, rank)))
+            updates[name] = LowRank(down / k**0.5, 0.1 * up, scale)
+    write_peft(updates, folder)
+    return folder
 
 
 def random_batch(

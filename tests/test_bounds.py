@@ -127,11 +127,11 @@ CALLS = {
        for part in ("rollout", "chain", "eval")},
 }  # fmt: skip
 """The command that a number is used in, and what it is used with."""
-LONG = ("data.num_workers", "reward.num_queries", "rollout.steps", "rollout.samples", "train.steps",
-        "train.accumulate", "eval.samples", "sample.count")  # fmt: skip
+LONG = ("data.num_workers", "reward.num_queries", "rollout.steps", "rollout.samples", "rollout.seeds",
+        "train.steps", "train.accumulate", "eval.samples", "sample.count")  # fmt: skip
 """Numbers that are work: as large as they may be they are a run that a test cannot wait for."""
 REFUSED = ("lora.rank", "reward.draws", "reward.blocks", "reward.num_heads", "reward.feature_layer",
-           "rollout.pool", "rollout.stride", "rollout.one_index",
+           "rollout.pool", "rollout.stride", "rollout.one_index", "rollout.seeds_step",
            "parallel.replicate", "parallel.sequence")  # fmt: skip
 """Numbers that the model bounds too, or another setting, or the number of processes."""
 
@@ -168,7 +168,8 @@ def test_a_run_bears_every_float(name, low, high, call):
 
 def test_a_run_bears_every_whole_number(call, capsys):
     ends = {name: end for name, *end in numbers(int)}
-    low = [f"{name}={low}" for name, (low, _) in ends.items() if name != "rollout.pool"]
+    alone = "rollout.pool", "rollout.seeds_step"  # with another setting only
+    low = [f"{name}={low}" for name, (low, _) in ends.items() if name not in alone]
     high = [f"{name}={high}" for name, (_, high) in ends.items() if name not in LONG + REFUSED]
     new = "train-reward", "reward.path=null"
     for run in [("train", *low, "reward.num_heads=auto"), (*new, *low), ("train", *high), (*new, *high)]:

@@ -14,7 +14,7 @@ import run_cases as cases
 import torch
 import torch.distributed as dist
 import training_runs
-from helpers import SHAPE, move_data, write_run
+from helpers import SHAPE, move_data, tiny_config, write_adapter, write_run
 from ranks import Ranks
 from training_runs import assert_equal, content, flip
 
@@ -66,9 +66,11 @@ def values(folder: Path) -> list[dict[str, float]]:
     "settings",
     [
         {"rollout": {"steps": 5}, "chain": {"window": 3}, "loss": {"anchor": 0.5}},
-        {"rollout": {"steps": 5}, "parallel": {"sequence": 2}},
-        {"rollout": {"steps": 5, "cache": 0.3, "max_drift": 9}, "parallel": {"resident": True}},
-        {"rollout": {"steps": 5, "one_index": 2}, "parallel": {"replicate": 2}},
+        {"rollout": {"steps": 5, "seeds": 2, "seeds_keep": "both", "samples": 2},
+         "parallel": {"sequence": 2}},
+        {"rollout": {"steps": 5, "cache": 0.3, "max_drift": 9, "seeds": 2, "lora": "adapter"},
+         "parallel": {"resident": True}},
+        {"rollout": {"steps": 5, "one_index": 2, "lora": "adapter"}, "parallel": {"replicate": 2}},
         {"rollout": {"steps": 5, "mode": "persistent", "pool": 8}},
         {"rollout": {"steps": 5, "mode": "persistent", "pool": 4}, "parallel": {"sequence": 2}},
     ],
@@ -81,6 +83,10 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
         again = {"name": "again", "path": str(tmp_path / "reward"), "form": "log"}
         settings = settings | {"reward": {"draws": 2, "more": [again]}}
     validation = {"every": 3, "samples": 3, "batch_size": 1, "videos": 3}
+    if "lora" in settings["rollout"]:
+        adapter = write_adapter(tmp_path / "adapter", tiny_config())
+        settings = settings | {"rollout": settings["rollout"] | {"lora": str(adapter), "max_drift": 9}}
+        validation["rollout_lora"] = "replicate" in settings["parallel"]
     shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": validation}
     config = write_run(tmp_path, samples=8, **shared, **settings)
     said = run(config, f"train.out={tmp_path}/two", patch=cases.told_validation)

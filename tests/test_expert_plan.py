@@ -143,12 +143,19 @@ def test_a_slow_link_is_waited_for(tmp_path):
     ({"sigma_range": (0.0, 0.875)}, {}, 32.0, 1.0), ({"guidance": 4.0}, {}, 38.0, 1.0),
     ({"guidance": 4.0}, {"guidance": 4.0}, 39.0, 1.0),
     ({"guidance": 4.0}, {"guidance": 4.0, "unconditional": "gradient"}, 38.0, 2.0),
+    ({"guidance": (1, 4)}, {}, 19.0 + 2.0, 1.0),  # (12 + ... + 0) / 39 of the steps below the boundary
+    ({"guidance": (1, 4)}, {"guidance": (1, 4)}, 19.0 + 2.0 + 13 / 39, 1.0),
+    ({}, {"guidance": (1, 4), "unconditional": "gradient"}, 19.0, 1.0 + 13 / 39),
+    ({"seeds": 4, "seeds_step": 10}, {}, 40 + 28 * 29 / 2 / 39, 1.0),
+    ({"seeds": 4, "seeds_step": 10, "range": (12, 38)}, {}, 40 + 15, 1.0),
+    ({"seeds": 3, "seeds_step": 2, "seeds_keep": "both", "samples": 2, "range": (2, 13)}, {},
+     6 + 2.5 + 8.5, 2.0),
 ])  # fmt: skip
 def test_forwards_of_a_graded_step(rollout, chain, forwards, passes):
     setup = Setup(PRESETS["t2v-a14b-high"], (1, 16, 1, 2, 2), rollout=RolloutConfig(**T2V, **rollout))
-    setup = replace(setup, chain=ChainConfig(**chain))
+    setup = replace(setup, chain=ChainConfig(**chain), boundary=0.875)
     assert rollout_forwards(setup) == pytest.approx(forwards)
-    assert graded_passes(setup) == passes
+    assert graded_passes(setup) == pytest.approx(passes)
 
 
 def test_the_configurations_of_experts():

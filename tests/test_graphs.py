@@ -5,10 +5,11 @@ from itertools import count
 
 import pytest
 import torch
-from helpers import model_and_batch, random_batch, relative, tiny_config, tiny_model
+from helpers import model_and_batch, random_batch, relative, tiny_config, tiny_model, write_adapter
 
 from prfl_engine import chain, flow
 from prfl_engine.config import RolloutConfig
+from prfl_engine.model import lora
 from prfl_engine.objectives import bind
 from prfl_engine.rollout.accelerated import Rollout, make_rollout
 from prfl_engine.rollout.cuda_graphs import Captured, CudaRecorder
@@ -133,11 +134,16 @@ def test_recordings_share_a_pool_and_never_one_that_is_dead(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"cache": 0.3}, {"precision": "fp8"}, {"precision": "fp8", "cache": 0.3}]
-)
-def test_a_rollout_by_replays_is_the_rollout(fields):
+    "fields", [
+        {}, {"cache": 0.3}, {"precision": "fp8"}, {"precision": "fp8", "cache": 0.3}, {"lora": "adapter"},
+        {"lora": "adapter", "precision": "fp8"},
+    ],
+)  # fmt: skip
+def test_a_rollout_by_replays_is_the_rollout(fields, tmp_path):
     """Samples leave the batch on the way: two shapes. With a cache part of a batch may be computed."""
     model, batch = model_and_batch("t2v", 2, dim=128, num_heads=2)
+    if "lora" in fields:
+        lora.lend(model, write_adapter(tmp_path, model.config))
     schedule, index = flow.make_schedule("unipc", 8, 5.0), torch.tensor([6, 3])
     noise = torch.randn_like(batch.latent)
     record, found = FakeRecorder(), []

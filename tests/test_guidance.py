@@ -1,6 +1,7 @@
 """Classifier-free guidance of chains: against plain code in float64, its cost, what it is refused with."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -118,6 +119,31 @@ def test_what_guidance_costs(gradient, at_once):
     before = [(4, False)] if at_once else [(2, False)] * 2
     inside = [(n, False) for n, _ in window]
     assert calls == before * 2 + inside + window * 2
+
+
+@pytest.mark.parametrize("with_gradient, gradient, at_once", [
+    (True, False, False), (True, True, False), (True, True, True), (False, False, False),
+    (False, False, True),
+])  # fmt: skip
+def test_where_the_scale_is_1_a_step_is_an_unguided_one(with_gradient, gradient, at_once):
+    """To the bit, and for one forward; in one call with samples that are guided, too."""
+    model, _, batch, guidance = setup(rollout=(1, 3), graded=(1, 3), gradient=gradient, at_once=at_once)
+    both, calls, inner = guidance.both(batch), [], model.forward
+    context = model.embed_context(both.text)
+    model.forward = lambda x, *rest: (calls.append(len(x)), inner(x, *rest))[1]
+    velocity = guidance.velocity(partial(bind, model), both, context, with_gradient)
+    active, got = torch.arange(2), {}
+    for t in ([700, 900], [699, 100], [100, 800]):
+        calls.clear()
+        got[t[0]] = velocity(batch.latent, torch.tensor(t), active), sum(calls), velocity.halves
+    plain = bind(model, batch, context[:2])(batch.latent, torch.tensor([700, 900]), active)
+    assert torch.equal(got[700][0], plain) and got[700][1:] == (2, 0)
+    assert got[699][1:] == (4, 2) and got[100][1:] == (3, 1)
+    plain = bind(model, batch, context[:2])(batch.latent, torch.tensor([100, 800]), active)
+    torch.testing.assert_close(got[100][0][1], plain[1], rtol=1e-12, atol=1e-12)
+    v, base = (model(batch.latent[:1], torch.tensor([100]), c) for c in (context[:1], context[2:3]))
+    torch.testing.assert_close(got[100][0][:1], base + 3 * (v - base), rtol=1e-10, atol=1e-10)
+    assert got[100][0].requires_grad  # of whoever asks; the halves are as `gradient` says
 
 
 @pytest.mark.parametrize("at_once", [False, True])

@@ -15,7 +15,7 @@ from prfl_engine.model.layers import Linear
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.shards import unsharded
 
-_SETTINGS = ("chunk", "sequence", "compiled", "compute_dtype", "residual_dtype", "lora_scale")
+_SETTINGS = ("chunk", "sequence", "compiled", "compute_dtype", "residual_dtype", "lora_scale", "lent")
 
 
 class Resident:

@@ -86,7 +86,8 @@ class Costs(NamedTuple):
     tokens: int
     flops: dict[str, float]
     """By phase: rollout, a step; graded, a step with its backward; earlier, the backward of a window's step
-    before that, whose forward is the rollout's; flow_matching and reward, forward and backward."""
+    before that, whose forward is the rollout's; flow_matching and reward, forward and backward; judged, a
+    reward's forward."""
 
 
 def costs(
@@ -111,6 +112,7 @@ def costs(
     if reward is not None:
         scored = forward_work(*reward, tokens, head=False)
         found["reward"] = scored.forward + scored.backward(reward_trained)
+        found["judged"] = scored.forward
     return Costs(tokens, found)
 
 

@@ -32,11 +32,15 @@ class Linear(nn.Linear):
 
     lora_A [r, in] and lora_B [out, r], where prfl_engine.model.lora has set them, are a low-rank update of
     the weight, lora_scale * B A. prfl_kernels.sublayers.products adds it, here and in the fused sublayers.
+    `lent`, where prfl_engine.model.lora has set it, is a further update for rollouts: no parameter, and added
+    while `lent_on`.
     """
 
     compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
     lora_scale: float = 1.0
     left_out: bool = False  # whether the layer computes without its update for now
+    lent: LowRank | None = None
+    lent_on: bool = False
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
@@ -45,9 +49,12 @@ class Linear(nn.Linear):
 
     @property
     def low(self) -> LowRank | None:
-        """The low-rank update; None: there is none, or it is left out."""
+        """The low-rank update, of two their sum; None: there is none, or it is left out."""
         absent = self.lora_A is None or self.left_out
-        return None if absent else LowRank(self.lora_A, self.lora_B, self.lora_scale)
+        own = None if absent else LowRank(self.lora_A, self.lora_B, self.lora_scale)
+        if not self.lent_on or self.lent is None:
+            return own
+        return self.lent if own is None else own.plus(self.lent)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,9 +69,10 @@ class Linear(nn.Linear):
 class WideLinear(Linear):
     """A linear layer of the time embedding or the head: float32 at least, in every precision."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., out] of x [..., in]."""
-        return linear(x.to(wide(self.weight.dtype)), self.weight, self.bias, self.low)
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the layer computes in."""
+        return wide(self.weight.dtype)
 
 
 class RMSNorm(nn.Module):

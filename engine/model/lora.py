@@ -180,6 +180,30 @@ def apply(model: WanTransformer, path: str | Path) -> WanTransformer:
     return model
 
 
+def lend(model: WanTransformer, path: str | Path) -> None:
+    """Give the layers that an adapter names its updates for rollouts, whatever their ranks: frozen, in the
+    dtypes that the layers compute in, whole on every rank. They are no parameters: no checkpoint holds them,
+    and outside of `with lent(model)` nothing computes with them."""
+    updates, _ = read(path)
+    for name, m in _updated(model, updates, path).items():
+        factors = (a.to(m.weight.device, m.dtype) for a in updates[name].factors(torch.float32))
+        m.lent = LowRank(*factors, 1.0)
+
+
+@contextmanager
+def lent(*models: nn.Module) -> Iterator[None]:
+    """Inside a with block models compute with the updates that `lend` has given them, too. Without gradient
+    alone: a backward would compute without them."""
+    layers = [m for model in models for m in model.modules() if isinstance(m, Linear) and m.lent is not None]
+    for m in layers:
+        m.lent_on = True
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.lent_on = False
+
+
 def _attached(model: nn.Module) -> dict[str, Linear]:
     """The layers with updates."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.low is not None}

@@ -1,6 +1,8 @@
 """Bytes of the states that a denoising chain holds, counted from chains without a model."""
 
+import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
 import torch
@@ -11,6 +13,7 @@ from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.objectives import index_range
 from prfl_engine.planner.meta import meta_tensors
 from prfl_engine.planner.setup import ROUND, Latent, Setup
+from prfl_engine.rollout.choice import States, choose, judged_step, ranks
 
 FULL_HISTORY = 4  # steps after which every field of a sampler's state is a tensor of its own
 
@@ -39,10 +42,13 @@ def farthest(setup: Setup) -> list[list[list[int]]]:
         return [drawn(*part, sign * setup.window * (-1) ** j) for j, part in enumerate(parts)]
 
     together = [drawn(*part, 0) for part in parts]
+    early = []  # before seeds are judged: the states up to there are known, too
+    if judged_step(setup.rollout):
+        early = [[[low] * size for low, _ in parts]]
     if size == 1:
-        return [together]
+        return [together, *early]
     last_spread = [*together[:-1], drawn(*parts[-1], setup.window)]
-    return [together, last_spread, *([turning(1), turning(-1)] if count > 1 else [])]
+    return [together, last_spread, *early, *([turning(1), turning(-1)] if count > 1 else [])]
 
 
 def longest(setup: Setup) -> int:
@@ -54,11 +60,51 @@ def longest(setup: Setup) -> int:
     return max(held(setup, drawn, setup.window, copied) for drawn in farthest(setup)) + margin
 
 
-def held(setup: Setup, indices: list[list[int]], window: int, copied: bool = False) -> int:
+def held(
+    setup: Setup, indices: list[list[int]], window: int, copied: bool = False, seeds: bool = True
+) -> int:
     """Bytes of the chain, most at the begin of a step with gradient of all samples; copied: from a first
-    state in which all fields are tensors of their own."""
-    key = tuple(map(tuple, indices))
-    return _held_by(setup.latent, setup.rollout.steps, key, window, setup.chain.detach_input, copied)
+    state in which all fields are tensors of their own; seeds: with what is known when they have been
+    judged."""
+    key, r = tuple(map(tuple, indices)), setup.rollout
+    ways = (judged_step(r), len(ranks(r))) if seeds else (0, 1)
+    return _held_by(setup.latent, r.steps, key, window, setup.chain.detach_input, copied, *ways)
+
+
+def chains(
+    latent: Latent,
+    steps: int,
+    indices: list[list[int]],
+    window: int,
+    velocity: chain.Velocity,
+    judged: int,
+    seeds: int,
+    kept: Sequence[int],
+    judge: Callable[[Tensor], None] = lambda x: None,
+) -> Iterator[tuple[chain.Chain, Tensor]]:
+    """The chains of a sample with the graded steps of each, after all `seeds` have been rolled out to step
+    `judged` and scored by judge(x); 0: of one seed."""
+    drawn, line = torch.tensor(indices), schedule(steps)
+    if not judged:
+        noise = torch.empty(latent)
+        yield chain.Chain(velocity, line, noise), drawn
+        return
+    first = (drawn[0] - (window - 1)).clamp(min=0, max=judged)
+    number = itertools.count()
+
+    def rolled(_: int) -> States:
+        way = chain.Chain(velocity, line, torch.empty(latent))
+        way.advance_to(torch.full_like(first, judged), first)
+        return way.states
+
+    def score(x: Tensor) -> tuple[list[float], list[float]]:
+        judge(x)
+        place = [float(next(number))] * len(first)  # rising: every seed is held for a while
+        return place, place
+
+    chosen, _ = choose(map(rolled, range(seeds)), score, seeds, kept)
+    for i in range(count := len(chosen)):
+        yield chain.Chain(velocity, line, chosen.pop(0)), drawn[i::count]
 
 
 @cache
@@ -69,6 +115,8 @@ def _held_by(
     window: int,
     detach_input: bool,
     copied: bool,
+    judged: int,
+    count: int,
 ) -> int:
     live, most = LiveBytes(ROUND), 0
     factor = torch.ones((), requires_grad=True, device="meta")
@@ -80,12 +128,13 @@ def _held_by(
         return factor * x
 
     with meta_tensors(), live:
-        noise, drawn = torch.empty(latent), torch.tensor(indices)
-        way = chain.Chain(velocity, schedule(steps), noise)
-        if copied:
-            way.states = [[flow.SolverState(*map(torch.clone, first))] for [first] in way.states]
-        for index in drawn:
-            passed = way.graded(index, window, detach_input)
-            passed.backward(passed.x.sum())
-            del passed
+        given = latent, steps, indices, window, velocity, judged, count, range(count)
+        for way, drawn in chains(*given):
+            if copied:
+                way.states = [[flow.SolverState(*map(torch.clone, first))] for [first] in way.states]
+            for index in drawn:
+                passed = way.graded(index, window, detach_input)
+                passed.backward(passed.x.sum())
+                del passed
+            del way
     return most

@@ -140,6 +140,10 @@ class Choices:
             fresh += "rollout.pool=null", "rollout.pool_place=device", "rollout.stride=1"
         elif r.one_index:
             persistent += ("rollout.one_index=0",)
+        if r.seeds > 1:
+            persistent += "rollout.seeds=1", "rollout.seeds_step=null", "rollout.seeds_keep=steepest"
+        if r.lora is not None:
+            persistent += ("rollout.lora=null", "eval.rollout_lora=false")
         samples = sorted({*SAMPLES, r.samples})
         return [(*mode, f"rollout.samples={k}") for mode in (fresh, persistent) for k in samples]
 

@@ -37,11 +37,13 @@ from prfl_engine.objectives import (
     sft_loss,
 )
 from prfl_engine.optim.optimizer import set_grad_dtype
-from prfl_engine.planner.chain_bytes import FULL_HISTORY, farthest, held, longest, schedule
+from prfl_engine.planner.chain_bytes import FULL_HISTORY, chains, farthest, held, longest, schedule
 from prfl_engine.planner.meta import call, cut, default_dtype, meta_tensors
 from prfl_engine.planner.repeated import Repeated, ballast
 from prfl_engine.planner.setup import ROUND, Latent, Setup
 from prfl_engine.planner.updates import arrival_bytes
+from prfl_engine.rollout.choice import judged_step, ranks
+from prfl_kernels.sublayers.products import LowRank
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 SCALARS = 32 * ROUND  # losses, metrics and tables of angles
@@ -295,7 +297,7 @@ def _graded(
     steps, last = setup.rollout.steps, index_range(setup.rollout)[1]
     config = replace(setup.chain, window=min(setup.window, 2))
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
-    longer = longest(setup) - held(setup, index, config.window)
+    longer = longest(setup) - held(setup, index, config.window, seeds=False)
     names = ["graded step", *["window"] * (config.window - 1)]
     counter = _counter(model, reward, start and start.model)
     with _passes(setup.pool, counter, names) as (found, watch):
@@ -334,25 +336,44 @@ def rollout_bytes(setup: Setup) -> int:
 def _rollout_bytes(setup: Setup) -> int:
     with meta_tensors():
         model, reward = generator(setup, 2), reward_model(setup, 1)
+        _lend(setup, model)
         live = _counter(model, reward)
         base = live.now - SCALARS - setup.pool
         with live:
-            batch, noise, _ = inputs(setup, setup.latent)
+            batch = _batch(setup, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            extra = [reward.embed_context(batch.text, batch.clip)]
+            scored, extra = reward.embed_context(batch.text, batch.clip), []
             extra.append(ballast(accelerated_bytes(setup)))
-            forward = Repeated(live).velocity(bind(model, batch, context.detach()))
+            extra += [torch.empty_like(context)] if setup.lent else []
+            repeated = Repeated(live)
+            forward = repeated.velocity(bind(model, batch, context.detach()))
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
-                return x.clone() if torch.is_grad_enabled() else forward(x, t, active)
+                with lora.lent(model):
+                    return x.clone() if torch.is_grad_enabled() else forward(x, t, active)
 
+            def judge(x: Tensor) -> None:
+                repeated("judge", reward.score, x, torch.empty(len(x)), scored, batch.condition)
+
+            r = setup.rollout
+            seeds = judged_step(r), r.seeds, ranks(r), judge
             for drawn in farthest(setup):
-                way = chain.Chain(velocity, schedule(setup.rollout.steps), noise)
-                for index in torch.tensor(drawn):
-                    window = way.graded(index, setup.window)
-                    window.x = window.leaf = None  # without a backward it would live on in a cycle
+                for way, rows in chains(setup.latent, r.steps, drawn, setup.window, velocity, *seeds):
+                    for index in rows:
+                        window = way.graded(index, setup.window)
+                        window.x = window.leaf = None  # without a backward it would live on in a cycle
+                    del way
             del extra
     return live.peak - base
+
+
+def _lend(setup: Setup, model: WanTransformer) -> None:
+    """Give the layers of a model what an adapter of rollouts has for them."""
+    layers = dict(model.named_modules())
+    for name, rank in setup.lent:
+        if (m := layers.get(name)) is not None:
+            n, k = m.weight.shape
+            m.lent = LowRank(*(torch.empty(s, dtype=m.dtype) for s in ((rank, k), (n, rank))), 1.0)
 
 
 def accelerated_bytes(setup: Setup) -> int:

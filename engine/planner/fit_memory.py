@@ -13,6 +13,7 @@ from prfl_engine.config_method import scales
 from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
+from prfl_engine.model.lora_files import read
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import Precision, WanConfig, WanTransformer
 from prfl_engine.planner.dry_run import rollout_bytes
@@ -21,6 +22,7 @@ from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import RewardSetup, Setup, Validation
 from prfl_engine.planner.sharded import Gathered, Shards, gathered_bytes
 from prfl_engine.planner.standing import models_of, pinned, rounded
+from prfl_engine.rollout.choice import judged_step
 
 
 def fit_memory(
@@ -100,11 +102,14 @@ def setup_of(
         c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
         anchor=c.loss.anchor_place if c.loss.anchored else "none",
-        sequence=c.parallel.sequence, experts=c.trained_experts, idle=c.model.idle == "host",
-        first_frame=c.data.first_frame,
+        sequence=c.parallel.sequence, experts=c.trained_experts, boundary=c.model.boundary,
+        idle=c.model.idle == "host",
+        first_frame=c.data.first_frame, lent=_lent(c.rollout.lora),
         grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
         arriving=c.optim if c.optim.in_backward else None,
     )  # fmt: skip
+    if setup.reward_blocks:
+        judged_step(c.rollout)  # which refuses what it cannot be
     if setup.reward_blocks and c.rollout.mode == "persistent":
         chains, on_host = c.pool // readers, c.rollout.pool_place == "host"
         setup = replace(
@@ -113,6 +118,13 @@ def setup_of(
         if on_host:
             setup = replace(setup, pool_host=chains * sum(pinned(4 * n) for n in chain_values(setup)))
     return setup
+
+
+def _lent(path: str | None) -> tuple[tuple[str, int], ...]:
+    """The layers of the adapter of rollouts at a path, and their ranks."""
+    if path is None:
+        return ()
+    return tuple((name, len(low.down)) for name, low in read(path)[0].items())
 
 
 def chain_values(setup: Setup) -> list[int]:

@@ -1,14 +1,17 @@
 """How often the phases of a training step run on average, and their model FLOPs (`model.flops`)."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from prfl_engine.config import Config
 from prfl_engine.config_method import scales
 from prfl_engine.flow import TRAIN_STEPS
+from prfl_engine.guidance import step_forwards
 from prfl_engine.model.flops import costs
-from prfl_engine.objectives import index_range, schedule_of, steps_inside
+from prfl_engine.objectives import index_range, schedule_of, steps_inside, whole_schedule
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
+from prfl_engine.rollout.choice import graded_rows, judged_step
 
 
 def rollout_forwards(setup: Setup, groups: int = 1, padded: bool = False) -> float:
@@ -16,21 +19,45 @@ def rollout_forwards(setup: Setup, groups: int = 1, padded: bool = False) -> flo
     padded: `groups` ranks each make as many as the one that needs most."""
     r = setup.rollout
     first, last = index_range(r)
-    steps, k, halves = last + 1 - first, r.samples, 2 if scales(r.guidance) != (1, 1) else 1
-    constant = scales(setup.chain.guidance) != (1, 1) and setup.chain.unconditional == "detached"
-    more = _windows(setup) if constant else 0  # of halves of graded steps
+    steps, k = last + 1 - first, r.samples
+    timesteps = schedule_of(r).timesteps
+    each = step_forwards(r.guidance, setup.boundary, timesteps)
+    total = 0.0
+    if scales(setup.chain.guidance) != (1, 1) and setup.chain.unconditional == "detached":
+        graded = step_forwards(setup.chain.guidance, setup.boundary, timesteps)
+        total = _windows(setup, [n - 1 for n in graded])  # of halves of graded steps
     if r.mode == "persistent":  # a new chain makes the steps before the range
-        return more + halves * k * (r.stride - 1 + first * r.stride / steps)
-    before, width = (k - 1) * steps / k, steps / k  # the last of k strata
-    many = groups if padded else 1
-    below = (min(1.0, max(0.0, (i + 1 - before) / width)) for i in range(steps))
-    return more + halves * (first + sum(1 - share**many for share in below) + 1 - k)
+        between = (r.stride - 1) * sum(each[first : last + 1]) / steps
+        return total + k * (between + sum(each[:first]) * r.stride / steps)
+    judged, many, width = judged_step(r), groups if padded else 1, steps / k
+
+    def made(i: int, part: int) -> float:
+        """The chance that the graded step in one of k strata is not after step i."""
+        return min(1.0, max(0.0, (i + 1 - first - part * width) / width))
+
+    total += r.seeds * sum(each[:judged])
+    for rows in graded_rows(r):
+        *before, final = range(k)[rows]
+        for i in range(judged, last):
+            graded = sum(made(i, part) - made(i - 1, part) for part in before)
+            total += each[i] * (1 - made(i, final) ** many - graded)
+    return total
 
 
 def graded_passes(setup: Setup) -> float:
     """Forwards with gradient, on average, for all graded steps of a sample."""
-    both = scales(setup.chain.guidance) != (1, 1) and setup.chain.unconditional == "gradient"
-    return (1 + both) * _windows(setup)
+    scale, each = setup.chain.guidance, [1] * len(schedule_of(setup.rollout))
+    if scales(scale) != (1, 1) and setup.chain.unconditional == "gradient":
+        each = step_forwards(scale, setup.boundary, schedule_of(setup.rollout).timesteps)
+    return _windows(setup, each)
+
+
+def start_forwards(setup: Setup) -> float:
+    """Forwards of the frozen start, on average, for all graded steps of a sample: guided as they are."""
+    first, last = index_range(setup.rollout)
+    timesteps = schedule_of(setup.rollout).timesteps[first : last + 1]
+    each = step_forwards(setup.chain.guidance, setup.boundary, timesteps)
+    return setup.rollout.samples * sum(each) / len(each)
 
 
 def expert_switches(setup: Setup, boundary: float) -> float:
@@ -45,16 +72,19 @@ def expert_switches(setup: Setup, boundary: float) -> float:
     steps = last + 1 - first
     if r.mode == "persistent":  # a new chain begins with the high-noise expert
         return 2 * r.samples * r.stride / steps
-    levels = schedule_of(r).timesteps[first : last + 1]
-    low = int((levels < TRAIN_STEPS * boundary).sum())
-    return 2 * min(1.0, low * r.samples / steps)  # the last of the strata says
+    low = schedule_of(r).timesteps < TRAIN_STEPS * boundary
+    judged, chains = judged_step(r), len(graded_rows(r))
+    crossing = r.seeds if judged and low[judged - 1] else 0  # seeds that are there before they are judged
+    graded = min(1.0, int(low[first : last + 1].sum()) * r.samples / steps)  # the last of the strata says
+    return 2 * (crossing + chains * graded)
 
 
-def _windows(setup: Setup) -> float:
-    """Steps with gradient, on average, for all graded steps of a sample: windows are cut at the noise."""
+def _windows(setup: Setup, each: Sequence[int]) -> float:
+    """The sum of `each` over the steps with gradient, on average, for all graded steps of a sample: windows
+    are cut at the noise."""
     first, last = index_range(setup.rollout)
-    window = sum(min(setup.window, i + 1) for i in range(first, last + 1)) / (last + 1 - first)
-    return setup.rollout.samples * window
+    window = sum(sum(each[max(0, i + 1 - setup.window) : i + 1]) for i in range(first, last + 1))
+    return setup.rollout.samples * window / (last + 1 - first)
 
 
 def _trained_reward(setup: Setup) -> float:
@@ -64,15 +94,23 @@ def _trained_reward(setup: Setup) -> float:
 
 def validation_forwards(config: Config) -> int:
     """Forwards of the generator for a sample of a validation: of one expert alone its own steps."""
-    r = config.rollout
-    steps = r.steps if config.model.boundary is not None else steps_inside(r)[1]
-    return steps * (2 if scales(config.eval.guidance) != (1, 1) else 1)
+    r, boundary = config.rollout, config.model.boundary
+    timesteps = schedule_of(r).timesteps[: steps_inside(r)[1]]
+    if boundary is not None:
+        timesteps = whole_schedule(r).timesteps
+    return sum(step_forwards(config.eval.guidance, boundary, timesteps))
+
+
+def probe_forwards(setup: Setup, last: int) -> int:
+    """Forwards of a plain chain to step `last`."""
+    timesteps = schedule_of(setup.rollout).timesteps[:last]
+    return sum(step_forwards(setup.rollout.guidance, setup.boundary, timesteps))
 
 
 def step_flops(setup: Setup, forwards: float | None = None) -> dict[str, float]:
     """Model FLOPs of one micro-batch on all ranks that share it, by phase: "flow matching", "rollout",
-    "graded step", "reward"; or of "reward training" alone. forwards: of one sample without gradient, made in
-    fact; None: on average."""
+    "graded step", "reward", and the scores of several "seeds"; or of "reward training" alone. forwards: of
+    one sample without gradient, made in fact; None: on average."""
     samples = setup.latent[0]
     if setup.trains is not None:
         return {REWARD_TRAINING: samples * setup.sides * _trained_reward(setup)}
@@ -85,6 +123,7 @@ def step_flops(setup: Setup, forwards: float | None = None) -> dict[str, float]:
         return found
     return found | {
         "rollout": samples * (rollout_forwards(setup) if forwards is None else forwards) * cost["rollout"],
+        **({"seeds": samples * setup.rollout.seeds * cost["judged"]} if setup.rollout.seeds > 1 else {}),
         "graded step": samples * graded_passes(setup) * cost["graded"],
         "reward": samples * setup.rollout.samples * cost["reward"],
     }

@@ -190,8 +190,10 @@ class Search:
     @staticmethod
     def _plain(setup: Setup) -> Setup:
         """What blocks depend on: not on states of rollouts."""
+        r = setup.rollout
+        keep = "steepest" if r.seeds_keep == "both" else r.seeds_keep  # of one graded step
         rollout = replace(
-            setup.rollout, mode="fresh", pool=None, pool_place="device", stride=1, samples=1,
+            r, mode="fresh", pool=None, pool_place="device", stride=1, samples=1, seeds_keep=keep,
             precision="same", cache=0.0, cuda_graph=False,
         )  # fmt: skip
         return replace(setup, rollout=rollout, pool=0, drawn=0, pool_host=0, validation=None)

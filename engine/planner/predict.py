@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from prfl_engine.config import Config
+from prfl_engine.config import Config, RolloutConfig
 from prfl_engine.memory.policy import of_config
 from prfl_engine.objectives import index_range
 from prfl_engine.planner import between
@@ -36,12 +36,14 @@ from prfl_engine.planner.standing import (
     fp8_bytes,
     gradient_bytes,
     idle_bytes,
+    lent_bytes,
     models_of,
     segments,
     start_bytes,
     state_bytes,
     update_bytes,
 )
+from prfl_engine.rollout.choice import judged_step
 
 BUFFERS = "whole blocks by the order in which FSDP2 gathers and frees"
 
@@ -160,7 +162,9 @@ def _standing(
     graph = rollout_bytes(setup) if c.rollout.cuda_graph and setup.reward_blocks else 0
     stays = gathered_bytes(models, shards, setup.compute_dtype).resident if graph else 0
     # On a CPU the noise of drift probes is not copied, so it is there from the first of them on.
-    probes = gpu is None and setup.reward_blocks and (c.rollout.cache > 0 or c.rollout.precision == "fp8")
+    r = c.rollout
+    approximate = r.cache > 0 or r.precision == "fp8" or r.lora is not None
+    probes = gpu is None and setup.reward_blocks and approximate
     noise = rounded(4 * math.prod(setup.latent[1:])) if probes else 0
     of_shapes = "shapes of the parameters"
     found = [
@@ -173,6 +177,7 @@ def _standing(
         ("optimizer slots", slots, COUNTED, "two blocks in transit from and to the host"),
         ("averaged weights", ema, COUNTED, "float32"),
         ("e4m3 weights", fp8_bytes(models) if c.rollout.precision == "fp8" else 0, COUNTED, of_shapes),
+        ("rollout adapter", lent_bytes(setup), COUNTED, "A and B in the dtype of products, whole"),
         ("CUDA graph", graph, ESTIMATED, "as many bytes as a rollout needs stay reserved"),
         ("resident weights", stays, COUNTED, "all weights, which a graph needs at one place"),
         ("drift probes", noise, COUNTED, "noise"),
@@ -239,6 +244,7 @@ def _step(
         most = rollout_bytes(setup if like is None else like)
         if like is None:
             whole = {"sigma_range": (0.0, 1.0), "start": "noise"}  # an index counts from where chains begin
+            whole |= _mean_seeds(setup.rollout, middle)
             mean = replace(setup, rollout=replace(setup.rollout, range=(middle, middle), **whole))
             made[f"rollout, mean index {middle}"] = _rollout(mean, gathered, rollout_bytes(mean))
         else:
@@ -257,6 +263,15 @@ def _step(
             place = max(parts, key=lambda p: parts[p].bytes)
             made[name] = own(name, parts[place], place == "rest")
     return made
+
+
+def _mean_seeds(rollout: RolloutConfig, middle: int) -> dict:
+    """How seeds are judged before a graded step at the middle of the range: at their step, or before it."""
+    if rollout.seeds == 1:
+        return {}
+    if middle == 0:
+        return {"seeds": 1, "seeds_step": None, "seeds_keep": "steepest"}
+    return {"seeds_step": min(middle, judged_step(rollout))}
 
 
 def _rollout(setup: Setup, gathered: Gathered, most: int) -> tuple[Entry, ...]:

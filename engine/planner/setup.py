@@ -81,12 +81,14 @@ class Setup:
     pool_host: int = 0  # bytes of chains that persist on the host, pinned
     trains: RewardTraining | None = None  # None: a generator is trained
     experts: tuple[bool, bool] | None = None  # which of two experts is trained; None: there is one model
+    boundary: float | None = None  # the noise level between the two
     idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
     anchor: Literal["none", "device", "host"] = "none"  # where a forward of the frozen start is from
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
     first_frame: bool = False  # of every latent is given to a ti2v model
     grad_dtype: torch.dtype | None = None  # of gradients; None: of their weights
     alone: bool = False  # a backward is the only one of an optimizer step: there are no gradients before it
+    lent: tuple[tuple[str, int], ...] = ()  # layers and ranks of the adapter of rollouts
     arriving: OptimConfig | None = None  # what updates a parameter when its gradient arrives
 
     @property

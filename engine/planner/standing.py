@@ -7,6 +7,7 @@ holds ceil(rows / ranks) rows of each: FSDP2 pads the first dimension to a multi
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -15,9 +16,11 @@ import torch
 from torch import nn
 
 from prfl_engine.config import OptimConfig
+from prfl_engine.errors import check
+from prfl_engine.model.layers import Linear
 from prfl_engine.optim.block_adamw import BLOCK, state_layout
 from prfl_engine.optim.optimizer import in_blocks
-from prfl_engine.planner.dry_run import reward_model, trained
+from prfl_engine.planner.dry_run import generator, reward_model, trained
 from prfl_engine.planner.meta import meta_tensors
 from prfl_engine.planner.setup import ROUND, Setup, rounded
 from prfl_engine.planner.updates import Piece, Update, updated
@@ -118,6 +121,18 @@ def start_bytes(setup: Setup, models: Models) -> tuple[int, int]:
     blocks = sum(p.bytes() for p in models.generator if "blocks." in p.name)
     whole = sum(p.bytes() for p in models.generator)
     return (whole, 0) if setup.anchor == "device" else (whole - blocks, blocks)
+
+
+def lent_bytes(setup: Setup) -> int:
+    """Bytes of the adapter of rollouts, whole on every rank. UserError for a layer that there is not."""
+    found = 0
+    with meta_tensors():
+        layers = dict(generator(setup, 1).named_modules()) if setup.lent else {}
+    for name, rank in setup.lent:
+        m = layers.get(re.sub(r"^blocks\.\d+\.", "blocks.0.", name))
+        check(isinstance(m, Linear), "rollout.lora", name, "an adapter of linear layers of the model")
+        found += sum(rounded(rank * n * m.dtype.itemsize) for n in m.weight.shape)
+    return found
 
 
 @cache

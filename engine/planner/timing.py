@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prfl_engine.config import Config
-from prfl_engine.config_method import scales
 from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.flops import (
     expert_switches,
     graded_passes,
+    probe_forwards,
     rollout_forwards,
+    start_forwards,
     step_flops,
     validation_forwards,
 )
@@ -145,6 +146,10 @@ def times(
         gather = links.forward / (count if resident and count else samples)
         model = share * flops["rollout"] / useful if useful else 0.0
         add("rollout", graded * count, forward, gather, links.exchange_forward / samples, model)
+    if graded and c.rollout.seeds > 1:
+        judged = forward_seconds(_scoring(setup, reward)[0], rates) / p
+        count, waits = c.rollout.seeds * samples, links.exchange_reward / 3 / samples
+        add("seeds", graded * count, judged, links.reward / 2 / samples, waits, flops["seeds"] / count)
     passes = graded_passes(setup)
     if graded:
         model = flops["graded step"] / passes
@@ -160,8 +165,7 @@ def times(
     add("flow matching", sft, one, links.graded, links.exchange_graded, flops.get("flow matching", 0.0))
     if c.loss.anchored:
         often = 1.0 if c.loss.anchor else 1 / c.loss.anchor_every
-        halves = 2 if scales(c.chain.guidance) != (1, 1) else 1
-        count = often * samples * (sft + halves * graded * c.rollout.samples)
+        count = often * samples * (sft + graded * (start_forwards(setup) if graded else 0))
         coming = start_bytes(setup, models)[1] / rates.link
         model = forward_work(setup.config, setup.count, setup.tokens // samples).forward
         hidden = (links.forward + coming) / samples
@@ -223,9 +227,10 @@ def _probes(c: Config, setup: Setup) -> float:
     if not setup.reward_blocks:
         return 0.0
     r, last = c.rollout, index_range(c.rollout)[1]
-    approximate = r.precision == "fp8" or r.cache > 0
-    forwards = (2 * last if approximate else 0) + (last + 1 if r.mode == "persistent" else 0)
-    return forwards * (2 if scales(r.guidance) != (1, 1) else 1) / r.probe_every
+    approximate = r.precision == "fp8" or r.cache > 0 or r.lora is not None
+    forwards = 2 * probe_forwards(setup, last) if approximate else 0
+    forwards += probe_forwards(setup, last + 1) if r.mode == "persistent" else 0
+    return forwards / r.probe_every
 
 
 def _optimizer(

@@ -1,4 +1,5 @@
-"""Cheaper steps without gradient for a rollout: in fp8, with step caching, as a CUDA graph.
+"""Cheaper steps without gradient for a rollout: in fp8, with step caching, as a CUDA graph, with an adapter
+that is distilled to few steps.
 
 Off by default. Acceleration changes which latents a rollout visits, never the gradient: graded steps, the
 reward and flow matching run in the ordinary precision, at the latents that the rollout has visited. The drift
@@ -11,6 +12,7 @@ resumed run depends only on its weights and step number.
 """
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -21,6 +23,7 @@ from prfl_engine.batch import Batch
 from prfl_engine.config import RolloutConfig
 from prfl_engine.errors import UserError
 from prfl_engine.guidance import Guidance
+from prfl_engine.model import lora
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
 from prfl_engine.objectives import fixed
 from prfl_engine.rollout.cuda_graphs import Captured, CudaRecorder
@@ -39,7 +42,7 @@ def make_rollout(
 ) -> "Rollout | None":
     """The accelerated rollout that the configuration asks for, or None if it asks for none. together: the
     ranks that share a sharded model. Raises UserError if this model or device cannot run it."""
-    if config.precision == "same" and config.cache == 0 and not config.cuda_graph:
+    if config.precision == "same" and config.cache == 0 and not config.cuda_graph and config.lora is None:
         return None
     if config.cuda_graph and device.type != "cuda":
         raise UserError(f"rollout.cuda_graph: got true on {device.type}, want a CUDA device")
@@ -71,12 +74,14 @@ class Rollout:
         fast = plain
         if self.fp8 is not None:
             fast = self.fp8 if record is None else self._captured(self.fp8, record)
+        elif record is not None and config.lora is not None:  # its recordings have the adapter in them
+            fast = self._captured(plain_blocks, record)
         self.blocks: dict[bool, RunBlocks] = {False: plain, True: fast}
 
     @property
     def approximate(self) -> bool:
         """Whether an accelerated rollout visits other latents than a plain one."""
-        return self.fp8 is not None or self.config.cache > 0
+        return self.fp8 is not None or self.config.cache > 0 or self.config.lora is not None
 
     def stretches(self, batch: Batch, context: Tensor) -> Callable[[], chain.Velocity]:
         """A function that gives the velocity for one stretch of steps without gradient.
@@ -84,7 +89,21 @@ class Rollout:
         A stretch ends with a graded step, before which the residuals of the step cache are freed.
         context as in `objectives.bind`; with guidance batch and context are those of `Guidance.both`.
         """
-        return lambda: self._velocity(batch, context.detach(), self.accelerated)
+        context = self._context(batch, context, self.accelerated)
+        return lambda: self._velocity(batch, context, self.accelerated)
+
+    @torch.no_grad()
+    def _context(self, batch: Batch, context: Tensor, accelerated: bool) -> Tensor:
+        """The context tokens of a rollout: of the adapter's own embedding, or those given."""
+        if self.config.lora is None or not accelerated:
+            return context.detach()
+        with self._adapted(accelerated):
+            return self.model.embed_context(batch.text, batch.clip)
+
+    def _adapted(self, accelerated: bool) -> AbstractContextManager[None]:
+        """A with block in which the model computes with the adapter of accelerated rollouts."""
+        on = accelerated and self.config.lora is not None
+        return lora.lent(*dict.fromkeys((self.model, self.runs))) if on else nullcontext()
 
     def _velocity(self, batch: Batch, context: Tensor, accelerated: bool) -> chain.Velocity:
         bound = partial(self._bound, accelerated)
@@ -98,14 +117,16 @@ class Rollout:
             last = self.schedule.timesteps[-1].item()
             cache = StepCache(self.config.cache, last, model.sequence, self.together)
         if accelerated and self.fp8 is not None:
-            self.fp8.follow(self.version)
+            with self._adapted(accelerated):
+                self.fp8.follow(self.version)
 
         @torch.no_grad()
         def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
             condition = None if batch.condition is None else _rows(batch.condition, active)
             t = t.to(x.device, non_blocking=True)
             run = run_blocks if cache is None else cached(run_blocks, cache, t, active)
-            return model(x, t, _rows(context, active), condition, run)
+            with self._adapted(accelerated):
+                return model(x, t, _rows(context, active), condition, run)
 
         return velocity
 
@@ -130,7 +151,8 @@ class Rollout:
         context = self.model.embed_context(batch.text, batch.clip)
         made = []
         for how in (True, False):
-            way = chain.Chain(self._velocity(batch, context, how), self.schedule, noise, None, self.together)
+            velocity = self._velocity(batch, self._context(batch, context, how), how)
+            way = chain.Chain(velocity, self.schedule, noise, None, self.together)
             way.advance_to(index, index)
             made.append(way.at(index, torch.arange(len(index))).x)
         fast, plain = made

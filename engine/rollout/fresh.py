@@ -18,6 +18,7 @@ from prfl_engine.objectives import (
     start_of,
     stratified_indices,
 )
+from prfl_engine.rollout.choice import Seeds
 from prfl_engine.rollout.drift import DriftMeter
 from prfl_engine.seeds import Purpose, each, noise_like, seeded
 
@@ -38,6 +39,7 @@ class Fresh:
         """readers: the groups of processes that have samples of their own."""
         self.grader, self.config, self.meter, self.anchor = grader, config, meter, anchor
         self.range = index_range(config.rollout)
+        self.seeds = Seeds(config) if config.rollout.seeds > 1 else None
         alike = config.rollout.one_index
         self.together = readers if alike == "turn" else alike  # micro-batches that have the same graded steps
 
@@ -47,18 +49,24 @@ class Fresh:
         c, g, extra = self.config, self.grader, {}
         at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
         indices = self.indices(key, n)
-        noise = noise_like(batch.latent, Purpose.ROLLOUT_NOISE, *at)
         if self.meter is not None:
             self.meter.begin(key // c.train.accumulate)
             extra = self.meter.values()
-        start = start_of(c.rollout, g.schedule, batch.latent, noise)
-        del noise
         anchor = self.anchor and self.anchor.at(key // c.train.accumulate)
         draw = partial(noise_like, purpose=Purpose.REWARD_DRAW, seed=at[0], first=at[1])
-        for window in Grading(g, batch, anchor, draw).windows(start, indices):
-            yield window, extra
-            del window  # its graph holds the state before it
-            extra = {}  # once for every micro-batch
+        grading = Grading(g, batch, anchor, draw)
+        if self.seeds is None:
+            noise = noise_like(batch.latent, Purpose.ROLLOUT_NOISE, *at)
+            starts = [(start_of(c.rollout, g.schedule, batch.latent, noise), indices)]
+            del noise
+        else:
+            starts, found = self.seeds.starts(grading, batch, key, indices)
+            extra = extra | found
+        while starts:
+            for window in grading.windows(*starts.pop(0)):
+                yield window, extra
+                del window  # its graph holds the state before it
+                extra = {}  # once for every micro-batch
 
     def indices(self, key: int, n: int) -> Tensor:
         """Graded steps [rollout.samples, n] of the n samples of micro-batch `key`, int64 on the CPU, each

@@ -64,6 +64,11 @@ class LowRank(NamedTuple):
         up = self.up if self.scale == 1 else self.scale * self.up.to(wide(dtype))
         return self.down.to(dtype), up.to(dtype)
 
+    def plus(self, other: "LowRank") -> "LowRank":
+        """One update that is the sum of both, of the sum of their ranks."""
+        ups = [a.up if a.scale == 1 else a.scale * a.up.to(wide(a.up.dtype)) for a in (self, other)]
+        return LowRank(torch.cat([self.down, other.down]), torch.cat(ups, 1), 1.0)
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None = None) -> Tensor:
     """x W^T + b, and the low-rank update, in x.dtype; x [..., K], weight [N, K] and bias [N] of any dtype.
