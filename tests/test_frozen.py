@@ -6,20 +6,33 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import model_and_batch, one_line, tiny_model, tiny_reward, under, write_run
+from helpers import (
+    model_and_batch,
+    one_line,
+    random_batch,
+    relative,
+    tiny_model,
+    tiny_reward,
+    under,
+    write_run,
+)
 from plan_runs import measured, random_values
 from test_expert_pair import Lazy, written
 from training_runs import assert_equal, content, run, values
 
+from prfl_engine import chain
 from prfl_engine.config import ChainConfig, LoraConfig, load_config
 from prfl_engine.config_models import Storage
+from prfl_engine.errors import UserError
 from prfl_engine.flow import make_schedule
 from prfl_engine.memory.frozen import Frozen, layout
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.model import lora
 from prfl_engine.model.layers import Linear
 from prfl_engine.model.start import Start
-from prfl_engine.objectives import Grader, Grading, sft_loss
+from prfl_engine.model.wan import PRESETS
+from prfl_engine.objectives import Grader, Grading, bind, sft_loss
+from prfl_engine.parallel import check_many
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.subject import find
 
@@ -152,6 +165,26 @@ def test_the_frozen_start_has_the_stored_values():
         assert torch.equal(got, want(batch.latent, t, want.embed_context(batch.text)))
 
 
+def test_the_drift_of_rounded_weights():
+    """How far velocities, and the ends of chains of 40 steps, are from those of the weights as they were: of
+    random weights of the preset tiny-t2v, which docs/training.md has."""
+    torch.manual_seed(0)
+    model = tiny_model(PRESETS["tiny-t2v"]).requires_grad_(False)
+    batch = random_batch(model.config, 2, (16, 3, 8, 8), 8)
+    schedule, t = make_schedule("unipc", 40, 5.0), torch.tensor([900.0, 300.0])
+
+    def made():
+        with torch.no_grad():
+            velocity = model(batch.latent, t, model.embed_context(batch.text))
+            return velocity, chain.sample(bind(model, batch), schedule, batch.latent)
+
+    want = made()
+    Frozen(STORAGES[0], CPU).take(model)
+    velocity, latent = (relative(*pair) for pair in zip(made(), want, strict=True))
+    print(f"relative L2: velocities {velocity:.4f}, latents {latent:.4f}")
+    assert 0.005 < velocity < 0.06 and 0.001 < latent < 0.06
+
+
 # Whole runs.
 
 
@@ -249,6 +282,13 @@ def test_what_does_not_go_together_is_refused_in_one_line(given, want, tmp_path,
     run("train", lora_run(tmp_path), *given.split(), code=2)
     assert want in one_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", ["lora.base=e4m3", "lora.base_place=host", "reward.place=host"])
+def test_several_processes_refuse_them(given, tmp_path):
+    path = lora_run(tmp_path)
+    with pytest.raises(UserError, match=rf"^{given.split('=')[0]}: got .* with several processes"):
+        check_many(load_config(path, [given]), 1)
 
 
 def test_reward_training_refuses_them(tmp_path, capsys):
