@@ -25,6 +25,7 @@ from prfl_engine.config import ChainConfig, LoraConfig, load_config
 from prfl_engine.config_models import Storage
 from prfl_engine.errors import UserError
 from prfl_engine.flow import make_schedule
+from prfl_engine.guidance import Guidance, Scales
 from prfl_engine.memory.frozen import Frozen, layout
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.model import lora
@@ -65,14 +66,21 @@ def matrices(model):
 
 
 def trained(model, reward, batch, run_blocks):
-    """Losses of flow matching and of a window of two steps, with the gradients of adapters and text."""
+    """Losses of flow matching and of a window of two steps, with the gradients of adapters and text. In a
+    backward of the window are two forwards of the generator (guidance) and of the reward model (draws)."""
     text = batch.text.clone().requires_grad_()
     batch, noise = batch._replace(text=text), torch.randn(batch.latent.shape).to(batch.latent)
     loss = sft_loss(model, batch, noise, torch.tensor([0.3, 0.7]), run_blocks).sum()
     loss.backward()
     schedule = make_schedule("unipc", 4, 3.0)
-    grader = Grader(model, reward, schedule, ChainConfig(2), run_blocks=run_blocks)
-    (window,) = Grading(grader, batch._replace(text=text.detach())).windows(noise, torch.tensor([[2, 1]]))
+    scales = Scales(2, 2, 0.0)
+    negative = torch.randn(3, batch.text.shape[2]).to(batch.text)
+    grader = Grader(
+        model, reward, schedule, ChainConfig(2), run_blocks=run_blocks, draws=2,
+        guidance=Guidance(negative, scales, scales, gradient=True),
+    )  # fmt: skip
+    grading = Grading(grader, batch._replace(text=text.detach()), draw=lambda x: noise)
+    (window,) = grading.windows(noise, torch.tensor([[2, 1]]))
     logit = window.logit.detach()
     window.backward(window.logit.sum())
     made = {name: p.grad for name, p in lora.parameters(model).items()}
