@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from prfl_engine.checkpoint_shards import INDEX
+from prfl_engine.checks import check_base_idle
 from prfl_engine.config import Config, LoraConfig, ModelConfig, RewardConfig
 from prfl_engine.errors import UserError, check, named, refusing
+from prfl_engine.memory.frozen import Frozen
 from prfl_engine.memory.idle import Idle
 from prfl_engine.model import lora
 from prfl_engine.model.checkpoint import (
@@ -78,21 +80,26 @@ def make_policy(
     if resume is not None and (resume / INDEX).is_file():
         resume = None
     lora.check_path(config.lora)
+    frozen = Frozen(config.lora.storage, device)
     if m.boundary is None:
-        return _generator(config, m.path and Path(m.path), resume, config.lora, device, shard)
+        source = m.path and Path(m.path)
+        loads = device if source is None else frozen.loads
+        return frozen.take(_generator(config, source, resume, config.lora, loads, shard))
     paths = (None, None) if m.path is None else pair_at(m.path, m.low)
+    loads = device if m.path is None else frozen.loads
     trained, made = config.trained_experts, []
     idle = Idle(device) if m.idle == "host" else None
     for place, (folder, path) in enumerate(zip((HIGH, LOW), paths, strict=True)):
         adapter = replace(config.lora, path=adapter_of(config.lora.path, folder, all(trained)))
         if trained[place]:
             own = resume and resume / folder
-            made.append(_generator(config, path, own, adapter, device, None, place))
+            made.append(_generator(config, path, own, adapter, loads, None, place))
         else:
-            made.append(_generator(config, path, None, LoraConfig(), device, None, place))
+            made.append(_generator(config, path, None, LoraConfig(), loads, None, place))
             if config.lora.path is not None and (Path(config.lora.path) / folder).is_dir():
                 lora.apply(made[-1], adapter.path)
             made[-1].requires_grad_(False)
+        frozen.take(made[-1])
         if idle is not None:
             idle.take(made[-1])
     return Experts(*made, m.boundary, idle)
@@ -116,21 +123,24 @@ def make_anchor(
 
 def load_generator(config: Config, device: torch.device) -> WanTransformer | Experts:
     """The generator of model.path for sampling, with the adapter of lora.path, or both experts with the
-    adapter of each."""
+    adapter of each. Weights that are stored apart are in model.weights_dtype, as in training."""
     m, made = config.model, []
+    frozen = Frozen(config.lora.storage, device)
+    dtype = DTYPES[m.weights_dtype] if frozen.storage.apart else None
 
     def load(path: str | Path, adapter: str | None) -> WanTransformer:
-        model = load_transformer(path, None, device).eval()
+        model = load_transformer(path, dtype, frozen.loads).eval()
         if adapter is not None:
             lora.apply(model, adapter)
-        return model.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
+        model.set_precision(DTYPES[m.compute_dtype], DTYPES[m.residual_dtype])
+        return frozen.take(model.requires_grad_(False))
 
+    check_base_idle(config)
     if m.boundary is None:
         return load(m.path, config.lora.path)
     idle = Idle(device) if m.idle == "host" else None
     for folder, path in zip((HIGH, LOW), pair_at(m.path, m.low), strict=True):
         made.append(load(path, adapter_of(config.lora.path, folder, both=True)))
-        made[-1].requires_grad_(False)
         if idle is not None:
             idle.take(made[-1])
     return Experts(*made, m.boundary, idle)
@@ -221,7 +231,8 @@ def make_more_rewards(
     """The reward models of reward.more, as make_frozen_reward makes one."""
     made = []
     for more in config.reward.more:
-        own = replace(config, reward=RewardConfig(path=more.path))
+        r = config.reward
+        own = replace(config, reward=RewardConfig(path=more.path, weights=r.weights, place=r.place))
         with named(f"reward.more {more.name}"):
             made.append(make_frozen_reward(own, policy, device, shard))
     return made
@@ -234,7 +245,8 @@ def make_frozen_reward(
     r, m = config.reward, config.model
     if r.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
-    made = dict(dtype=DTYPES[m.weights_dtype], device=device, shard=shard)
+    frozen = Frozen(r.storage, device)
+    made = dict(dtype=DTYPES[m.weights_dtype], device=frozen.loads, shard=shard)
     reward = load_reward(r.path, **r.heads, **made, **r.pooling)
     ours, theirs = policy.config, reward.transformer.config
     # A T2V model scores the latents of an I2V generator, too, without its first frame.
@@ -246,8 +258,11 @@ def make_frozen_reward(
         got = getattr(theirs, name)
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
-    set_up(reward.transformer, m)
-    return reward.freeze()
+    set_up(reward.freeze().transformer, m)
+    if r.storage.apart:
+        frozen.take(reward.transformer)
+        reward.to(device)
+    return reward
 
 
 def make_reward(

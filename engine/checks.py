@@ -4,6 +4,8 @@ from prfl_engine.config import Config
 from prfl_engine.errors import check
 from prfl_engine.guidance import check_training
 
+STORED = "lora.base e4m3 or lora.base_place host, whose weights come and go"
+
 
 def check_prfl(config: Config) -> None:
     """UserError for settings that a generator cannot be trained with."""
@@ -11,8 +13,42 @@ def check_prfl(config: Config) -> None:
         _check_one_backward(config)
     _check_start(config)
     _check_idle(config)
+    check_storage(config)
+    storage, want = config.lora.storage, "with lora.rank 0, which trains the weights"
+    check(config.lora.rank > 0 or not storage.e4m3, "lora.base", "e4m3", f"same {want}")
+    check(config.lora.rank > 0 or not storage.host, "lora.base_place", "host", f"device {want}")
     if config.loss.weight > 0:
         check_training(config)
+
+
+def check_storage(config: Config) -> None:
+    """UserError for what does not go with frozen matrices that come and go (memory.frozen)."""
+    c = config
+    check_base_idle(c)
+    if c.lora.storage.apart:
+        want = f"with {STORED}"
+        check(not c.model.compile, "model.compile", True, f"false {want}")
+        check(not c.rollout.cuda_graph, "rollout.cuda_graph", True, f"false {want}")
+        check(c.rollout.precision == "same", "rollout.precision", c.rollout.precision, f"same {want}")
+    if c.reward.storage.apart:
+        want = "false with reward.weights e4m3 or reward.place host, whose weights come and go"
+        check(not c.model.compile, "model.compile", True, want)
+
+
+def check_base_idle(config: Config) -> None:
+    """UserError for idle experts whose matrices are stored apart, so that nothing is left to wait."""
+    idle = config.model.idle
+    ok = idle == "device" or not config.lora.storage.apart
+    check(ok, "model.idle", idle, f"device with {STORED}")
+
+
+def check_stored(config: Config, why: str) -> None:
+    """UserError for frozen matrices that are stored apart, which `why` rules out."""
+    c = config
+    check(c.lora.base == "same", "lora.base", c.lora.base, f"same {why}")
+    check(c.lora.base_place == "device", "lora.base_place", c.lora.base_place, f"device {why}")
+    check(c.reward.weights == "same", "reward.weights", c.reward.weights, f"same {why}")
+    check(c.reward.place == "device", "reward.place", c.reward.place, f"device {why}")
 
 
 def _check_one_backward(config: Config) -> None:

@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="runs/demo", help="folder (default: %(default)s)")
     command("train", _train, "PRFL training of a generator.")
     plan = command("plan", _plan, "What a training takes: memory, seconds, which GPUs. Needs none.")
-    plan.add_argument("--gpu", default="h100-80", metavar="NAME", help="h100-80, h200, a100-80, b200")
+    plan.add_argument("--gpu", default="h100-80", metavar="NAME", help="see docs/planner.md")
     plan.add_argument("--gpus", type=int, metavar="N", help="default: 1; the most of a search: 64")
     plan.add_argument("--nodes", type=int, metavar="M", help="of how many nodes (default: 8 GPUs each)")
     plan.add_argument("--budget", type=float, metavar="GB", help="10^9 bytes (default: those of the GPU)")

@@ -1,7 +1,7 @@
 """The sections of the configuration that say what the models are: model, lora and reward."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from prfl_engine.bounds import (
     Count,
@@ -17,6 +17,18 @@ from prfl_engine.bounds import (
     Within,
 )
 from prfl_engine.errors import check
+
+
+class Storage(NamedTuple):
+    """How the frozen matrices of blocks are stored until a block needs them (engine/memory/frozen.py)."""
+
+    e4m3: bool = False
+    host: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether they are stored otherwise than they are used."""
+        return self.e4m3 or self.host
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,18 @@ class LoraConfig(Section, name="lora"):
     path: FilePath | None = None
     """Adapter to start from, or to sample with: a folder in PEFT's format, or a safetensors file in one of
     the formats of engine/model/lora_files.py."""
+    base: Literal["same", "e4m3"] = "same"
+    """How the frozen matrices of the generator's blocks are stored, in sampling too. e4m3: in one byte a
+    value, rounded with a scale for each row; a block computes, forward and backward, with these values in
+    model.weights_dtype. same: in model.weights_dtype."""
+    base_place: Literal["device", "host"] = "device"
+    """Where they are. host: pinned for a GPU, and copied to the device one block ahead, forward and backward;
+    the result is the same to the bit."""
+
+    @property
+    def storage(self) -> Storage:
+        """base and base_place."""
+        return Storage(self.base == "e4m3", self.base_place == "host")
 
 
 @dataclass(frozen=True)
@@ -180,6 +204,10 @@ class RewardConfig(Section, name="reward"):
     more: tuple[MoreReward, ...] = ()
     """PRFL: a list of further rewards, each with name, path, weight, form and target; that of `path` has the
     weight, form and target of the section loss. The score of a validation is their weighted mean."""
+    weights: Literal["same", "e4m3"] = "same"
+    """PRFL: how the matrices of the blocks of all reward models are stored, as lora.base."""
+    place: Literal["device", "host"] = "device"
+    """PRFL: where they are, as lora.base_place."""
     draws: Annotated[int, Within(1, 1000)] = 1
     """PRFL: noise levels at which every reward scores the result of a graded step; the mean of their losses
     is taken. The first is the level that it has. For the others, evenly spread from there to pure noise, it
@@ -210,6 +238,11 @@ class RewardConfig(Section, name="reward"):
         names = [more.name for more in self.more]
         check(not names, "reward.more", names, f"none {why}")
         check(self.draws == 1, "reward.draws", self.draws, f"1 {why}")
+
+    @property
+    def storage(self) -> Storage:
+        """weights and place."""
+        return Storage(self.weights == "e4m3", self.place == "host")
 
     @property
     def heads(self) -> dict[str, str | None]:

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 from prfl_engine import checksums
 from prfl_engine.agree import Agreed, gathered, patiently, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import INDEX
+from prfl_engine.checks import check_stored
 from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
@@ -336,10 +337,9 @@ def check_many(config: Config, readers: int) -> None:
         c.model.boundary is None, "model.boundary", c.model.boundary,
         f"null {many}: they train one expert alone",
     )  # fmt: skip
-    check(
-        c.loss.anchor_place == "device", "loss.anchor_place", c.loss.anchor_place,
-        f"device {many}: shards of the copy stay there",
-    )  # fmt: skip
+    place, want = c.loss.anchor_place, f"device {many}: shards of the copy stay there"
+    check(place == "device", "loss.anchor_place", place, want)
+    check_stored(c, f"{many}, which share the weights")
     apart = c.chain.unconditional == "gradient" and not c.rollout.guidance_at_once
     want = f"detached, or rollout.guidance_at_once, {many}: a backward goes through one forward of a block"
     check(not apart, "chain.unconditional", c.chain.unconditional, want)

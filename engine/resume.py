@@ -41,11 +41,12 @@ KINDS = {
         "free": "idle compute_dtype residual_dtype latent_dtype recompute keep compile chunk kernels host "
         "costs",
     },
-    "lora": {"source": "path", "fixed": "rank alpha targets"},
+    "lora": {"source": "path", "fixed": "rank alpha targets base", "free": "base_place"},
     "reward": {
         "source": "path query_attention mlp more",
         "fixed": "blocks feature_layer pool num_queries num_heads return_type train_embeddings loss",
-        "free": "dropout timesteps draws",
+        "score": "weights",
+        "free": "dropout timesteps draws place",
     },
     "data": {
         "source": "train lose null_text",

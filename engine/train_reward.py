@@ -9,6 +9,7 @@ from torch import Tensor
 from prfl_engine import flow
 from prfl_engine.build import make_reward, pick_device
 from prfl_engine.checkpoint_shards import INDEX
+from prfl_engine.checks import check_stored
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError
@@ -77,6 +78,7 @@ def train_reward(config: Config) -> None:
 def _train_reward(config: Config, device: torch.device, world: World) -> None:
     c = config
     c.reward.check_one("in reward training")
+    check_stored(c, "in reward training")
     lora.check_path(c.lora)
     adapted = c.lora.rank > 0
     text_dropout, pairs, dtype = c.data.dropout(0.0), c.reward.loss == "bt", flow.latent_dtype(c)
@@ -236,6 +238,7 @@ def eval_reward(config: Config) -> dict[float, dict[str, float]]:
     c = config
     if c.reward.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model")
+    check_stored(c, "in eval-reward")
     paths, lose, labels = read_lists(c.data.val, "data.val"), None, set()
     if c.reward.loss == "bt" and c.eval.pairs:
         lose = read_lists(c.data.val_lose, "data.val_lose")

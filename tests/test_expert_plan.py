@@ -82,6 +82,18 @@ def test_training_keeps_the_untrained_expert_on_the_host(tmp_path):
     assert idle_bytes(low, models)[:3] == (0, blocks, blocks)
 
 
+@pytest.mark.parametrize("trained", ["rollout.sigma_range=[0, 1]", "rollout.sigma_range=[0.875, 1]"])
+def test_a_pair_whose_frozen_matrices_wait_on_the_host(trained, tmp_path):
+    """2^18 values a block of tiny-t2v, 8 C^2 + 2 C F, of either expert, whichever is trained; two there."""
+    block, sizes, host = 4 * 2**18, [], []
+    for place in ("device", "host"):
+        config, found = planned(tmp_path, "lora.rank=4", f"lora.base_place={place}", trained)
+        made = memory(config, found.setup, None)
+        sizes.append(next(e.bytes for e in made.phases[-1].entries if e.category == "weights"))
+        host.append({e.category: e.bytes for e in made.host.entries}.get("frozen matrices", 0))
+    assert host == [0, 2 * 4 * block] and sizes[0] - sizes[1] == (2 * 4 - 2) * block
+
+
 def test_a_resumed_run_reads_the_average_of_trained_experts_alone(tmp_path):
     def read(*given: str) -> int:
         config, found = planned(tmp_path, "train.ema=0.9", "optim.name=adamw8bit", *given)

@@ -137,8 +137,7 @@ class Run:
         self.rerun_saves: dict[tuple[str, int], Tensor] = {}  # what the rerun of a sublayer has saved
         self.made: dict[str, Tensor] = {}  # residual-stream tensors that were recomputed
         self.offloaded: list[HostTensor] = []
-        known = (context, *self.vectors, *block.parameters())
-        self._known = {a.untyped_storage()._cdata for a in known}
+        self._known = self._inputs()
         saved = self.policy.saved
         self.reruns = {"attend": "after_attention" not in saved, "feed": False}
         # Layers that run one by one save everything: where nothing is to be saved, they are rerun.
@@ -163,6 +162,12 @@ class Run:
         out, slots = self._watched("feed", self.block.feed, after, y, self.vectors, self.grid, saves.feed)
         self._dispose("feed", slots, {})
         return out
+
+    def _inputs(self) -> set[int]:
+        """The storages of what a block reads and does not make; those of its weights may be others in
+        backward (memory.frozen)."""
+        known = (self.context, *self.vectors, *self.block.parameters())
+        return {a.untyped_storage()._cdata for a in known}
 
     def _attend(self, x, keep, attention=None):
         return self.block.attend(x, self.vectors, self.grid, keep, attention)
@@ -255,9 +260,10 @@ class Run:
     def _rerun(self, sublayer: str) -> None:
         """Rerun a sublayer for what it saves and returns."""
         found: list[Tensor] = []
+        known = self._inputs()
 
         def pack(a: Tensor) -> int:
-            if a.untyped_storage()._cdata not in self._known:
+            if a.untyped_storage()._cdata not in known:
                 found.append(a.detach())  # a result refers to its graph, which refers to this function
             return 0  # never read: this graph has no backward
 

@@ -12,9 +12,11 @@ from prfl_engine.planner.sharded import Shards
 from prfl_engine.planner.standing import (
     Models,
     Parameter,
+    generator_here,
     idle_bytes,
     is_narrow,
     pinned,
+    reward_here,
     rounded,
     start_bytes,
     state_bytes,
@@ -50,10 +52,12 @@ def load(
 ) -> tuple[Entry, ...]:
     """Files are read tensor by tensor; random weights are made whole in float32, then converted or
     sharded."""
-    weights = sum(p.bytes() for p in models.generator) - idle_bytes(setup, models).either
+    drawn = c.model.path is None  # random weights are stored when they have been drawn
+    generator = models.generator if drawn else generator_here(setup, models)
+    weights = sum(p.bytes() for p in generator) - idle_bytes(setup, models).either
     if c.model.path is None and shards.many:
         weights = sum(4 * p.count * math.prod(p.shape) for p in models.generator)
-    reward = sum(p.bytes() for p in models.reward)
+    reward = sum(p.bytes() for p in reward_here(setup, models))
     found = [("weights", weights, COUNTED, "shapes of the parameters"), ("reward model", reward, COUNTED, "")]
     found.append(("frozen start", start_bytes(setup, models)[0], COUNTED, ""))
     if c.model.path is None and c.model.weights_dtype != "float32" and not shards.many:

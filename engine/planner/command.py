@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from prfl_engine.checks import check_prfl
+from prfl_engine.checks import check_prfl, check_stored
 from prfl_engine.config import Config, read_config
 from prfl_engine.errors import check
 from prfl_engine.parallel import check_layout, check_many, check_readers, copies
@@ -83,7 +83,9 @@ def of_subject(
 
 def layout(config: Config, gpu: Machine, count: int, train_reward: bool = False) -> Shards:
     """How so many GPUs share the work. UserError for settings that they, or the training, cannot have."""
-    if not train_reward:
+    if train_reward:
+        check_stored(config, "in reward training")
+    else:
         check_prfl(config)
     p, precision = config.parallel, config.rollout.precision
     fits = precision != "fp8" or gpu.rates.products_fp8 is not None

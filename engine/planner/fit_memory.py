@@ -45,7 +45,7 @@ def fit_memory(
         check_pooling("query" if isinstance(pool, QueryPool) else pool.kind, reward.layers)
         rewarding = RewardSetup(
             reward.feature_layer, trunk.config, len(pool.queries), pool.multihead_attn.num_heads,
-            pool.add_query,
+            pool.add_query, config.reward.storage,
         )  # fmt: skip
     on_cpu = next(model.parameters()).device.type == "cpu"
     setup = setup_of(config, model.config, model.precision, rewarding, shapes, held_out, on_cpu)
@@ -100,7 +100,8 @@ def setup_of(
     setup = Setup(
         model, latent, precision.compute, precision.residual, precision.weights, reward,
         c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
-        keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
+        keep=c.model.keep, lora=c.lora if c.lora.rank else None, storage=c.lora.storage,
+        validation=validation,
         anchor=c.loss.anchor_place if c.loss.anchored else "none",
         sequence=c.parallel.sequence, experts=c.trained_experts, boundary=c.model.boundary,
         idle=c.model.idle == "host",

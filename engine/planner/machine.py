@@ -51,6 +51,14 @@ MACHINES = {
             "b200", int(178.3 * GIB), 2250e12, Rates(1600e12, 1300e12, 1000e12, 6.4e12, 50e9, 2800e12),
             720e9, 40e9, 8, "B200: all rates assumed, 0.7 to 0.8 of the data sheet's",
         ),
+        Machine(
+            "l40s-48", int(44.4 * GIB), 362e12, Rates(270e12, 200e12, 150e12, 0.69e12, 22e9, 540e12, 400e12),
+            22e9, 20e9, 8, "L40S: all rates assumed, 0.55 to 0.8 of the data sheet's; GPUs by PCIe",
+        ),
+        Machine(
+            "rtx4090-24", int(23.6 * GIB), 165e12, Rates(130e12, 110e12, 90e12, 0.8e12, 22e9, 250e12, 200e12),
+            11e9, 5e9, 8, "RTX 4090: all rates assumed, 0.55 to 0.8 of the data sheet's; GPUs by PCIe",
+        ),
     )
 }  # fmt: skip
 

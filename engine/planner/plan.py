@@ -195,7 +195,9 @@ def make_kind(
     laps = dry_run(setup, [policy] * BLOCKS, policy)
     numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
     host = next(iter(numbers.values())).host
-    seconds = [block_seconds(policy, setup, host, rates, f) for f in (setup.lora is not None, True)]
+    scoring = setup if setup.reward is None else replace(setup, storage=setup.reward.storage)
+    seconds = [block_seconds(policy, setup, host, rates, setup.lora is not None)]
+    seconds.append(block_seconds(policy, scoring, host, rates, True))
     if measured is not None:
         seconds = [measured] * 2
     passes = setup.sft + graded * setup.window, graded * setup.reward_blocks

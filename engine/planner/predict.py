@@ -34,14 +34,17 @@ from prfl_engine.planner.sharded import Gathered, Shards, gathered_bytes
 from prfl_engine.planner.standing import (
     Models,
     fp8_bytes,
+    generator_here,
     gradient_bytes,
     idle_bytes,
     lent_bytes,
     models_of,
+    reward_here,
     segments,
     start_bytes,
     state_bytes,
     update_bytes,
+    waiting_bytes,
 )
 from prfl_engine.rollout.choice import judged_step
 
@@ -151,12 +154,13 @@ def _standing(
     """What is there in a phase once training has begun; away: bytes of idle experts that are not."""
     states = state_bytes(models, c.optim, shards.many)
     low = [p for p in models.generator if ".lora_" in p.name]
-    whole = [p for p in models.generator if ".lora_" not in p.name]
+    here, scoring = generator_here(setup, models), reward_here(setup, models)
+    whole = [p for p in here if ".lora_" not in p.name]
     head = [p for p in models.reward if not p.name.startswith("transformer.")]
     if setup.trains is not None:
         head = [p for p in whole if not p.name.startswith("transformer.")]
         whole = [p for p in whole if p.name.startswith("transformer.")]
-    trunk = [p for p in models.reward if p.name.startswith("transformer.")]
+    trunk = [p for p in scoring if p not in head]
     ema = sum(p.bytes(4) for p in models.trained) if c.train.ema > 0 else 0
     slots = update_bytes(models, c.optim, shards.many).slots
     graph = rollout_bytes(setup) if c.rollout.cuda_graph and setup.reward_blocks else 0
@@ -183,7 +187,7 @@ def _standing(
         ("drift probes", noise, COUNTED, "noise"),
     ]
     if gpu is not None:
-        every = [*models.generator, *models.reward]
+        every = [*here, *scoring]
         every += models.generator if setup.anchor == "device" and setup.lora is None else []
         found.append(("allocator", segments(every), PREDICTED, "weights above 10 MiB rounded up to 2 MiB"))
         found += between.of_libraries(gpu, shards)
@@ -329,10 +333,13 @@ def _host(
     states = state_bytes(models, c.optim, shards.many)
     away = sum(k.host for k in kinds[:-1]) * setup.sides
     scored = reward.host * max(0, setup.reward_blocks - 1)
+    waiting = waiting_bytes(setup, models)
     return entries((
         ("offloaded activations", away + scored, COUNTED, "dry run: what blocks offload"),
         ("pinned rounding", (away + scored) // 64, PREDICTED, "at most a 64th: torch's powers of two"),
         ("idle experts", idle_bytes(setup, models).host, COUNTED, "frozen blocks of both experts"),
+        ("frozen matrices", waiting.stays, COUNTED, "pinned, rounded up to powers of two"),
+        ("weights as they are read", waiting.reading, COUNTED, "in addition, before they are stored"),
         ("frozen start", start_bytes(setup, models)[1], COUNTED, "blocks of the copy"),
         ("optimizer states", states.host, COUNTED, "pinned, rounded up to powers of two"),
         ("gradients", states.host_gradients, COUNTED, "pinned, rounded up to powers of two"),

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from prfl_engine.memory.policy import INNER, NAMES, BlockPolicy
 from prfl_engine.model.flops import block_work
 from prfl_engine.planner.setup import Setup
+from prfl_engine.planner.stored import coming, unpacked
 from prfl_kernels.sublayers import self_attention
 from prfl_kernels.sublayers.cross_attention import KEEP as CROSS_KEEP
 
@@ -58,5 +59,8 @@ def block_seconds(
     forward = linear + pairs / rates.attention
     backward = linear * (1 if frozen else 2) + 2.5 * pairs / rates.attention_backward
     backward += recomputed(policy, setup, rates)
-    # Copies overlap with computation; what exceeds it is waited for.
-    return max(forward, host / rates.link) + max(backward, host / rates.link)
+    weights = setup.config, setup.weight_dtype, setup.storage
+    made, weights = unpacked(*weights) / rates.memory, coming(*weights)
+    # Copies overlap with computation; what exceeds it is waited for. A forward copies both ways at once.
+    forward = max(forward + made, max(host, weights) / rates.link)
+    return forward + max(backward + made, (host + weights) / rates.link)

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 
 from prfl_engine.config import ChainConfig, LoraConfig, OptimConfig, RolloutConfig
+from prfl_engine.config_models import Storage
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.objectives import index_range
 
@@ -28,6 +29,7 @@ class RewardSetup:
     queries: int = 1
     heads: int = 8
     add_query: bool = True
+    storage: Storage = Storage()  # of the matrices of its blocks
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Setup:
     chunk: int | None = None
     keep: str = "all"  # what a rerun sublayer saves until its backward, as model.keep
     lora: LoraConfig | None = None  # None: all weights are trained
+    storage: Storage = Storage()  # of the frozen matrices of blocks
     validation: Validation | None = None
     pool: int = 0  # bytes of chains that persist on the device: there in every pass and in validation
     drawn: int = 0  # of these what is there in graded steps alone

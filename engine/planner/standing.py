@@ -16,13 +16,16 @@ import torch
 from torch import nn
 
 from prfl_engine.config import OptimConfig
+from prfl_engine.config_models import Storage
 from prfl_engine.errors import check
 from prfl_engine.model.layers import Linear
+from prfl_engine.model.wan import WanConfig
 from prfl_engine.optim.block_adamw import BLOCK, state_layout
 from prfl_engine.optim.optimizer import in_blocks
 from prfl_engine.planner.dry_run import generator, reward_model, trained
 from prfl_engine.planner.meta import meta_tensors
 from prfl_engine.planner.setup import ROUND, Setup, rounded
+from prfl_engine.planner.stored import pieces, stored, used
 from prfl_engine.planner.updates import Piece, Update, updated
 
 PINNED = 4096  # a page: the least that pinned memory takes
@@ -85,6 +88,65 @@ def models_of(setup: Setup, shards: int = 1) -> Models:
         blocks=setup.blocks, lora=setup.lora, trains=setup.trains, experts=setup.experts,
     )  # fmt: skip
     return _models(same, shards)
+
+
+def _apart(p: Parameter) -> bool:
+    """Whether it is a matrix that memory.frozen stores."""
+    return "blocks.0." in p.name and len(p.shape) == 2 and not p.trained
+
+
+def placed(
+    found: list[Parameter], config: WanConfig, dtype: torch.dtype, storage: Storage
+) -> list[Parameter]:
+    """What there is on the device of these parameters of a model, or of two experts: frozen matrices of
+    blocks as they are stored, of one block those in use, and of another those on their way from the host."""
+    if not storage.apart:
+        return found
+    count, parts = _blocks(found), stored(config, dtype, storage)
+    ahead = min(1, count - 1) if storage.host else count
+    pieces = [(used(config, dtype), 1), *((part, ahead) for part in parts)]
+    made = [Parameter("matrices", (n,), n, own, False, times) for (n, own), times in pieces]
+    return [p for p in found if not _apart(p)] + made
+
+
+def _blocks(found: list[Parameter]) -> int:
+    return sum(p.count for p in found if _apart(p) and p.name.endswith("self_attn.q.weight"))
+
+
+def generator_here(setup: Setup, models: Models) -> list[Parameter]:
+    """The generator's parameters as `placed`."""
+    return placed(models.generator, setup.config, setup.weight_dtype, setup.storage)
+
+
+def reward_here(setup: Setup, models: Models) -> list[Parameter]:
+    """The frozen reward model's parameters as `placed`."""
+    if setup.reward is None:
+        return models.reward
+    r = setup.reward
+    return placed(models.reward, r.config or setup.config, setup.weight_dtype, r.storage)
+
+
+class Waiting(NamedTuple):
+    """Bytes of frozen matrices on the host: those that stay, and how many more there are while models are
+    read, which is there before their matrices are stored."""
+
+    stays: int = 0
+    reading: int = 0
+
+
+def waiting_bytes(setup: Setup, models: Models) -> Waiting:
+    """Of generator and reward model, which is read when the generator has been stored."""
+    own = [(models.generator, setup.config, setup.storage)]
+    if setup.reward is not None and setup.trains is None:
+        own.append((models.reward, setup.reward.config or setup.config, setup.reward.storage))
+    stays = most = 0
+    for found, config, storage in own:
+        if storage.apart:
+            most = max(most, stays + sum(p.bytes() for p in found))
+        if storage.host:
+            parts = stored(config, setup.weight_dtype, storage)
+            stays += _blocks(found) * sum(pinned(size) for part in parts for size in pieces(part))
+    return Waiting(stays, max(0, most - stays))
 
 
 class Idle(NamedTuple):

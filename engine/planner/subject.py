@@ -140,7 +140,7 @@ def _reward(c: Config, model: WanConfig, assumed: list[str]) -> RewardSetup:
     if not folder.exists():
         assumed.append(f"reward.path is not here: {layers} blocks of the generator's width, as official ones")
     return RewardSetup(
-        layers, trunk, r.num_queries, settings["num_heads"], settings["return_type"] == "query",
+        layers, trunk, r.num_queries, settings["num_heads"], settings["return_type"] == "query", r.storage,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from prfl_engine.planner.seconds import Rates, block_seconds
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.sharded import Exchanged, Shards
 from prfl_engine.planner.standing import Models, gradient_bytes, idle_bytes, start_bytes, state_bytes
+from prfl_engine.planner.stored import coming, unpacked
 
 BACKWARDS = ("graded step", "flow matching", REWARD_TRAINING)  # phases with gradients of weights
 
@@ -87,7 +88,8 @@ def forward_seconds(setup: Setup, rates: Rates, fp8: bool = False) -> float:
     products, attention = rates.products, rates.attention
     if fp8:
         products, attention = rates.products_fp8 or products, rates.attention_fp8
-    seconds = block.products / products + block.attention / attention + moved(one)[0] / rates.memory
+    bytes_moved = moved(one)[0] + unpacked(c, setup.weight_dtype, setup.storage)
+    seconds = block.products / products + block.attention / attention + bytes_moved / rates.memory
     return setup.count * seconds + end_work(c, one.tokens).products / rates.products
 
 
@@ -134,6 +136,7 @@ def times(
     plain = forward_seconds(setup, rates) / p
     scored = pass_seconds(*_scoring(setup, reward), rates, True, head=False) if setup.reward_blocks else 0.0
     resident = shards.resident
+    brought = setup.count * coming(setup.config, setup.weight_dtype, setup.storage) / rates.link
     if graded:
         # Groups wait for the longest rollout, in it or, with resident weights, after their own.
         alike = readers if c.rollout.one_index == "turn" else c.rollout.one_index
@@ -143,7 +146,7 @@ def times(
         count = rollout_forwards(setup, others, padded) * samples
         useful = rollout_forwards(setup) * samples
         share = useful / count if count else 0.0
-        gather = links.forward / (count if resident and count else samples)
+        gather = links.forward / (count if resident and count else samples) + brought / samples
         model = share * flops["rollout"] / useful if useful else 0.0
         add("rollout", graded * count, forward, gather, links.exchange_forward / samples, model)
     if graded and c.rollout.seeds > 1:
@@ -166,9 +169,9 @@ def times(
     if c.loss.anchored:
         often = 1.0 if c.loss.anchor else 1 / c.loss.anchor_every
         count = often * samples * (sft + graded * (start_forwards(setup) if graded else 0))
-        coming = start_bytes(setup, models)[1] / rates.link
+        start = start_bytes(setup, models)[1] / rates.link
         model = forward_work(setup.config, setup.count, setup.tokens // samples).forward
-        hidden = (links.forward + coming) / samples
+        hidden = (links.forward + start) / samples + brought / samples
         add("frozen start", count, plain, hidden, links.exchange_forward / samples, model)
     switch = max(0.0, idle_bytes(setup, models).coming / rates.link - plain)  # beside its first forward
     if switch > 0:
@@ -181,11 +184,11 @@ def times(
     rows.append(_optimizer(c, models, gpu, shards, rows, backwards, fetched))
     if setup.validation is not None:
         one_forward = plain + links.exchange_forward / samples
-        each = max(one_forward, links.forward / c.eval.batch_size)
+        each = max(one_forward, (links.forward + brought) / c.eval.batch_size)
         rows.append(_validation(c, setup, readers, each, p))
     probes = _probes(c, setup)
     if probes:
-        rows.append(Row("drift probes", probes * max(plain, links.forward), 0.0))
+        rows.append(Row("drift probes", probes * max(plain, links.forward, brought), 0.0))
     scored_of_all = readers * graded * samples * c.rollout.samples
     trained = readers * own * samples if setup.trains is not None else 0.0
     return Times(tuple(rows), scored_of_all, shards.size, gpu.peak, trained)
@@ -218,7 +221,8 @@ def _switches(c: Config, setup: Setup, graded: float, sft: float, readers: int) 
 
 
 def _scoring(setup: Setup, reward: Kind) -> tuple[Setup, list[Kind]]:
-    other = replace(setup, config=setup.reward.config or setup.config, blocks=setup.reward_blocks)
+    r = setup.reward
+    other = replace(setup, config=r.config or setup.config, blocks=setup.reward_blocks, storage=r.storage)
     return other, [reward] * setup.reward_blocks
 
 

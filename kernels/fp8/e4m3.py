@@ -1,4 +1,5 @@
-"""What operations on e4m3 share: rows rounded with one scale each, in torch and Triton, and no gradient."""
+"""What operations on e4m3 share: rows rounded with one scale each, in torch and Triton, their values, and no
+gradient."""
 
 from collections.abc import Callable
 
@@ -16,6 +17,13 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     amax = x.float().abs().amax(-1)
     scale = torch.where(amax > 0, amax / torch.finfo(E4M3).max, 1.0)
     return (x.float() / scale[..., None]).to(E4M3), scale
+
+
+def dequantize_rows(x8: Tensor, scale: Tensor, out: Tensor) -> None:
+    """Fill out [..., C], bfloat16 or wider, with x8 [..., C] times scale [...], rounded once: every e4m3
+    value is one of that dtype, and the product is in float32 at least."""
+    out.copy_(x8)
+    out.mul_(scale[..., None])
 
 
 @jit
