@@ -17,8 +17,8 @@ from torch import nn
 from prfl_engine.config import OptimConfig
 from prfl_engine.optim.block_adamw import BLOCK, state_layout
 from prfl_engine.optim.optimizer import in_blocks
-from prfl_engine.planner.dry_run import reward_model, trained
 from prfl_engine.planner.meta import meta_tensors
+from prfl_engine.planner.models import reward_model, trained
 from prfl_engine.planner.setup import ROUND, Setup, rounded
 from prfl_engine.planner.updates import Piece, Update, updated
 
