@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter
 
 from prfl_engine import build, train
 from prfl_engine.config import load_config
+from prfl_engine.memory import resident
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.model.checkpoint import save_reward, save_transformer
 from prfl_engine.optim import updates
@@ -143,6 +144,7 @@ def measured(path: Path, monkeypatch) -> Measured:
     found = Measured()
     live, (fit, update) = found.live, (train.fit, updates.update)
     policy_of, reward_of, models = train.make_policy, train.make_frozen_reward, []
+    drop = resident.Resident.drop
 
     def seen(make):
         def made(*given):
@@ -177,6 +179,12 @@ def measured(path: Path, monkeypatch) -> Measured:
 
         return called
 
+    def dropped(whole):
+        drop(whole)
+        for p in whole.model.parameters():
+            live.resized(p)
+
+    monkeypatch.setattr(resident.Resident, "drop", dropped)
     for name in ("free_storage", "alloc_storage"):
         monkeypatch.setattr(_fsdp_param, name, resizing(getattr(_fsdp_param, name)))
     for module in (train, build):

@@ -252,6 +252,27 @@ def test_more_computing_is_more_time_and_the_host_is_slow():
         assert both == pytest.approx(2 * one)
 
 
+def test_small_pieces_cost_time():
+    """By hand: the sums of weight gradients of 14B's block, the copies of pieces, q and k recomputed."""
+    setup = Setup(SETUP.config, (1, 16, 21, 90, 160))
+    setup = replace(setup, config=replace(setup.config, dim=5120, ffn_dim=13824, num_heads=40))
+    rates, policy = seconds.Rates(products=1e15, memory=1e12), plan.KINDS["attention"]
+
+    def costs(chunk: int | None, **other) -> seconds.Chunked:
+        return seconds.chunked(policy, replace(setup, chunk=chunk, **other), rates)
+
+    assert costs(None) == costs(setup.tokens) == (0, 0)
+    one = seconds.chunked(policy, replace(setup, chunk=8192), rates, frozen=True)
+    weights = 4 * 5120**2 + 2 * 5120 * 13824
+    assert costs(8192).backward - one.backward == pytest.approx(9 * 16 * weights / 1e12)
+    kept = seconds.chunked(plan.KINDS["projections"], replace(setup, chunk=8192), rates)
+    again = 4 * setup.tokens * 5120**2 / 1e15 + 6 * setup.tokens * 5120 / 1e12
+    assert costs(8192).backward - kept.backward == pytest.approx(again)
+    assert costs(8192).forward > 2 * setup.tokens * 5120 * (4 * 2 + 2 * 4) / 1e12
+    assert costs(32768) < costs(8192) < costs(1024)
+    assert costs(8192, sequence=16) == (0, 0)  # a rank has no more tokens than that
+
+
 def test_a_run_with_a_budget_prints_its_plan(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "KINDS", {k: plan.KINDS[k] for k in ("none", "full")})
     path = write_run(tmp_path, model={"recompute": "auto:0.0009"}, train={"steps": 1})

@@ -25,12 +25,13 @@ from prfl_engine.model.lora import attach
 from prfl_engine.model.wan import PRESETS, WanTransformer
 from prfl_engine.objectives import sft_loss
 from prfl_engine.optim.optimizer import make_optimizer
+from prfl_engine.planner.dry_run import SCALARS
 from prfl_engine.planner.meta import default_dtype
 from prfl_engine.planner.plan import make_kind, peaks
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup
 from prfl_engine.planner.sharded import Shards, exchange_of, exchanged_bytes, gathered_bytes
-from prfl_engine.planner.standing import gradient_bytes, models_of, rounded, state_bytes
+from prfl_engine.planner.standing import models_of, rounded, state_bytes
 from prfl_kernels import extension
 
 LATENT = (1, 16, 5, 60, 104)
@@ -84,14 +85,13 @@ class Real:
     "world, dtype", [(8, torch.float32), (64, torch.bfloat16), (512, torch.bfloat16)], indirect=["world"]
 )
 def test_a_rank_of_fsdp_has_the_bytes_predicted(world, dtype, monkeypatch):
-    """Shards, states of the optimizer and gradients to the byte; the peak of a step within 5 % of all."""
+    """Shards, states of the optimizer and gradients to the byte; the peak of a step, of 5 GB and more, to
+    0.1 MB."""
     setup, policy = Setup(WIDE, LATENT, weight_dtype=dtype, reward=None), named("attention")
+    setup = replace(setup, sharding=Shards(world.size()).sharding())
     models, optim = models_of(setup, world.size()), OptimConfig()
     kind = make_kind("attention", policy, setup, Rates())
-    peak = peaks([kind] * 4, kind)["flow matching"]["blocks"]
-    beside = gathered_bytes(models, Shards(world.size()))
-    saved = kind.numbers["flow matching"].saved
-    told = peak.bytes + beside.graded(peak.bytes - peak.saved, saved)
+    told = max(part.bytes for part in peaks([kind] * 4, kind)["flow matching"].values())
     with FakeTensorMode(allow_non_fake_inputs=True), extension.dry_run(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real = Real(world, dtype)
@@ -106,9 +106,7 @@ def test_a_rank_of_fsdp_has_the_bytes_predicted(world, dtype, monkeypatch):
                      for a in (s["step"], *(t for b in s["blocks"] for t in b.values())))  # fmt: skip
     counted = state_bytes(models, optim, True).device
     assert 0 <= counted - states <= ROUND * 2 * len(models.trained) * 4
-    standing = real.shards + gradient_bytes(models, optim) + counted
-    assert got <= told
-    assert told + standing <= 1.05 * (got + standing)
+    assert 0 <= told - got <= SCALARS + ROUND * 100  # what small tensors take
 
 
 def test_what_is_gathered_grows_with_the_padding_alone():
@@ -120,9 +118,10 @@ def test_what_is_gathered_grows_with_the_padding_alone():
     assert sums.gather == sums.reduce and sums.replicas == pytest.approx(2 * sums.reduce / 8, rel=0.01)
     wide = exchanged_bytes(setup, models_of(setup, 8), Shards(64, 8, reduce=4), kind)
     assert (wide.gather, wide.reduce, wide.replicas) == (sums.gather, 2 * sums.reduce, 2 * sums.replicas)
-    parts = (gathered_bytes(models_of(setup, 8), Shards(8, reduce=n)).reduced for n in (None, 4))
-    assert 2 * next(parts) == next(parts)
-    assert gathered_bytes(models_of(setup), Shards()) == (0,) * 7
+    forward = parts[8].forward
+    parts = (gathered_bytes(models_of(setup, 8), Shards(8, reduce=n)) for n in (None, 4))
+    assert 2 * (next(parts).backward - forward) == next(parts).backward - forward
+    assert gathered_bytes(models_of(setup), Shards()) == (0,) * 4
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])

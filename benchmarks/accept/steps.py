@@ -37,7 +37,7 @@ from prfl_engine.objectives import (
     stratified_indices,
 )
 from prfl_engine.optim.optimizer import make_optimizer, update
-from prfl_engine.planner import dry_run
+from prfl_engine.planner import models
 from prfl_engine.planner.fit_memory import pool_bytes
 from prfl_engine.planner.plan import kinds_of, make_kinds, predicted_peak
 from prfl_engine.planner.seconds import block_seconds
@@ -157,8 +157,8 @@ class Step:
         setup = job.setup
         torch.manual_seed(0)
         with torch.device(device):
-            self.policy = dry_run.generator(setup, setup.count)
-            self.reward = dry_run.reward_model(setup, setup.reward_blocks)
+            self.policy = models.generator(setup, setup.count)
+            self.reward = models.reward_model(setup, setup.reward_blocks)
         # Drawn as zero, which would hide the gradients of everything before.
         nn.init.normal_(self.policy.head.head.weight, std=0.02)
         for name, p in lora.parameters(self.policy).items():
@@ -339,8 +339,8 @@ def predicting(name: str) -> str:
 def parameter_bytes(job: Job) -> int:
     """Weights of both models, and gradients and moments of what is trained and on the device."""
     with torch.device("meta"):
-        policy = dry_run.generator(job.setup, job.setup.count)
-        reward = dry_run.reward_model(job.setup, job.setup.reward_blocks)
+        policy = models.generator(job.setup, job.setup.count)
+        reward = models.reward_model(job.setup, job.setup.reward_blocks)
     trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
     own = trained * (3 if job.optim.offload == "none" else 1)
     return sum(p.nbytes for m in (policy, reward) for p in m.parameters()) + own

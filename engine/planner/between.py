@@ -4,9 +4,9 @@ import math
 
 from prfl_engine.config import Config
 from prfl_engine.optim.optimizer import in_blocks
-from prfl_engine.planner.dry_run import batch_bytes
 from prfl_engine.planner.entries import COUNTED, ESTIMATED, Entry, entries
 from prfl_engine.planner.machine import COMMUNICATOR, CONTEXT, PROCESS, WORKER, Machine
+from prfl_engine.planner.models import batch_bytes
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.sharded import Shards
 from prfl_engine.planner.standing import (

@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain
-from prfl_engine.batch import Batch
 from prfl_engine.config_method import scales
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.model import lora
-from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
-from prfl_engine.model.reward import QueryPool, RewardModel, freeze_embeddings
+from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.start import Start
-from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
+from prfl_engine.model.wan import RunBlocks, WanTransformer
 from prfl_engine.objectives import (
     anchored_sft_loss,
     bind,
@@ -37,10 +35,20 @@ from prfl_engine.objectives import (
     sft_loss,
 )
 from prfl_engine.optim.optimizer import set_grad_dtype
+from prfl_engine.planner import fsdp
 from prfl_engine.planner.chain_bytes import FULL_HISTORY, chains, farthest, held, longest, schedule
-from prfl_engine.planner.meta import call, cut, default_dtype, meta_tensors
+from prfl_engine.planner.meta import meta_tensors
+from prfl_engine.planner.models import (
+    batch_of,
+    counter,
+    generator,
+    inputs,
+    reward_model,
+    start_of,
+    trained,
+)
 from prfl_engine.planner.repeated import Repeated, ballast
-from prfl_engine.planner.setup import ROUND, Latent, Setup
+from prfl_engine.planner.setup import ROUND, Setup, Sharding
 from prfl_engine.planner.updates import arrival_bytes
 from prfl_engine.rollout.choice import judged_step, ranks
 from prfl_kernels.sublayers.products import LowRank
@@ -73,31 +81,37 @@ class Numbers(NamedTuple):
 
 
 class Laps:
-    """The bytes at the borders of blocks, and the peaks between them, of one pass with gradient through the
-    generator. peak, before and after (all blocks) are those of all passes of one loss."""
+    """The bytes at the borders of blocks without those that are gathered, and the peaks between them, of one
+    pass with gradient through the generator. peak, before and after (all blocks) are those of all passes of
+    one loss."""
 
-    def __init__(self, live: LiveBytes, base: int):
+    def __init__(self, live: LiveBytes, base: int, gathered: Callable[[], int]):
         self.live, self.base, self.before, self.after, self.peak = live, base, 0, 0, 0
+        self.gathered = gathered
         self.now, self.host, self.forward, self.backward = [], [], [], []
 
     def border(self, x: Tensor) -> None:
         """Read the counter at the tokens x before a block or after the last, and again when their gradient
         is there."""
         self.forward.append(self.live.lap())
-        self.now.append(self.live.now)
+        self.now.append(self.live.now - self.gathered())
         self.host.append(self.live.host_now)
         if x.requires_grad:
             x.register_hook(lambda _: self.backward.append(self.live.lap()))
 
 
 @contextmanager
-def _passes(pool: int, live: LiveBytes, names: list[str]) -> Iterator[tuple[dict[str, Laps], Callable]]:
+def _passes(
+    pool: int, names: list[str], *models: torch.nn.Module | None
+) -> Iterator[tuple[dict[str, Laps], Callable]]:
     """({name: its laps}, the watch of `run_under`) for the passes of the generator with gradient in this
-    block, in their order. live counts what comes in addition to now and to `pool` bytes."""
+    block, in their order. Counted is what comes in addition to the parameters of models, their gradients and
+    `pool` bytes."""
+    live = counter(*models)
     found, ahead, base = {}, iter(names), live.now - SCALARS - pool
 
     def begin() -> Callable[[Tensor], None]:
-        laps = found[next(ahead)] = Laps(live, base)
+        laps = found[next(ahead)] = Laps(live, base, partial(fsdp.gathered, *models))
         return laps.border
 
     with live:
@@ -108,103 +122,6 @@ def _passes(pool: int, live: LiveBytes, names: list[str]) -> Iterator[tuple[dict
     after = max([live.lap(), *(laps.backward[-1] for laps in whole)]) - base
     for laps in found.values():
         laps.before, laps.after, laps.peak = before, after, live.peak - base
-
-
-def _transformer(setup: Setup, config: WanConfig, blocks: int, head: bool = True) -> WanTransformer:
-    with default_dtype(setup.weight_dtype):
-        model = WanTransformer(config, blocks, head)
-    return model.set_precision(setup.compute_dtype, setup.residual_dtype).set_chunk(setup.chunk)
-
-
-def generator(setup: Setup, blocks: int) -> WanTransformer:
-    """The generator of a setup, with its first blocks, on the default device; weights as torch draws them."""
-    model = _transformer(setup, setup.config, blocks)
-    return cut(model if setup.lora is None else lora.attach(model, setup.lora), setup.sequence)
-
-
-def reward_model(setup: Setup, blocks: int) -> RewardModel:
-    """Its frozen reward model, likewise."""
-    r = setup.reward
-    config = r.config or setup.config
-    pool = QueryPool(config.dim, r.queries, r.heads, add_query=r.add_query)
-    made = RewardModel(_transformer(setup, config, blocks, head=False), pool, blocks).freeze()
-    return cut(made, setup.sequence)
-
-
-class _Coming(Start):
-    """A start whose blocks come for a forward: `bytes` of them."""
-
-    bytes = 0
-
-    def __call__(self, *given) -> Tensor:
-        """As Start's."""
-        here = ballast(self.bytes)
-        made = super().__call__(*given)
-        del here
-        return made
-
-
-def start_of(setup: Setup, model: WanTransformer, blocks: int) -> Start | None:
-    """The frozen start of a setup, where there is one, with its first blocks."""
-    if setup.anchor == "none":
-        return None
-    if setup.lora is not None:
-        return Start(model)
-    start = _Coming(generator(setup, blocks).requires_grad_(False))
-    if setup.anchor == "host":
-        start.bytes = block_bytes(start.model) * setup.count
-    return start
-
-
-def block_bytes(model: WanTransformer) -> int:
-    """Bytes of the parameters of a block, each as the allocator rounds it."""
-    return sum(-(-p.nbytes // ROUND) * ROUND for p in model.blocks[0].parameters())
-
-
-def trained(setup: Setup, blocks: int) -> WanTransformer | RewardModel:
-    """The model that is trained, likewise: the generator, or a reward model with gradients."""
-    if setup.trains is None:
-        return generator(setup, blocks)
-    r, trunk = setup.reward, _transformer(setup, setup.config, blocks, head=False)
-    if not setup.trains.embeddings:
-        freeze_embeddings(trunk)
-    if setup.lora is not None:
-        lora.attach(trunk, setup.lora)
-    pool = QueryPool(setup.config.dim, r.queries, r.heads, setup.trains.dropout, r.add_query)
-    return cut(RewardModel(trunk, pool, blocks).train(), setup.sequence)
-
-
-def inputs(setup: Setup, latent: Latent) -> tuple[Batch, Tensor, Tensor]:
-    """A batch, noise of its shape and noise levels [B]."""
-    return _batch(setup, latent), torch.empty(latent), torch.empty(latent[0])
-
-
-def _batch(setup: Setup, latent: Latent) -> Batch:
-    """As the reader makes it: float32."""
-    n, config = latent[0], setup.config
-    made = Batch(torch.empty(latent), torch.empty(n, config.text_len, config.text_dim))
-    if setup.first_frame:
-        return made._replace(condition=torch.empty(n, latent[1], 1, *latent[3:]))
-    if not config.image:
-        return made
-    clip = torch.empty(n, IMAGE_TOKENS, IMAGE_DIM) if config.clip else None
-    return made._replace(clip=clip, condition=torch.empty(n, 20, *latent[2:]))
-
-
-def batch_bytes(setup: Setup) -> int:
-    """Of a micro-batch."""
-    with meta_tensors():
-        live, batch = LiveBytes(ROUND), _batch(setup, setup.latent)
-        live.add(a for a in batch if a is not None)
-        return live.now * setup.sides
-
-
-def _counter(*modules: torch.nn.Module | None) -> LiveBytes:
-    """A counter that has seen the parameters of modules, their gradients and nothing else."""
-    live = LiveBytes(ROUND, call)
-    parameters = [p for m in modules if m is not None for p in m.parameters()]
-    live.add([*parameters, *(p.grad for p in parameters if p.grad is not None)])
-    return live
 
 
 def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolicy) -> dict[str, Laps]:
@@ -221,7 +138,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
     begin_gradients(setup, model)
     with meta_tensors():
         if setup.sft:
-            with _passes(setup.pool, _counter(*there), ["flow matching"]) as (laps, watch):
+            with _passes(setup.pool, ["flow matching"], *there) as (laps, watch):
                 given = inputs(setup, setup.latent)
                 losses = anchored_sft_loss(model, start, *given, run_under(policies, watch))
                 sum(loss.mean() for loss in losses if loss is not None).backward()
@@ -229,6 +146,7 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
             found |= laps
         for p in model.parameters() if setup.alone else ():
             p.grad = None
+        fsdp.drop_gradients(model)
         if reward is not None:
             found |= _graded(setup, *there[:2], start, policies, run_under(reward_policy))
     return found
@@ -239,9 +157,9 @@ def _reward_training(setup: Setup, policies: list[BlockPolicy]) -> dict[str, Lap
     with meta_tensors():
         model = trained(setup, len(policies))
     begin_gradients(setup, model)
-    with meta_tensors(), _passes(0, _counter(model), [REWARD_TRAINING]) as (laps, watch):
+    with meta_tensors(), _passes(0, [REWARD_TRAINING], model) as (laps, watch):
         batch, noise, sigma = inputs(setup, setup.latent)
-        extra = [_batch(setup, setup.latent) for _ in range(setup.sides - 1)]
+        extra = [batch_of(setup, setup.latent) for _ in range(setup.sides - 1)]
         noisy_reward(model, batch, noise, sigma, run_under(policies, watch)).sum().backward()
         del extra
     return laps
@@ -254,11 +172,11 @@ def pair_bytes(setup: Setup, policies: list[BlockPolicy]) -> tuple[int, int]:
         model, run = trained(setup, len(policies)), run_under(policies)
     begin_gradients(setup, model)
     with meta_tensors():
-        live = _counter(model)
+        live = counter(model)
         base = live.now - SCALARS
         with live:
             winner, noise, sigma = inputs(setup, setup.latent)
-            loser, before = _batch(setup, setup.latent), live.now
+            loser, before = batch_of(setup, setup.latent), live.now
             logit = noisy_reward(model, winner, noise, sigma, run)
             saved = live.now - before
             (logit - noisy_reward(model, loser, noise, sigma, run)).sum().backward()
@@ -271,7 +189,7 @@ def begin_gradients(setup: Setup, model: torch.nn.Module) -> None:
     if setup.grad_dtype is not None:
         set_grad_dtype(trained, setup.grad_dtype)
     for p in trained:
-        if not setup.alone:
+        if not setup.alone and setup.sharding.ranks == 1:
             p.grad = torch.zeros_like(p, dtype=setup.grad_dtype)
         if setup.arriving is not None:
             size = arrival_bytes(p.numel(), p.dtype, setup.arriving)
@@ -299,8 +217,8 @@ def _graded(
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
     longer = longest(setup) - held(setup, index, config.window, seeds=False)
     names = ["graded step", *["window"] * (config.window - 1)]
-    counter = _counter(model, reward, start and start.model)
-    with _passes(setup.pool, counter, names) as (found, watch):
+    there = model, reward, start and start.model
+    with _passes(setup.pool, names, *there) as (found, watch):
         batch, noise, _ = inputs(setup, setup.latent)
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
@@ -336,20 +254,23 @@ def rollout_bytes(setup: Setup) -> int:
 def _rollout_bytes(setup: Setup) -> int:
     with meta_tensors():
         model, reward = generator(setup, 2), reward_model(setup, 1)
-        _lend(setup, model)
-        live = _counter(model, reward)
+        resident = setup.sharding.resident
+        rolled = generator(replace(setup, sharding=Sharding()), 2) if resident else model
+        _lend(setup, rolled)
+        live = counter(model, reward, rolled)
         base = live.now - SCALARS - setup.pool
         with live:
-            batch = _batch(setup, setup.latent)
+            batch = batch_of(setup, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
             scored, extra = reward.embed_context(batch.text, batch.clip), []
             extra.append(ballast(accelerated_bytes(setup)))
+            ballast(fsdp.largest(model) if resident else 0)
             extra += [torch.empty_like(context)] if setup.lent else []
             repeated = Repeated(live)
-            forward = repeated.velocity(bind(model, batch, context.detach()))
+            forward = repeated.velocity(bind(rolled, batch, context.detach()))
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
-                with lora.lent(model):
+                with lora.lent(rolled):
                     return x.clone() if torch.is_grad_enabled() else forward(x, t, active)
 
             def judge(x: Tensor) -> None:
@@ -395,13 +316,13 @@ def validation_bytes(setup: Setup) -> int:
         model = generator(setup, 2)
         if v.scored:
             reward = reward_model(setup, 2)
-        live = _counter(model, reward)
+        live = counter(model, reward)
         base, repeated = live.now - SCALARS - setup.pool + setup.drawn, Repeated(live)
         with live:
-            extra = [_batch(setup, setup.latent), ballast(ROUND * v.values)]
+            extra = [batch_of(setup, setup.latent), ballast(ROUND * v.values)]
             extra += [torch.empty(v.latent) for _ in range(v.kept - 1)]
             for left in reversed(range(min(v.batches, 3))):  # what one leaves is there in the next
-                read = _batch(setup, (v.read - (left == 0), *v.latent[1:])) if v.read else None
+                read = batch_of(setup, (v.read - (left == 0), *v.latent[1:])) if v.read else None
                 batch, noise, sigma = inputs(setup, v.latent)
                 repeated("loss", sft_loss, model, batch, noise, sigma)
                 velocity = repeated.velocity(bind(model, batch))
@@ -422,14 +343,14 @@ def accuracy_bytes(setup: Setup) -> int:
     v = setup.validation
     with meta_tensors(), torch.no_grad():
         model = trained(setup, 2).eval()
-        live = _counter(model)
+        live = counter(model)
         base, repeated = live.now - SCALARS, Repeated(live)
         with live:
-            extra = [_batch(setup, setup.latent) for _ in range(setup.sides)]
+            extra = [batch_of(setup, setup.latent) for _ in range(setup.sides)]
             extra += [ballast(ROUND * v.values)]
-            extra += [_batch(setup, (v.read, *v.latent[1:]))] if v.read else []
+            extra += [batch_of(setup, (v.read, *v.latent[1:]))] if v.read else []
             for _ in range(min(v.batches, 2)):  # what one leaves is there in the next
-                sides = [_batch(setup, v.latent) for _ in range(v.sides)]
+                sides = [batch_of(setup, v.latent) for _ in range(v.sides)]
                 noise, sigma = torch.empty(v.latent), torch.empty(v.latent[0])
                 for side in sides:
                     repeated("reward", noisy_reward, model, side, noise, sigma)

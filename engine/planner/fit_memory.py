@@ -20,7 +20,7 @@ from prfl_engine.planner.dry_run import rollout_bytes
 from prfl_engine.planner.plan import Plan, plan
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import RewardSetup, Setup, Validation
-from prfl_engine.planner.sharded import Gathered, Shards, gathered_bytes
+from prfl_engine.planner.sharded import Shards, gathered_bytes
 from prfl_engine.planner.standing import models_of, pinned, rounded
 from prfl_engine.rollout.choice import judged_step
 
@@ -55,13 +55,14 @@ def fit_memory(
 def planned(
     config: Config, setup: Setup, shards: Shards, rates: Rates = Rates()  # noqa: B008 - never changed
 ) -> Plan:
-    """The same from what a step takes. The whole blocks that FSDP2 gathers count in every pass, at their
-    most, and resident weights in a rollout."""
-    m, gathered = config.model, Gathered()
+    """The same from what a step takes. Resident weights count in a rollout, and where they stay in every
+    pass."""
+    m, resident = config.model, 0
     if shards.many:
-        gathered = gathered_bytes(models_of(setup, shards.shards), shards, setup.compute_dtype)
-    if gathered.resident:
-        needed = rollout_bytes(setup) + gathered.resident
+        setup = replace(setup, sharding=shards.sharding(), grad_dtype=None, arriving=None)
+        resident = gathered_bytes(models_of(setup, shards.shards), shards, setup.compute_dtype).resident
+    if resident:
+        needed = rollout_bytes(setup) + resident
         if needed > m.budget:
             raise UserError(
                 f"model.recompute: got {m.recompute}, want at least auto:{-(-needed // 10**6) / 1e3:g}, or"
@@ -69,8 +70,8 @@ def planned(
                 " weights, gradients and optimizer states"
             )
     host = float("inf") if m.host is None else 1e9 * m.host
-    stays = gathered.resident if config.rollout.cuda_graph else 0
-    setup = replace(setup, pool=setup.pool + gathered.most + stays)
+    if config.rollout.cuda_graph:
+        setup = replace(setup, pool=setup.pool + resident)
     return plan(setup, m.budget, host, m.costs, rates)
 
 

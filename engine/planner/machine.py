@@ -44,12 +44,14 @@ MACHINES = {
             f" and of {_BETWEEN}",
         ),
         Machine(
-            "a100-80", int(79.1 * GIB), 312e12, Rates(260e12, 190e12, 165e12, 1.6e12, 22e9, None), 240e9,
-            20e9, 8, "A100 SXM: all rates assumed, 0.8 of the data sheet's or less; FlashAttention-2; no fp8",
+            "a100-80", int(79.1 * GIB), 312e12,
+            Rates(260e12, 190e12, 165e12, 1.6e12, 22e9, None, processors=108), 240e9, 20e9, 8,
+            "A100 SXM: all rates assumed, 0.8 of the data sheet's or less; FlashAttention-2; no fp8",
         ),
         Machine(
-            "b200", int(178.3 * GIB), 2250e12, Rates(1600e12, 1300e12, 1000e12, 6.4e12, 50e9, 2800e12),
-            720e9, 40e9, 8, "B200: all rates assumed, 0.7 to 0.8 of the data sheet's",
+            "b200", int(178.3 * GIB), 2250e12,
+            Rates(1600e12, 1300e12, 1000e12, 6.4e12, 50e9, 2800e12, processors=148), 720e9, 40e9, 8,
+            "B200: all rates assumed, 0.7 to 0.8 of the data sheet's",
         ),
         Machine(
             "l40s-48", int(44.4 * GIB), 362e12, Rates(270e12, 200e12, 150e12, 0.69e12, 22e9, 540e12, 400e12),

@@ -26,6 +26,7 @@ from prfl_engine.planner.timing import times
 
 MOST = 64  # GPUs, where --gpus does not say
 CHANGE = 62  # columns of a change of settings
+RANKS = 8  # over which weights are sharded in the dry runs of candidates
 AHEAD = 12  # candidates of a number of GPUs that are predicted in full before it is given up
 
 
@@ -154,6 +155,9 @@ class Search:
             if pointless(config):
                 return None
             setup = self._setup(config, gpus)
+            if shards.many:  # one dry run for all numbers of ranks, which change the padding alone
+                sharding = shards.sharding()._replace(ranks=RANKS)
+                setup = replace(setup, sharding=sharding, grad_dtype=None, arriving=None)
         except UserError:
             return None
         plain, policy = self._plain(setup), of_config(config.model)

@@ -19,7 +19,6 @@ from prfl_engine.planner.chain_bytes import longest
 from prfl_engine.planner.dry_run import (
     REWARD_TRAINING,
     accelerated_bytes,
-    batch_bytes,
     pair_bytes,
     rollout_bytes,
     validation_bytes,
@@ -27,6 +26,7 @@ from prfl_engine.planner.dry_run import (
 from prfl_engine.planner.entries import COUNTED, ESTIMATED, PREDICTED, Entry, Phase, entries
 from prfl_engine.planner.fit_memory import planned
 from prfl_engine.planner.machine import Machine
+from prfl_engine.planner.models import batch_bytes
 from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup, rounded
@@ -48,7 +48,7 @@ from prfl_engine.planner.standing import (
 )
 from prfl_engine.rollout.choice import judged_step
 
-BUFFERS = "whole blocks by the order in which FSDP2 gathers and frees"
+BUFFERS = "dry run: whole blocks as FSDP2 gathers and frees them"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _kinds(
     if config.model.budget is not None:
         made = planned(config, setup, shards, rates)
         own = {kind.name: kind for kind in (*made.blocks, made.reward)}
-        if shards.many:  # without the gathered blocks, which the plan has counted
+        if shards.many:  # without resident weights, which the plan has counted
             own = {name: make_kind(name, kind.policy, setup, rates) for name, kind in own.items()}
         return made, [own[kind.name] for kind in made.blocks], own[made.reward.name]
     mode = config.model.recompute if isinstance(config.model.recompute, str) else "as configured"
@@ -133,14 +133,18 @@ def _kinds(
 
 def _backward(c: Config, setup: Setup, shards: Shards) -> dict:
     """How gradients arrive in the passes of a step: fields of Setup. Those of sharded weights arrive whole
-    and in the dtype of their weights, which `gathered_bytes` counts."""
-    if shards.many:
-        return {"grad_dtype": None, "arriving": None}
+    and in the dtype of their weights, and their sums over ranks are updated after that."""
     one_loss = c.loss.alternate or 0 in (c.loss.weight, c.loss.sft_weight)
     one_pass = c.loss.weight == 0 or c.rollout.samples == c.chain.window == 1
     once = one_loss and one_pass or setup.trains is not None
-    alone = once and c.train.accumulate == 1
-    return {"alone": alone and c.optim.offload != "all" and c.model.budget is None}
+    alone = once and c.train.accumulate == shards.size // shards.sequence
+    alone = alone and c.optim.offload != "all" and c.model.budget is None
+    if not shards.many:
+        return {"alone": alone}
+    alone = alone and not c.optim.in_backward
+    return {
+        "alone": alone, "grad_dtype": None, "arriving": None, "sharding": shards.sharding(alone, once)
+    }
 
 
 def _narrow_average(config: Config, models: Models) -> bool:
@@ -208,6 +212,8 @@ def _step(
     block = [p for p in models.trained if "blocks.0." in p.name]
     blocks = setup.count * (1 if setup.experts is None else sum(setup.experts))
     gradient = gradient_bytes(Models(block, []), c.optim) // blocks if setup.alone else 0
+    if setup.sharding.held:  # what a block's backward leaves in addition, until that of all is over
+        gradient += sum(p.values * (shards.reduce or p.dtype.itemsize) for p in block)
     found, extra = peaks(kinds, reward, gradient), []
     if gpu is not None:
         work = setup.tokens * setup.config.dim * 4 // setup.sequence
@@ -219,26 +225,21 @@ def _step(
     if setup.sides > 1:  # all of its blocks in one dry run: reward models are short
         found[REWARD_TRAINING] = {"blocks": Peak(*pair_bytes(setup, [k.policy for k in kinds]))}
 
-    def own(phase: str, peak: Peak, around: bool = False, scored: bool = False) -> tuple[Entry, ...]:
+    def own(phase: str, peak: Peak, around: bool = False, whole: int = 0) -> tuple[Entry, ...]:
         start = 0 if around else reward.numbers[phase].start
         states = longest(setup) if phase == "graded step" and not around else 0
         pool = 0 if around else setup.pool
         left = peak.bytes - max(start, states + pool) - peak.saved - peak.gradients
-        update = max(0, arriving - left)
-        whole = gathered.graded(left, min(k.numbers[phase].saved for k in kinds)) if shards.many else 0
-        if scored:  # what its blocks allocate is gone when its head is gathered, not what they save and give
-            kept = reward.numbers[phase].saved * setup.reward_blocks
-            kept += setup.tokens // setup.sequence * setup.config.dim * setup.residual_dtype.itemsize
-            whole = max(gathered.reward, gathered.head + kept - left)
+        update, whole = max(0, arriving - left), min(left, whole or gathered.backward)
         return entries((
             ("saved activations", peak.saved, COUNTED, "dry run: what the blocks save"),
             ("sampler states", states, COUNTED, "states of the chain that a window needs"),
             ("chains that persist", pool, COUNTED, "states and prompts of the pool"),
             ("inputs, embeddings", max(0, start - states - pool), COUNTED, "dry run: before the blocks"),
             ("gradients", peak.gradients, COUNTED, "those that blocks have made"),
-            ("temporaries", left, COUNTED, "dry run"),
+            ("temporaries", left - whole, COUNTED, "dry run"),
             ("optimizer in backward", update, COUNTED, "a real update of one block"),
-            ("gathered blocks", whole, PREDICTED, BUFFERS), *extra,
+            ("gathered blocks", whole, COUNTED, BUFFERS), *extra,
         ))  # fmt: skip
 
     made = {}
@@ -260,7 +261,7 @@ def _step(
         if rest.bytes > most:
             parts.append(("graded step", rest, True))
         made["graded step"] = own(*max(parts, key=lambda part: part[1]))
-        made["reward"] = own("graded step", found["graded step"]["head"], scored=True)
+        made["reward"] = own("graded step", found["graded step"]["head"], whole=gathered.reward)
     for name in ("flow matching", REWARD_TRAINING):
         if name in found:
             parts = found[name]
@@ -280,17 +281,16 @@ def _mean_seeds(rollout: RolloutConfig, middle: int) -> dict:
 
 def _rollout(setup: Setup, gathered: Gathered, most: int) -> tuple[Entry, ...]:
     cache = accelerated_bytes(setup)
-    states, buffers = min(longest(setup), most), max(gathered.forward, gathered.begin)
+    states = min(longest(setup), most)
     left = most - states - cache - setup.pool
-    if gathered.resident:  # before the rollout, from one whole block and the buffer of its gather at a time
-        buffers = max(0, 2 * (gathered.begin - gathered.forward) - left)
+    whole = min(left, 0 if gathered.resident else gathered.forward)
     resident = 0 if setup.rollout.cuda_graph else gathered.resident
     return entries((
         ("sampler states", states, COUNTED, "states of the chain"),
         ("step cache, first tokens", cache, COUNTED, "residual, modulated input, tokens"),
         ("chains that persist", setup.pool, COUNTED, "states and prompts of the pool"),
-        ("temporaries", left, COUNTED, "dry run of the rollout's forwards"),
-        ("gathered blocks", buffers, PREDICTED, BUFFERS),
+        ("temporaries", left - whole, COUNTED, "dry run of the rollout's forwards"),
+        ("gathered blocks", whole, COUNTED, BUFFERS),
         ("resident weights", resident, COUNTED, "all weights gathered for a rollout"),
     ))  # fmt: skip
 
@@ -311,12 +311,13 @@ def _optimizer(
 
 
 def _validation(c: Config, setup: Setup, models: Models, shards: Shards) -> tuple[Entry, ...]:
-    gathered = gathered_bytes(models, shards)
+    most = validation_bytes(setup)
+    whole = min(most, gathered_bytes(models, shards).forward)
     swapped = sum(p.bytes() for p in models.trained) if _narrow_average(c, models) or shards.many else 0
     return entries((
-        ("temporaries", validation_bytes(setup), COUNTED, "dry run: samples, rewards, flow matching"),
+        ("temporaries", most - whole, COUNTED, "dry run: samples, rewards, flow matching"),
         ("weights set aside", swapped if c.train.ema > 0 else 0, COUNTED, "the average in their dtype"),
-        ("gathered blocks", max(gathered.begin, gathered.reward, gathered.head), PREDICTED, BUFFERS),
+        ("gathered blocks", whole, COUNTED, BUFFERS),
     ))  # fmt: skip
 
 

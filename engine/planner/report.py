@@ -9,6 +9,7 @@ from prfl_engine.planner.entries import COUNTED, ESTIMATED, MEASURED, PREDICTED,
 from prfl_engine.planner.machine import NOT_COUNTED, Machine, machine
 from prfl_engine.planner.predict import Memory
 from prfl_engine.planner.rates import Measured
+from prfl_engine.planner.seconds import ASSUMED
 from prfl_engine.planner.sharded import Exchanged, Shards
 from prfl_engine.planner.subject import Subject
 from prfl_engine.planner.timing import Times
@@ -134,7 +135,9 @@ class Prediction:
             if self.price is not None:
                 line += f", at a price of {self.sample_price:.4f} each"
             lines.append(line)
-        return lines + wrapped(f"seconds predicted, FLOPs and GB received counted; rates: {self.gpu.basis}")
+        pieces = f"; {ASSUMED}" if self.subject.setup.chunk else ""
+        rates = f"{self.gpu.basis}{pieces}"
+        return lines + wrapped(f"seconds predicted, FLOPs and GB received counted; rates: {rates}")
 
     def measured_lines(self) -> list[str]:
         """Measured rates and steps; none without them."""

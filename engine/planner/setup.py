@@ -1,7 +1,7 @@
 """What a training step's memory and time depend on."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -59,6 +59,16 @@ class Validation:
     sides: int = 1  # latents of a sample: two of a pair
 
 
+class Sharding(NamedTuple):
+    """How FSDP2 shards weights and gradients, for dry runs of one rank."""
+
+    ranks: int = 1
+    reduce: torch.dtype | None = None  # of sums of gradients over ranks; None: that of their weights
+    stay: bool = False  # a backward makes gradients that stay; else they are there before it
+    resident: bool = False  # rollouts have whole weights of their own
+    held: bool = False  # sums over ranks are kept, beside gradients, until a backward has added up all copies
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a step's memory and time depend on. Texts have text_len tokens."""
@@ -88,6 +98,7 @@ class Setup:
     idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
     anchor: Literal["none", "device", "host"] = "none"  # where a forward of the frozen start is from
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
+    sharding: Sharding = Sharding()
     first_frame: bool = False  # of every latent is given to a ti2v model
     grad_dtype: torch.dtype | None = None  # of gradients; None: of their weights
     alone: bool = False  # a backward is the only one of an optimizer step: there are no gradients before it

@@ -13,11 +13,11 @@ from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.objectives import noisy_reward, sft_loss
-from prfl_engine.planner.dry_run import inputs, reward_model, trained
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.meta import meta_tensors, traffic
+from prfl_engine.planner.models import inputs, reward_model, trained
 from prfl_engine.planner.plan import Kind
-from prfl_engine.planner.setup import Setup
+from prfl_engine.planner.setup import Setup, Sharding
 from prfl_engine.planner.standing import Models, Parameter, rounded
 
 
@@ -40,73 +40,54 @@ class Shards(NamedTuple):
         """Ranks over which weights are sharded."""
         return self.size // self.replicate
 
+    def sharding(self, alone: bool = False, once: bool = False) -> Sharding:
+        """As dry runs take it. alone: a backward is the only one of an optimizer step; once: of a
+        micro-batch."""
+        if not self.many:
+            return Sharding()
+        reduce = None if self.reduce is None else torch.float32
+        held = self.replicate > 1 and (reduce is not None or not once)
+        return Sharding(self.shards, reduce, alone, self.resident, held)
 
-class Unit(NamedTuple):
-    """What FSDP2 gathers at a time: bytes of its whole parameters, padded to a multiple of the shards."""
 
-    padded: int
-    whole: int
-
-
-def units_of(parameters: Sequence[Parameter], shards: int) -> dict[str, Unit]:
-    """The units of a model: "block", "root", and of a reward model "pool" and "mlp"."""
-    found: dict[str, list[int]] = {}
+def units_of(parameters: Sequence[Parameter], shards: int) -> dict[str, int]:
+    """What FSDP2 gathers at a time: "block", "root", and of a reward model "pool" and "mlp", and their bytes
+    when they are whole, padded to a multiple of the shards."""
+    found: dict[str, int] = {}
     for p in parameters:
         first = p.name.removeprefix("transformer.").split(".")[0]
         name = {"blocks": "block"}.get(first, first if first in ("pool", "mlp") else "root")
-        sizes = found.setdefault(name, [0, 0])
-        sizes[0] += p.values * shards * p.dtype.itemsize
-        sizes[1] += math.prod(p.shape) * p.dtype.itemsize
-    return {name: Unit(*sizes) for name, sizes in found.items()}
+        found[name] = found.get(name, 0) + p.values * shards * p.dtype.itemsize
+    return found
 
 
 class Gathered(NamedTuple):
-    """Bytes of whole weights and buffers that a rank holds in addition to its shards, as `gathered_bytes`
-    says; `begin` when a block has been gathered and before it computes, the others while it computes."""
+    """What a rank has of whole weights while a block computes, in their storage and in buffers. Dry runs
+    count them where they are (fsdp.py); here they are told apart from what else is there."""
 
     forward: int = 0
-    backward: int = 0  # of the last block, the first in a backward
-    reduced: int = 0  # the gradients of the block before in a backward, in the buffer of their reduce-scatter
-    begin: int = 0
+    backward: int = 0  # and of gradients that are being reduced
     reward: int = 0
-    head: int = 0  # of the reward model, when all of its blocks have been computed
     resident: int = 0  # all weights of the generator, as products read them
-
-    @property
-    def most(self) -> int:
-        """Of any pass but a rollout with resident weights, at the most."""
-        return max(self.backward + self.reduced, self.begin, self.reward, self.head)
-
-    def graded(self, temporaries: int, saved: int) -> int:
-        """Most in a pass with gradient in addition to the peak of its last block, with so many bytes of
-        temporaries of its own, where a block saves `saved`."""
-        return max(self.backward, self.backward + self.reduced - saved, self.begin - temporaries)
-
-
-GRADED = 0.7  # of a block's gradients are there when its self-attention, the last, computes its own
 
 
 def gathered_bytes(models: Models, shards: Shards, compute: torch.dtype | None = None) -> Gathered:
-    """By the order in which FSDP2 gathers, frees and reduces. The whole weights of a block are there and the
-    buffer of their gather, for a moment the buffer of the next block too; in a backward the buffer of the
-    next, the gradients so far, and the reduce-scatter of the last. Resident weights stay for a rollout, in
-    `compute`, the dtype of products (None: that of weights)."""
+    """In a forward the root, a block and the buffer of its gather, in a backward the buffer of the block
+    before it and that of the last reduce-scatter. Resident weights stay for a rollout, in `compute`, the
+    dtype of products (None: that of weights)."""
     if not shards.many:
         return Gathered()
-    own = units_of(models.generator, shards.shards)
-    block, root = own["block"].padded, own["root"].padded
-    trained = sum(p.values for p in models.trained if "blocks.0." in p.name)
-    blocks = [p for p in models.generator if "blocks.0." in p.name]
-    share = trained / max(1, sum(p.values for p in blocks))
-    scored = head = 0
-    if models.reward:
-        theirs = units_of(models.reward, shards.shards)
-        scored = 3 * theirs["block"].padded + theirs["root"].padded
-        head = 2 * max(theirs["pool"].padded, theirs["mlp"].padded)
+
+    def around(parameters: Sequence[Parameter]) -> int:
+        units = units_of(parameters, shards.shards)
+        return units["root"] + 2 * units["block"]
+
+    forward = around(models.generator)
+    trained = sum(p.values for p in models.trained if "blocks.0." in p.name) * shards.shards
+    first = next(p for p in models.trained if "blocks.0." in p.name) if trained else None
+    reduced = trained * (shards.reduce or first.dtype.itemsize) if first else 0
     return Gathered(
-        root + 2 * block, root + 2 * block + round(GRADED * share * block),
-        round(share * block * wider(models.trained, shards)),
-        root + 3 * block, scored, head,
+        forward, forward + reduced, around(models.reward) if models.reward else 0,
         _resident(models.generator, compute) if shards.resident else 0,
     )  # fmt: skip
 
@@ -173,7 +154,7 @@ def exchanged_bytes(setup: Setup, models: Models, shards: Shards, reward: Kind) 
     def received(parameters: list[Parameter]) -> int:
         blocks = max(p.count for p in parameters)
         units = units_of(parameters, n)
-        return round(sum(u.padded * (blocks if k == "block" else 1) for k, u in units.items()) * (n - 1) / n)
+        return round(sum(u * (blocks if k == "block" else 1) for k, u in units.items()) * (n - 1) / n)
 
     factor = wider(models.trained, shards)
     trained = round(factor * received(models.trained))
@@ -196,7 +177,7 @@ def _exchange(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
     weights nor adapters nor chunks change what tokens exchange."""
     plain = replace(
         setup, weight_dtype=setup.compute_dtype, lora=None, chunk=None, validation=None, pool=0, pool_host=0,
-        rollout=RolloutConfig(), chain=ChainConfig(),
+        rollout=RolloutConfig(), chain=ChainConfig(), sharding=Sharding(),
     )  # fmt: skip
     return _exchange_of_many(plain, what, policy, blocks)
 

@@ -22,8 +22,8 @@ from prfl_engine.model.layers import Linear
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.optim.block_adamw import BLOCK, state_layout
 from prfl_engine.optim.optimizer import in_blocks
-from prfl_engine.planner.dry_run import generator, reward_model, trained
 from prfl_engine.planner.meta import meta_tensors
+from prfl_engine.planner.models import generator, reward_model, trained
 from prfl_engine.planner.setup import ROUND, Setup, rounded
 from prfl_engine.planner.stored import pieces, stored, used
 from prfl_engine.planner.updates import Piece, Update, updated

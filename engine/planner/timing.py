@@ -26,7 +26,7 @@ from prfl_engine.planner.flops import (
 )
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind
-from prfl_engine.planner.seconds import Rates, block_seconds
+from prfl_engine.planner.seconds import Rates, block_seconds, chunked
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.sharded import Exchanged, Shards
 from prfl_engine.planner.standing import Models, gradient_bytes, idle_bytes, start_bytes, state_bytes
@@ -90,6 +90,7 @@ def forward_seconds(setup: Setup, rates: Rates, fp8: bool = False) -> float:
         products, attention = rates.products_fp8 or products, rates.attention_fp8
     bytes_moved = moved(one)[0] + unpacked(c, setup.weight_dtype, setup.storage)
     seconds = block.products / products + block.attention / attention + bytes_moved / rates.memory
+    seconds += setup.sequence * chunked(None, setup, rates).forward / setup.latent[0]
     return setup.count * seconds + end_work(c, one.tokens).products / rates.products
 
 
