@@ -106,6 +106,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize(
     "settings, dtype, lr, limit",
     [
+        ({}, torch.float32, 1e-5, 1e-6),
         ({"offload": "states"}, torch.float32, 1e-5, 1e-6),
         ({"in_backward": True, "clip": None}, torch.float32, 1e-5, 1e-6),
         ({"rounding": "master"}, BF16, 3e-6, 1e-6),
