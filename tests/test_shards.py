@@ -73,6 +73,13 @@ def test_graded_steps(ranks, window, indices, resident):
     check(ranks, cases.graded, window, indices, resident)
 
 
+@pytest.mark.parametrize("sequence", [1, 4])
+def test_graded_steps_of_one_copy_on_four_ranks(four, sequence):
+    for loss, gradient, name in four(cases.graded, 3, UNEQUAL, False, 1, sequence):
+        assert loss < 1e-12
+        assert gradient < 1e-11, name
+
+
 def test_an_image(ranks):
     check(ranks, cases.image)
 
