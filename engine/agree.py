@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch import Tensor
 
 from prfl_engine import files
 from prfl_engine.errors import TrainingError, UserError
+from prfl_kernels.waits import waiting
 
 
 def several() -> bool:
@@ -51,11 +53,20 @@ def gathered(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """`value`, which can be pickled, of every rank of a group (None: all)."""
     if not several():
         return [value]
-    if group in _watched:
-        _await_all(group, _watched[group])
     found = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group)
+    with waiting():
+        if group in _watched:
+            _await_all(group, _watched[group])
+        dist.all_gather_object(found, value, group)
     return found
+
+
+def reduced(values: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """The sum of `values` over all ranks, or what op says; on the device."""
+    values = values.clone()
+    with waiting():
+        dist.all_reduce(values, op)
+    return values
 
 
 def _await_all(group: dist.ProcessGroup, watch: _Watch) -> None:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from prfl_engine import checksums, files
+from prfl_engine import checksums, files, phases
 from prfl_engine.agree import Agreed, gathered, leads, patiently, several
 from prfl_engine.checksums import Sums
 from prfl_engine.errors import UserError, check
@@ -107,7 +107,7 @@ def save_sharded(
         return Saving()
     with Agreed(background):
         mine = {name: a.to("cpu", copy=True) for name, a in mine.items()}
-    thread = ThreadPoolExecutor(1, thread_name_prefix="prfl-save")
+    thread = ThreadPoolExecutor(1, thread_name_prefix="prfl-save", initializer=phases.apart)
     saving = Saving(thread.submit(_write, folder, mine, index, background, then))
     thread.shutdown(wait=False)
     return saving

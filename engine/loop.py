@@ -25,6 +25,7 @@ from prfl_engine.checkpoint_shards import Saving, load_sharded, save_sharded
 from prfl_engine.checkpoints import Checkpoints
 from prfl_engine.config import Config
 from prfl_engine.errors import TrainingError, UserError, check
+from prfl_engine.exposed import measured
 from prfl_engine.inputs import make_folder
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
 from prfl_engine.measurements import Measurements, Performance
@@ -205,7 +206,7 @@ class Run:
         items = self.batches.loader(first, self.config.data.num_workers, device, world.readers)
         start = progress.step + 1 if self.begin.checkpoint else 0
         writer = MetricsWriter(out, train.tensorboard, train.wandb, start) if world.leads else NoMetrics()
-        with closing(items), writer as metrics, timed(device) as clock:
+        with closing(items), writer as metrics, timed(device) as clock, measured(clock):
             bfloat16 = self.config.model.compute_dtype == "bfloat16"
             performance = Performance(device, world, self.costs, bfloat16)
             measurements = Measurements(

@@ -47,11 +47,12 @@ class Performance:
         self.device, self.world, self.costs = device, world, cache(costs)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = peak(name) if bfloat16 else None
-        self.seconds, self.work, self.steps = Counter(), Counter(), 0
+        self.seconds, self.waits, self.work, self.steps = Counter(), Counter(), Counter(), 0
 
     def add(self, lap: Lap) -> None:
         """The lap of a step that the device has passed."""
         self.seconds.update(lap.seconds())
+        self.waits.update(lap.waits())
         self.work.update(lap.work)
         self.steps += 1
 
@@ -59,20 +60,25 @@ class Performance:
         """What the record holds, and start anew; every rank must call it.
 
         Seconds are those of a step, of validations and saves all since the last record; the mean of the
-        ranks. Memory is the most that a rank has held, and that of the rank with least. Tokens and FLOPs are
-        those of all samples together.
+        ranks. So are those of waits for other ranks, of which there is also the rank's that waits least, as
+        the others wait for it. Memory is the most that a rank has held, and that of the rank with least.
+        Tokens and FLOPs are those of all samples together.
         """
-        mine = {"seconds": dict(self.seconds), "memory": self._memory(), "tokens": 0, "flops": 0}
+        mine = {"seconds": dict(self.seconds), "waits": dict(self.waits), "memory": self._memory()}
+        mine |= {"tokens": 0, "flops": 0}
         for (what, shape), n in self.work.items():
             costs = self.costs(shape)
             mine["tokens"] += n * costs.tokens * (what == "samples")
             mine["flops"] += n * (0 if what == "samples" else costs.flops[what])
         ranks = self.world.all(mine)
-        names = dict.fromkeys(name for rank in ranks for name in rank["seconds"])
-        mean = {name: fmean(rank["seconds"].get(name, 0.0) for rank in ranks) for name in names}
-        busy = sum(second for name, second in mean.items() if name not in BETWEEN)
+        mean, waits = (_mean([rank[kind] for rank in ranks]) for kind in ("seconds", "waits"))
+        busy = _of_steps(mean)
         found = {"step_s": busy / self.steps}
-        found |= {f"{name}_s": s / (1 if name in BETWEEN else self.steps) for name, s in mean.items()}
+        found |= {f"{name}_s": s / self._times(name) for name, s in mean.items()}
+        if len(ranks) > 1:
+            found["exposed_s"] = _of_steps(waits) / self.steps
+            found["exposed_s_least"] = min(_of_steps(rank["waits"]) for rank in ranks) / self.steps
+            found |= {f"{name}_exposed_s": s / self._times(name) for name, s in waits.items()}
         # Ranks that share a sample have counted it once each.
         tokens, flops = (sum(rank[k] for rank in ranks) / self.world.sequence for k in ("tokens", "flops"))
         found |= {"tokens_per_s": tokens / busy, "model_flop_per_s": flops / busy}
@@ -81,8 +87,12 @@ class Performance:
         found["memory_bytes"] = max(rank["memory"] for rank in ranks)
         if len(ranks) > 1:
             found["memory_bytes_least"] = min(rank["memory"] for rank in ranks)
-        self.seconds, self.work, self.steps = Counter(), Counter(), 0
+        self.seconds, self.waits, self.work, self.steps = Counter(), Counter(), Counter(), 0
         return found | gpu_metrics()
+
+    def _times(self, phase: str) -> int:
+        """What seconds of a phase are divided by."""
+        return 1 if phase in BETWEEN else self.steps
 
     def _memory(self) -> float:
         """Most bytes since the last record: of tensors on the GPU; without one, of the process ever."""
@@ -91,6 +101,15 @@ class Performance:
         most = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         return float(most)
+
+
+def _mean(ranks: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for rank in ranks for name in rank)
+    return {name: fmean(rank.get(name, 0.0) for rank in ranks) for name in names}
+
+
+def _of_steps(seconds: dict[str, float]) -> float:
+    return sum(s for name, s in seconds.items() if name not in BETWEEN)
 
 
 class Measurements:

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import (
 )
 
 from prfl_engine import checksums
-from prfl_engine.agree import Agreed, gathered, patiently, shared_folder, watched_groups
+from prfl_engine.agree import Agreed, gathered, patiently, reduced, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.checks import check_stored
 from prfl_engine.config import Config, ParallelConfig
@@ -148,11 +148,7 @@ class World:
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all ranks, on the device."""
-        if self.mesh is None:
-            return values
-        values = values.clone()
-        dist.all_reduce(values)
-        return values / self.size
+        return values if self.mesh is None else reduced(values) / self.size
 
     def together(self, model: WanTransformer, keep: bool = False) -> "Together | None":
         """What the rollouts of a model that `place` has sharded need, see Together; None for one process."""
@@ -222,11 +218,7 @@ class Together:
     def largest(self, values: Tensor) -> Tensor:
         """The largest of every one of `values` on all ranks, which must ask at the same time; those of this
         rank inside a rollout with resident weights, where no rank waits for another."""
-        if self.apart:
-            return values
-        values = values.clone()
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-        return values
+        return values if self.apart else reduced(values, dist.ReduceOp.MAX)
 
 
 def launched() -> bool:

@@ -10,6 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from prfl_kernels.waits import waiting
+
 
 def local(a: Tensor) -> Tensor:
     """The part of `a` on this rank: all of it unless it is sharded."""
@@ -39,7 +41,8 @@ def put(a: Tensor, value: Tensor) -> None:
 
 def whole(a: Tensor) -> Tensor:
     """All of `a`; of a sharded one all its ranks call it, and each gets a copy."""
-    return a.full_tensor() if isinstance(a, DTensor) else a
+    with waiting():
+        return a.full_tensor() if isinstance(a, DTensor) else a
 
 
 def reshard(module: nn.Module) -> None:
@@ -71,5 +74,6 @@ def summed(norm: Tensor, parameters: Iterable[Tensor]) -> Tensor:
     square = norm.square()
     for dim, placement in enumerate(p.placements):
         if placement.is_shard():
-            dist.all_reduce(square, group=p.device_mesh.get_group(dim))
+            with waiting():
+                dist.all_reduce(square, group=p.device_mesh.get_group(dim))
     return square.sqrt()

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prfl_kernels.waits import waiting
+
 # Newer versions of torch have the second names, and warn of the first ones.
 GATHER = "all_gather_into_tensor" if not hasattr(dist, "all_gather_single") else "all_gather_single"
 REDUCE = "reduce_scatter_tensor" if not hasattr(dist, "reduce_scatter_single") else "reduce_scatter_single"
@@ -91,7 +93,8 @@ class SequenceGroup:
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in place and without gradient."""
-        dist.all_reduce(x, group=_GROUPS[self.name])
+        with waiting():
+            dist.all_reduce(x, group=_GROUPS[self.name])
         return x
 
     def stack(self, x: Tensor) -> Tensor:
@@ -104,6 +107,12 @@ def is_group(name: str) -> bool:
     return name in _GROUPS
 
 
+def _exchange(found: Tensor, send: Tensor, theirs: Sequence[int], mine: Sequence[int], group: str) -> None:
+    """theirs, mine: rows that come from every rank and go to it."""
+    with waiting():
+        dist.all_to_all_single(found, send, list(theirs), list(mine), group=_GROUPS[group])
+
+
 def to_heads(tensors: Sequence[Tensor], parts: Sequence[int], group: str) -> list[Tensor]:
     """Tensors of one shape [B, parts[rank], H, D] to [B, L, H / P, D] each: views of one buffer."""
     a, ranks = tensors[0], len(parts)
@@ -113,7 +122,7 @@ def to_heads(tensors: Sequence[Tensor], parts: Sequence[int], group: str) -> lis
     for i, t in enumerate(tensors):
         send[:, :, i] = t.unflatten(2, (ranks, h)).permute(2, 1, 0, 3, 4)
     found = a.new_empty(sum(parts), len(tensors), batch, h, width)
-    dist.all_to_all_single(found, send.flatten(0, 1), list(parts), [mine] * ranks, group=_GROUPS[group])
+    _exchange(found, send.flatten(0, 1), parts, [mine] * ranks, group)
     return [found[:, i].transpose(0, 1) for i in range(len(tensors))]
 
 
@@ -123,7 +132,7 @@ def to_tokens(tensors: Sequence[Tensor], parts: Sequence[int], group: str) -> li
     ranks, mine = len(parts), parts[dist.get_rank(_GROUPS[group])]
     send = torch.stack([t.transpose(0, 1) for t in tensors], 1)  # [L, n, B, H / P, D]
     found = send.new_empty(ranks * mine, *send.shape[1:])
-    dist.all_to_all_single(found, send, [mine] * ranks, list(parts), group=_GROUPS[group])
+    _exchange(found, send, [mine] * ranks, parts, group)
     found = found.unflatten(0, (ranks, mine))
     return [found[:, :, i].permute(2, 1, 0, 3, 4).flatten(2, 3) for i in range(len(tensors))]
 
@@ -134,7 +143,8 @@ def _gathered(x: Tensor, parts: Sequence[int], group: str) -> Tensor:
     send = x.new_zeros(most, *x.shape[1:])
     send[: len(x)] = x
     found = x.new_empty(len(parts) * most, *send.shape[1:])
-    getattr(dist, GATHER)(found, send, group=_GROUPS[group])
+    with waiting():
+        getattr(dist, GATHER)(found, send, group=_GROUPS[group])
     return torch.cat([a[:n] for a, n in zip(found.split(most), parts, strict=True)])
 
 
@@ -144,7 +154,8 @@ def _summed(d: Tensor, parts: Sequence[int], group: str) -> Tensor:
     for part, own in zip(send, d.split(list(parts)), strict=True):
         part[: len(own)] = own
     mine = d.new_empty(send.shape[1:])
-    getattr(dist, REDUCE)(mine, send.flatten(0, 1), group=_GROUPS[group])
+    with waiting():
+        getattr(dist, REDUCE)(mine, send.flatten(0, 1), group=_GROUPS[group])
     return mine[: parts[dist.get_rank(_GROUPS[group])]]
 
 

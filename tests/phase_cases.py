@@ -1,13 +1,17 @@
 """What test_shards.py runs on every rank: which collectives a phase of a step makes, and rollouts."""
 
+import time
 from collections import Counter
+from pathlib import Path
+from unittest import mock
 
 import torch
 from helpers import random_batch, randomize, relative, rows, tiny_config, tiny_model, tiny_reward
 from shard_cases import SCHEDULE, collectives, of_first, world_of
 from test_graphs import FakeRecorder
 
-from prfl_engine import chain
+from prfl_engine import chain, exposed
+from prfl_engine import phases as clocks
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, RolloutConfig
 from prfl_engine.memory.policy import BlockPolicy, named
 from prfl_engine.memory.recompute import run_under
@@ -113,9 +117,9 @@ def ahead(policy: str | BlockPolicy) -> list[int]:
 
 
 def chain_loss(model, batch, run):
-    """A loss of one forward."""
-    context = model.embed_context(batch.text)
-    return model(batch.latent, torch.tensor([500.0]), context, None, run).square().mean()
+    """A loss of one forward; run: None for its own way of running blocks."""
+    context, how = model.embed_context(batch.text), () if run is None else (run,)
+    return model(batch.latent, torch.tensor([500.0]), context, None, *how).square().mean()
 
 
 def rollout(
@@ -158,3 +162,63 @@ def rollout(
     same = all(torch.equal(a, b) for a, b in zip(kept, weights, strict=True))
     moved = relative(*(torch.cat([x for x, _, _ in found]) for found in (whole, plain)))
     return relative(x, want), moved, gathers, same
+
+
+class Late:
+    """Time in which nothing passes but the ten seconds by which the second of two ranks is late."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.rank, self.count, self.due = folder, rank, 0, None
+
+    def __call__(self) -> None:
+        """The second rank waits until the first one has begun its next wait, and is late."""
+        self.count += 1
+        begun = self.folder / f"begun-{self.count}"
+        if self.rank == 0:
+            self.due = begun
+            return
+        while not begun.exists():
+            time.sleep(0.001)
+        (self.folder / f"late-{self.count}").touch()
+
+    def now(self) -> float:
+        """In place of time.perf_counter."""
+        found = 10.0 * len(list(self.folder.glob("late-*")))
+        if self.due is not None:
+            self.due.touch()
+            self.due = None
+        return found
+
+
+def waits(folder: str, sequence: int) -> dict[str, float]:
+    """Seconds of waits by phase on this rank, where the second one is late for an agreement (data), a gather
+    of weights (rollout), an exchange if the sequence is cut (validation), a reduction of gradients (graded),
+    and a mean (reward)."""
+    world = world_of(1, sequence)
+    late, batch = Late(Path(folder), world.rank), random_batch(tiny_config(), 1)
+    model = world.place(tiny_model(tiny_config(num_layers=1)))
+
+    def begins(block, given):
+        """The weights of the block are there."""
+        if given[0].requires_grad:
+            given[0].register_hook(lambda _: (clocks.mark("graded"), late())[1])
+        elif sequence > 1:
+            clocks.mark("validation")
+            late()
+
+    model.blocks[0].register_forward_pre_hook(begins)
+    with mock.patch.object(clocks.time, "perf_counter", late.now), clocks.timed(torch.device("cpu")) as clock:
+        with exposed.measured(clock):
+            late()
+            with world.agreed():
+                pass
+            clocks.mark("rollout")
+            late()
+            with torch.no_grad():
+                chain_loss(model, batch, None)
+            clocks.mark("optimizer")
+            chain_loss(model, batch, None).backward()
+            clocks.mark("reward")
+            late()
+            world.mean(torch.zeros(()))
+        return dict(clock.lap().waits())

@@ -83,6 +83,7 @@ class Call(NamedTuple):
     name: str
     ranks: tuple[int, ...]  # of its group
     dtype: torch.dtype
+    bytes: int  # of its larger side
 
 
 @contextmanager
@@ -92,9 +93,9 @@ def collectives() -> Iterator[list[Call]]:
 
     def watched(name, original):
         def call(*arguments, group=None, **settings):
-            given = next(a for a in (*arguments, *settings.values()) if isinstance(a, torch.Tensor))
+            given = [a for a in (*arguments, *settings.values()) if isinstance(a, torch.Tensor)]
             ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
-            calls.append(Call(name, ranks, given.dtype))
+            calls.append(Call(name, ranks, given[0].dtype, max(a.nbytes for a in given)))
             return original(*arguments, group=group, **settings)
 
         return call
@@ -306,9 +307,9 @@ def whole_values(p, value):
 def weights(optimizer) -> torch.Tensor:
     """All weights in float64, with the 16 bits more that the optimizer may keep of them."""
     found = []
-    for p, state in optimizer.state.items():
-        own = local(p.detach()).flatten()
-        if "rest" in state["blocks"][0]:
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        own, state = local(p.detach()).flatten(), optimizer.state.get(p, {})
+        if "rest" in state.get("blocks", [{}])[0]:  # torch's AdamW, of one process, has no blocks
             own = torch.cat([master(w, b) for w, b in zip(_blocks(p.detach()), state["blocks"], strict=True)])
         found.append(whole_values(p, own).flatten().double())
     return torch.cat(found)

@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from threading import Event
-from time import sleep
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from helpers import random_batch, rows, tiny_config, tiny_model, tiny_reward
 from shard_cases import mesh_of
 from torch.distributed.tensor import DTensor
 
-from prfl_engine import tensor_files
+from prfl_engine import agree, tensor_files
 from prfl_engine.agree import gathered, patiently, shared_folder, watched_groups
 from prfl_engine.checkpoint_shards import load_sharded, save_sharded
 from prfl_engine.config import LoraConfig, OptimConfig
@@ -300,19 +300,28 @@ def broken_save(folder: str, last: bool, background: bool) -> tuple[str, list[st
     return said, sorted(p.name for p in out.iterdir())
 
 
-def slow_work(limit: float) -> list[str]:
-    """What a rank has done and says where the last one works for longer than the limit, and then fails."""
-    said, slow = [], dist.get_rank() == dist.get_world_size() - 1
+def slow_work(rounds: int) -> list[str]:
+    """What a rank has done and says where the last one works until the ranks have asked for each other so
+    many times, each within the time-out, and then fails."""
+    said, asked, enough = [], [], Event()
+    slow = dist.get_rank() == dist.get_world_size() - 1
+
+    def asks(*given):
+        asked.append(given)
+        if len(asked) == rounds:
+            enough.set()
+        return gathered(*given)
+
+    def works() -> None:
+        if slow:
+            enough.wait()
+        said.append("waited" if slow else "worked")
 
     def fails() -> None:
         if slow:
             raise OSError("full")
 
-    def works() -> None:
-        sleep(1.6 * limit * slow)
-        said.append("slept" if slow else "worked")
-
-    with watched_groups(1, timedelta(seconds=limit)) as (group,):
+    with watched_groups(1, timedelta(seconds=60)) as (group,), mock.patch.object(agree, "gathered", asks):
         patiently(works, group)
         try:
             patiently(fails, group)
@@ -321,17 +330,18 @@ def slow_work(limit: float) -> list[str]:
     return said
 
 
-def stalled(limit: float) -> tuple[str, str]:
-    """What a rank says of the last one, which comes too late, and then of the first one, which does."""
+def stalled(limit: float) -> tuple[str, ...]:
+    """What a rank says of the last one, which comes when the others have given up, and then of the first."""
     said, last = [], dist.get_world_size() - 1
     for late in (last, 0):
         with watched_groups(1, timedelta(seconds=limit)) as (group,):
-            assert gathered(dist.get_rank(), group) == [*range(last + 1)]
             if dist.get_rank() == late:
-                sleep(3 * limit)
+                dist.barrier()
             try:
                 said.append(str(gathered(0, group)))
             except TrainingError as error:
                 said.append(str(error))
+            if dist.get_rank() != late:
+                dist.barrier()
         dist.barrier()
     return tuple(said)

@@ -95,6 +95,9 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
     assert [out.count("evaluated 1") for out in said] == [batches] * 2
     two = values(tmp_path / "two")
     assert (tmp_path / "two/checkpoint-3/shards.json").is_file()
+    for perf in training_runs.values(tmp_path / "two", "perf/").values():
+        least, mean, step = (perf[f"perf/{name}"] for name in ("exposed_s_least", "exposed_s", "step_s"))
+        assert 0 < least <= mean < step and perf["perf/graded_exposed_s"] < perf["perf/graded_s"]
     if settings["rollout"].get("pool") == 8:
         assert all(v is not None for step in two for v in step.values())
         return

@@ -1,5 +1,6 @@
 """Seconds and FLOPs of phases: counted where they happen, by formulas that agree with the models' weights."""
 
+import threading
 import time
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from helpers import tiny_config, tiny_model, write_run
 from training_runs import reward_run, run, values
 
-from prfl_engine import phases
+from prfl_engine import exposed, phases
+from prfl_engine.config import OptimConfig
 from prfl_engine.measurements import Performance
 from prfl_engine.model import flops
+from prfl_engine.optim.optimizer import make_optimizer
 from prfl_engine.parallel import World
+from prfl_kernels.waits import waiting
 
 TOKENS = ("self_attn", "cross_attn.q.", "cross_attn.o.", "ffn")
 SHAPE = (1, 4, 4)  # 4 tokens
@@ -73,7 +77,8 @@ def test_on_a_gpu_marks_are_events_that_nothing_waits_for(monkeypatch):
         def __init__(self, enable_timing):
             assert enable_timing
 
-        def record(self):
+        def record(self, stream):
+            assert stream == "computes"
             Event.now *= 2
             self.at = Event.now
 
@@ -81,29 +86,75 @@ def test_on_a_gpu_marks_are_events_that_nothing_waits_for(monkeypatch):
             return end.at - self.at
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "computes")
     clock = phases.Clock(torch.device("cuda"))
     clock.mark("graded")
     clock.mark("reward")
     clock.mark("graded")
-    assert clock.lap().seconds() == pytest.approx({"data": 0.002, "graded": 0.020, "reward": 0.008})
+    with clock.waits():
+        pass
+    lap = clock.lap()
+    assert lap.seconds() == pytest.approx({"data": 0.002, "graded": 0.116, "reward": 0.008})
+    assert lap.waits() == pytest.approx({"graded": 0.032})
+
+
+def test_a_wait_counts_once_and_what_is_computed_in_it_does_not(monkeypatch):
+    """Nor do waits of a thread beside the computation. An update in a backward is made in a reduction."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def lasts(seconds):
+        now[0] += seconds
+
+    def save():
+        phases.apart()
+        with waiting():
+            lasts(100)
+
+    layer = torch.nn.Linear(2, 1)
+    optimizer = make_optimizer([(layer, 1.0)], OptimConfig(in_backward=True, clip=None))
+    update = optimizer._update
+    monkeypatch.setattr(optimizer, "_update", lambda *given: (lasts(10), update(*given)))
+    with phases.timed(torch.device("cpu")) as clock, exposed.measured(clock):
+        thread = threading.Thread(target=save)
+        thread.start()
+        thread.join()
+        phases.mark("graded")
+        with waiting():
+            lasts(1)
+            layer(torch.ones(2)).sum().backward()  # two updates
+            with waiting():
+                lasts(2)
+        with pytest.raises(ValueError), waiting():
+            lasts(4)
+            raise ValueError
+        lap = clock.lap()
+    with waiting():
+        lasts(1000)  # nobody's
+    assert lap.waits() == {"graded": 7} and lap.seconds() == {"data": 100, "graded": 27}
+    assert not clock.lap().waits()
 
 
 def test_ranks_are_summed_up(monkeypatch):
     """Two ranks of one sample count its work once."""
-    other = {"seconds": {"graded": 3.0, "save": 1.0}, "memory": 1e15, "tokens": 8, "flops": 100.0}
+    other = {"seconds": {"graded": 3.0, "save": 1.0}, "waits": {"data": 0.5, "save": 4.0}}
+    other |= {"memory": 1e15, "tokens": 8, "flops": 100.0}
     monkeypatch.setattr(World, "all", lambda self, mine: [mine, other])
     world = World(size=2, sequence=2)
     made = Performance(torch.device("cpu"), world, lambda shape: flops.Costs(4, {"graded": 50.0}), True)
     made.peak = 10.0
     monkeypatch.setattr(made, "_memory", lambda: 1e6)
     work = phases.Counter({("samples", SHAPE): 2, ("graded", SHAPE): 2})
-    made.add(phases.Lap([("graded", 0.0), ("save", 1.0), ("save", 2.0)], work))
+    waits = [("graded", 0.0), ("graded", 0.25), ("graded", 0.5), ("save", 1.0)]
+    made.add(phases.Lap([("graded", 0.0), ("save", 1.0), ("save", 2.0)], work, waits))
     made.add(phases.Lap([("graded", 3.0), ("graded", 3.0)], phases.Counter()))
     assert made.values() == {
         "step_s": 1.0, "graded_s": 1.0, "save_s": 1.0, "tokens_per_s": 4.0, "model_flop_per_s": 50.0,
         "mfu": 2.5, "memory_bytes": 1e15, "memory_bytes_least": 1e6,
+        "exposed_s": 0.3125, "exposed_s_least": 0.25, "graded_exposed_s": 0.1875, "data_exposed_s": 0.125,
+        "save_exposed_s": 2.0,
     }  # fmt: skip
-    assert made.steps == 0 and not made.work
+    assert made.steps == 0 and not made.work and not made.waits
 
 
 def counted(config, out, command="train", *overrides):

@@ -10,6 +10,7 @@ import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
 from helpers import tiny_config
 from plan_ranks import SHAPE, exchanged
 from ranks import Ranks
+from shard_cases import collectives
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -30,7 +31,7 @@ from prfl_engine.planner.meta import default_dtype
 from prfl_engine.planner.plan import make_kind, peaks
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import ROUND, Setup
-from prfl_engine.planner.sharded import Shards, exchange_of, exchanged_bytes, gathered_bytes
+from prfl_engine.planner.sharded import Shards, exchange_of, exchanged_bytes, gathered_bytes, units_of
 from prfl_engine.planner.standing import models_of, rounded, state_bytes
 from prfl_kernels import extension
 
@@ -67,7 +68,8 @@ class Real:
         with self.live:
             for _ in range(2):
                 self.live.lap()
-                sft_loss(self.model, batch, noise, sigma, run_under(policy)).mean().backward()
+                with collectives() as self.calls:
+                    sft_loss(self.model, batch, noise, sigma, run_under(policy)).mean().backward()
                 peak = self.live.lap()
         gradients = sum(-(-p.grad.to_local().nbytes // ROUND) * ROUND for p in self.model.parameters())
         return peak - self.shards - gradients
@@ -85,8 +87,8 @@ class Real:
     "world, dtype", [(8, torch.float32), (64, torch.bfloat16), (512, torch.bfloat16)], indirect=["world"]
 )
 def test_a_rank_of_fsdp_has_the_bytes_predicted(world, dtype, monkeypatch):
-    """Shards, states of the optimizer and gradients to the byte; the peak of a step, of 5 GB and more, to
-    0.1 MB."""
+    """Shards, states of the optimizer, gradients and all collectives to the byte; the peak of a step, of 5 GB
+    and more, to 0.1 MB."""
     setup, policy = Setup(WIDE, LATENT, weight_dtype=dtype, reward=None), named("attention")
     setup = replace(setup, sharding=Shards(world.size()).sharding())
     models, optim = models_of(setup, world.size()), OptimConfig()
@@ -97,6 +99,13 @@ def test_a_rank_of_fsdp_has_the_bytes_predicted(world, dtype, monkeypatch):
         real = Real(world, dtype)
         assert sum(p.bytes() for p in models.generator) == real.shards
         got = real.step(policy, monkeypatch)
+        moved = exchanged_bytes(setup, models, Shards(world.size()), kind)
+        root = units_of(models.generator, world.size())["root"].padded
+        share = (world.size() - 1) / world.size()  # the context gathers the root once more, both ways
+        want = {"gather": 2 * (moved.gather + root * share), "scatter": moved.reduce}
+        for name, bytes in want.items():
+            seen = sum(call.bytes for call in real.calls if call.name == name)
+            assert seen * share == pytest.approx(bytes, rel=1e-9), name
         for p in real.model.parameters():
             p.grad = None
         live = LiveBytes(ROUND)

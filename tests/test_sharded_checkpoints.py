@@ -70,8 +70,9 @@ def test_a_save_that_breaks_on_one_rank_leaves_nothing(ranks, tmp_path, backgrou
 
 
 def test_ranks_wait_for_a_slow_disk_longer_than_the_time_out(ranks):
-    first, last = ranks[2](cases.slow_work, 2.0)
-    assert (first, last) == (["worked", "TrainingError: rank 1: full"], ["slept", "OSError: full"])
+    """Since they ask for each other again and again, each time with all of it."""
+    first, last = ranks[2](cases.slow_work, 5)
+    assert (first, last) == (["worked", "TrainingError: rank 1: full"], ["waited", "OSError: full"])
 
 
 def _cut(folder: Path) -> None:
@@ -228,7 +229,7 @@ def test_files_of_tensors_are_those_of_safetensors(tmp_path):
 def test_a_rank_that_does_not_come_is_named_with_its_host(ranks):
     host = socket.gethostname()
     first, second, _ = ranks[3](cases.stalled, 1.0)
-    late = f"rank 2 on {host} ended or gave no answer within 1 s (parallel.timeout)"
-    lost = f"rank 0 on {host} ended or gave no answer within 1 s (parallel.timeout)"
-    assert first[0] == late and second[0].startswith(lost)
-    assert second[1].startswith(lost)
+    ended = f"on {host} ended or gave no answer within 1 s (parallel.timeout)"
+    late, lost = f"rank 2 {ended}", f"rank 0 {ended}"
+    assert first[0].endswith(late)  # on a busy machine the other one may be late, too
+    assert second[0].startswith(lost) and second[1].startswith(lost)

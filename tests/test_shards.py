@@ -73,6 +73,13 @@ def test_graded_steps(ranks, window, indices, resident):
     check(ranks, cases.graded, window, indices, resident)
 
 
+@pytest.mark.parametrize("sequence", [1, 4])
+def test_graded_steps_of_one_copy_on_four_ranks(four, sequence):
+    for loss, gradient, name in four(cases.graded, 3, UNEQUAL, False, 1, sequence):
+        assert loss < 1e-12
+        assert gradient < 1e-11, name
+
+
 def test_an_image(ranks):
     check(ranks, cases.image)
 
@@ -106,6 +113,7 @@ BF16 = torch.bfloat16
 @pytest.mark.parametrize(
     "settings, dtype, lr, limit",
     [
+        ({}, torch.float32, 1e-5, 1e-6),
         ({"offload": "states"}, torch.float32, 1e-5, 1e-6),
         ({"in_backward": True, "clip": None}, torch.float32, 1e-5, 1e-6),
         ({"rounding": "master"}, BF16, 3e-6, 1e-6),
@@ -227,3 +235,13 @@ def test_a_block_is_gathered_before_the_backward_of_the_one_after_it(two, policy
     """FSDP's own order, which recomputation leaves as it is: the rest, the last block and the one before it;
     another one; none."""
     assert all(seen == [3, 4, 4] for seen in two(phase_cases.ahead, policy))
+
+
+@pytest.mark.parametrize("sequence", [1, 2])
+def test_a_rank_waits_for_one_that_is_late(two, tmp_path, sequence):
+    """Ten seconds in the phase of the wait, of a clock that stands still otherwise; the late one waits for
+    nobody."""
+    first, second = two(phase_cases.waits, str(tmp_path), sequence)
+    late = {"data", "rollout", "graded", "reward"} | ({"validation"} if sequence > 1 else set())
+    assert {phase: seconds for phase, seconds in first.items() if seconds} == dict.fromkeys(late, 10.0)
+    assert late <= second.keys() and not any(second.values())

@@ -21,6 +21,7 @@ from prfl_engine.errors import UserError, check
 from prfl_engine.memory.host import HostBlocks, new_block
 from prfl_engine.memory.live_bytes import host_memory
 from prfl_engine.optim.states import check_groups, check_like, check_moments
+from prfl_engine.phases import computing
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_engine.shards import local, offset, summed
 from prfl_kernels.jit import wide
@@ -88,7 +89,7 @@ class BlockAdamW(torch.optim.Optimizer):
         self._ok: Tensor | None = None  # in_backward: all of them finite
         if self.in_backward or self.gradients:
             for p in self.group_of:
-                p.register_post_accumulate_grad_hook(self._arrived)
+                p.register_post_accumulate_grad_hook(self._arrived)  # FSDP calls it in its reduction
 
     def _layout(self, p: Tensor, n: int) -> dict[str, tuple[int, torch.dtype]]:
         # Of a sharded parameter whole groups are on a rank where its rows hold whole groups.
@@ -122,6 +123,10 @@ class BlockAdamW(torch.optim.Optimizer):
     def _arrived(self, p: Tensor) -> None:
         """A backward has added to p.grad."""
         grad, p.grad = p.grad, None
+        with computing():
+            self._take(p, grad)
+
+    def _take(self, p: Tensor, grad: Tensor) -> None:
         if not self.in_backward:
             self._norms[p] = self._add(p, grad, first=p not in self._norms)
             return
