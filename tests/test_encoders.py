@@ -88,6 +88,7 @@ def test_another_vae_is_refused(folders, tmp_path):
     config = tmp_path / "vae/config.json"
     for key, value, needle in (
         ("z_dim", 32, "z_dim: got 32, want 16 of Wan2.1's VAE, or 48 of Wan2.2's"),
+        ("z_dim", [16], r"z_dim: got \[16\], want 16 of"),
         ("patch_size", 2, "pixels a side of a latent: got 16, want 8 with 16 channels"),
     ):
         text = (folders[0] / "vae/config.json").read_text()

@@ -69,9 +69,10 @@ LATENTS = {16: Latents(16, 8), 48: Latents(48, 16)}
 """Those of Wan2.1's VAE, and of Wan2.2's, by their channels."""
 
 
-def latents_with(channels: int, what: str) -> Latents:
+def latents_with(channels: object, what: str) -> Latents:
     """Those of so many channels. UserError, which calls the number `what`, where no VAE of Wan has them."""
-    check(channels in LATENTS, what, channels, "16 of Wan2.1's VAE, or 48 of Wan2.2's")
+    known = isinstance(channels, int) and channels in LATENTS
+    check(known, what, channels, "16 of Wan2.1's VAE, or 48 of Wan2.2's")
     return LATENTS[channels]
 
 
