@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import BlockPolicy
-from prfl_engine.patch import accelerate, fast_reward_pool, fp8, memo, report_of, restore
+from prfl_engine.patch import accelerate, fast_reward_pool, fp8, memo, report_of, restore, step_cache
 from prfl_engine.patch.memo import Memo
 from prfl_engine.patch.official import Official
 from prfl_engine.patch.view import Call
@@ -109,6 +109,23 @@ def test_a_first_frame_at_another_timestep_is_two_vectors(recompute):
     report = accelerate(model, recompute)
     assert_close(outcome(model, arguments), want, 1e-11)
     assert report.calls == 2 and not report.fallbacks
+
+
+def test_two_vectors_run_in_fp8_and_from_a_cache():
+    model = model_of("wan22", dim=128, heads=2, ffn_dim=128)
+    arguments = at_two_times(inputs_of("wan22"))
+    report = accelerate(model)
+
+    def result():
+        return torch.cat([a.flatten() for a in model(**arguments)])
+
+    with torch.no_grad():
+        plain = result()
+        with fp8(model):
+            assert 1e-3 < relative(result(), plain) < 0.1
+        with step_cache(model, 10.0, 3) as cache:
+            assert all(relative(result(), plain) < 1e-6 for _ in range(3))
+    assert (cache.computed, cache.reused) == (2, 1) and not report.fallbacks
 
 
 def test_modulation_is_compared_exactly_and_once(monkeypatch):
