@@ -4,7 +4,7 @@
         [--tokens 32760] [--sp 1 2 4 8] [--dtype bfloat16] [--json FILE]
 
 First the gates, at a small odd size: an error against float64 of at most twice that of plain torch
-in the same dtype. What fails gets no time, and the exit code is 1. Then, for every shape of Wan2.1
+in the same dtype. What fails gets no time, and the exit code is 1. Then, for every shape of the models
 and one rank of every sequence-parallel degree, the median (least to most) of launches with a cold
 cache. Row-wise operations get tokens / degree, attention all tokens and heads / degree. GB are
 inputs and outputs, each once; TFLOP those of the matrix products; the roofline is the longer of both at
@@ -295,7 +295,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Operatio
     parser.add_argument("--ops", nargs="+", metavar="OP", help="default: all")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="default: all that run")
     parser.add_argument("--peers", nargs="*", metavar="NAME", default=list(PEERS), help="eager compile sdpa")
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="1.3B 14B")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="1.3B 5B 14B")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="N", help="32760 75600; also 1080 4096")
     parser.add_argument("--sp", nargs="+", type=int, metavar="N", help="1 2 4 8")
     parser.add_argument("--dtype", default="bfloat16")

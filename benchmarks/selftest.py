@@ -213,7 +213,7 @@ def _sizes(operation: Operation, device: str) -> Iterator[tuple[str, Shape]]:
 
     if operation.kind != "attention":
         grid = (2, 4, 223) if gpu else (3, 5, 7)  # in reward pooling of 5,120 columns 7 tiles a cluster of 8
-        for heads in (3, 12, 40) if gpu else (3, 40):
+        for heads in (3, 12, 24, 40) if gpu else (3, 40):
             s = shape(heads, 128, grid, 77)
             yield f"{s.model.width}x{s.tokens}", s
         return

@@ -1,4 +1,4 @@
-"""The shapes of Wan2.1 on one rank, and random tensors in them."""
+"""The shapes of Wan2.1, A14B's experts and TI2V-5B on one rank, and random tensors in them."""
 
 from typing import NamedTuple
 
@@ -13,12 +13,21 @@ class Model(NamedTuple):
     ffn: int
 
 
-MODELS = {"1.3B": Model("1.3B", 1536, 12, 8960), "14B": Model("14B", 5120, 40, 13824)}
+MODELS = {
+    "1.3B": Model("1.3B", 1536, 12, 8960),
+    "5B": Model("5B", 3072, 24, 14336),
+    "14B": Model("14B", 5120, 40, 13824),
+}
+TI2V = 27280  # tokens of TI2V-5B: 121 frames of 704 x 1280
 # (frames, rows, columns) of tokens: 81 frames of 480 x 832 and of 720 x 1280; two for CPUs if asked for.
-GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80), 1080: (9, 10, 12), 4096: (16, 16, 16)}
+GRIDS = {
+    32760: (21, 30, 52), 75600: (21, 45, 80), TI2V: (31, 22, 40), 1080: (9, 10, 12), 4096: (16, 16, 16),
+}  # fmt: skip
 DEFAULT = (32760, 75600)
 TEXT = 512
-SMALL_MODELS = {"1.3B": Model("1.3B", 256, 2, 384), "14B": Model("14B", 512, 4, 1024)}
+SMALL_MODELS = {
+    "1.3B": Model("1.3B", 256, 2, 384), "5B": Model("5B", 384, 3, 640), "14B": Model("14B", 512, 4, 1024),
+}  # fmt: skip
 SMALL_GRIDS = {312: (3, 8, 13), 720: (3, 12, 20)}
 SMALL_TEXT = 64
 

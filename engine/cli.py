@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         help="also peers: liger-kernel if installed, and the Triton tutorial's attention in FILE",
     )  # fmt: skip
     tune = command("tune", _tune, "Measure the kernels' tile choices on this GPU.", config=False)
-    tune.add_argument("--model", nargs="+", metavar="NAME", help="14B, 1.3B (default: both)")
+    tune.add_argument("--model", nargs="+", metavar="NAME", help="1.3B, 5B, 14B (default: all)")
     tune.add_argument("--tokens", nargs="+", type=int, metavar="N", help="default: 32760 75600")
     tune.add_argument("--sp", type=int, default=1, metavar="N", help="GPUs of a sequence (default: 1)")
     tune.add_argument("--list", action="store_true", help="print the choices, measure nothing")

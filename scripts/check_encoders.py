@@ -1,11 +1,13 @@
 """Checks prfl_engine.encode on the encoders of a checkout that you have.
 
-    .venv/bin/python scripts/check_encoders.py DIR
+    .venv/bin/python scripts/check_encoders.py DIR [--golden FOLDER]
 
-DIR is a checkout of HY-Video-PRFL, Wan2.1 or Wan2.2 (which has no CLIP). Its VAE, text encoder and image
-encoder are built small with random weights, saved as Wan's repositories hold them, and loaded by ours: what
-the two make of random inputs in float32 must be equal within 1e-5 of the largest value. In the checkout
-attention is replaced by torch's, since its own runs on CUDA alone. Exit code 1 if a check fails.
+DIR is a checkout of HY-Video-PRFL, Wan2.1 or Wan2.2 (which has no CLIP, but also the VAE of TI2V-5B). Its
+VAEs, text encoder and image encoder are built small with random weights, saved as Wan's repositories hold
+them, and loaded by ours: what the two make of random inputs in float32 must be equal within 1e-5 of the
+largest value. In the checkout attention is replaced by torch's, since its own runs on CUDA alone. Exit code 1
+if a check fails. --golden writes the second VAE, its video and the official values, as tests/golden/wan22/vae
+holds them.
 
 The checkout needs einops, and for its tokenizer, which is not run, ftfy; torchvision is not needed.
 """
@@ -17,6 +19,7 @@ import types
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prfl_bench.peer import load_module
@@ -50,6 +53,17 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
 
 
+def vae_values(model: nn.Module, scale: list[Tensor], video: Tensor) -> dict[str, Tensor]:
+    """Latents of a video in [0, 1], and what the official model decodes them to, in [-1, 1]."""
+    latent = model.encode(video * 2 - 1, scale)
+    return {"encoded": latent, "decoded": model.decode(latent, scale).clamp(-1, 1)}
+
+
+def ours_of(vae: VideoVAE, video: Tensor, latent: Tensor) -> dict[str, Tensor]:
+    """The same values by this engine."""
+    return {"encoded": vae.encode(video), "decoded": vae.decode(latent) * 2 - 1}
+
+
 def check_vae(folder: Path, out: Path) -> dict[str, float] | None:
     """Encoding and decoding of nine frames."""
     code = module(folder, "vae", "vae2_1")
@@ -57,15 +71,35 @@ def check_vae(folder: Path, out: Path) -> dict[str, float] | None:
         return None
     model = randomize(code.WanVAE_(dim=4, z_dim=16, temperal_downsample=[False, True, True]))
     torch.save(model.state_dict(), out / "Wan2.1_VAE.pth")
-    ours = VideoVAE(out)
-    scale = [ours.mean.flatten(), 1 / ours.std.flatten()]
-    video = torch.rand(1, 3, 9, 32, 48)
-    latent = model.encode(video * 2 - 1, scale)
-    decoded = model.decode(latent, scale).clamp(-1, 1)
-    return {
-        "VAE, encoded": relative(ours.encode(video), latent),
-        "VAE, decoded": relative(ours.decode(latent) * 2 - 1, decoded),
-    }
+    ours, video = VideoVAE(out / "Wan2.1_VAE.pth"), torch.rand(1, 3, 9, 32, 48)
+    want = vae_values(model, [ours.mean.flatten(), 1 / ours.std.flatten()], video)
+    got = ours_of(ours, video, want["encoded"])
+    return {f"VAE, {name}": relative(got[name], value) for name, value in want.items()}
+
+
+def check_vae_of_wan22(folder: Path, out: Path) -> dict[str, float] | None:
+    """The same of TI2V-5B's, with the mean and standard deviation that the checkout has."""
+    code = module(folder, "vae2_2")
+    if code is None:
+        return None
+    made = {}
+
+    def small(**given: object) -> nn.Module:
+        shape = {"dim": 2, "dec_dim": 3, "z_dim": given["z_dim"]}
+        times = given["temperal_downsample"]
+        made["model"] = randomize(code.WanVAE_(**shape, temperal_downsample=times)).bfloat16().float()
+        return made["model"]
+
+    code._video_vae = small
+    scale = code.Wan2_2_VAE(device="cpu").scale
+    state = {name: value.bfloat16() for name, value in made["model"].state_dict().items()}
+    path = out / "Wan2.2_VAE.safetensors"
+    save_file(state, path)
+    video = torch.randint(256, (1, 3, 9, 32, 32), dtype=torch.uint8)
+    want = vae_values(made["model"], scale, video / 255)
+    save_file({"video": video, **want}, out / "expected.safetensors")
+    got = ours_of(VideoVAE(path), video / 255, want["encoded"])
+    return {f"VAE of Wan2.2, {name}": relative(got[name], value) for name, value in want.items()}
 
 
 def tokenizer(words: int):
@@ -127,12 +161,17 @@ def main() -> int:
     """Run the checks; returns the exit code."""
     parser = argparse.ArgumentParser(description="Our encoders against those of a checkout.")
     parser.add_argument("folder", type=Path, metavar="DIR")
-    folder = parser.parse_args().folder
+    parser.add_argument("--golden", type=Path, metavar="FOLDER", help="a new folder")
+    args = parser.parse_args()
+    folder, golden = args.folder, args.golden
     torch.manual_seed(0)
     worst, checked = 0.0, 0
     with tempfile.TemporaryDirectory() as out, torch.no_grad():
-        for check in (check_vae, check_text, check_image):
-            for what, error in (check(folder, Path(out)) or {}).items():
+        if golden is not None:
+            golden.mkdir(parents=True)
+        places = {check_vae_of_wan22: golden or Path(out)}
+        for check in (check_vae, check_vae_of_wan22, check_text, check_image):
+            for what, error in (check(folder, places.get(check, Path(out))) or {}).items():
                 print(f"{what}: {error:.1e}")
                 worst, checked = max(worst, error), checked + 1
     if not checked:

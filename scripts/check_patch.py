@@ -3,11 +3,12 @@
     .venv/bin/python scripts/check_patch.py DIR [--device cuda]
 
 DIR is a checkout of HY-Video-PRFL, Wan2.1, Wan2.2 or VideoX-Fun; without it, the diffusers that is installed
-is checked. Small models with random weights, text-to-video and image-to-video, run as they are and patched:
-values and all gradients in float32, also under checkpointing of blocks, must be within 1e-5, and under
-bfloat16 autocast no further from float32 than the original by a fifth. Two things of a checkout are replaced
-in both runs, since they run on CUDA alone or round to 16 bits: its attention function by torch's in the dtype
-of its tensors, and its autocast of CUDA by the device's. Exit code 1 if a check fails.
+is checked. Small models with random weights, text-to-video and image-to-video, run as they are and patched,
+and where every token has a timestep of its own also with 0 for the first frame, as TI2V has it: values and
+all gradients in float32, also under checkpointing of blocks, must be within 1e-5, and under bfloat16 autocast
+no further from float32 than the original by a fifth. Two things of a checkout are replaced in both runs,
+since they run on CUDA alone or round to 16 bits: its attention function by torch's in the dtype of its
+tensors, and its autocast of CUDA by the device's. Exit code 1 if a check fails.
 """
 
 import argparse
@@ -88,15 +89,23 @@ def randomized(model: nn.Module) -> nn.Module:
 def velocity(model: nn.Module, x: Tensor, inputs: dict[str, Tensor | None]) -> Tensor:
     """[B, 16, T, h, w], by the arguments of the model's codebase."""
     t, text, clip, condition = (inputs[k] for k in ("t", "text", "clip", "condition"))
+    tokens = x[0, 0].numel() // 4
+    if inputs["fixed"]:
+        t = t[:, None].repeat(1, tokens)
+        t[:, : tokens // LATENT[0]] = 0
     if hasattr(model, "condition_embedder"):
         x = x if condition is None else torch.cat([x, condition], 1)
         return model(x, t, text, clip, return_dict=False)[0]
     more = {} if condition is None else {"y": list(condition)}
     more |= {} if clip is None or not hasattr(model, "img_emb") else {"clip_fea": clip}
-    tokens = x[0, 0].numel() // 4
-    if "clip_fea" not in inspect.signature(type(model).forward).parameters:
+    if tokenwise(model) and t.dim() == 1:
         t = t[:, None].expand(-1, tokens)  # Wan2.2 spreads the timestep of a single sample alone
     return torch.stack(list(model(x, t, list(text), tokens, **more)))
+
+
+def tokenwise(model: nn.Module) -> bool:
+    """Whether it takes a timestep for every token."""
+    return "clip_fea" not in inspect.signature(type(model).forward).parameters
 
 
 def outcome(model: nn.Module, inputs: dict) -> dict[str, Tensor]:
@@ -139,6 +148,10 @@ def checks(model: nn.Module, inputs: dict) -> Iterator[tuple[str, tuple[float, f
     patched = copy.deepcopy(model)
     report = accelerate(patched)
     yield "float32", distances(outcome(patched, inputs), want), (LIMIT, LIMIT)
+    if tokenwise(model):
+        fixed = inputs | {"fixed": True}
+        got = distances(outcome(patched, fixed), outcome(model, fixed))
+        yield "float32, first frame at 0", got, (LIMIT, LIMIT)
     with torch.autocast(device.type, torch.bfloat16):
         low, ours = outcome(model, inputs), outcome(patched, inputs)
     limits = tuple(FACTOR * d for d in everything(low, want))
@@ -174,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
             x=normal(2, 16, *LATENT), t=torch.tensor([900.0, 30.0], device=args.device),
             text=normal(2, TEXT, 24), clip=normal(2, 257, 1280) if image else None,
             condition=normal(2, 20, *LATENT) if image else None, direction=normal(2, 16, *LATENT),
+            fixed=False,
         )  # fmt: skip
         try:
             for what, got, limits in checks(model, inputs):

@@ -33,6 +33,16 @@ def vae():
     return randomize(AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 4, 4]), 1)
 
 
+def vae22():
+    """Of the structure of TI2V-5B's."""
+    from diffusers import AutoencoderKLWan
+
+    return randomize(AutoencoderKLWan(
+        base_dim=2, decoder_base_dim=3, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
+        patch_size=2, scale_factor_spatial=16, latents_mean=[0.1] * 48, latents_std=[1.5] * 48,
+    ), 1)  # fmt: skip
+
+
 def text_encoder():
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -60,6 +70,14 @@ def write_diffusers(folder: Path) -> Path:
     """The three encoders as `save_pretrained` writes them."""
     for name, model in ("vae", vae()), ("text_encoder", text_encoder()), ("image_encoder", image_encoder()):
         model.save_pretrained(folder / name)
+    tokenizer().save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def write_ti2v(folder: Path) -> Path:
+    """What TI2V-5B has of them, as `save_pretrained` writes it."""
+    vae22().save_pretrained(folder / "vae")
+    text_encoder().save_pretrained(folder / "text_encoder")
     tokenizer().save_pretrained(folder / "tokenizer")
     return folder
 

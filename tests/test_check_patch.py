@@ -68,11 +68,13 @@ def test_a_line_for_each_check(script, checkout, capsys, monkeypatch):
 
 
 def test_a_checkout_of_wan22(script, checkout, capsys, monkeypatch):
-    """Its autocast is that of CUDA, and it spreads the timestep of a single sample alone over the tokens."""
+    """Its autocast is that of CUDA; of a single sample it spreads the timestep over the tokens, which may
+    have their own."""
     (checkout / "wan/modules/model.py").write_text(LATER)
     monkeypatch.setattr(twins, "flash_attention", twins.attend)
     assert script.main([str(checkout)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and sum("first frame at 0" in line for line in lines) == 2
 
 
 def test_what_differs_fails(script, checkout, capsys, monkeypatch):

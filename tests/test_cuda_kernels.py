@@ -131,8 +131,11 @@ def test_add_norm_of_two_vectors(name, length, boundary):
 
 
 def test_add_norm_of_two_vectors_at_the_width_of_ti2v_5b():
+    """Streams in float32 and in bfloat16 have kernels of their own."""
     op, formula, inputs = boundary_cases.case("gated_add_modulate", 1, 3, 3072, 1)
     assert_as_good_as_torch(op, inputs, formula)
+    for stream in (F32, BF16):
+        assert_as_good_as_torch(*row_inputs("gated_add_modulate", 1, 3, 3072, stream, BF16))
 
 
 @ALL
@@ -202,10 +205,16 @@ def test_qk_norm_rope(heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("heads", [12, 40])
+@pytest.mark.parametrize("heads", [12, 24, 40])
 def test_qk_norm_rope_at_the_widths_of_the_models(heads, dtype):
     grid = (2, 2, 3)
     assert_as_good_as_torch(rope(grid, heads), rope_inputs(1, grid, heads, 128, dtype))
+
+
+def test_what_3072_columns_prefetch():
+    """Runs of two tokens, as 133 samples have them: rows that are loaded ahead, and rows that are not."""
+    assert_as_good_as_torch(rope((1, 1, 2), 24), rope_inputs(133, (1, 1, 2), 24, 128, BF16))
+    assert_as_good_as_torch(*row_inputs("gated_add_modulate", 133, 2, 3072, F32, BF16))
 
 
 def test_qk_norm_rope_in_runs_of_tokens():

@@ -130,6 +130,28 @@ def test_i2v_has_first_frames(models, clips, tmp_path):
     assert not list((tmp_path / "a14b").glob("latents/*.clip.npy"))
 
 
+def test_the_vae_of_ti2v_encodes_what_ti2v_reads(clips, tmp_path, capsys):
+    models = cases.write_ti2v(tmp_path / "models")
+    (tmp_path / "rows.csv").write_text(f"video,prompt\n{clips / 'wide.mp4'},a cat\n")
+    size = ("--size", "32x64")
+    encode(tmp_path / "rows.csv", models, tmp_path / "out", *size)
+    reader = Reader(tiny_config("ti2v", in_dim=48, out_dim=48), first_frame=True)
+    (path,) = read_lists([str(tmp_path / "out/all.list")], "list")
+    batch = reader.read(path, np.random.default_rng(0))
+    assert batch.latent.shape == (48, 3, 2, 4)
+    frames = read_clip(clips / "wide.mp4", 16, 9, lambda *_: (32, 64)).permute(3, 0, 1, 2)[None] / 255
+    vae = VideoVAE(models)
+    assert (batch.latent - vae.encode(frames)[0]).abs().max() < 1e-5
+    assert (batch.condition - vae.encode(frames[:, :, :1])[0]).abs().max() < 1e-5  # it is causal
+    for options, needle in (
+        (["--size", "32x48"], "--size: got '32x48', want 480p, 720p, or heights and widths such as"),
+        ([*size, "--i2v"], "--i2v: got True, want none with Wan2.2's VAE: TI2V takes the first frame of the"),
+    ):
+        capsys.readouterr()
+        encode(tmp_path / "rows.csv", models, tmp_path / "none", *options, code=2)
+        assert needle in one_line(capsys) and not (tmp_path / "none").exists()
+
+
 def test_what_cannot_be_encoded_is_left_out_and_named(models, clips, tmp_path, capsys):
     (tmp_path / "broken.mp4").write_bytes((clips / "wide.mp4").read_bytes()[:600])
     cases.write_clip(tmp_path / "short.mp4", 8)

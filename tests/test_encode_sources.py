@@ -74,9 +74,13 @@ def test_rows_that_cannot_be_one(tmp_path):
 
 
 def test_buckets():
-    for name, area in ("480p", 480 * 832), ("720p", 720 * 1280):
-        for h, w in PRESETS[name]:
-            assert h % 16 == w % 16 == 0 and 0.95 < h * w / area <= 1, (h, w)
+    for token, sizes in PRESETS.items():
+        for name, area in ("480p", 480 * 832), ("720p", 720 * 1280):
+            for h, w in sizes[name]:
+                assert h % token == w % token == 0 and 0.95 < h * w / area < 1.03, (h, w)
+    assert parse_sizes("720p", 32)[0] == (704, 1280)
+    with pytest.raises(UserError, match="multiples of 32"):
+        parse_sizes("720x1280", 32)
     sizes = parse_sizes("480p")
     shapes = {(1080, 1920): (480, 832), (1920, 1080): (832, 480), (768, 1024): (544, 720), (9, 9): (624, 624)}
     for (h, w), want in shapes.items():

@@ -1,6 +1,7 @@
 """Wan's encoders in the layouts of diffusers and of Wan's own repositories."""
 
 import importlib.machinery
+import json
 import shutil
 import sys
 import types
@@ -17,6 +18,9 @@ from prfl_engine.errors import UserError
 
 for package in ("diffusers", "transformers"):
     pytest.importorskip(package)
+
+
+GOLDEN = Path(__file__).parent / "golden/wan22/vae"
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,64 @@ def test_both_layouts_are_the_same_encoders(folders):
     assert TextEncoder(folders[1])(["a cat"])[0].dtype == torch.bfloat16
     one, other = (ImageEncoder(folder) for folder in folders)
     assert torch.equal(one(video[:, :, 0]), other(video[:, :, 0]))
+
+
+@pytest.fixture(scope="module")
+def wan22():
+    return VideoVAE(GOLDEN)
+
+
+def test_the_vae_of_wan22_is_the_official_one(wan22):
+    """Values of the official module (scripts/check_encoders.py --golden); measured: 3e-6 at most."""
+    want = load_file(GOLDEN / "expected.safetensors")
+    latent, decoded = want["encoded"], want["decoded"] / 2 + 0.5
+    assert latent.shape == (1, 48, 3, 2, 2) and decoded.shape == (1, 3, 9, 32, 32)
+    got = wan22.encode(want["video"] / 255)
+    assert (got - latent).abs().max() < 1e-5 * latent.abs().max()
+    assert (wan22.decode(latent) - decoded).abs().max() < 1e-5
+
+
+def test_the_vae_of_wan22_in_both_layouts(wan22, tmp_path):
+    wan22.model.save_pretrained(tmp_path / "vae")
+    other, video = VideoVAE(tmp_path), torch.rand(1, 3, 1, 32, 32)
+    assert torch.equal(other.encode(video), wan22.encode(video))
+    for path, want in ((tmp_path, wan22.latents), (GOLDEN, wan22.latents), (tmp_path / "vae", other.latents)):
+        assert encoders.latents_of(path) == want == (48, 16)
+
+
+def test_a_vae_works_on_one_latent_frame_at_a_time(wan22):
+    """Whatever the length of a video."""
+    seen = []
+    hooks = [
+        m.register_forward_pre_hook(lambda _, x: seen.append(x[0].shape[2]))
+        for m in (wan22.model.encoder, wan22.model.decoder)
+    ]
+    latent = wan22.encode(torch.rand(1, 3, 13, 16, 16))
+    assert seen == [1, 4, 4, 4]
+    wan22.decode(latent)
+    assert seen[4:] == [1, 1, 1, 1]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_another_vae_is_refused(folders, tmp_path):
+    shutil.copytree(folders[0] / "vae", tmp_path / "vae")
+    config = tmp_path / "vae/config.json"
+    for key, value, needle in (
+        ("z_dim", 32, "z_dim: got 32, want 16 of Wan2.1's VAE, or 48 of Wan2.2's"),
+        ("z_dim", [16], r"z_dim: got \[16\], want 16 of"),
+        ("patch_size", 2, "pixels a side of a latent: got 16, want 8 with 16 channels"),
+    ):
+        text = (folders[0] / "vae/config.json").read_text()
+        config.write_text(json.dumps(json.loads(text) | {key: value}))
+        with pytest.raises(UserError, match=needle):
+            encoders.latents_of(tmp_path)
+            VideoVAE(tmp_path)
+    shutil.copy(folders[1] / "Wan2.1_VAE.pth", tmp_path / "Wan2.1_VAE.pth")
+    shutil.copy(folders[1] / "Wan2.1_VAE.pth", tmp_path / "Wan2.2_VAE.pth")
+    shutil.rmtree(tmp_path / "vae")
+    with pytest.raises(UserError, match=r"got \['Wan2.1_VAE.pth', 'Wan2.2_VAE.pth'\], want the path of one"):
+        encoders.find(VAE, tmp_path)
 
 
 def test_a_text_does_not_depend_on_its_batch_and_is_cut_at_512_tokens(folders):
@@ -106,7 +168,7 @@ def test_weights_that_are_not_whole_are_refused(folders, tmp_path):
     path = changed(vae, tmp_path, lambda s: s.update({"conv2.weight": torch.zeros(48, 48, 1, 1, 1)}))
     with pytest.raises(UserError):
         VideoVAE(path)
-    t5 = native / f"{TEXT.native}.pth"
+    t5 = native / f"{TEXT.native[0]}.pth"
     path = changed(t5, tmp_path, lambda s: s.pop("blocks.1.ffn.fc2.weight"))
     shutil.copytree(native / "google", tmp_path / "google")
     with pytest.raises(UserError, match=r"lacks encoder.block.1.layer.1.DenseReluDense.wo.weight"):
@@ -114,7 +176,7 @@ def test_weights_that_are_not_whole_are_refused(folders, tmp_path):
     path = changed(t5, tmp_path, lambda s: s.update({"head.weight": torch.zeros(1)}))
     with pytest.raises(UserError, match="holds head.weight, want UMT5's encoder alone"):
         TextEncoder(path)
-    clip = native / f"{IMAGE.native}.pth"
+    clip = native / f"{IMAGE.native[0]}.pth"
     path = changed(clip, tmp_path, lambda s: s.pop("visual.transformer.1.mlp.0.bias"))
     with pytest.raises(UserError, match=r"lacks (vision_model\.)?encoder.layers.1.mlp.fc1.bias"):
         ImageEncoder(path)

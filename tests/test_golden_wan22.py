@@ -1,4 +1,5 @@
-"""A guided chain through both experts of Wan2.2 A14B gives the numbers of the official models and sampler."""
+"""Models of Wan2.2 give the numbers of the official code: a guided chain through both experts of A14B by the
+official sampler, and TI2V in both modes. (That of its VAE: test_encoders.py.)"""
 
 import importlib.util
 from pathlib import Path
@@ -12,25 +13,39 @@ from prfl_engine.model.experts import HIGH, LOW, Experts
 ROOT = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def script():
-    """scripts/check_wan22.py, which has written the golden values of the official code."""
-    spec = importlib.util.spec_from_file_location("check_wan22", ROOT.parent / "scripts/check_wan22.py")
+def script(name):
+    """A script, which has written golden values of the official code."""
+    spec = importlib.util.spec_from_file_location(name, ROOT.parent / f"scripts/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
-def test_every_value_is_that_of_the_official_code(kind, script):
+def test_every_value_is_that_of_the_official_code(kind):
     """Measured: 5e-7 at most. Both codes run in float32 and sum in other orders."""
+    check = script("check_wan22")
     folder = ROOT / "golden/wan22" / kind
     want, given = load_file(folder / "expected.safetensors"), load_file(folder / "inputs.safetensors")
-    experts = Experts(*(load_transformer(folder / name) for name in (HIGH, LOW)), script.KINDS[kind][0])
+    experts = Experts(*(load_transformer(folder / name) for name in (HIGH, LOW)), check.KINDS[kind][0])
     steps = len(want["timesteps"])
-    found = script.ours(experts, kind, given, steps)
+    found = check.ours(experts, kind, given, steps)
     assert found.keys() == want.keys() and len(want) == 5 + steps
     asked = (want["timesteps"] >= experts.boundary).sum()
     assert 0 < asked < steps and len(set(map(float, want["timesteps"]))) == steps
-    error, where = script.worst(found, want)
+    error, where = check.worst(found, want)
+    assert error < 1e-5, where
+
+
+@pytest.mark.parametrize("mode", ["text", "image"])
+def test_velocity_and_gradients_of_ti2v_are_those_of_the_official_code(mode):
+    """There with a timestep of every token. Measured: 9e-7 at most."""
+    check, folder = script("check_ti2v"), ROOT / "golden/wan22/ti2v"
+    want, given = load_file(folder / "expected.safetensors"), load_file(folder / "inputs.safetensors")
+    model = load_transformer(folder)
+    found = check.ours(model, given)
+    assert found.keys() == want.keys()
+    weights = [name for name, _ in model.named_parameters() if not name.endswith(".k.bias")]
+    assert sum(k.startswith(mode) for k in want) == 2 + len(weights)
+    error, where = check.worst(found, want, mode)
     assert error < 1e-5, where

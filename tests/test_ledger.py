@@ -26,14 +26,20 @@ fcntl = pytest.importorskip("fcntl")  # Triton has no Windows either
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="Triton was imported to compile")
 
 
+OF_WIDTH = ("modulate", "gated_add", "qk_norm_rope")  # whose code depends on the width
+
+
 def taken(launch, shape):
-    return len(launch.streams) == 1 or (shape.residual == torch.float32) == (shape.model == MODELS["14B"])
+    if shape.model == MODELS["5B"] and not launch.op.startswith(OF_WIDTH):
+        return False
+    return len(launch.streams) == 1 or (shape.residual == torch.float32) == (shape.model != MODELS["1.3B"])
 
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory):
     """The operations of `prfl kernels --quick --json`, run once for all of pytest-xdist's workers. Every
-    operation at both widths and, of two widths and two dtypes of the stream, in two of the four pairs."""
+    operation at two widths and, of these and two dtypes of the stream, in two of the four pairs; at the third
+    width those whose code depends on it, with a stream in float32."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     file = root / "ledger.json"
@@ -63,9 +69,12 @@ def launches(rows, *kinds):
     ]
 
 
-def test_every_operation_is_there_at_both_widths(rows):
+def test_every_operation_is_there_at_every_width(rows):
     assert {(row["op"], row["model"]) for row in rows} == {
-        (launch.op, model) for launch in operations.LAUNCHES for model in MODELS
+        (launch.op, model)
+        for launch in operations.LAUNCHES
+        for model in MODELS
+        if model != "5B" or launch.op.startswith(OF_WIDTH)
     }
     assert len(ledger_text.render({"operations": rows, "assumptions": ""}).splitlines()) >= len(rows)
 

@@ -115,12 +115,49 @@ def test_a_generator_without_clip_takes_no_image_encoder(models, tmp_path, capsy
     assert "--image-encoder: got" in (line := one_line(capsys)) and "takes no CLIP features" in line
 
 
-def test_prompts_need_a_generator_of_latents_of_16_channels(models, tmp_path, capsys):
+@pytest.fixture
+def ti2v(tmp_path):
+    """(the folder of a generator, that of its encoders)."""
     save_transformer(tiny_model(tiny_config("ti2v", in_dim=48, out_dim=48)), tmp_path / "wide")
+    return str(tmp_path / "wide"), str(cases.write_ti2v(tmp_path / "models"))
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_ti2v_generator_makes_videos_of_words_and_of_a_first_frame(image, ti2v, tmp_path):
+    path, encoders = ti2v
+    words = ["--prompt", "a cat", "--text-encoder", encoders, "--size", "32x64", "--frames", "5"]
+    words += ["--vae", encoders]
+    config, out = write_run(tmp_path), tmp_path / "samples"
+    if image:
+        Image.new("RGB", (60, 40), (200, 30, 90)).save(tmp_path / "first.png")
+        words += ["--image", str(tmp_path / "first.png")]
+    run("sample", config, *words, f"model.path={path}", "sample.count=1", "--out", str(out))
+    latent = load(out / "sample-00.npy")
+    assert latent.shape == (1, 48, 2, 2, 4) and read_video(out / "sample-00.mp4").shape == (5, 32, 64, 3)
+    red = torch.tensor([200, 30, 90]).view(1, 3, 1, 1, 1).expand(1, 3, 1, 32, 64) / 255
+    distance = (latent[:, :, :1] - VideoVAE(encoders).encode(red)).abs().max()
+    assert (distance < 1e-5) == image
+    again = (f"data.val=[{out / 'samples.list'}]", f"data.first_frame={str(image).lower()}")
+    run("sample", config, *again, f"model.path={path}", "sample.count=1", "--out", str(tmp_path / "again"))
+    assert torch.equal(load(tmp_path / "again/sample-00.npy"), latent)
+
+
+def test_what_does_not_fit_a_ti2v_generator_is_one_line(ti2v, models, tmp_path, capsys):
+    path, encoders = ti2v
     config = write_run(tmp_path)
-    words = ["--prompt", "a cat", "--text-encoder", models, *SIZE, "--out", str(tmp_path / "samples")]
-    run("sample", config, *words, f"model.path={tmp_path / 'wide'}", code=2)
-    assert "model.path: latent channels: got 48, want 16" in one_line(capsys)
+    prompt, size = ["--prompt", "a cat", "--text-encoder", encoders], ["--size", "32x64"]
+    image = ["--image", "a.png", "--vae", encoders]
+    for words, needle in (
+        ([*prompt, *SIZE], "--size: got '32x48', want 480p, 720p"),
+        ([*prompt, *size, "data.first_frame=true"], "--image: got None, want one: data.first_frame is true"),
+        ([*prompt, *size, "--image", "a.png"], "--vae: got None, want one"),
+        ([*prompt, *size, *image], "a.png: no such file"),
+        ([*prompt, *size, *image, "--image-encoder", models], "takes no CLIP features"),
+        ([*prompt, *size, "--vae", models], "--vae: latent channels: got 16, want 48, the generator's"),
+    ):
+        capsys.readouterr()
+        run("sample", config, *words, f"model.path={path}", "--out", str(tmp_path / "samples"), code=2)
+        assert needle in one_line(capsys) and not (tmp_path / "samples").exists()
 
 
 def test_an_i2v_generator_needs_a_first_frame(models, tmp_path, capsys):

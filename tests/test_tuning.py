@@ -139,7 +139,7 @@ def launches(call, answers):
 
 def test_every_candidate_reaches_its_launcher():
     kernels = set()
-    for _, bind, one in tune.choices(["14B", "1.3B"], [32760], 1):
+    for _, bind, one in tune.choices(list(shapes.MODELS), [32760], 1):
         kernels.add(one.kernel)
         variants = [launches(bind("meta"), {one[:2]: candidate}) for candidate in one.candidates]
         assert all(a != b for i, a in enumerate(variants) for b in variants[:i]), one

@@ -6,6 +6,7 @@ from prfl_bench.accept import correct, environment, graphs, kernels, sanitizer, 
 from prfl_bench.accept.costs import ASSUMPTIONS
 from prfl_bench.accept.row import Row
 from prfl_bench.accept.run import MOST_WORKERS
+from prfl_bench.shapes import TI2V
 
 MINUTES = 8
 START = 10.0  # seconds until the first row of a run
@@ -40,6 +41,7 @@ def _all() -> list[Row]:
         *kernels.attention_rows("cross", "14B", 32760),
         *kernels.attention_rows("self", "14B", 75600),
         *kernels.memory_rows("1.3B", 32760),
+        *kernels.memory_rows("5B", TI2V),
         tiles.row("others"),
         *kernels.attention_rows("cross", "1.3B", 32760),
         *kernels.attention_rows("fp8-self", "14B", 75600),

@@ -1,6 +1,6 @@
 """The kernel ledger: what every Triton kernel of this package compiles to and moves, without a GPU.
 
-One row a kernel launch at the shapes of Wan2.1: registers, spills, occupancy and instructions of the
+One row a kernel launch at the shapes of Wan: registers, spills, occupancy and instructions of the
 sm_90a code, bytes and operations counted in Triton's interpreter, and a predicted time. operations/ has
 the operations. Compiling and interpreting take processes of their own, since TRITON_INTERPRET has to be
 set before Triton is imported. docs/kernels.md says how to read it.

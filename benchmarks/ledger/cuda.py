@@ -110,7 +110,8 @@ class Recorder:
         return self.pool_geometry(batch, length, width, bf16)[1]
 
     def _run(self, batch: int, length: int, width: int, boundary: int) -> int:
-        return -(-length // max(1, (132 if width > 2560 else 396) // batch - (boundary > 0)))
+        blocks = 132 if width > 3072 else 264 if width > 2560 else 396
+        return -(-length // max(1, blocks // batch - (boundary > 0)))
 
     def runs_before(self, batch: int, length: int, width: int, boundary: int) -> int:
         return -(-boundary // self._run(batch, length, width, boundary))

@@ -25,7 +25,7 @@ LAUNCHES = tuple(launch for operation in OPERATIONS for launch in operation.laun
 
 
 def cases(quick: bool, launches: Sequence[Launch] = LAUNCHES) -> list[tuple[Launch, Shape]]:
-    """Every launch at every shape of Wan2.1, on meta tensors; quick: at 32,760 tokens alone."""
+    """Every launch at every shape of the models, on meta tensors; quick: at 32,760 tokens alone."""
     return [
         (launch, shapes.wan(model, tokens, stream))
         for tokens in shapes.DEFAULT[: 1 if quick else None]

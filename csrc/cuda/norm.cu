@@ -117,7 +117,7 @@ __device__ __forceinline__ void through_norm(const NormBackward& a, const Column
 }
 
 template <class X, class Y, class Dn, int kWidth>
-__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
+__global__ void __launch_bounds__(kBlock<kWidth>, kResidentBackward<kWidth, Dn>)
     norm_backward_kernel(const NormBackward a, int64_t run) {
   PRFL_SHARED(memory);
   float* slots = reinterpret_cast<float*>(memory);
@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
   const int64_t last = min(first + run, side ? a.length : a.boundary);
   const float *scale = a.scale + b * a.scale_b + side * a.scale_s, *gate = a.gate + b * a.gate_b + side * a.gate_s;
   const int64_t width = kWidth ? kWidth : a.width;
-  // Four prefetched rows of float32 would not fit the registers.
-  constexpr bool kAllAhead = sizeof(X) + sizeof(Y) + sizeof(Dn) < 12;
+  // Four prefetched rows of float32 would not fit the registers; nor, where two blocks do, four with one of them.
+  constexpr bool kAllAhead = sizeof(X) + sizeof(Y) + sizeof(Dn) < (kTwoBackward<kWidth, Dn> ? 8 : 12);
   const Columns<kWidth> columns(width, a.aligned);
   ColumnSums sums;
   Incoming<X, Y, Dn> next;

@@ -137,31 +137,42 @@ __device__ __forceinline__ void store_dx(const Columns<kWidth>& columns, void* o
 template <class T, int kWidth>
 __device__ __forceinline__ void fetch(const QkNormRopeBackward& a, const Columns<kWidth>& columns, int64_t b,
                                       int64_t l, Pair<T>& q, Pair<T>& k) {
-  q.d = columns.load(static_cast<const T*>(a.dout_q) + b * a.dout_q_b + l * a.dout_q_l);
   q.x = columns.load(static_cast<const T*>(a.q) + b * a.q_b + l * a.q_l);
   q.rstd = get(a.rstd_q + b * a.length + l);
   if (a.k == nullptr) return;
-  k.d = columns.load(static_cast<const T*>(a.dout_k) + b * a.dout_k_b + l * a.dout_k_l);
   k.x = columns.load(static_cast<const T*>(a.k) + b * a.k_b + l * a.k_l);
   k.rstd = get(a.rstd_k + b * a.length + l);
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kBlock<kWidth>, kResident<kWidth> / 2)
+__device__ __forceinline__ void fetch_gradients(const QkNormRopeBackward& a, const Columns<kWidth>& columns,
+                                                int64_t b, int64_t l, Pair<T>& q, Pair<T>& k) {
+  q.d = columns.load(static_cast<const T*>(a.dout_q) + b * a.dout_q_b + l * a.dout_q_l);
+  if (a.k != nullptr) k.d = columns.load(static_cast<const T*>(a.dout_k) + b * a.dout_k_b + l * a.dout_k_l);
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kBlock<kWidth>, kResidentBackward<kWidth, T>)
     qk_backward_kernel(const QkNormRopeBackward a, int64_t run) {
   PRFL_SHARED(memory);
-  // Four prefetched rows of float32, in addition to those in use, would not fit the registers.
-  constexpr bool kAhead = sizeof(T) == 2;
+  // Four prefetched rows of float32, in addition to those in use, would not fit the registers; where two blocks
+  // do, two rows of 16 bits fit.
+  constexpr bool kAhead = sizeof(T) == 2, kAllAhead = kAhead && !kTwoBackward<kWidth, T>;
   const int64_t b = blockIdx.y, first = blockIdx.x * run, last = min(first + run, a.length);
   const int64_t width = kWidth ? kWidth : a.width;
   const Columns<kWidth> columns(width, a.aligned);
   float dweight_q[8] = {}, dweight_k[8] = {};
   Pair<T> next_q, next_k;
   if (kAhead) fetch(a, columns, b, first, next_q, next_k);
+  if (kAllAhead) fetch_gradients(a, columns, b, first, next_q, next_k);
   for (int64_t l = first; l < last; ++l) {
     Pair<T> q = next_q, k = next_k;
     if (!kAhead) fetch(a, columns, b, l, q, k);
-    if (kAhead && l + 1 < last) fetch(a, columns, b, l + 1, next_q, next_k);
+    if (!kAllAhead) fetch_gradients(a, columns, b, l, q, k);
+    if (kAhead && l + 1 < last) {
+      fetch(a, columns, b, l + 1, next_q, next_k);
+      if (kAllAhead) fetch_gradients(a, columns, b, l + 1, next_q, next_k);
+    }
     Angles angles = {};
     const bool turned = a.rotation.cos != nullptr;
     if (turned) load_angles(a.rotation, columns, l, angles);

@@ -11,9 +11,14 @@ constexpr float kE4m3Max = 448.0f;
 
 template <int kWidth>
 constexpr int kBlock = (kWidth ? kWidth : kRowWidth) / 8;
-// Blocks that have to fit an SM: 48 registers a thread forward, and half as many blocks backward.
+// Blocks that have to fit an SM: 48 registers a thread forward, and half as many blocks backward. At 3,072
+// half would be one of 384 threads: where rows of 16 bits leave room there are two, of 80 registers a thread.
 template <int kWidth>
 constexpr int kResident = 1280 / kBlock<kWidth>;
+template <int kWidth, class T>
+constexpr bool kTwoBackward = kWidth == 3072 && sizeof(T) == 2;
+template <int kWidth, class T>
+constexpr int kResidentBackward = kTwoBackward<kWidth, T> ? 2 : kResident<kWidth> / 2;
 constexpr int kSlots = kRowWidth / 8 / kWarp;  // warps of a block at most
 
 // With room for two reductions of two values.

@@ -31,14 +31,14 @@ def add_encode(parser: ArgumentParser) -> None:
 def add_sample(parser: ArgumentParser) -> None:
     """Those of `prfl sample`."""
     add = parser.add_argument
-    add("--vae", metavar="DIR", help="Wan's VAE: samples are written as .mp4, too")
+    add("--vae", metavar="DIR", help="the generator's VAE: samples are written as .mp4, too")
     add("--guidance", type=float, metavar="S", help="short for sample.guidance=S")
     add("--prompt", action="append", default=[], metavar="TEXT", help="in place of data.val; may be repeated")
     add("--text-encoder", metavar="DIR", help="Wan's UMT5 and its tokenizer, for --prompt and guidance")
     add("--negative", metavar="TEXT", help="for guidance (default: data.negative_text, or that of Wan2.1)")
     add("--size", metavar="HxW", help="pixels, with --prompt (default: 480x832)")
     add("--frames", type=int, metavar="N", help="with --prompt (default: 81)")
-    add("--image", metavar="FILE", help="first frame, with --prompt for an I2V generator")
+    add("--image", metavar="FILE", help="first frame, with --prompt for I2V and TI2V")
     add("--image-encoder", metavar="DIR", help="Wan's CLIP, for --image")
 
 

@@ -9,24 +9,29 @@ from prfl_engine.errors import check
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
-STRIDE = 16
-"""Pixels of a token: 8 of the VAE times the patches of 2."""
-PRESETS: dict[str, tuple[Size, ...]] = {
-    "480p": ((480, 832), (832, 480), (544, 720), (720, 544), (624, 624)),
-    "720p": ((720, 1280), (1280, 720), (832, 1088), (1088, 832), (960, 960)),
+PRESETS: dict[int, dict[str, tuple[Size, ...]]] = {
+    16: {
+        "480p": ((480, 832), (832, 480), (544, 720), (720, 544), (624, 624)),
+        "720p": ((720, 1280), (1280, 720), (832, 1088), (1088, 832), (960, 960)),
+    },
+    32: {
+        "480p": ((480, 832), (832, 480), (544, 736), (736, 544), (640, 640)),
+        "720p": ((704, 1280), (1280, 704), (832, 1088), (1088, 832), (960, 960)),
+    },
 }
-"""Buckets of about the area of 480 x 832 and 720 x 1280 pixels, by aspect ratio."""
+"""Buckets of about the area of 480 x 832 and 720 x 1280 pixels, by aspect ratio, for tokens of so many pixels
+a side."""
 
 
-def parse_sizes(text: str) -> tuple[Size, ...]:
-    """The buckets that "480p", "720p" or "704x1280,1280x704" (heights x widths) names."""
-    if text in PRESETS:
-        return PRESETS[text]
+def parse_sizes(text: str, token: int = 16) -> tuple[Size, ...]:
+    """The buckets that "480p", "720p" or "704x1280,1280x704" (heights x widths) names, of whole tokens."""
+    if text in PRESETS[token]:
+        return PRESETS[token][text]
     found = [re.fullmatch(r"(\d{1,5})x(\d{1,5})", part.strip()) for part in text.split(",")]
-    want = f"480p, 720p, or heights and widths such as 704x1280,1280x704, multiples of {STRIDE}"
+    want = f"480p, 720p, or heights and widths such as 704x1280,1280x704, multiples of {token}"
     check(all(found), "--size", text, want)
     sizes = tuple((int(m[1]), int(m[2])) for m in found)
-    check(all(n and n % STRIDE == 0 for size in sizes for n in size), "--size", text, want)
+    check(all(n and n % token == 0 for size in sizes for n in size), "--size", text, want)
     return sizes
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from prfl_engine.build import pick_device
 from prfl_engine.config import load_config
 from prfl_engine.encode import encoders, work
-from prfl_engine.encode.buckets import parse_sizes
+from prfl_engine.encode.buckets import Size, parse_sizes
 from prfl_engine.encode.places import LIST, Places, Report
 from prfl_engine.encode.sources import Row, Skipped, read_rows
 from prfl_engine.encode.text import clean, negative_prompt
@@ -55,12 +55,24 @@ class Options:
         except (ValueError, ZeroDivisionError):
             good = False
         check(good, "--fps", self.fps, "a positive number such as 16 or 24000/1001")
-        parse_sizes(self.size)
+        taken = "none with Wan2.2's VAE: TI2V takes the first frame of the latent (data.first_frame)"
+        check(not self.i2v or self.latents == encoders.LATENTS[16], "--i2v", True, taken)
+        parse_sizes(self.size, self.latents.token)
 
     @property
     def fewest(self) -> int:
         """The fewest frames that a video may have."""
         return self.frames if self.min_frames is None else self.min_frames
+
+    @property
+    def latents(self) -> encoders.Latents:
+        """What the VAE makes."""
+        return encoders.latents_of(self.models)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The buckets."""
+        return parse_sizes(self.size, self.latents.token)
 
     @property
     def clip(self) -> bool:
@@ -79,7 +91,7 @@ class Options:
         return found | {
             "tokenizer": encoders.digest(encoders.find_tokenizer(self.models)),
             "source": source.absolute().name,
-            "sizes": [f"{h}x{w}" for h, w in parse_sizes(self.size)],
+            "sizes": [f"{h}x{w}" for h, w in self.sizes],
             "frames": self.frames,
             "min_frames": self.fewest,
             "fps": str(Fraction(self.fps)),

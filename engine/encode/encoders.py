@@ -1,19 +1,20 @@
 """Wan's three encoders, loaded from a folder on this machine: nothing is fetched, no code in a file is run.
 
                   diffusers          native                                         computes in
-    VAE           vae/               Wan2.1_VAE.pth                                 float32
+    VAE           vae/               Wan2.1_VAE.pth, or Wan2.2_VAE.pth of TI2V-5B   float32
     UMT5          text_encoder/      models_t5_umt5-xxl-enc-bf16.pth                bfloat16, or float32
                   tokenizer/         google/umt5-xxl/
     CLIP          image_encoder/     models_clip_open-clip-xlm-roberta-...14.pth    float32
 
 A path names the folder of all of them, the subfolder of one, or a file in the native layout, which may have
-been converted to safetensors.
+been converted to safetensors. A14B has the VAE of Wan2.1, TI2V-5B one of its own.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 from prfl_engine.encode import native
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import read_json
-from prfl_engine.media.codec import CHANNELS
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 
 TEXT_LEN = 512
@@ -41,16 +41,49 @@ class Kind(NamedTuple):
 
     what: str
     folder: str
-    native: str
+    native: tuple[str, ...]
     says: tuple[str, str]
 
 
-VAE = Kind("VAE", "vae", "Wan2.1_VAE", ("_class_name", "AutoencoderKLWan"))
-TEXT = Kind("text encoder", "text_encoder", "models_t5_umt5-xxl-enc-bf16", ("model_type", "umt5"))
+VAE = Kind("VAE", "vae", ("Wan2.1_VAE", "Wan2.2_VAE"), ("_class_name", "AutoencoderKLWan"))
+TEXT = Kind("text encoder", "text_encoder", ("models_t5_umt5-xxl-enc-bf16",), ("model_type", "umt5"))
 IMAGE = Kind(
-    "image encoder", "image_encoder", "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
+    "image encoder", "image_encoder", ("models_clip_open-clip-xlm-roberta-large-vit-huge-14",),
     ("model_type", "clip_vision_model"),
 )  # fmt: skip
+
+
+class Latents(NamedTuple):
+    """What a VAE makes of a video [B, 3, 1+4k, H, W]: [B, channels, 1+k, H/stride, W/stride]."""
+
+    channels: int
+    stride: int
+
+    @property
+    def token(self) -> int:
+        """Pixels a side of a token, a patch of 2 x 2."""
+        return 2 * self.stride
+
+
+LATENTS = {16: Latents(16, 8), 48: Latents(48, 16)}
+"""Those of Wan2.1's VAE, and of Wan2.2's, by their channels."""
+
+
+def latents_with(channels: object, what: str) -> Latents:
+    """Those of so many channels. UserError, which calls the number `what`, where no VAE of Wan has them."""
+    known = isinstance(channels, int) and channels in LATENTS
+    check(known, what, channels, "16 of Wan2.1's VAE, or 48 of Wan2.2's")
+    return LATENTS[channels]
+
+
+def latents_of(path: str | Path) -> Latents:
+    """What the VAE at a path makes; its weights are not read. UserError where there is none of Wan."""
+    at = find(VAE, path)
+    if at.is_dir():
+        channels = read_json(at / "config.json", "an encoder's configuration").get("z_dim")
+    else:
+        channels = native.latent_channels(at)
+    return latents_with(channels, f"{at}: z_dim")
 
 
 def find(kind: Kind, path: str | Path) -> Path:
@@ -65,9 +98,12 @@ def find(kind: Kind, path: str | Path) -> Path:
             if config.get(kind.says[0]) == kind.says[1]:
                 return folder
     for end in (".pth", ".safetensors"):
-        if (path / f"{kind.native}{end}").is_file():
-            return path / f"{kind.native}{end}"
-    raise UserError(f"{path}: has no {kind.what}, want {kind.folder}/ of diffusers or {kind.native}.pth")
+        files = [path / f"{name}{end}" for name in kind.native if (path / f"{name}{end}").is_file()]
+        if files:
+            check(len(files) == 1, str(path), [file.name for file in files], "the path of one of them")
+            return files[0]
+    names = " or ".join(f"{name}.pth" for name in kind.native)
+    raise UserError(f"{path}: has no {kind.what}, want {kind.folder}/ of diffusers or {names}")
 
 
 def check_libraries() -> None:
@@ -102,9 +138,11 @@ def digest(path: Path) -> str:
 
 
 class VideoVAE:
-    """Wan2.1's VAE. Latents are normalised by its mean and standard deviation, as Wan's training has them."""
+    """The VAE of Wan2.1 or of Wan2.2. Latents are normalised by its mean and standard deviation, as Wan's
+    training has them. It works on one latent frame, four frames, at a time, however long a video is."""
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu"):
+        import diffusers
         from diffusers import AutoencoderKLWan
 
         at = find(VAE, path)
@@ -117,10 +155,15 @@ class VideoVAE:
             _check_whole(report, at)
         else:
             arguments, state = native.vae(native.read(at), at)
+            new = "is_residual" in arguments and "is_residual" not in signature(AutoencoderKLWan).parameters
+            check(not new, "diffusers", diffusers.__version__, "0.35 or later for Wan2.2's VAE")
             with torch.device("meta"):
                 model = AutoencoderKLWan(**arguments)
             _assign(model, {name: value.float() for name, value in state.items()}, at)
-        check(model.config.z_dim == CHANNELS, f"{at}: z_dim", model.config.z_dim, f"{CHANNELS}, Wan2.1's VAE")
+        c, self.latents = model.config, latents_with(model.config.z_dim, f"{at}: z_dim")
+        stride = 2 ** (len(c.dim_mult) - 1) * (getattr(c, "patch_size", None) or 1)
+        want = f"{self.latents.stride} with {c.z_dim} channels"
+        check(stride == self.latents.stride, f"{at}: pixels a side of a latent", stride, want)
         self.model = model.to(device).eval().requires_grad_(False)
         shape = (1, -1, 1, 1, 1)
         self.mean = torch.tensor(model.config.latents_mean, device=device).view(shape)
@@ -128,13 +171,14 @@ class VideoVAE:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """[B, 3, 1+4k, H, W] in [0, 1] -> [B, 16, 1+k, H/8, W/8], float32: the mean of the posterior."""
+        """[B, 3, 1+4k, H, W] in [0, 1] -> [B, C, 1+k, H/s, W/s], C and s of `latents`, float32: the mean of
+        the posterior."""
         video = video.to(self.mean.device, torch.float32) * 2 - 1
         return (self.model.encode(video).latent_dist.mode() - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """[B, 16, 1+k, h, w] -> [B, 3, 1+4k, 8h, 8w] in [0, 1], float32."""
+        """[B, C, 1+k, h, w] -> [B, 3, 1+4k, s h, s w] in [0, 1], C and s of `latents`, float32."""
         latent = latent.to(self.mean.device, torch.float32) * self.std + self.mean
         return self.model.decode(latent).sample.clamp(-1, 1) / 2 + 0.5
 

@@ -1,7 +1,8 @@
 """The encoders' weights under the names of Wan's own files, for the classes of diffusers and transformers.
 
 Heads, buckets and widths follow from the shapes. What shapes do not show is that of the released models: 16
-heads of the image encoder, its exact GELU, and a VAE of two residual blocks a level.
+heads of the image encoder, its exact GELU, a VAE of two residual blocks a level, and the statistics of the
+latents of Wan2.2's VAE (diffusers has those of Wan2.1's).
 """
 
 import math
@@ -34,6 +35,26 @@ _CLIP_BLOCK = {
     "mlp.0": "mlp.fc1",
     "mlp.2": "mlp.fc2",
 }
+_RESIDUAL = {
+    "residual.0": "norm1",
+    "residual.2": "conv1",
+    "residual.3": "norm2",
+    "residual.6": "conv2",
+    "shortcut": "conv_shortcut",
+}
+WAN22_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+WAN22_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885,
+    0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338,
+    0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458,
+    1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+"""Of Wan2.2's latents, by channel."""
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -112,14 +133,49 @@ def image_encoder(state: Mapping[str, Tensor], source: Path) -> tuple[dict, dict
 
 
 def vae(state: Mapping[str, Tensor], source: Path) -> tuple[dict, dict[str, Tensor]]:
-    """(arguments, state dict) of AutoencoderKLWan of a Wan2.1_VAE.pth, by diffusers' own table of names."""
+    """(arguments, state dict) of AutoencoderKLWan of a Wan2.1_VAE.pth or Wan2.2_VAE.pth.
+
+    diffusers' own table of names is that of Wan2.1's. In Wan2.2's the blocks of a level are in a module of
+    their own, and all else has the same names.
+    """
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
     arguments = dict(
         base_dim=_shape(state, "encoder.conv1.weight", source, 5)[0],
         z_dim=_shape(state, "conv2.weight", source, 5)[0],
     )
-    return arguments, convert_wan_vae_to_diffusers(dict(state))
+    levels, rest = {}, {}
+    for key, value in state.items():
+        level = re.fullmatch(r"(en|de)coder\.(down|up)samples\.(\d+)\.\2samples\.(\d+)\.(.+)\.(\w+)", key)
+        if level is None:
+            rest[key] = value
+            continue
+        half, way, n, block, part, end = level.groups()
+        name = f"{way}sampler.{part}" if part not in _RESIDUAL else f"resnets.{block}.{_RESIDUAL[part]}"
+        levels[f"{half}coder.{way}_blocks.{n}.{name}.{end}"] = value
+    if levels:
+        patch = 2
+        arguments |= dict(
+            decoder_base_dim=_shape(state, "decoder.head.0.gamma", source, 4)[0],
+            in_channels=3 * patch**2,
+            out_channels=3 * patch**2,
+            patch_size=patch,
+            scale_factor_spatial=8 * patch,
+            is_residual=True,
+            latents_mean=list(WAN22_MEAN),
+            latents_std=list(WAN22_STD),
+        )
+    return arguments, convert_wan_vae_to_diffusers(rest) | levels
+
+
+def latent_channels(path: Path) -> int:
+    """Those of the VAE in a native file, by the shape of one tensor."""
+    key = "conv2.weight"
+    if path.suffix != ".safetensors":
+        return _shape(open_state(path), key, path, 5)[0]
+    file = open_tensors(path)
+    found = {key: file.get_tensor(key)} if key in file.keys() else {}  # noqa: SIM118
+    return _shape(found, key, path, 5)[0]
 
 
 def _shape(state: Mapping[str, Tensor], key: str, source: Path, dims: int) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from prfl_engine.encode.work import condition_of, floats
 from prfl_engine.errors import UserError, check
 from prfl_engine.files import sync
 from prfl_engine.inputs import check_file, check_new
-from prfl_engine.media.codec import CHANNELS, STRIDE_S, STRIDE_T
+from prfl_engine.media.codec import STRIDE_T
 from prfl_engine.media.video import pixels, read_image, write_video
 from prfl_engine.metrics import progress
 from prfl_engine.model.experts import pair_at
@@ -59,12 +59,11 @@ class Prompts:
         good = self.length >= 1 and self.length % STRIDE_T == 1
         check(good, "--frames", self.frames, "1, 5, 9, ...: 4n + 1")
         if self.vae is not None:
-            encoders.find(encoders.VAE, self.vae)
+            encoders.latents_of(self.vae)
 
-    @property
-    def pixels(self) -> Size:
-        """Height and width of a sample."""
-        return parse_sizes("480x832" if self.size is None else self.size)[0]
+    def pixels(self, token: int) -> Size:
+        """Height and width of a sample, in whole tokens of so many pixels a side."""
+        return parse_sizes("480x832" if self.size is None else self.size, token)[0]
 
     @property
     def length(self) -> int:
@@ -72,19 +71,22 @@ class Prompts:
         return 81 if self.frames is None else self.frames
 
     def check_image(self, config: WanConfig) -> None:
-        """UserError unless there is all that an I2V generator needs, or nothing for it where it is none."""
-        if config.image and not config.clip:
+        """UserError unless there is all that an I2V generator needs, or a TI2V one with an image, or nothing
+        for it where the generator takes none."""
+        ti2v = config.model_type == "ti2v"
+        if config.image and not config.clip or ti2v:
             _check_none(self, "image_encoder", "none: the generator takes no CLIP features")
-        if not config.image:
+        if not (config.image or ti2v):
             for option in ("image", "image_encoder"):
                 _check_none(self, option, "none: the generator is text-to-video")
-        else:
+        if config.image or self.image is not None:
             for option in ("image", *["image_encoder"] * config.clip, "vae"):
                 name, there = option.replace("_", "-"), getattr(self, option) is not None
                 check(there, f"--{name}", None, "one: the generator needs a first frame")
             if config.clip:
                 encoders.find(encoders.IMAGE, self.image_encoder)
             check_file(self.image, "the first frame")
+            check(not ti2v or self.length > 1, "--frames", self.length, "5 or more after a first frame")
 
 
 def _check_none(given: Prompts, option: str, want: str) -> None:
@@ -101,12 +103,15 @@ def prompted(config: Config, given: Prompts) -> Iterator[Config]:
         return
     if config.model.path is None:
         raise UserError("model.path: got null, want the folder of a generator")
-    m, device, data = config.model, pick_device(config), config.data
-    model = read_config(m.path if m.boundary is None else pair_at(m.path, m.low)[0])
+    device, data, model = pick_device(config), config.data, _generator(config)
     if given.prompts:
-        want = f"{CHANNELS}, of Wan2.1's VAE"
-        check(model.out_dim == CHANNELS, "model.path: latent channels", model.out_dim, want)
+        latents = encoders.latents_with(model.out_dim, "model.path: latent channels")
+        given.pixels(latents.token)
         given.check_image(model)
+        if model.model_type == "ti2v":
+            fixed = given.image is not None
+            check(fixed or not data.first_frame, "--image", None, "one: data.first_frame is true")
+            data = replace(data, first_frame=fixed)
     guided = scales(config.sample.guidance) != (1, 1)
     check(guided or given.negative is None, "--negative", given.negative, "--guidance S with it")
     texts = dict(enumerate(given.prompts))
@@ -119,9 +124,15 @@ def prompted(config: Config, given: Prompts) -> Iterator[Config]:
         if "negative" in files:
             data = replace(data, negative_text=files.pop("negative"))
         if files:
-            frame = _frame(folder, given, model, device)
+            frame = _frame(folder, given, model, latents, device)
             data = replace(data, val=(_listed(folder, given.prompts, files, frame),))
         yield replace(config, data=data)
+
+
+def _generator(config: Config) -> WanConfig:
+    """That of model.path, or of its high-noise expert."""
+    m = config.model
+    return read_config(m.path if m.boundary is None else pair_at(m.path, m.low)[0])
 
 
 def _texts(
@@ -137,16 +148,23 @@ def _texts(
     return files
 
 
-def _frame(folder: Path, given: Prompts, model: WanConfig, device: torch.device) -> dict[str, str]:
+def _frame(
+    folder: Path, given: Prompts, model: WanConfig, latents: encoders.Latents, device: torch.device
+) -> dict[str, str]:
     """The files that all prompts share, by their keys in meta JSONs: a latent that only says its size, and
-    what an I2V generator is given of the first frame."""
-    t, (h, w) = 1 + (given.length - 1) // STRIDE_T, (n // STRIDE_S for n in given.pixels)
-    arrays = {LATENT_KEYS[0]: torch.zeros(CHANNELS, t, h, w)}
-    if model.image:
-        first = floats(read_image(given.image, lambda *_: given.pixels))
+    what an I2V generator is given of the first frame; a TI2V one finds that in the latent."""
+    pixels = given.pixels(latents.token)
+    t, (h, w) = 1 + (given.length - 1) // STRIDE_T, (n // latents.stride for n in pixels)
+    arrays = {LATENT_KEYS[0]: torch.zeros(latents.channels, t, h, w)}
+    if given.image is not None:
+        first = floats(read_image(given.image, lambda *_: pixels))
         if model.clip:
             arrays[CLIP_KEYS[0]] = ImageEncoder(given.image_encoder, device)(first[:, :, 0])[0]
-        arrays[CONDITION_KEYS[0]] = condition_of(VideoVAE(given.vae, device), first, given.length)
+        vae = VideoVAE(given.vae, device)
+        if model.image:
+            arrays[CONDITION_KEYS[0]] = condition_of(vae, first, given.length)
+        else:
+            arrays[LATENT_KEYS[0]][:, :1] = vae.encode(first)[0].cpu()
     for key, array in arrays.items():
         save(folder / f"{key}.npy", array, torch.float32)
     return {key: str(folder / f"{key}.npy") for key in arrays}
@@ -169,6 +187,9 @@ def sample_prompts(
     codec = config.sample.codec
     check(codec is None or given.vae is None, "sample.codec", codec, "null with --vae")
     check_new(out, "--out")
+    if given.vae is not None and config.model.path is not None:
+        made, want = encoders.latents_of(given.vae).channels, _generator(config).out_dim
+        check(made == want, "--vae: latent channels", made, f"{want}, the generator's")
     with prompted(config, given) as config:
         files = sample(config, out, count, step, keep=bool(given.prompts))
     return files if given.vae is None else files + decode(files, given.vae, config)

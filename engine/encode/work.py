@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prfl_engine.build import DTYPES
 from prfl_engine.encode import encoders
-from prfl_engine.encode.buckets import Size, nearest, parse_sizes, whole_frames
+from prfl_engine.encode.buckets import Size, nearest, whole_frames
 from prfl_engine.encode.encoders import ImageEncoder, TextEncoder, VideoVAE
 from prfl_engine.encode.places import Places, Sample, save, write
 from prfl_engine.encode.sources import Row, Skipped
@@ -39,7 +39,7 @@ class Share:
 
     def __init__(self, places: Places, options: "Options", device: torch.device):
         self.places, self.options, self.device = places, options, device
-        self.sizes, self.fps = parse_sizes(options.size), Fraction(options.fps)
+        self.sizes, self.fps = options.sizes, Fraction(options.fps)
         self.dtype = STORED[options.store]
 
     def texts(self, wanted: dict[Path, str]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prfl_engine.patch.layers import Replacement
-from prfl_engine.patch.memo import Memo, ours, rows_equal
+from prfl_engine.patch.memo import Memo, few_vectors, ours
 from prfl_engine.patch.structure import MODULATION, ROPE, TEXT_TOKENS, TOKENS, Structure
 from prfl_engine.patch.view import Call, ImageProjections, Parts, Projections, widened
 from prfl_kernels.qk_norm_rope.rope import Grid, rope_angles
@@ -109,9 +109,9 @@ class Diffusers(Structure):
         if math.prod(grid) != hidden_states.shape[1]:
             return TOKENS
         if temb.dim() == 4:
-            if torch.compiler.is_compiling() or not memo.ask("modulation", temb, rows_equal):
+            temb = None if torch.compiler.is_compiling() else few_vectors(temb, grid, memo)
+            if temb is None:
                 return MODULATION
-            temb = temb[:, 0]
         image = 0 if block.attn2.add_k_proj is None else encoder_hidden_states.shape[1] - TEXT_TOKENS
         if image < 0 or (image == 0 and block.attn2.add_k_proj is not None):
             return f"{encoder_hidden_states.shape[1]} context tokens, none of an image"

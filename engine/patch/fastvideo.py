@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prfl_engine.patch.layers import Replacement
-from prfl_engine.patch.memo import Memo, grid_of, rows_equal
+from prfl_engine.patch.memo import Memo, few_vectors, grid_of
 from prfl_engine.patch.structure import (
     MODULATION,
     ROPE,
@@ -110,9 +110,9 @@ class FastVideo(Structure):
         if math.prod(found[0]) != hidden_states.shape[1]:
             return TOKENS
         if temb.dim() == 4:
-            if not memo.ask("modulation", temb, rows_equal):
+            temb = few_vectors(temb, found[0], memo)
+            if temb is None:
                 return MODULATION
-            temb = temb[:, 0]
         image = IMAGE_TOKENS if hasattr(block.attn2, "add_k_proj") else 0
         if image and encoder_hidden_states.shape[1] != image + TEXT_TOKENS:
             return f"{encoder_hidden_states.shape[1]} context tokens, not 512 of text and those of an image"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prfl_kernels.qk_norm_rope.rope import Grid, axis_angles, cos_sin
 
+PIECE = 4096  # tokens whose modulation is compared at a time
 KEPT = 8  # tensors of a kind: forwards that wait for their backward, in which blocks may be recomputed
 
 
@@ -71,6 +72,26 @@ def grid_of(table: Tensor, head_dim: int, part: int, grid: Grid | None) -> Grid 
     return grid if bool(near.all()) else None
 
 
-def rows_equal(e: Tensor) -> bool:
-    """Whether all tokens of e [B, L, 6, C] have the same modulation."""
-    return bool((e == e[:, :1]).all())
+def few_vectors(e: Tensor, grid: Grid, memo: Memo) -> Tensor | None:
+    """The modulation of a block, e [B, L, 6, C] of every token, in vectors that whole runs of tokens share.
+
+    [B, 6, C] where all tokens have one; [B, 2, 6, C] where those of the first frame have one and all others
+    another, as in TI2V's image mode; None for anything else. Their gradients go to one token of each run, and
+    are the sum of the run's: its tokens have one timestep. Every new tensor is read once, and the host waits
+    for that: the original code has its timesteps on the device alone.
+    """
+    first = math.prod(grid[1:])
+    vectors = memo.ask(f"modulation {first}", e, lambda a: runs(a, first))
+    if vectors == 2:
+        return e[:, : first + 1 : first]
+    return e[:, 0] if vectors == 1 else None
+
+
+def runs(e: Tensor, first: int) -> int:
+    """How many vectors the tokens of e [B, L, 6, C] have: 1, 2 if the `first` ones have one and the others
+    another, 0 if more."""
+    parts = (e[:, :first], e[:, first:])
+    same = [(piece == part[:, :1]).all() for part in parts for piece in part.split(PIECE, 1)]
+    one = (e[:, :1] == e[:, first : first + 1]).all()
+    alike, one = torch.stack([torch.stack(same).all(), one]).tolist()
+    return 0 if not alike else 1 if one else 2

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from prfl_engine.patch.memo import ours, rows_equal
+from prfl_engine.patch.memo import few_vectors, ours
 from prfl_engine.patch.structure import (
     MODULATION,
     ROPE,
@@ -75,9 +75,9 @@ class Official(Structure):
             if image not in (257, 514):
                 return f"{context.shape[1]} context tokens, not 512 of text and those of one or two images"
         if e.dim() == 4:
-            if not memo.ask("modulation", e, rows_equal):
+            e = few_vectors(e, tuple(grids[0]), memo)
+            if e is None:
                 return MODULATION
-            e = e[:, 0]  # its gradient is that of all rows: they come from one timestep
         x = x.to(torch.promote_types(x.dtype, e.dtype))
         return Call(x, widened(e), context, tuple(grids[0]), image)
 

@@ -66,7 +66,7 @@ class Call(NamedTuple):
     """The arguments of a block, in our order."""
 
     x: Tensor  # [B, L, C], in the dtype of the residual stream
-    e: Tensor  # [B, 6, C], float32 or wider
+    e: Tensor  # [B, 6, C], or [B, 2, 6, C] of the first frame and the others, float32 or wider
     context: Tensor  # [B, S, C], the image tokens first
     grid: Grid
     image_tokens: int

@@ -136,7 +136,7 @@ def _plan(
     `like` [B, L, C]."""
     batch, length, width = like.shape
     block = triton.next_power_of_2(width)
-    _, run, options = rows.plan("add_norm", way, kind, like, block, fp8)
+    _, run, options = rows.plan("add_norm", way, kind, like, block, 512 if fp8 else 256)
     count, before = runs(length, boundary, run)
     return (count, batch), (length, run, before, boundary), {"C": width, "BLOCK": block, **options}
 

@@ -1,7 +1,7 @@
 """RMSNorm and rotation by the CUDA C++ kernels (csrc/cuda/qk_norm_rope.cu).
 
-q, k float32 or bfloat16, C up to 5120, quick for 1536 and 5120 in heads of 128; for e4m3 heads of a power of
-two from 8 to 256. ValueError for anything else.
+q, k float32 or bfloat16, C up to 5120, quick for 1536, 3072 and 5120 in heads of 128; for e4m3 heads of a
+power of two from 8 to 256. ValueError for anything else.
 """
 
 import torch

@@ -166,7 +166,8 @@ def _plan(way: rows.Way, what: str, a: Forward | Backward, fp8: bool = False) ->
     head_dim, tables = width // a.num_heads, (None, None)
     heads, dims = triton.next_power_of_2(a.num_heads), triton.next_power_of_2(head_dim)
     kind = 8 * a.q.element_size(), "q" + "k" * (a.k is not None) + what
-    grid, run, options = rows.plan("qk_norm_rope", way, kind, a.q, heads * dims, fp8)
+    least = 256 if not fp8 else 1024 if heads * dims == 4096 else 512  # with 512 of 4,096 q and k spill
+    grid, run, options = rows.plan("qk_norm_rope", way, kind, a.q, heads * dims, least)
     if a.grid is not None:
         tables = cos_sin(head_dim, tuple(a.grid), False, a.q.device, torch.float32)
     place = placing(head_dim, a.grid, a.offset)
