@@ -144,7 +144,7 @@ def measured(path: Path, monkeypatch) -> Measured:
     found = Measured()
     live, (fit, update) = found.live, (train.fit, updates.update)
     policy_of, reward_of, models = train.make_policy, train.make_frozen_reward, []
-    drop = resident.Resident.drop
+    gather, drop = resident.Resident.gather, resident.Resident.drop
 
     def seen(make):
         def made(*given):
@@ -179,11 +179,18 @@ def measured(path: Path, monkeypatch) -> Measured:
 
         return called
 
+    def filled(whole):  # as it begins: all of its memory is there before the first gather
+        for p in whole.model.parameters():
+            p.untyped_storage().resize_(p.nbytes)
+            live.resized(p)
+        gather(whole)
+
     def dropped(whole):
         drop(whole)
         for p in whole.model.parameters():
             live.resized(p)
 
+    monkeypatch.setattr(resident.Resident, "gather", filled)
     monkeypatch.setattr(resident.Resident, "drop", dropped)
     for name in ("free_storage", "alloc_storage"):
         monkeypatch.setattr(_fsdp_param, name, resizing(getattr(_fsdp_param, name)))

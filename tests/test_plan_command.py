@@ -175,7 +175,7 @@ def test_a_plan_of_several_gpus_counts_what_they_gather(monkeypatch):
     names = {kind.name for kind in found.memory.kinds}
     assert names == {"attention", "full"}
     for phase in found.memory.phases:
-        stands = "weights reward gradients optimizer allocator CUDA NCCL attention".split()
+        stands = ["weights", "reward", "gradients", "optimizer", "allocator", "CUDA", "NCCL", "attention"]
         passing = sum(e.bytes for e in phase.entries if not e.category.startswith((*stands,)))
         assert phase.name in ("load", "optimizer") or passing <= 11e9
     graded = next(p for p in found.memory.phases if p.name == "graded step")

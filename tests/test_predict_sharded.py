@@ -45,7 +45,8 @@ def test_no_rank_has_more_bytes_than_predicted(seed, worlds, tmp_path):
     c = load_config(path)
     p, reduce = c.parallel, 4 if c.optim.grad_dtype == "float32" else None
     shards = Shards(size, p.replicate, p.sequence, p.resident, reduce)
-    found = memory(c, find(c, str(path), on_cpu=True).setup, None, shards)
+    subject = find(c, str(path), on_cpu=True, readers=size // p.sequence)
+    found = memory(c, subject.setup, None, shards)
     real = [max(each) for each in zip(*worlds(size)(plan_ranks.run, path, size, free_port()), strict=True)]
     told = {phase.name: phase.bytes for phase in found.phases}
     training = max(told[n] for n in told if n.startswith(("rollout", "graded", "reward", "flow")))
