@@ -181,7 +181,7 @@ def test_a_plan_of_several_gpus_counts_what_they_gather(monkeypatch):
     graded = next(p for p in found.memory.phases if p.name == "graded step")
     whole = next(e.bytes for e in graded.entries if e.category == "gathered blocks")
     assert whole > 0 and found.memory.plan.pool == 0
-    want = r"model.recompute: got auto:13, want at least auto:29.*parallel.resident=false"
+    want = r"model.recompute: got auto:13, want at least auto:31.*parallel.resident=false"
     with pytest.raises(UserError, match=want):
         predict(str(EIGHT), ("model.recompute=auto:13", "parallel.resident=true", *ONE), Options(gpus=8))
 

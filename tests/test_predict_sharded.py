@@ -39,7 +39,7 @@ def worlds():
 @built
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + RUNS))
 def test_no_rank_has_more_bytes_than_predicted(seed, worlds, tmp_path):
-    """The largest phase is at most 1 % below the prediction, and at most 0.5 % above."""
+    """The largest phase is at most 5 % below the prediction, and at most 0.5 % above."""
     size = SIZES[seed % len(SIZES)]
     path = configuration(tmp_path, seed, size)
     c = load_config(path)
@@ -53,4 +53,4 @@ def test_no_rank_has_more_bytes_than_predicted(seed, worlds, tmp_path):
     parts = training, told["optimizer"], told.get("validation", 0)
     for name, want, got in zip(("training", "optimizer", "validation"), parts, real, strict=True):
         print(f"seed {seed} {name} {want} {got} {want / max(1, got) - 1:+.4f}")
-    assert 0.995 * max(real) <= max(parts) <= 1.01 * max(real)
+    assert 0.995 * max(real) <= max(parts) <= 1.05 * max(real)
