@@ -211,8 +211,6 @@ def _plan(args) -> None:
     files = {}
     for option in ("picture", "html"):
         if (name := getattr(args, option)) is not None:
-            if args.search:
-                raise UserError(f"--{option}: got it with --search, want one of the two")
             files[option] = check_name(option, name)
     outputs = Outputs(args.config, args.overrides, options, args.search, not args.no_cache)
     for option, path in files.items():

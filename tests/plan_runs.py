@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param as _fsdp_param
 import yaml
 from helpers import tiny_config, tiny_model, tiny_reward, write_data
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_iter
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_iter, tree_leaves, tree_map
 
 from prfl_engine import build, train
 from prfl_engine.config import load_config
@@ -17,6 +19,7 @@ from prfl_engine.memory import resident
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.model.checkpoint import save_reward, save_transformer
 from prfl_engine.optim import updates
+from prfl_engine.planner.meta import COLLECTIVES
 from prfl_engine.planner.setup import ROUND
 
 OPTIMIZERS = (
@@ -116,6 +119,24 @@ def configuration(folder: Path, seed: int, size: int = 1) -> Path:
     return path
 
 
+def on_copies(collective):
+    """A collective that a group works on copies of tensors for, not counted: gloo's threads hold the tensors
+    of one for a moment after it is over, so that what is alive would depend on when they run."""
+
+    def called(*args, **named):
+        with _disable_current_modes():
+            copied, own = tree_map(_copied, (args, named)), tree_leaves((args, named))[0]
+            made = collective(*copied[0], **copied[1])
+            own.copy_(tree_leaves(copied)[0])  # the first is what it fills
+        return made
+
+    return called
+
+
+def _copied(a):
+    return a.clone() if isinstance(a, torch.Tensor) else a
+
+
 @dataclass
 class Measured:
     """Most bytes of the phases of a run, all that is alive included; of the host, what is there by intent."""
@@ -144,7 +165,7 @@ def measured(path: Path, monkeypatch) -> Measured:
     found = Measured()
     live, (fit, update) = found.live, (train.fit, updates.update)
     policy_of, reward_of, models = train.make_policy, train.make_frozen_reward, []
-    drop = resident.Resident.drop
+    gather, drop = resident.Resident.gather, resident.Resident.drop
 
     def seen(make):
         def made(*given):
@@ -179,12 +200,21 @@ def measured(path: Path, monkeypatch) -> Measured:
 
         return called
 
+    def filled(whole):  # as it begins: all of its memory is there before the first gather
+        for p in whole.model.parameters():
+            p.untyped_storage().resize_(p.nbytes)
+            live.resized(p)
+        gather(whole)
+
     def dropped(whole):
         drop(whole)
         for p in whole.model.parameters():
             live.resized(p)
 
+    monkeypatch.setattr(resident.Resident, "gather", filled)
     monkeypatch.setattr(resident.Resident, "drop", dropped)
+    for name in (*COLLECTIVES, "all_reduce"):
+        monkeypatch.setattr(dist, name, on_copies(getattr(dist, name)))
     for name in ("free_storage", "alloc_storage"):
         monkeypatch.setattr(_fsdp_param, name, resizing(getattr(_fsdp_param, name)))
     for module in (train, build):

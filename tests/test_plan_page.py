@@ -79,7 +79,6 @@ def test_files_are_written_where_they_can_be(tmp_path, capsys):
     for given, message in (
         (["--html", str(tmp_path / "plan.txt")], "a name that ends with .html"),
         (["--picture", str(tmp_path / "none/plan.png")], "a name in a folder that is here"),
-        (["--search", "--html", str(names[0])], "--html: got it with --search"),
     ):
         assert cli.main(["plan", path, *given]) == 2
         assert message in one_line(capsys)

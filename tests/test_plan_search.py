@@ -1,5 +1,6 @@
 """`prfl plan --search`: its rows, what it tries, and what it says."""
 
+import html
 import json
 import shlex
 from dataclasses import replace
@@ -46,6 +47,21 @@ def test_rows_pasted_behind_the_configuration_are_predicted_alike(tmp_path, few)
     assert told["smallest"]["gpus"] == found.rows[0][1].times.gpus
     assert [r["price"] for r in told["rows"]] == [pytest.approx(s * r["gpus"] / 1800) for s, r in zip(
         seconds, told["rows"], strict=True)]  # fmt: skip
+
+
+def test_the_page_of_a_search_has_all_rows_and_the_picture_of_the_last(tmp_path, few, capsys):
+    path, page = str(write_run(tmp_path, eval={"every": 0})), tmp_path / "page.html"
+    given = ["plan", path, "--search", "--gpus", "2", "--nodes", "2", "--budget", "2", "--no-cache"]
+    assert cli.main([*given, "--html", str(page)]) == 0
+    printed, text = capsys.readouterr().out, page.read_text()
+    found = pareto.search(path, (), Options(gpus=2, nodes=2, budget=2.0))
+    for overrides, row in found.rows:
+        assert f"<td class=n>{row.times.per_sample:.3g}</td>" in text
+        assert all(html.escape(line) in text for line in pareto.pasted(overrides))
+    last = found.rows[-1][1]
+    assert all(f"<td>{html.escape(n.change)}</td>" in text for n in found.neighbours)
+    assert f"{last.memory.peak.bytes / 1e9:.1f} GB" in text and text.count("<svg") == 2
+    assert "settings tried" in printed and f"{last.shards.size} x h100-80" in text
 
 
 def test_lines_have_what_the_search_was_given(tmp_path, few):

@@ -41,9 +41,11 @@ WIDE = replace(PRESETS["t2v-14b"], num_layers=4)
 
 @pytest.fixture
 def world(request):
-    """The mesh of a fake process group of so many ranks, of which this process is the first."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
-    yield init_device_mesh("cpu", (request.param,), mesh_dim_names=("shard",))
+    """The mesh of a fake process group of (copies, ranks), of which this process is the first."""
+    copies, ranks = request.param
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=copies * ranks)
+    shape, names = ((ranks,), ("shard",)) if copies == 1 else (request.param, ("replicate", "shard"))
+    yield init_device_mesh("cpu", shape, mesh_dim_names=names)
     dist.destroy_process_group()
 
 
@@ -84,16 +86,23 @@ class Real:
 
 
 @pytest.mark.parametrize(
-    "world, dtype", [(8, torch.float32), (64, torch.bfloat16), (512, torch.bfloat16)], indirect=["world"]
-)
+    "world, dtype",
+    [
+        ((1, 8), torch.float32), ((1, 64), torch.bfloat16), ((1, 512), torch.bfloat16),
+        ((2, 8), torch.bfloat16),
+    ],
+    indirect=["world"],
+)  # fmt: skip
 def test_a_rank_of_fsdp_has_the_bytes_predicted(world, dtype, monkeypatch):
     """Shards, states of the optimizer, gradients and all collectives to the byte; the peak of a step, of 5 GB
     and more, to 0.1 MB."""
     setup, policy = Setup(WIDE, LATENT, weight_dtype=dtype, reward=None), named("attention")
-    setup = replace(setup, sharding=Shards(world.size()).sharding())
-    models, optim = models_of(setup, world.size()), OptimConfig()
+    shards = Shards(world.size(), world.size() // world.size(-1))
+    setup = replace(setup, sharding=shards.sharding())
+    models, optim = models_of(setup, shards.shards), OptimConfig()
     kind = make_kind("attention", policy, setup, Rates())
-    told = max(part.bytes for part in peaks([kind] * 4, kind)["flow matching"].values())
+    held = setup.sharding.held * sum(p.values * dtype.itemsize for p in models.trained if "blocks." in p.name)
+    told = max(part.bytes for part in peaks([kind] * 4, kind, held)["flow matching"].values())
     with FakeTensorMode(allow_non_fake_inputs=True), extension.dry_run(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real = Real(world, dtype)

@@ -76,7 +76,7 @@ def key(path: str, overrides: Sequence[str], options: Options, searching: bool) 
 
 class Outputs:
     """The outputs of one command: "text" and "json" of a prediction or a search, "html" and "picture" of a
-    prediction."""
+    prediction, or of the last row of a search."""
 
     def __init__(self, path: str, overrides: Sequence[str], options: Options, searching: bool, cached: bool):
         """cached: whether the cache is read and written."""
@@ -108,21 +108,29 @@ class Outputs:
 
         return search(self.path, self.overrides, self.options)
 
-    @cached_property
-    def _official(self) -> Prediction:
+    @property
+    def _shown(self) -> tuple[Prediction, Prediction]:
+        """The prediction of a page or picture, and that of the paper's settings on as many GPUs."""
         from prfl_engine.planner.official import official
 
-        return official(self.path, self.overrides, self.options)
+        if not self.searching:
+            return self._made, official(self.path, self.overrides, self.options)
+        overrides, row = self._made.rows[-1]
+        gpus, nodes = row.shards.size, None
+        if self.options.nodes is not None:
+            nodes = max(1, gpus // row.gpu.per_node)
+        options = self.options._replace(gpus=gpus, nodes=nodes)
+        return row, official(self.path, (*self.overrides, *overrides), options)
 
     def _html(self) -> bytes:
         from prfl_engine.planner.page import html
 
-        return html(self._made, self._official).encode()
+        return html(*self._shown, self._made if self.searching else None).encode()
 
     def _picture(self) -> bytes:
         from prfl_engine.planner.picture import draw
 
-        return draw(self._made, self._official)
+        return draw(*self._shown)
 
     @staticmethod
     def _write(entry: Path, content: bytes) -> None:

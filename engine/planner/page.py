@@ -5,6 +5,7 @@ from html import escape
 
 from prfl_engine.planner.entries import COUNTED, ESTIMATED, PREDICTED
 from prfl_engine.planner.official import words
+from prfl_engine.planner.pareto import Found, pasted
 from prfl_engine.planner.picture import moments, ordered
 from prfl_engine.planner.report import Prediction
 
@@ -14,13 +15,14 @@ COLORS = (
 )  # fmt: skip
 
 
-def html(p: Prediction, other: Prediction) -> str:
-    """The page of a prediction; other: that of the paper's settings."""
+def html(p: Prediction, other: Prediction, search: Found | None = None) -> str:
+    """The page of a prediction; other: that of the paper's settings; search: of which p is the last row."""
     title = f"{p.subject.model}, {p.subject.setup.tokens:,} tokens, {p.shards.size} x {p.gpu.name}"
     names = ordered([*moments(p), *moments(other)])
     top = 1.05 * max(p.limit, other.memory.peak.bytes, p.memory.peak.bytes)
     parts = [f"<h1>{escape(title)}</h1>", f"<p class=facts>{escape(' · '.join(_facts(p)))}</p>", tiles(p)]
     parts += [f"<p class=facts>assumed: {escape(line)}</p>" for line in p.subject.assumed]
+    parts += [] if search is None else front(search)
     parts += ["<h2>Memory of a GPU over an optimizer step</h2>", legend(names), "<div class=two>"]
     parts += [chart("As configured", p, names, top), chart("The paper's settings", other, names, top)]
     note = f"{words(other)}. In the order of a step, not to scale in time."
@@ -36,6 +38,31 @@ def html(p: Prediction, other: Prediction) -> str:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style><main>{''.join(parts)}</main></html>\n"
     )
+
+
+def front(search: Found) -> list[str]:
+    """The rows of a search, the lines to paste, and what another setting would buy in the last one."""
+    heads = ["GPUs", "s a sample", "GPU seconds", "an hour", "largest phase, GB", "host, GB a process"]
+    rows, lines, priced = [], [], search.rows[0][1].price is not None
+    for overrides, p in search.rows:
+        t, sizes = p.times, (p.memory.peak.bytes, p.memory.host.bytes)
+        cells = [f"{t.gpus}", *(f"{s:.3g}" for s in (t.per_sample, t.per_sample * t.gpus))]
+        cells.append(f"{3600 / t.per_sample:.0f}")
+        rows.append([*cells, *(f"{size / 1e9:.1f}" for size in sizes)])
+        rows[-1] += [f"{p.sample_price:.4f}"] if priced else []
+        lines += [f"# {t.gpus} GPUs", *pasted((*search.given, *overrides))]
+    parts = [f"<h2>The fastest that fit, of {search.tried:,} settings</h2>"]
+    parts += [table([*heads, *(["price each"] if priced else [])], rows)]
+    parts += [f"<h3>To put after prfl {search.command} CONFIG</h3>"]
+    parts += [f"<pre>{escape(chr(10).join(lines))}</pre>"]
+    if search.neighbours:
+        rows = [
+            [n.change, f"{n.seconds:+.0%}", f"{n.bytes / 1e9:+.1f}", "" if n.fits else "too much"]
+            for n in search.neighbours
+        ]
+        parts += [f"<h3>What another setting would buy on {search.rows[-1][1].times.gpus} GPUs</h3>"]
+        parts += [table(["setting", "time", "GB", ""], rows, numeric=(1, 2))]
+    return [*parts, "<p class=facts>Below is the last row.</p>"]
 
 
 def _facts(p: Prediction) -> list[str]:

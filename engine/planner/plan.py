@@ -73,11 +73,12 @@ class Kind:
     def block(self, phase: str, before: "Kind | None", last: bool) -> tuple[int, int]:
         """(bytes that a block of this kind saves, its peak in forward and backward in addition to what all
         blocks before it save). before: the kind of the block before it; None where it is the first, and then
-        what lives before and after all blocks counts too. If both offload something, the peak in forward is
-        an upper bound."""
+        what lives before and after all blocks counts too, its own backward included. If both offload
+        something, the peak in forward is an upper bound."""
         saved, forward, backward = self.passes(phase, before, last)
-        rest = self.numbers[phase].rest if before is None else 0
-        return saved, max(forward, backward, rest)
+        if before is not None:
+            return saved, max(forward, backward)
+        return saved, max(forward, backward if last else 0, self.numbers[phase].rest)
 
     def passes(self, phase: str, before: "Kind | None", last: bool) -> tuple[int, int, int]:
         """(what it saves, its peak in forward, its peak in backward)."""
@@ -112,7 +113,9 @@ def peaks(kinds: Sequence[Kind], reward: Kind, gradient: int = 0) -> dict[str, d
             more, forward, backward = kind.passes(phase, before, i == count - 1)
             arrived = (count - 1 - i) * gradient  # those of one block are in its numbers
             backward += max(0, arrived - gradient)
-            blocks += [Peak(saved + forward, saved), Peak(saved + backward, saved, arrived)]
+            blocks.append(Peak(saved + forward, saved))
+            if before is not None or count == 1:  # that of the first is in what comes after all blocks
+                blocks.append(Peak(saved + backward, saved, arrived))
             saved, before = saved + more, kind
         first = kinds[0].numbers[phase]
         after = Peak(first.after + (count - BLOCKS) * gradient, 0, count * gradient)
