@@ -1,6 +1,7 @@
 """PRFL training: flow matching, and the reward of a graded denoising step (a step that carries gradient)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def plan_memory(
     config: Config,
     world: World,
     policy: Generator,
-    reward: RewardModel | None,
+    rewards: Sequence[RewardModel],
     stream: MicroBatches,
     held_out: list[Path],
 ) -> Plan:
@@ -86,7 +87,7 @@ def plan_memory(
             given = ([shape[1:] for shape in some] for some in shapes)
             reduce = world.reduce_dtype and world.reduce_dtype.itemsize
             shards = Shards(world.size, world.copies, world.sequence, world.resident, reduce)
-            made.append(fit_memory(config, policy, reward, *given, shards))
+            made.append(fit_memory(config, policy, rewards, *given, shards))
             print(made[0], flush=True)
 
     world.patiently(make)
@@ -145,7 +146,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         want = f"a multiple of data.batch_size = {size}, for chains that persist in several processes"
         raise UserError(f"data.train: got {len(paths)} samples, want {want}")
     if c.model.budget is not None:
-        made = plan_memory(c, world, policy, reward, stream, held_out)
+        made = plan_memory(c, world, policy, [reward, *more] if reward else [], stream, held_out)
         run_blocks, score_blocks = run_under(made.policies), run_under(made.reward.policy)
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))

@@ -5,7 +5,7 @@ import os
 import plan_ranks
 import pytest
 import ranks
-from plan_runs import configuration
+from plan_runs import configuration, with_experts
 from run_cases import free_port
 
 from prfl_engine.config import load_config
@@ -41,11 +41,23 @@ def worlds():
 def test_no_rank_has_more_bytes_than_predicted(seed, worlds, tmp_path):
     """The largest phase is at most 5 % below the prediction, and at most 0.5 % above."""
     size = SIZES[seed % len(SIZES)]
-    path = configuration(tmp_path, seed, size)
+    compare(configuration(tmp_path, seed, size), seed, size, worlds)
+
+
+@built
+@pytest.mark.parametrize("seed, more", [
+    (0, {"parallel": {"resident": False}}), (2, {"lora": {"rank": 4}, "parallel": {"resident": True}}),
+])  # fmt: skip
+def test_two_experts(seed, more, worlds, tmp_path):
+    """Both trained, whole or by updates; resident weights are of one at a time."""
+    compare(with_experts(tmp_path, seed, 2, **more), seed, 2, worlds)
+
+
+def compare(path, seed, size, worlds):
     c = load_config(path)
     p, reduce = c.parallel, 4 if c.optim.grad_dtype == "float32" else None
     shards = Shards(size, p.replicate, p.sequence, p.resident, reduce)
-    found = memory(c, find(c, str(path), on_cpu=True).setup, None, shards)
+    found = memory(c, find(c, str(path), on_cpu=True, readers=size // p.sequence).setup, None, shards)
     real = [max(each) for each in zip(*worlds(size)(plan_ranks.run, path, size, free_port()), strict=True)]
     told = {phase.name: phase.bytes for phase in found.phases}
     training = max(told[n] for n in told if n.startswith(("rollout", "graded", "reward", "flow")))

@@ -29,9 +29,10 @@ from prfl_engine.model.reward import QueryPool, RewardModel, freeze_embeddings
 from prfl_engine.model.start import Start
 from prfl_engine.model.wan import RunBlocks, WanConfig, WanTransformer
 from prfl_engine.objectives import (
+    Grader,
+    Grading,
     anchored_sft_loss,
     bind,
-    graded_windows,
     index_range,
     noisy_reward,
     sft_loss,
@@ -40,7 +41,7 @@ from prfl_engine.optim.optimizer import set_grad_dtype
 from prfl_engine.planner.chain_bytes import FULL_HISTORY, farthest, held, longest, schedule
 from prfl_engine.planner.meta import call, cut, default_dtype, meta_tensors
 from prfl_engine.planner.repeated import Repeated, ballast
-from prfl_engine.planner.setup import ROUND, Latent, Setup
+from prfl_engine.planner.setup import ROUND, Latent, RewardSetup, Setup
 from prfl_engine.planner.updates import arrival_bytes
 
 BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
@@ -120,9 +121,9 @@ def generator(setup: Setup, blocks: int) -> WanTransformer:
     return cut(model if setup.lora is None else lora.attach(model, setup.lora), setup.sequence)
 
 
-def reward_model(setup: Setup, blocks: int) -> RewardModel:
-    """Its frozen reward model, likewise."""
-    r = setup.reward
+def reward_model(setup: Setup, blocks: int, reward: RewardSetup | None = None) -> RewardModel:
+    """A frozen reward model of it, likewise; None: the first."""
+    r = reward or setup.reward
     config = r.config or setup.config
     pool = QueryPool(config.dim, r.queries, r.heads, add_query=r.add_query)
     made = RewardModel(_transformer(setup, config, blocks, head=False), pool, blocks).freeze()
@@ -213,9 +214,10 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
     if setup.trains is not None:
         return _reward_training(setup, policies)
     with meta_tensors():
-        model, n = generator(setup, len(policies)), setup.reward_blocks
-        reward, start = reward_model(setup, n) if n else None, start_of(setup, model, len(policies))
-        there = model, reward, start and start.model
+        model, scored = generator(setup, len(policies)), setup.rewards if setup.reward_blocks else ()
+        rewards = [reward_model(setup, r.blocks, r) for r in scored]
+        start = start_of(setup, model, len(policies))
+        there = model, start and start.model, *rewards
     begin_gradients(setup, model)
     with meta_tensors():
         if setup.sft:
@@ -227,8 +229,8 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
             found |= laps
         for p in model.parameters() if setup.alone else ():
             p.grad = None
-        if reward is not None:
-            found |= _graded(setup, *there[:2], start, policies, run_under(reward_policy))
+        if rewards:
+            found |= _graded(setup, model, rewards, start, policies, run_under(reward_policy))
     return found
 
 
@@ -284,7 +286,7 @@ def _update(size: int, p: Tensor) -> None:
 def _graded(
     setup: Setup,
     model: WanTransformer,
-    reward: RewardModel,
+    rewards: list[RewardModel],
     start: Start | None,
     policies: list[BlockPolicy],
     score: RunBlocks,
@@ -297,19 +299,23 @@ def _graded(
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
     longer = longest(setup) - held(setup, index, config.window)
     names = ["graded step", *["window"] * (config.window - 1)]
-    counter = _counter(model, reward, start and start.model)
+    counter = _counter(model, start and start.model, *rewards)
     with _passes(setup.pool, counter, names) as (found, watch):
         batch, noise, _ = inputs(setup, setup.latent)
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
             extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
-        given = model, reward, schedule(steps), batch, noise, torch.tensor(index), config
         stay, run_blocks = (lambda *_: lambda: lambda x, t, active: x.clone()), run_under(policies, watch)
-        for window in graded_windows(*given, stay, run_blocks, score, None, start):
-            loss = torch.sigmoid(window.logit).mean()
+        grader = Grader(
+            model, rewards[0], schedule(steps), config, stay, run_blocks, score, more=tuple(rewards[1:]),
+            draws=setup.draws,
+        )  # fmt: skip
+        grading = Grading(grader, batch, start, torch.empty_like)
+        for window in grading.windows(noise, torch.tensor(index)):
+            loss = sum(torch.sigmoid(logit).mean() for logit in window.logits)
             window.backward(loss if start is None else loss + window.distance.mean())
             del window
-        del extra
+        del extra, grading
     for laps in found.values():
         laps.before, laps.peak = max(laps.before, rollout), max(laps.peak, rollout)
     return found
@@ -333,13 +339,13 @@ def rollout_bytes(setup: Setup) -> int:
 @cache
 def _rollout_bytes(setup: Setup) -> int:
     with meta_tensors():
-        model, reward = generator(setup, 2), reward_model(setup, 1)
-        live = _counter(model, reward)
+        model, rewards = generator(setup, 2), [reward_model(setup, 1, r) for r in setup.rewards]
+        live = _counter(model, *rewards)
         base = live.now - SCALARS - setup.pool
         with live:
             batch, noise, _ = inputs(setup, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            extra = [reward.embed_context(batch.text, batch.clip)]
+            extra = [reward.embed_context(batch.text, batch.clip) for reward in rewards]
             extra.append(ballast(accelerated_bytes(setup)))
             forward = Repeated(live).velocity(bind(model, batch, context.detach()))
 
@@ -369,12 +375,11 @@ def validation_bytes(setup: Setup) -> int:
     """Most bytes of setup.validation, in addition to the weights; there are no gradients then."""
     if setup.trains is not None:
         return accuracy_bytes(setup)
-    v, reward = setup.validation, None
+    v = setup.validation
     with meta_tensors(), torch.no_grad():
         model = generator(setup, 2)
-        if v.scored:
-            reward = reward_model(setup, 2)
-        live = _counter(model, reward)
+        rewards = [reward_model(setup, 2, r) for r in setup.rewards if v.scored]
+        live = _counter(model, *rewards)
         base, repeated = live.now - SCALARS - setup.pool + setup.drawn, Repeated(live)
         with live:
             extra = [_batch(setup, setup.latent), ballast(ROUND * v.values)]
@@ -387,9 +392,9 @@ def validation_bytes(setup: Setup) -> int:
                 latent = chain.sample(velocity, schedule(FULL_HISTORY + 1), noise)
                 del velocity
                 extra += [latent] if v.kept else []
-                if reward is not None:
+                for number, reward in enumerate(rewards):
                     scored = batch._replace(latent=latent)
-                    repeated("reward", noisy_reward, reward, scored, noise, sigma)
+                    repeated(f"reward {number}", noisy_reward, reward, scored, noise, sigma)
                     del scored
                 del read
             del extra

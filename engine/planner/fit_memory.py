@@ -26,28 +26,29 @@ from prfl_engine.planner.standing import models_of, pinned, rounded
 def fit_memory(
     config: Config,
     model: WanTransformer,
-    reward: RewardModel | None,
+    rewards: Sequence[RewardModel],
     shapes: Sequence[tuple[int, ...]],
     held_out: Sequence[tuple[int, ...]] = (),
     shards: Shards = Shards(),  # noqa: B008 - never changed
 ) -> Plan:
-    """The plan for model.recompute = auto:GB.
+    """The plan for model.recompute = auto:GB. rewards: the reward models, none or more.
 
     shapes [16, T, H, W] are those of the latents of training; held_out are those that a validation samples,
     in their order (none: no validation); shards: how processes share the work. UserError where nothing fits,
     or the validation does not.
     """
-    rewarding = None
-    if reward is not None:
-        trunk, pool = reward.transformer, reward.pool
-        check_pooling("query" if isinstance(pool, QueryPool) else pool.kind, reward.layers)
-        rewarding = RewardSetup(
-            reward.feature_layer, trunk.config, len(pool.queries), pool.multihead_attn.num_heads,
-            pool.add_query,
-        )  # fmt: skip
     on_cpu = next(model.parameters()).device.type == "cpu"
-    setup = setup_of(config, model.config, model.precision, rewarding, shapes, held_out, on_cpu)
+    found = [_reward_setup(reward) for reward in rewards]
+    readers = shards.size // shards.sequence
+    setup = setup_of(config, model.config, model.precision, found, shapes, held_out, on_cpu, readers)
     return planned(config, setup, shards)
+
+
+def _reward_setup(reward: RewardModel) -> RewardSetup:
+    trunk, pool = reward.transformer, reward.pool
+    check_pooling("query" if isinstance(pool, QueryPool) else pool.kind, reward.layers)
+    heads, queries = pool.multihead_attn.num_heads, len(pool.queries)
+    return RewardSetup(reward.feature_layer, trunk.config, queries, heads, pool.add_query)
 
 
 def planned(
@@ -83,24 +84,25 @@ def setup_of(
     config: Config,
     model: WanConfig,
     precision: Precision,
-    reward: RewardSetup | None,
+    rewards: Sequence[RewardSetup],
     shapes: Sequence[tuple[int, ...]],
     held_out: Sequence[tuple[int, ...]] = (),
     on_cpu: bool = False,
     readers: int = 1,
 ) -> Setup:
     """What PRFL as configured takes; shapes as `fit_memory` takes them. readers: groups of processes with
-    samples of their own, which share the chains that persist."""
+    samples of their own, which share the chains that persist, and ask experts at the same time."""
     c, counts = config, Counter(shapes)
-    c.reward.check_one("for the planner, which counts no more")
     latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
-    validation = _validation(c, held_out, reward is not None, on_cpu) if held_out else None
+    validation = _validation(c, held_out, len(rewards), on_cpu) if held_out else None
+    reward, more = (rewards[0], tuple(rewards[1:])) if rewards else (None, ())
     setup = Setup(
-        model, latent, precision.compute, precision.residual, precision.weights, reward,
-        c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
+        model, latent, precision.compute, precision.residual, precision.weights, reward, more,
+        c.reward.draws, c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
         anchor=c.loss.anchor_place if c.loss.anchored else "none",
-        sequence=c.parallel.sequence, experts=c.trained_experts, idle=c.model.idle == "host",
+        sequence=c.parallel.sequence, experts=c.trained_experts,
+        beside=readers > 1 and all(c.trained_experts or (False,)), idle=c.model.idle == "host",
         first_frame=c.data.first_frame,
         grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
         arriving=c.optim if c.optim.in_backward else None,
@@ -139,15 +141,15 @@ def pool_bytes(setup: Setup, chains: int) -> int:
 
 
 def _validation(
-    config: Config, shapes: Sequence[tuple[int, ...]], scored: bool, on_cpu: bool
+    config: Config, shapes: Sequence[tuple[int, ...]], rewards: int, on_cpu: bool
 ) -> Validation:
-    """Of eval.samples of these latents."""
+    """Of eval.samples of these latents, by so many rewards."""
     e, shapes = config.eval, [shapes[i % len(shapes)] for i in range(config.eval.samples)]
     runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
     halves = 2 if config.rollout.guidance_at_once and scales(e.guidance) != (1, 1) else 1
     latent = max(((halves * min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
     batches = sum(-(-n // e.batch_size) for _, n in runs)
-    values = batches * (1 + scored * len(e.timesteps))
+    values, scored = batches * (1 + rewards * len(e.timesteps)), rewards > 0
     if not on_cpu:
         return Validation(latent, scored, batches, values, samples=e.samples)
     kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1)

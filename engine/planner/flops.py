@@ -6,7 +6,7 @@ from prfl_engine.config import Config
 from prfl_engine.config_method import scales
 from prfl_engine.flow import TRAIN_STEPS
 from prfl_engine.model.flops import costs
-from prfl_engine.objectives import index_range, schedule_of, steps_inside
+from prfl_engine.objectives import index_range, schedule_of, steps_inside, train_levels
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
 
@@ -31,6 +31,28 @@ def graded_passes(setup: Setup) -> float:
     """Forwards with gradient, on average, for all graded steps of a sample."""
     both = scales(setup.chain.guidance) != (1, 1) and setup.chain.unconditional == "gradient"
     return (1 + both) * _windows(setup)
+
+
+def both_asked(config: Config, setup: Setup, readers: int) -> tuple[float, float]:
+    """How often, on average, some of `readers` groups of processes ask one of two experts and some the other
+    in a pass of flow matching, and in a graded step."""
+    if not all(setup.experts or (False,)):
+        return 0.0, 0.0
+    r, samples = setup.rollout, setup.latent[0]
+    levels, boundary = train_levels(r), TRAIN_STEPS * config.model.boundary
+    first, last = index_range(r) if setup.reward_blocks else (0, 0)
+    alike = readers if r.one_index == "turn" else r.one_index
+    drawn = samples if r.mode == "persistent" else readers * samples
+    if alike and alike % readers == 0:
+        drawn = 1
+    found = []
+    for timesteps, count in (
+        (levels.timestep(levels.sigmas), readers * samples),
+        (schedule_of(r).timesteps[first : last + 1], drawn),
+    ):
+        share = (timesteps >= boundary).double().mean().item()
+        found.append(1 - share**count - (1 - share) ** count)
+    return found[0], found[1]
 
 
 def expert_switches(setup: Setup, boundary: float) -> float:
@@ -76,15 +98,16 @@ def step_flops(setup: Setup, forwards: float | None = None) -> dict[str, float]:
     samples = setup.latent[0]
     if setup.trains is not None:
         return {REWARD_TRAINING: samples * setup.sides * _trained_reward(setup)}
-    trunk = (setup.reward.config or setup.config, setup.reward_blocks) if setup.reward_blocks else None
+    trunks = [(r.config or setup.config, r.blocks) for r in setup.scored]
     rank = 0 if setup.lora is None else setup.lora.rank
     config = replace(setup.config, num_layers=setup.count)
-    cost = costs(config, setup.latent[2:], rank, trunk).flops
+    cost = costs(config, setup.latent[2:], rank).flops
     found = {"flow matching": samples * cost["flow_matching"] if setup.sft else 0.0}
-    if trunk is None:
+    if not trunks:
         return found
+    scored = sum(costs(config, setup.latent[2:], rank, trunk).flops["reward"] for trunk in trunks)
     return found | {
         "rollout": samples * (rollout_forwards(setup) if forwards is None else forwards) * cost["rollout"],
         "graded step": samples * graded_passes(setup) * cost["graded"],
-        "reward": samples * setup.rollout.samples * cost["reward"],
+        "reward": samples * setup.rollout.samples * scored,
     }

@@ -313,7 +313,7 @@ def _host(
     """Pinned memory, and what processes, loaders and checkpoints take; not the page cache of files."""
     states = state_bytes(models, c.optim, shards.many)
     away = sum(k.host for k in kinds[:-1]) * setup.sides
-    scored = reward.host * max(0, setup.reward_blocks - 1)
+    scored = reward.host * setup.reward_moving
     return entries((
         ("offloaded activations", away + scored, COUNTED, "dry run: what blocks offload"),
         ("pinned rounding", (away + scored) // 64, PREDICTED, "at most a 64th: torch's powers of two"),

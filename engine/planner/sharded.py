@@ -1,6 +1,7 @@
 """Sharded training: bytes that FSDP2 and a cut sequence gather, reduce and exchange, for one rank."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -89,25 +90,24 @@ GRADED = 0.7  # of a block's gradients are there when its self-attention, the la
 def gathered_bytes(models: Models, shards: Shards, compute: torch.dtype | None = None) -> Gathered:
     """By the order in which FSDP2 gathers, frees and reduces. The whole weights of a block are there and the
     buffer of their gather, for a moment the buffer of the next block too; in a backward the buffer of the
-    next, the gradients so far, and the reduce-scatter of the last. Resident weights stay for a rollout, in
-    `compute`, the dtype of products (None: that of weights)."""
+    next, the gradients so far, and the reduce-scatter of the last. Resident weights stay for a rollout, of
+    two experts for the steps of each, in `compute`, the dtype of products (None: that of weights)."""
     if not shards.many:
         return Gathered()
-    own = units_of(models.generator, shards.shards)
+    own = units_of(models.one, shards.shards)
     block, root = own["block"].padded, own["root"].padded
-    trained = sum(p.values for p in models.trained if "blocks.0." in p.name)
-    blocks = [p for p in models.generator if "blocks.0." in p.name]
-    share = trained / max(1, sum(p.values for p in blocks))
+    blocks = [p for p in models.one if "blocks.0." in p.name]
+    share = sum(p.values for p in blocks if p.trained) / max(1, sum(p.values for p in blocks))
     scored = head = 0
-    if models.reward:
-        theirs = units_of(models.reward, shards.shards)
-        scored = 3 * theirs["block"].padded + theirs["root"].padded
-        head = 2 * max(theirs["pool"].padded, theirs["mlp"].padded)
+    for reward in models.rewards:
+        theirs = units_of(reward, shards.shards)
+        scored = max(scored, 3 * theirs["block"].padded + theirs["root"].padded)
+        head = max(head, 2 * max(theirs["pool"].padded, theirs["mlp"].padded))
     return Gathered(
         root + 2 * block, root + 2 * block + round(GRADED * share * block),
         round(share * block * wider(models.trained, shards)),
         root + 3 * block, scored, head,
-        _resident(models.generator, compute) if shards.resident else 0,
+        _resident(models.one, compute) if shards.resident else 0,
     )  # fmt: skip
 
 
@@ -133,14 +133,14 @@ class Links(NamedTuple):
     forward: float = 0.0
     graded: float = 0.0
     reward: float = 0.0
-    replicas: float = 0.0  # once an optimizer step, in its last backward
+    replicas: float = 0.0  # once an optimizer step, in its last backward; of an expert in every one
     exchange_forward: float = 0.0
     exchange_graded: float = 0.0
     exchange_reward: float = 0.0
 
 
 class Exchanged(NamedTuple):
-    """Bytes that a rank receives in the collectives of a pass."""
+    """Bytes that a rank receives in the collectives of a pass, of two experts where it asks one."""
 
     gather: int = 0  # weights of the generator, in a forward; in a backward as often again
     reduce: int = 0  # its gradients, in a backward
@@ -176,19 +176,21 @@ def exchanged_bytes(setup: Setup, models: Models, shards: Shards, reward: Kind) 
         return round(sum(u.padded * (blocks if k == "block" else 1) for k, u in units.items()) * (n - 1) / n)
 
     factor = wider(models.trained, shards)
-    trained = round(factor * received(models.trained))
+    own = [p for p in models.one if p.trained]
+    trained = round(factor * received(own))
     copies = 2 * (shards.replicate - 1) / shards.replicate
-    replicas = factor * copies * sum(p.bytes() for p in models.trained)
+    replicas = factor * copies * sum(p.bytes() for p in own)
     found = Exchanged(
-        received(models.generator), trained, round(replicas), received(models.reward) if models.reward else 0
+        received(models.one), trained, round(replicas), setup.draws * sum(map(received, models.rewards))
     )
     if shards.sequence == 1:
         return found
-    passes = {"forward": setup.count, "graded": setup.count, "reward": setup.reward_blocks}
-    return found._replace(**{
-        what: round(_exchange(setup, what, reward.policy, blocks) * (1 - 1 / shards.sequence))
-        for what, blocks in passes.items() if blocks
-    })  # fmt: skip
+    passes = [("forward", setup), ("graded", setup)]
+    passes += [("reward", replace(setup, reward=r, blocks=r.blocks)) for r in setup.scored]
+    sums = Counter()
+    for what, own in passes:
+        sums[what] += _exchange(own, what, reward.policy, own.count) * (1 - 1 / shards.sequence)
+    return found._replace(**{what: round(size) for what, size in sums.items()})
 
 
 def _exchange(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
@@ -196,7 +198,7 @@ def _exchange(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
     weights nor adapters nor chunks change what tokens exchange."""
     plain = replace(
         setup, weight_dtype=setup.compute_dtype, lora=None, chunk=None, validation=None, pool=0, pool_host=0,
-        rollout=RolloutConfig(), chain=ChainConfig(),
+        blocks=None, more=(), draws=1, rollout=RolloutConfig(), chain=ChainConfig(),
     )  # fmt: skip
     return _exchange_of_many(plain, what, policy, blocks)
 

@@ -63,11 +63,25 @@ def parameters_of(model: nn.Module, blocks: int, shards: int = 1) -> list[Parame
 
 @dataclass(frozen=True, eq=False)  # one object for every setup, see models_of
 class Models:
-    """The parameters of the generator and of the frozen reward model, if there is one. Where a reward model
-    is trained, it has the generator's place."""
+    """The parameters of the generator and of every frozen reward model. Where a reward model is trained, it
+    has the generator's place."""
 
     generator: list[Parameter]
-    reward: list[Parameter]
+    rewards: list[list[Parameter]]
+    experts: tuple[bool, bool] | None = None  # as Setup.experts; `generator` is of both, high-noise first
+
+    @cached_property
+    def one(self) -> list[Parameter]:
+        """Those of one model at a time: of two experts of one that is trained."""
+        if self.experts is None:
+            return self.generator
+        half = len(self.generator) // 2
+        return self.generator[:half] if self.experts[0] else self.generator[half:]
+
+    @cached_property
+    def reward(self) -> list[Parameter]:
+        """Those of all frozen reward models."""
+        return [p for each in self.rewards for p in each]
 
     @cached_property
     def trained(self) -> list[Parameter]:
@@ -78,7 +92,7 @@ class Models:
 def models_of(setup: Setup, shards: int = 1) -> Models:
     """The parameters of a setup's models on one of so many ranks."""
     same = Setup(
-        setup.config, (1, 16, 1, 2, 2), weight_dtype=setup.weight_dtype, reward=setup.reward,
+        setup.config, (1, 16, 1, 2, 2), weight_dtype=setup.weight_dtype, reward=setup.reward, more=setup.more,
         blocks=setup.blocks, lora=setup.lora, trains=setup.trains, experts=setup.experts,
     )  # fmt: skip
     return _models(same, shards)
@@ -128,9 +142,9 @@ def _models(setup: Setup, shards: int) -> Models:
             frozen = [p._replace(trained=False) for p in policy if ".lora_" not in p.name]
             policy = [p for each in setup.experts for p in (policy if each else frozen)]
         if setup.reward is None or setup.trains is not None:
-            return Models(policy, [])
-        reward = reward_model(setup, 1)
-    return Models(policy, parameters_of(reward, setup.reward.blocks, shards))
+            return Models(policy, [], setup.experts)
+        rewards = [parameters_of(reward_model(setup, 1, r), r.blocks, shards) for r in setup.rewards]
+    return Models(policy, rewards, setup.experts)
 
 
 def is_narrow(models: Models) -> bool:
