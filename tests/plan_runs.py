@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 from prfl_engine import build, train
 from prfl_engine.config import load_config
 from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.memory.resident import Resident
 from prfl_engine.model.checkpoint import save_reward, save_transformer
 from prfl_engine.model.experts import HIGH, LOW
 from prfl_engine.model.sources import read_config
@@ -163,7 +164,7 @@ class OfShards(LiveBytes):
         super()._see(a.to_local() if isinstance(a, DTensor) else a)
 
     def resized(self, a: torch.Tensor) -> None:
-        """FSDP2 has resized the storage of a tensor, which no operation shows."""
+        """The storage of a tensor has been resized, which no operation shows."""
         self._see(a)
         self.peak, self._lap = max(self.peak, self.now), max(self._lap, self.now)
 
@@ -212,6 +213,22 @@ def measured(path: Path, monkeypatch) -> Measured:
     for module in (train, build):
         monkeypatch.setattr(module, "make_policy", seen(policy_of))
         monkeypatch.setattr(module, "make_frozen_reward", seen(reward_of))
+
+    gather, drop = Resident.gather, Resident.drop
+
+    def gathered(resident):
+        for p in resident.model.parameters():  # they are there before the first gather
+            p.untyped_storage().resize_(p.nbytes)
+            live.resized(p)
+        gather(resident)
+
+    def dropped(resident):
+        drop(resident)
+        for p in resident.model.parameters():
+            live.resized(p)
+
+    monkeypatch.setattr(Resident, "gather", gathered)
+    monkeypatch.setattr(Resident, "drop", dropped)
     monkeypatch.setattr(updates, "update", updated)
     monkeypatch.setattr(train, "fit", watched)
     train.train(load_config(path))

@@ -46,10 +46,11 @@ def test_no_rank_has_more_bytes_than_predicted(seed, worlds, tmp_path):
 
 @built
 @pytest.mark.parametrize("seed, more", [
-    (0, {"parallel": {"resident": False}}), (2, {"lora": {"rank": 4}, "parallel": {"resident": True}}),
-])  # fmt: skip
+    (0, {"rollout": {"sigma_range": [0.8, 1.0], "range": [1, 1]}}),
+    (2, {"lora": {"rank": 4}, "parallel": {"resident": True, "sequence": 1}}),
+], ids=["one trained", "updates of both"])  # fmt: skip
 def test_two_experts(seed, more, worlds, tmp_path):
-    """Both trained, whole or by updates; resident weights are of one at a time."""
+    """Resident weights are of one at a time. Two groups of ranks may ask both in flow matching."""
     compare(with_experts(tmp_path, seed, 2, **more), seed, 2, worlds)
 
 

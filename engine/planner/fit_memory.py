@@ -16,6 +16,7 @@ from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import Precision, WanConfig, WanTransformer
 from prfl_engine.planner.dry_run import rollout_bytes
+from prfl_engine.planner.flops import both_asked
 from prfl_engine.planner.plan import Plan, plan
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import RewardSetup, Setup, Validation
@@ -102,11 +103,15 @@ def setup_of(
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, validation=validation,
         anchor=c.loss.anchor_place if c.loss.anchored else "none",
         sequence=c.parallel.sequence, experts=c.trained_experts,
-        beside=readers > 1 and all(c.trained_experts or (False,)), idle=c.model.idle == "host",
+        idle=c.model.idle == "host",
         first_frame=c.data.first_frame,
         grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
         arriving=c.optim if c.optim.in_backward else None,
     )  # fmt: skip
+    if readers > 1:
+        sft, graded = both_asked(c, setup, readers)
+        beside = ("flow matching",) * (sft > 0) + ("graded step", "window") * (graded > 0)
+        setup = replace(setup, beside=beside)
     if setup.reward_blocks and c.rollout.mode == "persistent":
         chains, on_host = c.pool // readers, c.rollout.pool_place == "host"
         setup = replace(

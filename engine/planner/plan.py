@@ -194,8 +194,7 @@ def make_kind(
     graded = setup.rollout.samples * (setup.reward_blocks > 0)
     laps = dry_run(setup, [policy] * BLOCKS, policy)
     numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
-    if setup.beside:
-        numbers = {phase: _with_a_frame(n, setup) for phase, n in numbers.items()}
+    numbers |= {phase: _with_a_frame(numbers[phase], setup) for phase in setup.beside if phase in numbers}
     host = next(iter(numbers.values())).host
     seconds = [block_seconds(policy, setup, host, rates, f) for f in (setup.lora is not None, True)]
     if measured is not None:

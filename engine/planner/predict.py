@@ -217,7 +217,8 @@ def _step(
         left = peak.bytes - max(start, states + pool) - peak.saved - peak.gradients
         update = max(0, arriving - left)
         whole = gathered.graded(left, min(k.numbers[phase].saved for k in kinds)) if shards.many else 0
-        if scored:  # what its blocks allocate is gone when its head is gathered, not what they save and give
+        if scored and shards.many:
+            # What its blocks allocate is gone when its head is gathered, not what they save and give.
             kept = reward.numbers[phase].saved * setup.reward_blocks
             kept += setup.tokens // setup.sequence * setup.config.dim * setup.residual_dtype.itemsize
             whole = max(gathered.reward, gathered.head + kept - left)

@@ -83,7 +83,7 @@ class Setup:
     pool_host: int = 0  # bytes of chains that persist on the host, pinned
     trains: RewardTraining | None = None  # None: a generator is trained
     experts: tuple[bool, bool] | None = None  # which of two experts is trained; None: there is one model
-    beside: bool = False  # a pass with gradient may run a frame of a sample through the other expert, too
+    beside: tuple[str, ...] = ()  # passes that may run a frame of a sample through the other expert, too
     idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
     anchor: Literal["none", "device", "host"] = "none"  # where a forward of the frozen start is from
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first

@@ -75,8 +75,14 @@ class Models:
         """Those of one model at a time: of two experts of one that is trained."""
         if self.experts is None:
             return self.generator
-        half = len(self.generator) // 2
-        return self.generator[:half] if self.experts[0] else self.generator[half:]
+        return self.halves[0 if self.experts[0] else 1]
+
+    @cached_property
+    def halves(self) -> tuple[list[Parameter], list[Parameter]]:
+        """Those of each of two experts."""
+        names = [p.name for p in self.generator]
+        second = names.index(names[0], 1)  # where the low-noise expert begins
+        return self.generator[:second], self.generator[second:]
 
     @cached_property
     def reward(self) -> list[Parameter]:
@@ -113,10 +119,7 @@ def idle_bytes(setup: Setup, models: Models) -> Idle:
     """Of a setup; none where all experts stay. A micro-batch of one sample asks one expert at a time."""
     if setup.experts is None or not setup.idle:
         return Idle()
-    names = [p.name for p in models.generator]
-    second = names.index(names[0], 1)  # where the low-noise expert begins
-    parts = models.generator[:second], models.generator[second:]
-    frozen = [sum(p.bytes() for p in part if "blocks." in p.name and not p.trained) for part in parts]
+    frozen = [sum(p.bytes() for p in of if "blocks." in p.name and not p.trained) for of in models.halves]
     either = trained = rollout = min(frozen) if setup.latent[0] == 1 else 0
     if not all(setup.experts):
         trained = rollout = frozen[setup.experts.index(False)]
