@@ -93,9 +93,9 @@ def make_policy(
         adapter = replace(config.lora, path=adapter_of(config.lora.path, folder, all(trained)))
         if trained[place]:
             own = resume and resume / folder
-            made.append(_generator(config, path, own, adapter, loads, None, place))
+            made.append(_generator(config, path, own, adapter, loads, shard, place))
         else:
-            made.append(_generator(config, path, None, LoraConfig(), loads, None, place))
+            made.append(_generator(config, path, None, LoraConfig(), loads, shard, place))
             if config.lora.path is not None and (Path(config.lora.path) / folder).is_dir():
                 lora.apply(made[-1], adapter.path)
             made[-1].requires_grad_(False)
@@ -119,6 +119,11 @@ def make_anchor(
         idle = Idle(device)
         idle.take(start)
     return Anchor(Start(start, idle), loss.anchor, loss.anchor_every)
+
+
+def trains_a_part(config: Config) -> bool:
+    """Whether some weights of what is trained stay as they are: all with LoRA, or those of an expert."""
+    return config.lora.rank > 0 or not all(config.trained_experts or (True,))
 
 
 def load_generator(config: Config, device: torch.device) -> WanTransformer | Experts:

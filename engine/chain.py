@@ -32,9 +32,13 @@ class Together(Protocol):
 
     model: nn.Module  # the generator that makes the steps without gradient inside a `rollout`
 
-    def rollout(self, count: int) -> AbstractContextManager[int]:
-        """Around the forwards of a rollout of which this rank needs `count`; gives how many it must make in
-        addition. All ranks enter it together."""
+    def parts(self, schedule: flow.Schedule) -> list[tuple[int, int]]:
+        """First step, and the one after the last, of the runs of steps that are rolled out one after another,
+        on all ranks at the same time."""
+
+    def rollout(self, count: int, part: int) -> AbstractContextManager[int]:
+        """Around the forwards of a part of a rollout of which this rank needs `count`; gives how many it must
+        make in addition. All ranks enter it together."""
 
     def more(self, count: int) -> int:
         """How many steps with gradient this rank must make in addition to the `count` that it needs."""
@@ -105,20 +109,23 @@ class Chain:
         if self.together is None:
             self._advance(index, first, velocity)
             return
-        have = [len(states) - 1 for states in self.states]
-        count = max(0, *(n - m for n, m in zip(index.tolist(), have, strict=True)))
-        with self.together.rollout(count) as more:
-            self._advance(index, first, velocity)
-            last = self.at(index, torch.arange(len(index)))
-            for _ in range(more):
-                advance(velocity, self.schedule, last, index, torch.arange(len(index)))
+        everyone = torch.arange(len(index))
+        for part, (begin, end) in enumerate(self.together.parts(self.schedule)):
+            if begin == end:
+                continue
+            goal, have = index.clamp(max=end), self._newest()
+            with self.together.rollout(max(0, *(goal - have).tolist()), part) as more:
+                self._advance(goal, first, velocity)
+                last = self.at(self._newest(), everyone)
+                for _ in range(more):
+                    advance(velocity, self.schedule, last, index.clamp(begin, end - 1), everyone)
 
     def _advance(self, index: Tensor, first: Tensor, velocity: Velocity) -> None:
         while True:
             for states, n in zip(self.states, first.tolist(), strict=True):
                 known = min(n, len(states) - 1)
                 states[:known] = [None] * known
-            at = torch.tensor([len(states) - 1 for states in self.states])
+            at = self._newest()
             active = (at < index).nonzero().squeeze(1)
             if not len(active):
                 return
@@ -126,6 +133,10 @@ class Chain:
             state = advance(velocity, self.schedule, self.at(at, active), at, active)
             _count("rollout", velocity, state.x)
             self._append(state, active)
+
+    def _newest(self) -> Tensor:
+        """The steps [B] that the newest states are before."""
+        return torch.tensor([len(states) - 1 for states in self.states])
 
     def _append(self, state: flow.SolverState, active: Tensor) -> None:
         for row, b in enumerate(active.tolist()):

@@ -63,7 +63,7 @@ def convert(
 ) -> str:
     """Write what is at `source` to the new folder `out` in the layout `to`; returns a line about it.
 
-    A sharded checkpoint, or `ema` in it for its averaged weights, is what convert_shards.read finds there; a
+    A sharded checkpoint, or the part of it that convert_shards names, is what convert_shards.read finds; a
     reward model is written as its official files. Else a generator is anything that sources.find reads; dtype
     None: each tensor keeps its own. shard: 10^9 bytes of a file at most (None: SHARD), unless a single tensor
     is larger. sha256.txt has the checksum of the bytes of every tensor by its native name, so a model has the

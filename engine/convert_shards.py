@@ -1,7 +1,8 @@
 """What a sharded checkpoint holds, without the ranks that wrote it: a generator, adapter or reward model.
 
-Hyper-parameters and scales are those of the configuration in its run.json. The folder `ema` of a checkpoint,
-which a sharded one does not have, stands for the averaged weights in it; what is not averaged is as it was.
+Hyper-parameters and scales are those of the configuration in its run.json. Folders that a sharded checkpoint
+does not have stand for parts of it: `ema` for the averaged weights, where what is not averaged is as it was;
+in the checkpoint or in its `ema` high_noise_model and low_noise_model for one of two experts.
 """
 
 import re
@@ -11,11 +12,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from prfl_engine import checksums
+from prfl_engine.build import adapter_of
 from prfl_engine.checkpoint_shards import INDEX, stored_weights
 from prfl_engine.errors import UserError, check, named
 from prfl_engine.inputs import read_json
 from prfl_engine.model import lora_files
 from prfl_engine.model.checkpoint import fitting, load_strict
+from prfl_engine.model.experts import HIGH, LOW, pair_at
 from prfl_engine.model.lora import PARTS
 from prfl_engine.model.reward import RewardModel, make_pool
 from prfl_engine.model.reward_files import OFFICIAL, settle
@@ -25,6 +28,8 @@ from prfl_engine.resume import RUN
 from prfl_kernels.sublayers.products import LowRank
 
 EMA = "ema"
+EXPERTS = {HIGH: "high", LOW: "low"}
+_PARTS = {Path(*part) for part in ((), (EMA,), (HIGH,), (LOW,), (EMA, HIGH), (EMA, LOW))}
 TRUNK = "transformer."
 
 
@@ -37,9 +42,11 @@ class Reward(NamedTuple):
 
 
 def sharded(path: Path) -> Path | None:
-    """The sharded checkpoint at a path or in the folder above its `ema`; None for another path."""
-    folder = path.parent if path.name == EMA else path
-    return folder if (folder / INDEX).is_file() else None
+    """The sharded checkpoint that a path is, or a part of; None for another path."""
+    for folder in (path, *path.parents[:2]):
+        if (folder / INDEX).is_file() and path.relative_to(folder) in _PARTS:
+            return folder
+    return None
 
 
 def read(path: Path) -> Source | Reward | dict[str, LowRank]:
@@ -47,24 +54,40 @@ def read(path: Path) -> Source | Reward | dict[str, LowRank]:
     for what run.json does not say, and for the adapter of a reward model."""
     folder = sharded(path)
     checksums.check(checksums.listed(folder))
-    weights = stored_weights(folder)
-    if path != folder:
+    weights, parts = stored_weights(folder), path.relative_to(folder).parts
+    if EMA in parts:
         averaged = stored_weights(folder, EMA)
         check(bool(averaged), str(path), "no averaged weights", "a checkpoint of a run with train.ema")
         weights |= averaged
     values = read_json(folder / RUN, "the configuration of a run").get("config")
     where = f"{folder / RUN}: config"
     check(isinstance(values, dict), where, values, "a configuration")
+    expert = next((name for name in parts if name in EXPERTS), None)
+    weights = _of_expert(path, weights, expert)
     if not any(key.endswith(PARTS) for key in weights):
         if any(key.startswith(TRUNK) for key in weights):
             return _reward(folder, weights, values, where)
         with named(where):
-            return Source(path, _generator(values), weights)
+            return Source(path, _generator(values, expert), weights)
     if any(key.startswith(TRUNK) for key in weights):
         want = "want another one; best in the folder of the run has its files"
         raise UserError(f"{folder}: got a sharded checkpoint of the adapter of a reward model, {want}")
     with named(where):
-        return _adapter(weights, _section(values, "lora"))
+        return _adapter(weights, _section(values, "lora"), expert)
+
+
+def _of_expert(path: Path, weights: dict[str, Stored], expert: str | None) -> dict[str, Stored]:
+    """The weights of one of two experts by their names in it, of any other model all. UserError for a path
+    that is of both, or of what is not there."""
+    held = {k.partition(".")[0] for k in weights}
+    there = {name: short for name, short in EXPERTS.items() if short in held}
+    if expert is None:
+        want = " or ".join(str(path / name) for name in there)
+        check(not there, str(path), "the weights of experts", f"one of them: {want}")
+        return weights
+    check(expert in there, str(path), "no weights of this expert", "a checkpoint that has trained it")
+    prefix = f"{there[expert]}."
+    return {k.removeprefix(prefix): s for k, s in weights.items() if k.startswith(prefix)}
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
@@ -73,23 +96,27 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     return section
 
 
-def _generator(values: dict[str, Any]) -> WanConfig:
-    """The hyper-parameters of the generator that a run began with."""
+def _generator(values: dict[str, Any], expert: str | None = None) -> WanConfig:
+    """The hyper-parameters of the generator that a run began with, which those of two experts share."""
     model = _section(values, "model")
     path, preset = model.get("path"), model.get("preset")
     if path is None:
         check(preset in PRESETS, "model.preset", preset, f"one of {', '.join(PRESETS)}")
         return PRESETS[preset]
     with named("model.path"):
-        return read_config(str(path))
+        return read_config(str(path) if expert is None else pair_at(str(path), model.get("low"))[0])
 
 
-def _adapter(weights: dict[str, Stored], lora: dict[str, Any]) -> dict[str, LowRank]:
+def _adapter(
+    weights: dict[str, Stored], lora: dict[str, Any], expert: str | None = None
+) -> dict[str, LowRank]:
     rank, alpha, path = (lora.get(name) for name in ("rank", "alpha", "path"))
     check(type(rank) is int and rank > 0, "lora.rank", rank, "a whole number from 1 on")
     good = alpha is None or (type(alpha) in (int, float) and alpha > 0)
     check(good, "lora.alpha", alpha, "a positive number")
     scales: dict[str, float] = {}
+    if path is not None and expert is not None:
+        path = adapter_of(str(path), expert, both=False)
     if path is not None:  # its patterns may give a layer a scale of its own
         with named("lora.path"):
             updates, own = lora_files.read(str(path))

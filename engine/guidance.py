@@ -8,7 +8,7 @@ dv = s dv_1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -50,10 +50,14 @@ class Scales(NamedTuple):
 class Guided:
     """A guided velocity, of one for both halves or of one each."""
 
-    def __init__(self, scales: Scales, velocity: Velocity, other: Velocity | int, gradient: bool):
+    def __init__(
+        self, scales: Scales, velocity: Velocity, other: Velocity | int, gradient: bool, always: bool = False
+    ):
         """velocity: of the prompts, other: without them. Or velocity is of both, in a batch of 2 `other`
-        samples, the prompts first. gradient: whether the half without the prompt has one."""
+        samples, the prompts first. gradient: whether the half without the prompt has one. always: compute
+        that half where the scale is 1, too."""
         self.scales, self.velocity, self.other, self.gradient = scales, velocity, other, gradient
+        self.always = always
         # The work of the half without the prompt, by the phase that counts the other half.
         self.also = {"rollout": "rollout", "graded": "graded" if gradient else "rollout"}
         self.also |= {"earlier": "earlier"} if gradient else {}
@@ -61,7 +65,7 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor, active: Tensor) -> Tensor:
         scale = self.scales.at(t)
-        rows = (scale != 1).nonzero().flatten()
+        rows = ((scale != 1) | self.always).nonzero().flatten()
         n = self.halves = len(rows)
         if n == 0:
             return self.velocity(x, t, active)
@@ -90,6 +94,7 @@ class Guidance:
     graded: Scales  # of steps with gradient
     gradient: bool = False  # whether the half without the prompt has one
     at_once: bool = False  # both halves in one batch
+    always: bool = False  # both halves of every graded step: ranks may ask different experts at a time
 
     def both(self, batch: Batch) -> Batch:
         """The batch [2 B] of all samples with their prompts, and of all with the negative text."""
@@ -104,14 +109,14 @@ class Guidance:
         scales, gradient = self.graded if with_gradient else self.rollout, with_gradient and self.gradient
         n = len(context) // 2
         if self.at_once and not scales.none and (gradient or not with_gradient):
-            return Guided(scales, bind(batch, context), n, gradient)
+            return Guided(scales, bind(batch, context), n, gradient, with_gradient and self.always)
         parts = (Batch(*(a if a is None else a[at] for a in batch)) for at in (slice(n), slice(n, None)))
         first, second = parts
         guided = bind(first, context[:n])
         if scales.none:
             return guided
         other = bind(second, context[n:] if gradient else context[n:].detach())
-        return Guided(scales, guided, other, gradient)
+        return Guided(scales, guided, other, gradient, with_gradient and self.always)
 
 
 def step_forwards(scale: Scale, boundary: float | None, timesteps: Tensor) -> list[int]:
@@ -155,7 +160,11 @@ def guidance_of(
     return Guidance(text, *found, gradient, config.rollout.guidance_at_once)
 
 
-def training_guidance(config: Config, model: WanTransformer | Experts) -> Guidance | None:
-    """That of the chains that a generator is trained on. UserError where it does not fit."""
+def training_guidance(
+    config: Config, model: WanTransformer | Experts, always: bool = False
+) -> Guidance | None:
+    """That of the chains that a generator is trained on; always: as in Guidance. UserError where it does not
+    fit."""
     field = check_training(config)
-    return guidance_of(config, config.rollout.guidance, config.chain.guidance, model, field)
+    made = guidance_of(config, config.rollout.guidance, config.chain.guidance, model, field)
+    return made and replace(made, always=always)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prfl_engine import checksums, failures, files
 from prfl_engine.batch import Batch
-from prfl_engine.build import pick_device
+from prfl_engine.build import pick_device, trains_a_part
 from prfl_engine.checkpoint_shards import Saving, load_sharded, save_sharded
 from prfl_engine.checkpoints import Checkpoints
 from prfl_engine.config import Config
@@ -127,7 +127,7 @@ def _load(config: Config, begin: Start, model, optimizer, ema: EMA | None, load,
     weights too."""
     folder, several = begin.checkpoint, world.mesh is not None
     if several:
-        load_sharded(folder, model, optimizer, ema, trained=config.lora.rank > 0)
+        load_sharded(folder, model, optimizer, ema, trained=trains_a_part(config))
     if (name := not_finite(model)) is not None:
         raise UserError(f"{folder}: {name} is not finite, want a checkpoint with finite weights")
     if ema is not None and not several:
@@ -336,10 +336,10 @@ class Run:
                 self.carried.save(folder)
 
         def shards(folder: Path, then: Callable[[], None]) -> Saving:
-            adapter = self.config.lora.rank > 0  # onto weights that are in another folder
+            part = trains_a_part(self.config)  # the other weights are in another folder
             behind = self.world.saves if self.config.parallel.save_async else None
             trained = self.model, self.optimizer, self.ema
-            return save_sharded(folder, *trained, trained=adapter, background=behind, then=then)
+            return save_sharded(folder, *trained, trained=part, background=behind, then=then)
 
         self.checkpoints.write(self.progress.step, state, None if alone else shards)
 

@@ -32,11 +32,12 @@ from prfl_engine.checks import check_stored
 from prfl_engine.config import Config, ParallelConfig
 from prfl_engine.errors import TrainingError, UserError, check
 from prfl_engine.interrupt import Interrupts, Stopped, interrupts
-from prfl_engine.memory.resident import Resident
 from prfl_engine.metrics import note
+from prfl_engine.model.experts import Experts
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel, TokenPool
 from prfl_engine.model.wan import WanTransformer
+from prfl_engine.rollout.together import Together
 from prfl_kernels.exchange import SequenceGroup, group_of
 
 
@@ -150,7 +151,7 @@ class World:
         """The mean over all ranks, on the device."""
         return values if self.mesh is None else reduced(values) / self.size
 
-    def together(self, model: WanTransformer, keep: bool = False) -> "Together | None":
+    def together(self, model: WanTransformer | Experts, keep: bool = False) -> Together | None:
         """What the rollouts of a model that `place` has sharded need, see Together; None for one process."""
         return None if self.mesh is None else Together(self, model, keep)
 
@@ -165,9 +166,10 @@ class World:
         of an optimizer step, and only there.
 
         The rest of the model, 2 % of 14B, is added up in every backward: not all of its parameters have a
-        gradient in each, and FSDP adds what it keeps by position.
+        gradient in each, and FSDP adds what it keeps by position. So are both of two experts: the last
+        backward may be of one alone.
         """
-        if self.mesh is not None and self.mesh.ndim > 1:
+        if self.mesh is not None and self.mesh.ndim > 1 and not isinstance(model, Experts):
             for m in model.modules():
                 if isinstance(m, Block):
                     m.set_requires_all_reduce(now, recurse=False)
@@ -177,48 +179,17 @@ class World:
         """What shards a model as it is loaded; None for one process."""
         return None if self.mesh is None else lambda model: shard(model, self.mesh, self.reduce_dtype)
 
-    def place(self, model: WanTransformer | RewardModel) -> nn.Module:
-        """Shard a model over the ranks and cut its sequences, as the configuration says; returns it."""
+    def place(self, model: WanTransformer | Experts | RewardModel) -> nn.Module:
+        """Shard a model over the ranks and cut its sequences, as the configuration says; returns it. Two
+        experts are sharded both, and all ranks ask each at the same time."""
         if self.mesh is None:
             return model
-        if not isinstance(model.mlp if isinstance(model, RewardModel) else model, FSDPModule):
-            shard(model, self.mesh, self.reduce_dtype)
+        for whole in (model.high, model.low) if isinstance(model, Experts) else (model,):
+            if not isinstance(whole.mlp if isinstance(whole, RewardModel) else whole, FSDPModule):
+                shard(whole, self.mesh, self.reduce_dtype)
+        if isinstance(model, Experts):
+            model.agree = lambda asked: set(self.union(dict.fromkeys(asked)))
         return model if self.group is None else cut_sequence(model, self.group, self.limit)
-
-
-class Together:
-    """Rollouts of a sharded model on all ranks at the same time, a `chain.Together`."""
-
-    def __init__(self, world: World, model: WanTransformer, keep: bool = False):
-        """keep: resident weights stay where they are from one rollout to the next."""
-        self.world, self.apart, self.keep = world, False, keep
-        self.whole = Resident(model) if world.resident else None
-        self.model = model if self.whole is None else self.whole.model
-
-    @contextmanager
-    def rollout(self, count: int) -> Iterator[int]:
-        """All make as many forwards as the rank that needs most, since all gather weights in each. Resident
-        weights are gathered once, and dropped in the end; then no rank waits for another."""
-        more = self.more(count)
-        whole = self.whole if count + more else None
-        if whole is not None:
-            whole.gather()
-        self.apart = self.world.resident
-        try:
-            yield 0 if self.apart else more
-        finally:
-            self.apart = False
-            if whole is not None and not self.keep:
-                whole.drop()
-
-    def more(self, count: int) -> int:
-        """How many steps another rank makes that needs more than `count`; every rank must ask."""
-        return int(self.world.most(count)) - count
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest of every one of `values` on all ranks, which must ask at the same time; those of this
-        rank inside a rollout with resident weights, where no rank waits for another."""
-        return values if self.apart else reduced(values, dist.ReduceOp.MAX)
 
 
 def launched() -> bool:
@@ -326,8 +297,8 @@ def check_many(config: Config, readers: int) -> None:
         f"false {many}, or parallel.resident=true and parallel.sequence=1: a graph has no collectives",
     )  # fmt: skip
     check(
-        c.model.boundary is None, "model.boundary", c.model.boundary,
-        f"null {many}: they train one expert alone",
+        c.model.idle == "device", "model.idle", c.model.idle,
+        f"device {many}: shards of the idle expert stay there",
     )  # fmt: skip
     place, want = c.loss.anchor_place, f"device {many}: shards of the copy stay there"
     check(place == "device", "loss.anchor_place", place, want)

@@ -1,6 +1,7 @@
 """PRFL training: flow matching, and the reward of a graded denoising step (a step that carries gradient)."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from prfl_engine.memory.recompute import run_under
 from prfl_engine.metrics import decimal
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import flops, lora
+from prfl_engine.model.experts import Experts
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import plain_blocks
 from prfl_engine.objectives import (
@@ -73,7 +75,7 @@ def plan_memory(
     config: Config,
     world: World,
     policy: Generator,
-    reward: RewardModel | None,
+    rewards: Sequence[RewardModel],
     stream: MicroBatches,
     held_out: list[Path],
 ) -> Plan:
@@ -87,7 +89,7 @@ def plan_memory(
             given = ([shape[1:] for shape in some] for some in shapes)
             reduce = world.reduce_dtype and world.reduce_dtype.itemsize
             shards = Shards(world.size, world.copies, world.sequence, world.resident, reduce)
-            made.append(fit_memory(config, policy, reward, *given, shards))
+            made.append(fit_memory(config, policy, rewards, *given, shards))
             print(made[0], flush=True)
 
     world.patiently(make)
@@ -149,7 +151,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         want = f"a multiple of data.batch_size = {size}, for chains that persist in several processes"
         raise UserError(f"data.train: got {len(paths)} samples, want {want}")
     if c.model.budget is not None:
-        made = plan_memory(c, world, policy, reward, stream, held_out)
+        made = plan_memory(c, world, policy, [reward, *more] if reward else [], stream, held_out)
         run_blocks, score_blocks = run_under(made.policies), run_under(made.reward.policy)
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))
@@ -161,7 +163,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             given, want = list(c.rollout.sigma_range), "one with a step of the chain, for validation"
             check(steps_inside(c.rollout)[1] > 0, "rollout.sigma_range", given, want)
     if use_reward:
-        guidance = training_guidance(c, policy)
+        guidance = training_guidance(c, policy, isinstance(policy, Experts) and world.readers > 1)
         together = world.together(policy, keep=c.rollout.cuda_graph)
         rollout = make_rollout(policy, c.rollout, schedule, device, together, guidance)
         if rollout is not None and rollout.approximate:

@@ -1,7 +1,7 @@
 """Random small runs, and the bytes that they have in each phase."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,10 @@ from prfl_engine import build, train
 from prfl_engine.config import load_config
 from prfl_engine.memory import resident
 from prfl_engine.memory.live_bytes import LiveBytes
+from prfl_engine.memory.resident import Resident
 from prfl_engine.model.checkpoint import save_reward, save_transformer
+from prfl_engine.model.experts import HIGH, LOW
+from prfl_engine.model.sources import read_config
 from prfl_engine.optim import updates
 from prfl_engine.planner.meta import COLLECTIVES
 from prfl_engine.planner.setup import ROUND
@@ -137,6 +140,34 @@ def _copied(a):
     return a.clone() if isinstance(a, torch.Tensor) else a
 
 
+def with_rewards(folder: Path, seed: int) -> Path:
+    """The file of one for one process, with a further reward of other depth and width, and several draws."""
+    values = random_values(folder, seed, 1)
+    own = read_config(folder / "policy")
+    config = replace(own, dim=64, num_heads=2, num_layers=3, ffn_dim=96)
+    save_reward(tiny_reward(config, seed=7, blocks=3, num_heads=2), folder / "other", 0)
+    values["reward"] |= {"draws": 2 + seed % 2, "more": [{"name": "other", "path": str(folder / "other")}]}
+    values["loss"]["weight"] = 0.1
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def with_experts(folder: Path, seed: int, size: int, **sections) -> Path:
+    """The file of one for so many processes with two experts, whose graded step is the low-noise one's."""
+    path = configuration(folder, seed, size)
+    values = yaml.safe_load(path.read_text())
+    for number, name in enumerate((HIGH, LOW)):
+        config = read_config(folder / "policy")
+        save_transformer(tiny_model(config, number), folder / "pair" / name)
+    values["model"] |= {"path": str(folder / "pair"), "boundary": 0.8}
+    values["rollout"] |= {"steps": 5, "range": [3, 3], "cache": 0.0}
+    for name, section in sections.items():
+        values[name] |= section
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
 @dataclass
 class Measured:
     """Most bytes of the phases of a run, all that is alive included; of the host, what is there by intent."""
@@ -155,7 +186,7 @@ class OfShards(LiveBytes):
         super()._see(a.to_local() if isinstance(a, DTensor) else a)
 
     def resized(self, a: torch.Tensor) -> None:
-        """FSDP2 has resized the storage of a tensor, which no operation shows."""
+        """The storage of a tensor has been resized, which no operation shows."""
         self._see(a)
         self.peak, self._lap = max(self.peak, self.now), max(self._lap, self.now)
 
@@ -219,7 +250,23 @@ def measured(path: Path, monkeypatch) -> Measured:
         monkeypatch.setattr(_fsdp_param, name, resizing(getattr(_fsdp_param, name)))
     for module in (train, build):
         monkeypatch.setattr(module, "make_policy", seen(policy_of))
-    monkeypatch.setattr(train, "make_frozen_reward", seen(reward_of))
+        monkeypatch.setattr(module, "make_frozen_reward", seen(reward_of))
+
+    gather, drop = Resident.gather, Resident.drop
+
+    def gathered(resident):
+        for p in resident.model.parameters():  # they are there before the first gather
+            p.untyped_storage().resize_(p.nbytes)
+            live.resized(p)
+        gather(resident)
+
+    def dropped(resident):
+        drop(resident)
+        for p in resident.model.parameters():
+            live.resized(p)
+
+    monkeypatch.setattr(Resident, "gather", gathered)
+    monkeypatch.setattr(Resident, "drop", dropped)
     monkeypatch.setattr(updates, "update", updated)
     monkeypatch.setattr(train, "fit", watched)
     train.train(load_config(path))

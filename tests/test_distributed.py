@@ -16,11 +16,13 @@ import torch.distributed as dist
 import training_runs
 from helpers import SHAPE, move_data, tiny_config, write_adapter, write_run
 from ranks import Ranks
+from test_expert_pair import HIGH_ALONE, written
 from training_runs import assert_equal, content, flip
 
 from prfl_engine import checksums, cli, restarts
 from prfl_engine.metrics import read_metrics
 from prfl_engine.model.checkpoint import load_transformer
+from prfl_engine.model.experts import HIGH, LOW
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,6 +121,53 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
 
 
+@pytest.mark.parametrize("given, held, resumed_on", [
+    (["rollout.samples=2", "chain.window=2"], {HIGH, LOW}, 2),
+    (["lora.rank=2", "loss.anchor=0.5", "parallel.resident=true", "parallel.replicate=2"], {HIGH, LOW}, 1),
+    ([HIGH_ALONE, "rollout.mode=persistent", "parallel.sequence=2"], {HIGH}, 2),
+], ids=["whole", "updates", "one trained"])  # fmt: skip
+def test_two_experts_train_as_in_one_process(run, tmp_path, given, held, resumed_on):
+    """Metrics, validations, what `best` samples; and a resumed run, to the bit on as many processes."""
+    train = {"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9, "ema": 0.5}
+    config = written(tmp_path, samples=8, train=train, eval={"every": 2, "samples": 3, "batch_size": 1})
+    run(config, *given, f"train.out={tmp_path}/two")
+    run(config, *given, f"train.out={tmp_path}/cut", "train.steps=2")
+    rest = "train.resume=true", f"train.out={tmp_path}/cut"
+    alone = "parallel.sequence=1", "parallel.replicate=1", "parallel.resident=false"
+    run(config, *given, *rest, *(alone if resumed_on == 1 else ()), processes=resumed_on)
+    run(config, *given, *alone, f"train.out={tmp_path}/one", processes=1, torchrun=False)
+    two = values(tmp_path / "two")
+    for other in values(tmp_path / "one"), values(tmp_path / "cut"):
+        assert [found.keys() for found in other] == [found.keys() for found in two]
+        for a, b in zip(other, two, strict=True):
+            assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
+    if resumed_on == 2:
+        assert_equal(content(tmp_path / "cut/checkpoint-4"), content(tmp_path / "two/checkpoint-4"))
+    made = []
+    for name in ("one", "two"):
+        best = tmp_path / name / "best"
+        assert {path.name for path in best.iterdir()} >= held | {"ema"}
+        assert (HIGH in held, LOW in held) == tuple((best / "ema" / part).is_dir() for part in (HIGH, LOW))
+        trained = [f"lora.path={best}"] if "lora.rank=2" in given else [f"model.path={best}"]
+        if LOW not in held:
+            trained = [f"model.path={best / HIGH}", f"model.low={tmp_path / 'pair' / LOW}"]
+        out = tmp_path / "samples" / name
+        run(config, *trained, "--out", str(out), command="sample", processes=1, torchrun=False)
+        made.append(np.load(out / "sample-00.npy"))
+    np.testing.assert_allclose(*made, rtol=0, atol=2e-3 * abs(made[0]).max())
+    whole = tmp_path / "two/checkpoint-4"
+    for part in sorted(held):
+        out = tmp_path / "converted" / part
+        out.parent.mkdir(exist_ok=True)
+        assert cli.main(["convert", str(whole / part), "--out", str(out), "--to", to_of(given)]) == 0
+    assert cli.main(["convert", str(whole), "--out", str(tmp_path / "x"), "--to", to_of(given)]) == 2
+
+
+def to_of(given: list[str]) -> str:
+    """The layout of what is trained."""
+    return "peft" if "lora.rank=2" in given else "native"
+
+
 def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
     """4 steps on 2 processes are 2 on 2, then 2 on 1 under torchrun (to rounding), and a LoRA run too. Not so
     where a bit of any file has flipped, which one of the two sees."""
@@ -203,6 +252,9 @@ def test_mistakes_end_all_processes_with_a_line(run, tmp_path):
         assert "train.accumulate: got 3, want a multiple of 2" in out
     for out in run(config, "loss.anchor=1", "loss.anchor_place=host", ok=False):
         assert "loss.anchor_place: got 'host', want device with several processes" in out
+    both = "model.path=null", "model.preset=tiny-t2v", "model.boundary=0.875", "lora.rank=2"
+    for out in run(config, *both, "model.idle=host", ok=False):
+        assert "model.idle: got 'host', want device with several processes" in out
     few = "data.batch_size=3", "rollout.mode=persistent", "rollout.steps=5"
     for out in run(config, *few, ok=False):
         assert "data.train: got 8 samples, want a multiple of data.batch_size = 3" in out

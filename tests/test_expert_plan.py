@@ -9,17 +9,23 @@ import torch
 from helpers import write_run
 
 from prfl_engine.build import make_policy
-from prfl_engine.config import ChainConfig, RolloutConfig, load_config
+from prfl_engine.config import ChainConfig, Config, ModelConfig, RolloutConfig, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.objectives import schedule_of, steps_inside
 from prfl_engine.planner.between import resume
 from prfl_engine.planner.command import Options, predict
-from prfl_engine.planner.flops import expert_switches, graded_passes, rollout_forwards, validation_forwards
+from prfl_engine.planner.flops import (
+    both_asked,
+    expert_switches,
+    graded_passes,
+    rollout_forwards,
+    validation_forwards,
+)
 from prfl_engine.planner.machine import MACHINES
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.setup import Setup
-from prfl_engine.planner.sharded import Shards, exchanged_bytes
+from prfl_engine.planner.sharded import Shards, exchanged_bytes, gathered_bytes
 from prfl_engine.planner.standing import idle_bytes, models_of
 from prfl_engine.planner.subject import find
 from prfl_engine.planner.timing import times
@@ -146,6 +152,39 @@ def test_a_slow_link_is_waited_for(tmp_path):
     assert waits(1e18) == 0 and waits(1e3) == pytest.approx(
         config.train.accumulate * idle_bytes(setup, models).coming / 1e3, rel=0.01
     )
+
+
+@pytest.mark.parametrize("rollout, readers, often", [
+    ({}, 1, (0, 0)), ({}, 2, (0.465, 4 / 9)), ({"one_index": "turn"}, 2, (0.465, 0)),
+    ({"mode": "persistent"}, 8, (0.974, 0)), ({"sigma_range": (0.875, 1.0)}, 8, (0, 0)),
+])  # fmt: skip
+def test_how_often_groups_of_processes_ask_both_experts(rollout, readers, often):
+    """632 of 1000 levels and 26 of 39 steps are the high-noise expert's; the draws are independent."""
+    r = RolloutConfig(**T2V, **rollout)
+    config = Config(ModelConfig(preset="t2v-a14b-high", boundary=0.875), rollout=r)
+    setup = Setup(PRESETS["t2v-a14b-high"], (1, 16, 1, 2, 2), rollout=r, experts=config.trained_experts)
+    assert both_asked(config, setup, readers) == pytest.approx(often, abs=1e-3)
+
+
+def test_a_rank_gathers_one_expert_at_a_time(tmp_path):
+    """So what it gathers is what it gathers of one model, and a pass that asks both gathers twice."""
+    config, found = planned(tmp_path, "train.accumulate=8", "eval.every=0", "data.batch_size=1")
+    one = replace(found.setup, experts=None)
+    shards, kind = Shards(8, 2), memory(config, found.setup, None).reward
+    parts = [(s, models_of(s, 4)) for s in (found.setup, one)]
+    assert sum(p.bytes() for p in parts[0][1].generator) == 2 * sum(p.bytes() for p in parts[1][1].generator)
+    gathered = [gathered_bytes(models, shards._replace(resident=True)) for _, models in parts]
+    assert gathered[0] == gathered[1] and gathered[0].resident > 0
+    sums = [exchanged_bytes(setup, models, shards, kind) for setup, models in parts]
+    assert sums[0] == sums[1] and sums[0].replicas > 0
+    slow = MACHINES["h100-80"]._replace(fast=1e3, slow=1e3)  # so that collectives are all
+    rows = [
+        next(r for r in times(config, s, [kind] * s.count, kind, models, slow, shards, sums[0]).rows
+             if r.phase == "flow matching")
+        for s, models in parts
+    ]  # fmt: skip
+    often = both_asked(config, found.setup, 8)[0]
+    assert 0.5 < often < 1 and rows[0].waits == pytest.approx((1 + often) * rows[1].waits, rel=1e-3)
 
 
 @pytest.mark.parametrize("rollout, chain, forwards, passes", [

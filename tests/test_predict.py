@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from plan_runs import configuration, measured
+from plan_runs import configuration, measured, with_rewards
 
 from prfl_engine.config import load_config
 from prfl_engine.planner.predict import memory
@@ -24,7 +24,17 @@ SEEDS = range(FIRST, FIRST + RUNS) if RUNS else (0, 4, 5, 7, 9, 11, 13, 18, 20, 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_no_phase_of_a_run_has_other_bytes_than_predicted(seed, tmp_path, monkeypatch):
     """Everything that is alive on the device, within 1 %, and never more than 0.5 % above."""
-    path = configuration(tmp_path, seed)
+    compare(configuration(tmp_path, seed), seed, monkeypatch)
+
+
+@built
+@pytest.mark.parametrize("seed", SEEDS if RUNS else (1, 4, 7))
+def test_several_rewards_and_draws(seed, tmp_path, monkeypatch):
+    """A further reward of another width and depth, each at two or three noise levels."""
+    compare(with_rewards(tmp_path, seed), seed, monkeypatch)
+
+
+def compare(path, seed, monkeypatch):
     config = load_config(path)
     found = memory(config, find(config, str(path), on_cpu=True).setup, None)
     real = measured(path, monkeypatch)

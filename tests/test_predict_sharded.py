@@ -5,7 +5,7 @@ import os
 import plan_ranks
 import pytest
 import ranks
-from plan_runs import configuration
+from plan_runs import configuration, with_experts
 from run_cases import free_port
 
 from prfl_engine.config import load_config
@@ -41,7 +41,20 @@ def worlds():
 def test_no_rank_has_more_bytes_than_predicted(seed, worlds, tmp_path):
     """The largest phase is at most 5 % below the prediction, and at most 0.5 % above."""
     size = SIZES[seed % len(SIZES)]
-    path = configuration(tmp_path, seed, size)
+    compare(configuration(tmp_path, seed, size), seed, size, worlds)
+
+
+@built
+@pytest.mark.parametrize("seed, more", [
+    (0, {"rollout": {"sigma_range": [0.8, 1.0], "range": [1, 1]}}),
+    (2, {"lora": {"rank": 4}, "parallel": {"resident": True, "sequence": 1}}),
+], ids=["one trained", "updates of both"])  # fmt: skip
+def test_two_experts(seed, more, worlds, tmp_path):
+    """Resident weights are of one at a time. Two groups of ranks may ask both in flow matching."""
+    compare(with_experts(tmp_path, seed, 2, **more), seed, 2, worlds)
+
+
+def compare(path, seed, size, worlds):
     c = load_config(path)
     p, reduce = c.parallel, 4 if c.optim.grad_dtype == "float32" else None
     shards = Shards(size, p.replicate, p.sequence, p.resident, reduce)

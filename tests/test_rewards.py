@@ -1,5 +1,7 @@
 """Several rewards, and several draws of noise: their gradient, metrics, validation, and what is refused."""
 
+import re
+
 import pytest
 import torch
 from helpers import (
@@ -19,6 +21,9 @@ from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LossConfig, MoreReward
 from prfl_engine.model.checkpoint import save_reward
 from prfl_engine.objectives import Grader, Grading, reward_loss
+from prfl_engine.planner.command import predict
+from prfl_engine.planner.sharded import Shards, exchanged_bytes
+from prfl_engine.planner.standing import models_of
 
 SCHEDULE = flow.make_schedule("unipc", 6, 5.0)
 INDEX = torch.tensor([3, 1])
@@ -123,6 +128,37 @@ def test_a_validation_measures_every_reward_by_its_name(tmp_path):
     assert found["eval/score"] == pytest.approx(want, rel=1e-12)
 
 
+def test_what_auto_chooses_for_several_rewards_changes_no_result(tmp_path, capsys):
+    """The budget is one that only blocks of both that recompute fit."""
+    save_reward(tiny_reward(tiny_config(), seed=7, blocks=2), tmp_path / "second", 0)
+    config, given = write_run(tmp_path), ["reward.draws=3", other(tmp_path / "second")]
+    run("train", config, *given, "model.recompute=auto:1e-6", code=2)
+    least = re.search(r"want at least (auto:[0-9.]+)", capsys.readouterr().err)[1]
+    for name, mode in (("plain", "none"), ("auto", least)):
+        run("train", config, *given, f"model.recompute={mode}", f"train.out={tmp_path / name}")
+    assert "recompute: " in capsys.readouterr().out
+    for step, one in values(tmp_path / "plain").items():
+        assert values(tmp_path / "auto")[step] == pytest.approx(one, rel=1e-5)
+
+
+def test_a_plan_counts_every_forward_of_a_reward_model(tmp_path):
+    """The same twice at three levels: seconds, weights, and what blocks save, as often."""
+    path = str(write_run(tmp_path, eval={"every": 1}))
+    one, six = (predict(path, given) for given in ([], ["reward.draws=3", other(tmp_path / "reward")]))
+    took = [next(row for row in p.times.rows if row.phase == "reward") for p in (one, six)]
+    assert took[1].seconds == pytest.approx(6 * took[0].seconds)
+    assert took[1].flops == pytest.approx(6 * took[0].flops)
+    stands = [
+        {e.category: e.bytes for e in p.memory.phases[-1].entries if e.category.startswith("reward")}
+        for p in (one, six)
+    ]
+    assert stands[1] == {name: 2 * size for name, size in stands[0].items()} and len(stands[0]) == 2
+    shards = Shards(2)
+    found = [p.subject.setup for p in (one, six)]
+    gathered = [exchanged_bytes(s, models_of(s, 2), shards, one.memory.reward).gather_reward for s in found]
+    assert gathered[1] == 6 * gathered[0] > 0
+
+
 @pytest.mark.parametrize("mode", ["fresh", "persistent"])
 def test_a_run_with_draws_goes_on_to_the_bit(mode, tmp_path):
     config = write_run(tmp_path, train={"save_every": 2})
@@ -156,8 +192,6 @@ def test_a_resumed_run_has_the_same_rewards(tmp_path, capsys):
     ("train", "reward.more=[{name: a, path: b}, {name: a, path: c}]", "reward.more: got ['a', 'a'], want a "),
     ("train", "reward.more=[{name: A, path: b}]", "reward.more.name: got 'A', want text: lower-case letters"),
     ("train", "reward.more=[{name: a, path: nowhere}]", "reward.more a: nowhere"),
-    ("train", "model.recompute=auto:1 reward.draws=2", "reward.draws: got 2, want 1 for the planner, which"),
-    ("train", "model.recompute=auto:1 MORE", "reward.more: got ['other'], want none for the planner, which"),
     ("train-reward", "reward.draws=2", "reward.draws: got 2, want 1 in reward training"),
     ("train-reward", "MORE", "reward.more: got ['other'], want none in reward training"),
 ])  # fmt: skip

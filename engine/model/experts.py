@@ -36,6 +36,7 @@ class Experts(nn.Module):
             raise UserError(f"model.low: got {low.config}, want the high-noise expert's {high.config}")
         check(not high.config.clip, "model.boundary", boundary, "null with a CLIP branch, as in Wan2.1")
         self.high, self.low, self.boundary, self.bring = high, low, TRAIN_STEPS * boundary, bring
+        self.agree: Callable[[set[int]], set[int]] = set  # the experts that some rank asks: see forward
 
     @property
     def config(self) -> WanConfig:
@@ -46,6 +47,12 @@ class Experts(nn.Module):
     def precision(self) -> Precision:
         """The dtypes of either."""
         return self.high.precision
+
+    def of(self, high: WanTransformer, low: WanTransformer) -> "Experts":
+        """Other models in the same places, both always there, which no rank shares with others."""
+        made = Experts(high, low, 0.0)
+        made.boundary = self.boundary
+        return made
 
     def named_experts(self, trained: bool = False) -> Iterator[tuple[str, str, WanTransformer]]:
         """(name here, name of the folder, expert) of both, or of those with trained parameters."""
@@ -67,22 +74,35 @@ class Experts(nn.Module):
         run_blocks: RunBlocks = plain_blocks,
     ) -> Tensor:
         """Velocity [B, out_dim, T, H, W] at noisy latents x, each by the expert of its timestep t [B], on the
-        CPU; the rest as WanTransformer takes it, context from embed_context."""
+        CPU; the rest as WanTransformer takes it, context from embed_context.
+
+        Ranks that share sharded weights gather them in every forward and backward. So all ask the experts
+        that one of them asks, in the same order: without a sample for one a frame of one, whose gradient is
+        zero.
+        """
         high = t >= self.boundary
-        asked = [(i, rows) for i, rows in enumerate((high, ~high)) if rows.any()]
+        own = {i: rows for i, rows in enumerate((high, ~high)) if rows.any()}
+        asked = sorted(self.agree(set(own)))
         if self.bring is not None:
-            self.bring({i for i, _ in asked})
+            self.bring(set(asked))
         if len(asked) == 1:
-            return self._ask(asked[0][0], x, t, context, condition, run_blocks)
-        made, order = [], []
-        for i, rows in asked:
-            at = rows.nonzero().flatten()
+            return self._ask(asked[0], x, t, context, condition, run_blocks)
+        made, order, unused = [], [], None
+        for i in asked:
+            if i not in own:
+                frame = None if condition is None else condition[:1, :, :1]
+                unused = self._ask(i, x[:1, :, :1], t[:1], context[:1], frame, run_blocks)
+                continue
+            at = own[i].nonzero().flatten()
             order.append(at)
             at = at.to(x.device, non_blocking=True)
             some = None if condition is None else condition[at]
-            made.append(self._ask(i, x[at], t[rows], context[at], some, run_blocks))
+            made.append(self._ask(i, x[at], t[own[i]], context[at], some, run_blocks))
         back = torch.cat(order).argsort().to(x.device, non_blocking=True)
-        return torch.cat(made)[back]
+        found = torch.cat(made)[back]
+        if unused is None:
+            return found
+        return torch.where(torch.ones((), dtype=torch.bool, device=x.device), found, unused.sum())
 
     def _ask(self, i: int, x, t, context, condition, run_blocks) -> Tensor:
         expert = (self.high, self.low)[i]

@@ -113,7 +113,8 @@ def of_processes(
     if not shards.many and not in_blocks(c.optim, is_narrow(models), shards.many):
         reading = 8 * values(models.trained)
     if shards.many and c.parallel.save_async:
-        written = models.trained if c.lora.rank else models.generator
+        part = c.lora.rank > 0 or setup.experts is not None
+        written = models.trained if part else models.generator
         writing = sum(p.count * p.values * p.dtype.itemsize for p in written)
         writing += state_bytes(models, c.optim, True).saved
         writing += sum(4 * p.count * p.values for p in models.trained) * (c.train.ema > 0)

@@ -27,9 +27,10 @@ from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.start import Start
 from prfl_engine.model.wan import RunBlocks, WanTransformer
 from prfl_engine.objectives import (
+    Grader,
+    Grading,
     anchored_sft_loss,
     bind,
-    graded_windows,
     index_range,
     noisy_reward,
     sft_loss,
@@ -132,9 +133,10 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
     if setup.trains is not None:
         return _reward_training(setup, policies)
     with meta_tensors():
-        model, n = generator(setup, len(policies)), setup.reward_blocks
-        reward, start = reward_model(setup, n) if n else None, start_of(setup, model, len(policies))
-        there = model, reward, start and start.model
+        model, scored = generator(setup, len(policies)), setup.rewards if setup.reward_blocks else ()
+        rewards = [reward_model(setup, r.blocks, r) for r in scored]
+        start = start_of(setup, model, len(policies))
+        there = model, start and start.model, *rewards
     begin_gradients(setup, model)
     with meta_tensors():
         if setup.sft:
@@ -147,8 +149,8 @@ def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolic
         for p in model.parameters() if setup.alone else ():
             p.grad = None
         fsdp.drop_gradients(model)
-        if reward is not None:
-            found |= _graded(setup, *there[:2], start, policies, run_under(reward_policy))
+        if rewards:
+            found |= _graded(setup, model, rewards, start, policies, run_under(reward_policy))
     return found
 
 
@@ -204,7 +206,7 @@ def _update(size: int, p: Tensor) -> None:
 def _graded(
     setup: Setup,
     model: WanTransformer,
-    reward: RewardModel,
+    rewards: list[RewardModel],
     start: Start | None,
     policies: list[BlockPolicy],
     score: RunBlocks,
@@ -217,19 +219,23 @@ def _graded(
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
     longer = longest(setup) - held(setup, index, config.window, seeds=False)
     names = ["graded step", *["window"] * (config.window - 1)]
-    there = model, reward, start and start.model
+    there = model, start and start.model, *rewards
     with _passes(setup.pool, names, *there) as (found, watch):
         batch, noise, _ = inputs(setup, setup.latent)
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
             extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
-        given = model, reward, schedule(steps), batch, noise, torch.tensor(index), config
         stay, run_blocks = (lambda *_: lambda: lambda x, t, active: x.clone()), run_under(policies, watch)
-        for window in graded_windows(*given, stay, run_blocks, score, None, start):
-            loss = torch.sigmoid(window.logit).mean()
+        grader = Grader(
+            model, rewards[0], schedule(steps), config, stay, run_blocks, score, more=tuple(rewards[1:]),
+            draws=setup.draws,
+        )  # fmt: skip
+        grading = Grading(grader, batch, start, torch.empty_like)
+        for window in grading.windows(noise, torch.tensor(index)):
+            loss = sum(torch.sigmoid(logit).mean() for logit in window.logits)
             window.backward(loss if start is None else loss + window.distance.mean())
             del window
-        del extra
+        del extra, grading
     for laps in found.values():
         laps.before, laps.peak = max(laps.before, rollout), max(laps.peak, rollout)
     return found
@@ -253,16 +259,17 @@ def rollout_bytes(setup: Setup) -> int:
 @cache
 def _rollout_bytes(setup: Setup) -> int:
     with meta_tensors():
-        model, reward = generator(setup, 2), reward_model(setup, 1)
+        model, rewards = generator(setup, 2), [reward_model(setup, 1, r) for r in setup.rewards]
         resident = setup.sharding.resident
         rolled = generator(replace(setup, sharding=Sharding()), 2) if resident else model
         _lend(setup, rolled)
-        live = counter(model, reward, rolled)
+        live = counter(model, rolled, *rewards)
         base = live.now - SCALARS - setup.pool
         with live:
             batch = batch_of(setup, setup.latent)
             context = model.embed_context(batch.text, batch.clip)
-            scored, extra = reward.embed_context(batch.text, batch.clip), []
+            scored = [reward.embed_context(batch.text, batch.clip) for reward in rewards]
+            extra = []
             extra.append(ballast(accelerated_bytes(setup)))
             ballast(fsdp.largest(model) if resident else 0)
             extra += [torch.empty_like(context)] if setup.lent else []
@@ -274,7 +281,8 @@ def _rollout_bytes(setup: Setup) -> int:
                     return x.clone() if torch.is_grad_enabled() else forward(x, t, active)
 
             def judge(x: Tensor) -> None:
-                repeated("judge", reward.score, x, torch.empty(len(x)), scored, batch.condition)
+                for i, (reward, context) in enumerate(zip(rewards, scored, strict=True)):
+                    repeated(f"judge {i}", reward.score, x, torch.empty(len(x)), context, batch.condition)
 
             r = setup.rollout
             seeds = judged_step(r), r.seeds, ranks(r), judge
@@ -311,12 +319,11 @@ def validation_bytes(setup: Setup) -> int:
     """Most bytes of setup.validation, in addition to the weights; there are no gradients then."""
     if setup.trains is not None:
         return accuracy_bytes(setup)
-    v, reward = setup.validation, None
+    v = setup.validation
     with meta_tensors(), torch.no_grad():
         model = generator(setup, 2)
-        if v.scored:
-            reward = reward_model(setup, 2)
-        live = counter(model, reward)
+        rewards = [reward_model(setup, 2, r) for r in setup.rewards if v.scored]
+        live = counter(model, *rewards)
         base, repeated = live.now - SCALARS - setup.pool + setup.drawn, Repeated(live)
         with live:
             extra = [batch_of(setup, setup.latent), ballast(ROUND * v.values)]
@@ -329,9 +336,9 @@ def validation_bytes(setup: Setup) -> int:
                 latent = chain.sample(velocity, schedule(FULL_HISTORY + 1), noise)
                 del velocity
                 extra += [latent] if v.kept else []
-                if reward is not None:
+                for number, reward in enumerate(rewards):
                     scored = batch._replace(latent=latent)
-                    repeated("reward", noisy_reward, reward, scored, noise, sigma)
+                    repeated(f"reward {number}", noisy_reward, reward, scored, noise, sigma)
                     del scored
                 del read
             del extra

@@ -10,6 +10,7 @@ import torch
 
 from prfl_engine.config import Config
 from prfl_engine.config_method import scales
+from prfl_engine.config_models import Storage
 from prfl_engine.errors import UserError, check
 from prfl_engine.flow import SolverState
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
@@ -17,6 +18,7 @@ from prfl_engine.model.lora_files import read
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import Precision, WanConfig, WanTransformer
 from prfl_engine.planner.dry_run import rollout_bytes
+from prfl_engine.planner.flops import both_asked
 from prfl_engine.planner.plan import Plan, plan
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import RewardSetup, Setup, Validation
@@ -28,28 +30,29 @@ from prfl_engine.rollout.choice import judged_step
 def fit_memory(
     config: Config,
     model: WanTransformer,
-    reward: RewardModel | None,
+    rewards: Sequence[RewardModel],
     shapes: Sequence[tuple[int, ...]],
     held_out: Sequence[tuple[int, ...]] = (),
     shards: Shards = Shards(),  # noqa: B008 - never changed
 ) -> Plan:
-    """The plan for model.recompute = auto:GB.
+    """The plan for model.recompute = auto:GB. rewards: the reward models, none or more.
 
     shapes [16, T, H, W] are those of the latents of training; held_out are those that a validation samples,
     in their order (none: no validation); shards: how processes share the work. UserError where nothing fits,
     or the validation does not.
     """
-    rewarding = None
-    if reward is not None:
-        trunk, pool = reward.transformer, reward.pool
-        check_pooling("query" if isinstance(pool, QueryPool) else pool.kind, reward.layers)
-        rewarding = RewardSetup(
-            reward.feature_layer, trunk.config, len(pool.queries), pool.multihead_attn.num_heads,
-            pool.add_query, config.reward.storage,
-        )  # fmt: skip
     on_cpu = next(model.parameters()).device.type == "cpu"
-    setup = setup_of(config, model.config, model.precision, rewarding, shapes, held_out, on_cpu)
+    found = [_reward_setup(reward, config.reward.storage) for reward in rewards]
+    readers = shards.size // shards.sequence
+    setup = setup_of(config, model.config, model.precision, found, shapes, held_out, on_cpu, readers)
     return planned(config, setup, shards)
+
+
+def _reward_setup(reward: RewardModel, storage: Storage) -> RewardSetup:
+    trunk, pool = reward.transformer, reward.pool
+    check_pooling("query" if isinstance(pool, QueryPool) else pool.kind, reward.layers)
+    heads, queries = pool.multihead_attn.num_heads, len(pool.queries)
+    return RewardSetup(reward.feature_layer, trunk.config, queries, heads, pool.add_query, storage)
 
 
 def planned(
@@ -86,21 +89,21 @@ def setup_of(
     config: Config,
     model: WanConfig,
     precision: Precision,
-    reward: RewardSetup | None,
+    rewards: Sequence[RewardSetup],
     shapes: Sequence[tuple[int, ...]],
     held_out: Sequence[tuple[int, ...]] = (),
     on_cpu: bool = False,
     readers: int = 1,
 ) -> Setup:
     """What PRFL as configured takes; shapes as `fit_memory` takes them. readers: groups of processes with
-    samples of their own, which share the chains that persist."""
+    samples of their own, which share the chains that persist, and ask experts at the same time."""
     c, counts = config, Counter(shapes)
-    c.reward.check_one("for the planner, which counts no more")
     latent = max(((min(c.data.batch_size, n), *shape) for shape, n in counts.items()), key=math.prod)
-    validation = _validation(c, held_out, reward is not None, on_cpu) if held_out else None
+    validation = _validation(c, held_out, len(rewards), on_cpu) if held_out else None
+    reward, more = (rewards[0], tuple(rewards[1:])) if rewards else (None, ())
     setup = Setup(
-        model, latent, precision.compute, precision.residual, precision.weights, reward,
-        c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
+        model, latent, precision.compute, precision.residual, precision.weights, reward, more,
+        c.reward.draws, c.loss.weight > 0, c.loss.sft_weight > 0, c.rollout, c.chain, chunk=c.model.chunk,
         keep=c.model.keep, lora=c.lora if c.lora.rank else None, storage=c.lora.storage,
         validation=validation,
         anchor=c.loss.anchor_place if c.loss.anchored else "none",
@@ -112,6 +115,10 @@ def setup_of(
     )  # fmt: skip
     if setup.reward_blocks:
         judged_step(c.rollout)  # which refuses what it cannot be
+    if readers > 1:
+        sft, graded = both_asked(c, setup, readers)
+        beside = ("flow matching",) * (sft > 0) + ("graded step", "window") * (graded > 0)
+        setup = replace(setup, beside=beside)
     if setup.reward_blocks and c.rollout.mode == "persistent":
         chains, on_host = c.pool // readers, c.rollout.pool_place == "host"
         setup = replace(
@@ -153,15 +160,15 @@ def pool_bytes(setup: Setup, chains: int) -> int:
 
 
 def _validation(
-    config: Config, shapes: Sequence[tuple[int, ...]], scored: bool, on_cpu: bool
+    config: Config, shapes: Sequence[tuple[int, ...]], rewards: int, on_cpu: bool
 ) -> Validation:
-    """Of eval.samples of these latents."""
+    """Of eval.samples of these latents, by so many rewards."""
     e, shapes = config.eval, [shapes[i % len(shapes)] for i in range(config.eval.samples)]
     runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
     halves = 2 if config.rollout.guidance_at_once and scales(e.guidance) != (1, 1) else 1
     latent = max(((halves * min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
     batches = sum(-(-n // e.batch_size) for _, n in runs)
-    values = batches * (1 + scored * len(e.timesteps))
+    values, scored = batches * (1 + rewards * len(e.timesteps)), rewards > 0
     if not on_cpu:
         return Validation(latent, scored, batches, values, samples=e.samples)
     kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1)

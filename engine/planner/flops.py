@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import Tensor
+
 from prfl_engine.config import Config
 from prfl_engine.config_method import scales
 from prfl_engine.flow import TRAIN_STEPS
 from prfl_engine.guidance import step_forwards
 from prfl_engine.model.flops import costs
-from prfl_engine.objectives import index_range, schedule_of, steps_inside, whole_schedule
+from prfl_engine.objectives import index_range, schedule_of, steps_inside, train_levels, whole_schedule
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
 from prfl_engine.rollout.choice import graded_rows, judged_step
@@ -24,7 +26,7 @@ def rollout_forwards(setup: Setup, groups: int = 1, padded: bool = False) -> flo
     each = step_forwards(r.guidance, setup.boundary, timesteps)
     total = 0.0
     if scales(setup.chain.guidance) != (1, 1) and setup.chain.unconditional == "detached":
-        graded = step_forwards(setup.chain.guidance, setup.boundary, timesteps)
+        graded = _graded_forwards(setup, timesteps)
         total = _windows(setup, [n - 1 for n in graded])  # of halves of graded steps
     if r.mode == "persistent":  # a new chain makes the steps before the range
         between = (r.stride - 1) * sum(each[first : last + 1]) / steps
@@ -48,16 +50,46 @@ def graded_passes(setup: Setup) -> float:
     """Forwards with gradient, on average, for all graded steps of a sample."""
     scale, each = setup.chain.guidance, [1] * len(schedule_of(setup.rollout))
     if scales(scale) != (1, 1) and setup.chain.unconditional == "gradient":
-        each = step_forwards(scale, setup.boundary, schedule_of(setup.rollout).timesteps)
+        each = _graded_forwards(setup, schedule_of(setup.rollout).timesteps)
     return _windows(setup, each)
+
+
+def _graded_forwards(setup: Setup, timesteps: Tensor) -> list[int]:
+    """Forwards of a graded step at each of `timesteps`."""
+    scale = setup.chain.guidance
+    if "graded step" in setup.beside and scales(scale) != (1, 1):  # see Guidance.always
+        return [2] * len(timesteps)
+    return step_forwards(scale, setup.boundary, timesteps)
 
 
 def start_forwards(setup: Setup) -> float:
     """Forwards of the frozen start, on average, for all graded steps of a sample: guided as they are."""
     first, last = index_range(setup.rollout)
     timesteps = schedule_of(setup.rollout).timesteps[first : last + 1]
-    each = step_forwards(setup.chain.guidance, setup.boundary, timesteps)
+    each = _graded_forwards(setup, timesteps)
     return setup.rollout.samples * sum(each) / len(each)
+
+
+def both_asked(config: Config, setup: Setup, readers: int) -> tuple[float, float]:
+    """How often, on average, some of `readers` groups of processes ask one of two experts and some the other
+    in a pass of flow matching, and in a graded step."""
+    if not all(setup.experts or (False,)):
+        return 0.0, 0.0
+    r, samples = setup.rollout, setup.latent[0]
+    levels, boundary = train_levels(r), TRAIN_STEPS * config.model.boundary
+    first, last = index_range(r) if setup.reward_blocks else (0, 0)
+    alike = readers if r.one_index == "turn" else r.one_index
+    drawn = samples if r.mode == "persistent" else readers * samples
+    if alike and alike % readers == 0:
+        drawn = 1
+    found = []
+    for timesteps, count in (
+        (levels.timestep(levels.sigmas), readers * samples),
+        (schedule_of(r).timesteps[first : last + 1], drawn),
+    ):
+        share = (timesteps >= boundary).double().mean().item()
+        found.append(1 - share**count - (1 - share) ** count)
+    return found[0], found[1]
 
 
 def expert_switches(setup: Setup, boundary: float) -> float:
@@ -114,16 +146,17 @@ def step_flops(setup: Setup, forwards: float | None = None) -> dict[str, float]:
     samples = setup.latent[0]
     if setup.trains is not None:
         return {REWARD_TRAINING: samples * setup.sides * _trained_reward(setup)}
-    trunk = (setup.reward.config or setup.config, setup.reward_blocks) if setup.reward_blocks else None
+    trunks = [(r.config or setup.config, r.blocks) for r in setup.scored]
     rank = 0 if setup.lora is None else setup.lora.rank
     config = replace(setup.config, num_layers=setup.count)
-    cost = costs(config, setup.latent[2:], rank, trunk).flops
+    cost = costs(config, setup.latent[2:], rank).flops
     found = {"flow matching": samples * cost["flow_matching"] if setup.sft else 0.0}
-    if trunk is None:
+    if not trunks:
         return found
+    scored = sum(costs(config, setup.latent[2:], rank, trunk).flops["reward"] for trunk in trunks)
     return found | {
         "rollout": samples * (rollout_forwards(setup) if forwards is None else forwards) * cost["rollout"],
         **({"seeds": samples * setup.rollout.seeds * cost["judged"]} if setup.rollout.seeds > 1 else {}),
         "graded step": samples * graded_passes(setup) * cost["graded"],
-        "reward": samples * setup.rollout.samples * cost["reward"],
+        "reward": samples * setup.rollout.samples * scored,
     }

@@ -13,7 +13,7 @@ from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.planner import fsdp
 from prfl_engine.planner.meta import call, cut, default_dtype, meta_tensors
 from prfl_engine.planner.repeated import ballast
-from prfl_engine.planner.setup import ROUND, Latent, Setup
+from prfl_engine.planner.setup import ROUND, Latent, RewardSetup, Setup
 
 
 def _transformer(setup: Setup, config: WanConfig, blocks: int, head: bool = True) -> WanTransformer:
@@ -32,9 +32,9 @@ def _placed(model: torch.nn.Module, setup: Setup) -> torch.nn.Module:
     return fsdp.shard(cut(model, setup.sequence), setup.sharding)
 
 
-def reward_model(setup: Setup, blocks: int) -> RewardModel:
-    """Its frozen reward model, likewise."""
-    r = setup.reward
+def reward_model(setup: Setup, blocks: int, reward: RewardSetup | None = None) -> RewardModel:
+    """A frozen reward model of it, likewise; None: the first."""
+    r = reward or setup.reward
     config = r.config or setup.config
     pool = QueryPool(config.dim, r.queries, r.heads, add_query=r.add_query)
     made = RewardModel(_transformer(setup, config, blocks, head=False), pool, blocks).freeze()

@@ -197,6 +197,7 @@ def make_kind(
     graded = setup.rollout.samples * (setup.reward_blocks > 0)
     laps = dry_run(setup, [policy] * BLOCKS, policy)
     numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
+    numbers |= {phase: _with_a_frame(numbers[phase], setup) for phase in setup.beside if phase in numbers}
     host = next(iter(numbers.values())).host
     scoring = setup if setup.reward is None else replace(setup, storage=setup.reward.storage)
     seconds = [block_seconds(policy, setup, host, rates, setup.lora is not None)]
@@ -206,6 +207,15 @@ def make_kind(
     passes = setup.sft + graded * setup.window, graded * setup.reward_blocks
     costs = (round(1e12 * n * second) for n, second in zip(passes, seconds, strict=True))
     return Kind(name, policy, numbers, *costs)
+
+
+def _with_a_frame(n: Numbers, setup: Setup) -> Numbers:
+    """The numbers of a block where the other expert's saves the same of one frame of a sample."""
+    frames = setup.latent[0] * setup.latent[2]
+    return n._replace(
+        saved=n.saved + n.saved // frames, saved_last=n.saved_last + n.saved_last // frames,
+        host=n.host + n.host // frames,
+    )  # fmt: skip
 
 
 def plan(
@@ -286,7 +296,7 @@ def choose(
     found, reward = _in_runs([kinds[i] for i in row.kinds], kinds[row.tail]), kinds[row.tail]
 
     def choice(name: str, blocks: list[Kind], reward: Kind) -> Choice:
-        moving = (*blocks[:-1], *[reward] * (setup.reward_blocks - 1))  # the last block offloads nothing
+        moving = (*blocks[:-1], *[reward] * setup.reward_moving)  # the last block offloads nothing
         seconds = sum(k.cost for k in blocks) + reward.reward_cost
         return Choice(name, predicted_peak(blocks, reward), sum(k.host for k in moving), seconds / 1e12)
 
@@ -310,8 +320,8 @@ def _tables(kinds: list[Kind], setup: Setup) -> tuple[Blocks, Tails]:
         *saved_and_peaks(False), *saved_and_peaks(True),
     )  # fmt: skip
     heads = [[k.numbers[p].start + k.numbers[p].head for p in phases] for k in kinds]
-    moving = max(0, setup.reward_blocks - 1)
-    tails = Tails(np.array([k.reward_cost for k in kinds]), moving * blocks.host, np.array(heads))
+    away = setup.reward_moving * blocks.host
+    tails = Tails(np.array([k.reward_cost for k in kinds]), away, np.array(heads))
     return blocks, tails
 
 

@@ -333,7 +333,7 @@ def _host(
     """Pinned memory, and what processes, loaders and checkpoints take; not the page cache of files."""
     states = state_bytes(models, c.optim, shards.many)
     away = sum(k.host for k in kinds[:-1]) * setup.sides
-    scored = reward.host * max(0, setup.reward_blocks - 1)
+    scored = reward.host * setup.reward_moving
     waiting = waiting_bytes(setup, models)
     return entries((
         ("offloaded activations", away + scored, COUNTED, "dry run: what blocks offload"),

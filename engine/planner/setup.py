@@ -79,6 +79,8 @@ class Setup:
     residual_dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
     reward: RewardSetup | None = RewardSetup()
+    more: tuple[RewardSetup, ...] = ()  # further rewards
+    draws: int = 1  # noise levels at which each scores a graded step
     graded: bool = True  # False: the reward model serves the validation alone
     sft: bool = True
     rollout: RolloutConfig = RolloutConfig()
@@ -95,6 +97,7 @@ class Setup:
     trains: RewardTraining | None = None  # None: a generator is trained
     experts: tuple[bool, bool] | None = None  # which of two experts is trained; None: there is one model
     boundary: float | None = None  # the noise level between the two
+    beside: tuple[str, ...] = ()  # passes that may run a frame of a sample through the other expert, too
     idle: bool = False  # whether frozen blocks of the expert that is not asked are on the host
     anchor: Literal["none", "device", "host"] = "none"  # where a forward of the frozen start is from
     sequence: int = 1  # ranks over which the tokens of a sample are cut; what is counted is of the first
@@ -121,9 +124,24 @@ class Setup:
         return self.config.num_layers if self.blocks is None else self.blocks
 
     @property
+    def rewards(self) -> tuple[RewardSetup, ...]:
+        """All frozen reward models."""
+        return () if self.reward is None else (self.reward, *self.more)
+
+    @property
+    def scored(self) -> list[RewardSetup]:
+        """The reward model of every forward after a graded step."""
+        return [r for r in self.rewards for _ in range(self.draws)] if self.graded else []
+
+    @property
     def reward_blocks(self) -> int:
-        """Blocks of the reward model in a step."""
-        return self.reward.blocks if self.reward is not None and self.graded else 0
+        """Blocks of reward models that are computed after a graded step, of all rewards and draws."""
+        return sum(r.blocks for r in self.scored)
+
+    @property
+    def reward_moving(self) -> int:
+        """Those of them that may offload: not the last one of a forward."""
+        return sum(r.blocks - 1 for r in self.scored)
 
     @property
     def window(self) -> int:

@@ -1,6 +1,7 @@
 """Sharded training: bytes that FSDP2 and a cut sequence gather, reduce and exchange, for one rank."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -73,8 +74,8 @@ class Gathered(NamedTuple):
 
 def gathered_bytes(models: Models, shards: Shards, compute: torch.dtype | None = None) -> Gathered:
     """In a forward the root, a block and the buffer of its gather, in a backward the buffer of the block
-    before it and that of the last reduce-scatter. Resident weights stay for a rollout, in `compute`, the
-    dtype of products (None: that of weights)."""
+    before it and that of the last reduce-scatter. Resident weights stay for a rollout, of two experts for
+    the steps of each, in `compute`, the dtype of products (None: that of weights)."""
     if not shards.many:
         return Gathered()
 
@@ -82,13 +83,13 @@ def gathered_bytes(models: Models, shards: Shards, compute: torch.dtype | None =
         units = units_of(parameters, shards.shards)
         return units["root"] + 2 * units["block"]
 
-    forward = around(models.generator)
-    trained = sum(p.values for p in models.trained if "blocks.0." in p.name) * shards.shards
-    first = next(p for p in models.trained if "blocks.0." in p.name) if trained else None
+    forward = around(models.one)
+    trained = sum(p.values for p in models.one if p.trained and "blocks.0." in p.name) * shards.shards
+    first = next(p for p in models.one if p.trained and "blocks.0." in p.name) if trained else None
     reduced = trained * (shards.reduce or first.dtype.itemsize) if first else 0
     return Gathered(
-        forward, forward + reduced, around(models.reward) if models.reward else 0,
-        _resident(models.generator, compute) if shards.resident else 0,
+        forward, forward + reduced, max(map(around, models.rewards), default=0),
+        _resident(models.one, compute) if shards.resident else 0,
     )  # fmt: skip
 
 
@@ -114,14 +115,14 @@ class Links(NamedTuple):
     forward: float = 0.0
     graded: float = 0.0
     reward: float = 0.0
-    replicas: float = 0.0  # once an optimizer step, in its last backward
+    replicas: float = 0.0  # once an optimizer step, in its last backward; of an expert in every one
     exchange_forward: float = 0.0
     exchange_graded: float = 0.0
     exchange_reward: float = 0.0
 
 
 class Exchanged(NamedTuple):
-    """Bytes that a rank receives in the collectives of a pass."""
+    """Bytes that a rank receives in the collectives of a pass, of two experts where it asks one."""
 
     gather: int = 0  # weights of the generator, in a forward; in a backward as often again
     reduce: int = 0  # its gradients, in a backward
@@ -157,19 +158,21 @@ def exchanged_bytes(setup: Setup, models: Models, shards: Shards, reward: Kind) 
         return round(sum(u * (blocks if k == "block" else 1) for k, u in units.items()) * (n - 1) / n)
 
     factor = wider(models.trained, shards)
-    trained = round(factor * received(models.trained))
+    own = [p for p in models.one if p.trained]
+    trained = round(factor * received(own))
     copies = 2 * (shards.replicate - 1) / shards.replicate
-    replicas = factor * copies * sum(p.bytes() for p in models.trained)
+    replicas = factor * copies * sum(p.bytes() for p in own)
     found = Exchanged(
-        received(models.generator), trained, round(replicas), received(models.reward) if models.reward else 0
+        received(models.one), trained, round(replicas), setup.draws * sum(map(received, models.rewards))
     )
     if shards.sequence == 1:
         return found
-    passes = {"forward": setup.count, "graded": setup.count, "reward": setup.reward_blocks}
-    return found._replace(**{
-        what: round(_exchange(setup, what, reward.policy, blocks) * (1 - 1 / shards.sequence))
-        for what, blocks in passes.items() if blocks
-    })  # fmt: skip
+    passes = [("forward", setup), ("graded", setup)]
+    passes += [("reward", replace(setup, reward=r, blocks=r.blocks)) for r in setup.scored]
+    sums = Counter()
+    for what, own in passes:
+        sums[what] += _exchange(own, what, reward.policy, own.count) * (1 - 1 / shards.sequence)
+    return found._replace(**{what: round(size) for what, size in sums.items()})
 
 
 def _exchange(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
@@ -177,7 +180,7 @@ def _exchange(setup: Setup, what: str, policy: BlockPolicy, blocks: int) -> int:
     weights nor adapters nor chunks change what tokens exchange."""
     plain = replace(
         setup, weight_dtype=setup.compute_dtype, lora=None, chunk=None, validation=None, pool=0, pool_host=0,
-        rollout=RolloutConfig(), chain=ChainConfig(), sharding=Sharding(),
+        blocks=None, more=(), draws=1, rollout=RolloutConfig(), chain=ChainConfig(), sharding=Sharding(),
     )  # fmt: skip
     return _exchange_of_many(plain, what, policy, blocks)
 

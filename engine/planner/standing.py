@@ -69,11 +69,31 @@ def parameters_of(model: nn.Module, blocks: int, shards: int = 1) -> list[Parame
 
 @dataclass(frozen=True, eq=False)  # one object for every setup, see models_of
 class Models:
-    """The parameters of the generator and of the frozen reward model, if there is one. Where a reward model
-    is trained, it has the generator's place."""
+    """The parameters of the generator and of every frozen reward model. Where a reward model is trained, it
+    has the generator's place."""
 
     generator: list[Parameter]
-    reward: list[Parameter]
+    rewards: list[list[Parameter]]
+    experts: tuple[bool, bool] | None = None  # as Setup.experts; `generator` is of both, high-noise first
+
+    @cached_property
+    def one(self) -> list[Parameter]:
+        """Those of one model at a time: of two experts of one that is trained."""
+        if self.experts is None:
+            return self.generator
+        return self.halves[0 if self.experts[0] else 1]
+
+    @cached_property
+    def halves(self) -> tuple[list[Parameter], list[Parameter]]:
+        """Those of each of two experts."""
+        names = [p.name for p in self.generator]
+        second = names.index(names[0], 1)  # where the low-noise expert begins
+        return self.generator[:second], self.generator[second:]
+
+    @cached_property
+    def reward(self) -> list[Parameter]:
+        """Those of all frozen reward models."""
+        return [p for each in self.rewards for p in each]
 
     @cached_property
     def trained(self) -> list[Parameter]:
@@ -84,7 +104,7 @@ class Models:
 def models_of(setup: Setup, shards: int = 1) -> Models:
     """The parameters of a setup's models on one of so many ranks."""
     same = Setup(
-        setup.config, (1, 16, 1, 2, 2), weight_dtype=setup.weight_dtype, reward=setup.reward,
+        setup.config, (1, 16, 1, 2, 2), weight_dtype=setup.weight_dtype, reward=setup.reward, more=setup.more,
         blocks=setup.blocks, lora=setup.lora, trains=setup.trains, experts=setup.experts,
     )  # fmt: skip
     return _models(same, shards)
@@ -119,11 +139,11 @@ def generator_here(setup: Setup, models: Models) -> list[Parameter]:
 
 
 def reward_here(setup: Setup, models: Models) -> list[Parameter]:
-    """The frozen reward model's parameters as `placed`."""
-    if setup.reward is None:
-        return models.reward
-    r = setup.reward
-    return placed(models.reward, r.config or setup.config, setup.weight_dtype, r.storage)
+    """The parameters of all frozen reward models as `placed`."""
+    return [
+        p for r, own in zip(setup.rewards, models.rewards, strict=False)  # a trained one has none
+        for p in placed(own, r.config or setup.config, setup.weight_dtype, r.storage)
+    ]  # fmt: skip
 
 
 class Waiting(NamedTuple):
@@ -135,10 +155,10 @@ class Waiting(NamedTuple):
 
 
 def waiting_bytes(setup: Setup, models: Models) -> Waiting:
-    """Of generator and reward model, which is read when the generator has been stored."""
+    """Of generator and reward models, each of which is read when those before have been stored."""
     own = [(models.generator, setup.config, setup.storage)]
-    if setup.reward is not None and setup.trains is None:
-        own.append((models.reward, setup.reward.config or setup.config, setup.reward.storage))
+    for r, theirs in zip(setup.rewards, models.rewards, strict=False):  # a trained one has none
+        own.append((theirs, r.config or setup.config, r.storage))
     stays = most = 0
     for found, config, storage in own:
         if storage.apart:
@@ -164,10 +184,7 @@ def idle_bytes(setup: Setup, models: Models) -> Idle:
     """Of a setup; none where all experts stay. A micro-batch of one sample asks one expert at a time."""
     if setup.experts is None or not setup.idle:
         return Idle()
-    names = [p.name for p in models.generator]
-    second = names.index(names[0], 1)  # where the low-noise expert begins
-    parts = models.generator[:second], models.generator[second:]
-    frozen = [sum(p.bytes() for p in part if "blocks." in p.name and not p.trained) for part in parts]
+    frozen = [sum(p.bytes() for p in of if "blocks." in p.name and not p.trained) for of in models.halves]
     either = trained = rollout = min(frozen) if setup.latent[0] == 1 else 0
     if not all(setup.experts):
         trained = rollout = frozen[setup.experts.index(False)]
@@ -205,9 +222,9 @@ def _models(setup: Setup, shards: int) -> Models:
             frozen = [p._replace(trained=False) for p in policy if ".lora_" not in p.name]
             policy = [p for each in setup.experts for p in (policy if each else frozen)]
         if setup.reward is None or setup.trains is not None:
-            return Models(policy, [])
-        reward = reward_model(setup, 1)
-    return Models(policy, parameters_of(reward, setup.reward.blocks, shards))
+            return Models(policy, [], setup.experts)
+        rewards = [parameters_of(reward_model(setup, 1, r), r.blocks, shards) for r in setup.rewards]
+    return Models(policy, rewards, setup.experts)
 
 
 def is_narrow(models: Models) -> bool:

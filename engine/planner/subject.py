@@ -3,12 +3,12 @@ is known by its name, and latents by their size."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from prfl_engine.config import Config
+from prfl_engine.config import Config, RewardConfig
 from prfl_engine.data import Reader, check_frames, read_lists
 from prfl_engine.errors import UserError, check
 from prfl_engine.guidance import check_scales
@@ -67,10 +67,14 @@ def find(
         return Subject(c, _reward_setup(c, model, shape, known, on_cpu, assumed), name, tuple(assumed))
     if c.eval.every:
         check_scales(c, c.eval.guidance, c.eval.guidance, "eval.guidance")
-    reward = _reward(c, model, assumed) if c.loss.weight > 0 or c.reward.path else None
+    rewards = [_reward(c, model, assumed)] if c.loss.weight > 0 or c.reward.path else []
+    rewards += [
+        _reward(replace(c, reward=RewardConfig(path=more.path)), model, assumed, f"reward.more {more.name}")
+        for more in c.reward.more
+    ]
     held_out = [shape] * c.eval.samples if c.eval.every else []
     shapes = [shape] * c.data.batch_size
-    setup = setup_of(c, model, _precision(c), reward, shapes, held_out, on_cpu, readers)
+    setup = setup_of(c, model, _precision(c), rewards, shapes, held_out, on_cpu, readers)
     return Subject(c, setup, name, tuple(assumed))
 
 
@@ -128,7 +132,7 @@ def _shape(c: Config, latent: str | None, names: list[str], model: WanConfig, as
     return model.out_dim, *sizes[found]
 
 
-def _reward(c: Config, model: WanConfig, assumed: list[str]) -> RewardSetup:
+def _reward(c: Config, model: WanConfig, assumed: list[str], name: str = "reward.path") -> RewardSetup:
     r, folder, given = c.reward, Path(c.reward.path), _given(c)
     if folder.exists():
         trunk, settings = read_config(folder), settle(folder, given)
@@ -138,7 +142,7 @@ def _reward(c: Config, model: WanConfig, assumed: list[str]) -> RewardSetup:
     check_pooling(settings["pool"], layers)
     layers = layers if isinstance(layers, int) else layers[0]
     if not folder.exists():
-        assumed.append(f"reward.path is not here: {layers} blocks of the generator's width, as official ones")
+        assumed.append(f"{name} is not here: {layers} blocks of the generator's width, as official ones")
     return RewardSetup(
         layers, trunk, r.num_queries, settings["num_heads"], settings["return_type"] == "query", r.storage,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.flops import (
+    both_asked,
     expert_switches,
     graded_passes,
     probe_forwards,
@@ -27,7 +28,7 @@ from prfl_engine.planner.flops import (
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.plan import Kind
 from prfl_engine.planner.seconds import Rates, block_seconds, chunked
-from prfl_engine.planner.setup import Setup
+from prfl_engine.planner.setup import RewardSetup, Setup
 from prfl_engine.planner.sharded import Exchanged, Shards
 from prfl_engine.planner.standing import Models, gradient_bytes, idle_bytes, start_bytes, state_bytes
 from prfl_engine.planner.stored import coming, unpacked
@@ -135,9 +136,11 @@ def times(
     one = pass_seconds(setup, kinds, rates, frozen)
     forward = forward_seconds(setup, rates, c.rollout.precision == "fp8") / p
     plain = forward_seconds(setup, rates) / p
-    scored = pass_seconds(*_scoring(setup, reward), rates, True, head=False) if setup.reward_blocks else 0.0
+    scored = sum(pass_seconds(*_scoring(setup, reward, r), rates, True, head=False) for r in setup.scored)
     resident = shards.resident
     brought = setup.count * coming(setup.config, setup.weight_dtype, setup.storage) / rates.link
+    both_sft, both_graded = both_asked(c, setup, readers) if shards.many else (0.0, 0.0)
+    frame = one / samples / setup.latent[2]  # of a sample, for the other expert
     if graded:
         # Groups wait for the longest rollout, in it or, with resident weights, after their own.
         alike = readers if c.rollout.one_index == "turn" else c.rollout.one_index
@@ -147,7 +150,11 @@ def times(
         count = rollout_forwards(setup, others, padded) * samples
         useful = rollout_forwards(setup) * samples
         share = useful / count if count else 0.0
-        gather = links.forward / (count if resident and count else samples) + brought / samples
+        gather = links.forward / samples
+        if resident and count:  # of two experts one after the other
+            crossing = expert_switches(setup, c.model.boundary) / 2 if setup.experts is not None else 0.0
+            gather = links.forward * (1 + min(1.0, crossing)) / count
+        gather += brought / samples
         model = share * flops["rollout"] / useful if useful else 0.0
         add("rollout", graded * count, forward, gather, links.exchange_forward / samples, model)
     if graded and c.rollout.seeds > 1:
@@ -157,7 +164,10 @@ def times(
     passes = graded_passes(setup)
     if graded:
         model = flops["graded step"] / passes
-        add("graded step", graded * passes, one, links.graded, links.exchange_graded, model)
+        waiting = links.graded * (1 + both_graded)
+        add(
+            "graded step", graded * passes, one + both_graded * frame, waiting, links.exchange_graded, model
+        )
         k = c.rollout.samples
         add("reward", k * graded, scored, links.reward, links.exchange_reward, flops["reward"] / k)
     if setup.trains is not None:
@@ -166,21 +176,25 @@ def times(
             REWARD_TRAINING, own * setup.sides, head, links.graded, links.exchange_graded,
             flops[REWARD_TRAINING] / setup.sides,
         )  # fmt: skip
-    add("flow matching", sft, one, links.graded, links.exchange_graded, flops.get("flow matching", 0.0))
+    add(
+        "flow matching", sft, one + both_sft * frame, links.graded * (1 + both_sft), links.exchange_graded,
+        flops.get("flow matching", 0.0),
+    )  # fmt: skip
     if c.loss.anchored:
         often = 1.0 if c.loss.anchor else 1 / c.loss.anchor_every
         count = often * samples * (sft + graded * (start_forwards(setup) if graded else 0))
         start = start_bytes(setup, models)[1] / rates.link
         model = forward_work(setup.config, setup.count, setup.tokens // samples).forward
-        hidden = (links.forward + start) / samples + brought / samples
+        hidden = (links.forward * (1 + max(both_sft, both_graded)) + start) / samples + brought / samples
         add("frozen start", count, plain, hidden, links.exchange_forward / samples, model)
     switch = max(0.0, idle_bytes(setup, models).coming / rates.link - plain)  # beside its first forward
     if switch > 0:
         waits = switch * _switches(c, setup, graded, sft, readers)
         rows.append(Row("idle experts", waits, 0.0, waits))
-    if (waits := links.replicas - one / 2) > 0:  # the last backward hides the rest
-        rows.append(Row("gradients of copies", waits, 0.0, waits))
     backwards = own * setup.sides if setup.trains is not None else sft + graded * passes
+    if (waits := links.replicas - one / 2) > 0:  # a backward hides the rest
+        waits *= 1 if setup.experts is None else backwards
+        rows.append(Row("gradients of copies", waits, 0.0, waits))
     fetched = sum(kind.host for kind in kinds[:-1])
     rows.append(_optimizer(c, models, gpu, shards, rows, backwards, fetched))
     if setup.validation is not None:
@@ -204,8 +218,8 @@ def _validation(c: Config, setup: Setup, readers: int, each: float, p: int) -> R
         count = mine * len(e.timesteps) * v.sides
         work = forward_work(setup.config, setup.count, tokens, head=False).forward
     else:
-        scored = v.scored and setup.reward is not None
-        trunk = setup.reward.blocks / setup.count * len(e.timesteps) if scored else 0.0
+        blocks = sum(r.blocks for r in setup.rewards) if v.scored else 0
+        trunk = blocks / setup.count * len(e.timesteps)
         count = mine * (1 + validation_forwards(c) + trunk)
         work = forward_work(setup.config, setup.count, tokens).forward
     return Row("validation", count * each / e.every, count * work / p / e.every)
@@ -221,10 +235,10 @@ def _switches(c: Config, setup: Setup, graded: float, sft: float, readers: int) 
     return count
 
 
-def _scoring(setup: Setup, reward: Kind) -> tuple[Setup, list[Kind]]:
-    r = setup.reward
-    other = replace(setup, config=r.config or setup.config, blocks=setup.reward_blocks, storage=r.storage)
-    return other, [reward] * setup.reward_blocks
+def _scoring(setup: Setup, kind: Kind, reward: RewardSetup) -> tuple[Setup, list[Kind]]:
+    config = reward.config or setup.config
+    other = replace(setup, config=config, blocks=reward.blocks, storage=reward.storage)
+    return other, [kind] * reward.blocks
 
 
 def _probes(c: Config, setup: Setup) -> float:
