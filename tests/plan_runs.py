@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_iter, tree_leaves, tree_map
 
 from prfl_engine import build, train
 from prfl_engine.config import load_config
-from prfl_engine.memory import resident
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.resident import Resident
 from prfl_engine.model.checkpoint import save_reward, save_transformer
@@ -196,7 +195,6 @@ def measured(path: Path, monkeypatch) -> Measured:
     found = Measured()
     live, (fit, update) = found.live, (train.fit, updates.update)
     policy_of, reward_of, models = train.make_policy, train.make_frozen_reward, []
-    gather, drop = resident.Resident.gather, resident.Resident.drop
 
     def seen(make):
         def made(*given):
@@ -231,19 +229,6 @@ def measured(path: Path, monkeypatch) -> Measured:
 
         return called
 
-    def filled(whole):  # as it begins: all of its memory is there before the first gather
-        for p in whole.model.parameters():
-            p.untyped_storage().resize_(p.nbytes)
-            live.resized(p)
-        gather(whole)
-
-    def dropped(whole):
-        drop(whole)
-        for p in whole.model.parameters():
-            live.resized(p)
-
-    monkeypatch.setattr(resident.Resident, "gather", filled)
-    monkeypatch.setattr(resident.Resident, "drop", dropped)
     for name in (*COLLECTIVES, "all_reduce"):
         monkeypatch.setattr(dist, name, on_copies(getattr(dist, name)))
     for name in ("free_storage", "alloc_storage"):

@@ -23,7 +23,7 @@ ROOMS = [
     {"inputs", "failures"},
     {"config_file", "config_models", "config_method", "official_yaml", "files", "gpu"},
     {"config", "seeds", "agree", "checksums"},
-    {"interrupt", "metrics", "flow"},
+    {"interrupt", "metrics", "flow", "exposed"},
     {"batch", "chain"},
     {"model", "media"},
     {"memory", "data", "best_of"},

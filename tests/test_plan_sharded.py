@@ -108,9 +108,9 @@ def test_a_rank_of_fsdp_has_the_bytes_predicted(world, dtype, monkeypatch):
         real = Real(world, dtype)
         assert sum(p.bytes() for p in models.generator) == real.shards
         got = real.step(policy, monkeypatch)
-        moved = exchanged_bytes(setup, models, Shards(world.size()), kind)
-        root = units_of(models.generator, world.size())["root"].padded
-        share = (world.size() - 1) / world.size()  # the context gathers the root once more, both ways
+        moved = exchanged_bytes(setup, models, shards, kind)
+        root = units_of(models.generator, shards.shards)["root"]
+        share = (shards.shards - 1) / shards.shards  # the context gathers the root once more, both ways
         want = {"gather": 2 * (moved.gather + root * share), "scatter": moved.reduce}
         for name, bytes in want.items():
             seen = sum(call.bytes for call in real.calls if call.name == name)

@@ -153,10 +153,11 @@ def step_flops(setup: Setup, forwards: float | None = None) -> dict[str, float]:
     found = {"flow matching": samples * cost["flow_matching"] if setup.sft else 0.0}
     if not trunks:
         return found
-    scored = sum(costs(config, setup.latent[2:], rank, trunk).flops["reward"] for trunk in trunks)
+    rewards = [costs(config, setup.latent[2:], rank, trunk).flops for trunk in trunks]
+    judged = sum(each["judged"] for each in rewards[:: setup.draws])  # seeds at one noise level
     return found | {
         "rollout": samples * (rollout_forwards(setup) if forwards is None else forwards) * cost["rollout"],
-        **({"seeds": samples * setup.rollout.seeds * cost["judged"]} if setup.rollout.seeds > 1 else {}),
+        **({"seeds": samples * setup.rollout.seeds * judged} if setup.rollout.seeds > 1 else {}),
         "graded step": samples * graded_passes(setup) * cost["graded"],
-        "reward": samples * setup.rollout.samples * scored,
+        "reward": samples * setup.rollout.samples * sum(each["reward"] for each in rewards),
     }

@@ -158,9 +158,10 @@ def times(
         model = share * flops["rollout"] / useful if useful else 0.0
         add("rollout", graded * count, forward, gather, links.exchange_forward / samples, model)
     if graded and c.rollout.seeds > 1:
-        judged = forward_seconds(_scoring(setup, reward)[0], rates) / p
-        count, waits = c.rollout.seeds * samples, links.exchange_reward / 3 / samples
-        add("seeds", graded * count, judged, links.reward / 2 / samples, waits, flops["seeds"] / count)
+        judged = sum(forward_seconds(_scoring(setup, reward, r)[0], rates) for r in setup.rewards) / p
+        count, once = c.rollout.seeds * samples, samples * setup.draws
+        waits, gathers = links.exchange_reward / 3 / once, links.reward / 2 / once
+        add("seeds", graded * count, judged, gathers, waits, flops["seeds"] / count)
     passes = graded_passes(setup)
     if graded:
         model = flops["graded step"] / passes
