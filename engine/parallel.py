@@ -37,7 +37,7 @@ from prfl_engine.model.experts import Experts
 from prfl_engine.model.layers import Block
 from prfl_engine.model.reward import QueryPool, RewardModel, TokenPool
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.rollout.together import Together
+from prfl_engine.together import Together
 from prfl_kernels.exchange import SequenceGroup, group_of
 
 
