@@ -163,8 +163,8 @@ def trained(
     *more: str,
     looks: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType({}),
 ) -> dict:
-    """What a training run of so many steps, with these overrides, has measured. looks: what else is measured
-    on the samples' frames [B, 3, F, H, W], a number each."""
+    """What a training run of so many steps, with these overrides, has measured; sample.guidance is that of
+    the samples. looks: what else is measured on the samples' frames [B, 3, F, H, W], a number each."""
     with tempfile.TemporaryDirectory() as out:
         begun = clock()
         train(config_of(folder, out, mode, steps, *more))
@@ -172,7 +172,8 @@ def trained(
         values = [r["values"] for r in read_metrics(out)]
         models = dict(zip(("half", "end"), checkpoints(Path(out)), strict=True))
         data = folder / "data"
-        samples, _ = measure(settings(folder), data / "codec.json", data / "clean_val.list", models, count)
+        c = settings(folder, *mode.overrides(folder), *more)
+        samples, _ = measure(c, data / "codec.json", data / "clean_val.list", models, count)
     drifts = {v["train/chain_drift"] for v in values if "train/chain_drift" in v}
     ages = [v["train/chain_age"] for v in values if "train/chain_age" in v]
     found = {name: means_of(s, looks) for name, s in samples.items()}

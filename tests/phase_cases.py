@@ -86,10 +86,10 @@ def resident(updates: bool, replicate: int) -> tuple[bool, list[int], set[torch.
         with torch.no_grad():
             for p in model.parameters():
                 local(p).mul_(1.01)
-    whole = kept.whole.model
+    whole = kept.whole[0].model
     matrices = {p.dtype for name, p in whole.blocks.named_parameters() if name.endswith(".q.weight")}
     kept.keep = False
-    with kept.rollout(1):
+    with kept.rollout(1, 0):
         there = all(p.untyped_storage().nbytes() for p in whole.parameters())
     return all(equal), recorded, matrices, there and not any(
         p.untyped_storage().nbytes() for p in whole.parameters()

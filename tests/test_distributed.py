@@ -122,8 +122,9 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
 
 
 @pytest.mark.parametrize("given, held, resumed_on", [
-    (["rollout.samples=2", "chain.window=2"], {HIGH, LOW}, 2),
-    (["lora.rank=2", "loss.anchor=0.5", "parallel.resident=true", "parallel.replicate=2"], {HIGH, LOW}, 1),
+    (["rollout.samples=2", "chain.window=2", "rollout.seeds=2", "rollout.seeds_step=4"], {HIGH, LOW}, 2),
+    (["lora.rank=2", "loss.anchor=0.5", "parallel.resident=true", "parallel.replicate=2", "rollout.seeds=2"],
+     {HIGH, LOW}, 1),
     ([HIGH_ALONE, "rollout.mode=persistent", "parallel.sequence=2"], {HIGH}, 2),
 ], ids=["whole", "updates", "one trained"])  # fmt: skip
 def test_two_experts_train_as_in_one_process(run, tmp_path, given, held, resumed_on):

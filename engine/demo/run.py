@@ -30,11 +30,12 @@ from prfl_engine.demo import clips
 from prfl_engine.demo.baseline import evaluate_handmade
 from prfl_engine.demo.report import write_report
 from prfl_engine.files import checkpoints
+from prfl_engine.guidance import guidance_of
 from prfl_engine.media.codec import DCTCodec
 from prfl_engine.metrics import decimal, progress, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.sources import read_config
-from prfl_engine.objectives import bind, noisy_rewards, whole_schedule
+from prfl_engine.objectives import chain_velocity, noisy_rewards, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 from prfl_engine.train_reward import train_reward
@@ -158,9 +159,9 @@ def measure(
     """({name: what was measured on samples of the model}, the same of held-out video), every model from the
     same held-out prompts and seeds.
 
-    "reward" is the mean over eval.scored of the reward of the noised sample; "distance" is
-    |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean the median over held-out
-    clean windows with the same prompt.
+    Samples are guided by sample.guidance. "reward" is the mean over eval.scored of the reward of the noised
+    sample; "distance" is |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean the median
+    over held-out clean windows with the same prompt.
     """
     device, e, r = pick_device(config), config.eval, config.reward
     scored = [i for i, t in enumerate(e.timesteps) if t in e.scored]
@@ -175,10 +176,11 @@ def measure(
     for name, path in progress(models.items(), "sampling", len(models)):
         model = load_transformer(path, torch.float32, device).eval()
         truth, latents, rewards = [], [], []
-        reader = Reader(model.config)
+        s, reader = config.sample, Reader(model.config)
+        guidance = guidance_of(config, s.guidance, s.guidance, model, "sample.guidance")
         for first, batch in counted(fixed_batches(reader, paths, 16, device)):
             noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, e.seed, first)
-            latent = chain.sample(bind(model, batch), schedule, noise)
+            latent = chain.sample(chain_velocity(model, batch, guidance), schedule, noise)
             noise = noise_like(batch.latent, Purpose.DEMO_SCORE, e.seed, first)
             logits = noisy_rewards(score, batch._replace(latent=latent), noise, e.timesteps)
             rewards.append(torch.sigmoid(logits))

@@ -19,7 +19,7 @@ that can no longer be chosen are dropped at once.
 
 from bisect import insort_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from prfl_engine import phases
 from prfl_engine.batch import Batch
-from prfl_engine.chain import Chain
+from prfl_engine.chain import Chain, Together
 from prfl_engine.config import Config, LossConfig, MoreReward, RolloutConfig
 from prfl_engine.errors import check
 from prfl_engine.flow import SolverState
@@ -125,9 +125,15 @@ class Seeds:
         """(the chains of micro-batch `key`, each with its graded steps, some of indices [K, B]; metrics)."""
         c, r, g = self.config, self.config.rollout, grading.grader
         first = (indices[0] - (g.window - 1)).clamp(min=0, max=self.step)
-        together = nullcontext() if g.together is None else g.together.rollout(r.seeds * self.step)
-        with together:
-            rolled = (self._rolled(grading, start, first) for start in self._noises(grading, batch, key))
+        with ExitStack() as stack:
+            together = g.together
+            parts = [] if together is None else together.parts(g.schedule)
+            asked = [i for i, (begin, end) in enumerate(parts) if begin < min(end, self.step)]
+            if len(asked) == 1:  # one model for all seeds; of two experts every seed asks one, then the other
+                stack.enter_context(together.rollout(r.seeds * self.step, asked[0]))
+                together = None
+            starts = self._noises(grading, batch, key)
+            rolled = (self._rolled(grading, start, first, together) for start in starts)
             chosen, rewards = choose(rolled, lambda x: self._judge(grading, x), r.seeds, ranks(r))
         if len(chosen) > 1:  # the one with the earlier steps is either, by chance
             turns = integers(2, Purpose.SEED_TURN, c.train.seed, key * c.data.batch_size, len(batch.latent))
@@ -147,9 +153,9 @@ class Seeds:
             start = start_of(c.rollout, g.schedule, batch.latent, noise)
             yield fixed(g.model, batch, start)
 
-    def _rolled(self, grading: Grading, start: Tensor, first: Tensor) -> States:
+    def _rolled(self, grading: Grading, start: Tensor, first: Tensor, together: Together | None) -> States:
         g = grading.grader
-        way = Chain(grading.velocity, g.schedule, start, grading.stretch, None, grading.plain)
+        way = Chain(grading.velocity, g.schedule, start, grading.stretch, together, grading.plain)
         way.advance_to(torch.full_like(first, self.step), first)
         return way.states
 
