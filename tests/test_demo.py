@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prfl_bench import best_of, rgb_on_demo, samples_quality
+from prfl_bench import best_of, methods_on_demo, rgb_on_demo, samples_quality
 from prfl_engine.demo.baseline import evaluate_handmade
 from prfl_engine.demo.clips import DemoSpec
 from prfl_engine.demo.run import Settings, demo, jerk, paired_p, spread, unsteadiness
@@ -64,6 +64,14 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys, m
     assert set(found["accuracy"]) == {"all", "first"} and set(found["runs"]) == {"PRFL", "first:last"}
     assert found["runs"]["PRFL"]["end"] != found["before"] != found["runs"]["first:last"]["end"]
     assert found["runs"]["first:last"]["end"] != found["runs"]["PRFL"]["end"]
+
+    ways = "plain", "leash 1", "guided 2", "4 seeds, highest"
+    words = "--only", *ways, "--steps", "2", "--seeds", "0", "--count", "2"
+    methods_on_demo.main([str(tmp_path / "demo"), *words, "--out", str(tmp_path / "methods.json")])
+    found = json.loads((tmp_path / "methods.json").read_text())
+    assert set(found["before"]) == {"not guided", "guided"} and tuple(found["runs"]) == ways
+    ends = [(run["end"]["reward"], run["end"]["jerk"]) for (run,) in found["runs"].values()]
+    assert len(set(ends)) == len(ways)
 
 
 def test_jerk_is_zero_for_uniform_motion():
