@@ -155,20 +155,20 @@ def test_resident_weights_are_counted_as_they_are(lora):
     assert got == want < gathered_bytes(models, Shards(2, resident=True)).resident
 
 
-@pytest.fixture(scope="module")
-def two():
-    made = Ranks(2, ("plan_ranks",))
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request):
+    made = Ranks(request.param, ("plan_ranks",))
     yield made
     made.close()
 
 
 @pytest.mark.parametrize("heads", [4, 1])
 @pytest.mark.parametrize("mode", ["none", "full", "attention"])
-def test_exchanges_are_those_of_two_real_ranks(two, mode, heads):
+def test_exchanges_are_those_of_real_ranks(ranks, mode, heads):
     """Of several blocks by those of one and two, forward alone and with backward."""
     config = tiny_config("t2v", dim=64, num_heads=heads)
-    setup = Setup(config, (1, *SHAPE), torch.float32, reward=None, sequence=2)
+    setup = Setup(config, (1, *SHAPE), torch.float32, reward=None, sequence=ranks.size)
     for graded, what in ((False, "forward"), (True, "graded")):
         one, more = (exchange_of(setup, what, named(mode), n) for n in (1, 2))
         assert more > one
-        assert two(exchanged, named(mode), 3, graded, heads) == [one + 2 * (more - one)] * 2
+        assert ranks(exchanged, named(mode), 3, graded, heads) == [one + 2 * (more - one)] * ranks.size
