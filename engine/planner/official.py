@@ -12,7 +12,8 @@ SETTINGS = (
     "model.compute_dtype=bfloat16", "model.residual_dtype=float32", "model.chunk=null", "model.keep=all",
     "lora.rank=0", "optim.name=adamw", "optim.rounding=master", "optim.grad_dtype=weights",
     "optim.offload=none", "optim.in_backward=false", "train.ema=0", "parallel.replicate=1",
-    "parallel.resident=false",
+    "parallel.resident=false", "lora.base=same", "lora.base_place=device", "reward.weights=same",
+    "reward.place=device",
 )  # fmt: skip
 PRFL = (
     "rollout.mode=fresh", "rollout.pool=null", "rollout.pool_place=device", "rollout.stride=1",
