@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,8 +156,9 @@ def table(found: Iterable[dict]) -> Iterable[str]:
 def distances(folder: Path, paths: Sequence[Path]) -> Callable[[Tensor], Tensor]:
     """The distance [N, P] of the latents [N, P, C, T, H, W] of these held-out samples, as the demo has it."""
     codec = BlockCodec.load(folder / "codec.json")
-    reference = clean_medians(read_lists([str(folder / "clean_val.list")], "clean_val"), codec)
-    clean = torch.tensor([reference[read_meta(path)["short_caption"]][0] for path in paths])
+    metas = [(path, read_meta(path)["vae_latent_path"]) for path in paths]
+    real = torch.cat([torch.from_numpy(np.load(path.parent / latent)) for path, latent in metas])
+    clean = unsteadiness(codec.decode(real))
 
     def distance(latents: Tensor) -> Tensor:
         unsteady = torch.stack([unsteadiness(codec.decode(latent)) for latent in latents])

@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from prfl_bench import best_of, rgb_on_demo, samples_quality
-from prfl_engine.demo.baseline import evaluate_handmade
-from prfl_engine.demo.clips import DemoSpec
-from prfl_engine.demo.run import Settings, demo, jerk, paired_p, spread, unsteadiness
+from prfl_engine.demo import sprites
+from prfl_engine.demo.compare import jerk, paired_p, spread, unsteadiness
+from prfl_engine.demo.data import DemoSpec
+from prfl_engine.demo.motion import blind, flow_error, flow_errors
+from prfl_engine.demo.run import Settings, demo
 
 TINY = Settings(
-    pretrain=2, reward=2, prfl=1, seeds=4, data=DemoSpec(train_windows=24, val_windows=16, size=(32, 32))
+    pretrain=2, reward=2, prfl=1, seeds=4, data=DemoSpec(sprites=24, windows=14, held_out=14, size=24)
 )
 
 
@@ -29,14 +31,23 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys, m
     for name, found in report["models"].items():
         assert 0 < found["reward"] < 1 and found["distance"] >= 0
         assert f"{found['reward']:.3f}" in page, name
-    assert set(report["reward_accuracy"]["learned"]) == {"201", "400", "600", "800", "1000"}
+        assert f"{found['flow_error']:.3f}" in page, name
+    assert set(report["tests"]) == {"PRFL against before", "PRFL against control", "control against before"}
+    for test in report["tests"].values():
+        assert test["blind"]["of"] == 4 and f"{test['blind']['preferred']} of 4" in page
+    assert len(report["reward_accuracy"]) == 3
+    for found in report["reward_accuracy"].values():
+        for judge in found["learned"], found["hand-made"]:
+            assert set(judge["by_timestep"]) == {"201", "400", "600", "800", "1000"}
+            low = [judge["by_timestep"][t] for t in ("201", "400", "600")]
+            assert judge["low"] == pytest.approx(np.mean(low)) and "clean" in judge["by_kind"]
     assert html.escape(report["result"]) in page and report["command"] == "demo()"
     player = re.search(r'<script type="application/json">(.*?)</script>', page)
     facts = json.loads(player.group(1))
-    assert facts["names"] == ["real, held out", "before", "control", "PRFL"] and facts["frames"] == 17
+    assert facts["names"] == ["drawn, steady", "before", "control", "PRFL"] and facts["frames"] == 13
     sheets = re.findall(r'src="data:image/webp;base64,([^"]*)"', page)
     assert facts["prompts"] == report["captions"] and len(sheets) == len(report["captions"])
-    assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (17 * 32, 4 * 32)
+    assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (13 * 24, 4 * 24)
     assert page.count("image/png") == 4
     pools = [path.parent.parent.name for path in (tmp_path / "demo").glob("*/*/pool.safetensors")]
     assert pools == ["prfl"]  # it trains by chains that persist, the control without a reward
@@ -94,11 +105,30 @@ def test_spread():
     assert spread([0, 1], 4) == [0, 0, 1, 1]
 
 
-def test_handmade_features_find_motion_at_low_noise_and_nothing_at_full_noise():
-    g = torch.Generator().manual_seed(0)
-    still = torch.randn(300, 16, 1, 4, 4, generator=g).expand(-1, -1, 5, -1, -1)
-    label = (torch.arange(300) % 2).float()
-    shaken = still + 0.8 * label.view(-1, 1, 1, 1, 1) * torch.randn(300, 16, 5, 4, 4, generator=g)
-    accuracy = evaluate_handmade(shaken[:200], label[:200], shaken[200:], label[200:], (201, 1000), 0)
-    assert accuracy[201] > 0.95
-    assert accuracy[1000] < 0.7
+def drawn(seed, break_it=None):
+    rng = np.random.default_rng(seed)
+    sprite = sprites.Sprite.draw(rng)
+    track = sprites.track(rng, sprite, 13, 32)
+    at, seen = sprites.steady(track, np.arange(13)), np.ones(13)
+    if break_it is not None:
+        at, seen = break_it(rng, track, 13)
+    return torch.from_numpy(sprites.render(np.full((32, 32, 3), 0.5), sprite, at, seen))
+
+
+@pytest.mark.parametrize("break_it", sprites.BREAKS, ids=lambda f: f.__name__)
+def test_flow_error_prefers_steady_motion_to_its_broken_twin(break_it):
+    steady, broken = (flow_errors(torch.stack([drawn(s, b) for s in range(10)])) for b in (None, break_it))
+    assert blind(broken, steady)["preferred"] >= 9 and steady.mean() < broken.mean()
+
+
+def test_flow_error_does_not_reward_a_video_that_stands_still_or_a_mush():
+    assert flow_error(drawn(0)[:, :1].expand(-1, 13, -1, -1)) == pytest.approx(1)
+    mush = torch.rand(3, 13, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert flow_error(mush) > 0.9 > flow_error(drawn(0))
+
+
+def test_a_blind_judge_is_not_told_the_order():
+    worse, better = np.linspace(1, 2, 64), np.linspace(0, 0.9, 64)
+    assert blind(worse, better) == {"preferred": 64, "of": 64, "share": 1.0}
+    assert blind(better, worse)["preferred"] == 0
+    assert 20 < blind(worse, worse)["preferred"] < 44  # always the left one: chance

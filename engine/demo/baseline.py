@@ -1,8 +1,9 @@
 """The yardstick of the learned reward model: logistic regression on hand-made features of motion.
 
-Both see the same thing, a noisy latent x_t = (1 - sigma) x_0 + sigma eps with sigma = t / 1000 after a first
-frame without noise. One classifier is fit for every timestep, with fresh noise drawn on the training latents at just that
-timestep: stronger than one classifier for all t, and more than the learned model is given.
+Both see the same thing, a noisy latent x_t = (1 - sigma) x_0 + sigma eps with sigma = t / 1000, and its
+first frame without noise. One classifier is fit for every timestep, with fresh noise drawn on the training
+latents at just that timestep: stronger than one classifier for all t, and more than the learned model is
+given.
 """
 
 from collections.abc import Sequence

@@ -38,9 +38,9 @@ def measure(
     """({name: what was measured on samples of the model}, the same of held-out video), every model from the
     same held-out prompts, first frames and seeds.
 
-    "flow_error" is that of demo.motion; "reward" is the mean over eval.scored of the reward of the noised sample;
-    "distance" is |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean that of steady motion from
-    the same first frame.
+    "flow_error" is that of demo.motion; "reward" is the mean over eval.scored of the reward of the noised
+    sample; "distance" is |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean that of steady
+    motion from the same first frame.
     """
     device, e, r = pick_device(config), config.eval, config.reward
     scored = [i for i, t in enumerate(e.timesteps) if t in e.scored]
@@ -113,7 +113,7 @@ def compare(config: Config, data: DemoData, models: dict[str, Path], seeds: int)
             name: {key: f[key].tolist() for key in ("flow_error", "reward", "distance")}
             for name, f in found.items()
         },
-        "videos": {"steady, by hand": real["video"]} | {name: f["video"] for name, f in found.items()},
+        "videos": {"drawn, steady": real["video"]} | {name: f["video"] for name, f in found.items()},
     }
 
 
@@ -143,8 +143,8 @@ def paired_p(difference: np.ndarray, draws: int = 100_000) -> float:
 
 @torch.no_grad()
 def accuracies(config: Config, data: DemoData, model: Path) -> dict:
-    """Held-out accuracy of the reward model and of hand-made features, on every list of HELD_OUT: by timestep,
-    and by kind of sample the mean of t <= 600."""
+    """Held-out accuracy of the reward model and of hand-made features, on every list of HELD_OUT: by
+    timestep, and by kind of sample the mean of t <= 600."""
     device, e = pick_device(config), config.eval
     reader = Reader(read_config(config.model.path), config.data.label, first_frame=config.data.first_frame)
     score = load_reward(model, **config.reward.pooling, dtype=torch.float32, device=device).freeze()

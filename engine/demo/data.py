@@ -45,7 +45,7 @@ class DemoSpec:
     windows: int = 500
     """Training windows of real video, for the reward model alone."""
     held_out: int = 200
-    """Held-out sources, as many of each: breaks of the training data, breaks that it does not have, windows."""
+    """Held-out sources, as many each: breaks of the training data, breaks that it does not have, windows."""
     frames: int = 13
     size: int = 32
     """Height and width in pixels."""
@@ -112,18 +112,18 @@ def draw_sprites(
     for i in range(count):
         backdrop, place = clips.backdrop(rng, real, frames, spec.size)
         sprite = sprites.Sprite.draw(rng)
-        way = sprites.path(rng, sprite, spec.frames, spec.size)
-        breaks_motion = breaks[i % len(breaks)]
-        moved = (way[: spec.frames], np.ones(spec.frames)), breaks_motion(rng, way, spec.frames, spec.size)
+        track, times = sprites.track(rng, sprite, spec.frames, spec.size), np.arange(spec.frames)
+        break_it = breaks[i % len(breaks)]
+        moved = (sprites.steady(track, times), np.ones(spec.frames)), break_it(rng, track, spec.frames)
         clean, broken = (torch.from_numpy(sprites.render(backdrop, sprite, *m)) for m in moved)
         caption = f"{sprite.caption()} {place}"
-        yield Source(clean, broken, breaks_motion.__name__, caption, {"sprite": asdict(sprite)})
+        yield Source(clean, broken, break_it.__name__, caption, {"sprite": asdict(sprite)})
 
 
 def draw_windows(
     rng: np.random.Generator, count: int, part: int, codec: BlockCodec, real: dict, spec: DemoSpec
 ) -> Iterator[Source]:
-    """`count` windows of real video of the part; shots take turns, and with every round of them corruptions."""
+    """`count` windows of real video of the part; shots take turns, and corruptions with every round."""
     frames = {s: f for s, f in clips.usable(real, part).items() if len(f) >= spec.frames}
     shots = list(frames)
     for i in range(count):

@@ -20,10 +20,11 @@ STILL = 1e-3  # mean change of levels, of 1, that hardly counts as motion
 def flow_error(video: Tensor) -> float:
     """The part of the change from frame to frame that the motion before does not foretell.
 
-    From every frame and the one before it optical flow (DIS, Kroeger et al. 2016) is computed. The frame moved on
-    along it is what steady motion would show next. The error is the mean absolute difference of that to the next
-    frame, over the mean absolute difference of the next frame to this one, both added up over the video. Steady
-    motion is near 0, motion without a rule near 1 and above, and a still video, whose change is none, is 1.
+    From every frame and the one before it optical flow (DIS, Kroeger et al. 2016) is computed. The frame
+    moved on along it is what steady motion would show next. The error is the mean absolute difference of that
+    to the next frame, over the mean absolute difference of the next frame to this one, both added up over the
+    video. Steady motion is near 0, motion without a rule near 1 and above, and a still video, whose change is
+    none, is 1.
 
     Args:
         video: [3, F >= 3, H, W] in [0, 1].
@@ -43,7 +44,7 @@ def flow_error(video: Tensor) -> float:
 
 
 def flow_errors(videos: Tensor) -> np.ndarray:
-    """`flow_error` of each of videos [B, 3, F, H, W], float64 [B], on one thread: the same on any machine's."""
+    """`flow_error` of each of videos [B, 3, F, H, W], float64 [B], on one thread."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -55,8 +56,8 @@ def flow_errors(videos: Tensor) -> np.ndarray:
 def blind(first: Sequence[float], second: Sequence[float], seed: int = 0) -> dict:
     """In how many of the pairs the second video moves better, by their flow errors.
 
-    Each pair is shown to the judge in an order drawn at random, so a judge that always says left would be at one
-    half. Of equal errors the left one is taken.
+    Each pair is shown to the judge in an order drawn at random, so a judge that always says left would be at
+    one half. Of equal errors the left one is taken.
     """
     pairs = np.stack([first, second], 1)
     swapped = np.random.default_rng(seed).integers(0, 2, len(pairs))

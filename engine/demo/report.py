@@ -141,12 +141,12 @@ def _result(numbers: dict) -> str:
     at = {name: f"{m['reward']:.3f}" for name, m in models.items()}
     reward = _against(test["reward_gain"], test["reward_p"], ("higher", "lower", "not measurably other"))
     return (
-        f"After {settings['prfl']} updates of PRFL, optical flow, which nothing was trained on and which does "
-        f"not know the order of a pair, finds the better motion in PRFL's sample in "
-        f"{preferred('PRFL against before')} pairs with one from before and in "
-        f"{preferred('PRFL against control')} with the control's; in the control's, in "
-        f"{preferred('control against before')} with one from before. The reward is {reward} than the control's "
-        f"({at['PRFL']} against {at['control']}, before {at['before']})."
+        f"After {settings['prfl']} updates of PRFL its samples move better than those from before in "
+        f"{preferred('PRFL against before')} held-out pairs and better than the control's in "
+        f"{preferred('PRFL against control')} (the control's than those from before: "
+        f"{preferred('control against before')}), by optical flow, which nothing was trained on and which is "
+        f"not told which is which. The reward is {reward} than the control's ({at['PRFL']} against "
+        f"{at['control']}, before {at['before']})."
     )
 
 
@@ -189,12 +189,12 @@ def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
 Then samples of one seed: before, after the control, after PRFL. Made by
 <code>{html.escape(numbers["command"])}</code>.</p>
 <h2>What was done</h2>
-<p>A tiny Wan transformer, which is given the first frame and a prompt, was pre-trained on sprites over crops of
-real video, four of five with broken motion ({steps["pretrain"]} steps). Its blocks became a reward model that
-tells steady from broken motion on <em>noisy latents</em>, of sprites and of windows of real video
+<p>A tiny Wan transformer, which is given the first frame and a prompt, was pre-trained on sprites over crops
+of real video, four of five with broken motion ({steps["pretrain"]} steps). Its blocks became a reward model
+that tells steady from broken motion on <em>noisy latents</em>, of sprites and of windows of real video
 ({steps["reward"]} steps). Its reward was propagated back through single denoising steps into the generator
-({steps["prfl"]} updates). No pixel was decoded in training. The control had the same data, seeds and number of
-updates, with the flow-matching loss only.</p>
+({steps["prfl"]} updates). No pixel was decoded in training. The control had the same data, seeds and number
+of updates, with the flow-matching loss only.</p>
 <h2>Generators, on {steps["seeds"]} held-out first frames and prompts</h2>
 {_table(["", "flow error", "reward", "distance", "unsteadiness", "jerk"], rows)}
 {_table(["pairs", "better motion, blind", "reward", "p", "distance", "p"], tests)}
@@ -207,8 +207,8 @@ distance. p: paired permutation test.</p>
 <h2>Reward model, held out</h2>
 {_table(["accuracy", "", *(f"t = {t}" for t in names), "mean of t ≤ 600"], table)}
 <p>Both classes hold the same sources. Frames of backdrops and windows are of parts of the shots that training
-never saw. Hand-made: one logistic regression per timestep on the temporal differences of the same noisy latents.
-At t = 1000 all but the given first frame is noise, and 0.5 is all there is.</p>
+never saw. Hand-made: one logistic regression per timestep on the temporal differences of the same noisy
+latents. At t = 1000 all but the given first frame is noise, and 0.5 is all there is.</p>
 {_table(["mean of t ≤ 600", "", "learned", "hand-made"], kinds)}
 <div class="plots">{plots}</div>
 <h2>Time</h2>

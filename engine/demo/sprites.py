@@ -1,12 +1,13 @@
-"""Sprites that move: a ball, box or diamond on a path that its first position and three words decide.
+"""Sprites that move: a ball, box or diamond on a track through the middle of the frame, in the way that two
+words name.
 
-    glides      in a straight line at 1/16 of the width a frame, back from the walls
-    bounces     falls from rest, and back from the floor without loss, drifting to one side
-    circles     clockwise (right) or anticlockwise (left), from the top of the circle on
+    glides      in a straight line at 1/16 of the width a frame, and back from the walls
+    bounces     falls from rest, and back from the floor without loss
+    circles     clockwise (right) or anticlockwise (left) around the middle
 
 So the first frame and the prompt say all of a steady motion. A break changes when the sprite is where on its
-path, where it is beside it, or whether it is seen; the first frame stays as it is. HELD_OUT are breaks that no
-training sample has.
+track, or whether it is seen; the first frame stays as it is. A still frame of a break looks like any other.
+HELD_OUT are breaks that no training sample has; one of them leaves the track.
 """
 
 from collections.abc import Callable
@@ -22,13 +23,11 @@ COLORS = {
 }  # fmt: skip
 WAYS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 MOVES = (
-    *(("glides", way) for way in WAYS),
-    *((move, way) for move in ("bounces", "circles") for way in ("right", "left")),
-)
+    *(("glides", way) for way in WAYS), ("bounces", "down"), ("circles", "right"), ("circles", "left"),
+)  # fmt: skip
 RADIUS = 5 / 32  # of all lengths here: of the width of the frame
 OUTLINE = 1.1  # pixels
-INK = 0.04
-AHEAD = 3  # paths go on for so many times the frames of a video
+INK = 0.04  # of the outline, in all colors
 
 _SHAPES: dict[str, Callable[[Floats, Floats, float], Floats]] = {
     # Distances in pixels outside a shape of radius r, negative inside, at offsets x and y from its centre.
@@ -72,89 +71,91 @@ def reflect(x: Floats, size: int) -> Floats:
     return low + np.minimum(y, 2 * (high - low) - y)
 
 
-def path(rng: np.random.Generator, sprite: Sprite, frames: int, size: int) -> Floats:
-    """Steady positions (x, y) in pixels, [AHEAD * frames, 2], from a random first one."""
-    (low, high), unit, t = walls(size), size / 32, np.arange(AHEAD * frames)
+def track(rng: np.random.Generator, sprite: Sprite, frames: int, size: int) -> Floats:
+    """Steady positions (x, y) in pixels, [3 * frames, 2]: of the frames before the video, of the video from a
+    random first position on, and of those after it."""
+    (low, high), unit, t = walls(size), size / 32, np.arange(-frames, 2 * frames)
     x, y = WAYS[sprite.way]
+    middle = np.full(len(t), size / 2)
     if sprite.move == "glides":
-        return reflect(rng.uniform(low, high, 2) + 2 * unit * t[:, None] * np.array([x, y]), size)
+        along = reflect(rng.uniform(low, high) + 2 * unit * t * (x + y), size)
+        return np.stack([along, middle] if x else [middle, along], 1)
     if sprite.move == "bounces":
-        across = reflect(rng.uniform(low, high) + 1.2 * unit * t * x, size)
         height = high - rng.uniform(low, low + 6 * unit)
-        phase = np.mod(t / np.sqrt(2 * height / (0.6 * unit)) + 1, 2) - 1  # 0: at the top, -1 and 1: at the floor
-        return np.stack([across, high - height * (1 - phase**2)], 1)
-    radius = 7 * unit
-    centre = rng.uniform(low + radius, high - radius, 2)
-    angle = -np.pi / 2 + 0.35 * t * x
-    return centre + radius * np.stack([np.cos(angle), np.sin(angle)], 1)
+        fall = np.sqrt(2 * height / (0.6 * unit))  # frames from rest to the floor
+        phase = np.mod(t / fall + 1, 2) - 1  # 0 at the top, -1 and 1 at the floor
+        return np.stack([middle, high - height * (1 - phase**2)], 1)
+    angle = rng.uniform(0, 2 * np.pi) + 0.35 * t * x
+    return size / 2 + 7.5 * unit * np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
-# ---- breaks: (rng, path, frames, size) -> positions [frames, 2], and whether it is seen [frames]
+def steady(track: Floats, times: Floats) -> Floats:
+    """Positions [F, 2] on a track at times [F] in frames of the video, from -n to 2n of its n."""
+    index, steps = times + len(track) // 3, np.arange(len(track))
+    return np.stack([np.interp(index, steps, track[:, k]) for k in (0, 1)], 1)
 
 
-def _at(path: Floats, times: Floats) -> Floats:
-    """Positions on the path at times in frames, those before the first mirrored."""
-    index, steps = np.abs(times), np.arange(len(path))
-    return np.stack([np.interp(index, steps, path[:, k]) for k in (0, 1)], 1)
+# ---- breaks: (rng, track, frames) -> positions [frames, 2], and whether the sprite is seen [frames]
 
 
-def shuffled(rng, path, frames, size):
+def shuffled(rng, track, frames):
     """Its positions in random order."""
-    return path[np.concatenate([[0], 1 + rng.permutation(frames - 1)])], np.ones(frames)
+    times = np.concatenate([[0], 1 + rng.permutation(frames - 1)])
+    return steady(track, times), np.ones(frames)
 
 
-def jumps(rng, path, frames, size):
+def jumps(rng, track, frames):
     """Twice it is at once four to six frames ahead or back."""
     times = np.arange(frames)
     for start in rng.choice(np.arange(2, frames - 1), 2, replace=False):
         times[start:] += rng.choice([-6, -5, -4, 4, 5, 6])
-    return _at(path, times), np.ones(frames)
+    return steady(track, times), np.ones(frames)
 
 
-def shakes(rng, path, frames, size):
-    """Every frame is beside the path, by its own offset."""
-    away = rng.choice([-1, 1], (frames, 2)) * rng.uniform(1.5, 4, (frames, 2)) * size / 32
+def shakes(rng, track, frames):
+    """In every frame it is one and a half to three and a half frames ahead or back."""
+    away = rng.choice([-1, 1], frames) * rng.uniform(1.5, 3.5, frames)
     away[0] = 0
-    return path[:frames] + away, np.ones(frames)
+    return steady(track, np.arange(frames) + away), np.ones(frames)
 
 
-def stutters(rng, path, frames, size):
+def stutters(rng, track, frames):
     """Seven frames of ten repeat the position before."""
     times = np.arange(frames)
     for i in range(1, frames):
         if rng.random() < 0.7:
             times[i] = times[i - 1]
-    return _at(path, times), np.ones(frames)
+    return steady(track, times), np.ones(frames)
 
 
-def vanishes(rng, path, frames, size):
+def vanishes(rng, track, frames):
     """It is not seen for three to six frames."""
     seen, start = np.ones(frames), rng.integers(2, frames // 2)
     seen[start : start + rng.integers(3, 7)] = 0
-    return path[:frames], seen
+    return steady(track, np.arange(frames)), seen
 
 
-def turns(rng, path, frames, size):
+def turns(rng, track, frames):
     """In mid-air it goes back the way it came, and on again."""
     times = np.arange(frames)
     first = rng.integers(2, frames // 2)
     second = first + rng.integers(2, 5)
     back = np.where(times < second, 2 * first - times, 2 * (first - second) + times)
-    return _at(path, np.where(times < first, times, back)), np.ones(frames)
+    return steady(track, np.where(times < first, times, back)), np.ones(frames)
 
 
-def surges(rng, path, frames, size):
+def surges(rng, track, frames):
     """From one frame on it is 2.6 times as fast, or a fifth."""
     times, start = np.arange(frames), rng.integers(3, frames - 4)
     changed = start + (times - start) * rng.choice([2.6, 0.2])
-    return _at(path, np.where(times < start, times, changed)), np.ones(frames)
+    return steady(track, np.where(times < start, times, changed)), np.ones(frames)
 
 
-def swerves(rng, path, frames, size):
-    """From one frame on its path is turned by 45 to 125 degrees."""
+def swerves(rng, track, frames):
+    """From one frame on its way is turned by 45 to 125 degrees."""
     start, angle = rng.integers(3, frames - 4), rng.uniform(0.8, 2.2) * rng.choice([-1, 1])
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    found = path[:frames].copy()
+    found = steady(track, np.arange(frames))
     found[start:] = found[start] + (found[start:] - found[start]) @ turn
     return found, np.ones(frames)
 

@@ -7,7 +7,8 @@ latent frame stands for the first video frame alone, a block of 4 x 4:
     x = mean + A^T (z * scale)
 
 So encode(decode(z)) = z, and decode(encode(x)) is a projection. A scale is the standard deviation of its
-component, but at least FLOOR of the largest: fine detail has less than unit variance and weighs less in a loss.
+component, but at least FLOOR of the largest: fine detail has less than unit variance, so it weighs less
+in a loss.
 """
 
 import json
@@ -25,8 +26,8 @@ MIN_SCALE = 1e-3  # of all components, where videos hardly vary
 
 
 class BlockCodec(nn.Module):
-    """encode and decode; differentiable. Of the first latent frame and of the others: mean [n], basis [16, n],
-    scale [16], n the values of a block."""
+    """encode and decode; differentiable. Of the first latent frame and of the others: mean [n],
+    basis [16, n], scale [16], n the values of a block."""
 
     def __init__(self, first: tuple[Tensor, Tensor, Tensor], rest: tuple[Tensor, Tensor, Tensor]):
         super().__init__()
