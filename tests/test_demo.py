@@ -5,6 +5,9 @@ import html
 import io
 import json
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ import torch
 from PIL import Image
 
 from prfl_bench import best_of, rgb_on_demo, samples_quality
-from prfl_engine.demo import sprites
+from prfl_engine import cli
+from prfl_engine.demo import data, sprites
 from prfl_engine.demo.compare import jerk, paired_p, spread, unsteadiness
 from prfl_engine.demo.data import DemoSpec
 from prfl_engine.demo.motion import blind, flow_error, flow_errors
@@ -23,16 +27,24 @@ TINY = Settings(
 )
 
 
-def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    first = demo(tmp_path / "demo", TINY)
-    report = json.loads((tmp_path / "demo/report.json").read_text())
-    page = (tmp_path / "demo/report.html").read_text()
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a tiny demo, and what it returned."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    return folder, demo(folder, TINY)
+
+
+def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, capsys, monkeypatch):
+    folder, first = done
+    report = json.loads((folder / "report.json").read_text())
+    page = (folder / "report.html").read_text()
     assert set(report["models"]) == {"before", "control", "PRFL"}
     for name, found in report["models"].items():
         assert 0 < found["reward"] < 1 and found["distance"] >= 0
         assert f"{found['reward']:.3f}" in page, name
         assert f"{found['flow_error']:.3f}" in page, name
-    assert set(report["tests"]) == {"PRFL against before", "PRFL against control", "control against before"}
+    pairs = "PRFL against before", "PRFL against control", "control against before"
+    assert tuple(report["tests"]) == pairs
     for test in report["tests"].values():
         assert test["blind"]["of"] == 4 and f"{test['blind']['preferred']} of 4" in page
     assert len(report["reward_accuracy"]) == 3
@@ -49,15 +61,15 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys, m
     assert facts["prompts"] == report["captions"] and len(sheets) == len(report["captions"])
     assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (13 * 24, 4 * 24)
     assert page.count("image/png") == 4
-    pools = [path.parent.parent.name for path in (tmp_path / "demo").glob("*/*/pool.safetensors")]
+    pools = [path.parent.parent.name for path in folder.glob("*/*/pool.safetensors")]
     assert pools == ["prfl"]  # it trains by chains that persist, the control without a reward
-    weights = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").glob("*/checkpoint-*/*.safetensors")}
-    again = demo(tmp_path / "demo", TINY)
+    weights = {p: p.stat().st_mtime_ns for p in folder.glob("*/checkpoint-*/*.safetensors")}
+    again = demo(folder, TINY)
     assert weights == {p: p.stat().st_mtime_ns for p in weights}  # nothing was trained again
     assert again["models"] == first["models"]
     capsys.readouterr()
     words = "--counts", "2", "--judge-at", "3", "9", "--prompts", "2", "--out", str(tmp_path / "best.json")
-    best_of.main([str(tmp_path / "demo"), *words])
+    best_of.main([str(folder), *words])
     assert "gate: best of 2 at step 3 keeps the same chains, error 0.0e+00" in capsys.readouterr().out
     rows = json.loads((tmp_path / "best.json").read_text())["rows"]
     assert [(r["judged"], r["forwards"]) for r in rows] == [
@@ -69,12 +81,36 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys, m
     monkeypatch.setattr(rgb_on_demo, "ROUNDS", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     words = "--modes", "PRFL", "first:last", "--steps", "2", "--learn", "2", "--count", "2"
-    rgb_on_demo.main([str(tmp_path / "demo"), *words, "--out", str(tmp_path / "rgb.json")])
+    rgb_on_demo.main([str(folder), *words, "--out", str(tmp_path / "rgb.json")])
     assert "gate: RGB ReFL, all frames, float64" in capsys.readouterr().out
     found = json.loads((tmp_path / "rgb.json").read_text())
     assert set(found["accuracy"]) == {"all", "first"} and set(found["runs"]) == {"PRFL", "first:last"}
     assert found["runs"]["PRFL"]["end"] != found["before"] != found["runs"]["first:last"]["end"]
     assert found["runs"]["first:last"]["end"] != found["runs"]["PRFL"]["end"]
+
+
+def test_the_stages_by_hand(done, tmp_path, monkeypatch):
+    """The commands of docs/demo.md, as they stand there but for the numbers of steps and the size of the data."""
+    page = (Path(__file__).parents[1] / "docs/demo.md").read_text()
+    commands = re.findall(r"^    (python -m|prfl) (.*)", page, re.MULTILINE)
+    assert len(commands) == 7
+    written = {int(n) for n in re.findall(r"checkpoint-(\d+)", page)}
+    whole = Settings()
+    assert written == {whole.pretrain, whole.reward, whole.prfl}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.build, "__defaults__", (TINY.data,))
+    for program, words in commands:
+        for steps, tiny in (whole.pretrain, 2), (whole.reward, 2), (whole.prfl, 1):
+            words = words.replace(f"checkpoint-{steps}", f"checkpoint-{tiny}")
+        name, *rest = shlex.split(words.replace("runs/demo", str(done[0])))
+        if program == "prfl":
+            assert cli.main([name, *rest]) == 0, words
+        else:
+            assert name == "prfl_engine.demo.data"
+            data.main(rest)
+    assert Path("runs/hand/samples/sample-00.mp4").is_file()
+    a, b = (np.load(of / "data/latents/train-00003-clean.npy") for of in (done[0], Path("runs/hand")))
+    np.testing.assert_array_equal(a, b)
 
 
 def test_jerk_is_zero_for_uniform_motion():
@@ -132,3 +168,10 @@ def test_a_blind_judge_is_not_told_the_order():
     assert blind(worse, better) == {"preferred": 64, "of": 64, "share": 1.0}
     assert blind(better, worse)["preferred"] == 0
     assert 20 < blind(worse, worse)["preferred"] < 44  # always the left one: chance
+
+
+def test_a_missing_opencv_is_one_line_and_comes_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match=r"^cv2: not found.*pip install --no-deps") as caught:
+        demo(tmp_path / "demo", TINY)
+    assert "\n" not in str(caught.value) and not (tmp_path / "demo").exists()

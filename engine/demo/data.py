@@ -47,7 +47,7 @@ class DemoSpec:
     held_out: int = 200
     """Held-out sources, as many each: breaks of the training data, breaks that it does not have, windows."""
     frames: int = 13
-    size: int = 32
+    size: int = 24
     """Height and width in pixels."""
     min_motion: float = 0.016
     """Mean absolute difference of successive decoded frames (of 1) below which a window is left out."""

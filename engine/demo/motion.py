@@ -4,17 +4,29 @@ Nothing here was trained, nor is anything trained on it: it sees decoded pixels 
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 
-import cv2
 import numpy as np
 from torch import Tensor
 
-from prfl_engine.errors import check
+from prfl_engine.errors import UserError, check
 from prfl_engine.media.video import pixels
 
 ZOOM = 3  # of the frames, before the flow is computed
 BLUR = 1.5  # pixels of the video, the Gaussian's standard deviation: the edges of a codec's blocks go
 STILL = 1e-3  # mean change of levels, of 1, that hardly counts as motion
+
+
+def opencv() -> ModuleType:
+    """The package cv2. UserError where it is not installed."""
+    try:
+        import cv2
+    except ImportError:
+        raise UserError(
+            "cv2: not found, want OpenCV for the demo's measure of motion: "
+            "pip install --no-deps opencv-python-headless"
+        ) from None
+    return cv2
 
 
 def flow_error(video: Tensor) -> float:
@@ -31,6 +43,7 @@ def flow_error(video: Tensor) -> float:
     """
     good = video.ndim == 4 and video.shape[0] == 3 and video.shape[1] >= 3
     check(good, "video", list(video.shape), "[3, F >= 3, H, W]")
+    cv2 = opencv()
     frames = [_prepared(frame) for frame in pixels(video.cpu()).numpy()]
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
     solver = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -45,6 +58,7 @@ def flow_error(video: Tensor) -> float:
 
 def flow_errors(videos: Tensor) -> np.ndarray:
     """`flow_error` of each of videos [B, 3, F, H, W], float64 [B], on one thread."""
+    cv2 = opencv()
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
@@ -69,12 +83,14 @@ def blind(first: Sequence[float], second: Sequence[float], seed: int = 0) -> dic
 
 def _prepared(frame: np.ndarray) -> np.ndarray:
     """The frame [H, W, 3] enlarged and blurred."""
+    cv2 = opencv()
     large = cv2.resize(frame, None, fx=ZOOM, fy=ZOOM, interpolation=cv2.INTER_CUBIC)
     return cv2.GaussianBlur(large, (0, 0), BLUR * ZOOM)
 
 
 def _moved(image: np.ndarray, back: np.ndarray) -> np.ndarray:
     """At every pixel the value of the image at the place that `back` points to."""
+    cv2 = opencv()
     y, x = np.mgrid[: image.shape[0], : image.shape[1]].astype(np.float32)
     where = x + back[..., 0], y + back[..., 1]
     return cv2.remap(image, *where, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
@@ -82,4 +98,4 @@ def _moved(image: np.ndarray, back: np.ndarray) -> np.ndarray:
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
     """Mean absolute difference of levels, of 1."""
-    return float(cv2.absdiff(a, b).mean()) / 255
+    return float(opencv().absdiff(a, b).mean()) / 255

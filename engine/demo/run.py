@@ -21,6 +21,7 @@ from prfl_engine.config import (
 )
 from prfl_engine.demo.compare import accuracies, compare
 from prfl_engine.demo.data import DemoData, DemoSpec, build
+from prfl_engine.demo.motion import opencv
 from prfl_engine.demo.report import write_report
 from prfl_engine.files import checkpoints
 from prfl_engine.train import train
@@ -31,8 +32,8 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1800
-    reward: int = 1300
+    pretrain: int = 2600
+    reward: int = 1000
     prfl: int = 120
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
@@ -47,6 +48,7 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
     `command` is what the report says it was made by.
     """
     out, s = Path(out), settings or Settings()
+    opencv()  # what is missing is said before the work
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
 
@@ -64,7 +66,7 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         base,
         model=replace(base.model, preset="demo"),
         loss=LossConfig(weight=0),
-        optim=OptimConfig(lr=5e-3, schedule="cosine", warmup=50),
+        optim=OptimConfig(lr=8e-3, schedule="cosine", warmup=50),
         data=replace(base.data, batch_size=16),
         train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.99),
     )
