@@ -90,7 +90,7 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
 
 
 def test_the_stages_by_hand(done, tmp_path, monkeypatch):
-    """The commands of docs/demo.md, as they stand there but for the numbers of steps and the size of the data."""
+    """The commands of docs/demo.md, as they stand there but for numbers of steps and the size of the data."""
     page = (Path(__file__).parents[1] / "docs/demo.md").read_text()
     commands = re.findall(r"^    (python -m|prfl) (.*)", page, re.MULTILINE)
     assert len(commands) == 7

@@ -18,7 +18,7 @@ from prfl_engine.media.video import read_video
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.seeds import Purpose, seeded
 
-SMALL = DemoSpec(sprites=24, windows=28, held_out=14)
+SMALL = DemoSpec(sprites=24, windows=28, held_out=14, size=32)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,7 +166,7 @@ def test_a_finished_folder_is_reused_and_others_are_refused(built, tmp_path, mon
     with pytest.raises(ValueError, match="out_dir: got .* built with another seed$"):
         build(built.folder, 4, SMALL)
     with pytest.raises(ValueError, match="built with another windows$"):
-        build(built.folder, 3, DemoSpec(24, 29, 14))
+        build(built.folder, 3, DemoSpec(24, 29, 14, size=32))
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="out_dir: got .*, want a new or empty folder"):
         build(tmp_path, 3, SMALL)
@@ -258,7 +258,8 @@ def test_steady_motion_is_decided_by_the_first_position_and_the_words(move, way)
         assert found.shape == (13, 2) and (found > 5.4).all() and (found < 26.6).all()
         if move == "circles":
             assert np.hypot(*(found - MIDDLE).T) == pytest.approx(np.full(13, 7.5))
-            turned = np.cross(found[:-1] - MIDDLE, found[1:] - MIDDLE)
+            (x, y), (next_x, next_y) = (found[:-1] - MIDDLE).T, (found[1:] - MIDDLE).T
+            turned = x * next_y - y * next_x
             assert (turned > 0).all() if way == "right" else (turned < 0).all()  # y points down
             continue
         x, y = sprites.WAYS[way]

@@ -77,9 +77,7 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         base,
         model=replace(base.model, path=str(generator)),
         reward=replace(base.reward, path=None, train_embeddings=True),
-        data=replace(
-            base.data, batch_size=32, train=(str(data.reward_train),), val=(str(data.reward_val),)
-        ),
+        data=replace(base.data, batch_size=32, train=(str(data.reward_train),), val=(str(data.reward_val),)),
         optim=OptimConfig(lr=3e-3, lr_head=3e-3, schedule="cosine", warmup=50, weight_decay=0.1),
         # More of the lower noise levels: at the upper ones there is little to see.
         rollout=replace(base.rollout, shift=0.5),
