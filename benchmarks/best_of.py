@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,9 +31,9 @@ from prfl_engine import best_of, chain, flow
 from prfl_engine.batch import Batch
 from prfl_engine.build import pick_device
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_meta
-from prfl_engine.demo.run import clean_medians, paired_p, spread, unsteadiness
+from prfl_engine.demo.compare import paired_p, spread, unsteadiness
 from prfl_engine.files import write_whole
-from prfl_engine.media.codec import DCTCodec
+from prfl_engine.media.codec import BlockCodec
 from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.reward import RewardModel
@@ -154,9 +155,10 @@ def table(found: Iterable[dict]) -> Iterable[str]:
 
 def distances(folder: Path, paths: Sequence[Path]) -> Callable[[Tensor], Tensor]:
     """The distance [N, P] of the latents [N, P, C, T, H, W] of these held-out samples, as the demo has it."""
-    codec = DCTCodec.load(folder / "codec.json")
-    reference = clean_medians(read_lists([str(folder / "clean_val.list")], "clean_val"), codec)
-    clean = torch.tensor([reference[read_meta(path)["short_caption"]][0] for path in paths])
+    codec = BlockCodec.load(folder / "codec.json")
+    metas = [(path, read_meta(path)["vae_latent_path"]) for path in paths]
+    real = torch.cat([torch.from_numpy(np.load(path.parent / latent)) for path, latent in metas])
+    clean = unsteadiness(codec.decode(real))
 
     def distance(latents: Tensor) -> Tensor:
         unsteady = torch.stack([unsteadiness(codec.decode(latent)) for latent in latents])

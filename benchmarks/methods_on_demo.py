@@ -25,7 +25,7 @@ import torch
 
 from prfl_bench.samples_quality import MEASURES, Mode, gate, means_of, settings, trained
 from prfl_bench.timing import machine
-from prfl_engine.demo.run import measure
+from prfl_engine.demo.compare import measure
 from prfl_engine.files import write_whole
 
 EARLY = "rollout.seeds_step=6"  # of 20; the first that is graded

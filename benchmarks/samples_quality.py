@@ -41,7 +41,7 @@ from torch import Tensor
 from prfl_bench.timing import machine
 from prfl_engine.config import ChainConfig, Config, load_config
 from prfl_engine.data import Reader, fixed_batches, read_lists
-from prfl_engine.demo.run import measure
+from prfl_engine.demo.compare import measure
 from prfl_engine.files import checkpoints, write_whole
 from prfl_engine.metrics import MetricsWriter, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer

@@ -50,7 +50,7 @@ class ModelConfig(Section, name="model"):
     of `preset`."""
     preset: Name | None = None
     """Hyper-parameters when `path` is None: t2v-1.3b, t2v-14b, i2v-14b-480p, -720p, t2v-a14b-high, -low,
-    i2v-a14b-high, -low, ti2v-5b, tiny-t2v, tiny-i2v, tiny-i2v-a14b, tiny-ti2v."""
+    i2v-a14b-high, -low, ti2v-5b, tiny-t2v, tiny-i2v, tiny-i2v-a14b, tiny-ti2v, demo."""
     boundary: Annotated[float, Within(0.001, 0.999)] | None = None
     """Noise level at which chains go from the high-noise expert of Wan2.2 A14B to the low-noise one: 0.875 of
     T2V, 0.9 of I2V; both are loaded. null: model.path is one model, of all levels or an expert alone."""

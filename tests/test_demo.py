@@ -5,6 +5,9 @@ import html
 import io
 import json
 import re
+import shlex
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,41 +15,61 @@ import torch
 from PIL import Image
 
 from prfl_bench import best_of, methods_on_demo, rgb_on_demo, samples_quality
-from prfl_engine.demo.baseline import evaluate_handmade
-from prfl_engine.demo.clips import DemoSpec
-from prfl_engine.demo.run import Settings, demo, jerk, paired_p, spread, unsteadiness
+from prfl_engine import cli
+from prfl_engine.demo import data, sprites
+from prfl_engine.demo.compare import jerk, paired_p, spread, unsteadiness
+from prfl_engine.demo.data import DemoSpec
+from prfl_engine.demo.motion import blind, flow_error, flow_errors
+from prfl_engine.demo.run import Settings, demo
 
 TINY = Settings(
-    pretrain=2, reward=2, prfl=1, seeds=4, data=DemoSpec(train_windows=24, val_windows=16, size=(32, 32))
+    pretrain=2, reward=2, prfl=1, seeds=4, data=DemoSpec(sprites=24, windows=14, held_out=14, size=24)
 )
 
 
-def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    first = demo(tmp_path / "demo", TINY)
-    report = json.loads((tmp_path / "demo/report.json").read_text())
-    page = (tmp_path / "demo/report.html").read_text()
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a tiny demo, and what it returned."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    return folder, demo(folder, TINY)
+
+
+def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, capsys, monkeypatch):
+    folder, first = done
+    report = json.loads((folder / "report.json").read_text())
+    page = (folder / "report.html").read_text()
     assert set(report["models"]) == {"before", "control", "PRFL"}
     for name, found in report["models"].items():
         assert 0 < found["reward"] < 1 and found["distance"] >= 0
         assert f"{found['reward']:.3f}" in page, name
-    assert set(report["reward_accuracy"]["learned"]) == {"201", "400", "600", "800", "1000"}
+        assert f"{found['flow_error']:.3f}" in page, name
+    pairs = "PRFL against before", "PRFL against control", "control against before"
+    assert tuple(report["tests"]) == pairs
+    for test in report["tests"].values():
+        assert test["blind"]["of"] == 4 and f"{test['blind']['preferred']} of 4" in page
+    assert len(report["reward_accuracy"]) == 3
+    for found in report["reward_accuracy"].values():
+        for judge in found["learned"], found["hand-made"]:
+            assert set(judge["by_timestep"]) == {"201", "400", "600", "800", "1000"}
+            low = [judge["by_timestep"][t] for t in ("201", "400", "600")]
+            assert judge["low"] == pytest.approx(np.mean(low)) and "clean" in judge["by_kind"]
     assert html.escape(report["result"]) in page and report["command"] == "demo()"
     player = re.search(r'<script type="application/json">(.*?)</script>', page)
     facts = json.loads(player.group(1))
-    assert facts["names"] == ["real, held out", "before", "control", "PRFL"] and facts["frames"] == 17
+    assert facts["names"] == ["drawn, steady", "before", "control", "PRFL"] and facts["frames"] == 13
     sheets = re.findall(r'src="data:image/webp;base64,([^"]*)"', page)
     assert facts["prompts"] == report["captions"] and len(sheets) == len(report["captions"])
-    assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (17 * 32, 4 * 32)
+    assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (13 * 24, 4 * 24)
     assert page.count("image/png") == 4
-    pools = [path.parent.parent.name for path in (tmp_path / "demo").glob("*/*/pool.safetensors")]
+    pools = [path.parent.parent.name for path in folder.glob("*/*/pool.safetensors")]
     assert pools == ["prfl"]  # it trains by chains that persist, the control without a reward
-    weights = {p: p.stat().st_mtime_ns for p in (tmp_path / "demo").glob("*/checkpoint-*/*.safetensors")}
-    again = demo(tmp_path / "demo", TINY)
+    weights = {p: p.stat().st_mtime_ns for p in folder.glob("*/checkpoint-*/*.safetensors")}
+    again = demo(folder, TINY)
     assert weights == {p: p.stat().st_mtime_ns for p in weights}  # nothing was trained again
     assert again["models"] == first["models"]
     capsys.readouterr()
     words = "--counts", "2", "--judge-at", "3", "9", "--prompts", "2", "--out", str(tmp_path / "best.json")
-    best_of.main([str(tmp_path / "demo"), *words])
+    best_of.main([str(folder), *words])
     assert "gate: best of 2 at step 3 keeps the same chains, error 0.0e+00" in capsys.readouterr().out
     rows = json.loads((tmp_path / "best.json").read_text())["rows"]
     assert [(r["judged"], r["forwards"]) for r in rows] == [
@@ -58,7 +81,7 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys, m
     monkeypatch.setattr(rgb_on_demo, "ROUNDS", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     words = "--modes", "PRFL", "first:last", "--steps", "2", "--learn", "2", "--count", "2"
-    rgb_on_demo.main([str(tmp_path / "demo"), *words, "--out", str(tmp_path / "rgb.json")])
+    rgb_on_demo.main([str(folder), *words, "--out", str(tmp_path / "rgb.json")])
     assert "gate: RGB ReFL, all frames, float64" in capsys.readouterr().out
     found = json.loads((tmp_path / "rgb.json").read_text())
     assert set(found["accuracy"]) == {"all", "first"} and set(found["runs"]) == {"PRFL", "first:last"}
@@ -72,6 +95,30 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(tmp_path, capsys, m
     assert set(found["before"]) == {"not guided", "guided"} and tuple(found["runs"]) == ways
     ends = [(run["end"]["reward"], run["end"]["jerk"]) for (run,) in found["runs"].values()]
     assert len(set(ends)) == len(ways)
+
+
+def test_the_stages_by_hand(done, tmp_path, monkeypatch):
+    """The commands of docs/demo.md, as they stand there but for numbers of steps and the size of the data."""
+    page = (Path(__file__).parents[1] / "docs/demo.md").read_text()
+    commands = re.findall(r"^    (python -m|prfl) (.*)", page, re.MULTILINE)
+    assert len(commands) == 7
+    written = {int(n) for n in re.findall(r"checkpoint-(\d+)", page)}
+    whole = Settings()
+    assert written == {whole.pretrain, whole.reward, whole.prfl}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.build, "__defaults__", (TINY.data,))
+    for program, words in commands:
+        for steps, tiny in (whole.pretrain, 2), (whole.reward, 2), (whole.prfl, 1):
+            words = words.replace(f"checkpoint-{steps}", f"checkpoint-{tiny}")
+        name, *rest = shlex.split(words.replace("runs/demo", str(done[0])))
+        if program == "prfl":
+            assert cli.main([name, *rest]) == 0, words
+        else:
+            assert name == "prfl_engine.demo.data"
+            data.main(rest)
+    assert Path("runs/hand/samples/sample-00.mp4").is_file()
+    a, b = (np.load(of / "data/latents/train-00003-clean.npy") for of in (done[0], Path("runs/hand")))
+    np.testing.assert_array_equal(a, b)
 
 
 def test_jerk_is_zero_for_uniform_motion():
@@ -102,11 +149,37 @@ def test_spread():
     assert spread([0, 1], 4) == [0, 0, 1, 1]
 
 
-def test_handmade_features_find_motion_at_low_noise_and_nothing_at_full_noise():
-    g = torch.Generator().manual_seed(0)
-    still = torch.randn(300, 16, 1, 4, 4, generator=g).expand(-1, -1, 5, -1, -1)
-    label = (torch.arange(300) % 2).float()
-    shaken = still + 0.8 * label.view(-1, 1, 1, 1, 1) * torch.randn(300, 16, 5, 4, 4, generator=g)
-    accuracy = evaluate_handmade(shaken[:200], label[:200], shaken[200:], label[200:], (201, 1000), 0)
-    assert accuracy[201] > 0.95
-    assert accuracy[1000] < 0.7
+def drawn(seed, break_it=None):
+    rng = np.random.default_rng(seed)
+    sprite = sprites.Sprite.draw(rng)
+    track = sprites.track(rng, sprite, 13, 32)
+    at, seen = sprites.steady(track, np.arange(13)), np.ones(13)
+    if break_it is not None:
+        at, seen = break_it(rng, track, 13)
+    return torch.from_numpy(sprites.render(np.full((32, 32, 3), 0.5), sprite, at, seen))
+
+
+@pytest.mark.parametrize("break_it", sprites.BREAKS, ids=lambda f: f.__name__)
+def test_flow_error_prefers_steady_motion_to_its_broken_twin(break_it):
+    steady, broken = (flow_errors(torch.stack([drawn(s, b) for s in range(10)])) for b in (None, break_it))
+    assert blind(broken, steady)["preferred"] >= 9 and steady.mean() < broken.mean()
+
+
+def test_flow_error_does_not_reward_a_video_that_stands_still_or_a_mush():
+    assert flow_error(drawn(0)[:, :1].expand(-1, 13, -1, -1)) == pytest.approx(1)
+    mush = torch.rand(3, 13, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert flow_error(mush) > 0.9 > flow_error(drawn(0))
+
+
+def test_a_blind_judge_is_not_told_the_order():
+    worse, better = np.linspace(1, 2, 64), np.linspace(0, 0.9, 64)
+    assert blind(worse, better) == {"preferred": 64, "of": 64, "share": 1.0}
+    assert blind(better, worse)["preferred"] == 0
+    assert 20 < blind(worse, worse)["preferred"] < 44  # always the left one: chance
+
+
+def test_a_missing_opencv_is_one_line_and_comes_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match=r"^cv2: not found.*pip install --no-deps") as caught:
+        demo(tmp_path / "demo", TINY)
+    assert "\n" not in str(caught.value) and not (tmp_path / "demo").exists()

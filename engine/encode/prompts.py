@@ -18,14 +18,13 @@ from prfl_engine.config_method import scales
 from prfl_engine.data import CLIP_KEYS, CONDITION_KEYS, LATENT_KEYS, TEXT_KEY
 from prfl_engine.encode import encoders
 from prfl_engine.encode.buckets import Size, parse_sizes
-from prfl_engine.encode.encoders import ImageEncoder, TextEncoder, VideoVAE
+from prfl_engine.encode.encoders import STRIDE_T, ImageEncoder, TextEncoder, VideoVAE
 from prfl_engine.encode.places import save
 from prfl_engine.encode.text import clean, negative_prompt
 from prfl_engine.encode.work import condition_of, floats
 from prfl_engine.errors import UserError, check
 from prfl_engine.files import sync
 from prfl_engine.inputs import check_file, check_new
-from prfl_engine.media.codec import STRIDE_T
 from prfl_engine.media.video import pixels, read_image, write_video
 from prfl_engine.metrics import progress
 from prfl_engine.model.experts import pair_at

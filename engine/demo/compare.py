@@ -1,0 +1,186 @@
+"""What the demo measures: samples of several generators, and the reward model beside hand-made features."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prfl_engine import chain
+from prfl_engine.build import pick_device
+from prfl_engine.config import Config
+from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_meta
+from prfl_engine.demo.baseline import handmade_logits
+from prfl_engine.demo.data import DemoData
+from prfl_engine.demo.motion import blind, flow_errors
+from prfl_engine.guidance import guidance_of
+from prfl_engine.media.codec import BlockCodec
+from prfl_engine.metrics import progress
+from prfl_engine.model.checkpoint import load_reward, load_transformer
+from prfl_engine.model.sources import read_config
+from prfl_engine.objectives import chain_velocity, fixed, noisy_rewards, whole_schedule
+from prfl_engine.seeds import Purpose, noise_like
+
+BATCH = 16
+HELD_OUT = {
+    "breaks it was trained on": "reward_val",
+    "breaks it has never seen": "reward_new",
+    "windows of real video": "reward_real",
+}
+T = TypeVar("T")
+
+
+@torch.no_grad()
+def measure(
+    config: Config, codec_path: Path, clean_val: Path, models: dict[str, Path], seeds: int
+) -> tuple[dict[str, dict], dict]:
+    """({name: what was measured on samples of the model}, the same of held-out video), every model from the
+    same held-out prompts, first frames and seeds. Samples are guided by sample.guidance.
+
+    "flow_error" is that of demo.motion; "reward" is the mean over eval.scored of the reward of the noised
+    sample; "distance" is |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean that of steady
+    motion from the same first frame.
+    """
+    device, e, r = pick_device(config), config.eval, config.reward
+    scored = [i for i, t in enumerate(e.timesteps) if t in e.scored]
+    codec = BlockCodec.load(codec_path)
+    score = load_reward(r.path, **r.pooling, dtype=torch.float32, device=device).freeze()
+    schedule = whole_schedule(config.rollout)
+    paths = spread(read_lists([str(clean_val)], "clean_val"), seeds)
+    captions = [read_meta(p)["short_caption"] for p in paths]
+    found: dict[str, dict] = {}
+    for name, path in progress(models.items(), "sampling", len(models)):
+        model = load_transformer(path, torch.float32, device).eval()
+        truth, latents, rewards = [], [], []
+        s, reader = config.sample, Reader(model.config, first_frame=config.data.first_frame)
+        guidance = guidance_of(config, s.guidance, s.guidance, model, "sample.guidance")
+        for first, batch in counted(fixed_batches(reader, paths, BATCH, device)):
+            noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, e.seed, first)
+            noise = fixed(model, batch, noise)
+            latent = chain.sample(chain_velocity(model, batch, guidance), schedule, noise)
+            noise = noise_like(batch.latent, Purpose.DEMO_SCORE, e.seed, first)
+            logits = noisy_rewards(score, batch._replace(latent=latent), noise, e.timesteps)
+            rewards.append(torch.sigmoid(logits))
+            latents.append(latent)
+            truth.append(batch.latent)
+        video = torch.cat([codec.decode(z.cpu()) for z in latents])
+        real = torch.cat([codec.decode(z.cpu()) for z in truth])
+        rewards = torch.cat(rewards).cpu()
+        found[name] = {
+            "video": video,
+            "flow_error": torch.from_numpy(flow_errors(video)),
+            "reward": rewards[:, scored].mean(1),
+            "reward_by_timestep": rewards.mean(0),
+            "distance": (unsteadiness(video).log() - unsteadiness(real).log()).abs(),
+            "unsteadiness": unsteadiness(video),
+            "jerk": jerk(video),
+        }
+    clean = {"unsteadiness": unsteadiness(real), "jerk": jerk(real), "flow_error": flow_errors(real)}
+    return found, {
+        "clean": {k: float(v.mean()) for k, v in clean.items()},
+        "captions": captions,
+        "video": real,
+    }
+
+
+def compare(config: Config, data: DemoData, models: dict[str, Path], seeds: int) -> dict:
+    """`measure` of the models before, control and PRFL, and the tests of their differences."""
+    found, real = measure(config, data.codec, data.clean_val, models, seeds)
+    timesteps = config.eval.timesteps
+    keys = ("flow_error", "reward", "distance", "unsteadiness", "jerk")
+
+    def summary(name: str) -> dict:
+        f = found[name]
+        by_t = dict(zip(map(str, timesteps), f["reward_by_timestep"].tolist(), strict=True))
+        return {key: f[key].mean().item() for key in keys} | {"reward_by_timestep": by_t}
+
+    tests = {}
+    for name, other in ("PRFL", "before"), ("PRFL", "control"), ("control", "before"):
+        gain = found[name]["reward"] - found[other]["reward"]
+        closer = found[other]["distance"] - found[name]["distance"]
+        tests[f"{name} against {other}"] = {
+            "blind": blind(found[other]["flow_error"].tolist(), found[name]["flow_error"].tolist()),
+            "reward_gain": gain.mean().item(),
+            "reward_p": paired_p(gain.numpy()),
+            "distance_gain": closer.mean().item(),
+            "distance_p": paired_p(closer.numpy()),
+        }
+    return {
+        "models": {name: summary(name) for name in found},
+        "tests": tests,
+        "clean": real["clean"],
+        "captions": real["captions"],
+        "per_seed": {
+            name: {key: f[key].tolist() for key in ("flow_error", "reward", "distance")}
+            for name, f in found.items()
+        },
+        "videos": {"drawn, steady": real["video"]} | {name: f["video"] for name, f in found.items()},
+    }
+
+
+def spread(paths: Sequence[T], count: int) -> list[T]:
+    """`count` paths at equal distances."""
+    return [paths[i * len(paths) // count] for i in range(count)]
+
+
+def jerk(video: Tensor) -> Tensor:
+    """Mean absolute second difference in time [B] of videos [B, 3, F, H, W], levels in [0, 1]."""
+    return video.diff(n=2, dim=2).abs().flatten(1).mean(1)
+
+
+def unsteadiness(video: Tensor) -> Tensor:
+    """Jerk over the mean absolute first difference [B]: how broken the motion is, however much of it
+    there is. Frames in random order have 1.5 and more, a steady pan about 1."""
+    return jerk(video) / video.diff(dim=2).abs().flatten(1).mean(1)
+
+
+def paired_p(difference: np.ndarray, draws: int = 100_000) -> float:
+    """Two-sided p of a paired permutation test: the signs of the differences at random."""
+    rng = np.random.default_rng(0)
+    signs = rng.integers(0, 2, (draws, len(difference)), dtype=np.int8) * 2 - 1
+    null = np.abs(signs @ difference)
+    return (1 + int((null >= abs(difference.sum()) - 1e-12).sum())) / (draws + 1)
+
+
+@torch.no_grad()
+def accuracies(config: Config, data: DemoData, model: Path) -> dict:
+    """Held-out accuracy of the reward model and of hand-made features, on every list of HELD_OUT: by
+    timestep, and by kind of sample the mean of t <= 600."""
+    device, e = pick_device(config), config.eval
+    reader = Reader(read_config(config.model.path), config.data.label, first_frame=config.data.first_frame)
+    score = load_reward(model, **config.reward.pooling, dtype=torch.float32, device=device).freeze()
+
+    def whole(path: Path) -> tuple[list[Path], Tensor, Tensor]:
+        paths = read_lists([str(path)], path.name)
+        batch = next(fixed_batches(reader, paths, len(paths), torch.device("cpu")))
+        return paths, batch.latent, batch.label
+
+    _, train, label = whole(data.reward_train)
+    held_out = {name: whole(getattr(data, key)) for name, key in HELD_OUT.items()}
+    hand = handmade_logits(train, label, [x for _, x, _ in held_out.values()], e.timesteps, e.seed)
+    found = {}
+    for (name, (paths, _, label)), by_hand in zip(held_out.items(), hand, strict=True):
+        learned = []
+        for first, batch in counted(fixed_batches(reader, paths, 4 * BATCH, device)):
+            noise = noise_like(batch.latent, Purpose.DEMO_SCORE, e.seed, first)
+            learned.append(noisy_rewards(score, batch, noise, e.timesteps).cpu())
+        kinds = [read_meta(path)["corruption"] for path in paths]
+        found[name] = {
+            judge: _right(logits, label, kinds, e.timesteps)
+            for judge, logits in (("learned", torch.cat(learned)), ("hand-made", by_hand))
+        }
+    return found
+
+
+def _right(logits: Tensor, label: Tensor, kinds: Sequence[str], timesteps: Sequence[float]) -> dict:
+    """Accuracies of logits [N, n] of samples with labels [N], of these kinds, at n timesteps."""
+    right = ((logits > 0) == (label > 0.5)[:, None]).double()
+    low = right[:, [i for i, t in enumerate(timesteps) if t <= 600]].mean(1)
+    by_kind = {}
+    for kind in sorted(set(kinds)):
+        of = torch.tensor([k == kind for k in kinds])
+        by_kind[kind] = low[of].mean().item()
+    by_t = dict(zip(map(str, timesteps), right.mean(0).tolist(), strict=True))
+    return {"by_timestep": by_t, "low": low.mean().item(), "by_kind": by_kind}

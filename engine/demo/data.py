@@ -1,0 +1,269 @@
+"""Demo data in the official format: sprites over real backdrops, and windows of real video, as latents.
+
+    python -m prfl_engine.demo.data DIR [--seed N]
+
+- Every source is written twice: clean (label 1) and with its motion broken (label 0). Still, single frames of
+  the two look alike, so only motion can tell them apart.
+- The generator's list is of sprites, four of five broken; the reward model's has clean and broken in equal
+  numbers, and windows of real video besides.
+- Held out are the backdrops' and windows' frames, and of the breaks those of sprites.HELD_OUT altogether.
+- Windows that hardly move are left out before they are corrupted, on both sides alike.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prfl_engine.demo import clips, sprites
+from prfl_engine.errors import UserError, check
+from prfl_engine.media.codec import BlockCodec
+from prfl_engine.metrics import progress
+
+TEXT_DIM = 64
+NEGATIVE = "shuffled jumps shakes stutters vanishes turns"
+MANIFEST = "demo_data.json"
+TRIES = 60  # windows of a shot that move too little before the next shot takes its turn
+CLEAN_EVERY = 4  # sources of which the generator's list has the clean sample besides the broken one
+
+
+@dataclass(frozen=True)
+class DemoSpec:
+    """What is built; the folder of a finished build says for which of these."""
+
+    sprites: int = 3000
+    """Training sources with sprites; every one gives a clean and a broken sample."""
+    windows: int = 500
+    """Training windows of real video, for the reward model alone."""
+    held_out: int = 200
+    """Held-out sources, as many each: breaks of the training data, breaks that it does not have, windows."""
+    frames: int = 13
+    size: int = 24
+    """Height and width in pixels."""
+    min_motion: float = 0.016
+    """Mean absolute difference of successive decoded frames (of 1) below which a window is left out."""
+
+    def __post_init__(self):
+        for name in "sprites", "windows", "held_out":
+            check(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
+        good = self.frames % 2 == 1 and 11 <= self.frames <= min(clips.MIN_HELD_OUT, 29)
+        check(good, "frames", self.frames, f"an odd number from 11 to {clips.MIN_HELD_OUT}")
+        good = 24 <= self.size <= 72 and self.size % 8 == 0
+        check(good, "size", self.size, "a multiple of 8 from 24 to 72")
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """Paths of a finished build and its counts of samples."""
+
+    folder: Path
+    codec: Path
+    null_text: Path
+    negative_text: Path
+    sft_train: Path
+    reward_train: Path
+    reward_val: Path
+    reward_new: Path
+    reward_real: Path
+    clean_val: Path
+    counts: dict[str, int]
+    """Samples of every list, by its name."""
+
+
+class Source(NamedTuple):
+    """A clean video and the same with broken motion."""
+
+    clean: Tensor  # [3, F, H, W] in [0, 1]
+    broken: Tensor
+    kind: str  # of the break
+    caption: str
+    facts: dict  # what else its meta JSONs say
+
+
+def embed(caption: str) -> np.ndarray:
+    """A fixed random vector of unit variance for every word: float32 [1, words, TEXT_DIM]."""
+    words = []
+    for word in caption.split():
+        key = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "big")
+        words.append(np.random.default_rng(key).standard_normal(TEXT_DIM))
+    return np.stack(words)[None].astype(np.float32)
+
+
+def motion(codec: BlockCodec, video: Tensor) -> float:
+    """Mean absolute difference of successive frames of decode(encode(video)), video [3, F, H, W]."""
+    seen = codec.decode(codec.encode(video[None]))
+    return seen.diff(dim=2).abs().mean().item()
+
+
+def draw_sprites(
+    rng: np.random.Generator, count: int, part: int, breaks: tuple, real: dict, spec: DemoSpec
+) -> Iterator[Source]:
+    """`count` sources with sprites over backdrops of the part (0 training, 1 held out), breaks by turns."""
+    frames = clips.usable(real, part)
+    for i in range(count):
+        backdrop, place = clips.backdrop(rng, real, frames, spec.size)
+        sprite = sprites.Sprite.draw(rng)
+        track, times = sprites.track(rng, sprite, spec.frames, spec.size), np.arange(spec.frames)
+        break_it = breaks[i % len(breaks)]
+        moved = (sprites.steady(track, times), np.ones(spec.frames)), break_it(rng, track, spec.frames)
+        clean, broken = (torch.from_numpy(sprites.render(backdrop, sprite, *m)) for m in moved)
+        caption = f"{sprite.caption()} {place}"
+        yield Source(clean, broken, break_it.__name__, caption, {"sprite": asdict(sprite)})
+
+
+def draw_windows(
+    rng: np.random.Generator, count: int, part: int, codec: BlockCodec, real: dict, spec: DemoSpec
+) -> Iterator[Source]:
+    """`count` windows of real video of the part; shots take turns, and corruptions with every round."""
+    frames = {s: f for s, f in clips.usable(real, part).items() if len(f) >= spec.frames}
+    shots = list(frames)
+    for i in range(count):
+        turn, corrupt = i % len(shots), clips.CORRUPTIONS[i // len(shots) % len(clips.CORRUPTIONS)]
+        for shot in [s for s in shots[turn:] + shots[:turn] for _ in range(TRIES)]:
+            window = clips.draw(rng, shot, frames[shot], spec.frames, spec.size)
+            video = clips.cut(real[clips.SHOTS[shot].clip], window, spec.size)
+            moved = motion(codec, clips.inner(video))
+            if moved >= spec.min_motion:
+                break
+        else:
+            tried = TRIES * len(shots)
+            raise UserError(f"min_motion: got {spec.min_motion}, and none of {tried} windows moves so much")
+        facts = {"clip": clips.SHOTS[shot].clip, "frames": window.frames, "box": window.box}
+        facts |= {"pan": window.pan, "mirrored": window.mirrored, "motion": round(moved, 5)}
+        clean, broken = (clips.inner(v) for v in (video, corrupt(video, rng)))
+        yield Source(clean, broken, corrupt.__name__, window.caption(), facts)
+
+
+# ---- files
+
+
+def build(out_dir: str | Path, seed: int, spec: DemoSpec = DemoSpec()) -> DemoData:  # noqa: B008
+    """Build the data in a new folder, or return that of a finished build of the same parameters."""
+    out_dir = Path(out_dir)
+    check(seed >= 0, "seed", seed, "a whole number from 0")
+    wanted = json.loads(json.dumps({"version": 4, "seed": seed, **asdict(spec)}))
+    if not (out_dir / MANIFEST).is_file():
+        empty = not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir()))
+        check(empty, "out_dir", str(out_dir), "a new or empty folder")
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as unfinished:
+            folder = Path(unfinished, "data")
+            threads = torch.get_num_threads()
+            # Every operation is small: with two threads on a machine whose two cores had other work
+            # to do, they waited for each other and the build took 500 s instead of 20.
+            torch.set_num_threads(1)
+            try:
+                counts = _write(folder, seed, spec)
+            finally:
+                torch.set_num_threads(threads)
+            manifest = json.dumps({"parameters": wanted, "counts": counts}, indent=1)
+            (folder / MANIFEST).write_text(manifest + "\n")
+            os.replace(folder, out_dir)
+    found = json.loads((out_dir / MANIFEST).read_text())
+    differ = [k for k in wanted if found["parameters"].get(k) != wanted[k]]
+    check(
+        not differ, "out_dir", str(out_dir),
+        f"a new folder: this one was built with another {' and '.join(differ)}",
+    )  # fmt: skip
+    lists = {name: out_dir / f"{name}.list" for name in found["counts"]}
+    return DemoData(
+        folder=out_dir,
+        codec=out_dir / "codec.json",
+        null_text=out_dir / "text/null.npy",
+        negative_text=out_dir / "text/negative.npy",
+        counts=found["counts"],
+        **lists,
+    )
+
+
+def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
+    """Everything but the manifest; returns the counts of the lists."""
+    for name in "meta", "latents", "text":
+        (folder / name).mkdir(parents=True)
+    np.save(folder / "text/null.npy", np.zeros((1, 1, TEXT_DIM), np.float32))
+    np.save(folder / "text/negative.npy", embed(NEGATIVE))
+    real, rngs = clips.read_clips(), (np.random.default_rng([seed, n]) for n in range(6))
+    some = draw_sprites(next(rngs), 256, 0, sprites.BREAKS, real, spec)
+    codec = BlockCodec.fit(torch.stack([video for source in some for video in (source.clean, source.broken)]))
+    codec.save(folder / "codec.json")
+
+    def written(name: str, count: int, sources: Iterator[Source]) -> list[str]:
+        pairs = enumerate(progress(sources, name, count))
+        return [s for i, source in pairs for s in _write_source(folder, f"{name}-{i:05d}", source, codec)]
+
+    def moving(name: str, count: int, part: int, breaks: tuple) -> list[str]:
+        return written(name, count, draw_sprites(next(rngs), count, part, breaks, real, spec))
+
+    def filmed(name: str, count: int, part: int) -> list[str]:
+        return written(name, count, draw_windows(next(rngs), count, part, codec, real, spec))
+
+    train = moving("train", spec.sprites, 0, sprites.BREAKS)
+    windows = filmed("window", spec.windows, 0)
+    val = moving("val", spec.held_out, 1, sprites.BREAKS)
+    order = np.random.default_rng([seed, 6]).permutation
+    sft = train[1::2] + train[:: 2 * CLEAN_EVERY]
+    reward = train + windows
+    lists = {
+        "sft_train": [sft[i] for i in order(len(sft))],
+        "reward_train": [reward[i] for i in order(len(reward))],
+        "reward_val": val,
+        "reward_new": moving("new", spec.held_out, 1, sprites.HELD_OUT),
+        "reward_real": filmed("real", spec.held_out, 1),
+        "clean_val": val[::2],
+    }
+    for name, samples in lists.items():
+        (folder / f"{name}.list").write_text("".join(f"meta/{s}.json\n" for s in samples))
+    return {name: len(samples) for name, samples in lists.items()}
+
+
+def _write_source(folder: Path, source_id: str, source: Source, codec: BlockCodec) -> list[str]:
+    """Write the clean and the broken sample of a source; returns their names."""
+    texts = []
+    for caption in source.caption, f"a video of {source.caption}":
+        text = f"text/{caption.replace(' ', '-')}.npy"
+        if not (folder / text).exists():
+            np.save(folder / text, embed(caption))
+        texts.append((caption, f"../{text}"))
+    (short, short_path), (long, long_path) = texts
+    samples = []
+    for kind, video in ("clean", source.clean), (source.kind, source.broken):
+        sample, good = f"{source_id}-{kind}", int(kind == "clean")
+        np.save(folder / f"latents/{sample}.npy", codec.encode(video[None]).numpy())
+        meta = {
+            "source_id": source_id,
+            "short_caption": short,
+            "long_caption": long,
+            "vae_latent_path": f"../latents/{sample}.npy",
+            "textshort_path": short_path,
+            "textlong_path": long_path,
+            "physics_quality": good,
+            "human_quality": good,
+            "corruption": kind,
+            **source.facts,
+        }
+        (folder / f"meta/{sample}.json").write_text(json.dumps(meta, indent=1) + "\n")
+        samples.append(sample)
+    return samples
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Build the data into a folder, by hand (docs/demo.md)."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    for name, count in build(args.folder, args.seed).counts.items():
+        print(f"{args.folder}/{name}.list: {count} samples")
+
+
+if __name__ == "__main__":
+    main()
