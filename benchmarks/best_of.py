@@ -33,7 +33,7 @@ from prfl_engine.build import pick_device
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_meta
 from prfl_engine.demo.compare import paired_p, spread, unsteadiness
 from prfl_engine.files import write_whole
-from prfl_engine.media.codec import BlockCodec
+from prfl_engine.media.codec import FrameCodec
 from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.reward import RewardModel
@@ -155,7 +155,7 @@ def table(found: Iterable[dict]) -> Iterable[str]:
 
 def distances(folder: Path, paths: Sequence[Path]) -> Callable[[Tensor], Tensor]:
     """The distance [N, P] of the latents [N, P, C, T, H, W] of these held-out samples, as the demo has it."""
-    codec = BlockCodec.load(folder / "codec.json")
+    codec = FrameCodec.load(folder / "codec.safetensors")
     metas = [(path, read_meta(path)["vae_latent_path"]) for path in paths]
     real = torch.cat([torch.from_numpy(np.load(path.parent / latent)) for path, latent in metas])
     clean = unsteadiness(codec.decode(real))

@@ -44,7 +44,7 @@ from prfl_engine.config import Config
 from prfl_engine.data import Reader, fixed_batches, read_lists
 from prfl_engine.demo.compare import measure
 from prfl_engine.files import write_whole
-from prfl_engine.media.codec import BlockCodec
+from prfl_engine.media.codec import FrameCodec
 from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.model.sources import read_config
@@ -105,7 +105,7 @@ def labelled(folder: Path, name: str) -> Batch:
     return next(fixed_batches(reader, paths, len(paths), torch.device("cpu")))
 
 
-def learn(train: Batch, val: Batch, codec: BlockCodec, frames: str, steps: int) -> tuple[FrameReward, float]:
+def learn(train: Batch, val: Batch, codec: FrameCodec, frames: str, steps: int) -> tuple[FrameReward, float]:
     """(a network over frames that tells clean from broken motion, its held-out accuracy)."""
     torch.manual_seed(0)
     network = FrameReward()
@@ -124,7 +124,7 @@ def learn(train: Batch, val: Batch, codec: BlockCodec, frames: str, steps: int) 
     return network, ((logits > 0) == (val.label > 0.5)).double().mean().item()
 
 
-def gate(folder: Path, codec: BlockCodec, network: FrameReward) -> None:
+def gate(folder: Path, codec: FrameCodec, network: FrameReward) -> None:
     """Stop unless the gradient of RGB ReFL agrees with a central difference."""
     c = settings(folder)
     policy = load_transformer(c.model.path, torch.float64, "cpu").set_precision(torch.float64)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     folder, clock, mode = args.folder, time.process_time, Mode.of("fresh")
-    codec = BlockCodec.load(folder / "data" / "codec.json")
+    codec = FrameCodec.load(folder / "data" / "codec.safetensors")
     train, val = (labelled(folder, name) for name in ("reward_train", "reward_val"))
     networks, accuracy = {}, {}
     for frames in {"all": 0} | {name.split(":")[0]: 0 for name in args.modes if name != PRFL}:
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     looks = {"pixels": lambda video: torch.sigmoid(networks["all"](video))}
     c, data = settings(folder), folder / "data"
     start = {"before": Path(c.model.path)}
-    samples, _ = measure(c, data / "codec.json", data / "clean_val.list", start, args.count)
+    samples, _ = measure(c, data / "codec.safetensors", data / "clean_val.list", start, args.count)
     found = {"machine": machine("cpu"), "accuracy": accuracy, "step_seconds": times}
     found |= {"before": means_of(samples["before"], looks), "runs": {}}
     more = [f"train.seed={args.seed}"] + ([] if args.lr is None else [f"optim.lr={args.lr}"])

@@ -275,7 +275,7 @@ class SampleConfig(Section, name="sample"):
     guidance: Scale = 1.0
     """Classifier-free guidance, as rollout.guidance."""
     codec: FilePath | None = None
-    """JSON file of the demo's latent codec; None writes latents only."""
+    """Safetensors file of the demo's latent codec; None writes latents only."""
     fps: Annotated[int, Within(1, 1000)] = 16
 
 

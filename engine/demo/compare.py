@@ -16,7 +16,7 @@ from prfl_engine.demo.baseline import handmade_logits
 from prfl_engine.demo.data import DemoData
 from prfl_engine.demo.motion import blind, flow_errors
 from prfl_engine.guidance import guidance_of
-from prfl_engine.media.codec import BlockCodec
+from prfl_engine.media.codec import FrameCodec
 from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.sources import read_config
@@ -45,7 +45,7 @@ def measure(
     """
     device, e, r = pick_device(config), config.eval, config.reward
     scored = [i for i, t in enumerate(e.timesteps) if t in e.scored]
-    codec = BlockCodec.load(codec_path)
+    codec = FrameCodec.load(codec_path)
     score = load_reward(r.path, **r.pooling, dtype=torch.float32, device=device).freeze()
     schedule = whole_schedule(config.rollout)
     paths = spread(read_lists([str(clean_val)], "clean_val"), seeds)

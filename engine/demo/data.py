@@ -1,12 +1,12 @@
-"""Demo data in the official format: sprites over real backdrops, and windows of real video, as latents.
+"""Demo data in the official format: lights over photographs, and windows of real video, as latents.
 
     python -m prfl_engine.demo.data DIR [--seed N]
 
 - Every source is written twice: clean (label 1) and with its motion broken (label 0). Still, single frames of
   the two look alike, so only motion can tell them apart.
-- The generator's list is of sprites, four of five broken; the reward model's has clean and broken in equal
-  numbers, and windows of real video besides.
-- Held out are the backdrops' and windows' frames, and of the breaks those of sprites.HELD_OUT altogether.
+- The generator's list is of lights, four of five shaking; the reward model's has clean and broken in equal
+  numbers, with other breaks and windows of real video besides.
+- Held out are the photographs' and windows' frames, and of the breaks those of lights.HELD_OUT altogether.
 - Windows that hardly move are left out before they are corrupted, on both sides alike.
 """
 
@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prfl_engine.demo import clips, sprites
+from prfl_engine.demo import clips, lights
 from prfl_engine.errors import UserError, check
-from prfl_engine.media.codec import BlockCodec
+from prfl_engine.media.codec import FrameCodec
 from prfl_engine.metrics import progress
 
 TEXT_DIM = 64
-NEGATIVE = "shuffled jumps shakes stutters vanishes turns"
+NEGATIVE = "shakes shuffled jumps stutters vanishes turns"
 MANIFEST = "demo_data.json"
 TRIES = 60  # windows of a shot that move too little before the next shot takes its turn
 CLEAN_EVERY = 4  # sources of which the generator's list has the clean sample besides the broken one
@@ -40,25 +40,25 @@ CLEAN_EVERY = 4  # sources of which the generator's list has the clean sample be
 class DemoSpec:
     """What is built; the folder of a finished build says for which of these."""
 
-    sprites: int = 3000
-    """Training sources with sprites; every one gives a clean and a broken sample."""
+    lights: int = 5000
+    """Training sources with lights; every one gives a clean and a broken sample."""
     windows: int = 500
     """Training windows of real video, for the reward model alone."""
     held_out: int = 200
     """Held-out sources, as many each: breaks of the training data, breaks that it does not have, windows."""
     frames: int = 13
-    size: int = 24
+    size: int = 32
     """Height and width in pixels."""
     min_motion: float = 0.016
-    """Mean absolute difference of successive decoded frames (of 1) below which a window is left out."""
+    """Mean absolute difference of successive frames (of 1) below which a window is left out."""
 
     def __post_init__(self):
-        for name in "sprites", "windows", "held_out":
+        for name in "lights", "windows", "held_out":
             check(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
-        good = self.frames % 2 == 1 and 11 <= self.frames <= min(clips.MIN_HELD_OUT, 29)
-        check(good, "frames", self.frames, f"an odd number from 11 to {clips.MIN_HELD_OUT}")
-        good = 24 <= self.size <= 72 and self.size % 8 == 0
-        check(good, "size", self.size, "a multiple of 8 from 24 to 72")
+        good = 11 <= self.frames <= min(clips.MIN_HELD_OUT, 29)
+        check(good, "frames", self.frames, f"11 to {clips.MIN_HELD_OUT}")
+        good = 16 <= self.size <= 72
+        check(good, "size", self.size, "16 to 72")
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Source(NamedTuple):
     broken: Tensor
     kind: str  # of the break
     caption: str
+    long: str  # a caption that says more
     facts: dict  # what else its meta JSONs say
 
 
@@ -98,30 +99,30 @@ def embed(caption: str) -> np.ndarray:
     return np.stack(words)[None].astype(np.float32)
 
 
-def motion(codec: BlockCodec, video: Tensor) -> float:
-    """Mean absolute difference of successive frames of decode(encode(video)), video [3, F, H, W]."""
-    seen = codec.decode(codec.encode(video[None]))
-    return seen.diff(dim=2).abs().mean().item()
+def motion(video: Tensor) -> float:
+    """Mean absolute difference of successive frames of a video [3, F, H, W]."""
+    return video.diff(dim=1).abs().mean().item()
 
 
-def draw_sprites(
+def draw_lights(
     rng: np.random.Generator, count: int, part: int, breaks: tuple, real: dict, spec: DemoSpec
 ) -> Iterator[Source]:
-    """`count` sources with sprites over backdrops of the part (0 training, 1 held out), breaks by turns."""
+    """`count` sources with lights over photographs of the part (0 training, 1 held out), breaks by turns."""
     frames = clips.usable(real, part)
     for i in range(count):
-        backdrop, place = clips.backdrop(rng, real, frames, spec.size)
-        sprite = sprites.Sprite.draw(rng)
-        track, times = sprites.track(rng, sprite, spec.frames, spec.size), np.arange(spec.frames)
+        photograph, place = clips.photograph(rng, real, frames, spec.size)
+        light = lights.Light.draw(rng)
+        track, times = lights.track(rng, light, spec.frames, spec.size), np.arange(spec.frames)
         break_it = breaks[i % len(breaks)]
-        moved = (sprites.steady(track, times), np.ones(spec.frames)), break_it(rng, track, spec.frames)
-        clean, broken = (torch.from_numpy(sprites.render(backdrop, sprite, *m)) for m in moved)
-        caption = f"{sprite.caption()} {place}"
-        yield Source(clean, broken, break_it.__name__, caption, {"sprite": asdict(sprite)})
+        moved = lights.steady(track, times), lights.constant(spec.frames)
+        made = moved, break_it(rng, track, spec.frames, spec.size)
+        clean, broken = (torch.from_numpy(lights.render(photograph, light, *m)) for m in made)
+        caption, facts = light.caption(), {"light": asdict(light)}
+        yield Source(clean, broken, break_it.__name__, caption, f"{caption} over {place}", facts)
 
 
 def draw_windows(
-    rng: np.random.Generator, count: int, part: int, codec: BlockCodec, real: dict, spec: DemoSpec
+    rng: np.random.Generator, count: int, part: int, real: dict, spec: DemoSpec
 ) -> Iterator[Source]:
     """`count` windows of real video of the part; shots take turns, and corruptions with every round."""
     frames = {s: f for s, f in clips.usable(real, part).items() if len(f) >= spec.frames}
@@ -131,7 +132,7 @@ def draw_windows(
         for shot in [s for s in shots[turn:] + shots[:turn] for _ in range(TRIES)]:
             window = clips.draw(rng, shot, frames[shot], spec.frames, spec.size)
             video = clips.cut(real[clips.SHOTS[shot].clip], window, spec.size)
-            moved = motion(codec, clips.inner(video))
+            moved = motion(clips.inner(video))
             if moved >= spec.min_motion:
                 break
         else:
@@ -140,7 +141,7 @@ def draw_windows(
         facts = {"clip": clips.SHOTS[shot].clip, "frames": window.frames, "box": window.box}
         facts |= {"pan": window.pan, "mirrored": window.mirrored, "motion": round(moved, 5)}
         clean, broken = (clips.inner(v) for v in (video, corrupt(video, rng)))
-        yield Source(clean, broken, corrupt.__name__, window.caption(), facts)
+        yield Source(clean, broken, corrupt.__name__, window.caption(), window.caption(), facts)
 
 
 # ---- files
@@ -150,7 +151,7 @@ def build(out_dir: str | Path, seed: int, spec: DemoSpec = DemoSpec()) -> DemoDa
     """Build the data in a new folder, or return that of a finished build of the same parameters."""
     out_dir = Path(out_dir)
     check(seed >= 0, "seed", seed, "a whole number from 0")
-    wanted = json.loads(json.dumps({"version": 4, "seed": seed, **asdict(spec)}))
+    wanted = json.loads(json.dumps({"version": 5, "seed": seed, **asdict(spec)}))
     if not (out_dir / MANIFEST).is_file():
         empty = not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir()))
         check(empty, "out_dir", str(out_dir), "a new or empty folder")
@@ -177,7 +178,7 @@ def build(out_dir: str | Path, seed: int, spec: DemoSpec = DemoSpec()) -> DemoDa
     lists = {name: out_dir / f"{name}.list" for name in found["counts"]}
     return DemoData(
         folder=out_dir,
-        codec=out_dir / "codec.json",
+        codec=out_dir / "codec.safetensors",
         null_text=out_dir / "text/null.npy",
         negative_text=out_dir / "text/negative.npy",
         counts=found["counts"],
@@ -191,32 +192,34 @@ def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
         (folder / name).mkdir(parents=True)
     np.save(folder / "text/null.npy", np.zeros((1, 1, TEXT_DIM), np.float32))
     np.save(folder / "text/negative.npy", embed(NEGATIVE))
-    real, rngs = clips.read_clips(), (np.random.default_rng([seed, n]) for n in range(6))
-    some = draw_sprites(next(rngs), 256, 0, sprites.BREAKS, real, spec)
-    codec = BlockCodec.fit(torch.stack([video for source in some for video in (source.clean, source.broken)]))
-    codec.save(folder / "codec.json")
+    real, rngs = clips.read_clips(), (np.random.default_rng([seed, n]) for n in range(7))
+    every = tuple(b for other in lights.BREAKS for b in (lights.shakes, other))  # every second one shakes
+    some = [*draw_lights(next(rngs), 200, 0, every, real, spec), *draw_windows(next(rngs), 50, 0, real, spec)]
+    codec = FrameCodec.fit(torch.stack([video for source in some for video in (source.clean, source.broken)]))
+    codec.save(folder / "codec.safetensors")
 
     def written(name: str, count: int, sources: Iterator[Source]) -> list[str]:
         pairs = enumerate(progress(sources, name, count))
         return [s for i, source in pairs for s in _write_source(folder, f"{name}-{i:05d}", source, codec)]
 
-    def moving(name: str, count: int, part: int, breaks: tuple) -> list[str]:
-        return written(name, count, draw_sprites(next(rngs), count, part, breaks, real, spec))
+    def drawn(name: str, count: int, part: int, breaks: tuple) -> list[str]:
+        return written(name, count, draw_lights(next(rngs), count, part, breaks, real, spec))
 
     def filmed(name: str, count: int, part: int) -> list[str]:
-        return written(name, count, draw_windows(next(rngs), count, part, codec, real, spec))
+        return written(name, count, draw_windows(next(rngs), count, part, real, spec))
 
-    train = moving("train", spec.sprites, 0, sprites.BREAKS)
+    train = drawn("train", spec.lights, 0, every)
     windows = filmed("window", spec.windows, 0)
-    val = moving("val", spec.held_out, 1, sprites.BREAKS)
-    order = np.random.default_rng([seed, 6]).permutation
-    sft = train[1::2] + train[:: 2 * CLEAN_EVERY]
+    val = drawn("val", spec.held_out, 1, every)
+    order = np.random.default_rng([seed, 7]).permutation
+    # Of every four samples the first two are steady and shaking, the others steady and broken otherwise.
+    sft = train[1::4] + train[:: 4 * CLEAN_EVERY]
     reward = train + windows
     lists = {
         "sft_train": [sft[i] for i in order(len(sft))],
         "reward_train": [reward[i] for i in order(len(reward))],
         "reward_val": val,
-        "reward_new": moving("new", spec.held_out, 1, sprites.HELD_OUT),
+        "reward_new": drawn("new", spec.held_out, 1, lights.HELD_OUT),
         "reward_real": filmed("real", spec.held_out, 1),
         "clean_val": val[::2],
     }
@@ -225,10 +228,10 @@ def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
     return {name: len(samples) for name, samples in lists.items()}
 
 
-def _write_source(folder: Path, source_id: str, source: Source, codec: BlockCodec) -> list[str]:
+def _write_source(folder: Path, source_id: str, source: Source, codec: FrameCodec) -> list[str]:
     """Write the clean and the broken sample of a source; returns their names."""
     texts = []
-    for caption in source.caption, f"a video of {source.caption}":
+    for caption in source.caption, source.long:
         text = f"text/{caption.replace(' ', '-')}.npy"
         if not (folder / text).exists():
             np.save(folder / text, embed(caption))

@@ -32,7 +32,7 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 2600
+    pretrain: int = 1800
     reward: int = 1000
     prfl: int = 120
     seeds: int = 64
@@ -67,7 +67,7 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         model=replace(base.model, preset="demo"),
         loss=LossConfig(weight=0),
         optim=OptimConfig(lr=8e-3, schedule="cosine", warmup=50),
-        data=replace(base.data, batch_size=16),
+        data=replace(base.data, batch_size=32),
         train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.99),
     )
     stage("pre-training", train, pretrain)
@@ -77,10 +77,10 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         base,
         model=replace(base.model, path=str(generator)),
         reward=replace(base.reward, path=None, train_embeddings=True),
-        data=replace(base.data, batch_size=32, train=(str(data.reward_train),), val=(str(data.reward_val),)),
-        optim=OptimConfig(lr=3e-3, lr_head=3e-3, schedule="cosine", warmup=50, weight_decay=0.1),
+        data=replace(base.data, batch_size=64, train=(str(data.reward_train),), val=(str(data.reward_val),)),
+        optim=OptimConfig(lr=1.5e-3, lr_head=1.5e-3, schedule="cosine", warmup=50, weight_decay=0.01),
         # More of the lower noise levels: at the upper ones there is little to see.
-        rollout=replace(base.rollout, shift=0.5),
+        rollout=replace(base.rollout, shift=0.3),
         train=replace(base.train, out=str(out / "reward"), steps=s.reward, ema=0.99),
         eval=replace(base.eval, every=max(1, s.reward // 5), batch_size=64),
     )
@@ -122,7 +122,7 @@ def base_config(data: DemoData, seed: int = 0) -> Config:
     """What all stages share."""
     return Config(
         model=ModelConfig(compute_dtype="float32"),
-        reward=RewardConfig(blocks=4, feature_layer=4, num_heads=4),
+        reward=RewardConfig(blocks=3, feature_layer=3, pool="mean"),
         data=DataConfig(
             train=(str(data.sft_train),),
             val=(str(data.clean_val),),

@@ -111,7 +111,7 @@ PRESETS = {
     "tiny-i2v": WanConfig("i2v", in_dim=36, **_TINY),
     "tiny-i2v-a14b": WanConfig("i2v", in_dim=36, clip=False, **_TINY),
     "tiny-ti2v": WanConfig("ti2v", in_dim=48, out_dim=48, **_TINY),
-    "demo": WanConfig("ti2v", **_TINY),
+    "demo": WanConfig("ti2v", **_TINY | dict(text_len=8, in_dim=64, out_dim=64, patch_size=(1, 1, 1))),
 }
 
 
