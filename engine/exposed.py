@@ -37,7 +37,7 @@ def measured(clock: Clock, leads: bool = True) -> Iterator[None]:
         found = [(*_owned(*method), method[-1]) for method in _METHODS]
     except (ImportError, AttributeError) as error:
         if leads:
-            note(f"torch {torch.__version__}: {error}; exposed communication (perf/exposed_s) is not measured")
+            note(f"torch {torch.__version__}: {error}; exposed communication (perf/exposed_s) is left out")
         yield
         return
     with told(clock.waits), ExitStack() as stack:

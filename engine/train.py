@@ -20,7 +20,7 @@ from prfl_engine.build import (
     read_generator,
     save_generator,
 )
-from prfl_engine.checks import check_prfl
+from prfl_engine.checks import check_prfl, unused
 from prfl_engine.config import Config, LossConfig
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
@@ -28,7 +28,7 @@ from prfl_engine.guidance import Guidance, guidance_of, training_guidance
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
-from prfl_engine.metrics import decimal
+from prfl_engine.metrics import decimal, note
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import flops, lora
 from prfl_engine.model.experts import Experts
@@ -246,6 +246,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             found.flops["reward"] *= c.reward.draws
         return found
 
+    for line in unused(c) if world.leads else []:
+        note(line)
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
         validate if c.eval.every else None, save, load, costs, graded if persists else None, world,

@@ -151,9 +151,8 @@ def test_where_torch_has_other_names_waits_are_left_out(gone, monkeypatch, capsy
         monkeypatch.setitem(sys.modules, f"{exposed._PLACE}._fsdp_state", None)
     capsys.readouterr()
     for leads in (True, False):
-        with phases.timed(torch.device("cpu")) as clock, exposed.measured(clock, leads):
-            with waiting():
-                pass
+        with phases.timed(torch.device("cpu")) as clock, exposed.measured(clock, leads), waiting():
+            pass
         assert not clock.lap().waits()
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "perf/exposed_s" in line
