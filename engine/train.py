@@ -33,6 +33,7 @@ from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import flops, lora
 from prfl_engine.model.experts import Experts
 from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.start import Start
 from prfl_engine.model.wan import plain_blocks
 from prfl_engine.objectives import (
     Generator,
@@ -179,6 +180,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         else:
             graded = Fresh(grader, c, meter, world.readers, anchor)
 
+    # The start that validation measures the distance to, where it is there anyway.
+    origin = anchor.start if anchor is not None else Start(policy) if c.lora.rank else None
     names = ["", *(f"{other.name}_" for other in c.reward.more)]
     rewards = {} if reward is None else dict(zip(names, (reward, *more), strict=True))
 
@@ -229,7 +232,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
                 yield values
 
     def validate(step: int) -> dict[str, float]:
-        return evaluate_policy(c, policy, rewards, schedule, held_out, step, world, eval_guidance)
+        return evaluate_policy(c, policy, rewards, schedule, held_out, step, world, eval_guidance, origin)
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
         save_generator(policy, c, folder, values)
@@ -265,9 +268,10 @@ def evaluate_policy(
     step: int,
     world: World = World(),  # noqa: B008 - frozen
     guidance: Guidance | None = None,
+    origin: Start | None = None,
 ) -> dict[str, float]:
-    """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents. rewards: by what
-    the names of their metrics begin with.
+    """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents, with the
+    distance of its velocities to those of `origin`. rewards: by what the names of their metrics begin with.
 
     Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n of those
     in rollout.sigma_range, before the shift. It is noised to every one of eval.timesteps and scored there; a
@@ -296,7 +300,10 @@ def evaluate_policy(
         sigma = flow.shift_sigma(level, r.shift)
         noise = flow.rounded(noise, dtype)
         t = levels.timestep(sigma)
-        samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, plain_blocks, t))
+        loss, apart = anchored_sft_loss(policy, origin, batch, noise, sigma, plain_blocks, t)
+        samples.put("sft_loss", loss)
+        if apart is not None:
+            samples.put("sft_anchor", apart)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
         start = fixed(policy, batch, start_of(r, schedule, batch.latent, noise))
         with lora.lent(policy) if e.rollout_lora else nullcontext():
@@ -328,7 +335,7 @@ def evaluate_policy(
     with world.agreed():
         if kept:
             write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
-    values = {"sft_loss": found["sft_loss", 0].mean().item()}
+    values = {k: found[k, 0].mean().item() for k in ("sft_loss", "sft_anchor") if (k, 0) in found}
     for name in rewards:
         shown = [f"{name}reward_t{decimal(t)}" for t in (e.timesteps if ends is None else scored)]
         values |= {key: found[key, 0].sigmoid().mean().item() for key in shown}
