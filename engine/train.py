@@ -157,8 +157,10 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))
     graded, meter = None, None
-    eval_guidance = None
+    eval_guidance, origin = None, None
     if c.eval.every:
+        if anchor is not None or c.lora.rank:  # where the frozen start takes no more memory
+            origin = Start(policy) if anchor is None else anchor.start
         eval_guidance = guidance_of(c, c.eval.guidance, c.eval.guidance, policy, "eval.guidance")
         if c.model.boundary is None:
             given, want = list(c.rollout.sigma_range), "one with a step of the chain, for validation"
@@ -180,8 +182,6 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         else:
             graded = Fresh(grader, c, meter, world.readers, anchor)
 
-    # The start that validation measures the distance to, where it is there anyway.
-    origin = anchor.start if anchor is not None else Start(policy) if c.lora.rank else None
     names = ["", *(f"{other.name}_" for other in c.reward.more)]
     rewards = {} if reward is None else dict(zip(names, (reward, *more), strict=True))
 
@@ -300,10 +300,13 @@ def evaluate_policy(
         sigma = flow.shift_sigma(level, r.shift)
         noise = flow.rounded(noise, dtype)
         t = levels.timestep(sigma)
-        loss, apart = anchored_sft_loss(policy, origin, batch, noise, sigma, plain_blocks, t)
-        samples.put("sft_loss", loss)
-        if apart is not None:
-            samples.put("sft_anchor", apart)
+        given = batch, noise, sigma, plain_blocks, t
+        if origin is None:
+            samples.put("sft_loss", sft_loss(policy, *given))
+        else:
+            losses = anchored_sft_loss(policy, origin, *given)
+            for name, values in zip(("sft_loss", "sft_anchor"), losses, strict=True):
+                samples.put(name, values)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
         start = fixed(policy, batch, start_of(r, schedule, batch.latent, noise))
         with lora.lent(policy) if e.rollout_lora else nullcontext():
