@@ -159,7 +159,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     graded, meter = None, None
     eval_guidance, origin = None, None
     if c.eval.every:
-        if anchor is not None or c.lora.rank:  # where the frozen start takes no more memory
+        if c.lora.rank or (anchor is not None and c.loss.anchor_place == "device"):  # takes no more memory
             origin = Start(policy) if anchor is None else anchor.start
         eval_guidance = guidance_of(c, c.eval.guidance, c.eval.guidance, policy, "eval.guidance")
         if c.model.boundary is None:

@@ -27,6 +27,7 @@ from prfl_engine.memory.idle import Idle
 from prfl_engine.model import lora
 from prfl_engine.model import start as start_module
 from prfl_engine.model.checkpoint import load_transformer
+from prfl_engine.model.flops import costs
 from prfl_engine.model.start import Start
 from prfl_engine.objectives import Grader, Grading, anchored_sft_loss
 from prfl_engine.planner.command import predict
@@ -317,3 +318,15 @@ def test_a_plan_counts_the_forwards_of_the_start(given, forwards, tmp_path):
     rows = {row.phase: row for row in predict(str(write_run(tmp_path)), given).times.rows}
     assert rows["frozen start"].seconds == pytest.approx(forwards / 0.5 * rows["rollout"].seconds)
     assert rows["frozen start"].flops == pytest.approx(forwards / 0.5 * rows["rollout"].flops)
+
+
+def test_a_plan_counts_the_forward_of_a_validation(tmp_path):
+    path = str(write_run(tmp_path, eval={"every": 1, "samples": 3}))
+
+    def flops(*given):
+        return next(row.flops for row in predict(path, given).times.rows if row.phase == "validation")
+
+    one = 3 * costs(tiny_config(), (1, 4, 4)).flops["rollout"]
+    assert flops(*LORA) - flops() == pytest.approx(one)
+    assert flops("loss.anchor=1") - flops() == pytest.approx(one)
+    assert flops("loss.anchor=1", "loss.anchor_place=host") == flops()
