@@ -46,6 +46,13 @@ def load_module(checkout: Path, name: str) -> types.ModuleType:
         raise SystemExit(f"--peer: {file} needs the package {error.name}, which is not installed") from None
 
 
+def new_folder(name: str) -> Path:
+    """A folder that is to be written, a type of argparse. SystemExit, one line, for one that is there."""
+    if Path(name).exists():
+        raise SystemExit(f"--golden: {name} exists, want a new name")
+    return Path(name)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, k_lens: Tensor | None = None, **_) -> Tensor:
     """flash_attention for samples that are not padded, in the dtype that autocast gives the products."""
     dtype = v.dtype if torch.is_autocast_enabled(q.device.type) else q.dtype

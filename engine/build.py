@@ -24,7 +24,7 @@ from prfl_engine.model.checkpoint import (
 from prfl_engine.model.experts import HIGH, LOW, Experts, pair_at
 from prfl_engine.model.reward import RewardModel, freeze_embeddings
 from prfl_engine.model.start import Anchor, Start
-from prfl_engine.model.wan import PRESETS, WanTransformer
+from prfl_engine.model.wan import PRESETS, WanConfig, WanTransformer
 from prfl_engine.parallel import World
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels import dispatch, extension, tuning
@@ -244,16 +244,27 @@ def make_more_rewards(
 
 
 def make_frozen_reward(
-    config: Config, policy: WanTransformer | Experts, device: torch.device, shard: Shard | None = None
+    config: Config, policy: WanTransformer | Experts | None, device: torch.device, shard: Shard | None = None
 ) -> RewardModel:
-    """The reward model of reward.path, frozen, computing in the precision of the policy."""
+    """The reward model of reward.path, frozen, stored as reward.weights and reward.place say, computing in
+    the precision of the generator. policy: the one that it has to fit; None: any."""
     r, m = config.reward, config.model
     if r.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
     frozen = Frozen(r.storage, device)
     made = dict(dtype=DTYPES[m.weights_dtype], device=frozen.loads, shard=shard)
     reward = load_reward(r.path, **r.heads, **made, **r.pooling)
-    ours, theirs = policy.config, reward.transformer.config
+    if policy is not None:
+        _check_fits(reward.transformer.config, policy.config)
+    set_up(reward.freeze().transformer, m)
+    if r.storage.apart:
+        frozen.take(reward.transformer)
+        reward.to(device)
+    return reward
+
+
+def _check_fits(theirs: WanConfig, ours: WanConfig) -> None:
+    """UserError for a reward model that cannot score the latents of a generator."""
     # A T2V model scores the latents of an I2V generator, too, without its first frame.
     own = theirs.model_type != "t2v"
     names = ("model_type", "in_dim", "clip") if own else ()
@@ -263,11 +274,6 @@ def make_frozen_reward(
         got = getattr(theirs, name)
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
-    set_up(reward.freeze().transformer, m)
-    if r.storage.apart:
-        frozen.take(reward.transformer)
-        reward.to(device)
-    return reward
 
 
 def make_reward(

@@ -205,9 +205,10 @@ class RewardConfig(Section, name="reward"):
     """PRFL: a list of further rewards, each with name, path, weight, form and target; that of `path` has the
     weight, form and target of the section loss. The score of a validation is their weighted mean."""
     weights: Literal["same", "e4m3"] = "same"
-    """PRFL: how the matrices of the blocks of all reward models are stored, as lora.base."""
+    """PRFL, `prfl sample --best-of` and `prfl score`: how the matrices of the blocks of all reward models are
+    stored, as lora.base."""
     place: Literal["device", "host"] = "device"
-    """PRFL: where they are, as lora.base_place."""
+    """Where they are, as lora.base_place."""
     draws: Annotated[int, Within(1, 1000)] = 1
     """PRFL: noise levels at which every reward scores the result of a graded step; the mean of their losses
     is taken. The first is the level that it has. For the others, evenly spread from there to pure noise, it

@@ -13,6 +13,7 @@ from torch import Tensor
 from prfl_engine import chain
 from prfl_engine.best_of import best_of, check_choice, judge
 from prfl_engine.build import load_generator, make_frozen_reward, pick_device
+from prfl_engine.checks import check_reward_storage
 from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import (
     CLIP_KEYS,
@@ -30,6 +31,7 @@ from prfl_engine.files import atomic_folder
 from prfl_engine.guidance import guidance_of, step_forwards
 from prfl_engine.inputs import check_new
 from prfl_engine.metrics import note, progress
+from prfl_engine.model import lora
 from prfl_engine.objectives import chain_velocity, fixed, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
@@ -42,7 +44,7 @@ def sample(
     config: Config, out: str | Path, count: int = 1, step: int | None = None, keep: bool = False
 ) -> list[Path]:
     """Sample the prompts of data.val with the generator of model.path, and the adapter of lora.path if there
-    is one; returns the files written.
+    is one, with eval.rollout_lora in addition to that of rollout.lora; returns the files written.
 
     The noise of sample i follows from sample.seed and i alone. With `count` above 1 the best of the samples
     of sample.seed, sample.seed + 1, ... by the reward model of reward.path, judged after `step` denoising
@@ -55,8 +57,11 @@ def sample(
     check_choice(count, step, r.steps)
     if config.model.path is None:
         raise UserError("model.path: got null, want the folder of a generator")
-    if count > 1 and config.reward.path is None:
-        raise UserError("reward.path: got null, want the folder of a reward model (--best-of)")
+    if count > 1:
+        if config.reward.path is None:
+            raise UserError("reward.path: got null, want the folder of a reward model (--best-of)")
+        config.reward.check_one("with --best-of")
+        check_reward_storage(config)
     alone = config.model.boundary is None and r.sigma_range != (0, 1)
     want = "[0, 1], or both experts (model.boundary): one alone makes no sample"
     check(not alone, "rollout.sigma_range", list(r.sigma_range), want)
@@ -64,6 +69,8 @@ def sample(
     paths = read_lists(config.data.val, "data.val")
     paths = [paths[i % len(paths)] for i in range(s.count)]
     model = load_generator(config, device)
+    if config.eval.rollout_lora:
+        lora.lend(model, r.lora)
     reward = make_frozen_reward(config, model, device) if count > 1 else None
     guidance = guidance_of(config, s.guidance, s.guidance, model, "sample.guidance")
     schedule = whole_schedule(r)
@@ -71,7 +78,7 @@ def sample(
     chosen: list[dict] = []
     reader, size = Reader(model.config, first_frame=config.data.first_frame), config.eval.batch_size
     batches = fixed_batches(reader, paths, size, device)
-    with torch.no_grad():
+    with torch.no_grad(), lora.lent(model):
         for first, batch in counted(progress(batches, "sampling", -(-len(paths) // size))):
             noises = (noise_like(batch.latent, Purpose.SAMPLE, s.seed + n, first) for n in range(count))
             noises = map(partial(fixed, model, batch), noises)

@@ -87,6 +87,9 @@ def test_the_cost_that_is_printed_is_that_of_the_generator(guidance, made, tmp_p
     (["--best-of", "4", "--judge-at", "0"], "--judge-at: got 0, want 1 to 4"),
     (["--judge-at", "2"], "--judge-at: got 2, want none without --best-of"),
     (["reward.path=null", "--best-of", "4", "--judge-at", "2"], "reward.path: got null, want"),
+    (["reward.draws=2", "--best-of", "4", "--judge-at", "2"], "reward.draws: got 2, want 1 with --best-of"),
+    (["reward.place=host", "model.compile=true", "--best-of", "4", "--judge-at", "2"],
+     "model.compile: got True, want false with reward.weights e4m3 or reward.place host"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(words, needle, made, tmp_path, capsys):
     folder, _ = made

@@ -283,6 +283,8 @@ def test_a_plan_has_the_bytes_of_a_run(storage, tmp_path, monkeypatch):
     ("reward.place=host model.compile=true", "model.compile: got True, want false with reward.weights"),
     ("lora.base_place=host rollout.precision=fp8", "rollout.precision: got 'fp8', want same with lora.base"),
     ("lora.base=e4m3 rollout.cuda_graph=true", "rollout.cuda_graph: got True, want false with lora.base"),
+    ("reward.weights=e4m3 loss.weight=0 reward.path=null", "reward.weights: got 'e4m3', want same with loss"),
+    ("reward.place=host loss.weight=0 reward.path=null", "reward.place: got 'host', want device with loss.w"),
     ("lora.base=fp8", "lora.base: got 'fp8', want same or e4m3"),
     ("lora.base=e4m3 model.boundary=0.5 model.idle=host", "model.idle: got 'host', want device with lora"),
 ])  # fmt: skip

@@ -192,6 +192,7 @@ def test_a_resumed_run_has_the_same_rewards(tmp_path, capsys):
     ("train", "reward.more=[{name: a, path: b}, {name: a, path: c}]", "reward.more: got ['a', 'a'], want a "),
     ("train", "reward.more=[{name: A, path: b}]", "reward.more.name: got 'A', want text: lower-case letters"),
     ("train", "reward.more=[{name: a, path: nowhere}]", "reward.more a: nowhere"),
+    ("eval-reward", "reward.draws=2", "reward.draws: got 2, want 1 in eval-reward"),
     ("train-reward", "reward.draws=2", "reward.draws: got 2, want 1 in reward training"),
     ("train-reward", "MORE", "reward.more: got ['other'], want none in reward training"),
 ])  # fmt: skip

@@ -3,6 +3,7 @@
 import copy
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -188,6 +189,23 @@ def test_a_run_goes_on_to_the_bit_and_saves_none_of_it(rank, tmp_path, capsys):
     write_adapter(path, tiny_config(), seed=4)
     run("train", config, *given, "train.steps=5", f"train.out={cut}", "train.resume=true", code=2)
     assert one_line(capsys).startswith(f"prfl: rollout.lora: got {str(path)!r}, want what it held when")
+
+
+def test_a_sample_has_it_where_it_is_asked_for(tmp_path):
+    """In addition to lora.path: that of the generator with both merged into its weights."""
+    config = write_run(tmp_path)
+    own, fast = (write_adapter(tmp_path / n, tiny_config(), seed=i) for i, n in enumerate(("own", "fast")))
+    run("merge-lora", tmp_path / "policy", str(own), "--out", str(tmp_path / "one"))
+    run("merge-lora", tmp_path / "one", str(fast), "--out", str(tmp_path / "both"))
+    both = f"lora.path={own}", f"rollout.lora={fast}"
+    cases = {"off": both, "on": (*both, "eval.rollout_lora=true"), "one": [f"model.path={tmp_path}/one"],
+             "merged": [f"model.path={tmp_path}/both"]}  # fmt: skip
+    made = {}
+    for name, given in cases.items():
+        run("sample", config, *given, "sample.count=1", "--out", str(tmp_path / "samples" / name))
+        made[name] = torch.from_numpy(np.load(tmp_path / "samples" / name / "sample-00.npy"))
+    assert relative(made["on"], made["merged"]) < 1e-5 and relative(made["off"], made["one"]) < 1e-5
+    assert relative(made["on"], made["off"]) > 0.01
 
 
 @pytest.mark.parametrize("given, line", [

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prfl_engine.build import DTYPES, pick_device, set_up
+from prfl_engine.build import make_frozen_reward, pick_device
+from prfl_engine.checks import check_reward_storage
 from prfl_engine.config import Config, load_config
 from prfl_engine.data import LATENT_KEYS, REWARD_TEXT_KEYS, TEXT_KEY, Reader, by_shape, read_lists
 from prfl_engine.errors import UserError, check, one_line
@@ -23,7 +24,6 @@ from prfl_engine.files import write_whole
 from prfl_engine.inputs import check_file, check_new_file
 from prfl_engine.media import VIDEOS
 from prfl_engine.metrics import decimal, note, progress
-from prfl_engine.model.checkpoint import load_reward
 from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import noisy_rewards
 from prfl_engine.parallel import World
@@ -161,6 +161,8 @@ def score(config: Config, paths: Sequence[Path], options: Options) -> list[Score
     The noise of draw d follows from eval.seed, d and the latent's shape alone. UserError for a sample that
     does not fit the model; TrainingError for a reward that is not finite.
     """
+    config.reward.check_one("in prfl score")
+    check_reward_storage(config)
     _refuse_videos(paths)
     reader = ScoreReader(
         read_config(config.reward.path), first_frame=config.data.first_frame, text=options.text
@@ -169,10 +171,8 @@ def score(config: Config, paths: Sequence[Path], options: Options) -> list[Score
     shapes = by_shape(reader, paths)
     if len(shapes) > 1:
         note(f"{len(shapes)} latent shapes: samples of different shapes meet different noise")
-    device, m, r = pick_device(config), config.model, config.reward
-    made = dict(dtype=DTYPES[m.weights_dtype], device=device)
-    model = load_reward(r.path, **r.heads, **made, **r.pooling).freeze()
-    set_up(model.transformer, m)
+    device = pick_device(config)
+    model = make_frozen_reward(config, None, device)
     timesteps = options.timesteps or config.eval.scored
 
     def name(t: float, draw: int) -> str:
