@@ -140,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         "--best-of", type=int, default=1, metavar="N", help="seeds a prompt, the best one by reward.path"
     )
     sample.add_argument("--judge-at", type=int, metavar="STEP", help="steps after which one of N is kept")
+    sample.add_argument(
+        "--finish", type=int, default=1, metavar="K", help="finish the best K of N (default: %(default)s)"
+    )
     add_sample(sample)
     add_encode(command("encode", _encode, "Videos, images and prompts to training data.", config=False))
     merge = command("merge-lora", _merge_lora, "Add an adapter to a generator's weights.", config=False)
@@ -264,9 +267,9 @@ def _sample(args) -> None:
         from prfl_engine.encode.prompts import Prompts, sample_prompts
 
         prompts = Prompts(tuple(args.prompt), **words)
-        files = sample_prompts(config, args.out, args.best_of, args.judge_at, prompts)
+        files = sample_prompts(config, args.out, args.best_of, args.judge_at, prompts, args.finish)
     else:
-        files = sample(config, args.out, args.best_of, args.judge_at)
+        files = sample(config, args.out, args.best_of, args.judge_at, finish=args.finish)
     for path in files:
         print(path)
 
