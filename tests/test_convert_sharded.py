@@ -10,7 +10,9 @@ from helpers import tiny_config, tiny_model, tiny_reward, write_run
 from safetensors.torch import load_file, save_file
 from test_convert import equal
 from test_lora import model as with_updates
+from training_runs import flip
 
+from prfl_engine import checksums
 from prfl_engine.checkpoint_shards import save_sharded
 from prfl_engine.cli import main
 from prfl_engine.config import LoraConfig
@@ -196,13 +198,18 @@ def test_readers_take_a_sharded_checkpoint_where_they_are_told_a_path(tmp_path, 
 
 def test_a_part_is_read_without_the_rest(tmp_path):
     """Rows of a tensor that is in two pieces, as every rank reads its own."""
-    base = {"path": None, "preset": "tiny-t2v"}
-    sharded(tmp_path / "checkpoint-5", model := tiny_model(), base)
+    save_transformer(model := tiny_model(), tmp_path / "base")
+    sharded(tmp_path / "checkpoint-5", model, {"path": str(tmp_path / "base"), "preset": None})
     weight = model.state_dict()["blocks.0.ffn.0.weight"]
     stored = stored_weights(tmp_path / "checkpoint-5")["blocks.0.ffn.0.weight"]
     n = len(weight)
     for rows in (slice(0, 3), slice(n // 2 - 1, n // 2 + 2), slice(n - 1, None), slice(None), slice(n, n)):
         assert torch.equal(stored.values[rows], weight[rows])
+    checksums.write(tmp_path / "checkpoint-5")
+    load_transformer(tmp_path / "checkpoint-5")
+    flip(tmp_path / "checkpoint-5/shard-00001.safetensors")
+    with pytest.raises(UserError, match="shard-00001.safetensors: its checksum is"):
+        load_transformer(tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5/shard-00001.safetensors").unlink()
     with pytest.raises(UserError, match="shard-00001.safetensors: no such file"):
         load_transformer(tmp_path / "checkpoint-5")
