@@ -35,7 +35,7 @@ def load_module(checkout: Path, name: str) -> types.ModuleType:
     *parents, _ = full = name.split(".")
     file = checkout.joinpath(*full).with_suffix(".py")
     if not file.is_file():
-        raise SystemExit(f"--peer: {file}: no such file, want a checkout of HY-Video-PRFL")
+        raise SystemExit(f"{file}: no such file, want a checkout of HY-Video-PRFL")
     for i in range(1, len(parents) + 1):
         package = types.ModuleType(".".join(parents[:i]))
         package.__path__ = [str(checkout.joinpath(*parents[:i]))]
@@ -43,7 +43,7 @@ def load_module(checkout: Path, name: str) -> types.ModuleType:
     try:
         return importlib.import_module(".".join(full))
     except ModuleNotFoundError as error:
-        raise SystemExit(f"--peer: {file} needs the package {error.name}, which is not installed") from None
+        raise SystemExit(f"{file} needs the package {error.name}, which is not installed") from None
 
 
 def new_folder(name: str) -> Path:

@@ -10,7 +10,7 @@ from torch import Tensor
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.checks import check_base_idle
 from prfl_engine.config import Config, LoraConfig, ModelConfig, RewardConfig
-from prfl_engine.errors import UserError, check, named, refusing
+from prfl_engine.errors import UserError, named, refusing
 from prfl_engine.memory.frozen import Frozen
 from prfl_engine.memory.idle import Idle
 from prfl_engine.model import lora
@@ -21,7 +21,7 @@ from prfl_engine.model.checkpoint import (
     new_reward,
     save_transformer,
 )
-from prfl_engine.model.experts import HIGH, LOW, Experts, pair_at
+from prfl_engine.model.experts import HIGH, LOW, Experts, adapter_of, pair_at
 from prfl_engine.model.reward import RewardModel, freeze_embeddings
 from prfl_engine.model.start import Anchor, Start
 from prfl_engine.model.wan import PRESETS, WanConfig, WanTransformer
@@ -149,17 +149,6 @@ def load_generator(config: Config, device: torch.device) -> WanTransformer | Exp
         if idle is not None:
             idle.take(made[-1])
     return Experts(*made, m.boundary, idle)
-
-
-def adapter_of(path: str | None, folder: str, both: bool) -> str | None:
-    """The adapter of one expert at lora.path: in the folder named after the expert; None where another one's
-    is there; and without such folders lora.path itself. UserError where that may be of `both`."""
-    if path is None or (Path(path) / folder).is_dir():
-        return path and str(Path(path) / folder)
-    if any((Path(path) / name).is_dir() for name in (HIGH, LOW)):
-        return None
-    check(not both, "lora.path", path, f"a folder with {HIGH} or {LOW}: an adapter of one expert or of each")
-    return path
 
 
 def save_generator(

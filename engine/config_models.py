@@ -135,8 +135,8 @@ class LoraConfig(Section, name="lora"):
     )  # fmt: skip
     """Ends of the names of the linear layers that get one, as in PEFT's target_modules."""
     path: FilePath | None = None
-    """Adapter to start from, or to sample with: a folder in PEFT's format, or a safetensors file in one of
-    the formats of engine/model/lora_files.py."""
+    """Adapter to start from, or to sample with: a folder in PEFT's format, a sharded checkpoint, or a
+    safetensors file in one of the formats of engine/model/lora_files.py."""
     base: Literal["same", "e4m3"] = "same"
     """How the frozen matrices of the generator's blocks are stored, in sampling too. e4m3: in one byte a
     value, rounded with a scale for each row; a block computes, forward and backward, with these values in
@@ -170,8 +170,8 @@ class RewardConfig(Section, name="reward"):
     """The reward model and how it is trained."""
 
     path: FilePath | None = None
-    """Folder with the three files of a reward model; None: train-reward makes a new one of the generator's
-    first blocks."""
+    """Folder with the three files of a reward model, or a sharded checkpoint of one; None: train-reward makes
+    a new one of the generator's first blocks."""
     query_attention: FilePath | None = None
     """File of the pooling, where it is not in `path`."""
     mlp: FilePath | None = None

@@ -23,13 +23,14 @@ from prfl_engine.errors import UserError
 from prfl_engine.inputs import check_out, load_pickle, read_json
 from prfl_engine.metrics import FILE, check_writers, note, read_metrics
 from prfl_engine.model.experts import HIGH, LOW
-from prfl_engine.model.sources import transformer_folder
+from prfl_engine.model.sharded import RUN
+from prfl_engine.model.sources import sharded, transformer_folder
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import load_state
 from prfl_engine.optim.states import check_like
 from prfl_engine.restarts import restarted
 
-STATE, RUN = "training_state.pt", "run.json"
+STATE = "training_state.pt"
 
 # What a resumed run may change. free: it may, and the change is printed; score: it may, but validation then
 # measures something else, so the best checkpoint is looked for anew; fixed: it may not; source: it may move,
@@ -235,6 +236,7 @@ def _digest(paths: list[Path]) -> dict:
 
 
 def _files(path: Path) -> Iterable[Path]:
+    path = sharded(path) or path
     if path.is_dir():
         inner = [path / name for name in (HIGH, LOW, "transformer_2") if (path / name).is_dir()]
         folders = [*inner, *([path / "transformer"] if (path / "transformer_2").is_dir() else [])]

@@ -80,7 +80,34 @@ def test_the_cost_that_is_printed_is_that_of_the_generator(guidance, made, tmp_p
     assert text in capsys.readouterr().err
 
 
+def test_the_worst_are_dropped_and_the_rest_is_finished(made, tmp_path, capsys):
+    """Two of three, the better one first, each as its seed alone; their cost."""
+    folder, best = made
+    capsys.readouterr()
+    choice = "--best-of", str(SEEDS), "--judge-at", str(AT), "--finish", "2"
+    run("sample", folder / "config.yaml", "eval.batch_size=3", "--out", str(tmp_path / "out"), *choice)
+    cost = SEEDS * AT + 2 * (STEPS - AT)
+    assert f"best 2 of 3, judged after 2 of 5 steps: {cost} forwards of the generator a prompt" in (
+        capsys.readouterr().err
+    )
+    listed = (tmp_path / "out/samples.list").read_text().split()
+    assert len(listed) == 2 * COUNT
+    for i in range(COUNT):
+        pair = [json.loads((tmp_path / f"out/sample-{2 * i + j:02d}.json").read_text()) for j in (0, 1)]
+        rewards = pair[0]["judged"]["rewards"]
+        assert pair[1]["judged"] == pair[0]["judged"] == best[i]["judged"]
+        order = np.argsort(rewards)[::-1]
+        assert [meta["seed"] - 3 for meta in pair] == order[:2].tolist()
+        assert pair[0]["source"] == pair[1]["source"] == best[i]["source"]
+        for j, meta in enumerate(pair):
+            alone = np.load(folder / f"{meta['seed']}/sample-{i:02d}.npy")
+            np.testing.assert_array_equal(np.load(tmp_path / f"out/sample-{2 * i + j:02d}.npy"), alone)
+
+
 @pytest.mark.parametrize("words, needle", [
+    (["--finish", "2"], "--finish: got 2, want 1, or fewer than --best-of N"),
+    (["--best-of", "2", "--judge-at", "2", "--finish", "2"], "--finish: got 2, want 1, or fewer than"),
+    (["--best-of", "2", "--judge-at", "2", "--finish", "0"], "--finish: got 0, want 1, or fewer than"),
     (["--best-of", "0"], "--best-of: got 0, want"),
     (["--best-of", "4"], "--judge-at: got None, want 1 to 4 of the 5 steps"),
     (["--best-of", "4", "--judge-at", "5"], "--judge-at: got 5, want 1 to 4"),

@@ -36,10 +36,11 @@ ROOMS = [
     {"patch"},
     {"planner", "resume", "validation"},
     {"build"},
-    {"convert_shards", "loop", "sample"},
+    {"loop", "sample"},
     {"convert"},
     {"train", "train_reward"},
-    {"demo", "tools", "encode"},
+    {"encode"},
+    {"demo", "tools"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

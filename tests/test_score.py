@@ -164,7 +164,7 @@ def test_mistakes_are_one_line(folder, capsys, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"")
     (tmp_path / "clips.list").write_text("clip.mp4\n")
     for path in (tmp_path, tmp_path / "clip.mp4", tmp_path / "clips.list"):
-        refuse(folder, capsys, [path], "clip.mp4: is a video, want its latents as .npy", "prfl encode")
+        refuse(folder, capsys, [path], "clip.mp4: is a video, want --models DIR, which encodes it")
     (tmp_path / "clip.mp4").unlink()
     refuse(folder, capsys, [tmp_path], "got no latents, want samples.list or files NAME.npy")
     np.save(tmp_path / "odd.npy", np.zeros((1, 16, 1, 3, 4), np.float32))

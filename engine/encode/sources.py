@@ -1,7 +1,8 @@
-"""What is to be encoded: rows of a video, an image and a prompt, from a folder or a table.
+"""What is to be encoded: rows of a video, an image and a prompt, from a folder, a file or a table.
 
     folder    every video and image below it; NAME.txt next to NAME.mp4 holds its prompt, NAME.png next to it
               is its first frame
+    NAME.mp4  that video, in the same way
     .csv      a header with the columns of COLUMNS, and any others
     .jsonl    a JSON object a line, of the same names
     .json     a list of such objects, as HY-Video-PRFL's preprocessing takes it
@@ -11,7 +12,7 @@ Paths count from the working directory, or else from the folder of the table.
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,15 +53,22 @@ class Skipped(NamedTuple):
     reason: str
 
 
-def read_rows(source: str | Path) -> tuple[list[Row], list[Skipped]]:
+def read_rows(source: str | Path, prompt: str | None = None) -> tuple[list[Row], list[Skipped]]:
     """The rows of a source, and those that cannot be one (no prompt, no such file, a wrong label).
 
-    UserError for a source that cannot be read at all, or has neither videos nor images.
+    prompt: of files without a NAME.txt. UserError for a source that cannot be read at all, or has neither
+    videos nor images.
     """
     source = Path(source)
     rows: list[Row] = []
     skipped: list[Skipped] = []
-    for where, values in _folder(source) if source.is_dir() else _table(source):
+    found = _table(source)
+    if source.is_dir():
+        found = _files(source.rglob("*"), prompt)
+    elif is_media(source):
+        check_file(source, "a video or an image")
+        found = _files((p for p in source.parent.iterdir() if p.stem == source.stem), prompt)
+    for where, values in found:
         try:
             rows.append(_row(where, values, source if source.is_dir() else source.parent))
         except UserError as error:
@@ -104,8 +112,14 @@ def _text(values: dict, names: tuple[str, ...]) -> str | None:
     return None
 
 
-def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS + IMAGES and p.is_file())
+def is_media(path: Path) -> bool:
+    """Whether a path names a video or an image."""
+    return path.suffix.lower() in VIDEOS + IMAGES
+
+
+def _files(paths: Iterable[Path], prompt: str | None) -> Iterator[tuple[str, Any]]:
+    """The rows of the videos and images among paths."""
+    files = sorted(p for p in paths if is_media(p) and p.is_file())
     videos = {p.with_suffix("") for p in files if p.suffix.lower() in VIDEOS}
     images = {p.with_suffix(""): p for p in files if p.suffix.lower() in IMAGES}
     for path in files:
@@ -113,25 +127,24 @@ def _folder(folder: Path) -> Iterator[tuple[str, Any]]:
         if not is_video and stem in videos:
             continue  # the first frame of that video
         sidecar = path.with_suffix(".txt")
-        prompt = " ".join(read_lines(sidecar, "a prompt")) if sidecar.is_file() else None
+        own = " ".join(read_lines(sidecar, "a prompt")) if sidecar.is_file() else prompt
         image = images.get(stem) if is_video else path
-        if not (prompt or "").strip():
+        if not (own or "").strip():
             yield str(path), UserError(f"no prompt, want one in {sidecar.name}")
             continue
         yield str(path), {
             "video": str(path.absolute()) if is_video else None,
             "image": image and str(image.absolute()),
-            "prompt": prompt,
+            "prompt": own,
         }
 
 
 def _table(source: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a table and their places; a UserError in place of one that is no JSON."""
-    kinds = {".csv": _csv, ".jsonl": _jsonl, ".json": _json}
-    want = f"a folder, or a table {' or '.join(kinds)}"
+    want = f"a folder, or a table {' or '.join(TABLES)}"
     check_file(source, want)
-    check(source.suffix.lower() in kinds, str(source), source.suffix, want)
-    yield from kinds[source.suffix.lower()](source)
+    check(source.suffix.lower() in TABLES, str(source), source.suffix, want)
+    yield from TABLES[source.suffix.lower()](source)
 
 
 def _csv(source: Path) -> Iterator[tuple[str, Any]]:
@@ -173,3 +186,7 @@ def _parsed(text: str | bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         return UserError(f"not JSON: {' '.join(str(error).split())}")
+
+
+TABLES = {".csv": _csv, ".jsonl": _jsonl, ".json": _json}
+"""How tables are read, by the ends of their names."""

@@ -14,6 +14,7 @@ from typing import Any
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import read_json
 from prfl_engine.model.reward import POOLS, QueryPool, RewardModel
+from prfl_engine.model.sources import sharded
 
 SETTINGS = "reward.json"
 OFFICIAL = {"num_heads": 8, "feature_layer": 8, "return_type": "query", "pool": "query"}
@@ -32,7 +33,12 @@ def write_settings(model: RewardModel, folder: Path, step: int) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The values of a folder's reward.json; {} where there is none. UserError for values that cannot be."""
+    """The values of a folder's reward.json; {} where there is none; all of a sharded checkpoint. UserError
+    for values that cannot be."""
+    if sharded(folder) is not None:
+        from prfl_engine.model.sharded import reward_settings  # it reads other reward models by this module
+
+        return reward_settings(folder)
     path = folder / SETTINGS
     if not os.path.lexists(path):
         return {}

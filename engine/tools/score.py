@@ -1,4 +1,4 @@
-"""`prfl score`: rank latents by a reward model.
+"""`prfl score`: rank latents, samples or videos by a reward model.
 
 Every sample meets the same noise: draw d of a latent shape is one tensor for all samples and timesteps. So
 differences between scores come from the samples, and, rounding apart, no score depends on another sample.
@@ -29,6 +29,7 @@ from prfl_engine.objectives import noisy_rewards
 from prfl_engine.parallel import World
 from prfl_engine.sample import LIST
 from prfl_engine.seeds import Purpose, noise_like
+from prfl_engine.tools.score_videos import Videos
 from prfl_engine.validation import HeldOut
 
 TEXT_SUFFIX = ".text.npy"
@@ -44,7 +45,7 @@ class Scored:
     score: float  # mean reward (sigmoid of the logit) over timesteps and draws
     spread: float | None  # standard deviation over draws of the mean over timesteps; None of one draw
     by_timestep: dict[float, float]  # mean reward over draws
-    file: str  # the meta JSON or the latent
+    file: str  # the meta JSON, the latent or the video
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _of_folder(folder: Path) -> list[Path]:
 def _refuse_videos(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.suffix.lower() in (*VIDEOS, ".webp"):
-            raise UserError(f"{path}: is a video, want its latents as .npy: `prfl encode` makes them")
+            raise UserError(f"{path}: is a video, want --models DIR, which encodes it, or latents as .npy")
 
 
 def _check_texts(paths: Sequence[Path], text: str | None, image: bool) -> None:
@@ -249,13 +250,18 @@ def as_values(config: Config, scored: Sequence[Scored], draws: int) -> dict:
 
 
 def run(
-    model: str, words: Sequence[str], options: Options, out: str | None
-) -> tuple[Config, list[Scored]]:
-    """Score what a command line names; data.val of the configuration where it names no samples."""
+    model: str, words: Sequence[str], options: Options, out: str | None, videos: Videos
+) -> tuple[Config, list[Scored], int]:
+    """Score what a command line names; data.val of the configuration where it names no samples. The number
+    is the exit code, not 0 where videos are left out."""
     file = None if out is None else check_new_file(out, "--out")
     names, overrides = divided(words)
     config = settings(model, overrides)
-    scored = score(config, find_samples(names) if names else read_lists(config.data.val, "data.val"), options)
+    latents, sources = videos.divided(names)
+    paths = find_samples(latents) if names else read_lists(config.data.val, "data.val")
+    with videos.samples(sources, read_config(config.reward.path), config.train.device) as encoded:
+        found = score(config, [*paths, *map(Path, encoded.files)], options)
+        scored = [replace(s, file=encoded.files.get(s.file, s.file)) for s in found]
     if file is not None:
         write_whole(file, as_csv(scored))
-    return config, scored
+    return config, scored, encoded.code
