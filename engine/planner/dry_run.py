@@ -31,6 +31,7 @@ from prfl_engine.objectives import (
     Grading,
     anchored_sft_loss,
     bind,
+    chain_velocity,
     index_range,
     noisy_reward,
     sft_loss,
@@ -43,6 +44,7 @@ from prfl_engine.planner.models import (
     batch_of,
     counter,
     generator,
+    guidance_of,
     inputs,
     reward_model,
     start_of,
@@ -213,7 +215,7 @@ def _graded(
 ) -> dict[str, Laps]:
     if setup.rollout.mode == "persistent":  # every window has a chain of its own
         setup = replace(setup, rollout=replace(setup.rollout, samples=1))
-    rollout, setup = rollout_bytes(setup), _both_halves(setup)
+    rollout = rollout_bytes(setup)
     steps, last = setup.rollout.steps, index_range(setup.rollout)[1]
     config = replace(setup.chain, window=min(setup.window, 2))
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
@@ -222,13 +224,16 @@ def _graded(
     there = model, start and start.model, *rewards
     with _passes(setup.pool, names, *there) as (found, watch):
         batch, noise, _ = inputs(setup, setup.latent)
+        guidance = guidance_of(setup, setup.chain.unconditional == "gradient")
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
-            extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
+            given = batch if guidance is None else guidance.both(batch)
+            extra.append(torch.empty_like(model.embed_context(given.text, given.clip).detach()))
+            del given
         stay, run_blocks = (lambda *_: lambda: lambda x, t, active: x.clone()), run_under(policies, watch)
         grader = Grader(
-            model, rewards[0], schedule(steps), config, stay, run_blocks, score, more=tuple(rewards[1:]),
-            draws=setup.draws,
+            model, rewards[0], schedule(steps), config, stay, run_blocks, score, guidance=guidance,
+            more=tuple(rewards[1:]), draws=setup.draws,
         )  # fmt: skip
         grading = Grading(grader, batch, start, torch.empty_like)
         for window in grading.windows(noise, torch.tensor(index)):
@@ -241,18 +246,8 @@ def _graded(
     return found
 
 
-def _both_halves(setup: Setup, rollout: bool = False) -> Setup:
-    """The setup with twice the samples where the two halves of guided steps are there at once."""
-    scale = (setup.rollout if rollout else setup.chain).guidance
-    at_once = setup.rollout.guidance_at_once if rollout else setup.chain.unconditional == "gradient"
-    if scales(scale) == (1, 1) or not at_once:
-        return setup
-    return replace(setup, latent=(2 * setup.latent[0], *setup.latent[1:]))
-
-
 def rollout_bytes(setup: Setup) -> int:
     """Most bytes of the steps without gradient before a graded one, in addition to weights and gradients."""
-    setup = _both_halves(setup, rollout=True)
     return _rollout_bytes(replace(setup, blocks=None, keep="all", sft=True, validation=None))
 
 
@@ -266,15 +261,19 @@ def _rollout_bytes(setup: Setup) -> int:
         live = counter(model, rolled, *rewards)
         base = live.now - SCALARS - setup.pool
         with live:
-            batch = batch_of(setup, setup.latent)
+            prompts = batch = batch_of(setup, setup.latent)
+            if (guidance := guidance_of(setup, setup.rollout.guidance_at_once)) is not None:
+                batch = guidance.both(prompts)
             context = model.embed_context(batch.text, batch.clip)
-            scored = [reward.embed_context(batch.text, batch.clip) for reward in rewards]
+            scored = [reward.embed_context(prompts.text, prompts.clip) for reward in rewards]
             extra = []
             extra.append(ballast(accelerated_bytes(setup)))
             ballast(fsdp.largest(model) if resident else 0)
             extra += [torch.empty_like(context)] if setup.lent else []
             repeated = Repeated(live)
-            forward = repeated.velocity(bind(rolled, batch, context.detach()))
+            bound, given = partial(bind, rolled), (batch, context.detach())
+            made = bound(*given) if guidance is None else guidance.velocity(bound, *given)
+            forward = repeated.velocity(made)
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
                 with lora.lent(rolled):
@@ -282,7 +281,7 @@ def _rollout_bytes(setup: Setup) -> int:
 
             def judge(x: Tensor) -> None:
                 for i, (reward, context) in enumerate(zip(rewards, scored, strict=True)):
-                    repeated(f"judge {i}", reward.score, x, torch.empty(len(x)), context, batch.condition)
+                    repeated(f"judge {i}", reward.score, x, torch.empty(len(x)), context, prompts.condition)
 
             r = setup.rollout
             seeds = judged_step(r), r.seeds, ranks(r), judge
@@ -310,9 +309,11 @@ def accelerated_bytes(setup: Setup) -> int:
     step caching what the blocks added and their first input."""
     values, r = -(-setup.tokens // setup.sequence) * setup.config.dim, setup.rollout
     residual, product = setup.residual_dtype.itemsize * values, setup.compute_dtype.itemsize * values
-    if r.cache > 0:
-        return 2 * residual + product
-    return residual if r.precision != "same" or r.cuda_graph else 0
+    halves = 1 + (scales(r.guidance) != (1, 1))
+    if r.cache > 0:  # of each half
+        return halves * (2 * residual + product)
+    at_once = halves if r.guidance_at_once else 1
+    return at_once * residual if r.precision != "same" or r.cuda_graph else 0
 
 
 def validation_bytes(setup: Setup) -> int:
@@ -332,7 +333,8 @@ def validation_bytes(setup: Setup) -> int:
                 read = batch_of(setup, (v.read - (left == 0), *v.latent[1:])) if v.read else None
                 batch, noise, sigma = inputs(setup, v.latent)
                 repeated("loss", sft_loss, model, batch, noise, sigma)
-                velocity = repeated.velocity(bind(model, batch))
+                guidance = guidance_of(setup, v.at_once, v.guided)
+                velocity = repeated.velocity(chain_velocity(model, batch, guidance))
                 latent = chain.sample(velocity, schedule(FULL_HISTORY + 1), noise)
                 del velocity
                 extra += [latent] if v.kept else []
