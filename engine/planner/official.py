@@ -30,18 +30,21 @@ WORDS = (
 )
 
 
-def official(path: str, overrides: Sequence[str], options: Options) -> Prediction:
-    """The prediction for the configuration in a file under these settings, on as many GPUs."""
+def settings(path: str, overrides: Sequence[str], options: Options) -> tuple[str, ...]:
+    """The overrides that make these settings of the configuration in a file, on as many GPUs."""
     count = options.gpus or 1
     config, _ = read_config(path, overrides, count)
     heads = subject_of(config, path, 1, options).setup.config.num_heads
     cut = SEQUENCE if count % SEQUENCE == heads % SEQUENCE == 0 else 1
     groups = count // cut
     accumulate = -(-config.train.accumulate // groups) * groups
-    given = (*overrides, *SETTINGS, *(() if options.train_reward else PRFL))
-    return predict(
-        path, (*given, f"parallel.sequence={cut}", f"train.accumulate={accumulate}"), options
-    )
+    own = SETTINGS if options.train_reward else SETTINGS + PRFL
+    return (*overrides, *own, f"parallel.sequence={cut}", f"train.accumulate={accumulate}")
+
+
+def official(path: str, overrides: Sequence[str], options: Options) -> Prediction:
+    """The prediction under these settings."""
+    return predict(path, settings(path, overrides, options), options)
 
 
 def words(p: Prediction) -> str:

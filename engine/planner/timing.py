@@ -190,7 +190,7 @@ def times(
         count = often * samples * (sft + graded * (start_forwards(setup) if graded else 0))
         start = start_bytes(setup, models)[1] / rates.link
         model = forward_work(setup.config, setup.count, setup.tokens // samples).forward
-        hidden = (links.forward * (1 + max(both_sft, *both.steps[:1])) + start) / samples + brought / samples
+        hidden = (links.forward * (1 + max(both_sft, 0.0, *both.steps[:1])) + start + brought) / samples
         add("frozen start", count, plain, hidden, links.exchange_forward / samples, model)
     switch = max(0.0, idle_bytes(setup, models).coming / rates.link - plain)  # beside its first forward
     if switch > 0:
