@@ -7,7 +7,7 @@ from functools import cached_property
 
 from prfl_engine.config import Config, values_of
 from prfl_engine.config_file import from_dict, override
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check
 from prfl_engine.planner.command import Options
 from prfl_engine.planner.machine import Machine
 from prfl_kernels.attention.fp8 import HEAD_DIMS
@@ -31,6 +31,11 @@ OPTIMIZERS = (
     (*LEAN, "optim.name=adamw", "optim.offload=all"),
 )
 SAMPLES = 1, 4
+BASE = "lora.base=same", "lora.base_place=device"  # of the weights that adapters are for
+SHARED = (
+    *BASE, "reward.weights=same", "reward.place=device", "model.idle=device", "loss.anchor_place=device",
+)  # fmt: skip
+WAITING = "lora.base_place=host", "reward.place=host"
 Overrides = tuple[str, ...]
 
 
@@ -113,7 +118,8 @@ class Choices:
         return itertools.product(*self.groups())
 
     def _layouts(self) -> list[Overrides]:
-        """Ranks of a sample, copies of the weights, and micro-batches enough for all groups."""
+        """Ranks of a sample, copies of the weights, and micro-batches enough for all groups; weights that
+        are shared wait nowhere else."""
         if self.gpus == 1:
             return [("parallel.sequence=1", "parallel.replicate=1")]
         gpus, base, found = self.gpus, self.settings.base.train.accumulate, []
@@ -123,14 +129,21 @@ class Choices:
                 groups = gpus // p
                 accumulate = -(-base // groups) * groups
                 found.append((
-                    f"parallel.sequence={p}", f"parallel.replicate={copies}", f"train.accumulate={accumulate}"
+                    f"parallel.sequence={p}", f"parallel.replicate={copies}",
+                    f"train.accumulate={accumulate}", *SHARED,
                 ))  # fmt: skip
         return found
 
     def _training(self) -> list[Overrides]:
-        rank = self.settings.base.lora.rank or min(RANK, self.heads * self.head_dim)
-        full = [("lora.rank=0", *optimizer) for optimizer in OPTIMIZERS]
-        return full + [(f"lora.rank={rank}", dtype, *PLAIN) for dtype in (WIDE, BRAIN)]
+        """All weights, or adapters; those of one GPU for weights that wait on the host, too."""
+        base = self.settings.base
+        rank = base.lora.rank or min(RANK, self.heads * self.head_dim)
+        idle = () if base.trained_experts != (True, True) else ("model.idle=device",)
+        full = [("lora.rank=0", *BASE, *idle, *optimizer) for optimizer in OPTIMIZERS]
+        adapters = [(f"lora.rank={rank}", dtype, *PLAIN) for dtype in (WIDE, BRAIN)]
+        if self.gpus == 1 and not self.options.train_reward:
+            adapters += [(*adapters[-1], *WAITING)]
+        return full + adapters
 
     def _chains(self) -> list[Overrides]:
         """Fresh or persistent, and graded steps of a rollout or of a sample."""
@@ -158,11 +171,15 @@ class Choices:
         ]  # fmt: skip
 
 
-def pointless(config: Config) -> bool:
-    """Whether settings buy nothing: what is for rollouts with chains that persist, which are never rolled out
-    but in the beginning."""
+def check_use(config: Config) -> None:
+    """UserError for settings that buy nothing: what is for rollouts with chains that persist, which are never
+    rolled out but in the beginning."""
     r = config.rollout
-    return r.mode == "persistent" and (r.precision == "fp8" or config.parallel.resident)
+    if r.mode == "persistent":
+        want = "with chains that persist, which are hardly rolled out"
+        check(r.precision == "same", "rollout.precision", r.precision, f"same {want}")
+        resident = config.parallel.resident
+        check(not resident, "parallel.resident", resident, f"false {want}")
 
 
 def whole(option: Sequence[Overrides]) -> Overrides:

@@ -62,6 +62,9 @@ def front(search: Found) -> list[str]:
         ]
         parts += [f"<h3>What another setting would buy on {search.rows[-1][1].times.gpus} GPUs</h3>"]
         parts += [table(["setting", "time", "GB", ""], rows, numeric=(1, 2))]
+    if search.left_out:
+        lines = "".join(f"<li>{escape(str(each))}" for each in search.left_out)
+        parts += [f"<h3>Left out: a training refuses them, or gains nothing</h3><ul>{lines}</ul>"]
     return [*parts, "<p class=facts>Below is the last row.</p>"]
 
 
