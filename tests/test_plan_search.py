@@ -141,14 +141,14 @@ def test_adapters_of_one_gpu_may_have_their_weights_on_the_host(tmp_path, few):
 
 
 def test_what_is_left_out_is_said_by_name(tmp_path, few):
-    """What the command sets stays, so that nothing of two GPUs can be tried."""
+    """What the command sets stays, so that nothing of two GPUs and no full fine-tuning can be tried."""
     path = str(write_run(tmp_path, eval={"every": 0}, **STORED))
     found = pareto.search(path, ("lora.base_place=host",), Options(gpus=2, budget=2.0))
     assert [row.times.gpus for _, row in found.rows] == [1]
     left = {each.field: each for each in found.left_out}
-    assert left["lora.base"].gpus == [2] and left["lora.base"].count > 2
+    assert left["lora.base_place"].gpus == [1, 2] and left["lora.base_place"].count > 2
     text = " ".join(found.text().split())
-    assert "by lora.base on 2 GPUs, such as: got 'e4m3', want same with several processes" in text
+    assert "by lora.base_place on 1, 2 GPUs, such as: got 'host', want device with lora.rank 0" in text
     assert {each["field"] for each in found.values()["left_out"]} == left.keys()
     with pytest.raises(UserError, match="nothing of 0 settings fits .*left out: .* by lora.rank"):
         pareto.search(path, ("lora.rank=-1",), Options(gpus=1))

@@ -102,12 +102,15 @@ class Choices:
 
     def _allowed(self, group: list[Overrides]) -> list[Overrides]:
         """The options that leave alone what overrides of the command have set."""
+        return [option for option in group if self._free(option) == option] or [()]
+
+    def _free(self, overrides: Overrides) -> Overrides:
+        """Those that leave it alone."""
         fixed = {item.partition("=")[0] for item in self.settings.given}
-
-        def fits(item: str) -> bool:
-            return item.partition("=")[0] not in fixed or not self.settings.changes(item)
-
-        return [option for option in group if all(map(fits, option))] or [()]
+        return tuple(
+            item for item in overrides
+            if item.partition("=")[0] not in fixed or not self.settings.changes(item)
+        )  # fmt: skip
 
     def minimal(self, overrides: Overrides) -> Overrides:
         """Those that change the configuration."""
@@ -130,7 +133,7 @@ class Choices:
                 accumulate = -(-base // groups) * groups
                 found.append((
                     f"parallel.sequence={p}", f"parallel.replicate={copies}",
-                    f"train.accumulate={accumulate}", *SHARED,
+                    f"train.accumulate={accumulate}", *self._free(SHARED),
                 ))  # fmt: skip
         return found
 
@@ -139,7 +142,7 @@ class Choices:
         base = self.settings.base
         rank = base.lora.rank or min(RANK, self.heads * self.head_dim)
         idle = () if base.trained_experts != (True, True) else ("model.idle=device",)
-        full = [("lora.rank=0", *BASE, *idle, *optimizer) for optimizer in OPTIMIZERS]
+        full = [("lora.rank=0", *self._free((*BASE, *idle)), *optimizer) for optimizer in OPTIMIZERS]
         adapters = [(f"lora.rank={rank}", dtype, *PLAIN) for dtype in (WIDE, BRAIN)]
         if self.gpus == 1 and not self.options.train_reward:
             adapters += [(*adapters[-1], *WAITING)]
