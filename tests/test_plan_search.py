@@ -150,8 +150,8 @@ def test_what_is_left_out_is_said_by_name(tmp_path, few):
     text = " ".join(found.text().split())
     assert "by lora.base_place on 1, 2 GPUs, such as: got 'host', want device with lora.rank 0" in text
     assert {each["field"] for each in found.values()["left_out"]} == left.keys()
-    with pytest.raises(UserError, match="nothing of 0 settings fits .*left out: .* by lora.rank"):
-        pareto.search(path, ("lora.rank=-1",), Options(gpus=1))
+    with pytest.raises(UserError, match="nothing of 0 settings fits .*left out: .* by lora.base_place on 1"):
+        pareto.search(path, ("lora.rank=0", "lora.base_place=host"), Options(gpus=1))
 
 
 def test_nothing_fits(tmp_path, few):
