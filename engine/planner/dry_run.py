@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prfl_engine import chain
 from prfl_engine.config_method import scales
-from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.model import lora
@@ -39,6 +37,7 @@ from prfl_engine.objectives import (
 from prfl_engine.optim.optimizer import set_grad_dtype
 from prfl_engine.planner import fsdp
 from prfl_engine.planner.chain_bytes import FULL_HISTORY, chains, farthest, held, longest, schedule
+from prfl_engine.planner.halves import OTHER, apart
 from prfl_engine.planner.meta import meta_tensors
 from prfl_engine.planner.models import (
     batch_of,
@@ -50,57 +49,15 @@ from prfl_engine.planner.models import (
     start_of,
     trained,
 )
+from prfl_engine.planner.numbers import Laps
 from prfl_engine.planner.repeated import Repeated, ballast
 from prfl_engine.planner.setup import ROUND, Setup, Sharding
 from prfl_engine.planner.updates import arrival_bytes
 from prfl_engine.rollout.choice import judged_step, ranks
 from prfl_kernels.sublayers.products import LowRank
 
-BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 SCALARS = 32 * ROUND  # losses, metrics and tables of angles
 REWARD_TRAINING = "reward training"
-
-
-class Numbers(NamedTuple):
-    """Bytes of one kind of block in one phase, each in addition to what has been saved by then."""
-
-    saved: int
-    saved_last: int
-    forward: int  # most in the forward of a block, what a block of its kind before it offloads included
-    forward_last: int  # without that
-    backward: int  # and in its backward, without what the block before brings back
-    backward_last: int
-    head: int  # after the last block: head, loss, reward model
-    host: int  # on the host
-    leaving: int  # still on the device of what a block has offloaded, until the next block's forward is over
-    start: int  # before the blocks, in addition to weights and gradients
-    before: int  # most before all blocks
-    after: int  # and after all of them
-
-    @property
-    def rest(self) -> int:
-        """Most before and after all blocks."""
-        return max(self.before, self.after)
-
-
-class Laps:
-    """The bytes at the borders of blocks without those that are gathered, and the peaks between them, of one
-    pass with gradient through the generator. peak, before and after (all blocks) are those of all passes of
-    one loss."""
-
-    def __init__(self, live: LiveBytes, base: int, gathered: Callable[[], int]):
-        self.live, self.base, self.before, self.after, self.peak = live, base, 0, 0, 0
-        self.gathered = gathered
-        self.now, self.host, self.forward, self.backward = [], [], [], []
-
-    def border(self, x: Tensor) -> None:
-        """Read the counter at the tokens x before a block or after the last, and again when their gradient
-        is there."""
-        self.forward.append(self.live.lap())
-        self.now.append(self.live.now - self.gathered())
-        self.host.append(self.live.host_now)
-        if x.requires_grad:
-            x.register_hook(lambda _: self.backward.append(self.live.lap()))
 
 
 @contextmanager
@@ -119,9 +76,11 @@ def _passes(
 
     with live:
         yield found, begin
-    before = max(laps.forward[0] for laps in found.values()) - base
+    # Around the second of two halves there is what blocks of the first have saved.
+    around = [laps for name, laps in found.items() if OTHER.get(name) not in found]
+    before = max(laps.forward[0] for laps in around) - base
     # The embedding of time has its backward before the first block's input has its gradient, if it has one.
-    whole = (laps for laps in found.values() if len(laps.backward) == len(laps.forward))
+    whole = (laps for laps in around if len(laps.backward) == len(laps.forward))
     after = max([live.lap(), *(laps.backward[-1] for laps in whole)]) - base
     for laps in found.values():
         laps.before, laps.after, laps.peak = before, after, live.peak - base
@@ -221,10 +180,11 @@ def _graded(
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
     longer = longest(setup) - held(setup, index, config.window, seeds=False)
     names = ["graded step", *["window"] * (config.window - 1)]
+    names = [half for name in names for half in ([OTHER[name]] if apart(setup) else []) + [name]]
     there = model, start and start.model, *rewards
     with _passes(setup.pool, names, *there) as (found, watch):
         batch, noise, _ = inputs(setup, setup.latent)
-        guidance = guidance_of(setup, setup.chain.unconditional == "gradient")
+        guidance = guidance_of(setup, setup.rollout.guidance_at_once)
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
             given = batch if guidance is None else guidance.both(batch)
@@ -365,19 +325,3 @@ def accuracy_bytes(setup: Setup) -> int:
                     repeated("reward", noisy_reward, model, side, noise, sigma)
             del extra
     return live.peak - base
-
-
-def numbers_of(laps: Laps, policy: BlockPolicy) -> Numbers:
-    """The numbers of a policy from a dry run of BLOCKS blocks that have it."""
-    now, n = laps.now, BLOCKS - 1
-    saved, host = now[n] - now[n - 1], laps.host[n] - laps.host[n - 1]
-    ahead = 0 if policy.plain else host
-    saved_last, leaving = now[n + 1] - now[0] - n * saved, now[n] - now[0] - n * saved
-    return Numbers(
-        saved, saved_last,
-        laps.forward[n] - now[0] - (n - 1) * saved, laps.forward[n + 1] - now[0] - n * saved - leaving,
-        laps.backward[2] - now[0] - (n - 1) * saved - ahead,
-        laps.backward[1] - now[0] - n * saved - (0 if policy.staying().plain else host),
-        laps.backward[0] - now[0] - n * saved - saved_last, host, leaving,
-        now[0] - laps.base, laps.before, laps.after,
-    )  # fmt: skip

@@ -15,7 +15,7 @@ from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import of_config
 from prfl_engine.planner.choices import Choices, Overrides, Settings, check_use, whole
 from prfl_engine.planner.command import Options, layout, machine_of, of_subject, subject_of
-from prfl_engine.planner.dry_run import Numbers
+from prfl_engine.planner.numbers import Numbers
 from prfl_engine.planner.plan import Kind, make_kind
 from prfl_engine.planner.predict import memory, stands
 from prfl_engine.planner.report import WIDTH, Prediction, wrapped
