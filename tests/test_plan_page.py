@@ -58,6 +58,17 @@ def test_the_page_holds_all_of_a_prediction(tmp_path):
     assert min(heights) == pytest.approx(peak, abs=0.01)
 
 
+def test_what_seconds_are_predicted_from_is_said(tmp_path):
+    """Pieces of tokens by assumed rates, and steps that a cache skips as if they were made."""
+    path = str(write_run(tmp_path, eval={"every": 0}))
+    given = ("model.chunk=8", "rollout.cache=0.1")
+    plain, found = (predict(path, overrides, Options()) for overrides in ((), given))
+    assert plain.basis == plain.gpu.basis
+    said = [" ".join(found.text().split()), page.html(found, found), found.values()["basis"]]
+    for words in ("tiles of 128 x 256", "rollout.cache: as if no step were skipped"):
+        assert all(words in text for text in said)
+
+
 def test_the_picture_begins_with_all_that_stands(tmp_path):
     path = str(write_run(tmp_path, train={"accumulate": 2, "ema": 0.9}, eval={"every": 0}))
     given = ("parallel.resident=true", "rollout.cuda_graph=true", "loss.anchor=0.1")

@@ -31,7 +31,7 @@ def html(p: Prediction, other: Prediction, search: Found | None = None) -> str:
     parts += ["<h2>Memory by phase, GB</h2>", phases(p), "<h3>By category, GB</h3>", categories(p)]
     parts += ["<h3>Host memory of a process, GB</h3>", host(p), "<h3>How each is known</h3>", basis(p)]
     parts += ["<h2>An optimizer step, seconds predicted</h2>", seconds(p)]
-    parts.append(f"<p class=facts>{escape(p.gpu.basis)}</p>")
+    parts.append(f"<p class=facts>{escape(p.basis)}</p>")
     if p.measured is not None:
         parts += ["<h3>Measured rates</h3>", f"<pre>{escape(chr(10).join(p.measured_lines()))}</pre>"]
     return (
