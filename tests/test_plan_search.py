@@ -102,6 +102,13 @@ def test_every_group_of_settings_is_tried(tmp_path):
                        "model.recompute"}  # fmt: skip
 
 
+def test_a_change_names_what_changes_alone(tmp_path):
+    made = pareto.Search(str(write_run(tmp_path, lora={"rank": 4})), (), Options(gpus=1)).choices(1)
+    mine = "lora.rank=4", "optim.offload=all"
+    other = "lora.rank=0", "lora.base=same", "optim.offload=none"
+    assert made.between(mine, other) == ("lora.rank=0", "optim.offload=none")
+
+
 def test_what_an_override_sets_is_not_changed(tmp_path):
     path = str(write_run(tmp_path))
     given = "lora.rank=0", "model.recompute=full", "parallel.sequence=2"

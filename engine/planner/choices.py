@@ -116,6 +116,14 @@ class Choices:
         """Those that change the configuration."""
         return tuple(item for item in overrides if self.settings.changes(item))
 
+    def between(self, option: Overrides, other: Overrides) -> Overrides:
+        """Those of another option of the same group that change something in place of `option`."""
+        fields = {item.partition("=")[0] for item in option}
+        return tuple(
+            item for item in other if item not in option
+            and (item.partition("=")[0] in fields or self.settings.changes(item))
+        )  # fmt: skip
+
     def candidates(self) -> Iterator[tuple[Overrides, ...]]:
         """One option of every group, in all combinations."""
         return itertools.product(*self.groups())

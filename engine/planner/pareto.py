@@ -294,8 +294,8 @@ def search(path: str, given: Sequence[str] = (), options: Options = Options()) -
 
 def _neighbours(s: Search, best: Candidate) -> Iterator[Neighbour]:
     """The settings with one group changed, where that takes less time or less memory."""
-    size = s.bytes(best)
-    for place, group in enumerate(s.choices(best.shards.size).groups()):
+    size, choices = s.bytes(best), s.choices(best.shards.size)
+    for place, group in enumerate(choices.groups()):
         for other in group:
             option = (*best.option[:place], other, *best.option[place + 1 :])
             if other == best.option[place]:
@@ -304,7 +304,7 @@ def _neighbours(s: Search, best: Candidate) -> Iterator[Neighbour]:
                 made = s.candidate(best.shards.size, option)
             except UserError:  # one of those that have been left out
                 continue
-            change = " ".join(item for item in other if item not in best.option[place])
+            change = " ".join(choices.between(best.option[place], other))
             taken, ratio = s.bytes(made), made.seconds / best.seconds - 1
             if ratio < -0.005 or taken < 0.99 * size:
                 yield Neighbour(change, ratio, taken - size, taken <= s.room)
