@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.checks import check_base_idle
-from prfl_engine.config import Config, LoraConfig, ModelConfig, RewardConfig
+from prfl_engine.config import Config, LoraConfig, ModelConfig
 from prfl_engine.errors import UserError, named, refusing
 from prfl_engine.memory.frozen import Frozen
 from prfl_engine.memory.idle import Idle
@@ -224,11 +224,9 @@ def make_more_rewards(
 ) -> list[RewardModel]:
     """The reward models of reward.more, as make_frozen_reward makes one."""
     made = []
-    for more in config.reward.more:
-        r = config.reward
-        own = replace(config, reward=RewardConfig(path=more.path, weights=r.weights, place=r.place))
-        with named(f"reward.more {more.name}"):
-            made.append(make_frozen_reward(own, policy, device, shard))
+    for name, own in config.reward.further:
+        with named(f"reward.more {name}"):
+            made.append(make_frozen_reward(replace(config, reward=own), policy, device, shard))
     return made
 
 

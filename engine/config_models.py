@@ -246,6 +246,12 @@ class RewardConfig(Section, name="reward"):
         return Storage(self.weights == "e4m3", self.place == "host")
 
     @property
+    def further(self) -> list[tuple[str, "RewardConfig"]]:
+        """(name, section of its own) of every further reward: stored and placed as all are."""
+        made = dict(weights=self.weights, place=self.place)
+        return [(more.name, RewardConfig(path=more.path, **made)) for more in self.more]
+
+    @property
     def heads(self) -> dict[str, str | None]:
         """query_attention and mlp as load_reward takes them."""
         return {"query_attention": self.query_attention, "mlp": self.mlp}

@@ -31,7 +31,6 @@ from prfl_engine.memory.recompute import run_under
 from prfl_engine.metrics import decimal, note
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import flops, lora
-from prfl_engine.model.experts import Experts
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.start import Start
 from prfl_engine.model.wan import plain_blocks
@@ -62,6 +61,7 @@ from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.rollout.persistent import Persistent
 from prfl_engine.sample import write_samples
 from prfl_engine.seeds import Purpose, integers, noise_like
+from prfl_engine.together import asked
 from prfl_engine.validation import HeldOut
 
 
@@ -166,7 +166,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             given, want = list(c.rollout.sigma_range), "one with a step of the chain, for validation"
             check(steps_inside(c.rollout)[1] > 0, "rollout.sigma_range", given, want)
     if use_reward:
-        guidance = training_guidance(c, policy, isinstance(policy, Experts) and world.readers > 1)
+        guidance = training_guidance(c, policy, asked(c, world.readers).apart)
         together = world.together(policy, keep=c.rollout.cuda_graph)
         rollout = make_rollout(policy, c.rollout, schedule, device, together, guidance)
         if rollout is not None and rollout.approximate:

@@ -152,6 +152,22 @@ def with_rewards(folder: Path, seed: int) -> Path:
     return path
 
 
+def guided(folder: Path, seed: int, **sections) -> Path:
+    """The file of one for one process with guided chains, whose graded step is the fourth of five."""
+    values = random_values(folder, seed, 1)
+    values["data"] |= {"batch_size": 1, "negative_text": str(next(folder.glob("data/**/null.npy")))}
+    values["rollout"] |= {
+        "mode": "fresh", "steps": 5, "range": [3, 3], "samples": 1, "cache": 0.0, "guidance": 3
+    }
+    values["chain"] = {"guidance": 3}
+    values["loss"], values["eval"]["every"] = {"weight": 0.1, "sft_weight": 0.0}, 0
+    for name, section in sections.items():
+        values[name] |= section
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
 def with_experts(folder: Path, seed: int, size: int, **sections) -> Path:
     """The file of one for so many processes with two experts, whose graded step is the low-noise one's."""
     path = configuration(folder, seed, size)

@@ -102,6 +102,13 @@ def test_every_group_of_settings_is_tried(tmp_path):
                        "model.recompute"}  # fmt: skip
 
 
+def test_a_change_names_what_changes_alone(tmp_path):
+    made = pareto.Search(str(write_run(tmp_path, lora={"rank": 4})), (), Options(gpus=1)).choices(1)
+    mine = "lora.rank=4", "optim.offload=all"
+    other = "lora.rank=0", "lora.base=same", "optim.offload=none"
+    assert made.between(mine, other) == ("lora.rank=0", "optim.offload=none")
+
+
 def test_what_an_override_sets_is_not_changed(tmp_path):
     path = str(write_run(tmp_path))
     given = "lora.rank=0", "model.recompute=full", "parallel.sequence=2"
@@ -116,6 +123,42 @@ def test_reward_training_is_searched_too(tmp_path, few):
     path = str(write_run(tmp_path, eval={"every": 0}, reward={"path": None}))
     found = pareto.search(path, (), Options(gpus=2, budget=2.0, train_reward=True))
     assert found.rows[0][1].times.trained and "rollout" not in " ".join(found.rows[-1][0])
+
+
+STORED = {"lora": {"rank": 4, "base": "e4m3", "base_place": "host"}, "reward": {"place": "host"}}
+
+
+def test_weights_that_wait_elsewhere_are_no_hindrance(tmp_path, few):
+    """With several GPUs, and with all weights trained, settings are tried without."""
+    path = str(write_run(tmp_path, eval={"every": 0}, loss={"anchor_every": 5}, **STORED))
+    s = pareto.Search(path, ("model.recompute=full", "model.chunk=16"), Options(gpus=2))
+    one, two = (list(s.candidates(gpus)) for gpus in (1, 2))
+    assert not s.left.keys() & {"lora.base", "lora.base_place", "reward.weights", "reward.place"}
+    for found in one, two:
+        assert {c.config.lora.rank for c in found} == {0, 4}
+        assert all(c.config.lora.rank or not c.config.lora.storage.apart for c in found)
+    assert any(c.config.lora.storage.apart for c in one)
+    assert not any(c.config.lora.storage.apart or c.config.reward.storage.apart for c in two)
+
+
+def test_adapters_of_one_gpu_may_have_their_weights_on_the_host(tmp_path, few):
+    path = str(write_run(tmp_path, eval={"every": 0}))
+    found = list(pareto.Search(path, ("model.recompute=full",), Options(gpus=1)).candidates(1))
+    assert any(c.config.lora.base_place == c.config.reward.place == "host" for c in found)
+
+
+def test_what_is_left_out_is_said_by_name(tmp_path, few):
+    """What the command sets stays, so that nothing of two GPUs and no full fine-tuning can be tried."""
+    path = str(write_run(tmp_path, eval={"every": 0}, **STORED))
+    found = pareto.search(path, ("lora.base_place=host",), Options(gpus=2, budget=2.0))
+    assert [row.times.gpus for _, row in found.rows] == [1]
+    left = {each.field: each for each in found.left_out}
+    assert left["lora.base_place"].gpus == [1, 2] and left["lora.base_place"].count > 2
+    text = " ".join(found.text().split())
+    assert "by lora.base_place on 1, 2 GPUs, such as: got 'host', want device with lora.rank 0" in text
+    assert {each["field"] for each in found.values()["left_out"]} == left.keys()
+    with pytest.raises(UserError, match="nothing of 0 settings fits .*left out: .* by lora.base_place on 1"):
+        pareto.search(path, ("lora.rank=0", "lora.base_place=host"), Options(gpus=1))
 
 
 def test_nothing_fits(tmp_path, few):

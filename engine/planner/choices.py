@@ -7,7 +7,7 @@ from functools import cached_property
 
 from prfl_engine.config import Config, values_of
 from prfl_engine.config_file import from_dict, override
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check
 from prfl_engine.planner.command import Options
 from prfl_engine.planner.machine import Machine
 from prfl_kernels.attention.fp8 import HEAD_DIMS
@@ -31,6 +31,11 @@ OPTIMIZERS = (
     (*LEAN, "optim.name=adamw", "optim.offload=all"),
 )
 SAMPLES = 1, 4
+BASE = "lora.base=same", "lora.base_place=device"  # of the weights that adapters are for
+SHARED = (
+    *BASE, "reward.weights=same", "reward.place=device", "model.idle=device", "loss.anchor_place=device",
+)  # fmt: skip
+WAITING = "lora.base_place=host", "reward.place=host"
 Overrides = tuple[str, ...]
 
 
@@ -97,23 +102,35 @@ class Choices:
 
     def _allowed(self, group: list[Overrides]) -> list[Overrides]:
         """The options that leave alone what overrides of the command have set."""
+        return [option for option in group if self._free(option) == option] or [()]
+
+    def _free(self, overrides: Overrides) -> Overrides:
+        """Those that leave it alone."""
         fixed = {item.partition("=")[0] for item in self.settings.given}
-
-        def fits(item: str) -> bool:
-            return item.partition("=")[0] not in fixed or not self.settings.changes(item)
-
-        return [option for option in group if all(map(fits, option))] or [()]
+        return tuple(
+            item for item in overrides
+            if item.partition("=")[0] not in fixed or not self.settings.changes(item)
+        )  # fmt: skip
 
     def minimal(self, overrides: Overrides) -> Overrides:
         """Those that change the configuration."""
         return tuple(item for item in overrides if self.settings.changes(item))
+
+    def between(self, option: Overrides, other: Overrides) -> Overrides:
+        """Those of another option of the same group that change something in place of `option`."""
+        fields = {item.partition("=")[0] for item in option}
+        return tuple(
+            item for item in other if item not in option
+            and (item.partition("=")[0] in fields or self.settings.changes(item))
+        )  # fmt: skip
 
     def candidates(self) -> Iterator[tuple[Overrides, ...]]:
         """One option of every group, in all combinations."""
         return itertools.product(*self.groups())
 
     def _layouts(self) -> list[Overrides]:
-        """Ranks of a sample, copies of the weights, and micro-batches enough for all groups."""
+        """Ranks of a sample, copies of the weights, and micro-batches enough for all groups; weights that
+        are shared wait nowhere else."""
         if self.gpus == 1:
             return [("parallel.sequence=1", "parallel.replicate=1")]
         gpus, base, found = self.gpus, self.settings.base.train.accumulate, []
@@ -123,14 +140,21 @@ class Choices:
                 groups = gpus // p
                 accumulate = -(-base // groups) * groups
                 found.append((
-                    f"parallel.sequence={p}", f"parallel.replicate={copies}", f"train.accumulate={accumulate}"
+                    f"parallel.sequence={p}", f"parallel.replicate={copies}",
+                    f"train.accumulate={accumulate}", *self._free(SHARED),
                 ))  # fmt: skip
         return found
 
     def _training(self) -> list[Overrides]:
-        rank = self.settings.base.lora.rank or min(RANK, self.heads * self.head_dim)
-        full = [("lora.rank=0", *optimizer) for optimizer in OPTIMIZERS]
-        return full + [(f"lora.rank={rank}", dtype, *PLAIN) for dtype in (WIDE, BRAIN)]
+        """All weights, or adapters; those of one GPU for weights that wait on the host, too."""
+        base = self.settings.base
+        rank = base.lora.rank or min(RANK, self.heads * self.head_dim)
+        idle = () if base.trained_experts != (True, True) else ("model.idle=device",)
+        full = [("lora.rank=0", *self._free((*BASE, *idle)), *optimizer) for optimizer in OPTIMIZERS]
+        adapters = [(f"lora.rank={rank}", dtype, *PLAIN) for dtype in (WIDE, BRAIN)]
+        if self.gpus == 1 and not self.options.train_reward:
+            adapters += [(*adapters[-1], *WAITING)]
+        return full + adapters
 
     def _chains(self) -> list[Overrides]:
         """Fresh or persistent, and graded steps of a rollout or of a sample."""
@@ -158,11 +182,15 @@ class Choices:
         ]  # fmt: skip
 
 
-def pointless(config: Config) -> bool:
-    """Whether settings buy nothing: what is for rollouts with chains that persist, which are never rolled out
-    but in the beginning."""
+def check_use(config: Config) -> None:
+    """UserError for settings that buy nothing: what is for rollouts with chains that persist, which are never
+    rolled out but in the beginning."""
     r = config.rollout
-    return r.mode == "persistent" and (r.precision == "fp8" or config.parallel.resident)
+    if r.mode == "persistent":
+        want = "with chains that persist, which are hardly rolled out"
+        check(r.precision == "same", "rollout.precision", r.precision, f"same {want}")
+        resident = config.parallel.resident
+        check(not resident, "parallel.resident", resident, f"false {want}")
 
 
 def whole(option: Sequence[Overrides]) -> Overrides:
