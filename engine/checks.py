@@ -5,6 +5,7 @@ from prfl_engine.config_file import plain
 from prfl_engine.config_method import scales
 from prfl_engine.errors import check
 from prfl_engine.guidance import check_training
+from prfl_engine.official_yaml import OFFICIAL
 
 STORED = "lora.base e4m3 or lora.base_place host, whose weights come and go"
 
@@ -129,7 +130,8 @@ def unused(config: Config) -> list[str]:
         if more.form != "hinge" and more.target != type(more).target:
             found[f"with its form {more.form}"] = [f"reward.more {more.name}.target"]
     if c.lora.rank == 0:
-        found["with lora.rank 0"] = _set(c, "lora.alpha lora.targets")
+        official = list(c.lora.targets) == OFFICIAL["lora.targets"]  # of its files and train.compat, always
+        found["with lora.rank 0"] = _set(c, "lora.alpha" if official else "lora.alpha lora.targets")
     return [f"{' and '.join(names)}: {why} this changes nothing" for why, names in found.items() if names]
 
 
