@@ -91,7 +91,7 @@ def random_values(folder: Path, seed: int, wide: int) -> dict:
         "loss": {"alternate": alone or draw.random() < 0.2, "weight": draw.choice((0.0, 0.1, 0.1, 0.1))},
         "optim": optim | {"clip": None},
         "train": {
-            "out": str(folder / "run"), "device": "cpu", "tensorboard": False, "steps": 4,
+            "out": str(folder / "run"), "device": "cpu", "tensorboard": False, "steps": 3,
             "ema": draw.choice((0.0, 0.0, 0.9)), "accumulate": 1 if alone else draw.choice((1, 2)),
         },
         "eval": {

@@ -16,7 +16,7 @@ from helpers import (
     under,
     write_run,
 )
-from training_runs import assert_equal, content, run, values
+from training_runs import assert_equal, content, goes_on, run, values
 
 from prfl_engine import flow, phases
 from prfl_engine.build import load_generator
@@ -190,17 +190,11 @@ def test_a_measurement_changes_nothing_to_the_bit(given, tmp_path, monkeypatch):
     [], ["loss.anchor_place=host"], [*LORA], [*LORA, "rollout.mode=persistent"],
 ], ids=["full", "host", "lora", "persistent"])  # fmt: skip
 def test_a_resumed_run_has_the_start_of_its_first_step(settings, tmp_path):
-    config = write_run(tmp_path, loss={"anchor": 0.5}, train={"save_every": 2})
-    given = [*settings, "train.accumulate=2", "chain.window=2"]
-    run("train", config, *given, "train.steps=4")
-    cut = f"train.out={tmp_path / 'cut'}"
-    run("train", config, *given, "train.steps=2", cut)
-    run("train", config, *given, "train.steps=4", cut, "train.resume=true")
-    assert_equal(content(tmp_path / "cut/checkpoint-4"), content(tmp_path / "run/checkpoint-4"))
+    config = write_run(tmp_path, loss={"anchor": 0.5})
+    goes_on(config, *settings, "train.accumulate=2", "chain.window=2")
     found = values(tmp_path / "run")
     for name in ("train/anchor", "train/sft_anchor"):
         assert found[1][name] == 0 < found[2][name]
-    assert found == values(tmp_path / "cut")
 
 
 def test_the_loss_of_a_run_is_the_sum_of_its_parts(tmp_path):

@@ -51,7 +51,7 @@ def test_graded_steps(two, window, indices, frozen, resident):
 
 
 def test_on_four_ranks(four):
-    """Two copies of the weights; two ranks a sample."""
+    """Two copies of the weights, and two ranks a sample."""
     check(four, cases.graded, 3, UNEQUAL, None, False)
 
 

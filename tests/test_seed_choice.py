@@ -10,7 +10,7 @@ import torch
 import yaml
 from helpers import one_line, random_batch, relative, rows, tiny_config, tiny_model, tiny_reward, write_run
 from plan_runs import configuration, measured
-from training_runs import assert_equal, content, run, values
+from training_runs import goes_on, run, values
 
 from prfl_engine import chain, phases
 from prfl_engine.config import (
@@ -188,15 +188,9 @@ def test_where_seeds_are_judged():
 ], ids=["plain", "both"])  # fmt: skip
 def test_a_run_with_seeds_goes_on_to_the_bit(given, tmp_path):
     negative = {"negative_text": str(tmp_path / "data/null.npy")}
-    config = write_run(tmp_path, data=negative, train={"save_every": 2}, rollout={"steps": 5})
-    cut = f"train.out={tmp_path / 'cut'}"
-    run("train", config, *given, "train.steps=4")
-    run("train", config, *given, "train.steps=2", cut)
-    run("train", config, *given, "train.steps=4", cut, "train.resume=true")
-    assert_equal(content(tmp_path / "cut/checkpoint-4"), content(tmp_path / "run/checkpoint-4"))
-    found = values(tmp_path / "run")
-    assert all(of["train/seed_spread"] > 0 for of in found.values())
-    assert values(tmp_path / "cut") == found
+    config = write_run(tmp_path, data=negative, rollout={"steps": 5})
+    goes_on(config, *given)
+    assert all(of["train/seed_spread"] > 0 for of in values(tmp_path / "run").values())
 
 
 @pytest.mark.parametrize("given, line", [
