@@ -159,7 +159,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     graded, meter = None, None
     eval_guidance, origin = None, None
     if c.eval.every:
-        if c.lora.rank or (anchor is not None and c.loss.anchor_place == "device"):  # takes no more memory
+        if c.loss.start_there(c.lora.rank):
             origin = Start(policy) if anchor is None else anchor.start
         eval_guidance = guidance_of(c, c.eval.guidance, c.eval.guidance, policy, "eval.guidance")
         if c.model.boundary is None:
@@ -300,12 +300,9 @@ def evaluate_policy(
         sigma = flow.shift_sigma(level, r.shift)
         noise = flow.rounded(noise, dtype)
         t = levels.timestep(sigma)
-        given = batch, noise, sigma, plain_blocks, t
-        if origin is None:
-            samples.put("sft_loss", sft_loss(policy, *given))
-        else:
-            losses = anchored_sft_loss(policy, origin, *given)
-            for name, values in zip(("sft_loss", "sft_anchor"), losses, strict=True):
+        losses = anchored_sft_loss(policy, origin, batch, noise, sigma, plain_blocks, t)
+        for name, values in zip(("sft_loss", "sft_anchor"), losses, strict=True):
+            if values is not None:
                 samples.put(name, values)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
         start = fixed(policy, batch, start_of(r, schedule, batch.latent, noise))

@@ -32,7 +32,6 @@ from prfl_engine.objectives import (
     chain_velocity,
     index_range,
     noisy_reward,
-    sft_loss,
 )
 from prfl_engine.optim.optimizer import set_grad_dtype
 from prfl_engine.planner import fsdp
@@ -284,7 +283,11 @@ def validation_bytes(setup: Setup) -> int:
     with meta_tensors(), torch.no_grad():
         model = generator(setup, 2)
         rewards = [reward_model(setup, 2, r) for r in setup.rewards if v.scored]
-        live = counter(model, *rewards)
+        start = None
+        if v.compared:
+            start = Start(model) if setup.lora is not None else start_of(setup, model, 2)
+        copy = None if start is None or start.model is model else start.model
+        live = counter(model, copy, *rewards)
         base, repeated = live.now - SCALARS - setup.pool + setup.drawn, Repeated(live)
         with live:
             extra = [batch_of(setup, setup.latent), ballast(ROUND * v.values)]
@@ -292,7 +295,7 @@ def validation_bytes(setup: Setup) -> int:
             for left in reversed(range(min(v.batches, 3))):  # what one leaves is there in the next
                 read = batch_of(setup, (v.read - (left == 0), *v.latent[1:])) if v.read else None
                 batch, noise, sigma = inputs(setup, v.latent)
-                repeated("loss", sft_loss, model, batch, noise, sigma)
+                repeated("loss", anchored_sft_loss, model, start, batch, noise, sigma)
                 guidance = guidance_of(setup, v.at_once, v.guided)
                 velocity = repeated.velocity(chain_velocity(model, batch, guidance))
                 latent = chain.sample(velocity, schedule(FULL_HISTORY + 1), noise)

@@ -163,12 +163,13 @@ def _validation(
     runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
     latent = max(((min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
     batches = sum(-(-n // e.batch_size) for _, n in runs)
-    values, scored = batches * (1 + rewards * len(e.timesteps)), rewards > 0
+    compared = config.loss.start_there(config.lora.rank)
+    values, scored = batches * (1 + compared + rewards * len(e.timesteps)), rewards > 0
     kept = read = 0
     if on_cpu:
         kept, read = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1), latent[0] + 1
     guided = scales(e.guidance) != (1, 1)
     return Validation(
         latent, scored, batches, values, kept, read, e.samples, guided=guided,
-        at_once=config.rollout.guidance_at_once,
+        at_once=config.rollout.guidance_at_once, compared=compared,
     )  # fmt: skip

@@ -226,8 +226,7 @@ def _validation(c: Config, setup: Setup, readers: int, each: float, p: int) -> R
     else:
         blocks = sum(r.blocks for r in setup.rewards) if v.scored else 0
         trunk = blocks / setup.count * len(e.timesteps)
-        there = c.lora.rank > 0 or (c.loss.anchored and c.loss.anchor_place == "device")
-        flow_matching = 1 + there  # and that of the frozen start
+        flow_matching = 1 + v.compared  # and that of the frozen start
         count = mine * (flow_matching + validation_forwards(c) + trunk)
         work = forward_work(setup.config, setup.count, tokens).forward
     return Row("validation", count * each / e.every, count * work / p / e.every)
