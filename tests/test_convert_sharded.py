@@ -234,6 +234,18 @@ def test_what_a_sharded_checkpoint_is_not_is_said(tmp_path):
         load_reward(tmp_path / "checkpoint-6", num_heads=4)
 
 
+@pytest.mark.parametrize("entry", [
+    3, ["float32"], ["float32", 3], [[], [4]], ["float33", [4]], ["int8", [-1]],
+])  # fmt: skip
+def test_an_index_whose_tensor_has_no_dtype_and_shape(entry, tmp_path):
+    sharded(path := tmp_path / "checkpoint-5", tiny_model(), PRESET)
+    index = json.loads((path / "shards.json").read_text())
+    index["tensors"]["model/head.modulation"] = entry
+    (path / "shards.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="shards.json: model/head.modulation: got .*, want a dtype and"):
+        load_transformer(path)
+
+
 @pytest.mark.parametrize("official", [False, True])
 def test_a_reward_model_of_one_process(official, tmp_path):
     """Ours, and an official one, which has no reward.json, 8 blocks and 8 heads."""
