@@ -246,6 +246,25 @@ def test_an_index_whose_tensor_has_no_dtype_and_shape(entry, tmp_path):
         load_transformer(path)
 
 
+@pytest.mark.parametrize("name", ["shards.json", "run.json"])
+def test_a_file_that_is_not_as_it_was_written_is_seen_by_every_reader(name, tmp_path):
+    made, adapted = PRESET, with_updates()
+    rank = len(next(iter(lora.updates(adapted).values())).down)
+    section = {"rank": rank, "alpha": None, "path": None}
+    sharded(tmp_path / "checkpoint-5", tiny_model(), made)
+    sharded(tmp_path / "checkpoint-6", tiny_reward(), made, reward={"path": None})
+    sharded(tmp_path / "checkpoint-7", adapted, made, lora=section)
+    for number, reader in ((5, load_transformer), (6, load_reward), (7, read)):
+        path = tmp_path / f"checkpoint-{number}"
+        checksums.write(path)
+        with open(path / name, "a") as file:
+            file.write(" ")
+        to = "peft" if number == 7 else "native"
+        for action in (lambda: reader(path), lambda: convert(path, tmp_path / "made", to)):  # noqa: B023
+            with pytest.raises(UserError, match=f"checkpoint-{number}/{name}: its checksum is"):
+                action()
+
+
 @pytest.mark.parametrize("official", [False, True])
 def test_a_reward_model_of_one_process(official, tmp_path):
     """Ours, and an official one, which has no reward.json, 8 blocks and 8 heads."""

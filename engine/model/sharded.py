@@ -17,7 +17,7 @@ from prfl_engine.model.experts import HIGH, LOW, adapter_of, pair_at
 from prfl_engine.model.lora import PARTS
 from prfl_engine.model.reward_files import OFFICIAL, settle
 from prfl_engine.model.shard_files import read_index, stored_weights
-from prfl_engine.model.sources import EMA, Source, Stored, count_blocks, read_config, sharded
+from prfl_engine.model.sources import EMA, INDEX, Source, Stored, count_blocks, read_config, sharded
 from prfl_engine.model.wan import PRESETS, WanConfig
 from prfl_kernels.sublayers.products import LowRank
 
@@ -40,8 +40,9 @@ class Held(NamedTuple):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files with weights."""
-        return tuple(self.folder / name for name in read_index(self.folder)["files"])
+        """All files that it is read from."""
+        shards = read_index(self.folder)["files"]
+        return tuple(self.folder / name for name in (INDEX, RUN, *shards))
 
 
 def held(path: str | Path) -> Held:
