@@ -24,8 +24,15 @@ from prfl_kernels.sublayers.products import LowRank
 RUN = "run.json"
 """The configuration of the run that wrote a checkpoint."""
 EXPERTS = {HIGH: "high", LOW: "low"}
+"""The two experts by the folders that stand for them: what the names of their weights begin with."""
 TRUNK = "transformer."
-GENERATOR, ADAPTER, REWARD = "a generator", "an adapter", "a reward model"
+"""What the names of the transformer's weights begin with in a reward model."""
+GENERATOR = "a generator"
+"""Held.kind of a whole generator, or of one of two experts."""
+ADAPTER = "an adapter"
+"""Held.kind of the LoRA updates of a generator."""
+REWARD = "a reward model"
+"""Held.kind of a reward model."""
 
 
 class Held(NamedTuple):
