@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config, tiny_model, tiny_reward, write_run
+from helpers import one_line, tiny_config, tiny_model, tiny_reward, write_run
 from safetensors.torch import load_file, save_file
 from test_convert import equal
 from test_lora import model as with_updates
@@ -263,6 +263,22 @@ def test_a_file_that_is_not_as_it_was_written_is_seen_by_every_reader(name, tmp_
         for action in (lambda: reader(path), lambda: convert(path, tmp_path / "made", to)):  # noqa: B023
             with pytest.raises(UserError, match=f"checkpoint-{number}/{name}: its checksum is"):
                 action()
+
+
+def test_a_run_is_not_resumed_on_another_part_of_a_sharded_checkpoint(tmp_path, capsys):
+    """All parts are in the same files. A checkpoint may move."""
+    config, path = write_run(tmp_path), tmp_path / "checkpoint-5"
+    model = {"path": str(tmp_path / "policy"), "preset": None}
+    sharded(path, tiny_model(seed=1), model, averaged(tiny_model(seed=2)))
+    words = "train", str(config), "lora.rank=2", "lora.alpha=2"
+    assert main([*words, f"model.path={path}", "train.steps=1"]) == 0
+    path = path.rename(tmp_path / "checkpoint-6")
+    more = "train.steps=2", "train.resume=true"
+    capsys.readouterr()
+    assert main([*words, f"model.path={path}/ema", *more]) == 2
+    line = one_line(capsys)
+    assert f"model.path: got '{path}/ema', want '{tmp_path / 'checkpoint-5'}'" in line
+    assert main([*words, f"model.path={path}", *more]) == 0
 
 
 @pytest.mark.parametrize("official", [False, True])
