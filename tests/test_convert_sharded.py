@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -279,6 +280,30 @@ def test_a_run_is_not_resumed_on_another_part_of_a_sharded_checkpoint(tmp_path, 
     line = one_line(capsys)
     assert f"model.path: got '{path}/ema', want '{tmp_path / 'checkpoint-5'}'" in line
     assert main([*words, f"model.path={path}", *more]) == 0
+
+
+def test_a_reward_model_is_checked_as_its_reader_checks_it(tmp_path):
+    """Two files of one step, and the checksums."""
+    save_reward(tiny_reward(), tmp_path / "reward", 7)
+    shutil.copytree(tmp_path / "reward", tmp_path / "mixed")
+    (tmp_path / "mixed/mlp_step_7.ckpt").rename(tmp_path / "mixed/mlp_step_9.ckpt")
+    checksums.write(tmp_path / "reward")
+    flip(tmp_path / "reward/mlp_step_7.ckpt")
+    for name, needle in (("mixed", "want two files of one step"), ("reward", "7.ckpt: its checksum is")):
+        for action in (load_reward, lambda path: convert(path, tmp_path / "made", "native")):
+            with pytest.raises(UserError, match=needle):
+                action(tmp_path / name)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_reward_model_whose_step_nothing_says_is_of_step_0(tmp_path):
+    save_reward(tiny_reward(tiny_config(num_layers=8), blocks=8), path := tmp_path / "reward", 7)
+    (path / "reward.json").unlink()
+    for part in ("query_attention", "mlp"):
+        (path / f"{part}_step_7.ckpt").rename(path / f"{part}.ckpt")
+    convert(path, tmp_path / "made", "native")
+    assert (tmp_path / "made/mlp_step_0.ckpt").is_file()
+    assert equal(load_reward(tmp_path / "made"), load_reward(path))
 
 
 @pytest.mark.parametrize("official", [False, True])
