@@ -63,31 +63,40 @@ def best_of(
     finish: int = 1,
 ) -> Best:
     """Of the chains from every one of `noises` [B, C, T, H, W] those `finish` with the highest `score` after
-    `step` steps, finished; of equal ones the first. Every sample of the batch chooses by itself.
+    `step` steps, finished, the best first; of equal ones the earlier is the better. Every sample of the batch
+    chooses by itself.
 
     1 <= step < len(schedule). finish + 1 states of the batch are held, whatever N is.
     """
     logits: list[Tensor] = []
-    held: list[tuple[flow.SolverState, Tensor, Tensor]] = []  # of the best: state, logits, which chain
+    held: list[tuple[Tensor, ...]] = []  # the best first: the fields of a state, logits, which chain
     for n, noise in enumerate(noises):
         state = chain.rollout(velocity, schedule, noise, torch.full((len(noise),), step))
-        logits.append(score(state.x))
-        if n < finish:
-            held.append((state, logits[n], torch.full_like(logits[n], n, dtype=torch.long)))
-            continue
-        worst = torch.stack([top for _, top, _ in held]).argmin(0)
-        for i, (best, top, kept) in enumerate(held):
-            better = (worst == i) & (logits[n] > top)
-            rows = better.view(-1, 1, 1, 1, 1)
-            best = flow.SolverState(*(torch.where(rows, a, b) for a, b in zip(state, best, strict=True)))
-            held[i] = best, torch.where(better, logits[n], top), kept.masked_fill(better, n)
-    tops, kept = (torch.stack([of[i] for of in held]) for i in (1, 2))
-    order = tops.sort(dim=0, descending=True, stable=True).indices
-    end, latents = torch.full((order.shape[1],), len(schedule)), []
-    for chosen in order.tolist():
-        states = [held[i][0].select(slice(b, b + 1)) for b, i in enumerate(chosen)]
-        latents.append(chain.rollout(velocity, schedule, [[None] * step + [of] for of in states], end).x)
-    return Best(torch.stack(latents), kept.gather(0, order), torch.stack(logits))
+        top = score(state.x)
+        logits.append(top)
+        _insert(held, (*state, top, torch.full_like(top, n, dtype=torch.long)), finish)
+    end, latents = torch.full((len(logits[0]),), len(schedule)), []
+    for *fields, _, _ in held:
+        state = flow.SolverState(*fields)
+        samples = [state.select(slice(b, b + 1)) for b in range(len(end))]
+        latents.append(chain.rollout(velocity, schedule, [[None] * step + [of] for of in samples], end).x)
+    return Best(torch.stack(latents), torch.stack([which for *_, which in held]), torch.stack(logits))
+
+
+def _insert(held: list[tuple[Tensor, ...]], new: tuple[Tensor, ...], finish: int) -> None:
+    """Put a chain after those that are as good, the others after it; of more than `finish` the last goes."""
+    top = new[-2]
+    for i, best in enumerate(held):
+        better = top > best[-2]  # from here on all move by one place
+        held[i], new = _where(better, new, best), _where(better, best, new)
+    if len(held) < finish:
+        held.append(new)
+
+
+def _where(rows: Tensor, yes: tuple[Tensor, ...], no: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Tensors whose samples are those of `yes` where rows [B], else those of `no`."""
+    pairs = zip(yes, no, strict=True)
+    return tuple(torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs)
 
 
 def forwards(count: int, step: int, steps: int) -> tuple[int, int]:

@@ -120,7 +120,8 @@ def _kind(path: Path) -> str:
 
 
 def _convert_reward(found: Source, out: Path, dtype: torch.dtype | None, shard: float) -> str:
-    """A reward model, whose trunk is `found`."""
+    """A reward model, whose trunk is `found`. Without reward.json its step is that of its files' names, or 0
+    where they have none."""
     path = found.path
     trunk = fitting(found.config, found.tensors, path, count_blocks(found.tensors), head=False)
     model = assembled(trunk, read_heads(path), heads_of(path), **settle(path, {}))

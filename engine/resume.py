@@ -215,13 +215,17 @@ def _digest(paths: list[Path]) -> dict:
     paths, and of the names and of parts of the files.
 
     Of at most 64 of the paths, spread evenly, those parts are the size and both ends (4 KiB) of the arrays
-    that a meta JSON names, of the weights in a folder, or of the file itself.
+    that a meta JSON names, of the weights in a folder, or of the file itself. All parts of a sharded
+    checkpoint are in the same files, so the name of the part counts, too.
     """
     where, content = hashlib.sha256(), hashlib.sha256()
     for path in paths:
         where.update(os.fsencode(path.absolute()) + b"\0")
         content.update(os.fsencode(path.name) + b"\0" if len(paths) > 1 else b"")
     some = paths if len(paths) <= 64 else [paths[i * len(paths) // 64] for i in range(64)]
+    for path in some:
+        if (whole := sharded(path)) is not None:
+            content.update(b"".join(os.fsencode(part) + b"\0" for part in path.relative_to(whole).parts))
     for file in (file for path in some for file in _files(path)):
         try:
             size = file.stat().st_size

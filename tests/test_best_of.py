@@ -9,6 +9,7 @@ from helpers import one_line, write_run
 from training_runs import run
 
 from prfl_engine import chain, flow
+from prfl_engine.best_of import best_of
 from prfl_engine.cli import main
 from prfl_engine.data import Reader, fixed_batches, read_lists
 from prfl_engine.model.checkpoint import load_reward, load_transformer
@@ -102,6 +103,27 @@ def test_the_worst_are_dropped_and_the_rest_is_finished(made, tmp_path, capsys):
         for j, meta in enumerate(pair):
             alone = np.load(folder / f"{meta['seed']}/sample-{i:02d}.npy")
             np.testing.assert_array_equal(np.load(tmp_path / f"out/sample-{2 * i + j:02d}.npy"), alone)
+
+
+def _still(x, t, rows):
+    """A velocity of zero, which leaves the noise as it is."""
+    return torch.zeros_like(x)
+
+
+def test_of_equal_chains_the_first_are_kept_and_put_first():
+    """Every sample of the batch by itself, each with the latent of the chains that are said to be kept."""
+    logits = torch.tensor([[5.0, 1, 5, 2, 3], [5, 5, 4, 2, 3], [6, 5, 5, 2, 3], [6, 0, 4, 2, 4]])
+    noises = [torch.arange(5.0).view(5, 1, 1, 1, 1) + 10 * n for n in range(4)]
+    schedule = flow.make_schedule("unipc", 3, 5.0)
+    for finish, want in (
+        (1, [[2, 1, 0, 0, 3]]),
+        (2, [[2, 1, 0, 0, 3], [3, 2, 2, 1, 0]]),
+        (3, [[2, 1, 0, 0, 3], [3, 2, 2, 1, 0], [0, 0, 1, 2, 1]]),
+    ):
+        best = best_of(_still, schedule, noises, 1, lambda x: logits[round(x[0].item() / 10)], finish)
+        assert best.kept.tolist() == want
+        assert torch.equal(best.latent.flatten(1).round(), 10.0 * best.kept + torch.arange(5))
+        assert torch.equal(best.logits, logits)
 
 
 @pytest.mark.parametrize("words, needle", [

@@ -2,11 +2,12 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config, tiny_model, tiny_reward, write_run
+from helpers import one_line, tiny_config, tiny_model, tiny_reward, write_run
 from safetensors.torch import load_file, save_file
 from test_convert import equal
 from test_lora import model as with_updates
@@ -232,6 +233,77 @@ def test_what_a_sharded_checkpoint_is_not_is_said(tmp_path):
         load_reward(tmp_path / "checkpoint-6", mlp="x")
     with pytest.raises(UserError, match="reward.num_heads: got 4, want 8 as "):
         load_reward(tmp_path / "checkpoint-6", num_heads=4)
+
+
+@pytest.mark.parametrize("entry", [
+    3, ["float32"], ["float32", 3], [[], [4]], ["float33", [4]], ["int8", [-1]],
+])  # fmt: skip
+def test_an_index_whose_tensor_has_no_dtype_and_shape(entry, tmp_path):
+    sharded(path := tmp_path / "checkpoint-5", tiny_model(), PRESET)
+    index = json.loads((path / "shards.json").read_text())
+    index["tensors"]["model/head.modulation"] = entry
+    (path / "shards.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="shards.json: model/head.modulation: got .*, want a dtype and"):
+        load_transformer(path)
+
+
+@pytest.mark.parametrize("name", ["shards.json", "run.json"])
+def test_a_file_that_is_not_as_it_was_written_is_seen_by_every_reader(name, tmp_path):
+    made, adapted = PRESET, with_updates()
+    rank = len(next(iter(lora.updates(adapted).values())).down)
+    section = {"rank": rank, "alpha": None, "path": None}
+    sharded(tmp_path / "checkpoint-5", tiny_model(), made)
+    sharded(tmp_path / "checkpoint-6", tiny_reward(), made, reward={"path": None})
+    sharded(tmp_path / "checkpoint-7", adapted, made, lora=section)
+    for number, reader in ((5, load_transformer), (6, load_reward), (7, read)):
+        path = tmp_path / f"checkpoint-{number}"
+        checksums.write(path)
+        with open(path / name, "a") as file:
+            file.write(" ")
+        to = "peft" if number == 7 else "native"
+        for action in (lambda: reader(path), lambda: convert(path, tmp_path / "made", to)):  # noqa: B023
+            with pytest.raises(UserError, match=f"checkpoint-{number}/{name}: its checksum is"):
+                action()
+
+
+def test_a_run_is_not_resumed_on_another_part_of_a_sharded_checkpoint(tmp_path, capsys):
+    """All parts are in the same files. A checkpoint may move."""
+    config, path = write_run(tmp_path), tmp_path / "checkpoint-5"
+    model = {"path": str(tmp_path / "policy"), "preset": None}
+    sharded(path, tiny_model(seed=1), model, averaged(tiny_model(seed=2)))
+    words = "train", str(config), "lora.rank=2", "lora.alpha=2"
+    assert main([*words, f"model.path={path}", "train.steps=1"]) == 0
+    path = path.rename(tmp_path / "checkpoint-6")
+    more = "train.steps=2", "train.resume=true"
+    capsys.readouterr()
+    assert main([*words, f"model.path={path}/ema", *more]) == 2
+    line = one_line(capsys)
+    assert f"model.path: got '{path}/ema', want '{tmp_path / 'checkpoint-5'}'" in line
+    assert main([*words, f"model.path={path}", *more]) == 0
+
+
+def test_a_reward_model_is_checked_as_its_reader_checks_it(tmp_path):
+    """Two files of one step, and the checksums."""
+    save_reward(tiny_reward(), tmp_path / "reward", 7)
+    shutil.copytree(tmp_path / "reward", tmp_path / "mixed")
+    (tmp_path / "mixed/mlp_step_7.ckpt").rename(tmp_path / "mixed/mlp_step_9.ckpt")
+    checksums.write(tmp_path / "reward")
+    flip(tmp_path / "reward/mlp_step_7.ckpt")
+    for name, needle in (("mixed", "want two files of one step"), ("reward", "7.ckpt: its checksum is")):
+        for action in (load_reward, lambda path: convert(path, tmp_path / "made", "native")):
+            with pytest.raises(UserError, match=needle):
+                action(tmp_path / name)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_reward_model_whose_step_nothing_says_is_of_step_0(tmp_path):
+    save_reward(tiny_reward(tiny_config(num_layers=8), blocks=8), path := tmp_path / "reward", 7)
+    (path / "reward.json").unlink()
+    for part in ("query_attention", "mlp"):
+        (path / f"{part}_step_7.ckpt").rename(path / f"{part}.ckpt")
+    convert(path, tmp_path / "made", "native")
+    assert (tmp_path / "made/mlp_step_0.ckpt").is_file()
+    assert equal(load_reward(tmp_path / "made"), load_reward(path))
 
 
 @pytest.mark.parametrize("official", [False, True])

@@ -25,7 +25,7 @@ from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import check_finite, read_state
 from prfl_engine.model.layers import Linear
 from prfl_engine.model.reward import RewardModel, make_pool
-from prfl_engine.model.reward_files import SETTINGS, check_steps, find_head, settle, write_settings
+from prfl_engine.model.reward_files import head_files, settle, write_settings
 from prfl_engine.model.sources import WEIGHTS, Stored, check_blocks, count_blocks, find, sharded
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.shards import local, put, reshard, rows, whole
@@ -191,11 +191,7 @@ def load_reward(
         for name, value in ("query_attention", query_attention), ("mlp", mlp):
             check(value is None, f"reward.{name}", value, f"none: {transformer} has all parts")
     else:
-        if settings["pool"] == "query":
-            query_attention = Path(query_attention or find_head(transformer, "query_attention"))
-        mlp = Path(mlp or find_head(transformer, "mlp"))
-        check_steps(transformer, query_attention, mlp)
-        checksums.check(path for path in (transformer / SETTINGS, query_attention, mlp) if path is not None)
+        query_attention, mlp = head_files(transformer, settings["pool"], query_attention, mlp)
     trunk = load_transformer(transformer, dtype, device, trunk=True, shard=shard)
     if whole:
         states, sources = read_heads(transformer, device), heads_of(transformer)
@@ -251,15 +247,16 @@ def assembled(
 
 def read_heads(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Tensor]]:
     """The state dicts of the pooling, if it has weights, and of the MLP in the folder of a reward model:
-    {"pool": .., "mlp": ..}."""
+    {"pool": .., "mlp": ..}. UserError as reward_files.head_files has it."""
     folder = Path(folder)
     if sharded(folder) is not None:
         from prfl_engine.model.sharded import heads  # it reads other reward models by this module
 
         return {part: {k: a.to(device) for k, a in of.items()} for part, of in heads(folder).items()}
-    heads = {"mlp": read_state(find_head(folder, "mlp"), device)}
-    if settle(folder, {})["pool"] == "query":
-        heads["pool"] = read_pooling(find_head(folder, "query_attention"), device)
+    query_attention, mlp = head_files(folder, settle(folder, {})["pool"])
+    heads = {"mlp": read_state(mlp, device)}
+    if query_attention is not None:
+        heads["pool"] = read_pooling(query_attention, device)
     return heads
 
 

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prfl_engine import checksums
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import read_json
 from prfl_engine.model.reward import POOLS, QueryPool, RewardModel
@@ -91,7 +92,23 @@ def find_head(folder: Path, name: str) -> Path:
     return max(steps, key=step_of, default=plain)
 
 
-def check_steps(folder: Path, query_attention: Path | None, mlp: Path) -> None:
+def head_files(
+    folder: Path, pool: str, query_attention: str | Path | None = None, mlp: str | Path | None = None
+) -> tuple[Path | None, Path]:
+    """The files of the pooling, None where its kind `pool` has no weights, and of the MLP of a reward model:
+    those that are given, else those of the folder with its transformer.
+
+    UserError where one is missing, where they are not of one step, and where they or reward.json are not as
+    checksums.json says.
+    """
+    queries = Path(query_attention or find_head(folder, "query_attention")) if pool == "query" else None
+    mlp = Path(mlp or find_head(folder, "mlp"))
+    _check_steps(folder, queries, mlp)
+    checksums.check(path for path in (folder / SETTINGS, queries, mlp) if path is not None)
+    return queries, mlp
+
+
+def _check_steps(folder: Path, query_attention: Path | None, mlp: Path) -> None:
     """UserError unless both files, and the transformer of `folder` where reward.json says it, are of one
     step, as far as their names say it; two files in one folder both say it, or neither does.
     query_attention None: a pooling without queries."""

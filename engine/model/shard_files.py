@@ -4,7 +4,7 @@ they hold, and writes them."""
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -14,6 +14,9 @@ from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import open_tensors, read_json
 from prfl_engine.model.sources import INDEX, Stored
 from prfl_engine.tensor_files import DTYPES, NAMES
+
+_NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
+"""The dtypes by their names in the index."""
 
 
 class Piece(NamedTuple):
@@ -53,19 +56,17 @@ def stored_weights(folder: Path, which: str = "model") -> dict[str, Stored]:
     """The weights of a sharded checkpoint by their names in the model; needs no ranks.
     which: model, or ema for the averaged ones alone."""
     index, found = read_index(folder), {}
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
     for name, stored in stored_pieces(folder, index).items():
         kind, _, key = name.partition("/")
         if kind == which:
             dtype, shape = index["tensors"][name]
-            good = dtype in dtypes and all(type(n) is int and 0 <= n < 2**40 for n in shape)
-            check(good, f"{folder / INDEX}: {name}", [dtype, shape], "a dtype and a shape")
-            found[key] = Stored(folder, name, _Whole(folder, name, dtypes[dtype], tuple(shape), stored))
+            found[key] = Stored(folder, name, _Whole(folder, name, _NAMED[dtype], tuple(shape), stored))
     return found
 
 
 def read_index(folder: Path) -> dict:
-    """shards.json: {"files": names, "tensors": {name: (dtype, shape)}, "updates": steps of every group}."""
+    """shards.json: {"files": names, "tensors": {name: [dtype, shape]}, "updates": steps of every group}.
+    UserError for anything else."""
     path, want = folder / INDEX, "the index of a sharded checkpoint"
     held = read_json(path, want)
     names, updates, tensors = (held.get(key) for key in ("files", "updates", "tensors"))
@@ -74,7 +75,17 @@ def read_index(folder: Path) -> dict:
     good = good and all(type(n) is int and n >= 0 for n in updates)
     if not good:
         raise UserError(f"{path}: got no files, tensors and updates, want {want}")
+    for name, value in tensors.items():
+        check(_is_layout(value), f"{path}: {name}", value, "a dtype and a shape")
     return held
+
+
+def _is_layout(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], list):
+        return False
+    dtype, shape = value
+    good = isinstance(dtype, str) and dtype in _NAMED
+    return good and all(type(n) is int and 0 <= n < 2**40 for n in shape)
 
 
 class StoredPiece(NamedTuple):

@@ -17,15 +17,22 @@ from prfl_engine.model.experts import HIGH, LOW, adapter_of, pair_at
 from prfl_engine.model.lora import PARTS
 from prfl_engine.model.reward_files import OFFICIAL, settle
 from prfl_engine.model.shard_files import read_index, stored_weights
-from prfl_engine.model.sources import EMA, Source, Stored, count_blocks, read_config, sharded
+from prfl_engine.model.sources import EMA, INDEX, Source, Stored, count_blocks, read_config, sharded
 from prfl_engine.model.wan import PRESETS, WanConfig
 from prfl_kernels.sublayers.products import LowRank
 
 RUN = "run.json"
 """The configuration of the run that wrote a checkpoint."""
 EXPERTS = {HIGH: "high", LOW: "low"}
+"""The two experts by the folders that stand for them: what the names of their weights begin with."""
 TRUNK = "transformer."
-GENERATOR, ADAPTER, REWARD = "a generator", "an adapter", "a reward model"
+"""What the names of the transformer's weights begin with in a reward model."""
+GENERATOR = "a generator"
+"""Held.kind of a whole generator, or of one of two experts."""
+ADAPTER = "an adapter"
+"""Held.kind of the LoRA updates of a generator."""
+REWARD = "a reward model"
+"""Held.kind of a reward model."""
 
 
 class Held(NamedTuple):
@@ -40,8 +47,9 @@ class Held(NamedTuple):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files with weights."""
-        return tuple(self.folder / name for name in read_index(self.folder)["files"])
+        """All files that it is read from."""
+        shards = read_index(self.folder)["files"]
+        return tuple(self.folder / name for name in (INDEX, RUN, *shards))
 
 
 def held(path: str | Path) -> Held:
