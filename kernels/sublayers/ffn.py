@@ -142,8 +142,8 @@ def _backward(dout, inputs: Inputs, saved, settings: Settings, wants) -> dict[st
     low1, low2 = low_ranks(inputs, ("w1", "w2"), settings.factors)
     first = Product(low1, wants.w1, wants.low1)
     second = GatedProducts(
-        inputs.gate, settings.boundary, inputs.w2, inputs.w2_bias, low2, settings.dtype, wants.w2, wants.gate,
-        wants.low2,
+        inputs.x.shape[1], inputs.gate, settings.boundary, inputs.w2, inputs.w2_bias, low2,
+        settings.dtype, wants.w2, wants.gate, wants.low2,
     )  # fmt: skip
     vectors = Sums()
     needs_n = wants.w1 or wants.low1 or not h.numel()

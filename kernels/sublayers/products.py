@@ -52,6 +52,9 @@ class AttentionWeights(NamedTuple):
     norm_k: Tensor
 
 
+SHORT = 64  # tokens of a sample up to which GatedTokens is faster
+
+
 class LowRank(NamedTuple):
     """A low-rank update of a weight [N, K], scale * up @ down; of any float dtype."""
 
@@ -224,14 +227,46 @@ class GatedProduct:
         return found
 
 
+class GatedTokens:
+    """What GatedProduct gives, from gate * d and a W^T of every token: for short samples, where d_b^T a_b of
+    every sample costs more than these."""
+
+    def __init__(
+        self, gate: Tensor, weight: Tensor, bias: Tensor, low: LowRank | None, dtype: torch.dtype,
+        wants: bool, wants_gate: bool, wants_low: bool,
+    ):  # fmt: skip
+        """As GatedProduct."""
+        self.gate, self.weight, self.bias, self.wants_gate = gate[:, None].to(dtype), weight, bias, wants_gate
+        self.product, self.inputs = Product(low, wants, wants_low), Product(low, False, False)
+        self.sums = self.product.sums
+
+    def input_gradient(self, d: Tensor) -> Tensor:
+        """da [B, L, K] in d.dtype."""
+        return self.inputs.backward(self.gate * d, None, self.weight).view(*d.shape[:2], -1)
+
+    def add(self, d: Tensor, a: Tensor) -> None:
+        """Add what a piece gives to the gradients of gate and parameters."""
+        if self.product.trained:
+            self.product.backward(self.gate * d, a, self.weight, wants_x=False)
+        if self.wants_gate:
+            y = linear(a, self.weight, self.bias, self.product.low)
+            self.sums.add("gate", (y.to(wide(d.dtype)) * d).sum(1))
+
+    def gradients(self, name: str) -> dict[str, Tensor]:
+        """As those of GatedProduct."""
+        gate = {"gate": self.sums.pop("gate")} if self.wants_gate else {}
+        return self.product.gradients(name) | gate
+
+
 class GatedProducts:
     """GatedProduct with a gate [B, N], or with two [B, 2, N]: tokens before `boundary` take the first, the
-    others the second. A piece says which tokens it has."""
+    others the second. A piece says which tokens it has. GatedTokens where samples are short."""
 
-    def __init__(self, gate: Tensor, boundary: int, *rest):
-        """rest: as GatedProduct takes it."""
+    def __init__(self, length: int, gate: Tensor, boundary: int, *rest):
+        """length: tokens of a sample; rest: as GatedProduct takes it."""
         gates = gate[None] if gate.dim() == 2 else gate.unbind(1)
-        self.boundary, self.sides = boundary, [GatedProduct(a, *rest) for a in gates]
+        kind = GatedTokens if length <= SHORT else GatedProduct
+        self.boundary, self.sides = boundary, [kind(a, *rest) for a in gates]
 
     def input_gradient(self, d: Tensor, at: slice) -> Tensor:
         """da [B, L, K] in d.dtype, of the tokens `at`."""

@@ -238,8 +238,8 @@ def _backward(
         have |= attended(have, settings)
 
     last = GatedProducts(
-        inputs.gate, settings.boundary, inputs.o, inputs.o_bias, low[3], dtype, wants.o, wants.gate,
-        wants.low_o,
+        inputs.x.shape[1], inputs.gate, settings.boundary, inputs.o, inputs.o_bias, low[3],
+        dtype, wants.o, wants.gate, wants.low_o,
     )  # fmt: skip
 
     def summed(at: slice, norm: bool, cast: torch.dtype | None):
