@@ -236,21 +236,26 @@ class GatedTokens:
         wants: bool, wants_gate: bool, wants_low: bool,
     ):  # fmt: skip
         """As GatedProduct."""
-        self.gate, self.weight, self.bias, self.wants_gate = gate[:, None].to(dtype), weight, bias, wants_gate
+        self.gate, self.weight, self.bias = gate[:, None].to(wide(dtype)), weight, bias
+        self.wants_gate = wants_gate
         self.product, self.inputs = Product(low, wants, wants_low), Product(low, False, False)
         self.sums = self.product.sums
 
     def input_gradient(self, d: Tensor) -> Tensor:
         """da [B, L, K] in d.dtype."""
-        return self.inputs.backward(self.gate * d, None, self.weight).view(*d.shape[:2], -1)
+        return self.inputs.backward(self._gated(d), None, self.weight).view(*d.shape[:2], self.weight.shape[1])
 
     def add(self, d: Tensor, a: Tensor) -> None:
         """Add what a piece gives to the gradients of gate and parameters."""
         if self.product.trained:
-            self.product.backward(self.gate * d, a, self.weight, wants_x=False)
+            self.product.backward(self._gated(d), a, self.weight, wants_x=False)
         if self.wants_gate:
             y = linear(a, self.weight, self.bias, self.product.low)
             self.sums.add("gate", (y.to(wide(d.dtype)) * d).sum(1))
+
+    def _gated(self, d: Tensor) -> Tensor:
+        """gate * d, rounded once: a rounded gate errs alike in all tokens, so sums would not average it."""
+        return (self.gate * d).to(d.dtype)
 
     def gradients(self, name: str) -> dict[str, Tensor]:
         """As those of GatedProduct."""
@@ -278,7 +283,7 @@ class GatedProducts:
         for (side, d_part), (_, a_part) in zip(self._parts(d, at), self._parts(a, at), strict=True):
             side.add(d_part, a_part)
 
-    def _parts(self, a: Tensor, at: slice) -> list[tuple[GatedProduct, Tensor]]:
+    def _parts(self, a: Tensor, at: slice) -> list[tuple[GatedProduct | GatedTokens, Tensor]]:
         """The tokens `at` of a by their gate; gates without any are left out."""
         if len(self.sides) == 1:
             return [(self.sides[0], a)]
