@@ -182,9 +182,9 @@ class GatedProduct:
         self, gate: Tensor, weight: Tensor, bias: Tensor, low: LowRank | None, dtype: torch.dtype,
         wants: bool, wants_gate: bool, wants_low: bool,
     ):  # fmt: skip
-        """wants: dW and db; dtype is that of d. dW comes with d gate, which is made of it."""
+        """wants: dW and db; dtype is that of d. d gate is made of the weight gradient of every sample."""
         self.gate, self.weight, self.bias, self.low = gate, weight, bias, low
-        self.wants, self.wants_low = wants or wants_gate, wants_low
+        self.wants, self.wants_gate, self.wants_low = wants, wants_gate, wants_low
         self.wants_up = low is not None and (wants_low or wants_gate)
         self.sums, rows = Sums(), gate.to(wide(dtype))[..., None]
         self._weight = (rows * weight).to(dtype)  # [B, N, K]
@@ -200,7 +200,7 @@ class GatedProduct:
 
     def add(self, d: Tensor, a: Tensor) -> None:
         """Add what a piece gives to the gradients of gate and parameters."""
-        if self.wants:
+        if self.wants or self.wants_gate:
             self.sums.add_product("weight", d.mT, a)
             self.sums.add("total", d.sum(1, dtype=wide(d.dtype)))
         if self.wants_up:
@@ -211,15 +211,16 @@ class GatedProduct:
     def gradients(self, name: str) -> dict[str, Tensor]:
         """What was asked for, under NAME, NAME_bias, gate, NAME_down and NAME_up; ends the sums."""
         found, sums, low = {}, self.sums, self.low
+        if self.wants_gate:
+            found["gate"] = (sums["weight"] * self.weight).sum(2) + self.bias * sums["total"]
+            if low is not None:
+                found["gate"] += low.scale * (sums["up"] * low.up).sum(2)
         if self.wants:
             product, total = sums.pop("weight"), sums["total"]
             gate = self.gate.to(total.dtype)
-            dgate = (product * self.weight).sum(2) + self.bias * total
-            if low is not None:
-                dgate += low.scale * (sums["up"] * low.up).sum(2)
             product *= gate[..., None]
             found[name] = product[0] if len(product) == 1 else product.sum(0)
-            found[f"{name}_bias"], found["gate"] = (gate * total).sum(0), dgate
+            found[f"{name}_bias"] = (gate * total).sum(0)
         if self.wants_low:
             up = sums["up"]
             found[f"{name}_up"] = low.scale * (self.gate.to(up.dtype)[..., None] * up).sum(0)
