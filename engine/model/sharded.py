@@ -24,8 +24,11 @@ from prfl_kernels.sublayers.products import LowRank
 RUN = "run.json"
 """The configuration of the run that wrote a checkpoint."""
 EXPERTS = {HIGH: "high", LOW: "low"}
+"""The folders of two experts, and what the fields of a configuration call them."""
 TRUNK = "transformer."
+"""What the names of a reward model's weights below its head begin with."""
 GENERATOR, ADAPTER, REWARD = "a generator", "an adapter", "a reward model"
+"""What a checkpoint may be of, in the words of messages."""
 
 
 class Held(NamedTuple):

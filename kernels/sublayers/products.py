@@ -10,6 +10,17 @@ the un-gated weight gradient G_b = d_b^T a_b of every sample b, in float32,
 so that neither a W^T nor gate * d is needed, and d gate costs a pass over W instead of a product over
 all tokens. Exact: d gate_n = sum_l d_ln (sum_k W_nk a_lk + b_n).
 
+That takes a matrix [N, K] of every sample, which short samples do not fill: theirs of at most SHORT tokens
+go by token instead (GatedTokens),
+
+    da = (gate * d) W,   dW = (gate * d)^T a,   db = sum gate * d,   d gate_b = sum_l d * (a W^T + b)
+
+Measured on an AMD EPYC of Zen 5, one thread, N x K = 512 x 512, 1,024 tokens in samples of
+
+    tokens               8   16   32   64  128  256
+    float32, by sample  201  104   57   32   13   11 ms     by token 15 to 16 ms
+    bfloat16, by sample 250  127   51   12  4.4  3.3 ms     by token 4.0 to 4.2 ms
+
 A low-rank update (LoRA, Hu et al. 2021) adds s x A^T B^T to x W^T, A [r, K] and B [N, r]. With u = x A^T,
 
     dB = s d^T u,   dA = s (d B)^T x,   dx += s (d B) A
@@ -52,7 +63,8 @@ class AttentionWeights(NamedTuple):
     norm_k: Tensor
 
 
-SHORT = 64  # tokens of a sample up to which GatedTokens is faster
+SHORT = 64
+"""Most tokens of a sample whose gate goes by token (GatedTokens): it is faster up to there, on the CPU."""
 
 
 class LowRank(NamedTuple):
@@ -244,7 +256,8 @@ class GatedTokens:
 
     def input_gradient(self, d: Tensor) -> Tensor:
         """da [B, L, K] in d.dtype."""
-        return self.inputs.backward(self._gated(d), None, self.weight).view(*d.shape[:2], self.weight.shape[1])
+        da = self.inputs.backward(self._gated(d), None, self.weight)
+        return da.view(*d.shape[:2], self.weight.shape[1])
 
     def add(self, d: Tensor, a: Tensor) -> None:
         """Add what a piece gives to the gradients of gate and parameters."""
