@@ -8,6 +8,7 @@ the device. Left out, in its favour: barriers, cache and garbage collection, log
 step. Its files are imported without their packages' __init__, which would load a VAE and text encoders.
 """
 
+import argparse
 import importlib
 import sys
 import types
@@ -47,9 +48,9 @@ def load_module(checkout: Path, name: str) -> types.ModuleType:
 
 
 def new_folder(name: str) -> Path:
-    """A folder that is to be written, a type of argparse. SystemExit, one line, for one that is there."""
+    """A folder that is to be written, a type of argparse, whose parser exits with 2 for one that is there."""
     if Path(name).exists():
-        raise SystemExit(f"--golden: {name} exists, want a new name")
+        raise argparse.ArgumentTypeError(f"{name} exists, want a new name")
     return Path(name)
 
 

@@ -3,8 +3,8 @@
     python benchmarks/stored_weights.py CONFIG [SECTION.FIELD=VALUE ...] [--count 32] [--batch 8]
 
 CONFIG is one of `prfl train`. The matrices of the blocks of both are stored in e4m3, and for comparison
-rounded to bfloat16; all else, products included, is as CONFIG says. Held-out samples of data.val, all in the
-same noise:
+rounded to bfloat16; all else, products included, is as CONFIG says. Chains are plain ones, with one reward at
+one noise level: other settings are refused. Held-out samples of data.val, all in the same noise:
 
     velocity    of the noised latents at eval.timesteps: relative L2 distance from that by the weights as they
                 are
@@ -31,7 +31,9 @@ from prfl_bench.timing import machine
 from prfl_engine import chain, flow
 from prfl_engine.build import load_generator, make_frozen_reward, pick_device
 from prfl_engine.config import Config, LoraConfig, load_config
+from prfl_engine.config_method import scales
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists
+from prfl_engine.errors import UserError, check
 from prfl_engine.model import lora
 from prfl_engine.model.layers import Linear
 from prfl_engine.model.reward import RewardModel
@@ -49,6 +51,19 @@ from prfl_engine.seeds import Purpose, noise_like
 LIMIT = 1e-6  # of the gate
 Models = tuple[WanTransformer, RewardModel]
 Rounding = Callable[[Tensor], Tensor]
+
+
+def check_plain(config: Config) -> None:
+    """UserError for settings of chains and rewards that are not read here."""
+    r, want = config.rollout, "in stored_weights"
+    config.reward.check_one(want)
+    check(config.model.boundary is None, "model.boundary", config.model.boundary, f"null {want}")
+    check(r.lora is None, "rollout.lora", r.lora, f"null {want}")
+    check(r.precision == "same", "rollout.precision", r.precision, f"same {want}")
+    check(r.cache == 0, "rollout.cache", r.cache, f"0 {want}")
+    for name in ("rollout", "chain", "eval"):
+        scale = getattr(config, name).guidance
+        check(scales(scale) == (1, 1), f"{name}.guidance", scale, f"1 {want}")
 
 
 def on_paper(weight: Tensor) -> Tensor:
@@ -166,8 +181,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
     args = parser.parse_args(argv)
-    config = load_config(args.config, args.overrides)
-    paths = read_lists(config.data.val, "data.val")
+    try:
+        config = load_config(args.config, args.overrides)
+        check_plain(config)
+        paths = read_lists(config.data.val, "data.val")
+        want = f"2 to {len(paths)}, the number of samples in data.val"
+        check(2 <= args.count <= len(paths), "--count", args.count, want)
+        check(args.batch >= 1, "--batch", args.batch, "a whole number from 1 on")
+    except UserError as error:
+        parser.error(str(error))
     paths = [paths[i * len(paths) // args.count] for i in range(args.count)]
     gate(config, paths, args.batch)
     own = models(config)

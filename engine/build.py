@@ -234,10 +234,11 @@ def make_frozen_reward(
     config: Config, policy: WanTransformer | Experts | None, device: torch.device, shard: Shard | None = None
 ) -> RewardModel:
     """The reward model of reward.path, frozen, stored as reward.weights and reward.place say, computing in
-    the precision of the generator. policy: the one that it has to fit; None: any."""
+    the precision of the generator. policy: the one that it has to fit; None: any. UserError without
+    reward.path, for files that do not fit, or for a model that does not fit `policy`."""
     r, m = config.reward, config.model
     if r.path is None:
-        raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
+        raise UserError("reward.path: got null, want the folder of a reward model")
     frozen = Frozen(r.storage, device)
     made = dict(dtype=DTYPES[m.weights_dtype], device=frozen.loads, shard=shard)
     reward = load_reward(r.path, **r.heads, **made, **r.pooling)

@@ -1,8 +1,6 @@
 """What PRFL refuses of a configuration alone, in training and in its plan."""
 
 from prfl_engine.config import Config
-from prfl_engine.config_file import plain
-from prfl_engine.config_method import scales
 from prfl_engine.errors import check
 from prfl_engine.guidance import check_training
 from prfl_engine.official_yaml import OFFICIAL
@@ -87,9 +85,6 @@ def _check_losses(config: Config) -> None:
         want = "with loss.weight 0"
         c.reward.check_one(want)
         check(r.lora is None, "rollout.lora", r.lora, f"null {want}")
-        check(r.seeds == 1, "rollout.seeds", r.seeds, f"1 {want}")
-        for name, scale in (("rollout", r.guidance), ("chain", c.chain.guidance)):
-            check(scales(scale) == (1, 1), f"{name}.guidance", plain(scale), f"1 {want}")
         if c.reward.path is None:
             want += " and no reward.path"
             check(not c.reward.storage.e4m3, "reward.weights", "e4m3", f"same {want}")
@@ -116,8 +111,9 @@ def unused(config: Config) -> list[str]:
     if loss.weight == 0:
         found["with loss.weight 0"] = _set(
             c, f"rollout.mode rollout.pool rollout.pool_place rollout.stride rollout.range rollout.samples "
-            f"rollout.one_index rollout.precision rollout.cache rollout.cuda_graph {drift} chain.window "
-            "chain.detach_input loss.form loss.target",
+            f"rollout.one_index rollout.precision rollout.cache rollout.cuda_graph {drift} rollout.guidance "
+            "rollout.seeds rollout.seeds_step rollout.seeds_keep chain.window chain.detach_input "
+            "chain.guidance chain.unconditional loss.form loss.target",
         )  # fmt: skip
     else:
         if r.mode == "fresh" and r.precision == "same" and r.cache == 0 and r.lora is None:

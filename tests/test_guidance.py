@@ -198,8 +198,6 @@ def test_a_validation_is_guided(tmp_path):
     ("chain.guidance=3", "data.negative_text: got null, want a .npy (chain.guidance is not 1)"),
     ("eval.guidance=3 eval.every=1", "data.negative_text: got null, want a .npy (eval.guidance is not 1)"),
     ("rollout.guidance=[4,3]", "rollout.guidance: got [4.0, 3.0], want a number without model.boundary"),
-    ("loss.weight=0 rollout.guidance=3", "rollout.guidance: got 3.0, want 1 with loss.weight 0"),
-    ("loss.weight=0 chain.guidance=3", "chain.guidance: got 3.0, want 1 with loss.weight 0"),
     ("rollout.guidance_at_once=true", "rollout.guidance_at_once: got True, want false"),
     ("chain.unconditional=gradient", "chain.unconditional: got 'gradient', want detached with chain"),
     ("rollout.mode=persistent rollout.guidance=3", "rollout.guidance: got 3.0, want chain.guidance's 1.0"),

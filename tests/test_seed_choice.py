@@ -197,7 +197,6 @@ def test_a_run_with_seeds_goes_on_to_the_bit(given, tmp_path):
     ("rollout.seeds_step=2", "rollout.seeds_step: got 2, want null with rollout.seeds 1"),
     ("rollout.seeds_keep=median", "rollout.seeds_keep: got 'median', want steepest with rollout.seeds 1"),
     ("rollout.seeds=2 rollout.mode=persistent", "rollout.seeds: got 2, want 1 with rollout.mode persistent"),
-    ("rollout.seeds=2 loss.weight=0", "rollout.seeds: got 2, want 1 with loss.weight 0"),
     ("rollout.seeds=2 rollout.seeds_keep=both", "rollout.samples: got 1, want an even number with"),
     ("rollout.seeds=2 rollout.seeds_step=2", "rollout.seeds_step: got 2, want 1 to 1, the last step that"),
     ("rollout.seeds=2 rollout.range=[0,0]", "rollout.seeds: got 2, want 1 where the first step of the"),

@@ -49,3 +49,26 @@ def test_other_values_than_those_on_paper_fail_the_gate(path, monkeypatch):
 
 def test_pairs_that_are_turned():
     assert stored_weights.turned(torch.tensor([1.0, 2, 3]), torch.tensor([2.0, 1, 3])) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("words, line", [
+    ("--count 1", "--count: got 1, want 2 to 3, the number of samples in data.val"),
+    ("--count 4", "--count: got 4, want 2 to 3, the number of samples in data.val"),
+    ("--count 3 --batch 0", "--batch: got 0, want a whole number from 1 on"),
+    ("rollout.guidance=3", "rollout.guidance: got 3.0, want 1 in stored_weights"),
+    ("chain.guidance=3", "chain.guidance: got 3.0, want 1 in stored_weights"),
+    ("eval.guidance=3", "eval.guidance: got 3.0, want 1 in stored_weights"),
+    ("model.boundary=0.9", "model.boundary: got 0.9, want null in stored_weights"),
+    ("rollout.lora={}", "rollout.lora: got '{}', want null in stored_weights"),
+    ("rollout.precision=fp8", "rollout.precision: got 'fp8', want same in stored_weights"),
+    ("rollout.cache=0.1", "rollout.cache: got 0.1, want 0 in stored_weights"),
+    ("reward.draws=2", "reward.draws: got 2, want 1 in stored_weights"),
+    ("model.shape=1", "model.shape: unknown"),
+])  # fmt: skip
+def test_mistakes_are_found_before_a_model_is_read(words, line, tmp_path, capsys, monkeypatch):
+    path = write_run(tmp_path)
+    monkeypatch.setattr(stored_weights, "models", None)
+    with pytest.raises(SystemExit) as stopped:
+        stored_weights.main([str(path), *words.format(tmp_path).split()])
+    assert stopped.value.code == 2
+    assert f"error: {line.format(tmp_path)}" in capsys.readouterr().err

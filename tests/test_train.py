@@ -156,6 +156,10 @@ def test_weight_0_computes_no_rollout(tmp_path, monkeypatch):
 @pytest.mark.parametrize("given, lines", [
     (["loss.weight=0", "rollout.mode=persistent", "rollout.pool=4", "chain.window=2"],
      ["rollout.mode and rollout.pool and chain.window: with loss.weight 0 this changes nothing"]),
+    (["loss.weight=0", "rollout.guidance=2", "rollout.seeds=2", "rollout.seeds_step=1",
+      "rollout.seeds_keep=lowest", "chain.guidance=3", "chain.unconditional=gradient"],
+     ["rollout.guidance and rollout.seeds and rollout.seeds_step and rollout.seeds_keep and chain.guidance "
+      "and chain.unconditional: with loss.weight 0 this changes nothing"]),
     (["rollout.max_drift=0.1", "chain.detach_input=true", "loss.form=log", "loss.target=1", "lora.alpha=3"], [
         "rollout.max_drift: with fresh rollouts by the generator as it is this changes nothing",
         "chain.detach_input: with chain.window 1 this changes nothing",
@@ -172,8 +176,11 @@ def test_what_a_run_does_not_read_is_named(given, lines):
 
 
 def test_a_control_without_rewards_says_what_it_does_not_read(tmp_path, capsys):
-    run("train", write_run(tmp_path), "loss.weight=0", "rollout.samples=2", "train.steps=1")
-    assert "prfl: rollout.samples: with loss.weight 0 this changes nothing\n" in capsys.readouterr().err
+    given = "rollout.samples=2", "rollout.guidance=2", "rollout.seeds=2", "chain.guidance=3"
+    run("train", write_run(tmp_path), "loss.weight=0", *given, "train.steps=1")
+    names = " and ".join(field.split("=")[0] for field in given)
+    line = f"prfl: {names}: with loss.weight 0 this changes nothing\n"
+    assert line in capsys.readouterr().err
 
 
 def test_sft_weight_0_computes_no_flow_matching(tmp_path, monkeypatch):
