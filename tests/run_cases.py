@@ -130,3 +130,17 @@ def signalled_while_loading(monkeypatch, rank: int) -> None:
 
     monkeypatch.setattr(train, "make_policy", make_policy)
     monkeypatch.setattr(train, "make_frozen_reward", None)  # never called
+
+
+def told_halves(monkeypatch, rank: int) -> None:
+    """Every rank prints whether guided steps with gradient have both halves even where a scale is 1."""
+    from prfl_engine import train
+
+    original = train.training_guidance
+
+    def made(*arguments, **named):
+        guidance = original(*arguments, **named)
+        print(f"both halves in all steps: {guidance.always}")
+        return guidance
+
+    monkeypatch.setattr(train, "training_guidance", made)

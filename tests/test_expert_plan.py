@@ -196,9 +196,9 @@ def test_where_groups_of_processes_may_ask_different_experts(rollout, window, re
     (["chain.window=2"], True), (["chain.window=1"], False),
     (["chain.window=2", "rollout.one_index=turn"], False),
 ])  # fmt: skip
-def test_a_plan_and_a_training_make_the_same_halves(given, always, tmp_path):
-    """Of a low-noise expert trained alone, whose windows begin with the other: guided steps of one expert
-    alone have both halves where groups of processes may ask different ones, and in the plan too."""
+def test_a_plan_makes_both_halves_where_groups_may_ask_different_experts(given, always, tmp_path):
+    """Of a low-noise expert trained alone, whose windows begin with the other: also in guided steps of one
+    expert alone."""
     path = write_run(tmp_path, data={"negative_text": str(tmp_path / "data/null.npy")}, eval={"every": 0})
     config = load_config(path, [
         "model.path=null", "model.preset=tiny-t2v", "model.boundary=0.875", "rollout.sigma_range=[0, 0.875]",
@@ -282,6 +282,17 @@ def test_guided_drift_probes_take_twice_the_forwards(tmp_path):
 
     path = str(write_run(tmp_path, eval={"every": 0}, data={"negative_text": "negative.npy"}))
     assert seconds(4) == pytest.approx(2 * seconds(1))
+
+
+def test_drift_probes_are_of_one_sample(tmp_path):
+    """Whatever the batch: it unpacks all weights of e4m3 by itself."""
+
+    def seconds(size: int) -> float:
+        given = f"data.batch_size={size}", "rollout.cache=0.1", "lora.rank=4", "lora.base=e4m3"
+        return next(row.seconds for row in predict(path, given).times.rows if row.phase == "drift probes")
+
+    path = str(write_run(tmp_path, eval={"every": 0}, rollout={"steps": 5}))
+    assert seconds(2) == pytest.approx(seconds(1))
 
 
 @pytest.mark.parametrize("given, field", [

@@ -88,7 +88,7 @@ def runs():
 ], ids=["graded", "windows of one trained", "one index", "one expert"])  # fmt: skip
 def test_a_training_where_one_expert_alone_is_guided(runs, tmp_path, given, apart):
     """As in one process, whether two ranks may ask different experts in a step with gradient, and do, or not:
-    then the half without the prompt is left out."""
+    then no step has a half that it does not need."""
     config = written(
         tmp_path, samples=8, train={"accumulate": 2, "steps": 4}, loss={"sft_weight": 0.0},
         data={"negative_text": str(tmp_path / "data/null.npy")},
@@ -102,8 +102,9 @@ def test_a_training_where_one_expert_alone_is_guided(runs, tmp_path, given, apar
     differ = [high[max(0, a - d)] != high[max(0, b - d)]
               for a, b in zip(graded[::2], graded[1::2], strict=True) for d in window]  # fmt: skip
     assert any(differ) == apart
-    found = runs(run_cases.command, 2, run_cases.free_port(), None, "train", config, *given)
+    found = runs(run_cases.command, 2, run_cases.free_port(), run_cases.told_halves, "train", config, *given)
     assert [code for code, _ in found] == [0, 0], found
+    assert all(f"both halves in all steps: {apart}\n" in said for _, said in found)
     run("train", config, *given, f"train.out={tmp_path / 'one'}")
     for step, one in values(tmp_path / "one").items():
         assert values(tmp_path / "run")[step] == pytest.approx(one, rel=2e-3, abs=1e-5)

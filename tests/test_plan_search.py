@@ -12,7 +12,11 @@ from prfl_engine import cli
 from prfl_engine.config import load_config
 from prfl_engine.errors import UserError
 from prfl_engine.planner import choices, pareto
-from prfl_engine.planner.command import Options, predict
+from prfl_engine.planner.command import Options, predict, subject_of
+from prfl_engine.planner.page import front
+from prfl_engine.planner.report import Prediction
+
+OPTIMIZERS = choices.OPTIMIZERS
 
 
 @pytest.fixture
@@ -102,11 +106,25 @@ def test_every_group_of_settings_is_tried(tmp_path):
                        "model.recompute"}  # fmt: skip
 
 
-def test_a_change_names_what_changes_alone(tmp_path):
-    made = pareto.Search(str(write_run(tmp_path, lora={"rank": 4})), (), Options(gpus=1)).choices(1)
-    mine = "lora.rank=4", "optim.offload=all"
-    other = "lora.rank=0", "lora.base=same", "optim.offload=none"
-    assert made.between(mine, other) == ("lora.rank=0", "optim.offload=none")
+@pytest.mark.parametrize("gpus, sections", [
+    (1, {}), (1, {"lora": {"rank": 4, "base": "e4m3"}}),
+    (1, {"rollout": {"mode": "persistent", "pool": 8, "stride": 2}}), (2, {"lora": {"rank": 4}}),
+], ids=["full", "e4m3", "persistent", "two"])  # fmt: skip
+def test_a_change_is_all_that_makes_a_row_its_neighbour(gpus, sections, tmp_path, few, monkeypatch):
+    """Also where one option of a group sets what another one leaves alone."""
+    path = str(write_run(tmp_path, eval={"every": 0}, **sections))
+    s, made = pareto.Search(path, ("model.recompute=full", "model.chunk=16"), Options(gpus=gpus)), []
+    settings, candidate = s.choices(gpus).settings, s.candidate
+    every = {str((c.option[1], c.option[4])): c for c in s.candidates(gpus)}
+    assert len(every) > 2
+    monkeypatch.setattr(s, "candidate", lambda *args: made.append(candidate(*args)) or made[-1])
+    for best in every.values():
+        monkeypatch.setattr(s, "bytes", lambda c, best=best: c is best)  # so that all are worth a line
+        made.clear()
+        changes = [n.change.split() for n in pareto._neighbours(s, best)]
+        row = s.choices(gpus).minimal(choices.whole(best.option))
+        assert changes and all(changes)
+        assert [settings.of((*row, *change)) for change in changes] == [c.config for c in made]
 
 
 def test_what_an_override_sets_is_not_changed(tmp_path):
@@ -141,10 +159,62 @@ def test_weights_that_wait_elsewhere_are_no_hindrance(tmp_path, few):
     assert not any(c.config.lora.storage.apart or c.config.reward.storage.apart for c in two)
 
 
-def test_adapters_of_one_gpu_may_have_their_weights_on_the_host(tmp_path, few):
-    path = str(write_run(tmp_path, eval={"every": 0}))
-    found = list(pareto.Search(path, ("model.recompute=full",), Options(gpus=1)).candidates(1))
-    assert any(c.config.lora.base_place == c.config.reward.place == "host" for c in found)
+DEVICE, HOST, MIXED = ("device", "device"), ("host", "host"), ("host", "device")
+NO_REWARD = {"reward": {"path": None}, "loss": {"weight": 0.0}}
+
+
+@pytest.mark.parametrize("sections, given, places", [
+    ({}, (), {DEVICE, HOST}), ({"lora": {"rank": 4, "base_place": "host"}}, (), {DEVICE, HOST, MIXED}),
+    ({}, ("reward.place=device",), {DEVICE, MIXED}),
+    ({}, ("lora.base_place=host", "lora.rank=4"), {MIXED, HOST}), (NO_REWARD, (), {DEVICE, MIXED}),
+], ids=["device", "host in the file", "reward fixed", "base fixed", "no reward"])  # fmt: skip
+def test_where_frozen_weights_of_adapters_may_wait(sections, given, places, tmp_path, few):
+    """On one GPU as configured, on the device, and on the host; never twice the same."""
+    path = str(write_run(tmp_path, eval={"every": 0}, **sections))
+    s = pareto.Search(path, ("model.recompute=full", "model.chunk=16", *given), Options(gpus=1))
+    found = [c.config for c in s.candidates(1)]
+    assert {(c.lora.base_place, c.reward.place) for c in found if c.lora.rank} == places
+    assert all(c not in found[:i] for i, c in enumerate(found))
+
+
+@pytest.mark.parametrize("sections", [
+    {"lora": {"rank": 4, "base_place": "host"}},
+    {"optim": {"in_backward": True, "clip": None}, "loss": {"alternate": True}},
+], ids=["host", "in_backward"])  # fmt: skip
+def test_candidates_are_predicted_by_what_they_have(sections, tmp_path, few, monkeypatch):
+    """Not by what is known of another candidate."""
+    monkeypatch.setattr(choices, "OPTIMIZERS", OPTIMIZERS[2:4])
+    path, options = str(write_run(tmp_path, eval={"every": 0}, **sections)), Options(gpus=1)
+    found = list(pareto.Search(path, ("model.recompute=full", "model.chunk=16"), options).candidates(1))
+    assert len(found) > 2
+    for c in found:
+        assert c.setup == subject_of(c.config, path, 1, options).setup
+        assert c.setup.reward.storage == c.config.reward.storage
+
+
+def test_what_is_not_predicted_in_full_is_counted(tmp_path, few, monkeypatch):
+    """By itself: it has not been refused."""
+    path, full = str(write_run(tmp_path, eval={"every": 0})), pareto.Search.full
+    given = "model.recompute=full", "model.chunk=16", "rollout.mode=fresh"
+    most = 1  # GPUs on which nothing fits that seemed to
+
+    def less(self, c: pareto.Candidate) -> Prediction:
+        found = full(self, c)
+        return found if c.shards.size > most else replace(found, limit=0.0)
+
+    monkeypatch.setattr(pareto.Search, "full", less)
+    monkeypatch.setattr(pareto.Search, "bytes", lambda *args, **named: 0)
+    monkeypatch.setattr(pareto, "AHEAD", 1)
+    found = pareto.search(path, given, Options(gpus=2))
+    count = len(list(pareto.Search(path, given, Options(gpus=2)).candidates(1))) - 1
+    assert [row.times.gpus for _, row in found.rows] == [2] and count > 0
+    assert "--search" not in {each.field for each in found.left_out}
+    line = f"on 1 GPUs {count} settings were not predicted in full: 1 that seemed to fit did not"
+    assert line in found.text() and line in "".join(front(found))
+    assert found.values()["given_up"] == [{"gpus": 1, "count": count}]
+    most = 2
+    with pytest.raises(UserError, match=f"nothing of .* on 2 GPUs; {line}; on 2 GPUs "):
+        pareto.search(path, given, Options(gpus=2))
 
 
 def test_what_is_left_out_is_said_by_name(tmp_path, few):

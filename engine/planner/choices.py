@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -35,7 +36,6 @@ BASE = "lora.base=same", "lora.base_place=device"  # of the weights that adapter
 SHARED = (
     *BASE, "reward.weights=same", "reward.place=device", "model.idle=device", "loss.anchor_place=device",
 )  # fmt: skip
-WAITING = "lora.base_place=host", "reward.place=host"
 Overrides = tuple[str, ...]
 
 
@@ -79,6 +79,12 @@ class Settings:
             return True
         return getattr(made, field) != getattr(getattr(self.base, section), field)
 
+    def configured(self, name: str) -> str:
+        """The override by which section.field has the value of the file."""
+        section, _, field = name.partition(".")
+        value = getattr(getattr(self.base, section), field)
+        return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+
 
 class Choices:
     """The groups of a configuration on so many GPUs of a machine."""
@@ -91,14 +97,25 @@ class Choices:
 
     def groups(self) -> list[list[Overrides]]:
         """Layouts, optimizers with or without adapters, policies, chunks, chains, rollouts. In every
-        group what is as configured comes first."""
+        group what is as configured comes first, and all options set the same fields."""
         base = self.settings.base
         chunks = [(f"model.chunk={c}",) for c in (base.model.chunk or "null", base.model.chunk or CHUNK)]
         policies = [(policy, *AUTO) for policy in POLICIES]
-        groups = [self._layouts(), self._training(), policies, list(dict.fromkeys(chunks))]
+        groups = [self._layouts(), self._training(), policies, chunks]
         if not self.options.train_reward:
             groups += [self._chains(), self._rollouts()]
-        return [sorted(self._allowed(g), key=lambda option: len(self.minimal(option))) for g in groups]
+        return [
+            sorted(self._allowed(self._alike(g)), key=lambda option: len(self.minimal(option)))
+            for g in groups
+        ]
+
+    def _alike(self, group: list[Overrides]) -> list[Overrides]:
+        """The options, each once, with the same fields: what one leaves alone is as configured."""
+        every = [{item.partition("=")[0]: item for item in option} for option in group]
+        names = dict.fromkeys(itertools.chain.from_iterable(every))
+        return list(dict.fromkeys(
+            tuple(option.get(name) or self.settings.configured(name) for name in names) for option in every
+        ))  # fmt: skip
 
     def _allowed(self, group: list[Overrides]) -> list[Overrides]:
         """The options that leave alone what overrides of the command have set."""
@@ -115,14 +132,6 @@ class Choices:
     def minimal(self, overrides: Overrides) -> Overrides:
         """Those that change the configuration."""
         return tuple(item for item in overrides if self.settings.changes(item))
-
-    def between(self, option: Overrides, other: Overrides) -> Overrides:
-        """Those of another option of the same group that change something in place of `option`."""
-        fields = {item.partition("=")[0] for item in option}
-        return tuple(
-            item for item in other if item not in option
-            and (item.partition("=")[0] in fields or self.settings.changes(item))
-        )  # fmt: skip
 
     def candidates(self) -> Iterator[tuple[Overrides, ...]]:
         """One option of every group, in all combinations."""
@@ -146,14 +155,20 @@ class Choices:
         return found
 
     def _training(self) -> list[Overrides]:
-        """All weights, or adapters; those of one GPU for weights that wait on the host, too."""
-        base = self.settings.base
+        """All weights, or adapters; on one GPU adapters with frozen weights where they are as configured, on
+        the device, and on the host. Those of several GPUs are as layouts have them."""
+        base, alone = self.settings.base, self.gpus == 1
         rank = base.lora.rank or min(RANK, self.heads * self.head_dim)
         idle = () if base.trained_experts != (True, True) else ("model.idle=device",)
-        full = [("lora.rank=0", *self._free((*BASE, *idle)), *optimizer) for optimizer in OPTIMIZERS]
+        here = self._free((*BASE, *idle)) if alone else ()
+        full = [("lora.rank=0", *here, *optimizer) for optimizer in OPTIMIZERS]
         adapters = [(f"lora.rank={rank}", dtype, *PLAIN) for dtype in (WIDE, BRAIN)]
-        if self.gpus == 1 and not self.options.train_reward:
-            adapters += [(*adapters[-1], *WAITING)]
+        if alone and not self.options.train_reward:
+            frozen = "lora.base_place", *(("reward.place",) if base.reward.path else ())
+            device, host = (
+                self._free(tuple(f"{name}={place}" for name in frozen)) for place in ("device", "host")
+            )
+            adapters += [*((*one, *device) for one in adapters), (*adapters[-1], *host)]
         return full + adapters
 
     def _chains(self) -> list[Overrides]:

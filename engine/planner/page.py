@@ -65,6 +65,7 @@ def front(search: Found) -> list[str]:
     if search.left_out:
         lines = "".join(f"<li>{escape(str(each))}" for each in search.left_out)
         parts += [f"<h3>Left out: a training refuses them, or gains nothing</h3><ul>{lines}</ul>"]
+    parts += [f"<p>{escape(str(each))}</p>" for each in search.given_up]
     return [*parts, "<p class=facts>Below is the last row.</p>"]
 
 

@@ -9,6 +9,7 @@ fits is then predicted in full, with its validation, and the next best is taken 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from prfl_engine.config import Config
 from prfl_engine.errors import UserError
@@ -65,6 +66,19 @@ class LeftOut:
         return f"{self.count:,} by {self.field} on {counts} GPUs, such as: {self.why}"
 
 
+class GivenUp(NamedTuple):
+    """Settings of a number of GPUs that would take less time, and were not predicted in full."""
+
+    gpus: int
+    count: int
+
+    def __str__(self) -> str:
+        return (
+            f"on {self.gpus} GPUs {self.count:,} settings were not predicted in full: {AHEAD} that seemed to"
+            " fit did not"
+        )
+
+
 @dataclass(frozen=True)
 class Found:
     """The fastest settings of every number of GPUs that is faster than all smaller ones, in full."""
@@ -75,6 +89,7 @@ class Found:
     given: tuple[str, ...] = ()  # overrides of all settings, as the search got them
     command: str = "train"  # of prfl, whose settings they are
     left_out: tuple[LeftOut, ...] = ()
+    given_up: tuple[GivenUp, ...] = ()
 
     def text(self) -> str:
         """For a terminal: a table, a line of overrides for each, and what other settings would buy."""
@@ -95,6 +110,7 @@ class Found:
         if self.left_out:
             lines.append("settings that were left out, since a training refuses them or gains nothing:")
             lines += [line for each in self.left_out for line in wrapped(f"- {each}")]
+        lines += [str(each) for each in self.given_up]
         lines += ["", f"to put after `prfl {self.command} CONFIG`; read what they change, adapters"]
         lines.append("(lora.rank) want another learning rate, chains that persist and more samples train")
         lines.append("another loss:")
@@ -120,6 +136,7 @@ class Found:
             "rows": [{"overrides": list(o), **p.values()} for o, p in self.rows],
             "neighbours": [n.__dict__ for n in self.neighbours],
             "left_out": [each.__dict__ for each in self.left_out],
+            "given_up": [each._asdict() for each in self.given_up],
         }  # fmt: skip
 
 
@@ -214,7 +231,9 @@ class Search:
         return of_subject(c.config, subject, self.gpu, c.shards.size, self.options)
 
     def _setup(self, config: Config, gpus: int) -> Setup:
-        key = config.model, config.lora, config.rollout, config.parallel, config.train.accumulate, gpus
+        c, arriving = config, config.optim if config.optim.in_backward else None
+        own = c.model, c.lora, c.reward, c.rollout, c.loss, c.parallel, c.train.accumulate, arriving
+        key = *own, gpus
         if key not in self.subjects:
             self.subjects[key] = subject_of(config, self.path, gpus, self.options).setup
         return self.subjects[key]
@@ -265,15 +284,15 @@ def search(path: str, given: Sequence[str] = (), options: Options = Options()) -
     nothing fits."""
     s, rows, tried, best = Search(path, given, options), [], 0, float("inf")
     chosen: Candidate | None = None
+    given_up: list[GivenUp] = []
     for gpus in s.counts:
         every = sorted(s.candidates(gpus), key=lambda c: c.seconds)
         tried, full = tried + len(every), 0
-        for c in every:
+        for i, c in enumerate(every):
             if c.seconds >= best:
                 break
             if full == AHEAD:
-                why = f"{AHEAD} that seemed to fit did not, and no more were predicted in full"
-                s.leave_out(gpus, UserError(f"--search: {why}"))
+                given_up.append(GivenUp(gpus, sum(other.seconds < best for other in every[i:])))
                 break
             if s.bytes(c, searching=True) > s.room:
                 continue
@@ -284,12 +303,13 @@ def search(path: str, given: Sequence[str] = (), options: Options = Options()) -
                 break
     if chosen is None:
         left = "".join(f"; left out: {each}" for each in s.left.values() if not tried)
+        left += "".join(f"; {each}" for each in given_up)
         raise UserError(
             f"--search: nothing of {tried} settings fits {s.room / 1e9:.1f} GB on {s.most} GPUs{left}"
         )
     command = "train-reward" if options.train_reward else "train"
     left, others = tuple(s.left.values()), tuple(_neighbours(s, chosen))
-    return Found(tuple(rows), others, tried, tuple(given), command, left)
+    return Found(tuple(rows), others, tried, tuple(given), command, left, tuple(given_up))
 
 
 def _neighbours(s: Search, best: Candidate) -> Iterator[Neighbour]:
@@ -304,7 +324,7 @@ def _neighbours(s: Search, best: Candidate) -> Iterator[Neighbour]:
                 made = s.candidate(best.shards.size, option)
             except UserError:  # one of those that have been left out
                 continue
-            change = " ".join(choices.between(best.option[place], other))
+            change = " ".join(item for item in other if item not in best.option[place])
             taken, ratio = s.bytes(made), made.seconds / best.seconds - 1
             if ratio < -0.005 or taken < 0.99 * size:
                 yield Neighbour(change, ratio, taken - size, taken <= s.room)

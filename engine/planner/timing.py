@@ -209,7 +209,8 @@ def times(
         rows.append(_validation(c, setup, readers, each, p))
     probes = _probes(c, setup)
     if probes:
-        rows.append(Row("drift probes", probes * max(plain, links.forward, brought), 0.0))
+        alone = forward_seconds(replace(setup, latent=(1, *setup.latent[1:])), rates) / p  # of one sample
+        rows.append(Row("drift probes", probes * max(alone, links.forward, brought), 0.0))
     scored_of_all = readers * graded * samples * c.rollout.samples
     trained = readers * own * samples if setup.trains is not None else 0.0
     return Times(tuple(rows), scored_of_all, shards.size, gpu.peak, trained)
