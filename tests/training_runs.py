@@ -1,5 +1,6 @@
 """What tests of whole runs need: the command line on tiny models, and what a run leaves behind."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from prfl_engine import checksums
 from prfl_engine.cli import main
-from prfl_engine.metrics import read_metrics
+from prfl_engine.metrics import FILE, read_metrics
 
 NAME = "diffusion_pytorch_model.safetensors"
 STATE = "training_state.pt"
@@ -62,8 +63,14 @@ def content(folder):
 
 def killed(out: Path, step: int, copy: Path) -> Path:
     """A copy of the folder of a finished run as a kill after its checkpoint of that step would have left it:
-    metrics of later steps are there, later checkpoints are not."""
+    metrics of later steps are there, later checkpoints are not. No later number is that of the finished run,
+    so that a resumed run has its metrics only where it writes them anew."""
     shutil.copytree(out, copy)
+    records = [json.loads(line) for line in (out / FILE).read_text().splitlines()]
+    for record in records:
+        if record["step"] > step:
+            record["values"] = dict.fromkeys(record["values"], -1234.5)
+    (copy / FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
     for path in copy.glob("checkpoint-*"):
         if int(path.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(path)
