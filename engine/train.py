@@ -300,9 +300,11 @@ def evaluate_policy(
         sigma = flow.shift_sigma(level, r.shift)
         noise = flow.rounded(noise, dtype)
         t = levels.timestep(sigma)
-        losses = anchored_sft_loss(policy, origin, batch, noise, sigma, plain_blocks, t)
-        for name, values in zip(("sft_loss", "sft_anchor"), losses, strict=True):
-            if values is not None:
+        if origin is None:
+            samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, plain_blocks, t))
+        else:
+            losses = anchored_sft_loss(policy, origin, batch, noise, sigma, plain_blocks, t)
+            for name, values in zip(("sft_loss", "sft_anchor"), losses, strict=True):
                 samples.put(name, values)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
         start = fixed(policy, batch, start_of(r, schedule, batch.latent, noise))
