@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import encoder_cases as cases
+import numpy as np
 import pytest
 from helpers import one_line, tiny_config, tiny_reward
 from PIL import Image
@@ -82,6 +83,47 @@ def test_what_cannot_be_encoded_is_left_out_and_what_is_encoded_may_stay(made, c
     assert "left out: " in said and "frames at 16 a second: got 8, want 9 (--min-frames)" in said
     monkeypatch.setattr(VideoVAE, "__init__", None)
     assert scores(made, capsys, *words[:1], *words[4:])[0] == found
+
+
+def test_a_video_that_is_named_twice_is_scored_once(made, capsys, tmp_path, monkeypatch):
+    clips = made / "clips"
+    monkeypatch.chdir(made)
+    got, _ = scores(made, capsys, clips, "clips/tall.mp4", clips / "tall.mp4", "--encoded", tmp_path / "kept")
+    assert sorted(Path(file).name for file in got) == ["still.png", "tall.mp4", "wide.mp4"]
+
+
+def test_videos_of_several_prompts_are_told_apart_where_their_samples_are_kept(made, capsys, tmp_path):
+    wide, tall = (made / f"clips/{name}.mp4" for name in ("wide", "tall"))
+    table = tmp_path / "t.csv"
+    table.write_text(f"video,prompt\n{wide},a cat runs\n{wide},a red boat\n{tall},a storm\n")
+    found, _ = scores(made, capsys, table, "--encoded", tmp_path / "kept")
+    assert len(found) == 3 and str(tall) in found
+    metas = [json.loads(Path(file).read_text()) for file in found if file.endswith(".json")]
+    assert {meta["short_caption"] for meta in metas} == {"a cat runs", "a red boat"}
+
+
+def test_mistakes_are_found_before_anything_is_encoded(made, capsys, tmp_path):
+    """The encoders are not there, which loading them would say."""
+    def refused(needle, *words, reward=made / "t2v"):
+        capsys.readouterr()
+        assert main(["score", str(reward), *map(str, words), *SIZE, *SCORE]) == 2
+        assert needle in one_line(capsys)
+
+    clips, empty = made / "clips", tmp_path / "models"
+    words = clips, "--models", empty
+    shutil.copytree(made / "t2v", tmp_path / "headless")
+    (tmp_path / "headless/mlp_step_0.ckpt").unlink()
+    refused("headless: got no mlp_step_N.ckpt", *words, reward=tmp_path / "headless")
+    refused("reward.draws: got 2, want 1 in prfl score", *words, "reward.draws=2")
+    np.save(tmp_path / "bare.npy", np.zeros((1, 16, 1, 4, 4), np.float32))
+    refused("bare.npy: got no text", tmp_path / "bare.npy", *words)
+    text = tmp_path / "text.npy"
+    text.write_bytes(b"")
+    refused("--text: got", *words, "--text", text)
+    shutil.copytree(clips, tmp_path / "mixed")
+    np.save(tmp_path / "mixed/a.npy", 1)
+    refused("mixed: got a.npy and still.png, want latents or videos", tmp_path / "mixed", *words[1:])
+    refused(f"--encoded: {clips}: got", clips, "--models", made / "models", "--encoded", clips)
 
 
 def test_mistakes_are_one_line(made, capsys, tmp_path):

@@ -128,14 +128,15 @@ def encode_rows(
     options: Options,
     rank: int = 0,
     world: int = 1,
+    option: str = "--out",
 ) -> Summary:
     """Encode process `rank`'s part of these rows of a source of that name; `wrong`: those of it that are
-    none."""
+    none. option: which names `out`, for messages."""
     rows, repeated = _distinct(rows)
     prompts = {row.where: work.prompts_of(row) for row in rows}
     negative, settings = clean(options.against), options.settings(source)
     device = pick_device(load_config(None, [f"train.device={options.device}"]))
-    places = Places(make_folder(out, "--out"))
+    places = Places(make_folder(out, option), option)
     places.check(settings)
     places.report(rank, world).unlink(missing_ok=True)
     share = work.Share(places, options, device)

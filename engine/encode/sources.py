@@ -2,7 +2,7 @@
 
     folder    every video and image below it; NAME.txt next to NAME.mp4 holds its prompt, NAME.png next to it
               is its first frame
-    NAME.mp4  that video, in the same way
+    NAME.mp4  that video or image alone, with the files next to it in the same way
     .csv      a header with the columns of COLUMNS, and any others
     .jsonl    a JSON object a line, of the same names
     .json     a list of such objects, as HY-Video-PRFL's preprocessing takes it
@@ -29,6 +29,8 @@ COLUMNS = {
     "long": ("long_prompt", "long_caption"),
 }
 """What a row says, and the names that it may have; the first one that a row has counts."""
+TABLES = (".csv", ".jsonl", ".json")
+"""The ends of the names of tables."""
 LABELS = ("label", "physics_quality", "human_quality", "text_alignment", "blur_quality")
 """Columns that must hold 0, 1, good, poor or nothing."""
 _OURS = {*LATENT_KEYS, *CONDITION_KEYS, *CLIP_KEYS, *REWARD_TEXT_KEYS, "textlong_path"}
@@ -56,21 +58,21 @@ class Skipped(NamedTuple):
 def read_rows(source: str | Path, prompt: str | None = None) -> tuple[list[Row], list[Skipped]]:
     """The rows of a source, and those that cannot be one (no prompt, no such file, a wrong label).
 
-    prompt: of files without a NAME.txt. UserError for a source that cannot be read at all, or has neither
-    videos nor images.
+    prompt: of files without a NAME.txt, and of rows of a table without one. UserError for a source that
+    cannot be read at all, or has neither videos nor images.
     """
     source = Path(source)
     rows: list[Row] = []
     skipped: list[Skipped] = []
-    found = _table(source)
+    found = _table(source, prompt)
     if source.is_dir():
         found = _files(source.rglob("*"), prompt)
     elif is_media(source):
         check_file(source, "a video or an image")
-        found = _files((p for p in source.parent.iterdir() if p.stem == source.stem), prompt)
+        found = _files([source, *_first_frames(source)], prompt)
     for where, values in found:
         try:
-            rows.append(_row(where, values, source if source.is_dir() else source.parent))
+            rows.append(_row(where, values, source if source.is_dir() else source.parent, prompt))
         except UserError as error:
             skipped.append(Skipped(where, str(error)))
     if not rows and not skipped:
@@ -78,7 +80,7 @@ def read_rows(source: str | Path, prompt: str | None = None) -> tuple[list[Row],
     return rows, skipped
 
 
-def _row(where: str, values: Any, folder: Path) -> Row:
+def _row(where: str, values: Any, folder: Path, prompt: str | None) -> Row:
     if isinstance(values, UserError):
         raise values
     check(isinstance(values, dict), "row", values, "a JSON object")
@@ -89,7 +91,7 @@ def _row(where: str, values: Any, folder: Path) -> Row:
             check_file(path, f"the {what}")
     if not any(paths.values()):
         raise UserError("got no video and no image")
-    if texts["prompt"] is None:
+    if (own := texts["prompt"] or prompt) is None:
         raise UserError("no prompt")
     known = {name for names in COLUMNS.values() for name in names}
     fields = {k: v for k, v in values.items() if k not in known}
@@ -99,7 +101,7 @@ def _row(where: str, values: Any, folder: Path) -> Row:
         if isinstance(value := fields.get(name), str):
             fields[name] = {"0": 0, "1": 1, "": None}.get(value.strip(), value.strip())
         label_of(fields, name)
-    return Row(where, paths["video"], paths["image"], texts["prompt"], texts["long"], fields)
+    return Row(where, paths["video"], paths["image"], own, texts["long"], fields)
 
 
 def _text(values: dict, names: tuple[str, ...]) -> str | None:
@@ -115,6 +117,13 @@ def _text(values: dict, names: tuple[str, ...]) -> str | None:
 def is_media(path: Path) -> bool:
     """Whether a path names a video or an image."""
     return path.suffix.lower() in VIDEOS + IMAGES
+
+
+def _first_frames(video: Path) -> list[Path]:
+    """The images next to a video that have its name; none of an image."""
+    if video.suffix.lower() not in VIDEOS:
+        return []
+    return [p for p in video.parent.iterdir() if p.stem == video.stem and p.suffix.lower() in IMAGES]
 
 
 def _files(paths: Iterable[Path], prompt: str | None) -> Iterator[tuple[str, Any]]:
@@ -139,18 +148,23 @@ def _files(paths: Iterable[Path], prompt: str | None) -> Iterator[tuple[str, Any
         }
 
 
-def _table(source: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a table and their places; a UserError in place of one that is no JSON."""
+def _table(source: Path, prompt: str | None) -> Iterator[tuple[str, Any]]:
+    """The rows of a table and their places; a UserError in place of one that is no JSON. With a `prompt` of
+    rows without one no column has to hold any."""
     want = f"a folder, or a table {' or '.join(TABLES)}"
     check_file(source, want)
     check(source.suffix.lower() in TABLES, str(source), source.suffix, want)
-    yield from TABLES[source.suffix.lower()](source)
+    if source.suffix.lower() == ".csv":
+        yield from _csv(source, [("video", "image"), *([("prompt",)] if prompt is None else [])])
+    else:
+        yield from (_jsonl if source.suffix.lower() == ".jsonl" else _json)(source)
 
 
-def _csv(source: Path) -> Iterator[tuple[str, Any]]:
+def _csv(source: Path, wanted: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, Any]]:
+    """wanted: keys of COLUMNS, of each group of which a column must be there."""
     reader = csv.DictReader(f"{line}\n" for line in read_lines(source, "a CSV table"))
     names = [name.strip() for name in reader.fieldnames or ()]
-    for needed in (("video", "image"), ("prompt",)):
+    for needed in wanted:
         columns = [name for what in needed for name in COLUMNS[what]]
         check(bool(set(names) & set(columns)), f"{source}: columns", names, f"one of {', '.join(columns)}")
     reader.fieldnames = names
@@ -186,7 +200,3 @@ def _parsed(text: str | bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         return UserError(f"not JSON: {' '.join(str(error).split())}")
-
-
-TABLES = {".csv": _csv, ".jsonl": _jsonl, ".json": _json}
-"""How tables are read, by the ends of their names."""

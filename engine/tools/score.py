@@ -24,6 +24,7 @@ from prfl_engine.files import write_whole
 from prfl_engine.inputs import check_file, check_new_file
 from prfl_engine.media import VIDEOS
 from prfl_engine.metrics import decimal, note, progress
+from prfl_engine.model.reward_files import find_reward
 from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import noisy_rewards
 from prfl_engine.parallel import World
@@ -45,7 +46,7 @@ class Scored:
     score: float  # mean reward (sigmoid of the logit) over timesteps and draws
     spread: float | None  # standard deviation over draws of the mean over timesteps; None of one draw
     by_timestep: dict[float, float]  # mean reward over draws
-    file: str  # the meta JSON, the latent or the video
+    file: str  # the meta JSON, the latent or the video; of a video with several prompts see Encoded.files
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,25 @@ def _check_texts(paths: Sequence[Path], text: str | None, image: bool) -> None:
             raise UserError(f"--text: got {text}, but every sample has a text of its own, want none")
 
 
+def check_score(config: Config, paths: Sequence[Path], options: Options) -> None:
+    """UserError for mistakes in the configuration, in the files of the reward model's pooling and MLP, and in
+    the samples `paths`, as far as they show before weights are loaded."""
+    config.reward.check_one("in prfl score")
+    check_reward_storage(config)
+    r = config.reward
+    reader = make_reader(config, options)
+    find_reward(Path(r.path), **r.heads, **r.pooling)
+    _refuse_videos(paths)
+    _check_texts(paths, options.text, reader.config.image)
+    by_shape(reader, paths)
+
+
+def make_reader(config: Config, options: Options) -> ScoreReader:
+    """What reads samples for the reward model of reward.path."""
+    model = read_config(config.reward.path)
+    return ScoreReader(model, first_frame=config.data.first_frame, text=options.text)
+
+
 @torch.no_grad()
 def score(config: Config, paths: Sequence[Path], options: Options) -> list[Scored]:
     """The samples `paths`, best first, equal ones in their order, by the reward model of reward.path.
@@ -162,13 +182,7 @@ def score(config: Config, paths: Sequence[Path], options: Options) -> list[Score
     The noise of draw d follows from eval.seed, d and the latent's shape alone. UserError for a sample that
     does not fit the model; TrainingError for a reward that is not finite.
     """
-    config.reward.check_one("in prfl score")
-    check_reward_storage(config)
-    _refuse_videos(paths)
-    reader = ScoreReader(
-        read_config(config.reward.path), first_frame=config.data.first_frame, text=options.text
-    )
-    _check_texts(paths, options.text, reader.config.image)
+    reader = make_reader(config, options)
     shapes = by_shape(reader, paths)
     if len(shapes) > 1:
         note(f"{len(shapes)} latent shapes: samples of different shapes meet different noise")
@@ -259,6 +273,7 @@ def run(
     config = settings(model, overrides)
     latents, sources = videos.divided(names)
     paths = find_samples(latents) if names else read_lists(config.data.val, "data.val")
+    check_score(config, paths, options)
     with videos.samples(sources, read_config(config.reward.path), config.train.device) as encoded:
         found = score(config, [*paths, *map(Path, encoded.files)], options)
         scored = [replace(s, file=encoded.files.get(s.file, s.file)) for s in found]
