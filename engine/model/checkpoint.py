@@ -21,11 +21,11 @@ from torch.distributed.tensor import DTensor
 
 from prfl_engine import checksums
 from prfl_engine.agree import Agreed, leads
-from prfl_engine.errors import UserError, check
+from prfl_engine.errors import UserError
 from prfl_engine.inputs import check_finite, read_state
 from prfl_engine.model.layers import Linear
 from prfl_engine.model.reward import RewardModel, make_pool
-from prfl_engine.model.reward_files import head_files, settle, write_settings
+from prfl_engine.model.reward_files import find_reward, head_files, settle, write_settings
 from prfl_engine.model.sources import WEIGHTS, Stored, check_blocks, count_blocks, find, sharded
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.shards import local, put, reshard, rows, whole
@@ -181,19 +181,11 @@ def load_reward(
     and where the files are not of one step.
     """
     transformer = Path(transformer or folder)
-    given = {"num_heads": num_heads, "feature_layer": feature_layer, "pool": pool}
-    given = {name: value for name, value in given.items() if value is not None}
-    if add_query is not None:
-        given["return_type"] = "query" if add_query else None
-    settings = settle(transformer, given)
-    whole = sharded(transformer) is not None
-    if whole:
-        for name, value in ("query_attention", query_attention), ("mlp", mlp):
-            check(value is None, f"reward.{name}", value, f"none: {transformer} has all parts")
-    else:
-        query_attention, mlp = head_files(transformer, settings["pool"], query_attention, mlp)
+    settings, query_attention, mlp = find_reward(
+        transformer, query_attention, mlp, num_heads, add_query, feature_layer, pool
+    )
     trunk = load_transformer(transformer, dtype, device, trunk=True, shard=shard)
-    if whole:
+    if mlp is None:
         states, sources = read_heads(transformer, device), heads_of(transformer)
         model = assembled(trunk, states, sources, **settings, dropout=dropout, device=device)
     else:

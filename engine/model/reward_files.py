@@ -8,6 +8,7 @@ and the training step. An official folder has none and is read without it.
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,34 @@ def find_head(folder: Path, name: str) -> Path:
     if not steps and not plain.is_file():
         raise UserError(f"{folder}: got no {name}_step_N.ckpt, want the official reward model files")
     return max(steps, key=step_of, default=plain)
+
+
+def find_reward(
+    transformer: Path,
+    query_attention: str | Path | None = None,
+    mlp: str | Path | None = None,
+    num_heads: int | None = None,
+    add_query: bool | None = None,
+    feature_layer: int | Sequence[int] | None = None,
+    pool: str | None = None,
+) -> tuple[dict[str, Any], Path | None, Path | None]:
+    """(num_heads, feature_layer, return_type and pool, the file of the pooling, that of the MLP) of a reward
+    model whose arguments are as load_reward takes them. No file of a pooling without queries, and neither
+    file of a sharded checkpoint, which has all parts.
+
+    UserError where reward.json says otherwise, where a file is not there or not as checksums.json says, and
+    where they are not of one step.
+    """
+    given = {"num_heads": num_heads, "feature_layer": feature_layer, "pool": pool}
+    given = {name: value for name, value in given.items() if value is not None}
+    if add_query is not None:
+        given["return_type"] = "query" if add_query else None
+    settings = settle(transformer, given)
+    if sharded(transformer) is not None:
+        for name, value in ("query_attention", query_attention), ("mlp", mlp):
+            check(value is None, f"reward.{name}", value, f"none: {transformer} has all parts")
+        return settings, None, None
+    return settings, *head_files(transformer, settings["pool"], query_attention, mlp)
 
 
 def head_files(
