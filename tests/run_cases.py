@@ -104,15 +104,19 @@ def told_validation(monkeypatch, rank: int) -> None:
     import torch
 
     from prfl_engine import train
+    from prfl_engine.batch import Batch
 
-    loss = train.sft_loss
+    def told(loss):
+        def made(*given):  # the model, with a frozen start or without, the batch and the rest
+            if not torch.is_grad_enabled():
+                batch = next(a for a in given if isinstance(a, Batch))
+                print(f"evaluated {len(batch.latent)}")
+            return loss(*given)
 
-    def sft_loss(model, batch, *rest):
-        if not torch.is_grad_enabled():
-            print(f"evaluated {len(batch.latent)}")
-        return loss(model, batch, *rest)
+        return made
 
-    monkeypatch.setattr(train, "sft_loss", sft_loss)
+    for name in "sft_loss", "anchored_sft_loss":
+        monkeypatch.setattr(train, name, told(getattr(train, name)))
 
 
 def signalled_while_loading(monkeypatch, rank: int) -> None:
