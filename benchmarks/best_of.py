@@ -105,11 +105,11 @@ def gate(subject: Subject, batch: Batch, chains: Chains, step: int) -> None:
     got = best_of.best_of(bind(subject.model, batch), subject.schedule, noises, step, look)
     kept = chains.judged[step].argmax(0)
     want = chains.latent[kept, torch.arange(len(kept))]
-    error = ((got.latent.cpu() - want).norm() / want.norm()).item()
+    error = ((got.latent[0].cpu() - want).norm() / want.norm()).item()
     print(f"gate: best of {count} at step {step} keeps the same chains, error {error:.1e}", flush=True)
     limit = 0 if batch.latent.device.type == "cpu" else 1e-5
-    if not torch.equal(got.kept.cpu(), kept) or not error <= limit:
-        raise SystemExit(f"gate failed: kept {got.kept.tolist()}, want {kept.tolist()}, error {limit}")
+    if not torch.equal(got.kept[0].cpu(), kept) or not error <= limit:
+        raise SystemExit(f"gate failed: kept {got.kept[0].tolist()}, want {kept.tolist()}, error {limit}")
 
 
 def pick(values: Tensor, judged: Tensor, count: int) -> Tensor:

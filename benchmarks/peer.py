@@ -8,6 +8,7 @@ the device. Left out, in its favour: barriers, cache and garbage collection, log
 step. Its files are imported without their packages' __init__, which would load a VAE and text encoders.
 """
 
+import argparse
 import importlib
 import sys
 import types
@@ -35,7 +36,7 @@ def load_module(checkout: Path, name: str) -> types.ModuleType:
     *parents, _ = full = name.split(".")
     file = checkout.joinpath(*full).with_suffix(".py")
     if not file.is_file():
-        raise SystemExit(f"--peer: {file}: no such file, want a checkout of HY-Video-PRFL")
+        raise SystemExit(f"{file}: no such file, want a checkout of HY-Video-PRFL")
     for i in range(1, len(parents) + 1):
         package = types.ModuleType(".".join(parents[:i]))
         package.__path__ = [str(checkout.joinpath(*parents[:i]))]
@@ -43,7 +44,14 @@ def load_module(checkout: Path, name: str) -> types.ModuleType:
     try:
         return importlib.import_module(".".join(full))
     except ModuleNotFoundError as error:
-        raise SystemExit(f"--peer: {file} needs the package {error.name}, which is not installed") from None
+        raise SystemExit(f"{file} needs the package {error.name}, which is not installed") from None
+
+
+def new_folder(name: str) -> Path:
+    """A folder that is to be written, a type of argparse, whose parser exits with 2 for one that is there."""
+    if Path(name).exists():
+        raise argparse.ArgumentTypeError(f"{name} exists, want a new name")
+    return Path(name)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, k_lens: Tensor | None = None, **_) -> Tensor:

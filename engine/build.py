@@ -9,8 +9,8 @@ from torch import Tensor
 
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.checks import check_base_idle
-from prfl_engine.config import Config, LoraConfig, ModelConfig, RewardConfig
-from prfl_engine.errors import UserError, check, named, refusing
+from prfl_engine.config import Config, LoraConfig, ModelConfig
+from prfl_engine.errors import UserError, named, refusing
 from prfl_engine.memory.frozen import Frozen
 from prfl_engine.memory.idle import Idle
 from prfl_engine.model import lora
@@ -21,10 +21,10 @@ from prfl_engine.model.checkpoint import (
     new_reward,
     save_transformer,
 )
-from prfl_engine.model.experts import HIGH, LOW, Experts, pair_at
+from prfl_engine.model.experts import HIGH, LOW, Experts, adapter_of, pair_at
 from prfl_engine.model.reward import RewardModel, freeze_embeddings
 from prfl_engine.model.start import Anchor, Start
-from prfl_engine.model.wan import PRESETS, WanTransformer
+from prfl_engine.model.wan import PRESETS, WanConfig, WanTransformer
 from prfl_engine.parallel import World
 from prfl_engine.seeds import Purpose, torch_seed
 from prfl_kernels import dispatch, extension, tuning
@@ -151,17 +151,6 @@ def load_generator(config: Config, device: torch.device) -> WanTransformer | Exp
     return Experts(*made, m.boundary, idle)
 
 
-def adapter_of(path: str | None, folder: str, both: bool) -> str | None:
-    """The adapter of one expert at lora.path: in the folder named after the expert; None where another one's
-    is there; and without such folders lora.path itself. UserError where that may be of `both`."""
-    if path is None or (Path(path) / folder).is_dir():
-        return path and str(Path(path) / folder)
-    if any((Path(path) / name).is_dir() for name in (HIGH, LOW)):
-        return None
-    check(not both, "lora.path", path, f"a folder with {HIGH} or {LOW}: an adapter of one expert or of each")
-    return path
-
-
 def save_generator(
     model: WanTransformer | Experts, config: Config, folder: Path, values: dict[str, Tensor] | None = None
 ) -> None:
@@ -235,25 +224,35 @@ def make_more_rewards(
 ) -> list[RewardModel]:
     """The reward models of reward.more, as make_frozen_reward makes one."""
     made = []
-    for more in config.reward.more:
-        r = config.reward
-        own = replace(config, reward=RewardConfig(path=more.path, weights=r.weights, place=r.place))
-        with named(f"reward.more {more.name}"):
-            made.append(make_frozen_reward(own, policy, device, shard))
+    for name, own in config.reward.further:
+        with named(f"reward.more {name}"):
+            made.append(make_frozen_reward(replace(config, reward=own), policy, device, shard))
     return made
 
 
 def make_frozen_reward(
-    config: Config, policy: WanTransformer | Experts, device: torch.device, shard: Shard | None = None
+    config: Config, policy: WanTransformer | Experts | None, device: torch.device, shard: Shard | None = None
 ) -> RewardModel:
-    """The reward model of reward.path, frozen, computing in the precision of the policy."""
+    """The reward model of reward.path, frozen, stored as reward.weights and reward.place say, computing in
+    the precision of the generator. policy: the one that it has to fit; None: any. UserError without
+    reward.path, for files that do not fit, or for a model that does not fit `policy`."""
     r, m = config.reward, config.model
     if r.path is None:
-        raise UserError("reward.path: got null, want the folder of a reward model (loss.weight > 0)")
+        raise UserError("reward.path: got null, want the folder of a reward model")
     frozen = Frozen(r.storage, device)
     made = dict(dtype=DTYPES[m.weights_dtype], device=frozen.loads, shard=shard)
     reward = load_reward(r.path, **r.heads, **made, **r.pooling)
-    ours, theirs = policy.config, reward.transformer.config
+    if policy is not None:
+        _check_fits(reward.transformer.config, policy.config)
+    set_up(reward.freeze().transformer, m)
+    if r.storage.apart:
+        frozen.take(reward.transformer)
+        reward.to(device)
+    return reward
+
+
+def _check_fits(theirs: WanConfig, ours: WanConfig) -> None:
+    """UserError for a reward model that cannot score the latents of a generator."""
     # A T2V model scores the latents of an I2V generator, too, without its first frame.
     own = theirs.model_type != "t2v"
     names = ("model_type", "in_dim", "clip") if own else ()
@@ -263,11 +262,6 @@ def make_frozen_reward(
         got = getattr(theirs, name)
         if got != want:
             raise UserError(f"reward.path: {name} is {got!r}, want the generator's {want!r}")
-    set_up(reward.freeze().transformer, m)
-    if r.storage.apart:
-        frozen.take(reward.transformer)
-        reward.to(device)
-    return reward
 
 
 def make_reward(

@@ -10,15 +10,12 @@ code. Its safetensors storage keeps one piece of a tensor in a file; a state of 
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,25 +23,12 @@ from prfl_engine import checksums, files, phases
 from prfl_engine.agree import Agreed, gathered, leads, patiently, several
 from prfl_engine.checksums import Sums
 from prfl_engine.errors import UserError, check
-from prfl_engine.inputs import open_tensors, read_json
-from prfl_engine.model.sources import Stored
+from prfl_engine.model.shard_files import INDEX, Piece, copy, found_in, read_index, stored_pieces
 from prfl_engine.optim.block_adamw import GROUP, BlockAdamW
 from prfl_engine.optim.optimizer import EMA
 from prfl_engine.optim.states import check_moments
 from prfl_engine.shards import local, offset, reshard
-from prfl_engine.tensor_files import DTYPES, NAMES, in_order, write_tensors
-
-INDEX = "shards.json"
-
-
-class Piece(NamedTuple):
-    """What a rank holds of a tensor."""
-
-    name: str
-    first: int  # place of its first value in the whole
-    values: Tensor  # 1-dim, the memory of its owner
-    shape: tuple[int, ...]  # of the whole
-    mine: bool  # to write: no other rank has the same piece to write
+from prfl_engine.tensor_files import in_order, write_tensors
 
 
 class Saving:
@@ -128,12 +112,12 @@ def load_sharded(
     that do not fit; and for states that are read and are not finite.
     """
     with Agreed():
-        index = _read_index(folder)
+        index = read_index(folder)
         found = list(pieces(model, optimizer, ema, trained))
         _check(folder, found, index, optimizer)
-        stored = _stored(folder, index)
-        for parts in [_sources(folder, p, stored[p.name]) for p in found]:
-            _copy(parts)
+        stored = stored_pieces(folder, index)
+        for parts in [found_in(folder, p, stored[p.name]) for p in found]:
+            copy(parts)
         if optimizer is not None:
             for group, updates in zip(optimizer.param_groups, index["updates"], strict=True):
                 group["updates"] = updates
@@ -147,42 +131,6 @@ def _check_moments(folder: Path, model: nn.Module, optimizer: BlockAdamW) -> Non
             check_moments(f"optimizer/{names[p]}", state)
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from None
-
-
-class _Whole(NamedTuple):
-    """A tensor that is in pieces; the Values of model.sources."""
-
-    folder: Path
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stored: "list[_Stored]"
-
-    def get_shape(self) -> list[int]:
-        return list(self.shape)
-
-    def get_dtype(self) -> str:
-        return NAMES[self.dtype]
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        made = torch.empty(self.shape, dtype=self.dtype)
-        _copy(_sources(self.folder, Piece(self.name, 0, made.view(-1), self.shape, False), self.stored))
-        return made[rows]
-
-
-def stored_weights(folder: Path, which: str = "model") -> dict[str, Stored]:
-    """The weights of a sharded checkpoint by their names in the model, each read whole; needs no ranks.
-    which: model, or ema for the averaged ones alone."""
-    index, found = _read_index(folder), {}
-    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
-    for name, stored in _stored(folder, index).items():
-        kind, _, key = name.partition("/")
-        if kind == which:
-            dtype, shape = index["tensors"][name]
-            good = dtype in dtypes and all(type(n) is int and 0 <= n < 2**40 for n in shape)
-            check(good, f"{folder / INDEX}: {name}", [dtype, shape], "a dtype and a shape")
-            found[key] = Stored(folder, name, _Whole(folder, name, dtypes[dtype], tuple(shape), stored))
-    return found
 
 
 def pieces(
@@ -246,19 +194,6 @@ def _write(folder: Path, mine: dict[str, Tensor], index: dict, group, then) -> N
         then(sums)
 
 
-def _read_index(folder: Path) -> dict:
-    """shards.json: {"files": names, "tensors": {name: (dtype, shape)}, "updates": steps of every group}."""
-    path, want = folder / INDEX, "the index of a sharded checkpoint"
-    held = read_json(path, want)
-    names, updates, tensors = (held.get(key) for key in ("files", "updates", "tensors"))
-    good = isinstance(names, list) and isinstance(updates, list) and isinstance(tensors, dict)
-    good = good and all(isinstance(n, str) and re.fullmatch(r"shard-\d+\.safetensors", n) for n in names)
-    good = good and all(type(n) is int and n >= 0 for n in updates)
-    if not good:
-        raise UserError(f"{path}: got no files, tensors and updates, want {want}")
-    return held
-
-
 def _check(folder: Path, found: list[Piece], index: dict, optimizer: BlockAdamW | None) -> None:
     """UserError unless the checkpoint has the tensors of which this rank has pieces, and no others of their
     kind."""
@@ -276,48 +211,3 @@ def _check(folder: Path, found: list[Piece], index: dict, optimizer: BlockAdamW 
     if optimizer is not None:
         got, want = len(index["updates"]), len(optimizer.param_groups)
         check(got == want, f"{folder}: groups of the optimizer", got, str(want))
-
-
-class _Stored(NamedTuple):
-    """A piece in a file."""
-
-    first: int
-    size: int
-    key: str
-    file: safe_open
-
-
-def _stored(folder: Path, index: dict) -> dict[str, list[_Stored]]:
-    """The pieces of every tensor in all files, by place; UserError for one of another kind than the index
-    says."""
-    found: dict[str, list[_Stored]] = {name: [] for name in index["tensors"]}
-    for path in (folder / name for name in index["files"]):
-        file = open_tensors(path, f"a file that {INDEX} names")
-        for key in file.keys():  # noqa: SIM118
-            name, _, first = key.rpartition("@")
-            header = file.get_slice(key)
-            shape, dtype = header.get_shape(), DTYPES.get(header.get_dtype())
-            good = re.fullmatch(r"\d{1,18}", first) and name in found and len(shape) == 1
-            if not good or str(dtype) != f"torch.{index['tensors'][name][0]}":
-                raise UserError(f"{path}: {key}: got {dtype} {shape}, want a piece as {INDEX} has it")
-            found[name].append(_Stored(int(first), shape[0], key, file))
-    return {name: sorted(stored, key=lambda s: s.first) for name, stored in found.items()}
-
-
-def _copy(parts: "list[tuple[Tensor, _Stored, int]]") -> None:
-    """Read from the files what `_sources` has found."""
-    for values, s, start in parts:
-        values.copy_(s.file.get_slice(s.key)[start : start + len(values)])
-
-
-def _sources(folder: Path, piece: Piece, stored: list[_Stored]) -> list[tuple[Tensor, _Stored, int]]:
-    """(part of the piece, where it is stored, from which place there); UserError where some is nowhere."""
-    made, at, end = [], piece.first, piece.first + len(piece.values)
-    for s in stored:
-        if s.first <= at < min(end, s.first + s.size):
-            stop = min(end, s.first + s.size)
-            made.append((piece.values[at - piece.first : stop - piece.first], s, at - s.first))
-            at = stop
-    if at < end:
-        raise UserError(f"{folder}: {piece.name}: value {at} is in no file, want all of {list(piece.shape)}")
-    return made

@@ -2,7 +2,7 @@
 
 A mistake in what was given is one line on stderr and exit code 2; a run that cannot go on, one line and 1. A
 training that SIGTERM or Ctrl-C ends saves its step and exits with 0, or 143 and 130 if a second one comes.
-`prfl encode` exits with 3 where it had to leave rows out.
+`prfl encode` and `prfl score` exit with 3 where they had to leave rows or videos out.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prfl_engine import __version__
 from prfl_engine.config import load_config
-from prfl_engine.encode.arguments import ENCODE, SAMPLE, add_encode, add_sample, given
+from prfl_engine.encode.arguments import ENCODE, SAMPLE, SCORE, add_encode, add_sample, add_score, given
 from prfl_engine.errors import TrainingError, UserError, refusing
 from prfl_engine.inputs import check_new_file, make_folder
 from prfl_engine.interrupt import Stopped, interrupts
@@ -119,17 +119,19 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--no-cache", action="store_true", help="count anew, and store nothing")
     command("train-reward", _train_reward, "Train a latent reward model.")
     command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
-    score = command("score", _score, "Rank latents by a reward model.", config=False)
+    score = command("score", _score, "Rank latents, samples or videos by a reward model.", config=False)
     score.add_argument("model", metavar="CONFIG|DIR", help="YAML file, or folder of a reward model")
     score.add_argument(
         "overrides", nargs="*", metavar="SAMPLES|SECTION.FIELD=VALUE",
-        help=".list files, folders of latents or of samples, .npy latents (default: data.val)",
+        help=".list files, folders of latents or of samples, .npy latents; with --models videos, their "
+        "folders and tables (default: data.val)",
     )  # fmt: skip
     score.add_argument(
         "--timesteps", nargs="+", type=float, metavar="T", help="default: eval.timesteps below 1000"
     )
     score.add_argument("--draws", type=int, default=4, metavar="N", help="of noise (default: %(default)s)")
     score.add_argument("--text", metavar="FILE", help="text of latents NAME.npy without a NAME.text.npy")
+    add_score(score)
     score.add_argument("--json", action="store_true", help="as JSON, with the score at every timestep")
     score.add_argument("--out", metavar="FILE", help="also as CSV, a new file")
     sample = command("sample", _sample, "Sample videos from a generator.")
@@ -138,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
         "--best-of", type=int, default=1, metavar="N", help="seeds a prompt, the best one by reward.path"
     )
     sample.add_argument("--judge-at", type=int, metavar="STEP", help="steps after which one of N is kept")
+    sample.add_argument(
+        "--finish", type=int, default=1, metavar="K", help="finish the best K of N (default: %(default)s)"
+    )
     add_sample(sample)
     add_encode(command("encode", _encode, "Videos, images and prompts to training data.", config=False))
     merge = command("merge-lora", _merge_lora, "Add an adapter to a generator's weights.", config=False)
@@ -235,17 +240,20 @@ def _eval_reward(args) -> None:
     print(f"mean of t < 1000: accuracy {score(config, found):.4f}")
 
 
-def _score(args) -> None:
+def _score(args) -> int:
     import json
 
     from prfl_engine.tools import score
+    from prfl_engine.tools.score_videos import Videos
 
     options = score.Options(args.timesteps and tuple(args.timesteps), args.draws, args.text)
-    config, found = score.run(args.model, args.overrides, options, args.out)
+    videos = Videos(**given(args, SCORE))
+    config, found, code = score.run(args.model, args.overrides, options, args.out, videos)
     if args.json:
         print(json.dumps(score.as_values(config, found, args.draws), indent=2))
     else:
         print("\n".join(score.table(found)))
+    return code
 
 
 def _sample(args) -> None:
@@ -259,9 +267,9 @@ def _sample(args) -> None:
         from prfl_engine.encode.prompts import Prompts, sample_prompts
 
         prompts = Prompts(tuple(args.prompt), **words)
-        files = sample_prompts(config, args.out, args.best_of, args.judge_at, prompts)
+        files = sample_prompts(config, args.out, args.best_of, args.judge_at, prompts, args.finish)
     else:
-        files = sample(config, args.out, args.best_of, args.judge_at)
+        files = sample(config, args.out, args.best_of, args.judge_at, finish=args.finish)
     for path in files:
         print(path)
 

@@ -240,8 +240,9 @@ class EvalConfig(Section, name="eval"):
     guidance: Scale = 1.0
     """Classifier-free guidance of the chains, as rollout.guidance."""
     rollout_lora: bool = False
-    """PRFL: the chains are made with the adapter of rollout.lora, as those that the generator will be used
-    with; false: by the generator alone. Rewards and the flow-matching loss are without it."""
+    """PRFL and `prfl sample`: the chains are made with the adapter of rollout.lora, as those that the
+    generator will be used with; false: by the generator alone. Rewards and the flow-matching loss are without
+    it."""
     seed: Seed = 1234
     one_noise: bool = False
     """Reward training: all held-out samples have the same noise, as in the official script; false: every
@@ -322,22 +323,8 @@ class Config(Section, name=""):
             alike in (0, "turn") or accumulate % alike == 0, "rollout.one_index", alike,
             f"0, turn or a divisor of train.accumulate = {accumulate}",
         )  # fmt: skip
-        if self.loss.weight == 0:
-            self.reward.check_one("with loss.weight 0")
-            check(self.rollout.lora is None, "rollout.lora", self.rollout.lora, "null with loss.weight 0")
         own = self.eval.rollout_lora and self.rollout.lora is None
         check(not own, "eval.rollout_lora", True, "false without rollout.lora")
-        loss, stop, many = self.loss, self.train.stop_anchor, self.model.boundary
-        ok = stop is None or loss.anchored
-        check(ok, "train.stop_anchor", stop, "null without loss.anchor and loss.anchor_every")
-        if loss.anchored and self.lora.rank:
-            place = loss.anchor_place
-            check(place == "device", "loss.anchor_place", place, "device with LoRA: there is no copy")
-        ok = many is None or self.lora.rank > 0 or not loss.anchored
-        check(ok, "model.boundary", many, "null, or LoRA, with loss.anchor: the copy is of one model")
-        if self.loss.split:
-            want = "same with loss.split: weights are quantised once in an optimizer step"
-            check(self.rollout.precision == "same", "rollout.precision", self.rollout.precision, want)
 
     @property
     def trained_experts(self) -> tuple[bool, bool] | None:

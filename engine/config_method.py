@@ -225,3 +225,8 @@ class LossConfig(Section, name="loss"):
     def anchored(self) -> bool:
         """Whether distances to the frozen start are computed."""
         return self.anchor > 0 or self.anchor_every > 0
+
+    def start_there(self, rank: int) -> bool:
+        """Whether the frozen start is on the device, with adapters of this rank or without (0): a validation
+        measures the distance to it then, which takes no weights."""
+        return rank > 0 or (self.anchored and self.anchor_place == "device")

@@ -135,8 +135,8 @@ class LoraConfig(Section, name="lora"):
     )  # fmt: skip
     """Ends of the names of the linear layers that get one, as in PEFT's target_modules."""
     path: FilePath | None = None
-    """Adapter to start from, or to sample with: a folder in PEFT's format, or a safetensors file in one of
-    the formats of engine/model/lora_files.py."""
+    """Adapter to start from, or to sample with: a folder in PEFT's format, a sharded checkpoint, or a
+    safetensors file in one of the formats of engine/model/lora_files.py."""
     base: Literal["same", "e4m3"] = "same"
     """How the frozen matrices of the generator's blocks are stored, in sampling too. e4m3: in one byte a
     value, rounded with a scale for each row; a block computes, forward and backward, with these values in
@@ -170,8 +170,8 @@ class RewardConfig(Section, name="reward"):
     """The reward model and how it is trained."""
 
     path: FilePath | None = None
-    """Folder with the three files of a reward model; None: train-reward makes a new one of the generator's
-    first blocks."""
+    """Folder with the three files of a reward model, or a sharded checkpoint of one; None: train-reward makes
+    a new one of the generator's first blocks."""
     query_attention: FilePath | None = None
     """File of the pooling, where it is not in `path`."""
     mlp: FilePath | None = None
@@ -205,9 +205,10 @@ class RewardConfig(Section, name="reward"):
     """PRFL: a list of further rewards, each with name, path, weight, form and target; that of `path` has the
     weight, form and target of the section loss. The score of a validation is their weighted mean."""
     weights: Literal["same", "e4m3"] = "same"
-    """PRFL: how the matrices of the blocks of all reward models are stored, as lora.base."""
+    """PRFL, `prfl sample --best-of` and `prfl score`: how the matrices of the blocks of all reward models are
+    stored, as lora.base."""
     place: Literal["device", "host"] = "device"
-    """PRFL: where they are, as lora.base_place."""
+    """Where they are, as lora.base_place."""
     draws: Annotated[int, Within(1, 1000)] = 1
     """PRFL: noise levels at which every reward scores the result of a graded step; the mean of their losses
     is taken. The first is the level that it has. For the others, evenly spread from there to pure noise, it
@@ -243,6 +244,12 @@ class RewardConfig(Section, name="reward"):
     def storage(self) -> Storage:
         """weights and place."""
         return Storage(self.weights == "e4m3", self.place == "host")
+
+    @property
+    def further(self) -> list[tuple[str, "RewardConfig"]]:
+        """(name, section of its own) of every further reward: stored and placed as all are."""
+        made = dict(weights=self.weights, place=self.place)
+        return [(more.name, RewardConfig(path=more.path, **made)) for more in self.more]
 
     @property
     def heads(self) -> dict[str, str | None]:

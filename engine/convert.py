@@ -13,14 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prfl_engine import checksums, convert_shards
-from prfl_engine.convert_shards import Reward
+from prfl_engine import checksums
 from prfl_engine.errors import TrainingError, check
 from prfl_engine.files import atomic_folder
 from prfl_engine.inputs import check_finite, check_new
 from prfl_engine.model import lora_files, names, wan_json
-from prfl_engine.model.checkpoint import fitting, read_heads, write_heads
-from prfl_engine.model.sources import CONFIG, WEIGHTS, Source, Stored, check_blocks, find
+from prfl_engine.model.checkpoint import assembled, fitting, heads_of, read_heads, write_heads
+from prfl_engine.model.reward_files import find_head, read_settings, settle, step_of
+from prfl_engine.model.sharded import ADAPTER, GENERATOR, REWARD, held
+from prfl_engine.model.sources import (
+    CONFIG,
+    WEIGHTS,
+    Source,
+    Stored,
+    check_blocks,
+    count_blocks,
+    find,
+    sharded,
+)
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.tensor_files import Layout, divide, in_order, write_divided
 from prfl_kernels.sublayers.products import LowRank
@@ -63,8 +73,7 @@ def convert(
 ) -> str:
     """Write what is at `source` to the new folder `out` in the layout `to`; returns a line about it.
 
-    A sharded checkpoint, or the part of it that convert_shards names, is what convert_shards.read finds; a
-    reward model is written as its official files. Else a generator is anything that sources.find reads; dtype
+    A generator is anything that sources.find reads; a reward model is written as its official files. dtype
     None: each tensor keeps its own. shard: 10^9 bytes of a file at most (None: SHARD), unless a single tensor
     is larger. sha256.txt has the checksum of the bytes of every tensor by its native name, so a model has the
     same one in every layout.
@@ -73,22 +82,21 @@ def convert(
     that do not read back as they were written. Then nothing is written.
     """
     out, path = check_new(out, "--out"), Path(source)
-    found = convert_shards.read(path) if convert_shards.sharded(path) else None
-    if isinstance(found, dict) or lora_files.holds_adapter(path):
+    kind = _kind(path)
+    if kind == ADAPTER:
         for name, value in (("--dtype", dtype), ("--shard", shard)):
             check(value is None, name, value, "none with an adapter")
         check(to in ADAPTERS, "--to", to, f"one of {', '.join(ADAPTERS)} for an adapter")
-        return _convert_adapter(lora_files.read(path)[0] if found is None else found, out, to)
-    found = find(path) if found is None else found
+        return _convert_adapter(lora_files.read(path)[0], out, to)
+    found = find(path)
     check(shard is None or 0 < shard < 1e9, "--shard", shard, "a positive number of 10^9 bytes")
     check(to in GENERATORS, "--to", to, f"one of {', '.join(GENERATORS)} for a generator")
     if GENERATORS[to].one_file:
         check(shard is None, "--shard", shard, f"none with --to {to}, which is one file")
-    if isinstance(found, Reward):
+    checksums.check(found.files)
+    if kind == REWARD:
         check(to == "native", "--to", to, "native for a reward model, which has its official files alone")
         return _convert_reward(found, out, dtype, shard or SHARD)
-    if not convert_shards.sharded(path):
-        checksums.check(found.files)
     return _convert_generator(found, out, GENERATORS[to], dtype, shard or SHARD)
 
 
@@ -102,16 +110,32 @@ def _convert_generator(
     return f"{out}: {len(native)} tensors, {size / 1e9:.3g} GB, read back and equal; checksums in {SUMS}"
 
 
-def _convert_reward(found: Reward, out: Path, dtype: torch.dtype | None, shard: float) -> str:
-    model, names = found.model, list(found.model.transformer.state_dict())
+def _kind(path: Path) -> str:
+    """What is at a path: GENERATOR, ADAPTER or REWARD."""
+    if sharded(path) is not None:
+        return held(path).kind
+    if lora_files.holds_adapter(path):
+        return ADAPTER
+    return REWARD if path.is_dir() and any(path.glob("mlp*.ckpt")) else GENERATOR
+
+
+def _convert_reward(found: Source, out: Path, dtype: torch.dtype | None, shard: float) -> str:
+    """A reward model, whose trunk is `found`. Without reward.json its step is that of its files' names, or 0
+    where they have none."""
+    path = found.path
+    trunk = fitting(found.config, found.tensors, path, count_blocks(found.tensors), head=False)
+    model = assembled(trunk, read_heads(path), heads_of(path), **settle(path, {}))
+    step = read_settings(path).get("step")
+    if step is None:  # an official one
+        step = step_of(find_head(path, "mlp")) or 0
     with atomic_folder(out) as folder:
-        size = _write(folder, found.trunk, names, GENERATORS["native"], dtype, shard)
-        write_heads(model, folder, found.step)
+        size = _write(folder, found, list(trunk.state_dict()), GENERATORS["native"], dtype, shard)
+        write_heads(model, folder, step)
         for part, state in read_heads(folder).items():
             own = model.get_submodule(part).state_dict()
             if any(not torch.equal(own[k], a) for k, a in state.items()):
                 raise TrainingError(f"{folder}: {part} does not read back as it was written")
-    what = f"a reward model of step {found.step}, its transformer of {size / 1e9:.3g} GB"
+    what = f"a reward model of step {step}, its transformer of {size / 1e9:.3g} GB"
     return f"{out}: {what}, read back and equal"
 
 

@@ -55,7 +55,7 @@ class Guided:
     ):
         """velocity: of the prompts, other: without them. Or velocity is of both, in a batch of 2 `other`
         samples, the prompts first. gradient: whether the half without the prompt has one. always: compute
-        that half where the scale is 1, too."""
+        that half in steps with gradient where the scale is 1, too."""
         self.scales, self.velocity, self.other, self.gradient = scales, velocity, other, gradient
         self.always = always
         # The work of the half without the prompt, by the phase that counts the other half.
@@ -65,7 +65,7 @@ class Guided:
 
     def __call__(self, x: Tensor, t: Tensor, active: Tensor) -> Tensor:
         scale = self.scales.at(t)
-        rows = ((scale != 1) | self.always).nonzero().flatten()
+        rows = ((scale != 1) | (self.always and torch.is_grad_enabled())).nonzero().flatten()
         n = self.halves = len(rows)
         if n == 0:
             return self.velocity(x, t, active)
@@ -94,7 +94,7 @@ class Guidance:
     graded: Scales  # of steps with gradient
     gradient: bool = False  # whether the half without the prompt has one
     at_once: bool = False  # both halves in one batch
-    always: bool = False  # both halves of every graded step: ranks may ask different experts at a time
+    always: bool = False  # both halves in all steps with gradient: ranks may ask different experts in one
 
     def both(self, batch: Batch) -> Batch:
         """The batch [2 B] of all samples with their prompts, and of all with the negative text."""

@@ -213,6 +213,7 @@ def check_new(path: str | Path, name: str) -> Path:
     """The path, if nothing is there yet and it can be made."""
     if path != "" and os.path.lexists(path):
         raise UserError(f"{name}: {path} exists, want a new name")
+    check(Path(path).name != "..", name, str(path), "a new name")  # whose folder is not there yet
     return check_out(path, name)
 
 

@@ -206,7 +206,11 @@ class Run:
         items = self.batches.loader(first, self.config.data.num_workers, device, world.readers)
         start = progress.step + 1 if self.begin.checkpoint else 0
         writer = MetricsWriter(out, train.tensorboard, train.wandb, start) if world.leads else NoMetrics()
-        with closing(items), writer as metrics, timed(device) as clock, measured(clock):
+        several = world.mesh is not None
+        with (
+            closing(items), writer as metrics, timed(device) as clock,
+            measured(clock, world.leads) if several else nullcontext(),
+        ):  # fmt: skip
             bfloat16 = self.config.model.compute_dtype == "bfloat16"
             performance = Performance(device, world, self.costs, bfloat16)
             measurements = Measurements(

@@ -60,9 +60,9 @@ class Performance:
         """What the record holds, and start anew; every rank must call it.
 
         Seconds are those of a step, of validations and saves all since the last record; the mean of the
-        ranks. So are those of waits for other ranks, of which there is also the rank's that waits least, as
-        the others wait for it. Memory is the most that a rank has held, and that of the rank with least.
-        Tokens and FLOPs are those of all samples together.
+        ranks. So are those of waits for other ranks, where they are measured, of which there is also the
+        rank's that waits least, as the others wait for it. Memory is the most that a rank has held, and that
+        of the rank with least. Tokens and FLOPs are those of all samples together.
         """
         mine = {"seconds": dict(self.seconds), "waits": dict(self.waits), "memory": self._memory()}
         mine |= {"tokens": 0, "flops": 0}
@@ -75,7 +75,7 @@ class Performance:
         busy = _of_steps(mean)
         found = {"step_s": busy / self.steps}
         found |= {f"{name}_s": s / self._times(name) for name, s in mean.items()}
-        if len(ranks) > 1:
+        if waits:  # several ranks agree before every step, so there are some where they are measured
             found["exposed_s"] = _of_steps(waits) / self.steps
             found["exposed_s_least"] = min(_of_steps(rank["waits"]) for rank in ranks) / self.steps
             found |= {f"{name}_exposed_s": s / self._times(name) for name, s in waits.items()}

@@ -23,13 +23,14 @@ from prfl_engine.errors import UserError
 from prfl_engine.inputs import check_out, load_pickle, read_json
 from prfl_engine.metrics import FILE, check_writers, note, read_metrics
 from prfl_engine.model.experts import HIGH, LOW
-from prfl_engine.model.sources import transformer_folder
+from prfl_engine.model.sharded import RUN
+from prfl_engine.model.sources import sharded, transformer_folder
 from prfl_engine.optim.block_adamw import BlockAdamW
 from prfl_engine.optim.optimizer import load_state
 from prfl_engine.optim.states import check_like
 from prfl_engine.restarts import restarted
 
-STATE, RUN = "training_state.pt", "run.json"
+STATE = "training_state.pt"
 
 # What a resumed run may change. free: it may, and the change is printed; score: it may, but validation then
 # measures something else, so the best checkpoint is looked for anew; fixed: it may not; source: it may move,
@@ -214,13 +215,17 @@ def _digest(paths: list[Path]) -> dict:
     paths, and of the names and of parts of the files.
 
     Of at most 64 of the paths, spread evenly, those parts are the size and both ends (4 KiB) of the arrays
-    that a meta JSON names, of the weights in a folder, or of the file itself.
+    that a meta JSON names, of the weights in a folder, or of the file itself. All parts of a sharded
+    checkpoint are in the same files, so the name of the part counts, too.
     """
     where, content = hashlib.sha256(), hashlib.sha256()
     for path in paths:
         where.update(os.fsencode(path.absolute()) + b"\0")
         content.update(os.fsencode(path.name) + b"\0" if len(paths) > 1 else b"")
     some = paths if len(paths) <= 64 else [paths[i * len(paths) // 64] for i in range(64)]
+    for path in some:
+        if (whole := sharded(path)) is not None:
+            content.update(b"".join(os.fsencode(part) + b"\0" for part in path.relative_to(whole).parts))
     for file in (file for path in some for file in _files(path)):
         try:
             size = file.stat().st_size
@@ -235,6 +240,7 @@ def _digest(paths: list[Path]) -> dict:
 
 
 def _files(path: Path) -> Iterable[Path]:
+    path = sharded(path) or path
     if path.is_dir():
         inner = [path / name for name in (HIGH, LOW, "transformer_2") if (path / name).is_dir()]
         folders = [*inner, *([path / "transformer"] if (path / "transformer_2").is_dir() else [])]

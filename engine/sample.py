@@ -13,6 +13,7 @@ from torch import Tensor
 from prfl_engine import chain
 from prfl_engine.best_of import best_of, check_choice, judge
 from prfl_engine.build import load_generator, make_frozen_reward, pick_device
+from prfl_engine.checks import check_reward_storage
 from prfl_engine.config import Config, SampleConfig
 from prfl_engine.data import (
     CLIP_KEYS,
@@ -30,6 +31,7 @@ from prfl_engine.files import atomic_folder
 from prfl_engine.guidance import guidance_of, step_forwards
 from prfl_engine.inputs import check_new
 from prfl_engine.metrics import note, progress
+from prfl_engine.model import lora
 from prfl_engine.objectives import chain_velocity, fixed, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
@@ -39,24 +41,32 @@ LIST = "samples.list"
 
 
 def sample(
-    config: Config, out: str | Path, count: int = 1, step: int | None = None, keep: bool = False
+    config: Config,
+    out: str | Path,
+    count: int = 1,
+    step: int | None = None,
+    keep: bool = False,
+    finish: int = 1,
 ) -> list[Path]:
     """Sample the prompts of data.val with the generator of model.path, and the adapter of lora.path if there
-    is one; returns the files written.
+    is one, with eval.rollout_lora in addition to that of rollout.lora; returns the files written.
 
-    The noise of sample i follows from sample.seed and i alone. With `count` above 1 the best of the samples
-    of sample.seed, sample.seed + 1, ... by the reward model of reward.path, judged after `step` denoising
-    steps; the others are not finished. `out` must not exist yet. Every sample is written as latents .npy
-    [1, 16, T, h, w] float32 with a meta JSON, in the layout of the training data, all of them listed in
-    samples.list, and as .mp4 and .webp where sample.codec can decode it. `keep` copies what a sample was made
-    from to the folder. TrainingError, and nothing written, for one that is not finite.
+    The noise of sample i follows from sample.seed and i alone. With `count` above 1 the best `finish` of the
+    samples of sample.seed, sample.seed + 1, ... by the reward model of reward.path, judged after `step`
+    denoising steps, the best first; the others are not finished. `out` must not exist yet. Every sample is
+    written as latents .npy [1, 16, T, h, w] float32 with a meta JSON, in the layout of the training data, all
+    of them listed in samples.list, and as .mp4 and .webp where sample.codec can decode it. `keep` copies what
+    a sample was made from to the folder. TrainingError, and nothing written, for one that is not finite.
     """
     out, s, r = check_new(out, "--out"), config.sample, config.rollout
-    check_choice(count, step, r.steps)
+    check_choice(count, step, r.steps, finish)
     if config.model.path is None:
         raise UserError("model.path: got null, want the folder of a generator")
-    if count > 1 and config.reward.path is None:
-        raise UserError("reward.path: got null, want the folder of a reward model (--best-of)")
+    if count > 1:
+        if config.reward.path is None:
+            raise UserError("reward.path: got null, want the folder of a reward model (--best-of)")
+        config.reward.check_one("with --best-of")
+        check_reward_storage(config)
     alone = config.model.boundary is None and r.sigma_range != (0, 1)
     want = "[0, 1], or both experts (model.boundary): one alone makes no sample"
     check(not alone, "rollout.sigma_range", list(r.sigma_range), want)
@@ -64,6 +74,8 @@ def sample(
     paths = read_lists(config.data.val, "data.val")
     paths = [paths[i % len(paths)] for i in range(s.count)]
     model = load_generator(config, device)
+    if config.eval.rollout_lora:
+        lora.lend(model, r.lora)
     reward = make_frozen_reward(config, model, device) if count > 1 else None
     guidance = guidance_of(config, s.guidance, s.guidance, model, "sample.guidance")
     schedule = whole_schedule(r)
@@ -71,39 +83,43 @@ def sample(
     chosen: list[dict] = []
     reader, size = Reader(model.config, first_frame=config.data.first_frame), config.eval.batch_size
     batches = fixed_batches(reader, paths, size, device)
-    with torch.no_grad():
+    with torch.no_grad(), lora.lent(model):
         for first, batch in counted(progress(batches, "sampling", -(-len(paths) // size))):
             noises = (noise_like(batch.latent, Purpose.SAMPLE, s.seed + n, first) for n in range(count))
             noises = map(partial(fixed, model, batch), noises)
             velocity = chain_velocity(model, batch, guidance)
             if reward is None:
-                latent = chain.sample(velocity, schedule, next(noises))
-                chosen += [{"seed": s.seed}] * len(latent)
+                made = chain.sample(velocity, schedule, next(noises))[None]
+                chosen += [{"seed": s.seed}] * len(batch.latent)
             else:
                 score = judge(reward, schedule, batch, step)
-                latent, kept, logits = best_of(velocity, schedule, noises, step, score)
+                made, kept, logits = best_of(velocity, schedule, noises, step, score, finish)
                 finite("the reward of a chain", logits.T, paths[first:])
                 rewards = logits.double().sigmoid().T.tolist()
                 chosen += [
                     {"seed": s.seed + n, "judged": {"step": step, "rewards": of}}
-                    for n, of in zip(kept.tolist(), rewards, strict=True)
+                    for best, of in zip(kept.T.tolist(), rewards, strict=True)
+                    for n in best
                 ]
-            latents.extend(fixed(model, batch, finite("sample", latent, paths[first:])).cpu())
+            made = [fixed(model, batch, finite("sample", latent, paths[first:])).cpu() for latent in made]
+            latents += [latent for of in zip(*made, strict=True) for latent in of]
     if reward is not None:
-        note(_cost(count, step, step_forwards(s.guidance, config.model.boundary, schedule.timesteps)))
+        each = step_forwards(s.guidance, config.model.boundary, schedule.timesteps)
+        note(_cost(count, step, each, finish))
     metas = [
         {**reader.given(path), "source": str(path.absolute()), **of}
-        for path, of in zip(paths, chosen, strict=True)
+        for path, of in zip([path for path in paths for _ in range(finish)], chosen, strict=True)
     ]
     return write_samples(out, latents, s, metas, keep)
 
 
-def _cost(count: int, step: int, each: Sequence[int]) -> str:
-    """What best of `count` costs, with so many forwards of each step."""
-    ours, all_ = count * sum(each[:step]) + sum(each[step:]), count * sum(each)
+def _cost(count: int, step: int, each: Sequence[int], finish: int) -> str:
+    """What best of `count`, `finish` of which are finished, costs with so many forwards of each step."""
+    ours, all_ = count * sum(each[:step]) + finish * sum(each[step:]), count * sum(each)
+    best, sample = ("best", "sample") if finish == 1 else (f"best {finish}", "prompt")
     return (
-        f"best of {count}, judged after {step} of {len(each)} steps: {ours} forwards of the generator a "
-        f"sample, {ours / all_:.2f} of the {all_} to finish all, and {count} of the reward model"
+        f"{best} of {count}, judged after {step} of {len(each)} steps: {ours} forwards of the generator a "
+        f"{sample}, {ours / all_:.2f} of the {all_} to finish all, and {count} of the reward model"
     )
 
 

@@ -20,7 +20,7 @@ from prfl_engine.build import (
     read_generator,
     save_generator,
 )
-from prfl_engine.checks import check_prfl
+from prfl_engine.checks import check_prfl, unused
 from prfl_engine.config import Config, LossConfig
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, check
@@ -28,11 +28,11 @@ from prfl_engine.guidance import Guidance, guidance_of, training_guidance
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
-from prfl_engine.metrics import decimal
+from prfl_engine.metrics import decimal, note
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.model import flops, lora
-from prfl_engine.model.experts import Experts
 from prfl_engine.model.reward import RewardModel
+from prfl_engine.model.start import Start
 from prfl_engine.model.wan import plain_blocks
 from prfl_engine.objectives import (
     Generator,
@@ -61,6 +61,7 @@ from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.rollout.persistent import Persistent
 from prfl_engine.sample import write_samples
 from prfl_engine.seeds import Purpose, integers, noise_like
+from prfl_engine.together import asked
 from prfl_engine.validation import HeldOut
 
 
@@ -156,14 +157,16 @@ def _train(config: Config, device: torch.device, world: World) -> None:
     else:
         run_blocks = score_blocks = run_under(of_config(c.model))
     graded, meter = None, None
-    eval_guidance = None
+    eval_guidance, origin = None, None
     if c.eval.every:
+        if c.loss.start_there(c.lora.rank):
+            origin = Start(policy) if anchor is None else anchor.start
         eval_guidance = guidance_of(c, c.eval.guidance, c.eval.guidance, policy, "eval.guidance")
         if c.model.boundary is None:
             given, want = list(c.rollout.sigma_range), "one with a step of the chain, for validation"
             check(steps_inside(c.rollout)[1] > 0, "rollout.sigma_range", given, want)
     if use_reward:
-        guidance = training_guidance(c, policy, isinstance(policy, Experts) and world.readers > 1)
+        guidance = training_guidance(c, policy, asked(c, world.readers).apart)
         together = world.together(policy, keep=c.rollout.cuda_graph)
         rollout = make_rollout(policy, c.rollout, schedule, device, together, guidance)
         if rollout is not None and rollout.approximate:
@@ -229,7 +232,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
                 yield values
 
     def validate(step: int) -> dict[str, float]:
-        return evaluate_policy(c, policy, rewards, schedule, held_out, step, world, eval_guidance)
+        return evaluate_policy(c, policy, rewards, schedule, held_out, step, world, eval_guidance, origin)
 
     def save(folder: Path, step: int, values: dict[str, Tensor] | None = None) -> None:
         save_generator(policy, c, folder, values)
@@ -246,6 +249,8 @@ def _train(config: Config, device: torch.device, world: World) -> None:
             found.flops["reward"] *= c.reward.draws
         return found
 
+    for line in unused(c) if world.leads else []:
+        note(line)
     fit(
         c, begin, policy, [(policy, c.optim.lr)], stream, backpropagate,
         validate if c.eval.every else None, save, load, costs, graded if persists else None, world,
@@ -263,9 +268,10 @@ def evaluate_policy(
     step: int,
     world: World = World(),  # noqa: B008 - frozen
     guidance: Guidance | None = None,
+    origin: Start | None = None,
 ) -> dict[str, float]:
-    """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents. rewards: by what
-    the names of their metrics begin with.
+    """Rewards of samples at held-out prompts and the flow-matching loss on held-out latents, with the
+    distance of its velocities to those of `origin`. rewards: by what the names of their metrics begin with.
 
     Sample i of n has its own noise, fixed by eval.seed, and the flow-matching level (i + 0.5) / n of those
     in rollout.sigma_range, before the shift. It is noised to every one of eval.timesteps and scored there; a
@@ -294,7 +300,12 @@ def evaluate_policy(
         sigma = flow.shift_sigma(level, r.shift)
         noise = flow.rounded(noise, dtype)
         t = levels.timestep(sigma)
-        samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, plain_blocks, t))
+        if origin is None:
+            samples.put("sft_loss", sft_loss(policy, batch, noise, sigma, plain_blocks, t))
+        else:
+            losses = anchored_sft_loss(policy, origin, batch, noise, sigma, plain_blocks, t)
+            for name, values in zip(("sft_loss", "sft_anchor"), losses, strict=True):
+                samples.put(name, values)
         noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
         start = fixed(policy, batch, start_of(r, schedule, batch.latent, noise))
         with lora.lent(policy) if e.rollout_lora else nullcontext():
@@ -326,7 +337,7 @@ def evaluate_policy(
     with world.agreed():
         if kept:
             write_samples(Path(config.train.out) / "samples" / f"step-{step}", kept, config.sample)
-    values = {"sft_loss": found["sft_loss", 0].mean().item()}
+    values = {k: found[k, 0].mean().item() for k in ("sft_loss", "sft_anchor") if (k, 0) in found}
     for name in rewards:
         shown = [f"{name}reward_t{decimal(t)}" for t in (e.timesteps if ends is None else scored)]
         values |= {key: found[key, 0].sigmoid().mean().item() for key in shown}

@@ -238,6 +238,7 @@ def eval_reward(config: Config) -> dict[float, dict[str, float]]:
     c = config
     if c.reward.path is None:
         raise UserError("reward.path: got null, want the folder of a reward model")
+    c.reward.check_one("in eval-reward")
     check_stored(c, "in eval-reward")
     paths, lose, labels = read_lists(c.data.val, "data.val"), None, set()
     if c.reward.loss == "bt" and c.eval.pairs:

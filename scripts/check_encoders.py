@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prfl_bench.peer import load_module
+from prfl_bench.peer import load_module, new_folder
 from prfl_engine.encode import encoders
 from prfl_engine.encode.encoders import ImageEncoder, TextEncoder, VideoVAE
 from prfl_engine.patch.structure import attend
@@ -161,7 +161,7 @@ def main() -> int:
     """Run the checks; returns the exit code."""
     parser = argparse.ArgumentParser(description="Our encoders against those of a checkout.")
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--golden", type=Path, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--golden", type=new_folder, metavar="FOLDER", help="a new folder")
     args = parser.parse_args()
     folder, golden = args.folder, args.golden
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prfl_bench.peer import load_module
+from prfl_bench.stand_ins import standing_in
 from prfl_engine.errors import UserError
 from prfl_engine.patch import accelerate
 from prfl_engine.patch.structure import attend
@@ -42,7 +43,8 @@ def official(folder: Path, device: torch.device) -> type[nn.Module]:
     file = next((name for name in LAYOUTS if (folder / name).is_file()), None)
     if file is None:
         raise SystemExit(f"{folder}: has none of {', '.join(LAYOUTS)}")
-    code = load_module(folder, file.removesuffix(".py").replace("/", "."))
+    with standing_in("einops"):  # HY-Video-PRFL imports it, and uses it elsewhere
+        code = load_module(folder, file.removesuffix(".py").replace("/", "."))
     for name in ("flash_attention", "attention"):
         if hasattr(code, name):
             setattr(code, name, attend)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prfl_bench.peer import load_module
+from prfl_bench.peer import load_module, new_folder
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.patch.structure import attend
@@ -100,7 +100,7 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("dir", type=Path, help="a checkout of Wan2.2")
-    parser.add_argument("--golden", type=Path, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--golden", type=new_folder, metavar="FOLDER", help="a new folder")
     args = parser.parse_args()
     torch.manual_seed(0)
     model, given, failed = official(args.dir), inputs(), False

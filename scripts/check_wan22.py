@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prfl_bench.peer import load_module
+from prfl_bench.peer import load_module, new_folder
 from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
 from prfl_engine.guidance import Guidance, Scales
@@ -159,7 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="of the chain")
-    parser.add_argument("--golden", type=Path, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--golden", type=new_folder, metavar="FOLDER", help="a new folder")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")  # official code asks for CUDA's autocast
     return 0 if check(args.folder, args.steps, args.golden) else 1

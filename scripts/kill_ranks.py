@@ -3,7 +3,7 @@
     python scripts/kill_ranks.py [--trials 20] [--ranks 2] [--steps 6] [--seed 0]
 
 A tiny PRFL run saves in the background after every step and validates. In every trial a random rank is killed
-at a random moment of its length, start included. The others must end by themselves within 10 minutes, with
+at a random moment after it has made its folder. The others must end by themselves within 10 minutes, with
 exit code 1, or 0 if they had nothing left to do. Then the run is started again, with train.resume=auto, and
 must end with the checkpoint and the metrics of a run that nothing has disturbed, to the bit. Exit code 1
 where one does not.
@@ -86,6 +86,16 @@ def _outcome(out: Path, steps: int):
     return content(out / f"checkpoint-{steps}"), values(out), values(out, "eval")
 
 
+def _begun(out: Path, processes: list[multiprocessing.Process]) -> None:
+    """Wait until the run has its folder: before, the others would wait for a lost rank to join them, as long
+    as torch lets them."""
+    end = time.monotonic() + LIMIT
+    while not (out / "config.yaml").exists() and time.monotonic() < end:
+        if any(process.exitcode is not None for process in processes):
+            return
+        time.sleep(0.01)
+
+
 def trials(folder: Path, count: int, size: int, steps: int, seed: int):
     """Yield the result of every trial."""
     from helpers import write_run
@@ -104,6 +114,7 @@ def trials(folder: Path, count: int, size: int, steps: int, seed: int):
         arguments = "train", config, f"train.out={out}"
         victim, moment = draw.randrange(size), draw.uniform(0, length)
         processes = start(size, log, *arguments)
+        _begun(out, processes)
         time.sleep(moment)
         processes[victim].kill()
         at, begin = _last(out), time.monotonic()

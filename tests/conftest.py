@@ -84,3 +84,12 @@ def triton(fresh_memory_is_nan):
 def reference():
     """All operations on plain torch."""
     yield from choose("reference")
+
+
+@pytest.fixture(params=["by token", "by sample"])
+def gates_both_ways(request, monkeypatch):
+    """The gates of short samples once as they come, and once as those of long ones."""
+    from prfl_kernels.sublayers import products
+
+    if request.param == "by sample":
+        monkeypatch.setattr(products, "SHORT", 0)

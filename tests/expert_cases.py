@@ -32,19 +32,19 @@ def both(kind: str = "t2v", frozen: int | None = None):
     return [pair(kind, frozen), tiny_reward(tiny_config(kind.removesuffix("-a14b"))).double().freeze()]
 
 
-def flow_matching(policy, replicate, sequence):
+def flow_matching(policy, layouts):
     """Of two ranks one asks both experts, the other the low-noise one alone."""
-    return compare(lambda *a: sft(*a, policy), lambda: [pair()], replicate, sequence)
+    return compare(lambda *a: sft(*a, policy), lambda: [pair()], layouts)
 
 
-def graded(window, indices, frozen, resident, replicate, sequence):
+def graded(window, indices, frozen, resident, layouts):
     def run(*given):
         return prfl(*given, window, indices)
 
-    return compare(run, lambda: both("t2v", frozen), replicate, sequence, resident)
+    return compare(run, lambda: both("t2v", frozen), layouts, resident)
 
 
-def image(replicate, sequence):
+def image(layouts):
     """Flow matching and a window of a generator with a first frame and without CLIP features."""
 
     def run(model, reward, inputs, own, world):
@@ -54,10 +54,10 @@ def image(replicate, sequence):
     def make():
         return [pair("i2v-a14b"), tiny_reward(tiny_config("i2v-a14b")).double().freeze()]
 
-    return compare(run, make, replicate, sequence, kind="i2v-a14b")
+    return compare(run, make, layouts, kind="i2v-a14b")
 
 
-def leashed(high, indices, replicate, sequence):
+def leashed(high, indices, layouts):
     """Updates of both, guided, that of high noise by the scale `high`, windows, and the distance to the
     start."""
     text = torch.randn(3, tiny_config().text_dim, generator=torch.Generator().manual_seed(3)).double()
@@ -80,10 +80,10 @@ def leashed(high, indices, replicate, sequence):
     def make():
         return [pair(updates=True), tiny_reward(tiny_config()).double().freeze()]
 
-    return compare(run, make, replicate, sequence)
+    return compare(run, make, layouts)
 
 
-def accumulated(replicate, sequence):
+def accumulated(layouts):
     """The second micro-batch asks one expert alone; copies add up what the first has left of the other."""
 
     def run(model, reward, inputs, own, world):
@@ -93,7 +93,7 @@ def accumulated(replicate, sequence):
             total = total + prfl(model, reward, inputs, own, world, 1, indices)
         return total
 
-    return compare(run, both, replicate, sequence)
+    return compare(run, both, layouts)
 
 
 def resident(index: int) -> tuple[list[tuple[bool, bool]], int]:

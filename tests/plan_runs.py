@@ -91,7 +91,7 @@ def random_values(folder: Path, seed: int, wide: int) -> dict:
         "loss": {"alternate": alone or draw.random() < 0.2, "weight": draw.choice((0.0, 0.1, 0.1, 0.1))},
         "optim": optim | {"clip": None},
         "train": {
-            "out": str(folder / "run"), "device": "cpu", "tensorboard": False, "steps": 4,
+            "out": str(folder / "run"), "device": "cpu", "tensorboard": False, "steps": 3,
             "ema": draw.choice((0.0, 0.0, 0.9)), "accumulate": 1 if alone else draw.choice((1, 2)),
         },
         "eval": {
@@ -147,6 +147,22 @@ def with_rewards(folder: Path, seed: int) -> Path:
     save_reward(tiny_reward(config, seed=7, blocks=3, num_heads=2), folder / "other", 0)
     values["reward"] |= {"draws": 2 + seed % 2, "more": [{"name": "other", "path": str(folder / "other")}]}
     values["loss"]["weight"] = 0.1
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def guided(folder: Path, seed: int, **sections) -> Path:
+    """The file of one for one process with guided chains, whose graded step is the fourth of five."""
+    values = random_values(folder, seed, 1)
+    values["data"] |= {"batch_size": 1, "negative_text": str(next(folder.glob("data/**/null.npy")))}
+    values["rollout"] |= {
+        "mode": "fresh", "steps": 5, "range": [3, 3], "samples": 1, "cache": 0.0, "guidance": 3
+    }
+    values["chain"] = {"guidance": 3}
+    values["loss"], values["eval"]["every"] = {"weight": 0.1, "sft_weight": 0.0}, 0
+    for name, section in sections.items():
+        values[name] |= section
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

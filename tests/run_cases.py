@@ -104,15 +104,19 @@ def told_validation(monkeypatch, rank: int) -> None:
     import torch
 
     from prfl_engine import train
+    from prfl_engine.batch import Batch
 
-    loss = train.sft_loss
+    def told(loss):
+        def made(*given):  # the model, with a frozen start or without, the batch and the rest
+            if not torch.is_grad_enabled():
+                batch = next(a for a in given if isinstance(a, Batch))
+                print(f"evaluated {len(batch.latent)}")
+            return loss(*given)
 
-    def sft_loss(model, batch, *rest):
-        if not torch.is_grad_enabled():
-            print(f"evaluated {len(batch.latent)}")
-        return loss(model, batch, *rest)
+        return made
 
-    monkeypatch.setattr(train, "sft_loss", sft_loss)
+    for name in "sft_loss", "anchored_sft_loss":
+        monkeypatch.setattr(train, name, told(getattr(train, name)))
 
 
 def signalled_while_loading(monkeypatch, rank: int) -> None:
@@ -130,3 +134,17 @@ def signalled_while_loading(monkeypatch, rank: int) -> None:
 
     monkeypatch.setattr(train, "make_policy", make_policy)
     monkeypatch.setattr(train, "make_frozen_reward", None)  # never called
+
+
+def told_halves(monkeypatch, rank: int) -> None:
+    """Every rank prints whether guided steps with gradient have both halves even where a scale is 1."""
+    from prfl_engine import train
+
+    original = train.training_guidance
+
+    def made(*arguments, **named):
+        guidance = original(*arguments, **named)
+        print(f"both halves in all steps: {guidance.always}")
+        return guidance
+
+    monkeypatch.setattr(train, "training_guidance", made)

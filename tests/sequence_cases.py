@@ -5,6 +5,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from helpers import random_batch, relative, tiny_config, tiny_model, tiny_reward, under
+from shard_cases import gradients, of_first, worst
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -59,30 +60,22 @@ def _reward_training(reward, kind, shape):
     return loss.item()
 
 
-def _mean_gradients(model) -> dict[str, torch.Tensor]:
-    """The mean over all ranks, as FSDP makes it."""
-    for p in model.parameters():
-        if p.grad is not None:
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
 def _worst(run, make) -> tuple[float, float, str]:
-    """(difference of the loss, that of the worst gradient relative to its norm, its name): cut and whole."""
-    whole = make()
-    want = run(*whole)
-    gradients = {name: p.grad for name, p in whole[0].named_parameters() if p.grad is not None}
-    group = dist.group.WORLD
-    models = [cut_sequence(model, group) for model in make()]
+    """(difference of the loss, that of the worst gradient relative to its norm, its name): cut and whole. Of
+    gradients the mean over all ranks, as FSDP makes it."""
+
+    def alone():
+        whole = make()
+        return run(*whole), gradients(whole[0])
+
+    want, everyone = of_first(alone)
+    models = [cut_sequence(model, dist.group.WORLD) for model in make()]
     got = run(*models)
-    made = _mean_gradients(models[0])
-    assert set(made) == set(gradients)
-    # The bias of keys has no gradient but rounding: the softmax drops it.
-    least = 1e-3 * max(g.norm() for g in gradients.values())
-    errors = {k: ((made[k] - g).norm() / g.norm().clamp(min=least)).item() for k, g in gradients.items()}
-    name = max(errors, key=errors.get)
-    return abs(got - want), errors[name], name
+    made = gradients(models[0])
+    for g in made.values():
+        dist.all_reduce(g)
+        g /= dist.get_world_size()
+    return (abs(got - want), *worst(made, everyone))
 
 
 def flow_matching(kind, shape, policy, keep, chunk, heads=4):
@@ -125,8 +118,8 @@ def rollout(precision: str, cache: float, heads: int = 4) -> tuple[float, float]
         return chain.rollout(velocity, schedule, noise, index).x
 
     accelerated = RolloutConfig(steps=6, precision=precision, cache=cache)
-    whole = latents(accelerated, False)
-    plain = latents(RolloutConfig(steps=6), False)
+    others = accelerated, RolloutConfig(steps=6)
+    whole, plain = of_first(lambda: [latents(config, False) for config in others])
     return relative(latents(accelerated, True), whole), relative(whole, plain)
 
 

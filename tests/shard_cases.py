@@ -148,25 +148,36 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
 
 
-def compare(run, make, replicate=1, sequence=1, resident=False, kind="t2v") -> tuple[float, float, str]:
-    """(difference of the loss, that of the worst gradient relative to its norm, its name): several ranks
-    and one. run(*models, inputs, own, world); the first model is trained."""
-    inputs, world = _inputs(kind, torch.float64), world_of(replicate, sequence, resident)
+def compare(run, make, layouts, resident=False, kind="t2v") -> list[tuple[float, float, str]]:
+    """(difference of the loss, that of the worst gradient relative to its norm, its name) of every layout
+    (replicas, ranks that share a sequence): several ranks and one. run(*models, inputs, own, world); the
+    first model is trained."""
+    inputs = _inputs(kind, torch.float64)
 
     def alone():
         whole = make()
         return run(*whole, inputs, slice(0, SAMPLES), World()).item(), gradients(whole[0])
 
     want, everyone = of_first(alone)
-    models = [world.place(model) for model in make()]
-    loss = run(*models, *_mine(inputs, sequence), world).detach()
-    dist.all_reduce(loss)
-    made = gradients(models[0])
+
+    def distance(replicate, sequence):
+        world = world_of(replicate, sequence, resident)
+        models = [world.place(model) for model in make()]
+        loss = run(*models, *_mine(inputs, sequence), world).detach()
+        dist.all_reduce(loss)
+        return (abs(loss.item() / dist.get_world_size() - want), *worst(gradients(models[0]), everyone))
+
+    return [distance(*layout) for layout in layouts]
+
+
+def worst(made, everyone) -> tuple[float, str]:
+    """Of gradients by name the one that differs most from everyone's, relative to its norm, and its name. A
+    bias of keys has no gradient but rounding."""
     assert set(made) == set(everyone)
     least = 1e-3 * max(g.norm() for g in everyone.values())
     errors = {k: ((made[k] - g).norm() / g.norm().clamp(min=least)).item() for k, g in everyone.items()}
     name = max(errors, key=errors.get)
-    return abs(loss.item() / dist.get_world_size() - want), errors[name], name
+    return errors[name], name
 
 
 def generator(kind="t2v"):
@@ -177,29 +188,29 @@ def both(kind="t2v"):
     return [*generator(kind), tiny_reward(tiny_config(kind)).double().freeze()]
 
 
-def flow_matching(policy, keep, backend, replicate, sequence):
+def flow_matching(policy, keep, backend, layouts):
     def make():
         model = generator()[0]
         return [model if backend is None else model.compile_blocks(backend)]
 
-    return compare(lambda *a: sft(*a, policy, keep), make, replicate, sequence)
+    return compare(lambda *a: sft(*a, policy, keep), make, layouts)
 
 
-def graded(window, indices, resident, replicate, sequence):
-    return compare(lambda *a: prfl(*a, window, indices), both, replicate, sequence, resident)
+def graded(window, indices, resident, layouts):
+    return compare(lambda *a: prfl(*a, window, indices), both, layouts, resident)
 
 
-def image(replicate, sequence):
+def image(layouts):
     """Flow matching and a window of an I2V model."""
 
     def run(model, reward, inputs, own, world):
         loss = sft(model, inputs, own).detach()
         return loss + prfl(model, reward, inputs, own, world, 2, [[1, 3, 0, 2]])
 
-    return compare(run, lambda: both("i2v"), replicate, sequence, kind="i2v")
+    return compare(run, lambda: both("i2v"), layouts, kind="i2v")
 
 
-def chains(replicate, sequence):
+def chains(layouts):
     """A graded step of chains that are known, each at another index: no step without gradient."""
 
     def run(model, reward, inputs, own, world):
@@ -214,7 +225,7 @@ def chains(replicate, sequence):
         graded.backward(loss)
         return loss.detach()
 
-    return compare(run, both, replicate, sequence)
+    return compare(run, both, layouts)
 
 
 def single(replicate, sequence) -> tuple[float, float]:
@@ -234,14 +245,14 @@ def single(replicate, sequence) -> tuple[float, float]:
     return abs(loss.item() - want) / want, relative(*whole)
 
 
-def rewards(replicate, sequence):
+def rewards(layouts):
     def make():
         return [tiny_reward(tiny_config(), blocks=2).double()]
 
-    return compare(reward_training, make, replicate, sequence)
+    return compare(reward_training, make, layouts)
 
 
-def adapter(replicate, sequence):
+def adapter(layouts):
     def make():
         model = generator()[0]
         lora.start(model, LoraConfig(rank=2), 0, None)
@@ -251,10 +262,10 @@ def adapter(replicate, sequence):
                     p.normal_(generator=torch.Generator().manual_seed(len(name)))
         return [model.double()]
 
-    return compare(sft, make, replicate, sequence)
+    return compare(sft, make, layouts)
 
 
-def anchored(updates, replicate, sequence):
+def anchored(updates, layouts):
     """Flow matching and a window of a generator that has left its frozen start, which is sharded, too: with
     updates the same shards, otherwise a copy."""
 
@@ -278,10 +289,10 @@ def anchored(updates, replicate, sequence):
         graded.backward(more)
         return loss.detach() + more.detach()
 
-    return compare(run, make, replicate, sequence)
+    return compare(run, make, layouts)
 
 
-def accumulated(replicate, sequence):
+def accumulated(layouts):
     """Two micro-batches of flow matching and two windows; copies add up blocks in the last windows alone."""
 
     def run(model, reward, inputs, own, world):
@@ -293,7 +304,7 @@ def accumulated(replicate, sequence):
             total = total + prfl(model, reward, inputs, own, world, 2, [[1, 1, 1, 1], [3, 2, 3, 3]])
         return total
 
-    return compare(run, both, replicate, sequence)
+    return compare(run, both, layouts)
 
 
 def whole_values(p, value):
@@ -315,8 +326,8 @@ def weights(optimizer) -> torch.Tensor:
     return torch.cat(found)
 
 
-def trained(settings: dict, dtype, lr: float, replicate: int) -> tuple[float, float, float]:
-    """After 20 optimizer steps on all ranks and on one: distance of the weights, how far they have moved,
+def trained(settings: dict, dtype, lr: float, steps: int, replicate: int) -> tuple[float, float, float]:
+    """After optimizer steps on all ranks and on one: distance of the weights, how far they have moved,
     distance of losses and averaged weights; all relative."""
     inputs = _inputs("t2v", torch.float32)
     config = OptimConfig(**{"eps": 1e-4, **settings})
@@ -330,7 +341,7 @@ def trained(settings: dict, dtype, lr: float, replicate: int) -> tuple[float, fl
             model.requires_grad_(False).blocks[0].ffn.requires_grad_(True)
         optimizer, ema = make_optimizer([(model, lr)], config), EMA(model, 0.5)
         start, losses = weights(optimizer), []
-        for _ in range(20):
+        for _ in range(steps):
             losses.append(sft(model, given, own).detach())
             update(optimizer, config.clip)
             ema.update()

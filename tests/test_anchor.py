@@ -1,5 +1,7 @@
 """The leash: distances of velocities to the frozen start, their gradient, what they cost, what they stop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import (
@@ -14,19 +16,24 @@ from helpers import (
     under,
     write_run,
 )
-from training_runs import assert_equal, content, run, values
+from training_runs import assert_equal, content, goes_on, run, values
 
 from prfl_engine import flow, phases
+from prfl_engine.build import load_generator
 from prfl_engine.config import ChainConfig, LoraConfig, load_config
+from prfl_engine.data import Reader, fixed_batches, read_lists
 from prfl_engine.guidance import Guidance, Scales
 from prfl_engine.memory.idle import Idle
 from prfl_engine.model import lora
 from prfl_engine.model import start as start_module
+from prfl_engine.model.checkpoint import load_transformer
+from prfl_engine.model.flops import costs
 from prfl_engine.model.start import Start
 from prfl_engine.objectives import Grader, Grading, anchored_sft_loss
 from prfl_engine.planner.command import predict
 from prfl_engine.planner.predict import memory
 from prfl_engine.planner.subject import find
+from prfl_engine.seeds import Purpose, noise_like
 from prfl_kernels import extension
 
 SCHEDULE = flow.make_schedule("unipc", 6, 5.0)
@@ -183,17 +190,11 @@ def test_a_measurement_changes_nothing_to_the_bit(given, tmp_path, monkeypatch):
     [], ["loss.anchor_place=host"], [*LORA], [*LORA, "rollout.mode=persistent"],
 ], ids=["full", "host", "lora", "persistent"])  # fmt: skip
 def test_a_resumed_run_has_the_start_of_its_first_step(settings, tmp_path):
-    config = write_run(tmp_path, loss={"anchor": 0.5}, train={"save_every": 2})
-    given = [*settings, "train.accumulate=2", "chain.window=2"]
-    run("train", config, *given, "train.steps=4")
-    cut = f"train.out={tmp_path / 'cut'}"
-    run("train", config, *given, "train.steps=2", cut)
-    run("train", config, *given, "train.steps=4", cut, "train.resume=true")
-    assert_equal(content(tmp_path / "cut/checkpoint-4"), content(tmp_path / "run/checkpoint-4"))
+    config = write_run(tmp_path, loss={"anchor": 0.5})
+    goes_on(config, *settings, "train.accumulate=2", "chain.window=2")
     found = values(tmp_path / "run")
     for name in ("train/anchor", "train/sft_anchor"):
         assert found[1][name] == 0 < found[2][name]
-    assert found == values(tmp_path / "cut")
 
 
 def test_the_loss_of_a_run_is_the_sum_of_its_parts(tmp_path):
@@ -224,6 +225,33 @@ def test_a_step_of_descent_by_the_leash_alone_leads_back(tmp_path):
     run("train", config, *LORA, moved, *alone, f"train.out={out}", "train.steps=12", "optim.lr=1e-2")
     found = [v["train/sft_anchor"] for v in values(out).values()]
     assert sum(found[-3:]) < 0.5 * sum(found[:3])
+
+
+@pytest.mark.parametrize("given", [LORA, ["loss.anchor_every=50"]], ids=["lora", "copy"])
+def test_a_validation_has_the_distance_where_the_start_is_there(given, tmp_path):
+    """On held-out latents in several batches, at the fixed noise and levels of the flow-matching loss."""
+    config = write_run(tmp_path, eval={"every": 1, "samples": 3, "batch_size": 2})
+    run("train", config, "train.steps=1", "optim.lr=1e-2", *given)
+    found = values(tmp_path / "run", "eval")
+    assert found[0]["eval/sft_anchor"] == 0 < found[1]["eval/sft_anchor"]
+    c = load_config(config, given)
+    trained = replace(c.lora, path=str(tmp_path / "run/checkpoint-1")) if c.lora.rank else c.lora
+    path = c.model.path if c.lora.rank else str(tmp_path / "run/checkpoint-1")
+    made = replace(c, lora=trained, model=replace(c.model, path=path))
+    models = load_transformer(c.model.path), load_generator(made, torch.device("cpu"))
+    apart = []
+    for i, name in enumerate(read_lists(c.data.val, "data.val")):
+        (batch,) = fixed_batches(Reader(models[0].config), [name], 1, torch.device("cpu"))
+        sigma = torch.tensor([flow.shift_sigma((i + 0.5) / 3, c.rollout.shift)])
+        noise = noise_like(batch.latent, Purpose.VALIDATION_SFT, c.eval.seed, i)
+        x = (1 - sigma) * batch.latent + sigma * noise
+        with torch.no_grad():
+            first, second = (m(x, 1000 * sigma, m.embed_context(batch.text)) for m in models)
+        apart.append((first - second).square().mean().item())
+    assert found[1]["eval/sft_anchor"] == pytest.approx(sum(apart) / 3, rel=1e-3)
+    plain = f"train.out={tmp_path / 'plain'}"
+    run("train", config, "train.steps=1", "lora.rank=0", plain)
+    assert "eval/sft_anchor" not in values(tmp_path / "plain", "eval")[0]
 
 
 def test_a_run_that_goes_too_far_saves_and_ends(tmp_path, capsys):
@@ -284,3 +312,15 @@ def test_a_plan_counts_the_forwards_of_the_start(given, forwards, tmp_path):
     rows = {row.phase: row for row in predict(str(write_run(tmp_path)), given).times.rows}
     assert rows["frozen start"].seconds == pytest.approx(forwards / 0.5 * rows["rollout"].seconds)
     assert rows["frozen start"].flops == pytest.approx(forwards / 0.5 * rows["rollout"].flops)
+
+
+def test_a_plan_counts_the_forward_of_a_validation(tmp_path):
+    path = str(write_run(tmp_path, eval={"every": 1, "samples": 3}))
+
+    def flops(*given):
+        return next(row.flops for row in predict(path, given).times.rows if row.phase == "validation")
+
+    one = 3 * costs(tiny_config(), (1, 4, 4)).flops["rollout"]
+    assert flops(*LORA) - flops() == pytest.approx(one)
+    assert flops("loss.anchor=1") - flops() == pytest.approx(one)
+    assert flops("loss.anchor=1", "loss.anchor_place=host") == flops()

@@ -77,6 +77,21 @@ def test_a_checkout_of_wan22(script, checkout, capsys, monkeypatch):
     assert len(lines) == 8 and sum("first frame at 0" in line for line in lines) == 2
 
 
+def test_a_checkout_whose_packages_are_not_here(script, checkout, capsys, monkeypatch):
+    """HY-Video-PRFL's file imports einops; what is not known is named, and not by an option of another
+    script."""
+    file = checkout / "wan/modules/model.py"
+    monkeypatch.setattr(twins, "flash_attention", twins.attend)
+    found, there = sys.meta_path[:], "einops" in sys.modules
+    file.write_text("from einops import rearrange\n" + STAND_IN)
+    assert script.main([str(checkout)]) == 0
+    assert sys.meta_path == found and ("einops" in sys.modules) == there
+    sys.modules.pop("wan.modules.model")
+    file.write_text("import no_such_package\n")
+    with pytest.raises(SystemExit, match=f"^{file} needs the package no_such_package, which is not inst"):
+        script.main([str(checkout)])
+
+
 def test_what_differs_fails(script, checkout, capsys, monkeypatch):
     """Attention that rounds to 16 bits, which the script does not find in this module."""
     assert script.main([str(checkout)]) == 1

@@ -17,7 +17,7 @@ import training_runs
 from helpers import SHAPE, move_data, tiny_config, write_adapter, write_run
 from ranks import Ranks
 from test_expert_pair import HIGH_ALONE, written
-from training_runs import assert_equal, content, flip
+from training_runs import assert_equal, content, flip, killed
 
 from prfl_engine import checksums, cli, restarts
 from prfl_engine.metrics import read_metrics
@@ -84,19 +84,21 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
     if "replicate" in settings.get("parallel", {}):
         again = {"name": "again", "path": str(tmp_path / "reward"), "form": "log"}
         settings = settings | {"reward": {"draws": 2, "more": [again]}}
-    validation = {"every": 3, "samples": 3, "batch_size": 1, "videos": 3}
+    validation = {"samples": 3, "batch_size": 1, "videos": 3}
     if "lora" in settings["rollout"]:
         adapter = write_adapter(tmp_path / "adapter", tiny_config())
         settings = settings | {"rollout": settings["rollout"] | {"lora": str(adapter), "max_drift": 9}}
         validation["rollout_lora"] = "replicate" in settings["parallel"]
-    shared = {"train": {"accumulate": 2, "steps": 3, "ema": 0.5}, "eval": validation}
+    steps = 3 if settings["rollout"].get("mode") == "persistent" else 2  # a chain goes on in the third
+    validation["every"] = steps
+    shared = {"train": {"accumulate": 2, "steps": steps, "ema": 0.5}, "eval": validation}
     config = write_run(tmp_path, samples=8, **shared, **settings)
     said = run(config, f"train.out={tmp_path}/two", patch=cases.told_validation)
     # Twice, before the first step and after the last: a rank has one sample and makes one more batch.
     batches = 6 if "sequence" in settings.get("parallel", {}) else 4
     assert [out.count("evaluated 1") for out in said] == [batches] * 2
     two = values(tmp_path / "two")
-    assert (tmp_path / "two/checkpoint-3/shards.json").is_file()
+    assert (tmp_path / f"two/checkpoint-{steps}/shards.json").is_file()
     for perf in training_runs.values(tmp_path / "two", "perf/").values():
         least, mean, step = (perf[f"perf/{name}"] for name in ("exposed_s_least", "exposed_s", "step_s"))
         assert 0 < least <= mean < step and perf["perf/graded_exposed_s"] < perf["perf/graded_s"]
@@ -108,7 +110,8 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
     one = values(tmp_path / "one")
     assert [step.keys() for step in one] == [step.keys() for step in two]
     for i in range(3):
-        want, got = (np.load(tmp_path / f"{name}/samples/step-3/sample-0{i}.npy") for name in ("one", "two"))
+        place = f"samples/step-{steps}/sample-0{i}.npy"
+        want, got = (np.load(tmp_path / name / place) for name in ("one", "two"))
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-3 * abs(want).max())
     names = {path.relative_to(tmp_path / "one/best") for path in (tmp_path / "one/best").rglob("*")}
     assert names == {path.relative_to(tmp_path / "two/best") for path in (tmp_path / "two/best").rglob("*")}
@@ -121,18 +124,20 @@ def test_two_processes_train_as_one(run, tmp_path, settings):
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("given, held, resumed_on", [
-    (["rollout.samples=2", "chain.window=2", "rollout.seeds=2", "rollout.seeds_step=4"], {HIGH, LOW}, 2),
+@pytest.mark.parametrize("given, held, resumed_on, half", [
+    (["rollout.samples=2", "chain.window=2", "rollout.seeds=2", "rollout.seeds_step=4"], {HIGH, LOW}, 2, 1),
     (["lora.rank=2", "loss.anchor=0.5", "parallel.resident=true", "parallel.replicate=2", "rollout.seeds=2"],
-     {HIGH, LOW}, 1),
-    ([HIGH_ALONE, "rollout.mode=persistent", "parallel.sequence=2"], {HIGH}, 2),
+     {HIGH, LOW}, 1, 1),
+    ([HIGH_ALONE, "rollout.mode=persistent", "parallel.sequence=2"], {HIGH}, 2, 2),
 ], ids=["whole", "updates", "one trained"])  # fmt: skip
-def test_two_experts_train_as_in_one_process(run, tmp_path, given, held, resumed_on):
-    """Metrics, validations, what `best` samples; and a resumed run, to the bit on as many processes."""
-    train = {"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9, "ema": 0.5}
+def test_two_experts_train_as_in_one_process(run, tmp_path, given, held, resumed_on, half):
+    """Metrics, validations, what `best` samples; and a run that is killed after half of its steps and
+    resumed, to the bit on as many processes."""
+    steps = 2 * half
+    train = {"accumulate": 2, "steps": steps, "save_every": half, "keep": 9, "ema": 0.5}
     config = written(tmp_path, samples=8, train=train, eval={"every": 2, "samples": 3, "batch_size": 1})
     run(config, *given, f"train.out={tmp_path}/two")
-    run(config, *given, f"train.out={tmp_path}/cut", "train.steps=2")
+    killed(tmp_path / "two", half, tmp_path / "cut")
     rest = "train.resume=true", f"train.out={tmp_path}/cut"
     alone = "parallel.sequence=1", "parallel.replicate=1", "parallel.resident=false"
     run(config, *given, *rest, *(alone if resumed_on == 1 else ()), processes=resumed_on)
@@ -143,7 +148,8 @@ def test_two_experts_train_as_in_one_process(run, tmp_path, given, held, resumed
         for a, b in zip(other, two, strict=True):
             assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
     if resumed_on == 2:
-        assert_equal(content(tmp_path / "cut/checkpoint-4"), content(tmp_path / "two/checkpoint-4"))
+        last = f"checkpoint-{steps}"
+        assert_equal(content(tmp_path / "cut" / last), content(tmp_path / "two" / last))
     made = []
     for name in ("one", "two"):
         best = tmp_path / name / "best"
@@ -156,7 +162,7 @@ def test_two_experts_train_as_in_one_process(run, tmp_path, given, held, resumed
         run(config, *trained, "--out", str(out), command="sample", processes=1, torchrun=False)
         made.append(np.load(out / "sample-00.npy"))
     np.testing.assert_allclose(*made, rtol=0, atol=2e-3 * abs(made[0]).max())
-    whole = tmp_path / "two/checkpoint-4"
+    whole = tmp_path / f"two/checkpoint-{steps}"
     for part in sorted(held):
         out = tmp_path / "converted" / part
         out.parent.mkdir(exist_ok=True)
@@ -170,14 +176,14 @@ def to_of(given: list[str]) -> str:
 
 
 def test_a_sharded_run_resumes_on_another_number_of_processes(run, tmp_path):
-    """4 steps on 2 processes are 2 on 2, then 2 on 1 under torchrun (to rounding), and a LoRA run too. Not so
+    """4 steps on 2 processes are 2 on 2, a kill, then 2 on 1 under torchrun (to rounding), of LoRA. Not so
     where a bit of any file has flipped, which one of the two sees."""
     config = write_run(
         tmp_path, samples=8, train={"accumulate": 2, "steps": 4, "save_every": 2, "keep": 9},
         lora={"rank": 2}, loss={"anchor": 0.5},
     )  # fmt: skip
     run(config, f"train.out={tmp_path}/whole")
-    run(config, f"train.out={tmp_path}/parts", "train.steps=2")
+    killed(tmp_path / "whole", 2, tmp_path / "parts")
     run(config, f"train.out={tmp_path}/parts", "train.resume=true", processes=1)
     for a, b in zip(values(tmp_path / "whole"), values(tmp_path / "parts"), strict=True):
         assert b == pytest.approx(a, rel=2e-3, abs=1e-5)
@@ -327,7 +333,7 @@ def test_a_killed_rank_ends_the_others_and_nothing_is_lost(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from kill_ranks import trials
 
-    assert [result for result in trials(tmp_path, 3, size=2, steps=3, seed=2) if not result.ok] == []
+    assert [result for result in trials(tmp_path, 3, size=2, steps=2, seed=2) if not result.ok] == []
     said = [path.read_text() for path in tmp_path.glob("trial-*.log.*")]
     assert len(said) >= 6 and not any("Traceback" in text for text in said)
 

@@ -50,6 +50,28 @@ def test_tables_say_the_same(tmp_path, monkeypatch):
         ] and not skipped  # fmt: skip
 
 
+def test_a_named_file_comes_without_its_namesakes(tmp_path):
+    touch(tmp_path, "a.mp4", "a.mkv", "a.png", "b.mp4")
+    found = {}
+    for name in ("a.mp4", "a.mkv", "a.png"):
+        (row,), skipped = read_rows(tmp_path / name, "a cat")
+        found[name] = row.video and row.video.name, row.image and row.image.name
+        assert not skipped
+    assert found == {"a.mp4": ("a.mp4", "a.png"), "a.mkv": ("a.mkv", "a.png"), "a.png": (None, "a.png")}
+
+
+@pytest.mark.parametrize("name, text", [
+    ("t.csv", "video\na.mp4\nb.mp4\n"), ("u.csv", "video,prompt\na.mp4,\nb.mp4,own\n"),
+    ("t.jsonl", '{"video": "a.mp4"}\n{"video": "b.mp4", "prompt": "own"}\n'),
+    ("t.json", '[{"video": "a.mp4"}, {"video": "b.mp4", "prompt": "own"}]'),
+])  # fmt: skip
+def test_the_prompt_of_rows_without_one(name, text, tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / name).write_text(text)
+    rows, skipped = read_rows(tmp_path / name, "a cat")
+    assert [row.prompt for row in rows] == ["a cat", "own" if "own" in text else "a cat"] and not skipped
+
+
 def test_rows_that_cannot_be_one(tmp_path):
     touch(tmp_path, "a.mp4")
     good = {"video": "a.mp4", "prompt": "a"}

@@ -9,14 +9,13 @@ import torch
 from helpers import write_run
 
 from prfl_engine.build import make_policy
-from prfl_engine.config import ChainConfig, Config, ModelConfig, RolloutConfig, load_config
+from prfl_engine.config import ChainConfig, Config, ModelConfig, RolloutConfig, TrainConfig, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.objectives import schedule_of, steps_inside
 from prfl_engine.planner.between import resume
 from prfl_engine.planner.command import Options, predict
 from prfl_engine.planner.flops import (
-    both_asked,
     expert_switches,
     graded_passes,
     rollout_forwards,
@@ -29,6 +28,7 @@ from prfl_engine.planner.sharded import Shards, exchanged_bytes, gathered_bytes
 from prfl_engine.planner.standing import idle_bytes, models_of
 from prfl_engine.planner.subject import find
 from prfl_engine.planner.timing import times
+from prfl_engine.together import asked
 from prfl_engine.train import train
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*a14b*.yaml"))
@@ -160,10 +160,56 @@ def test_a_slow_link_is_waited_for(tmp_path):
 ])  # fmt: skip
 def test_how_often_groups_of_processes_ask_both_experts(rollout, readers, often):
     """632 of 1000 levels and 26 of 39 steps are the high-noise expert's; the draws are independent."""
+    found = asked(of_pair(rollout), readers)
+    assert (found.sft, *found.steps) == pytest.approx(often, abs=1e-3)
+    assert asked(Config(ModelConfig(preset="t2v-14b")), readers).beside == ()
+
+
+def of_pair(rollout: dict, window: int | str = 1) -> Config:
     r = RolloutConfig(**T2V, **rollout)
-    config = Config(ModelConfig(preset="t2v-a14b-high", boundary=0.875), rollout=r)
-    setup = Setup(PRESETS["t2v-a14b-high"], (1, 16, 1, 2, 2), rollout=r, experts=config.trained_experts)
-    assert both_asked(config, setup, readers) == pytest.approx(often, abs=1e-3)
+    pair, train = ModelConfig(preset="t2v-a14b-high", boundary=0.875), TrainConfig(accumulate=8)
+    return Config(pair, rollout=r, chain=ChainConfig(window), train=train)
+
+
+SFT, GRADED, WINDOW = "flow matching", "graded step", "window"
+
+
+@pytest.mark.parametrize("rollout, window, readers, beside", [
+    ({}, 1, 1, ()), ({}, 1, 2, (SFT, GRADED)), ({}, 2, 2, (SFT, GRADED, WINDOW)),
+    ({"one_index": "turn"}, 2, 2, (SFT,)), ({"one_index": 2}, 2, 2, (SFT,)),
+    ({"one_index": 1}, 2, 2, (SFT, GRADED, WINDOW)), ({"mode": "persistent"}, 3, 2, (SFT,)),
+    ({"sigma_range": (0.0, 0.875)}, 1, 2, ()), ({"sigma_range": (0.0, 0.875)}, 2, 2, (WINDOW,)),
+    ({"sigma_range": (0.0, 0.875), "start": "data"}, "all", 2, ()),
+    ({"sigma_range": (0.875, 1.0)}, 3, 2, ()), ({"range": (0, 25)}, "all", 2, (SFT,)),
+    ({"range": (25, 26)}, 1, 2, (SFT, GRADED)), ({"range": (26, 26)}, "all", 2, (SFT,)),
+    ({"range": (28, 29)}, 3, 2, (SFT,)), ({"range": (28, 29)}, 4, 2, (SFT, WINDOW)),
+])  # fmt: skip
+def test_where_groups_of_processes_may_ask_different_experts(rollout, window, readers, beside):
+    """In any step of a window, whichever is trained: the low-noise one alone, too, where windows begin with
+    the other. The steps 0 to 25 are the high-noise expert's."""
+    found = asked(of_pair(rollout, window), readers)
+    assert found.beside == beside
+    assert found.apart == bool({GRADED, WINDOW} & {*beside})
+
+
+@pytest.mark.parametrize("given, always", [
+    (["chain.window=2"], True), (["chain.window=1"], False),
+    (["chain.window=2", "rollout.one_index=turn"], False),
+])  # fmt: skip
+def test_a_plan_makes_both_halves_where_groups_may_ask_different_experts(given, always, tmp_path):
+    """Of a low-noise expert trained alone, whose windows begin with the other: also in guided steps of one
+    expert alone."""
+    path = write_run(tmp_path, data={"negative_text": str(tmp_path / "data/null.npy")}, eval={"every": 0})
+    config = load_config(path, [
+        "model.path=null", "model.preset=tiny-t2v", "model.boundary=0.875", "rollout.sigma_range=[0, 0.875]",
+        "rollout.steps=40", "rollout.shift=12", "chain.guidance=[4, 1]", "train.accumulate=2", *given,
+    ])  # fmt: skip
+    setup = find(config, str(path), "1x4x4", readers=2).setup
+    assert asked(config, 2).apart == always
+    window = config.chain.window
+    halves = rollout_forwards(setup) - rollout_forwards(replace(setup, chain=ChainConfig(window)))
+    # Else in the one of 13 windows that begins before the boundary.
+    assert halves == pytest.approx(window if always else (window - 1) / 13)
 
 
 def test_a_rank_gathers_one_expert_at_a_time(tmp_path):
@@ -183,7 +229,7 @@ def test_a_rank_gathers_one_expert_at_a_time(tmp_path):
              if r.phase == "flow matching")
         for s, models in parts
     ]  # fmt: skip
-    often = both_asked(config, found.setup, 8)[0]
+    often = asked(config, 8).sft
     assert 0.5 < often < 1 and rows[0].waits == pytest.approx((1 + often) * rows[1].waits, rel=1e-3)
 
 
@@ -236,6 +282,17 @@ def test_guided_drift_probes_take_twice_the_forwards(tmp_path):
 
     path = str(write_run(tmp_path, eval={"every": 0}, data={"negative_text": "negative.npy"}))
     assert seconds(4) == pytest.approx(2 * seconds(1))
+
+
+def test_drift_probes_are_of_one_sample(tmp_path):
+    """Whatever the batch: it unpacks all weights of e4m3 by itself."""
+
+    def seconds(size: int) -> float:
+        given = f"data.batch_size={size}", "rollout.cache=0.1", "lora.rank=4", "lora.base=e4m3"
+        return next(row.seconds for row in predict(path, given).times.rows if row.phase == "drift probes")
+
+    path = str(write_run(tmp_path, eval={"every": 0}, rollout={"steps": 5}))
+    assert seconds(2) == pytest.approx(seconds(1))
 
 
 @pytest.mark.parametrize("given, field", [

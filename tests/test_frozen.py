@@ -1,6 +1,7 @@
 """Frozen matrices that are stored in e4m3, or on the host: their values, gradients, bytes, whole runs."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from helpers import (
     one_line,
     random_batch,
     relative,
+    tiny_config,
     tiny_model,
     tiny_reward,
     under,
@@ -34,8 +36,13 @@ from prfl_engine.model.start import Start
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.objectives import Grader, Grading, bind, sft_loss
 from prfl_engine.parallel import check_many
+from prfl_engine.planner.command import predict
 from prfl_engine.planner.predict import memory
+from prfl_engine.planner.sharded import Shards
+from prfl_engine.planner.standing import models_of
+from prfl_engine.planner.stored import unpacked
 from prfl_engine.planner.subject import find
+from prfl_engine.planner.timing import times
 
 CPU = torch.device("cpu")
 TRAINING = ("rollout", "graded", "reward", "flow")  # phases of a plan
@@ -276,6 +283,49 @@ def test_a_plan_has_the_bytes_of_a_run(storage, tmp_path, monkeypatch):
     assert ("frozen matrices" in held) == storage.host and held["weights as they are read"] > 0
 
 
+def planned_rewards(tmp_path, *given: str):
+    """The plan where one reward model is taken twice, and several seeds are judged."""
+    path = lora_run(tmp_path, eval={"every": 0}, rollout={"steps": 5, "seeds": 2}, data={"batch_size": 2})
+    more = f"reward.more=[{{name: again, path: {tmp_path / 'reward'}}}]"
+    return predict(str(path), (*given, more))
+
+
+def test_further_rewards_are_planned_as_they_are_stored(tmp_path):
+    def bytes_of(p, phase: str, category: str) -> int:
+        phases = {phase.name: phase for phase in (*p.memory.phases, p.memory.host)}
+        return sum(e.bytes for e in phases[phase].entries if e.category == category)
+
+    plain, waiting = (planned_rewards(tmp_path, *given) for given in ((), ("reward.place=host",)))
+    one = predict(str(tmp_path / "config.yaml"), ("reward.place=host",))
+    for phase, category in (("graded step", "reward model"), ("host", "frozen matrices")):
+        assert bytes_of(waiting, phase, category) == 2 * bytes_of(one, phase, category) > 0
+    assert all(r.storage == Storage(host=True) for r in waiting.subject.setup.rewards)
+    assert bytes_of(plain, "host", "frozen matrices") == 0
+
+
+def test_seeds_are_judged_by_rewards_that_come_from_the_host(tmp_path):
+    """A micro-batch brings the matrices of both rewards once for every seed; of two samples e4m3 is unpacked
+    once."""
+    p = planned_rewards(tmp_path, "reward.place=host")
+    made, setup, s, one = p.memory, p.subject.setup, p.subject.config, Shards()
+    models = models_of(setup)
+
+    def row(rates, setup=setup):
+        given = made.kinds, made.reward, models, p.gpu._replace(rates=rates), one, p.exchanged
+        return next(row for row in times(s, setup, *given).rows if row.phase == "seeds")
+
+    fast, slow = (p.gpu.rates._replace(link=link) for link in (1e18, 1.0))
+    brought = 2 * sum(a.nbytes for a in matrices(tiny_reward(tiny_config()).transformer))
+    count = s.train.accumulate * s.rollout.seeds
+    assert row(fast).waits == 0
+    assert row(slow).seconds == pytest.approx(count * brought)
+    rewards = [replace(r, storage=Storage(e4m3=True)) for r in setup.rewards]
+    rounded = replace(setup, reward=rewards[0], more=(rewards[1],))
+    memory_alone = fast._replace(memory=1.0)
+    more = row(memory_alone, rounded).seconds - row(memory_alone).seconds
+    assert more == pytest.approx(count * 2 * unpacked(tiny_config(), torch.float32, Storage(e4m3=True)))
+
+
 @pytest.mark.parametrize("given, want", [
     ("lora.rank=0 lora.base=e4m3", "lora.base: got 'e4m3', want same with lora.rank 0"),
     ("lora.rank=0 lora.base_place=host", "lora.base_place: got 'host', want device with lora.rank 0"),
@@ -283,6 +333,8 @@ def test_a_plan_has_the_bytes_of_a_run(storage, tmp_path, monkeypatch):
     ("reward.place=host model.compile=true", "model.compile: got True, want false with reward.weights"),
     ("lora.base_place=host rollout.precision=fp8", "rollout.precision: got 'fp8', want same with lora.base"),
     ("lora.base=e4m3 rollout.cuda_graph=true", "rollout.cuda_graph: got True, want false with lora.base"),
+    ("reward.weights=e4m3 loss.weight=0 reward.path=null", "reward.weights: got 'e4m3', want same with loss"),
+    ("reward.place=host loss.weight=0 reward.path=null", "reward.place: got 'host', want device with loss.w"),
     ("lora.base=fp8", "lora.base: got 'fp8', want same or e4m3"),
     ("lora.base=e4m3 model.boundary=0.5 model.idle=host", "model.idle: got 'host', want device with lora"),
 ])  # fmt: skip

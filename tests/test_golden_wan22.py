@@ -2,6 +2,7 @@
 official sampler, and TI2V in both modes. (That of its VAE: test_encoders.py.)"""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,15 @@ def test_velocity_and_gradients_of_ti2v_are_those_of_the_official_code(mode):
     assert sum(k.startswith(mode) for k in want) == 2 + len(weights)
     error, where = check.worst(found, want, mode)
     assert error < 1e-5, where
+
+
+@pytest.mark.parametrize("name", ["check_wan22", "check_ti2v", "check_encoders"])
+def test_a_folder_of_golden_values_is_a_new_one(name, tmp_path, monkeypatch, capsys):
+    """Known before anything is loaded; what is there stays."""
+    (tmp_path / "expected.safetensors").write_bytes(b"old")
+    monkeypatch.setattr(sys, "argv", [name, "nowhere", "--golden", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        script(name).main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(f"argument --golden: {tmp_path} exists, want a new name\n")
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

@@ -311,7 +311,9 @@ def given(folder, config):
 
 
 @pytest.mark.parametrize("command", ["sample", "merge-lora", "golden", "convert", "score"])
-@pytest.mark.parametrize("out", ["file", "folder", "", "link", "file/below", "a" * 300, "a" * 252])
+@pytest.mark.parametrize(
+    "out", ["file", "folder", "", "link", "file/below", "none/..", "a" * 300, "a" * 252]
+)
 def test_an_output_that_is_there_or_cannot_be(out, command, run, tmp_path, capsys, monkeypatch):
     folder, config = run
     monkeypatch.chdir(tmp_path)

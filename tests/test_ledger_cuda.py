@@ -203,7 +203,7 @@ def test_two_blocks_of_3072_columns_are_on_an_sm_in_the_backward(cuda_rows):
     found = {k["kernel"]: k for _, row, k in kernels(cuda_rows) if row["model"] == "5B"}
     for kernel in ("norm_backward", "qk_backward"):
         k = found[kernel]
-        assert (k["threads"], k["registers"], k["blocks"]) == (384, 80, 2), kernel
+        assert (k["threads"], k["blocks"]) == (384, 2) and k["registers"] <= 80, kernel
 
 
 def test_occupancy_of_the_widest_kernels():

@@ -10,6 +10,7 @@ from training_runs import NAME, reward_run, run, values
 from prfl_engine import flow
 from prfl_engine import train as train_module
 from prfl_engine import train_reward as reward_module
+from prfl_engine.checks import check_prfl
 from prfl_engine.config import Config, LossConfig, OptimConfig, RolloutConfig, TrainConfig, load_config
 from prfl_engine.config_file import from_dict
 from prfl_engine.data import Reader, read_lists
@@ -177,7 +178,7 @@ def test_a_turn_of_all_groups_shares_a_graded_step():
 
 def test_fp8_rollouts_and_two_updates_are_refused():
     with pytest.raises(UserError, match="rollout.precision: got 'fp8', want same with loss.split"):
-        Config(rollout=RolloutConfig(precision="fp8"), loss=LossConfig(split=True))
+        check_prfl(Config(rollout=RolloutConfig(precision="fp8"), loss=LossConfig(split=True)))
 
 
 @pytest.mark.parametrize("fields, name", [

@@ -18,6 +18,7 @@ from diffusers_small import FIELDS, assert_close, inputs_of, model_of, outcome  
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2"]
 IMAGE = pytest.mark.parametrize("image", [False, True])
 
+
 @IMAGE
 def test_values_and_all_gradients_stay_with_checkpointing_too(image):
     model, inputs = model_of(image), inputs_of(image)
@@ -132,6 +133,49 @@ def test_what_works_with_blocks_works_on(tmp_path):
     assert_close(outcome(saved, inputs), outcome(model_of(), inputs))
     with pytest.raises(UserError, match="2 of 2 blocks had their forward replaced since; undo"):
         restore(model)
+
+
+def test_a_pipeline_runs_a_patched_transformer():
+    """With guidance, so that both prompts are of one call each."""
+    import encoder_cases as cases
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    pipeline = WanPipeline(
+        tokenizer=cases.tokenizer(), text_encoder=cases.text_encoder().eval(), vae=cases.vae(),
+        transformer=model_of().eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+
+    def latents():
+        return pipeline(
+            "a cat", "blurry", height=32, width=48, num_frames=5, num_inference_steps=2, guidance_scale=3.0,
+            output_type="latent", generator=torch.Generator().manual_seed(0),
+        ).frames  # fmt: skip
+
+    want = latents()
+    report = accelerate(pipeline.transformer)
+    assert relative(latents(), want) < 1e-5
+    assert (report.calls, report.fallbacks.total()) == (8, 0)
+
+
+@pytest.mark.parametrize("how", ["peft", "checkpointing", "autocast"])
+def test_no_graph_break_with(how):
+    """What a training has besides."""
+    inputs, found = inputs_of(), []
+    for patched in (False, True):
+        model = model_of(num_layers=1)
+        if patched:
+            accelerate(model)
+        if how == "peft":
+            lora(model.requires_grad_(False))
+        elif how == "checkpointing":
+            model.enable_gradient_checkpointing()
+            model.train()
+        torch.compiler.reset()
+        run = torch.compile(model, fullgraph=True, backend="eager") if patched else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            found.append(outcome(model, inputs, run))
+    assert_close(found[1], found[0], 0.03 if how == "autocast" else 1e-5)
 
 
 # Adapters

@@ -1,7 +1,9 @@
 """Seconds and FLOPs of phases: counted where they happen, by formulas that agree with the models' weights."""
 
+import sys
 import threading
 import time
+from importlib import import_module
 
 import pytest
 import torch
@@ -135,6 +137,35 @@ def test_a_wait_counts_once_and_what_is_computed_in_it_does_not(monkeypatch):
     assert not clock.lap().waits()
 
 
+@pytest.mark.parametrize("gone", ["method", "module"])
+def test_where_torch_has_other_names_waits_are_left_out(gone, monkeypatch, capsys):
+    """And nothing stops; with them all methods are wrapped, and as they were after it."""
+    if gone == "method":
+        group = import_module(f"{exposed._PLACE}._fsdp_param_group").FSDPParamGroup
+        before = group.unshard
+        with phases.timed(torch.device("cpu")) as clock, exposed.measured(clock):
+            assert group.unshard is not before
+        assert group.unshard is before
+        monkeypatch.delattr(group, "unshard")
+    else:
+        monkeypatch.setitem(sys.modules, f"{exposed._PLACE}._fsdp_state", None)
+    capsys.readouterr()
+    for leads in (True, False):
+        with phases.timed(torch.device("cpu")) as clock, exposed.measured(clock, leads), waiting():
+            pass
+        assert not clock.lap().waits()
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "perf/exposed_s" in line
+    assert ("unshard" if gone == "method" else "_fsdp_state") in line
+
+
+def test_one_process_needs_no_private_name_of_torch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exposed, "_PLACE", "torch.nowhere")
+    run("train", write_run(tmp_path), "train.steps=1")
+    assert "exposed" not in capsys.readouterr().err
+    assert not any("exposed" in name for name in values(tmp_path / "run", "perf/")[1])
+
+
 def test_ranks_are_summed_up(monkeypatch):
     """Two ranks of one sample count its work once."""
     other = {"seconds": {"graded": 3.0, "save": 1.0}, "waits": {"data": 0.5, "save": 4.0}}
@@ -155,6 +186,9 @@ def test_ranks_are_summed_up(monkeypatch):
         "save_exposed_s": 2.0,
     }  # fmt: skip
     assert made.steps == 0 and not made.work and not made.waits
+    other["waits"] = {}
+    made.add(phases.Lap([("graded", 0.0), ("save", 1.0)], phases.Counter()))
+    assert not any("exposed" in name for name in made.values())  # not measured
 
 
 def counted(config, out, command="train", *overrides):

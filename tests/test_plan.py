@@ -17,8 +17,9 @@ from prfl_engine.objectives import graded_windows, sft_loss
 from prfl_engine.planner import plan as plan
 from prfl_engine.planner import search as search
 from prfl_engine.planner import seconds
-from prfl_engine.planner.dry_run import SCALARS, Numbers, dry_run
+from prfl_engine.planner.dry_run import SCALARS, dry_run
 from prfl_engine.planner.meta import call
+from prfl_engine.planner.numbers import Numbers
 from prfl_engine.planner.setup import RewardSetup, Setup, Validation
 from prfl_kernels import extension
 

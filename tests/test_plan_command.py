@@ -49,6 +49,20 @@ def test_what_a_block_of_14b_saves_is_the_hand_count(mode, per_token):
     assert kind.numbers["flow matching"].saved == pytest.approx(L * per_token, rel=1e-3)
 
 
+def test_an_update_of_shards_decodes_what_is_in_8_bits_alone():
+    """Rows of 96 values of a sharded weight are in no groups of 256, so that their moments are float32."""
+    narrow = tiny_config("t2v", dim=96, num_heads=2, ffn_dim=192, text_dim=32)
+    wide = tiny_config("t2v", dim=256, num_heads=4, ffn_dim=512, text_dim=256)
+    few, whole = (models_of(Setup(config, BIG.latent), 2) for config in (narrow, wide))
+    eight = OptimConfig(name="adamw8bit")
+
+    def temporaries(models, sharded):
+        return update_bytes(models, eight, sharded).temporaries
+
+    assert temporaries(few, True) < temporaries(few, False) / 10
+    assert temporaries(whole, True) == temporaries(whole, False) > 8 * 256 * 256
+
+
 def test_what_stands_of_14b_is_the_hand_count():
     values = 40 * (2 * 4 * C * C + 2 * C * F + 8 * C + F + C + 4 * C + 2 * C + 6 * C)  # blocks
     values += 64 * C + C + 4096 * C + C + C * C + C + 256 * C + C + C * C + C + 6 * C * C + 6 * C

@@ -12,7 +12,11 @@ from prfl_engine import cli
 from prfl_engine.config import load_config
 from prfl_engine.errors import UserError
 from prfl_engine.planner import choices, pareto
-from prfl_engine.planner.command import Options, predict
+from prfl_engine.planner.command import Options, predict, subject_of
+from prfl_engine.planner.page import front
+from prfl_engine.planner.report import Prediction
+
+OPTIMIZERS = choices.OPTIMIZERS
 
 
 @pytest.fixture
@@ -102,6 +106,27 @@ def test_every_group_of_settings_is_tried(tmp_path):
                        "model.recompute"}  # fmt: skip
 
 
+@pytest.mark.parametrize("gpus, sections", [
+    (1, {}), (1, {"lora": {"rank": 4, "base": "e4m3"}}),
+    (1, {"rollout": {"mode": "persistent", "pool": 8, "stride": 2}}), (2, {"lora": {"rank": 4}}),
+], ids=["full", "e4m3", "persistent", "two"])  # fmt: skip
+def test_a_change_is_all_that_makes_a_row_its_neighbour(gpus, sections, tmp_path, few, monkeypatch):
+    """Also where one option of a group sets what another one leaves alone."""
+    path = str(write_run(tmp_path, eval={"every": 0}, **sections))
+    s, made = pareto.Search(path, ("model.recompute=full", "model.chunk=16"), Options(gpus=gpus)), []
+    settings, candidate = s.choices(gpus).settings, s.candidate
+    every = {str((c.option[1], c.option[4])): c for c in s.candidates(gpus)}
+    assert len(every) > 2
+    monkeypatch.setattr(s, "candidate", lambda *args: made.append(candidate(*args)) or made[-1])
+    for best in every.values():
+        monkeypatch.setattr(s, "bytes", lambda c, best=best: c is best)  # so that all are worth a line
+        made.clear()
+        changes = [n.change.split() for n in pareto._neighbours(s, best)]
+        row = s.choices(gpus).minimal(choices.whole(best.option))
+        assert changes and all(changes)
+        assert [settings.of((*row, *change)) for change in changes] == [c.config for c in made]
+
+
 def test_what_an_override_sets_is_not_changed(tmp_path):
     path = str(write_run(tmp_path))
     given = "lora.rank=0", "model.recompute=full", "parallel.sequence=2"
@@ -116,6 +141,94 @@ def test_reward_training_is_searched_too(tmp_path, few):
     path = str(write_run(tmp_path, eval={"every": 0}, reward={"path": None}))
     found = pareto.search(path, (), Options(gpus=2, budget=2.0, train_reward=True))
     assert found.rows[0][1].times.trained and "rollout" not in " ".join(found.rows[-1][0])
+
+
+STORED = {"lora": {"rank": 4, "base": "e4m3", "base_place": "host"}, "reward": {"place": "host"}}
+
+
+def test_weights_that_wait_elsewhere_are_no_hindrance(tmp_path, few):
+    """With several GPUs, and with all weights trained, settings are tried without."""
+    path = str(write_run(tmp_path, eval={"every": 0}, loss={"anchor_every": 5}, **STORED))
+    s = pareto.Search(path, ("model.recompute=full", "model.chunk=16"), Options(gpus=2))
+    one, two = (list(s.candidates(gpus)) for gpus in (1, 2))
+    assert not s.left.keys() & {"lora.base", "lora.base_place", "reward.weights", "reward.place"}
+    for found in one, two:
+        assert {c.config.lora.rank for c in found} == {0, 4}
+        assert all(c.config.lora.rank or not c.config.lora.storage.apart for c in found)
+    assert any(c.config.lora.storage.apart for c in one)
+    assert not any(c.config.lora.storage.apart or c.config.reward.storage.apart for c in two)
+
+
+DEVICE, HOST, MIXED = ("device", "device"), ("host", "host"), ("host", "device")
+NO_REWARD = {"reward": {"path": None}, "loss": {"weight": 0.0}}
+
+
+@pytest.mark.parametrize("sections, given, places", [
+    ({}, (), {DEVICE, HOST}), ({"lora": {"rank": 4, "base_place": "host"}}, (), {DEVICE, HOST, MIXED}),
+    ({}, ("reward.place=device",), {DEVICE, MIXED}),
+    ({}, ("lora.base_place=host", "lora.rank=4"), {MIXED, HOST}), (NO_REWARD, (), {DEVICE, MIXED}),
+], ids=["device", "host in the file", "reward fixed", "base fixed", "no reward"])  # fmt: skip
+def test_where_frozen_weights_of_adapters_may_wait(sections, given, places, tmp_path, few):
+    """On one GPU as configured, on the device, and on the host; never twice the same."""
+    path = str(write_run(tmp_path, eval={"every": 0}, **sections))
+    s = pareto.Search(path, ("model.recompute=full", "model.chunk=16", *given), Options(gpus=1))
+    found = [c.config for c in s.candidates(1)]
+    assert {(c.lora.base_place, c.reward.place) for c in found if c.lora.rank} == places
+    assert all(c not in found[:i] for i, c in enumerate(found))
+
+
+@pytest.mark.parametrize("sections", [
+    {"lora": {"rank": 4, "base_place": "host"}},
+    {"optim": {"in_backward": True, "clip": None}, "loss": {"alternate": True}},
+], ids=["host", "in_backward"])  # fmt: skip
+def test_candidates_are_predicted_by_what_they_have(sections, tmp_path, few, monkeypatch):
+    """Not by what is known of another candidate."""
+    monkeypatch.setattr(choices, "OPTIMIZERS", OPTIMIZERS[2:4])
+    path, options = str(write_run(tmp_path, eval={"every": 0}, **sections)), Options(gpus=1)
+    found = list(pareto.Search(path, ("model.recompute=full", "model.chunk=16"), options).candidates(1))
+    assert len(found) > 2
+    for c in found:
+        assert c.setup == subject_of(c.config, path, 1, options).setup
+        assert c.setup.reward.storage == c.config.reward.storage
+
+
+def test_what_is_not_predicted_in_full_is_counted(tmp_path, few, monkeypatch):
+    """By itself: it has not been refused."""
+    path, full = str(write_run(tmp_path, eval={"every": 0})), pareto.Search.full
+    given = "model.recompute=full", "model.chunk=16", "rollout.mode=fresh"
+    most = 1  # GPUs on which nothing fits that seemed to
+
+    def less(self, c: pareto.Candidate) -> Prediction:
+        found = full(self, c)
+        return found if c.shards.size > most else replace(found, limit=0.0)
+
+    monkeypatch.setattr(pareto.Search, "full", less)
+    monkeypatch.setattr(pareto.Search, "bytes", lambda *args, **named: 0)
+    monkeypatch.setattr(pareto, "AHEAD", 1)
+    found = pareto.search(path, given, Options(gpus=2))
+    count = len(list(pareto.Search(path, given, Options(gpus=2)).candidates(1))) - 1
+    assert [row.times.gpus for _, row in found.rows] == [2] and count > 0
+    assert "--search" not in {each.field for each in found.left_out}
+    line = f"on 1 GPUs {count} settings were not predicted in full: 1 that seemed to fit did not"
+    assert line in found.text() and line in "".join(front(found))
+    assert found.values()["given_up"] == [{"gpus": 1, "count": count}]
+    most = 2
+    with pytest.raises(UserError, match=f"nothing of .* on 2 GPUs; {line}; on 2 GPUs "):
+        pareto.search(path, given, Options(gpus=2))
+
+
+def test_what_is_left_out_is_said_by_name(tmp_path, few):
+    """What the command sets stays, so that nothing of two GPUs and no full fine-tuning can be tried."""
+    path = str(write_run(tmp_path, eval={"every": 0}, **STORED))
+    found = pareto.search(path, ("lora.base_place=host",), Options(gpus=2, budget=2.0))
+    assert [row.times.gpus for _, row in found.rows] == [1]
+    left = {each.field: each for each in found.left_out}
+    assert left["lora.base_place"].gpus == [1, 2] and left["lora.base_place"].count > 2
+    text = " ".join(found.text().split())
+    assert "by lora.base_place on 1, 2 GPUs, such as: got 'host', want device with lora.rank 0" in text
+    assert {each["field"] for each in found.values()["left_out"]} == left.keys()
+    with pytest.raises(UserError, match="nothing of 0 settings fits .*left out: .* by lora.base_place on 1"):
+        pareto.search(path, ("lora.rank=0", "lora.base_place=host"), Options(gpus=1))
 
 
 def test_nothing_fits(tmp_path, few):

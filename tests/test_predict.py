@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from plan_runs import configuration, measured, with_rewards
+from plan_runs import configuration, guided, measured, with_rewards
 
 from prfl_engine.config import load_config
 from prfl_engine.planner.predict import memory
@@ -32,6 +32,20 @@ def test_no_phase_of_a_run_has_other_bytes_than_predicted(seed, tmp_path, monkey
 def test_several_rewards_and_draws(seed, tmp_path, monkeypatch):
     """A further reward of another width and depth, each at two or three noise levels."""
     compare(with_rewards(tmp_path, seed), seed, monkeypatch)
+
+
+GRADIENT = {"guidance": 3, "unconditional": "gradient"}
+
+
+@built
+@pytest.mark.parametrize("seed, sections", [
+    (4, {"chain": GRADIENT | {"window": 2}}), (1, {"chain": GRADIENT, "model": {"recompute": "none"}}),
+    (4, {"chain": GRADIENT, "rollout": {"guidance_at_once": True}, "eval": {"every": 2, "guidance": 3}}),
+    (4, {"rollout": {"cache": 0.1}}),
+], ids=["halves apart", "nothing recomputed", "at once", "step cache"])  # fmt: skip
+def test_guided_steps(seed, sections, tmp_path, monkeypatch):
+    """Autograd holds the gradients of one half until it has those of the other; rewards score no half."""
+    compare(guided(tmp_path, seed, **sections), seed, monkeypatch)
 
 
 def compare(path, seed, monkeypatch):

@@ -22,8 +22,7 @@ SIZES = 2, 4
 
 @pytest.fixture(scope="module")
 def worlds():
-    made, before = {}, ranks.LIMIT
-    ranks.LIMIT = 300.0  # a whole run, beside whatever else runs here
+    made = {}
 
     def of(size: int) -> ranks.Ranks:
         if size not in made:
@@ -31,7 +30,6 @@ def worlds():
         return made[size]
 
     yield of
-    ranks.LIMIT = before
     for world in made.values():
         world.close()
 

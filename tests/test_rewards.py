@@ -15,7 +15,7 @@ from helpers import (
     tiny_reward,
     write_run,
 )
-from training_runs import assert_equal, content, run, values
+from training_runs import goes_on, run, values
 
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LossConfig, MoreReward
@@ -161,13 +161,9 @@ def test_a_plan_counts_every_forward_of_a_reward_model(tmp_path):
 
 @pytest.mark.parametrize("mode", ["fresh", "persistent"])
 def test_a_run_with_draws_goes_on_to_the_bit(mode, tmp_path):
-    config = write_run(tmp_path, train={"save_every": 2})
+    config = write_run(tmp_path)
     given = [f"rollout.mode={mode}", "reward.draws=3", other(tmp_path / "reward", form="linear")]
-    run("train", config, *given, "train.steps=4")
-    cut = f"train.out={tmp_path / 'cut'}"
-    run("train", config, *given, "train.steps=2", cut)
-    run("train", config, *given, "train.steps=4", cut, "train.resume=true")
-    assert_equal(content(tmp_path / "cut/checkpoint-4"), content(tmp_path / "run/checkpoint-4"))
+    goes_on(config, *given)
     plain = tmp_path / "plain"
     run("train", config, *given[:1], given[2], f"train.out={plain}", "train.steps=1")
     assert values(plain)[1]["train/reward"] != values(tmp_path / "run")[1]["train/reward"]
@@ -192,6 +188,7 @@ def test_a_resumed_run_has_the_same_rewards(tmp_path, capsys):
     ("train", "reward.more=[{name: a, path: b}, {name: a, path: c}]", "reward.more: got ['a', 'a'], want a "),
     ("train", "reward.more=[{name: A, path: b}]", "reward.more.name: got 'A', want text: lower-case letters"),
     ("train", "reward.more=[{name: a, path: nowhere}]", "reward.more a: nowhere"),
+    ("eval-reward", "reward.draws=2", "reward.draws: got 2, want 1 in eval-reward"),
     ("train-reward", "reward.draws=2", "reward.draws: got 2, want 1 in reward training"),
     ("train-reward", "MORE", "reward.more: got ['other'], want none in reward training"),
 ])  # fmt: skip

@@ -15,7 +15,7 @@ from helpers import (
     write_run,
 )
 from no_sync import NoBlockingCopy, NoSync
-from training_runs import assert_equal, content, interrupt, values
+from training_runs import assert_equal, content, killed, values
 
 from prfl_engine import chain, flow
 from prfl_engine.cli import main
@@ -269,7 +269,7 @@ def test_a_run_with_the_meter_draws_what_a_run_without_draws(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [["rollout.precision=fp8"], ["rollout.cache=1.5", "rollout.samples=2"]])
-def test_a_stopped_accelerated_run_goes_on_to_the_bit(fields, tmp_path, monkeypatch):
+def test_a_killed_accelerated_run_goes_on_to_the_bit(fields, tmp_path):
     """With a limit that drifts fall on both sides of: acceleration is off for some steps, on for others."""
     config = wide_run(
         tmp_path,
@@ -284,9 +284,7 @@ def test_a_stopped_accelerated_run_goes_on_to_the_bit(fields, tmp_path, monkeypa
     options = [*fields, f"rollout.max_drift={(drifts[-1] + drifts[-2]) / 2}"]  # they fall, in either run
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main(["train", str(config), f"train.out={whole}", *options]) == 0
-    with monkeypatch.context() as patch:
-        interrupt(patch, fresh_module, "Grading", 10)  # in the fifth step
-        assert main(["train", str(config), f"train.out={cut}", *options]) == 130
+    killed(whole, 3, cut)
     assert main(["train", str(config), f"train.out={cut}", *options, "train.resume=true"]) == 0
     assert_equal(content(cut / "checkpoint-6"), content(whole / "checkpoint-6"))
     assert values(cut) == values(whole)

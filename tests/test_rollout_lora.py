@@ -3,6 +3,7 @@
 import copy
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -17,7 +18,7 @@ from helpers import (
     write_adapter,
     write_run,
 )
-from training_runs import assert_equal, content, run, values
+from training_runs import content, goes_on, run, values
 
 from prfl_engine import chain
 from prfl_engine.config import ChainConfig, LoraConfig, RolloutConfig, load_config
@@ -158,19 +159,16 @@ def test_no_backward_meets_it(how, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_goes_on_to_the_bit_and_saves_none_of_it(rank, tmp_path, capsys):
-    given = {"lora": {"rank": rank}, "eval": {"every": 2, "samples": 1}, "train": {"save_every": 2}}
+    given = {"lora": {"rank": rank}, "eval": {"every": 2, "samples": 1}}
     config = write_run(tmp_path, **given)
     path = write_adapter(tmp_path / "fast", tiny_config())
     levels = ["rollout.sigmas=[0.99, 0.83, 0.6, 0.25]", "rollout.steps=4"]
     given = [*levels, f"rollout.lora={path}", "rollout.max_drift=9"]
     cut, plain = tmp_path / "cut", tmp_path / "plain"
-    run("train", config, *given, "train.steps=4")
-    run("train", config, *given, "train.steps=2", f"train.out={cut}")
-    run("train", config, *given, "train.steps=4", f"train.out={cut}", "train.resume=true")
+    goes_on(config, *given)
     whole = content(tmp_path / "run/checkpoint-4")
-    assert_equal(content(cut / "checkpoint-4"), whole)
-    run("train", config, *levels, "train.steps=2", "eval.every=0", f"train.out={plain}")
-    without = content(plain / "checkpoint-2")
+    run("train", config, *levels, "train.steps=1", f"train.out={plain}")
+    without = content(plain / "checkpoint-1")
     assert {k: of.keys() for k, of in whole.items()} == {k: of.keys() for k, of in without.items()}
     first = values(tmp_path / "run")[1]
     assert 0.001 < first["train/rollout_drift"] < 9 and first["train/rollout_accelerated"] == 1
@@ -178,16 +176,32 @@ def test_a_run_goes_on_to_the_bit_and_saves_none_of_it(rank, tmp_path, capsys):
     # Validation is without it unless it is asked for: before the first step the models are the same.
     on = tmp_path / "on"
     run("train", config, *given, "train.steps=1", f"train.out={on}", "eval.rollout_lora=true")
-    run("train", config, *levels, "train.steps=1", f"train.out={tmp_path / 'off'}")
-    start = {name: values(tmp_path / name, "eval")[0] for name in ("run", "on", "off")}
-    assert start["run"] == start["off"]
-    assert start["on"]["eval/sft_loss"] == start["off"]["eval/sft_loss"]
-    assert start["on"]["eval/reward_t201"] != start["off"]["eval/reward_t201"]
+    start = {name: values(tmp_path / name, "eval")[0] for name in ("run", "on", "plain")}
+    assert start["run"] == start["plain"]
+    assert start["on"]["eval/sft_loss"] == start["plain"]["eval/sft_loss"]
+    assert start["on"]["eval/reward_t201"] != start["plain"]["eval/reward_t201"]
     capsys.readouterr()
     shutil.rmtree(path)
     write_adapter(path, tiny_config(), seed=4)
     run("train", config, *given, "train.steps=5", f"train.out={cut}", "train.resume=true", code=2)
     assert one_line(capsys).startswith(f"prfl: rollout.lora: got {str(path)!r}, want what it held when")
+
+
+def test_a_sample_has_it_where_it_is_asked_for(tmp_path):
+    """In addition to lora.path: that of the generator with both merged into its weights."""
+    config = write_run(tmp_path)
+    own, fast = (write_adapter(tmp_path / n, tiny_config(), seed=i) for i, n in enumerate(("own", "fast")))
+    run("merge-lora", tmp_path / "policy", str(own), "--out", str(tmp_path / "one"))
+    run("merge-lora", tmp_path / "one", str(fast), "--out", str(tmp_path / "both"))
+    both = f"lora.path={own}", f"rollout.lora={fast}"
+    cases = {"off": both, "on": (*both, "eval.rollout_lora=true"), "one": [f"model.path={tmp_path}/one"],
+             "merged": [f"model.path={tmp_path}/both"]}  # fmt: skip
+    made = {}
+    for name, given in cases.items():
+        run("sample", config, *given, "sample.count=1", "--out", str(tmp_path / "samples" / name))
+        made[name] = torch.from_numpy(np.load(tmp_path / "samples" / name / "sample-00.npy"))
+    assert relative(made["on"], made["merged"]) < 1e-5 and relative(made["off"], made["one"]) < 1e-5
+    assert relative(made["on"], made["off"]) > 0.01
 
 
 @pytest.mark.parametrize("given, line", [

@@ -12,6 +12,7 @@ from helpers import SHAPE, one_line, tiny_config, tiny_reward, write_data
 from prfl_engine.batch import Batch
 from prfl_engine.cli import main
 from prfl_engine.model.checkpoint import save_reward
+from prfl_engine.model.layers import Linear
 from prfl_engine.objectives import noisy_reward
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.tools import score
@@ -85,6 +86,19 @@ def test_folders_of_latents_score_like_the_lists_that_name_them(folder, capsys):
     assert len(both) == 6
 
 
+def test_a_stored_reward_model_scores_by_the_stored_values(folder, capsys, tmp_path):
+    """On the host to the bit; in e4m3 as a model whose matrices have the rounded values."""
+    model = tiny_reward(tiny_config())
+    for p in (m.weight for b in model.transformer.blocks for m in b.modules() if isinstance(m, Linear)):
+        scale = p.data.abs().amax(1, keepdim=True) / 448
+        p.data = (p.data / scale).to(torch.float8_e4m3fn).float() * scale
+    save_reward(model, tmp_path / "reward", 0)
+    words = folder / "data/all.list", "--draws", 1
+    plain, rounded = (scores(where, capsys, *words)[0] for where in (folder, tmp_path))
+    assert scores(folder, capsys, *words, "reward.place=host")[0] == plain
+    assert scores(folder, capsys, *words, "reward.weights=e4m3")[0] == rounded != plain
+
+
 def test_a_text_for_latents_without_one(folder, capsys, tmp_path):
     (tmp_path / "x.npy").write_bytes((folder / "plain/a.npy").read_bytes())
     text = folder / "plain/a.text.npy"
@@ -140,6 +154,8 @@ def test_mistakes_are_one_line(folder, capsys, tmp_path):
     refuse(folder, capsys, [data, "--timesteps", "1000"], "--timesteps: got 1000.0, want", "noise")
     refuse(folder, capsys, [data, "--timesteps", "200", "200"], "--timesteps: got [200.0, 200.0]")
     refuse(folder, capsys, [data, f"reward.path={folder}"], "reward.path: got")
+    refuse(folder, capsys, [data, "reward.draws=2"], "reward.draws: got 2, want 1 in prfl score")
+    refuse(folder, capsys, [data, "reward.place=host", "model.compile=true"], "model.compile: got True, want")
     refuse(folder, capsys, [], "data.val: got no file")
     refuse(folder, capsys, [folder / "no.list"], "no.list: no such file")
     refuse(folder, capsys, [data, "--out", tmp_path / "no/such.csv"], "--out", "is no folder")
@@ -148,7 +164,7 @@ def test_mistakes_are_one_line(folder, capsys, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"")
     (tmp_path / "clips.list").write_text("clip.mp4\n")
     for path in (tmp_path, tmp_path / "clip.mp4", tmp_path / "clips.list"):
-        refuse(folder, capsys, [path], "clip.mp4: is a video, want its latents as .npy", "prfl encode")
+        refuse(folder, capsys, [path], "clip.mp4: is a video, want --models DIR, which encodes it")
     (tmp_path / "clip.mp4").unlink()
     refuse(folder, capsys, [tmp_path], "got no latents, want samples.list or files NAME.npy")
     np.save(tmp_path / "odd.npy", np.zeros((1, 16, 1, 3, 4), np.float32))

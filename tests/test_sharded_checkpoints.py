@@ -107,7 +107,11 @@ def _change_index(change) -> Callable[[Path], None]:
         (_change_index(lambda held: held.update(files=["../shard-0.safetensors"])), "plain", "files"),
         (_change_index(lambda held: held.update(updates=[2, 2])), "plain", "groups of the optimizer"),
         (_change_index(lambda held: held["tensors"].popitem()), "plain", "misses 1 tensors"),
-        (_change_index(lambda held: held["tensors"].update({"model/x": 1})), "plain", "such as model/x"),
+        (
+            _change_index(lambda held: held["tensors"].update({"model/x": ["float32", [1]]})),
+            "plain",
+            "such as model/x",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_changes(ranks, saved, tmp_path, damage, mode, words):

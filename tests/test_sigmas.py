@@ -13,7 +13,7 @@ from helpers import (
     tiny_reward,
     write_run,
 )
-from training_runs import assert_equal, content, run, values
+from training_runs import goes_on, run, values
 
 from prfl_engine.config import ChainConfig, RolloutConfig
 from prfl_engine.objectives import Grader, Grading, index_range, schedule_of, steps_inside
@@ -63,13 +63,9 @@ def test_a_range_is_counted_in_own_steps():
 
 @pytest.mark.parametrize("mode", ["fresh", "persistent"])
 def test_a_run_with_own_levels_goes_on_to_the_bit(mode, tmp_path):
-    config = write_run(tmp_path, train={"save_every": 2}, eval={"every": 2})
+    config = write_run(tmp_path, eval={"every": 2})
     given = [*GIVEN, f"rollout.mode={mode}"]
-    run("train", config, *given, "train.steps=4")
-    cut = f"train.out={tmp_path / 'cut'}"
-    run("train", config, *given, "train.steps=2", cut)
-    run("train", config, *given, "train.steps=4", cut, "train.resume=true")
-    assert_equal(content(tmp_path / "cut/checkpoint-4"), content(tmp_path / "run/checkpoint-4"))
+    goes_on(config, *given)
     run("train", config, given[1], given[2], "train.steps=1", f"train.out={tmp_path / 'plain'}")
     for kind in ("train", "eval"):
         mine, other = (next(iter(values(tmp_path / name, kind).values())) for name in ("run", "plain"))

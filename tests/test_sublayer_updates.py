@@ -7,6 +7,7 @@ from test_sublayers import (
     BF16,
     F32,
     F64,
+    GATES,
     GRID,
     HEADS,
     HIDDEN,
@@ -87,6 +88,7 @@ def formula(name, updated):
     return whole
 
 
+@GATES
 @SUBLAYER
 @MODES
 @CHUNKS
@@ -100,6 +102,7 @@ def test_values_and_all_gradients_are_those_of_the_formula(name, keep, chunk, wh
         assert error(a, b) < 1e-12
 
 
+@GATES
 @SUBLAYER
 @MODES
 @pytest.mark.parametrize("chunk", [None, 7])
@@ -114,6 +117,7 @@ def test_updates_alone_are_trained_with_the_same_gradients(name, keep, chunk):
         assert error(a, every[i]) < 1e-13
 
 
+@GATES
 @SUBLAYER
 @pytest.mark.parametrize("keep", ["nothing", "all"])
 def test_error_is_that_of_bfloat16_in_chunks_too(name, keep):
@@ -158,6 +162,7 @@ class Products(TorchDispatchMode):
         return out
 
 
+@GATES
 @SUBLAYER
 def test_a_frozen_weight_costs_no_gradient_of_its_own(name):
     """Updates of rank r add products of L r N and L r K each, where the gradient of W takes L N K."""

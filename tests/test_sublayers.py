@@ -30,6 +30,7 @@ GRID, HEADS, WIDTH, HIDDEN = (2, 2, 3), 2, 32, 72
 LENGTH = math.prod(GRID)
 CHAIN = 8  # norm, projection, its norm, scores, softmax, values, projection, norm
 MODES = pytest.mark.parametrize("keep", ["nothing", "attention", "projections", "all"])
+GATES = pytest.mark.usefixtures("gates_both_ways")
 
 
 def norm(x):
@@ -51,14 +52,14 @@ def turned(x, weight, grid, heads):
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-def attention_formula(dtype=None):
+def attention_formula(dtype=None, grid=GRID):
     """(x', n') in plain torch; products and attention in dtype, the rest as the stream."""
 
     def run(x, shift, scale, gate, *rest):
         w, low = AttentionWeights(*rest[:10]), x.dtype if x.dtype == F64 else dtype or x.dtype
         n = (norm(x) * (1 + scale[:, None]) + shift[:, None]).to(low)
         q, k, v = (F.linear(n, *(a.to(low) for a in w[i : i + 2])) for i in (0, 2, 4))
-        q, k = turned(q, w.norm_q.to(low), GRID, HEADS), turned(k, w.norm_k.to(low), GRID, HEADS)
+        q, k = (turned(*pair, grid, HEADS) for pair in ((q, w.norm_q.to(low)), (k, w.norm_k.to(low))))
         p = (torch.einsum("blhd,bshd->bhls", q, k) * q.shape[-1] ** -0.5).softmax(-1)
         a = torch.einsum("bhls,bshd->blhd", p, v.unflatten(2, (HEADS, -1))).flatten(2)
         x = x + gate[:, None] * F.linear(a, w.o.to(low), w.o_bias.to(low))
@@ -78,10 +79,10 @@ def ffn_formula(dtype=None):
     return run
 
 
-def attention_op(keep="all", dtype=None):
+def attention_op(keep="all", dtype=None, grid=GRID):
     def run(x, shift, scale, gate, *rest):
         made = modulated_attention(
-            x, shift, scale, gate, AttentionWeights(*rest[:10]), GRID, HEADS, norm=rest[10:] or None,
+            x, shift, scale, gate, AttentionWeights(*rest[:10]), grid, HEADS, norm=rest[10:] or None,
             dtype=x.dtype if x.dtype == F64 else dtype, keep=keep,
         )  # fmt: skip
         return made[:2] if len(rest) > 10 else made[0]
@@ -97,7 +98,7 @@ def ffn_op(keep="all", dtype=None):
     return run
 
 
-def attention_inputs(batch=2, dtype=F64, width=WIDTH, next_norm=True):
+def attention_inputs(batch=2, dtype=F64, width=WIDTH, next_norm=True, length=LENGTH):
     def matrix():
         return (normal(width, width) * width**-0.5).to(dtype)
 
@@ -107,13 +108,13 @@ def attention_inputs(batch=2, dtype=F64, width=WIDTH, next_norm=True):
     vectors = [normal(batch, width).to(dtype) for _ in range(3)]
     weights = sum(([matrix(), vector()] for _ in range(4)), []) + [1 + 0.2 * vector() for _ in range(2)]
     after = [1 + 0.2 * vector(), vector()] if next_norm else []
-    return [normal(batch, LENGTH, width).to(dtype), *vectors, *weights, *after]
+    return [normal(batch, length, width).to(dtype), *vectors, *weights, *after]
 
 
-def ffn_inputs(batch=2, dtype=F64, second=True):
+def ffn_inputs(batch=2, dtype=F64, second=True, length=11):
     vectors = [normal(batch, WIDTH).to(dtype) for _ in range(3)]
     weights = [normal(HIDDEN, WIDTH) * WIDTH**-0.5, normal(HIDDEN), normal(WIDTH, HIDDEN) * HIDDEN**-0.5]
-    x, y = (normal(batch, 11, WIDTH).to(dtype) for _ in range(2))
+    x, y = (normal(batch, length, WIDTH).to(dtype) for _ in range(2))
     return [x, y if second else None, *vectors, *(a.to(dtype) for a in (*weights, normal(WIDTH)))]
 
 
@@ -130,6 +131,7 @@ def sublayers(dtype=F64, batch=2):
 SUBLAYERS = pytest.mark.parametrize("name", sublayers(batch=1))
 
 
+@GATES
 @SUBLAYERS
 @MODES
 @pytest.mark.parametrize("batch", [1, 3])
@@ -161,6 +163,7 @@ def test_attention_of_an_earlier_call_is_taken_as_it_is(next_norm, monkeypatch):
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@GATES
 @SUBLAYERS
 @MODES
 @pytest.mark.parametrize("low", [F32, BF16])
@@ -179,6 +182,7 @@ def test_on_the_triton_kernels(triton, name, keep, low):
     assert_as_good_as_torch(op(keep, low), inputs, formula(low), chain=CHAIN)
 
 
+@GATES
 @SUBLAYERS
 @MODES
 def test_only_the_gradients_asked_for_are_made(name, keep):
@@ -255,6 +259,7 @@ def test_without_gradient_nothing_is_kept(name):
         assert kept_bytes(op("all"), inputs) == 0
 
 
+@GATES
 @SUBLAYERS
 @pytest.mark.parametrize("keep", ["nothing", "all"])
 def test_strides_do_not_matter_and_runs_are_bit_identical(name, keep):
@@ -266,6 +271,7 @@ def test_strides_do_not_matter_and_runs_are_bit_identical(name, keep):
     assert_all_as_right(got, exact, want, rounding(CHAIN * longest_sum(inputs)))
 
 
+@GATES
 @SUBLAYERS
 @pytest.mark.parametrize("keep", ["nothing", "all"])
 def test_empty_batch(name, keep):

@@ -109,6 +109,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("gates_both_ways")
 @pytest.mark.parametrize("name", CASES)
 def test_image_mode_is_that_of_a_timestep_for_every_token(name):
     case = CASES[name]

@@ -10,8 +10,9 @@ from training_runs import NAME, STATE, run, values
 
 from prfl_engine import chain, flow
 from prfl_engine import train as train_module
+from prfl_engine.checks import unused
 from prfl_engine.cli import main
-from prfl_engine.config import OptimConfig
+from prfl_engine.config import OptimConfig, load_config
 from prfl_engine.optim.optimizer import EMA, lr_factor
 from prfl_engine.rollout import fresh as fresh_module
 
@@ -150,6 +151,36 @@ def test_weight_0_computes_no_rollout(tmp_path, monkeypatch):
     assert all("train/sft_loss" in v and "train/reward" not in v for v in logged.values())
     with pytest.raises(AssertionError, match="a rollout"):
         main(["train", str(config), f"train.out={tmp_path / 'other'}"])
+
+
+@pytest.mark.parametrize("given, lines", [
+    (["loss.weight=0", "rollout.mode=persistent", "rollout.pool=4", "chain.window=2"],
+     ["rollout.mode and rollout.pool and chain.window: with loss.weight 0 this changes nothing"]),
+    (["loss.weight=0", "rollout.guidance=2", "rollout.seeds=2", "rollout.seeds_step=1",
+      "rollout.seeds_keep=lowest", "chain.guidance=3", "chain.unconditional=gradient"],
+     ["rollout.guidance and rollout.seeds and rollout.seeds_step and rollout.seeds_keep and chain.guidance "
+      "and chain.unconditional: with loss.weight 0 this changes nothing"]),
+    (["rollout.max_drift=0.1", "chain.detach_input=true", "loss.form=log", "loss.target=1", "lora.alpha=3"], [
+        "rollout.max_drift: with fresh rollouts by the generator as it is this changes nothing",
+        "chain.detach_input: with chain.window 1 this changes nothing",
+        "loss.target: with loss.form log this changes nothing",
+        "lora.alpha: with lora.rank 0 this changes nothing",
+    ]),
+    (["reward.more=[{name: a, path: b, form: linear, target: 1}]"],
+     ["reward.more a.target: with its form linear this changes nothing"]),
+    (["rollout.max_drift=0.1", "rollout.cache=0.1", "loss.target=1", "chain.window=2",
+      "chain.detach_input=true", "lora.rank=1", "lora.alpha=3"], []),
+])  # fmt: skip
+def test_what_a_run_does_not_read_is_named(given, lines):
+    assert unused(load_config(None, given)) == lines
+
+
+def test_a_control_without_rewards_says_what_it_does_not_read(tmp_path, capsys):
+    given = "rollout.samples=2", "rollout.guidance=2", "rollout.seeds=2", "chain.guidance=3"
+    run("train", write_run(tmp_path), "loss.weight=0", *given, "train.steps=1")
+    names = " and ".join(field.split("=")[0] for field in given)
+    line = f"prfl: {names}: with loss.weight 0 this changes nothing\n"
+    assert line in capsys.readouterr().err
 
 
 def test_sft_weight_0_computes_no_flow_matching(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, monkeypatch, weights):
     path = config(tmp_path, train={"steps": 4, "save_every": 2, "ema": 0.9}, model={"weights_dtype": weights})
     run("train", path, f"train.out={tmp_path}/whole")
     with monkeypatch.context() as patch:
-        interrupt(patch, train_module, "sft_loss", 5)
+        interrupt(patch, train_module, "sft_loss", 3)
         run("train", path, code=130)
     run("train", path, "train.resume=true")
     assert_equal(content(tmp_path / "run/checkpoint-4"), content(tmp_path / "whole/checkpoint-4"))
@@ -72,7 +72,7 @@ def test_a_run_from_layers_of_their_own_ranks_goes_on_to_the_bit(tmp_path, monke
     path = config(tmp_path, lora=lora, train={"steps": 4, "save_every": 2, "ema": 0.9})
     run("train", path, f"train.out={tmp_path}/whole")
     with monkeypatch.context() as patch:
-        interrupt(patch, train_module, "sft_loss", 5)
+        interrupt(patch, train_module, "sft_loss", 3)
         run("train", path, code=130)
     run("train", path, "train.resume=true")
     last = content(tmp_path / "run/checkpoint-4")

@@ -1,12 +1,16 @@
 """What tests of whole runs need: the command line on tiny models, and what a run leaves behind."""
 
+import json
+import shutil
+from pathlib import Path
+
 import torch
 from helpers import tiny_config, write_data, write_run
 from safetensors.torch import load_file
 
 from prfl_engine import checksums
 from prfl_engine.cli import main
-from prfl_engine.metrics import read_metrics
+from prfl_engine.metrics import FILE, read_metrics
 
 NAME = "diffusion_pytorch_model.safetensors"
 STATE = "training_state.pt"
@@ -55,6 +59,35 @@ def content(folder):
             found[name] = torch.load(path, weights_only=True)
     found[STATE].pop("rng")
     return found
+
+
+def killed(out: Path, step: int, copy: Path) -> Path:
+    """A copy of the folder of a finished run as a kill after its checkpoint of that step would have left it:
+    metrics of later steps are there, later checkpoints are not. No later number is that of the finished run,
+    so that a resumed run has its metrics only where it writes them anew."""
+    shutil.copytree(out, copy)
+    records = [json.loads(line) for line in (out / FILE).read_text().splitlines()]
+    for record in records:
+        if record["step"] > step:
+            record["values"] = dict.fromkeys(record["values"], -1234.5)
+    (copy / FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+    for path in copy.glob("checkpoint-*"):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(path)
+    return copy
+
+
+def goes_on(config, *overrides, command="train"):
+    """A run of four steps in run/, and in cut/ its second half once more after a kill: the last checkpoint is
+    the same to the bit, and so are all metrics."""
+    whole, cut = config.parent / "run", config.parent / "cut"
+    given = *overrides, "train.steps=4", "train.save_every=2"
+    run(command, config, *given)
+    killed(whole, 2, cut)
+    run(command, config, *given, f"train.out={cut}", "train.resume=true")
+    assert_equal(content(cut / "checkpoint-4"), content(whole / "checkpoint-4"))
+    for prefix in ("train", "eval"):
+        assert values(cut, prefix) == values(whole, prefix)
 
 
 def flip(path, at=0.7):

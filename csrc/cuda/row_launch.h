@@ -9,9 +9,9 @@ enum Kind : int { kFloat32 = 0, kBfloat16 = 1, kE4m3 = 2 };  // the dtype codes 
 
 constexpr int kRowWidth = 5120;  // the largest width
 
-// Tokens that a block of a backward kernel walks over: one run for each block that fits one of 132 SMs, and few
-// enough runs that their partial sums stay under 5 % of the traffic at 32,760 tokens. No run crosses the
-// boundary, which may take one run more.
+// Tokens of a run, which one block of a backward kernel walks over. There are as many runs as blocks fit on 132
+// SMs at a time, so few that their partial sums stay under 5 % of the traffic at 32,760 tokens. No run crosses
+// the boundary, which may take one run more.
 inline int64_t run_length(int64_t batch, int64_t length, int64_t width, int64_t boundary = 0) {
   const int64_t blocks = width > 3072 ? 132 : width > 2560 ? 264 : 396;
   const int64_t most = std::max<int64_t>(1, blocks / batch - (boundary > 0));

@@ -1,4 +1,5 @@
-"""The options of `prfl encode`, and those of `prfl sample` for prompts and videos; imports little."""
+"""The options of `prfl encode`, and those of `prfl sample` and `prfl score` for prompts and videos; imports
+little."""
 
 from argparse import ArgumentParser, Namespace
 
@@ -6,6 +7,7 @@ ENCODE = (
     "models", "size", "frames", "min_frames", "fps", "i2v", "no_clip", "negative", "store", "text_dtype",
     "text_batch", "device",
 )  # fmt: skip
+SCORE = ("models", "prompt", "encoded", "size", "frames", "min_frames", "fps")
 SAMPLE = ("text_encoder", "negative", "size", "frames", "image", "image_encoder", "vae")
 
 
@@ -26,6 +28,18 @@ def add_encode(parser: ArgumentParser) -> None:
     add("--text-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="UMT5 computes in it")
     add("--text-batch", type=int, default=8, metavar="N", help="prompts at a time (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def add_score(parser: ArgumentParser) -> None:
+    """Those of `prfl score`; the sizes are as in `prfl encode`."""
+    add = parser.add_argument
+    add("--models", metavar="DIR", help="encoders as for `prfl encode`: videos are scored, too")
+    add("--prompt", metavar="TEXT", help="of videos without a NAME.txt")
+    add("--encoded", metavar="DIR", help="keep what is encoded there, or go on with it")
+    add("--size", metavar="SIZE", help="480p, 720p or HxW,HxW,... (default: 480p)")
+    add("--frames", type=int, metavar="N", help="4n + 1 (default: 81)")
+    add("--min-frames", type=int, metavar="N", help="of shorter videos that are taken, too")
+    add("--fps", metavar="F", help="frames a second (default: 16)")
 
 
 def add_sample(parser: ArgumentParser) -> None:

@@ -84,13 +84,13 @@ class Options:
         """The negative prompt."""
         return negative_prompt(self.i2v) if self.negative is None else self.negative
 
-    def settings(self, source: Path) -> dict[str, Any]:
-        """All that arrays depend on: a data set has one of each."""
+    def settings(self, source: str) -> dict[str, Any]:
+        """All that arrays depend on, and the name of the source: a data set has one of each."""
         kinds = [encoders.VAE, encoders.TEXT] + [encoders.IMAGE] * self.clip
         found = {kind.what: encoders.digest(encoders.find(kind, self.models)) for kind in kinds}
         return found | {
             "tokenizer": encoders.digest(encoders.find_tokenizer(self.models)),
-            "source": source.absolute().name,
+            "source": source,
             "sizes": [f"{h}x{w}" for h, w in self.sizes],
             "frames": self.frames,
             "min_frames": self.fewest,
@@ -117,19 +117,33 @@ def encode(source: str | Path, out: str | Path, options: Options) -> Summary:
     TrainingError where no row at all can be encoded.
     """
     rank, world = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    rows, wrong = read_rows(source)
+    return encode_rows(*read_rows(source), Path(source).absolute().name, out, options, rank, world)
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    wrong: Sequence[Skipped],
+    source: str,
+    out: str | Path,
+    options: Options,
+    rank: int = 0,
+    world: int = 1,
+    option: str = "--out",
+) -> Summary:
+    """Encode process `rank`'s part of these rows of a source of that name; `wrong`: those of it that are
+    none. option: which names `out`, for messages."""
     rows, repeated = _distinct(rows)
     prompts = {row.where: work.prompts_of(row) for row in rows}
-    negative, settings = clean(options.against), options.settings(Path(source))
+    negative, settings = clean(options.against), options.settings(source)
     device = pick_device(load_config(None, [f"train.device={options.device}"]))
-    places = Places(make_folder(out, "--out"))
+    places = Places(make_folder(out, option), option)
     places.check(settings)
     places.report(rank, world).unlink(missing_ok=True)
     share = work.Share(places, options, device)
     texts = {places.text(text): text for both in prompts.values() for text in both}
     texts |= {places.null: "", places.negative: negative}
     share.texts(dict(sorted(texts.items())[rank::world]))
-    skipped = wrong + repeated if rank == 0 else []
+    skipped = [*wrong, *repeated] if rank == 0 else []
     samples, unusable = share.videos(rows[rank::world])
     for sample in samples:
         work.write_meta(places, sample, prompts[sample.row.where], options)

@@ -58,6 +58,7 @@ class Places:
     """The folder of a data set."""
 
     out: Path
+    option: str = "--out"  # which names it
 
     def text(self, prompt: str) -> Path:
         """The embedding of a clean prompt."""
@@ -93,15 +94,16 @@ class Places:
         path = self.out / MANIFEST
         if not path.exists():
             there = [p.name for p in self.out.iterdir() if not p.name.startswith(".")]
-            check(not there or MANIFEST in there, f"--out: {self.out}", there, "a new or empty folder")
+            new = not there or MANIFEST in there
+            check(new, f"{self.option}: {self.out}", there, "a new or empty folder")
             write(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         for folder in ("meta", "latents", "text", "ranks"):
             (self.out / folder).mkdir(exist_ok=True)
         found = read_json(path, "the settings of a data set")
         for name in sorted(found.keys() | settings.keys()):
             if found.get(name) != settings.get(name):
-                made = f"{self.out} was made with {name} {show(found.get(name))}"
-                raise UserError(f"--out: {made}, got {show(settings.get(name))}, want it or another folder")
+                made = f"{self.option}: {self.out} was made with {name} {show(found.get(name))}"
+                raise UserError(f"{made}, got {show(settings.get(name))}, want it or another folder")
 
     def write_report(self, rank: int, world: int, report: Report) -> None:
         """Say what a process has done, once it is done."""

@@ -180,7 +180,7 @@ def _listed(folder: Path, prompts: Sequence[str], texts: dict, frame: dict[str, 
 
 
 def sample_prompts(
-    config: Config, out: str, count: int, step: int | None, given: Prompts
+    config: Config, out: str, count: int, step: int | None, given: Prompts, finish: int = 1
 ) -> list[Path]:
     """`sample.sample` with what the command line says about prompts and videos; returns the files."""
     codec = config.sample.codec
@@ -190,7 +190,7 @@ def sample_prompts(
         made, want = encoders.latents_of(given.vae).channels, _generator(config).out_dim
         check(made == want, "--vae: latent channels", made, f"{want}, the generator's")
     with prompted(config, given) as config:
-        files = sample(config, out, count, step, keep=bool(given.prompts))
+        files = sample(config, out, count, step, bool(given.prompts), finish)
     return files if given.vae is None else files + decode(files, given.vae, config)
 
 

@@ -10,7 +10,7 @@ every rank reads its own rows; the first rank writes what is gathered parameter 
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -25,8 +25,8 @@ from prfl_engine.errors import UserError
 from prfl_engine.inputs import check_finite, read_state
 from prfl_engine.model.layers import Linear
 from prfl_engine.model.reward import RewardModel, make_pool
-from prfl_engine.model.reward_files import SETTINGS, check_steps, find_head, settle, write_settings
-from prfl_engine.model.sources import WEIGHTS, Stored, check_blocks, count_blocks, find
+from prfl_engine.model.reward_files import find_reward, head_files, settle, write_settings
+from prfl_engine.model.sources import WEIGHTS, Stored, check_blocks, count_blocks, find, sharded
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.shards import local, put, reshard, rows, whole
 from prfl_engine.tensor_files import divide, in_order, write_divided
@@ -181,18 +181,15 @@ def load_reward(
     and where the files are not of one step.
     """
     transformer = Path(transformer or folder)
-    given = {"num_heads": num_heads, "feature_layer": feature_layer, "pool": pool}
-    given = {name: value for name, value in given.items() if value is not None}
-    if add_query is not None:
-        given["return_type"] = "query" if add_query else None
-    settings = settle(transformer, given)
-    if settings["pool"] == "query":
-        query_attention = Path(query_attention or find_head(transformer, "query_attention"))
-    mlp = Path(mlp or find_head(transformer, "mlp"))
-    check_steps(transformer, query_attention, mlp)
-    checksums.check(path for path in (transformer / SETTINGS, query_attention, mlp) if path is not None)
+    settings, query_attention, mlp = find_reward(
+        transformer, query_attention, mlp, num_heads, add_query, feature_layer, pool
+    )
     trunk = load_transformer(transformer, dtype, device, trunk=True, shard=shard)
-    model = with_heads(trunk, query_attention, mlp, **settings, dropout=dropout, device=device)
+    if mlp is None:
+        states, sources = read_heads(transformer, device), heads_of(transformer)
+        model = assembled(trunk, states, sources, **settings, dropout=dropout, device=device)
+    else:
+        model = with_heads(trunk, query_attention, mlp, **settings, dropout=dropout, device=device)
     if shard is not None:
         shard(model)
     return model
@@ -211,30 +208,59 @@ def with_heads(
 ) -> RewardModel:
     """The reward model of a trunk and the files of its pooling (None: it has no weights) and MLP. UserError
     unless they fit."""
-    state = {} if pool != "query" else read_pooling(query_attention, device)
+    states = {"mlp": read_state(mlp, device)}
+    if pool == "query":
+        states["pool"] = read_pooling(query_attention, device)
+    sources = {"pool": query_attention, "mlp": mlp}
+    return assembled(trunk, states, sources, num_heads, feature_layer, return_type, pool, dropout, device)
+
+
+def assembled(
+    trunk: WanTransformer,
+    states: dict[str, dict[str, Tensor]],
+    sources: Mapping[str, str | Path | None],
+    num_heads: int,
+    feature_layer: int | Sequence[int],
+    return_type: str | None,
+    pool: str = "query",
+    dropout: float = 0.0,
+    device: torch.device | str = "cpu",
+) -> RewardModel:
+    """The reward model of a trunk and of `states` as read_heads gives them, which messages call `sources`.
+    UserError unless they fit."""
     with torch.device(device):
-        queries, add_query = len(state.get("queries", ())), return_type == "query"
-        pool = make_pool(pool, trunk.config.dim, queries, num_heads, dropout, add_query)
-        model = RewardModel(trunk, pool, feature_layer)
-    load_strict(pool, state, query_attention)
-    load_strict(model.mlp, read_state(mlp, device), mlp)
+        queries, add_query = len(states.get("pool", {}).get("queries", ())), return_type == "query"
+        made = make_pool(pool, trunk.config.dim, queries, num_heads, dropout, add_query)
+        model = RewardModel(trunk, made, feature_layer)
+    load_strict(made, states.get("pool", {}), sources["pool"])
+    load_strict(model.mlp, states["mlp"], sources["mlp"])
     return model
 
 
 def read_heads(folder: str | Path, device: torch.device | str = "cpu") -> dict[str, dict[str, Tensor]]:
     """The state dicts of the pooling, if it has weights, and of the MLP in the folder of a reward model:
-    {"pool": .., "mlp": ..}."""
+    {"pool": .., "mlp": ..}. UserError as reward_files.head_files has it."""
     folder = Path(folder)
-    heads = {"mlp": read_state(find_head(folder, "mlp"), device)}
-    if settle(folder, {})["pool"] == "query":
-        heads["pool"] = read_pooling(find_head(folder, "query_attention"), device)
+    if sharded(folder) is not None:
+        from prfl_engine.model.sharded import heads  # it reads other reward models by this module
+
+        return {part: {k: a.to(device) for k, a in of.items()} for part, of in heads(folder).items()}
+    query_attention, mlp = head_files(folder, settle(folder, {})["pool"])
+    heads = {"mlp": read_state(mlp, device)}
+    if query_attention is not None:
+        heads["pool"] = read_pooling(query_attention, device)
     return heads
+
+
+def heads_of(folder: str | Path) -> dict[str, str]:
+    """What messages call the pooling and the MLP of a folder."""
+    return {part: f"{folder}: {part}" for part in ("pool", "mlp")}
 
 
 def load_heads(model: RewardModel, folder: str | Path) -> None:
     """Give a reward model the pooling and the MLP of a folder; UserError unless they fit."""
     for part, state in read_heads(folder, model.mlp.fc1.weight.device).items():
-        load_strict(model.get_submodule(part), state, f"{folder}: {part}")
+        load_strict(model.get_submodule(part), state, heads_of(folder)[part])
 
 
 def read_pooling(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -119,3 +119,14 @@ def pair_at(path: str | Path, low: str | Path | None) -> tuple[Path, Path]:
         if (path / high / CONFIG).is_file() and (path / low / CONFIG).is_file():
             return path / high, path / low
     raise UserError(f"model.path: {path}: got no {HIGH} and {LOW}, want both there, or model.low")
+
+
+def adapter_of(path: str | None, folder: str, both: bool) -> str | None:
+    """The adapter of one expert at lora.path: in the folder named after the expert; None where another one's
+    is there; and without such folders lora.path itself. UserError where that may be of `both`."""
+    if path is None or (Path(path) / folder).is_dir():
+        return path and str(Path(path) / folder)
+    if any((Path(path) / name).is_dir() for name in (HIGH, LOW)):
+        return None
+    check(not both, "lora.path", path, f"a folder with {HIGH} or {LOW}: an adapter of one expert or of each")
+    return path

@@ -35,6 +35,7 @@ from prfl_engine import checksums
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import check_finite, open_tensors, parse_json, read_bytes
 from prfl_engine.model.names import LINEAR_IN_BLOCK, LINEAR_OUTSIDE, to_diffusers
+from prfl_engine.model.sources import sharded
 from prfl_kernels.sublayers.products import LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -74,11 +75,17 @@ _REPEATS = 3
 
 def read(path: str | Path) -> tuple[dict[str, LowRank], set[str]]:
     """({native name of a module: its update, float32}, the modules with a rank or an alpha of their own) of
-    an adapter: a folder as PEFT writes it, or a safetensors file.
+    an adapter: a folder as PEFT writes it, a safetensors file, or a sharded checkpoint.
 
     UserError where the file is not an adapter, or one whose arithmetic is not that above.
     """
     path = Path(path)
+    if sharded(path) is not None:
+        from prfl_engine.model.sharded import adapter  # it reads other adapters by this module
+
+        updates, own, files = adapter(path)
+        checksums.check(files)
+        return updates, own
     file = next((f for f in (path / name for name in _FILES) if os.path.lexists(f)), path)
     want = f"a folder with {WEIGHTS}, or a safetensors file"
     if file == path and file.is_dir():

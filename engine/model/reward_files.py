@@ -8,12 +8,15 @@ and the training step. An official folder has none and is read without it.
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prfl_engine import checksums
 from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import read_json
 from prfl_engine.model.reward import POOLS, QueryPool, RewardModel
+from prfl_engine.model.sources import sharded
 
 SETTINGS = "reward.json"
 OFFICIAL = {"num_heads": 8, "feature_layer": 8, "return_type": "query", "pool": "query"}
@@ -32,7 +35,12 @@ def write_settings(model: RewardModel, folder: Path, step: int) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The values of a folder's reward.json; {} where there is none. UserError for values that cannot be."""
+    """The values of a folder's reward.json; {} where there is none; all of a sharded checkpoint. UserError
+    for values that cannot be."""
+    if sharded(folder) is not None:
+        from prfl_engine.model.sharded import reward_settings  # it reads other reward models by this module
+
+        return reward_settings(folder)
     path = folder / SETTINGS
     if not os.path.lexists(path):
         return {}
@@ -85,7 +93,51 @@ def find_head(folder: Path, name: str) -> Path:
     return max(steps, key=step_of, default=plain)
 
 
-def check_steps(folder: Path, query_attention: Path | None, mlp: Path) -> None:
+def find_reward(
+    transformer: Path,
+    query_attention: str | Path | None = None,
+    mlp: str | Path | None = None,
+    num_heads: int | None = None,
+    add_query: bool | None = None,
+    feature_layer: int | Sequence[int] | None = None,
+    pool: str | None = None,
+) -> tuple[dict[str, Any], Path | None, Path | None]:
+    """(num_heads, feature_layer, return_type and pool, the file of the pooling, that of the MLP) of a reward
+    model whose arguments are as load_reward takes them. No file of a pooling without queries, and neither
+    file of a sharded checkpoint, which has all parts.
+
+    UserError where reward.json says otherwise, where a file is not there or not as checksums.json says, and
+    where they are not of one step.
+    """
+    given = {"num_heads": num_heads, "feature_layer": feature_layer, "pool": pool}
+    given = {name: value for name, value in given.items() if value is not None}
+    if add_query is not None:
+        given["return_type"] = "query" if add_query else None
+    settings = settle(transformer, given)
+    if sharded(transformer) is not None:
+        for name, value in ("query_attention", query_attention), ("mlp", mlp):
+            check(value is None, f"reward.{name}", value, f"none: {transformer} has all parts")
+        return settings, None, None
+    return settings, *head_files(transformer, settings["pool"], query_attention, mlp)
+
+
+def head_files(
+    folder: Path, pool: str, query_attention: str | Path | None = None, mlp: str | Path | None = None
+) -> tuple[Path | None, Path]:
+    """The files of the pooling, None where its kind `pool` has no weights, and of the MLP of a reward model:
+    those that are given, else those of the folder with its transformer.
+
+    UserError where one is missing, where they are not of one step, and where they or reward.json are not as
+    checksums.json says.
+    """
+    queries = Path(query_attention or find_head(folder, "query_attention")) if pool == "query" else None
+    mlp = Path(mlp or find_head(folder, "mlp"))
+    _check_steps(folder, queries, mlp)
+    checksums.check(path for path in (folder / SETTINGS, queries, mlp) if path is not None)
+    return queries, mlp
+
+
+def _check_steps(folder: Path, query_attention: Path | None, mlp: Path) -> None:
     """UserError unless both files, and the transformer of `folder` where reward.json says it, are of one
     step, as far as their names say it; two files in one folder both say it, or neither does.
     query_attention None: a pooling without queries."""

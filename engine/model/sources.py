@@ -4,6 +4,7 @@
     a native folder: safetensors, with an index or without   its config.json
     a folder of diffusers, or its parent with transformer/   its config.json
     a .safetensors, .pth, .pt, .ckpt or .bin file            config.json next to it, or its shapes
+    a sharded checkpoint, or a part of it (`sharded`)        the configuration in its run.json
 
 Names in them are native, those of diffusers, or have ComfyUI's prefix (prfl_engine.model.names). Only
 headers are read; a file of torch.save is read without executing code.
@@ -31,10 +32,15 @@ from prfl_engine.tensor_files import DTYPES, NAMES
 WEIGHTS = "diffusion_pytorch_model"
 """The file of a folder, before .safetensors, of Wan and of diffusers."""
 CONFIG = "config.json"
+INDEX = "shards.json"
+"""The index of a sharded checkpoint."""
+EMA = "ema"
+"""The folder of the averaged weights in a checkpoint."""
 PAIRS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 """The folders of the two experts of Wan2.2 A14B, high-noise first, native and of diffusers."""
 CLIP = "img_emb.proj.1.weight"
 """A tensor of the CLIP branch, which I2V models of Wan2.1 have and those of Wan2.2 do not."""
+_PARTS = {Path(*part, *expert) for part in ((), (EMA,)) for expert in ((), *((name,) for name in PAIRS[0]))}
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin")
 _FILES = "a .safetensors, .pth, .pt, .ckpt or .bin file"
 
@@ -93,10 +99,14 @@ class Source(NamedTuple):
     config: WanConfig
     tensors: dict[str, Stored]
     """By native names."""
+    shards: tuple[Path, ...] = ()
+    """The files, where each has pieces of tensors."""
 
     @property
     def files(self) -> list[Path]:
         """The files of the tensors, and config.json next to them, be it there or not."""
+        if self.shards:
+            return list(self.shards)
         paths = sorted({s.path for s in self.tensors.values()})
         return [*paths, paths[0].with_name(CONFIG)]
 
@@ -105,6 +115,10 @@ def find(path: str | Path) -> Source:
     """What is at a path. UserError, one line, where nothing is, and for what is no Wan transformer or one
     that the engine does not run (quantised, VACE, ...), by its name."""
     path = Path(path)
+    if sharded(path) is not None:
+        from prfl_engine.model.sharded import transformer  # it reads other models by this module
+
+        return transformer(path)
     tensors: dict[str, Stored] = {}
     for key, found in (stored(path) if path.is_file() else _in_folder(transformer_folder(path))).items():
         name = to_native(key)
@@ -121,11 +135,22 @@ def read_config(path: str | Path) -> WanConfig:
     """The hyper-parameters of what is at a path; of a folder its config.json, and for an I2V model the
     names of the weights, where there are any."""
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or sharded(path) is not None:
         return find(path).config
     folder = transformer_folder(path)
     config = wan_json.read(folder / CONFIG)
     return find(path).config if config.image and any(folder.glob("*.safetensors")) else config
+
+
+def sharded(path: str | Path) -> Path | None:
+    """The sharded checkpoint that a path is, or a part of; None for another path. Parts are folders that it
+    does not have: `ema` stands for the averaged weights, where what is not averaged is as it was; in the
+    checkpoint or in its `ema` high_noise_model and low_noise_model stand for one of two experts."""
+    path = Path(path)
+    for folder in (path, *path.parents[:2]):
+        if (folder / INDEX).is_file() and path.relative_to(folder) in _PARTS:
+            return folder
+    return None
 
 
 def transformer_folder(path: Path) -> Path:

@@ -204,7 +204,8 @@ class EMA:
     def update(self, times: int = 1) -> None:
         """Move the average so many times towards the parameters."""
         weight = 1 - self.decay**times
-        same = [(a, p) for a, p in zip(self.average.values(), self.own.values(), strict=True)]
+        pairs = zip(self.average.values(), self.own.values(), strict=True)
+        same = [(local(a), local(p)) for a, p in pairs]  # torch works out how to shard a list at every call
         for a, p in same:
             if a.dtype != p.dtype:
                 a.lerp_(p.float(), weight)  # one parameter in float32 at a time
@@ -243,4 +244,4 @@ class EMA:
         for unit in units:
             unit.reshard()
         for k, p in self.own.items():
-            p.copy_(values[k])
+            local(p).copy_(local(values[k]))

@@ -2,12 +2,13 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from prfl_engine.config import Config, values_of
 from prfl_engine.config_file import from_dict, override
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check
 from prfl_engine.planner.command import Options
 from prfl_engine.planner.machine import Machine
 from prfl_kernels.attention.fp8 import HEAD_DIMS
@@ -31,6 +32,10 @@ OPTIMIZERS = (
     (*LEAN, "optim.name=adamw", "optim.offload=all"),
 )
 SAMPLES = 1, 4
+BASE = "lora.base=same", "lora.base_place=device"  # of the weights that adapters are for
+SHARED = (
+    *BASE, "reward.weights=same", "reward.place=device", "model.idle=device", "loss.anchor_place=device",
+)  # fmt: skip
 Overrides = tuple[str, ...]
 
 
@@ -74,6 +79,12 @@ class Settings:
             return True
         return getattr(made, field) != getattr(getattr(self.base, section), field)
 
+    def configured(self, name: str) -> str:
+        """The override by which section.field has the value of the file."""
+        section, _, field = name.partition(".")
+        value = getattr(getattr(self.base, section), field)
+        return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+
 
 class Choices:
     """The groups of a configuration on so many GPUs of a machine."""
@@ -86,23 +97,37 @@ class Choices:
 
     def groups(self) -> list[list[Overrides]]:
         """Layouts, optimizers with or without adapters, policies, chunks, chains, rollouts. In every
-        group what is as configured comes first."""
+        group what is as configured comes first, and all options set the same fields."""
         base = self.settings.base
         chunks = [(f"model.chunk={c}",) for c in (base.model.chunk or "null", base.model.chunk or CHUNK)]
         policies = [(policy, *AUTO) for policy in POLICIES]
-        groups = [self._layouts(), self._training(), policies, list(dict.fromkeys(chunks))]
+        groups = [self._layouts(), self._training(), policies, chunks]
         if not self.options.train_reward:
             groups += [self._chains(), self._rollouts()]
-        return [sorted(self._allowed(g), key=lambda option: len(self.minimal(option))) for g in groups]
+        return [
+            sorted(self._allowed(self._alike(g)), key=lambda option: len(self.minimal(option)))
+            for g in groups
+        ]
+
+    def _alike(self, group: list[Overrides]) -> list[Overrides]:
+        """The options, each once, with the same fields: what one leaves alone is as configured."""
+        every = [{item.partition("=")[0]: item for item in option} for option in group]
+        names = dict.fromkeys(itertools.chain.from_iterable(every))
+        return list(dict.fromkeys(
+            tuple(option.get(name) or self.settings.configured(name) for name in names) for option in every
+        ))  # fmt: skip
 
     def _allowed(self, group: list[Overrides]) -> list[Overrides]:
         """The options that leave alone what overrides of the command have set."""
+        return [option for option in group if self._free(option) == option] or [()]
+
+    def _free(self, overrides: Overrides) -> Overrides:
+        """Those that leave it alone."""
         fixed = {item.partition("=")[0] for item in self.settings.given}
-
-        def fits(item: str) -> bool:
-            return item.partition("=")[0] not in fixed or not self.settings.changes(item)
-
-        return [option for option in group if all(map(fits, option))] or [()]
+        return tuple(
+            item for item in overrides
+            if item.partition("=")[0] not in fixed or not self.settings.changes(item)
+        )  # fmt: skip
 
     def minimal(self, overrides: Overrides) -> Overrides:
         """Those that change the configuration."""
@@ -113,7 +138,8 @@ class Choices:
         return itertools.product(*self.groups())
 
     def _layouts(self) -> list[Overrides]:
-        """Ranks of a sample, copies of the weights, and micro-batches enough for all groups."""
+        """Ranks of a sample, copies of the weights, and micro-batches enough for all groups; weights that
+        are shared wait nowhere else."""
         if self.gpus == 1:
             return [("parallel.sequence=1", "parallel.replicate=1")]
         gpus, base, found = self.gpus, self.settings.base.train.accumulate, []
@@ -123,14 +149,27 @@ class Choices:
                 groups = gpus // p
                 accumulate = -(-base // groups) * groups
                 found.append((
-                    f"parallel.sequence={p}", f"parallel.replicate={copies}", f"train.accumulate={accumulate}"
+                    f"parallel.sequence={p}", f"parallel.replicate={copies}",
+                    f"train.accumulate={accumulate}", *self._free(SHARED),
                 ))  # fmt: skip
         return found
 
     def _training(self) -> list[Overrides]:
-        rank = self.settings.base.lora.rank or min(RANK, self.heads * self.head_dim)
-        full = [("lora.rank=0", *optimizer) for optimizer in OPTIMIZERS]
-        return full + [(f"lora.rank={rank}", dtype, *PLAIN) for dtype in (WIDE, BRAIN)]
+        """All weights, or adapters; on one GPU adapters with frozen weights where they are as configured, on
+        the device, and on the host. Those of several GPUs are as layouts have them."""
+        base, alone = self.settings.base, self.gpus == 1
+        rank = base.lora.rank or min(RANK, self.heads * self.head_dim)
+        idle = () if base.trained_experts != (True, True) else ("model.idle=device",)
+        here = self._free((*BASE, *idle)) if alone else ()
+        full = [("lora.rank=0", *here, *optimizer) for optimizer in OPTIMIZERS]
+        adapters = [(f"lora.rank={rank}", dtype, *PLAIN) for dtype in (WIDE, BRAIN)]
+        if alone and not self.options.train_reward:
+            frozen = "lora.base_place", *(("reward.place",) if base.reward.path else ())
+            device, host = (
+                self._free(tuple(f"{name}={place}" for name in frozen)) for place in ("device", "host")
+            )
+            adapters += [*((*one, *device) for one in adapters), (*adapters[-1], *host)]
+        return full + adapters
 
     def _chains(self) -> list[Overrides]:
         """Fresh or persistent, and graded steps of a rollout or of a sample."""
@@ -158,11 +197,15 @@ class Choices:
         ]  # fmt: skip
 
 
-def pointless(config: Config) -> bool:
-    """Whether settings buy nothing: what is for rollouts with chains that persist, which are never rolled out
-    but in the beginning."""
+def check_use(config: Config) -> None:
+    """UserError for settings that buy nothing: what is for rollouts with chains that persist, which are never
+    rolled out but in the beginning."""
     r = config.rollout
-    return r.mode == "persistent" and (r.precision == "fp8" or config.parallel.resident)
+    if r.mode == "persistent":
+        want = "with chains that persist, which are hardly rolled out"
+        check(r.precision == "same", "rollout.precision", r.precision, f"same {want}")
+        resident = config.parallel.resident
+        check(not resident, "parallel.resident", resident, f"false {want}")
 
 
 def whole(option: Sequence[Overrides]) -> Overrides:

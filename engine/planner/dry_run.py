@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prfl_engine import chain
 from prfl_engine.config_method import scales
-from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy
 from prfl_engine.memory.recompute import run_under
 from prfl_engine.model import lora
@@ -31,74 +29,34 @@ from prfl_engine.objectives import (
     Grading,
     anchored_sft_loss,
     bind,
+    chain_velocity,
     index_range,
     noisy_reward,
-    sft_loss,
 )
 from prfl_engine.optim.optimizer import set_grad_dtype
 from prfl_engine.planner import fsdp
 from prfl_engine.planner.chain_bytes import FULL_HISTORY, chains, farthest, held, longest, schedule
+from prfl_engine.planner.halves import OTHER, apart
 from prfl_engine.planner.meta import meta_tensors
 from prfl_engine.planner.models import (
     batch_of,
     counter,
     generator,
+    guidance_of,
     inputs,
     reward_model,
     start_of,
     trained,
 )
+from prfl_engine.planner.numbers import Laps
 from prfl_engine.planner.repeated import Repeated, ballast
 from prfl_engine.planner.setup import ROUND, Setup, Sharding
 from prfl_engine.planner.updates import arrival_bytes
 from prfl_engine.rollout.choice import judged_step, ranks
 from prfl_kernels.sublayers.products import LowRank
 
-BLOCKS = 6  # of a dry run: from the fourth on what is on its way to the host is the same everywhere
 SCALARS = 32 * ROUND  # losses, metrics and tables of angles
 REWARD_TRAINING = "reward training"
-
-
-class Numbers(NamedTuple):
-    """Bytes of one kind of block in one phase, each in addition to what has been saved by then."""
-
-    saved: int
-    saved_last: int
-    forward: int  # most in the forward of a block, what a block of its kind before it offloads included
-    forward_last: int  # without that
-    backward: int  # and in its backward, without what the block before brings back
-    backward_last: int
-    head: int  # after the last block: head, loss, reward model
-    host: int  # on the host
-    leaving: int  # still on the device of what a block has offloaded, until the next block's forward is over
-    start: int  # before the blocks, in addition to weights and gradients
-    before: int  # most before all blocks
-    after: int  # and after all of them
-
-    @property
-    def rest(self) -> int:
-        """Most before and after all blocks."""
-        return max(self.before, self.after)
-
-
-class Laps:
-    """The bytes at the borders of blocks without those that are gathered, and the peaks between them, of one
-    pass with gradient through the generator. peak, before and after (all blocks) are those of all passes of
-    one loss."""
-
-    def __init__(self, live: LiveBytes, base: int, gathered: Callable[[], int]):
-        self.live, self.base, self.before, self.after, self.peak = live, base, 0, 0, 0
-        self.gathered = gathered
-        self.now, self.host, self.forward, self.backward = [], [], [], []
-
-    def border(self, x: Tensor) -> None:
-        """Read the counter at the tokens x before a block or after the last, and again when their gradient
-        is there."""
-        self.forward.append(self.live.lap())
-        self.now.append(self.live.now - self.gathered())
-        self.host.append(self.live.host_now)
-        if x.requires_grad:
-            x.register_hook(lambda _: self.backward.append(self.live.lap()))
 
 
 @contextmanager
@@ -117,9 +75,11 @@ def _passes(
 
     with live:
         yield found, begin
-    before = max(laps.forward[0] for laps in found.values()) - base
+    # Around the second of two halves there is what blocks of the first have saved.
+    around = [laps for name, laps in found.items() if OTHER.get(name) not in found]
+    before = max(laps.forward[0] for laps in around) - base
     # The embedding of time has its backward before the first block's input has its gradient, if it has one.
-    whole = (laps for laps in found.values() if len(laps.backward) == len(laps.forward))
+    whole = (laps for laps in around if len(laps.backward) == len(laps.forward))
     after = max([live.lap(), *(laps.backward[-1] for laps in whole)]) - base
     for laps in found.values():
         laps.before, laps.after, laps.peak = before, after, live.peak - base
@@ -213,22 +173,26 @@ def _graded(
 ) -> dict[str, Laps]:
     if setup.rollout.mode == "persistent":  # every window has a chain of its own
         setup = replace(setup, rollout=replace(setup.rollout, samples=1))
-    rollout, setup = rollout_bytes(setup), _both_halves(setup)
+    rollout = rollout_bytes(setup)
     steps, last = setup.rollout.steps, index_range(setup.rollout)[1]
     config = replace(setup.chain, window=min(setup.window, 2))
     index = [[min(FULL_HISTORY, last)] * setup.latent[0]]
     longer = longest(setup) - held(setup, index, config.window, seeds=False)
     names = ["graded step", *["window"] * (config.window - 1)]
+    names = [half for name in names for half in ([OTHER[name]] if apart(setup) else []) + [name]]
     there = model, start and start.model, *rewards
     with _passes(setup.pool, names, *there) as (found, watch):
         batch, noise, _ = inputs(setup, setup.latent)
+        guidance = guidance_of(setup, setup.rollout.guidance_at_once)
         extra = [ballast(longer)]
         if setup.rollout.samples > 1:  # the gradient of the context is there from the first of them on
-            extra.append(torch.empty_like(model.embed_context(batch.text, batch.clip).detach()))
+            given = batch if guidance is None else guidance.both(batch)
+            extra.append(torch.empty_like(model.embed_context(given.text, given.clip).detach()))
+            del given
         stay, run_blocks = (lambda *_: lambda: lambda x, t, active: x.clone()), run_under(policies, watch)
         grader = Grader(
-            model, rewards[0], schedule(steps), config, stay, run_blocks, score, more=tuple(rewards[1:]),
-            draws=setup.draws,
+            model, rewards[0], schedule(steps), config, stay, run_blocks, score, guidance=guidance,
+            more=tuple(rewards[1:]), draws=setup.draws,
         )  # fmt: skip
         grading = Grading(grader, batch, start, torch.empty_like)
         for window in grading.windows(noise, torch.tensor(index)):
@@ -241,18 +205,8 @@ def _graded(
     return found
 
 
-def _both_halves(setup: Setup, rollout: bool = False) -> Setup:
-    """The setup with twice the samples where the two halves of guided steps are there at once."""
-    scale = (setup.rollout if rollout else setup.chain).guidance
-    at_once = setup.rollout.guidance_at_once if rollout else setup.chain.unconditional == "gradient"
-    if scales(scale) == (1, 1) or not at_once:
-        return setup
-    return replace(setup, latent=(2 * setup.latent[0], *setup.latent[1:]))
-
-
 def rollout_bytes(setup: Setup) -> int:
     """Most bytes of the steps without gradient before a graded one, in addition to weights and gradients."""
-    setup = _both_halves(setup, rollout=True)
     return _rollout_bytes(replace(setup, blocks=None, keep="all", sft=True, validation=None))
 
 
@@ -266,15 +220,19 @@ def _rollout_bytes(setup: Setup) -> int:
         live = counter(model, rolled, *rewards)
         base = live.now - SCALARS - setup.pool
         with live:
-            batch = batch_of(setup, setup.latent)
+            prompts = batch = batch_of(setup, setup.latent)
+            if (guidance := guidance_of(setup, setup.rollout.guidance_at_once)) is not None:
+                batch = guidance.both(prompts)
             context = model.embed_context(batch.text, batch.clip)
-            scored = [reward.embed_context(batch.text, batch.clip) for reward in rewards]
+            scored = [reward.embed_context(prompts.text, prompts.clip) for reward in rewards]
             extra = []
             extra.append(ballast(accelerated_bytes(setup)))
             ballast(fsdp.largest(model) if resident else 0)
             extra += [torch.empty_like(context)] if setup.lent else []
             repeated = Repeated(live)
-            forward = repeated.velocity(bind(rolled, batch, context.detach()))
+            bound, given = partial(bind, rolled), (batch, context.detach())
+            made = bound(*given) if guidance is None else guidance.velocity(bound, *given)
+            forward = repeated.velocity(made)
 
             def velocity(x: Tensor, t: Tensor, active: Tensor) -> Tensor:
                 with lora.lent(rolled):
@@ -282,7 +240,7 @@ def _rollout_bytes(setup: Setup) -> int:
 
             def judge(x: Tensor) -> None:
                 for i, (reward, context) in enumerate(zip(rewards, scored, strict=True)):
-                    repeated(f"judge {i}", reward.score, x, torch.empty(len(x)), context, batch.condition)
+                    repeated(f"judge {i}", reward.score, x, torch.empty(len(x)), context, prompts.condition)
 
             r = setup.rollout
             seeds = judged_step(r), r.seeds, ranks(r), judge
@@ -310,9 +268,11 @@ def accelerated_bytes(setup: Setup) -> int:
     step caching what the blocks added and their first input."""
     values, r = -(-setup.tokens // setup.sequence) * setup.config.dim, setup.rollout
     residual, product = setup.residual_dtype.itemsize * values, setup.compute_dtype.itemsize * values
-    if r.cache > 0:
-        return 2 * residual + product
-    return residual if r.precision != "same" or r.cuda_graph else 0
+    halves = 1 + (scales(r.guidance) != (1, 1))
+    if r.cache > 0:  # of each half
+        return halves * (2 * residual + product)
+    at_once = halves if r.guidance_at_once else 1
+    return at_once * residual if r.precision != "same" or r.cuda_graph else 0
 
 
 def validation_bytes(setup: Setup) -> int:
@@ -323,7 +283,11 @@ def validation_bytes(setup: Setup) -> int:
     with meta_tensors(), torch.no_grad():
         model = generator(setup, 2)
         rewards = [reward_model(setup, 2, r) for r in setup.rewards if v.scored]
-        live = counter(model, *rewards)
+        start = None
+        if v.compared:
+            start = Start(model) if setup.lora is not None else start_of(setup, model, 2)
+        copy = None if start is None or start.model is model else start.model
+        live = counter(model, copy, *rewards)
         base, repeated = live.now - SCALARS - setup.pool + setup.drawn, Repeated(live)
         with live:
             extra = [batch_of(setup, setup.latent), ballast(ROUND * v.values)]
@@ -331,8 +295,9 @@ def validation_bytes(setup: Setup) -> int:
             for left in reversed(range(min(v.batches, 3))):  # what one leaves is there in the next
                 read = batch_of(setup, (v.read - (left == 0), *v.latent[1:])) if v.read else None
                 batch, noise, sigma = inputs(setup, v.latent)
-                repeated("loss", sft_loss, model, batch, noise, sigma)
-                velocity = repeated.velocity(bind(model, batch))
+                repeated("loss", anchored_sft_loss, model, start, batch, noise, sigma)
+                guidance = guidance_of(setup, v.at_once, v.guided)
+                velocity = repeated.velocity(chain_velocity(model, batch, guidance))
                 latent = chain.sample(velocity, schedule(FULL_HISTORY + 1), noise)
                 del velocity
                 extra += [latent] if v.kept else []
@@ -363,19 +328,3 @@ def accuracy_bytes(setup: Setup) -> int:
                     repeated("reward", noisy_reward, model, side, noise, sigma)
             del extra
     return live.peak - base
-
-
-def numbers_of(laps: Laps, policy: BlockPolicy) -> Numbers:
-    """The numbers of a policy from a dry run of BLOCKS blocks that have it."""
-    now, n = laps.now, BLOCKS - 1
-    saved, host = now[n] - now[n - 1], laps.host[n] - laps.host[n - 1]
-    ahead = 0 if policy.plain else host
-    saved_last, leaving = now[n + 1] - now[0] - n * saved, now[n] - now[0] - n * saved
-    return Numbers(
-        saved, saved_last,
-        laps.forward[n] - now[0] - (n - 1) * saved, laps.forward[n + 1] - now[0] - n * saved - leaving,
-        laps.backward[2] - now[0] - (n - 1) * saved - ahead,
-        laps.backward[1] - now[0] - n * saved - (0 if policy.staying().plain else host),
-        laps.backward[0] - now[0] - n * saved - saved_last, host, leaving,
-        now[0] - laps.base, laps.before, laps.after,
-    )  # fmt: skip

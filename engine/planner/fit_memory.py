@@ -18,13 +18,13 @@ from prfl_engine.model.lora_files import read
 from prfl_engine.model.reward import QueryPool, RewardModel
 from prfl_engine.model.wan import Precision, WanConfig, WanTransformer
 from prfl_engine.planner.dry_run import rollout_bytes
-from prfl_engine.planner.flops import both_asked
 from prfl_engine.planner.plan import Plan, plan
 from prfl_engine.planner.seconds import Rates
 from prfl_engine.planner.setup import RewardSetup, Setup, Validation
 from prfl_engine.planner.sharded import Shards, gathered_bytes
 from prfl_engine.planner.standing import models_of, pinned, rounded
 from prfl_engine.rollout.choice import judged_step
+from prfl_engine.together import asked
 
 
 def fit_memory(
@@ -108,17 +108,13 @@ def setup_of(
         validation=validation,
         anchor=c.loss.anchor_place if c.loss.anchored else "none",
         sequence=c.parallel.sequence, experts=c.trained_experts, boundary=c.model.boundary,
-        idle=c.model.idle == "host",
+        beside=asked(c, readers).beside, idle=c.model.idle == "host",
         first_frame=c.data.first_frame, lent=_lent(c.rollout.lora),
         grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
         arriving=c.optim if c.optim.in_backward else None,
     )  # fmt: skip
     if setup.reward_blocks:
         judged_step(c.rollout)  # which refuses what it cannot be
-    if readers > 1:
-        sft, graded = both_asked(c, setup, readers)
-        beside = ("flow matching",) * (sft > 0) + ("graded step", "window") * (graded > 0)
-        setup = replace(setup, beside=beside)
     if setup.reward_blocks and c.rollout.mode == "persistent":
         chains, on_host = c.pool // readers, c.rollout.pool_place == "host"
         setup = replace(
@@ -165,11 +161,15 @@ def _validation(
     """Of eval.samples of these latents, by so many rewards."""
     e, shapes = config.eval, [shapes[i % len(shapes)] for i in range(config.eval.samples)]
     runs = [(shape, len(list(run))) for shape, run in itertools.groupby(shapes)]
-    halves = 2 if config.rollout.guidance_at_once and scales(e.guidance) != (1, 1) else 1
-    latent = max(((halves * min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
+    latent = max(((min(e.batch_size, n), *shape) for shape, n in runs), key=math.prod)
     batches = sum(-(-n // e.batch_size) for _, n in runs)
-    values, scored = batches * (1 + rewards * len(e.timesteps)), rewards > 0
-    if not on_cpu:
-        return Validation(latent, scored, batches, values, samples=e.samples)
-    kept = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1)
-    return Validation(latent, scored, batches, values, kept, latent[0] + 1, e.samples)
+    compared = config.loss.start_there(config.lora.rank)
+    values, scored = batches * (1 + compared + rewards * len(e.timesteps)), rewards > 0
+    kept = read = 0
+    if on_cpu:
+        kept, read = min(-(-min(e.videos, e.samples) // e.batch_size), batches - 1), latent[0] + 1
+    guided = scales(e.guidance) != (1, 1)
+    return Validation(
+        latent, scored, batches, values, kept, read, e.samples, guided=guided,
+        at_once=config.rollout.guidance_at_once, compared=compared,
+    )  # fmt: skip

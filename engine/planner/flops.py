@@ -10,7 +10,7 @@ from prfl_engine.config_method import scales
 from prfl_engine.flow import TRAIN_STEPS
 from prfl_engine.guidance import step_forwards
 from prfl_engine.model.flops import costs
-from prfl_engine.objectives import index_range, schedule_of, steps_inside, train_levels, whole_schedule
+from prfl_engine.objectives import index_range, schedule_of, steps_inside, whole_schedule
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.setup import Setup
 from prfl_engine.rollout.choice import graded_rows, judged_step
@@ -57,7 +57,7 @@ def graded_passes(setup: Setup) -> float:
 def _graded_forwards(setup: Setup, timesteps: Tensor) -> list[int]:
     """Forwards of a graded step at each of `timesteps`."""
     scale = setup.chain.guidance
-    if "graded step" in setup.beside and scales(scale) != (1, 1):  # see Guidance.always
+    if {"graded step", "window"} & {*setup.beside} and scales(scale) != (1, 1):  # see Guidance.always
         return [2] * len(timesteps)
     return step_forwards(scale, setup.boundary, timesteps)
 
@@ -68,28 +68,6 @@ def start_forwards(setup: Setup) -> float:
     timesteps = schedule_of(setup.rollout).timesteps[first : last + 1]
     each = _graded_forwards(setup, timesteps)
     return setup.rollout.samples * sum(each) / len(each)
-
-
-def both_asked(config: Config, setup: Setup, readers: int) -> tuple[float, float]:
-    """How often, on average, some of `readers` groups of processes ask one of two experts and some the other
-    in a pass of flow matching, and in a graded step."""
-    if not all(setup.experts or (False,)):
-        return 0.0, 0.0
-    r, samples = setup.rollout, setup.latent[0]
-    levels, boundary = train_levels(r), TRAIN_STEPS * config.model.boundary
-    first, last = index_range(r) if setup.reward_blocks else (0, 0)
-    alike = readers if r.one_index == "turn" else r.one_index
-    drawn = samples if r.mode == "persistent" else readers * samples
-    if alike and alike % readers == 0:
-        drawn = 1
-    found = []
-    for timesteps, count in (
-        (levels.timestep(levels.sigmas), readers * samples),
-        (schedule_of(r).timesteps[first : last + 1], drawn),
-    ):
-        share = (timesteps >= boundary).double().mean().item()
-        found.append(1 - share**count - (1 - share) ** count)
-    return found[0], found[1]
 
 
 def expert_switches(setup: Setup, boundary: float) -> float:

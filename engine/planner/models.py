@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from prfl_engine.batch import Batch
+from prfl_engine.config_method import scales
+from prfl_engine.guidance import Guidance, Scales
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.model import lora
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
@@ -99,6 +101,18 @@ def batch_of(setup: Setup, latent: Latent) -> Batch:
         return made
     clip = torch.empty(n, IMAGE_TOKENS, IMAGE_DIM) if config.clip else None
     return made._replace(clip=clip, condition=torch.empty(n, 20, *latent[2:]))
+
+
+def guidance_of(setup: Setup, at_once: bool, validation: bool | None = None) -> Guidance | None:
+    """The guidance of a setup's chains, or of a `validation` that is guided or is not; of two experts as that
+    of one that is guided. at_once: as Guidance has it."""
+    sections = setup.rollout, setup.chain
+    guided = [scales(s.guidance) != (1, 1) if validation is None else validation for s in sections]
+    if not any(guided):
+        return None
+    text = torch.empty(setup.config.text_len, setup.config.text_dim)
+    of = (Scales(2, 2, 0) if own else Scales(1, 1, 0) for own in guided)
+    return Guidance(text, *of, setup.chain.unconditional == "gradient", at_once)
 
 
 def batch_bytes(setup: Setup) -> int:

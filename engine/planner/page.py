@@ -31,7 +31,7 @@ def html(p: Prediction, other: Prediction, search: Found | None = None) -> str:
     parts += ["<h2>Memory by phase, GB</h2>", phases(p), "<h3>By category, GB</h3>", categories(p)]
     parts += ["<h3>Host memory of a process, GB</h3>", host(p), "<h3>How each is known</h3>", basis(p)]
     parts += ["<h2>An optimizer step, seconds predicted</h2>", seconds(p)]
-    parts.append(f"<p class=facts>{escape(p.gpu.basis)}</p>")
+    parts.append(f"<p class=facts>{escape(p.basis)}</p>")
     if p.measured is not None:
         parts += ["<h3>Measured rates</h3>", f"<pre>{escape(chr(10).join(p.measured_lines()))}</pre>"]
     return (
@@ -62,6 +62,10 @@ def front(search: Found) -> list[str]:
         ]
         parts += [f"<h3>What another setting would buy on {search.rows[-1][1].times.gpus} GPUs</h3>"]
         parts += [table(["setting", "time", "GB", ""], rows, numeric=(1, 2))]
+    if search.left_out:
+        lines = "".join(f"<li>{escape(str(each))}" for each in search.left_out)
+        parts += [f"<h3>Left out: a training refuses them, or gains nothing</h3><ul>{lines}</ul>"]
+    parts += [f"<p>{escape(str(each))}</p>" for each in search.given_up]
     return [*parts, "<p class=facts>Below is the last row.</p>"]
 
 

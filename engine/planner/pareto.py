@@ -9,16 +9,17 @@ fits is then predicted in full, with its validation, and the next best is taken 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from prfl_engine.config import Config
 from prfl_engine.errors import UserError
 from prfl_engine.memory.policy import of_config
-from prfl_engine.planner.choices import Choices, Overrides, Settings, pointless, whole
+from prfl_engine.planner.choices import Choices, Overrides, Settings, check_use, whole
 from prfl_engine.planner.command import Options, layout, machine_of, of_subject, subject_of
-from prfl_engine.planner.dry_run import Numbers
+from prfl_engine.planner.numbers import Numbers
 from prfl_engine.planner.plan import Kind, make_kind
 from prfl_engine.planner.predict import memory, stands
-from prfl_engine.planner.report import WIDTH, Prediction
+from prfl_engine.planner.report import WIDTH, Prediction, wrapped
 from prfl_engine.planner.setup import Setup
 from prfl_engine.planner.sharded import Shards, exchanged_bytes
 from prfl_engine.planner.standing import models_of
@@ -51,6 +52,33 @@ class Neighbour:
     fits: bool
 
 
+@dataclass
+class LeftOut:
+    """Settings that were not tried."""
+
+    field: str  # that was refused
+    why: str  # in the first of them: what it got and what it wants
+    gpus: list[int]
+    count: int = 0
+
+    def __str__(self) -> str:
+        counts = ", ".join(map(str, self.gpus))
+        return f"{self.count:,} by {self.field} on {counts} GPUs, such as: {self.why}"
+
+
+class GivenUp(NamedTuple):
+    """Settings of a number of GPUs that would take less time, and were not predicted in full."""
+
+    gpus: int
+    count: int
+
+    def __str__(self) -> str:
+        return (
+            f"on {self.gpus} GPUs {self.count:,} settings were not predicted in full: {AHEAD} that seemed to"
+            " fit did not"
+        )
+
+
 @dataclass(frozen=True)
 class Found:
     """The fastest settings of every number of GPUs that is faster than all smaller ones, in full."""
@@ -60,6 +88,8 @@ class Found:
     tried: int
     given: tuple[str, ...] = ()  # overrides of all settings, as the search got them
     command: str = "train"  # of prfl, whose settings they are
+    left_out: tuple[LeftOut, ...] = ()
+    given_up: tuple[GivenUp, ...] = ()
 
     def text(self) -> str:
         """For a terminal: a table, a line of overrides for each, and what other settings would buy."""
@@ -77,6 +107,10 @@ class Found:
         least = self.rows[0][1]
         lines.append(f"the smallest machine that works: {least.times.gpus} x {least.gpu.name}")
         lines += [f"assumed: {line}" for line in least.subject.assumed]
+        if self.left_out:
+            lines.append("settings that were left out, since a training refuses them or gains nothing:")
+            lines += [line for each in self.left_out for line in wrapped(f"- {each}")]
+        lines += [str(each) for each in self.given_up]
         lines += ["", f"to put after `prfl {self.command} CONFIG`; read what they change, adapters"]
         lines.append("(lora.rank) want another learning rate, chains that persist and more samples train")
         lines.append("another loss:")
@@ -101,6 +135,8 @@ class Found:
             "smallest": {"gpu": least.gpu.name, "gpus": least.times.gpus},
             "rows": [{"overrides": list(o), **p.values()} for o, p in self.rows],
             "neighbours": [n.__dict__ for n in self.neighbours],
+            "left_out": [each.__dict__ for each in self.left_out],
+            "given_up": [each._asdict() for each in self.given_up],
         }  # fmt: skip
 
 
@@ -115,6 +151,7 @@ class Search:
         self.hosts: dict[object, int] = {}
         self.saved: dict[object, int] = {}
         self.subjects: dict[object, Setup] = {}
+        self.left: dict[str, LeftOut] = {}
         base = Settings(path, given, self.most).base
         self.model = subject_of(base, path, 1, options).setup.config
 
@@ -138,28 +175,36 @@ class Search:
         return self.made[gpus]
 
     def candidates(self, gpus: int) -> Iterator[Candidate]:
-        """All settings on so many GPUs that are no mistake; none where the file is one there, such as one of
-        HY-Video-PRFL whose dataset.sp_size does not divide them."""
+        """All settings on so many GPUs that are no mistake, the others noted in `left`; none where the file
+        is one there, such as one of HY-Video-PRFL whose dataset.sp_size does not divide them."""
         try:
             options = self.choices(gpus).candidates()
-        except UserError:
-            return iter(())
-        made = (self.candidate(gpus, option) for option in options)
-        return (c for c in made if c is not None)
+        except UserError as error:
+            self.leave_out(gpus, error)
+            return
+        for option in options:
+            try:
+                yield self.candidate(gpus, option)
+            except UserError as error:
+                self.leave_out(gpus, error)
 
-    def candidate(self, gpus: int, option: tuple[Overrides, ...]) -> Candidate | None:
-        """These settings; None where they are a mistake."""
-        try:
-            config = self.choices(gpus).settings.of(whole(option))
-            shards = layout(config, self.gpu, gpus, self.options.train_reward)
-            if pointless(config):
-                return None
-            setup = self._setup(config, gpus)
-            if shards.many:  # one dry run for all numbers of ranks, which change the padding alone
-                sharding = shards.sharding()._replace(ranks=RANKS)
-                setup = replace(setup, sharding=sharding, grad_dtype=None, arriving=None)
-        except UserError:
-            return None
+    def leave_out(self, gpus: int, error: UserError) -> None:
+        """Note settings that were not tried."""
+        field, _, why = str(error).partition(": ")
+        left = self.left.setdefault(field, LeftOut(field, why, []))
+        left.count += 1
+        if gpus not in left.gpus:
+            left.gpus.append(gpus)
+
+    def candidate(self, gpus: int, option: tuple[Overrides, ...]) -> Candidate:
+        """These settings. UserError where they are a mistake, or buy nothing."""
+        config = self.choices(gpus).settings.of(whole(option))
+        shards = layout(config, self.gpu, gpus, self.options.train_reward)
+        check_use(config)
+        setup = self._setup(config, gpus)
+        if shards.many:  # one dry run for all numbers of ranks, which change the padding alone
+            sharding = shards.sharding()._replace(ranks=RANKS)
+            setup = replace(setup, sharding=sharding, grad_dtype=None, arriving=None)
         plain, policy = self._plain(setup), of_config(config.model)
         host = Numbers(*[0] * len(Numbers._fields))._replace(host=self._host(plain, policy))
         kind = Kind("", policy, {"": host}, 0, 0)
@@ -186,7 +231,9 @@ class Search:
         return of_subject(c.config, subject, self.gpu, c.shards.size, self.options)
 
     def _setup(self, config: Config, gpus: int) -> Setup:
-        key = config.model, config.lora, config.rollout, config.parallel, config.train.accumulate, gpus
+        c, arriving = config, config.optim if config.optim.in_backward else None
+        own = c.model, c.lora, c.reward, c.rollout, c.loss, c.parallel, c.train.accumulate, arriving
+        key = *own, gpus
         if key not in self.subjects:
             self.subjects[key] = subject_of(config, self.path, gpus, self.options).setup
         return self.subjects[key]
@@ -237,11 +284,15 @@ def search(path: str, given: Sequence[str] = (), options: Options = Options()) -
     nothing fits."""
     s, rows, tried, best = Search(path, given, options), [], 0, float("inf")
     chosen: Candidate | None = None
+    given_up: list[GivenUp] = []
     for gpus in s.counts:
         every = sorted(s.candidates(gpus), key=lambda c: c.seconds)
         tried, full = tried + len(every), 0
-        for c in every:
-            if c.seconds >= best or full == AHEAD:
+        for i, c in enumerate(every):
+            if c.seconds >= best:
+                break
+            if full == AHEAD:
+                given_up.append(GivenUp(gpus, sum(other.seconds < best for other in every[i:])))
                 break
             if s.bytes(c, searching=True) > s.room:
                 continue
@@ -251,18 +302,27 @@ def search(path: str, given: Sequence[str] = (), options: Options = Options()) -
                 best, chosen = found.times.per_sample, c
                 break
     if chosen is None:
-        raise UserError(f"--search: nothing of {tried} settings fits {s.room / 1e9:.1f} GB on {s.most} GPUs")
+        left = "".join(f"; left out: {each}" for each in s.left.values() if not tried)
+        left += "".join(f"; {each}" for each in given_up)
+        raise UserError(
+            f"--search: nothing of {tried} settings fits {s.room / 1e9:.1f} GB on {s.most} GPUs{left}"
+        )
     command = "train-reward" if options.train_reward else "train"
-    return Found(tuple(rows), tuple(_neighbours(s, chosen)), tried, tuple(given), command)
+    left, others = tuple(s.left.values()), tuple(_neighbours(s, chosen))
+    return Found(tuple(rows), others, tried, tuple(given), command, left, tuple(given_up))
 
 
 def _neighbours(s: Search, best: Candidate) -> Iterator[Neighbour]:
     """The settings with one group changed, where that takes less time or less memory."""
-    size = s.bytes(best)
-    for place, group in enumerate(s.choices(best.shards.size).groups()):
+    size, choices = s.bytes(best), s.choices(best.shards.size)
+    for place, group in enumerate(choices.groups()):
         for other in group:
             option = (*best.option[:place], other, *best.option[place + 1 :])
-            if other == best.option[place] or (made := s.candidate(best.shards.size, option)) is None:
+            if other == best.option[place]:
+                continue
+            try:
+                made = s.candidate(best.shards.size, option)
+            except UserError:  # one of those that have been left out
                 continue
             change = " ".join(item for item in other if item not in best.option[place])
             taken, ratio = s.bytes(made), made.seconds / best.seconds - 1

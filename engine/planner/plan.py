@@ -35,7 +35,9 @@ from prfl_engine.memory import recompute
 from prfl_engine.memory.policy import BlockPolicy, named
 from prfl_engine.model.layers import IMAGE_TOKENS
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.planner.dry_run import BLOCKS, Numbers, dry_run, numbers_of, validation_bytes
+from prfl_engine.planner.dry_run import dry_run, validation_bytes
+from prfl_engine.planner.halves import both
+from prfl_engine.planner.numbers import BLOCKS, Numbers, numbers_of
 from prfl_engine.planner.search import SAME, UNLIMITED, Blocks, Tails, least, search
 from prfl_engine.planner.seconds import Rates, block_seconds
 from prfl_engine.planner.setup import Setup, Validation
@@ -196,7 +198,7 @@ def make_kind(
     """A policy with its bytes from a dry run and its cost, predicted or measured (seconds of a block)."""
     graded = setup.rollout.samples * (setup.reward_blocks > 0)
     laps = dry_run(setup, [policy] * BLOCKS, policy)
-    numbers = {phase: numbers_of(found, policy) for phase, found in laps.items()}
+    numbers = both({phase: numbers_of(found, policy) for phase, found in laps.items()}, setup)
     numbers |= {phase: _with_a_frame(numbers[phase], setup) for phase in setup.beside if phase in numbers}
     host = next(iter(numbers.values())).host
     scoring = setup if setup.reward is None else replace(setup, storage=setup.reward.storage)

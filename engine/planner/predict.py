@@ -25,6 +25,7 @@ from prfl_engine.planner.dry_run import (
 )
 from prfl_engine.planner.entries import COUNTED, ESTIMATED, PREDICTED, Entry, Phase, entries
 from prfl_engine.planner.fit_memory import planned
+from prfl_engine.planner.halves import OTHER
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.models import batch_bytes
 from prfl_engine.planner.plan import Kind, Peak, Plan, make_kind, peaks
@@ -49,6 +50,7 @@ from prfl_engine.planner.standing import (
 from prfl_engine.rollout.choice import judged_step
 
 BUFFERS = "dry run: whole blocks as FSDP2 gathers and frees them"
+PARTS = ("blocks", "head"), ("blocks",)  # of another half, and of what scores it, which is a phase of its own
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,8 @@ def _step(
             most += longest(setup) - longest(like) + accelerated_bytes(setup) - accelerated_bytes(like)
             most += setup.pool - like.pool
         made[f"rollout, worst index {last}"] = _rollout(setup, gathered, most)
-        parts = [(name, found[name]["blocks"], False) for name in ("graded step", "window") if name in found]
+        names = [name for pair in OTHER.items() for name in pair if name in found]
+        parts = [(name, found[name][part], False) for name in names for part in PARTS[name in OTHER]]
         rest = found["graded step"]["rest"]
         if rest.bytes > most:
             parts.append(("graded step", rest, True))

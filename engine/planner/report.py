@@ -135,9 +135,16 @@ class Prediction:
             if self.price is not None:
                 line += f", at a price of {self.sample_price:.4f} each"
             lines.append(line)
-        pieces = f"; {ASSUMED}" if self.subject.setup.chunk else ""
-        rates = f"{self.gpu.basis}{pieces}"
-        return lines + wrapped(f"seconds predicted, FLOPs and GB received counted; rates: {rates}")
+        return lines + wrapped(f"seconds predicted, FLOPs and GB received counted; rates: {self.basis}")
+
+    @property
+    def basis(self) -> str:
+        """What seconds are predicted from: rates, and what is assumed."""
+        setup = self.subject.setup
+        found = [self.gpu.basis, *([ASSUMED] if setup.chunk else [])]
+        if setup.rollout.cache > 0 and setup.reward_blocks:
+            found.append("rollout.cache: as if no step were skipped")
+        return "; ".join(found)
 
     def measured_lines(self) -> list[str]:
         """Measured rates and steps; none without them."""
@@ -171,7 +178,7 @@ class Prediction:
                 "bytes": "see entries", "seconds": PREDICTED, "collectives": COUNTED, "flops": COUNTED,
                 "rates": MEASURED if self.measured else "assumed", "checkpoint": COUNTED,
             },
-            "price": self.sample_price, "rates": self.gpu.rates._asdict(), "basis": self.gpu.basis,
+            "price": self.sample_price, "rates": self.gpu.rates._asdict(), "basis": self.basis,
             "measured": None if self.measured is None else {
                 "rates": self.measured.rates, "steps": [s._asdict() for s in self.measured.steps]
             },

@@ -57,6 +57,9 @@ class Validation:
     read: int = 0
     samples: int = 0  # of all batches
     sides: int = 1  # latents of a sample: two of a pair
+    guided: bool = False  # whether its chains are
+    at_once: bool = False  # and with both halves of a step in one batch
+    compared: bool = False  # with the frozen start
 
 
 class Sharding(NamedTuple):

@@ -279,17 +279,23 @@ def state_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> St
 @cache
 def update_bytes(models: Models, optim: OptimConfig, sharded: bool = False) -> Update:
     """Counted in a real update on the CPU of the two largest blocks that follow each other, of every pair of
-    dtypes: an update goes block by block, and what it makes of one lives until that of the next is there."""
+    dtypes and of kinds of states: an update goes block by block, and what it makes of one lives until that of
+    the next is there."""
     trained = models.trained
     narrow = any(p.dtype == torch.bfloat16 for p in trained)
     if not in_blocks(optim, narrow, sharded) or optim.name == "apex":
         return Update(0, 0)
-    blocks = [[Piece(min(BLOCK, left), p.dtype) for left in range(p.values, 0, -BLOCK)] for p in trained]
+
+    def parts(p: Parameter) -> list[Piece]:
+        of = p.dtype, math.prod(p.shape), math.prod(p.shape[1:]) if sharded else None
+        return [Piece(min(BLOCK, left), *of) for left in range(p.values, 0, -BLOCK)]
+
+    blocks = [parts(p) for p in trained]
     rows = blocks if optim.in_backward else [list(itertools.chain.from_iterable(blocks))]
     pairs = [row[i : i + 2] for row in rows for i in range(max(1, len(row) - 1))]
-    largest: dict[tuple[torch.dtype, ...], tuple[Piece, ...]] = {}
+    largest: dict[tuple, tuple[Piece, ...]] = {}
     for pair in sorted(pairs, key=lambda pair: sum(piece.values for piece in pair)):
-        largest[tuple(piece.dtype for piece in pair)] = tuple(pair)
+        largest[tuple((a.dtype, *a.layout(optim, a.values)) for a in pair)] = tuple(pair)
     return Update(*map(max, zip(*(updated(pair, optim) for pair in largest.values()), strict=True)))
 
 

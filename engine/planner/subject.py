@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from prfl_engine.config import Config, RewardConfig
+from prfl_engine.config import Config
 from prfl_engine.data import Reader, check_frames, read_lists
 from prfl_engine.errors import UserError, check
 from prfl_engine.guidance import check_scales
@@ -69,8 +69,8 @@ def find(
         check_scales(c, c.eval.guidance, c.eval.guidance, "eval.guidance")
     rewards = [_reward(c, model, assumed)] if c.loss.weight > 0 or c.reward.path else []
     rewards += [
-        _reward(replace(c, reward=RewardConfig(path=more.path)), model, assumed, f"reward.more {more.name}")
-        for more in c.reward.more
+        _reward(replace(c, reward=own), model, assumed, f"reward.more {name}")
+        for name, own in c.reward.further
     ]
     held_out = [shape] * c.eval.samples if c.eval.every else []
     shapes = [shape] * c.data.batch_size

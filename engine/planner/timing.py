@@ -16,7 +16,6 @@ from prfl_engine.model.flops import block_work, end_work, forward_work
 from prfl_engine.objectives import index_range
 from prfl_engine.planner.dry_run import REWARD_TRAINING
 from prfl_engine.planner.flops import (
-    both_asked,
     expert_switches,
     graded_passes,
     probe_forwards,
@@ -32,6 +31,7 @@ from prfl_engine.planner.setup import RewardSetup, Setup
 from prfl_engine.planner.sharded import Exchanged, Shards
 from prfl_engine.planner.standing import Models, gradient_bytes, idle_bytes, start_bytes, state_bytes
 from prfl_engine.planner.stored import coming, unpacked
+from prfl_engine.together import Asked, asked
 
 BACKWARDS = ("graded step", "flow matching", REWARD_TRAINING)  # phases with gradients of weights
 
@@ -83,13 +83,13 @@ def moved(setup: Setup, frozen: bool = False) -> tuple[float, float]:
 
 
 def forward_seconds(setup: Setup, rates: Rates, fp8: bool = False) -> float:
-    """A forward of one sample without gradient, if all of it were on one GPU."""
+    """A sample's part of a forward of a micro-batch without gradient, if all of it were on one GPU."""
     one = replace(setup, latent=(1, *setup.latent[1:]))
     c, block = setup.config, block_work(setup.config, one.tokens)
     products, attention = rates.products, rates.attention
     if fp8:
         products, attention = rates.products_fp8 or products, rates.attention_fp8
-    bytes_moved = moved(one)[0] + unpacked(c, setup.weight_dtype, setup.storage)
+    bytes_moved = moved(one)[0] + unpacked(c, setup.weight_dtype, setup.storage) / setup.latent[0]
     seconds = block.products / products + block.attention / attention + bytes_moved / rates.memory
     seconds += setup.sequence * chunked(None, setup, rates).forward / setup.latent[0]
     return setup.count * seconds + end_work(c, one.tokens).products / rates.products
@@ -138,8 +138,9 @@ def times(
     plain = forward_seconds(setup, rates) / p
     scored = sum(pass_seconds(*_scoring(setup, reward, r), rates, True, head=False) for r in setup.scored)
     resident = shards.resident
-    brought = setup.count * coming(setup.config, setup.weight_dtype, setup.storage) / rates.link
-    both_sft, both_graded = both_asked(c, setup, readers) if shards.many else (0.0, 0.0)
+    brought = _brought(setup) / rates.link
+    both = asked(c, readers) if shards.many and setup.experts is not None else Asked()
+    both_sft, both_graded = both.sft, sum(both.steps) / max(1, len(both.steps))
     frame = one / samples / setup.latent[2]  # of a sample, for the other expert
     if graded:
         # Groups wait for the longest rollout, in it or, with resident weights, after their own.
@@ -158,16 +159,19 @@ def times(
         model = share * flops["rollout"] / useful if useful else 0.0
         add("rollout", graded * count, forward, gather, links.exchange_forward / samples, model)
     if graded and c.rollout.seeds > 1:
-        judged = sum(forward_seconds(_scoring(setup, reward, r)[0], rates) for r in setup.rewards) / p
+        judges = [_scoring(setup, reward, r)[0] for r in setup.rewards]
+        judged = sum(forward_seconds(own, rates) for own in judges) / p
         count, once = c.rollout.seeds * samples, samples * setup.draws
         waits, gathers = links.exchange_reward / 3 / once, links.reward / 2 / once
+        gathers += sum(map(_brought, judges)) / rates.link / samples
         add("seeds", graded * count, judged, gathers, waits, flops["seeds"] / count)
     passes = graded_passes(setup)
     if graded:
         model = flops["graded step"] / passes
         waiting = links.graded * (1 + both_graded)
         add(
-            "graded step", graded * passes, one + both_graded * frame, waiting, links.exchange_graded, model
+            "graded step", graded * passes, one + both_graded * frame * both.differ, waiting,
+            links.exchange_graded, model,
         )
         k = c.rollout.samples
         add("reward", k * graded, scored, links.reward, links.exchange_reward, flops["reward"] / k)
@@ -186,7 +190,7 @@ def times(
         count = often * samples * (sft + graded * (start_forwards(setup) if graded else 0))
         start = start_bytes(setup, models)[1] / rates.link
         model = forward_work(setup.config, setup.count, setup.tokens // samples).forward
-        hidden = (links.forward * (1 + max(both_sft, both_graded)) + start) / samples + brought / samples
+        hidden = (links.forward * (1 + max(both_sft, 0.0, *both.steps[:1])) + start + brought) / samples
         add("frozen start", count, plain, hidden, links.exchange_forward / samples, model)
     switch = max(0.0, idle_bytes(setup, models).coming / rates.link - plain)  # beside its first forward
     if switch > 0:
@@ -199,12 +203,14 @@ def times(
     fetched = sum(kind.host for kind in kinds[:-1])
     rows.append(_optimizer(c, models, gpu, shards, rows, backwards, fetched))
     if setup.validation is not None:
-        one_forward = plain + links.exchange_forward / samples
+        batch = replace(setup, latent=setup.validation.latent)
+        one_forward = forward_seconds(batch, rates) / p + links.exchange_forward / samples
         each = max(one_forward, (links.forward + brought) / c.eval.batch_size)
         rows.append(_validation(c, setup, readers, each, p))
     probes = _probes(c, setup)
     if probes:
-        rows.append(Row("drift probes", probes * max(plain, links.forward, brought), 0.0))
+        alone = forward_seconds(replace(setup, latent=(1, *setup.latent[1:])), rates) / p  # of one sample
+        rows.append(Row("drift probes", probes * max(alone, links.forward, brought), 0.0))
     scored_of_all = readers * graded * samples * c.rollout.samples
     trained = readers * own * samples if setup.trains is not None else 0.0
     return Times(tuple(rows), scored_of_all, shards.size, gpu.peak, trained)
@@ -221,7 +227,8 @@ def _validation(c: Config, setup: Setup, readers: int, each: float, p: int) -> R
     else:
         blocks = sum(r.blocks for r in setup.rewards) if v.scored else 0
         trunk = blocks / setup.count * len(e.timesteps)
-        count = mine * (1 + validation_forwards(c) + trunk)
+        flow_matching = 1 + v.compared  # and that of the frozen start
+        count = mine * (flow_matching + validation_forwards(c) + trunk)
         work = forward_work(setup.config, setup.count, tokens).forward
     return Row("validation", count * each / e.every, count * work / p / e.every)
 
@@ -234,6 +241,11 @@ def _switches(c: Config, setup: Setup, graded: float, sft: float, readers: int) 
     if setup.validation is not None:
         count += 2 * setup.validation.batches / readers / c.eval.every
     return count
+
+
+def _brought(setup: Setup) -> int:
+    """Bytes of frozen matrices that are copied from the host for a forward."""
+    return setup.count * coming(setup.config, setup.weight_dtype, setup.storage)
 
 
 def _scoring(setup: Setup, kind: Kind, reward: RewardSetup) -> tuple[Setup, list[Kind]]:

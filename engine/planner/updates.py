@@ -8,7 +8,7 @@ from torch import nn
 
 from prfl_engine.config import OptimConfig
 from prfl_engine.memory.live_bytes import LiveBytes
-from prfl_engine.optim.block_adamw import BLOCK, BlockAdamW
+from prfl_engine.optim.block_adamw import BLOCK, BlockAdamW, state_layout
 from prfl_engine.optim.optimizer import update
 from prfl_engine.planner.setup import ROUND, rounded
 
@@ -21,16 +21,34 @@ class Update(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What an update takes at a time."""
+    """What an update takes at a time: of a parameter of `whole` values, whose rows of `row` values are always
+    together on a rank; None: of one that is not sharded."""
 
     values: int
     dtype: torch.dtype
+    whole: int
+    row: int | None = None
+
+    def layout(self, optim: OptimConfig, n: int) -> dict[str, tuple[int, torch.dtype]]:
+        """What the optimizer keeps for a block of n of its values."""
+        return state_layout(optim, self.dtype, self.whole, self.row or n, n)
+
+
+class _Pieces(BlockAdamW):
+    """The optimizer of parameters that stand for pieces of larger ones."""
+
+    def __init__(self, pieces: dict[nn.Parameter, Piece], optim: OptimConfig):
+        self.pieces = pieces
+        super().__init__([{"params": list(pieces), "lr": 1e-6, "base_lr": 1e-6}], optim)
+
+    def _layout(self, p: torch.Tensor, n: int) -> dict[str, tuple[int, torch.dtype]]:
+        return self.pieces[p].layout(self.config, n)
 
 
 @cache
 def updated(pieces: tuple[Piece, ...], optim: OptimConfig) -> Update:
     """A real update of parameters of these sizes."""
-    module = nn.ParameterList([nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in pieces])
+    module = nn.ParameterList([nn.Parameter(torch.zeros(a.values, dtype=a.dtype)) for a in pieces])
     wide = optim.grad_dtype == "float32"
     for p in module:
         if wide and p.dtype != torch.float32:
@@ -39,7 +57,7 @@ def updated(pieces: tuple[Piece, ...], optim: OptimConfig) -> Update:
     live.add(module)
     with live:
         before = live.now
-        optimizer = BlockAdamW([{"params": list(module), "lr": 1e-6, "base_lr": 1e-6}], optim)
+        optimizer = _Pieces(dict(zip(module, pieces, strict=True)), optim)
         slots = live.now - before - ROUND * len(pieces)  # without the counters of steps
         for p in module if optim.offload == "none" else ():
             for block in optimizer.state[p]["blocks"]:
@@ -60,4 +78,4 @@ def updated(pieces: tuple[Piece, ...], optim: OptimConfig) -> Update:
 def arrival_bytes(values: int, dtype: torch.dtype, optim: OptimConfig) -> int:
     """What the update of a parameter of so many values takes in the backward that makes its gradient, in
     addition to the gradient. Of more than two blocks the first two are updated."""
-    return updated((Piece(min(values, 2 * BLOCK), dtype),), optim).temporaries
+    return updated((Piece(min(values, 2 * BLOCK), dtype, values),), optim).temporaries

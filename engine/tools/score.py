@@ -1,4 +1,4 @@
-"""`prfl score`: rank latents by a reward model.
+"""`prfl score`: rank latents, samples or videos by a reward model.
 
 Every sample meets the same noise: draw d of a latent shape is one tensor for all samples and timesteps. So
 differences between scores come from the samples, and, rounding apart, no score depends on another sample.
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prfl_engine.build import DTYPES, pick_device, set_up
+from prfl_engine.build import make_frozen_reward, pick_device
+from prfl_engine.checks import check_reward_storage
 from prfl_engine.config import Config, load_config
 from prfl_engine.data import LATENT_KEYS, REWARD_TEXT_KEYS, TEXT_KEY, Reader, by_shape, read_lists
 from prfl_engine.errors import UserError, check, one_line
@@ -23,12 +24,13 @@ from prfl_engine.files import write_whole
 from prfl_engine.inputs import check_file, check_new_file
 from prfl_engine.media import VIDEOS
 from prfl_engine.metrics import decimal, note, progress
-from prfl_engine.model.checkpoint import load_reward
+from prfl_engine.model.reward_files import find_reward
 from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import noisy_rewards
 from prfl_engine.parallel import World
 from prfl_engine.sample import LIST
 from prfl_engine.seeds import Purpose, noise_like
+from prfl_engine.tools.score_videos import Videos
 from prfl_engine.validation import HeldOut
 
 TEXT_SUFFIX = ".text.npy"
@@ -44,7 +46,7 @@ class Scored:
     score: float  # mean reward (sigmoid of the logit) over timesteps and draws
     spread: float | None  # standard deviation over draws of the mean over timesteps; None of one draw
     by_timestep: dict[float, float]  # mean reward over draws
-    file: str  # the meta JSON or the latent
+    file: str  # the meta JSON, the latent or the video; of a video with several prompts see Encoded.files
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _of_folder(folder: Path) -> list[Path]:
 def _refuse_videos(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.suffix.lower() in (*VIDEOS, ".webp"):
-            raise UserError(f"{path}: is a video, want its latents as .npy: `prfl encode` makes them")
+            raise UserError(f"{path}: is a video, want --models DIR, which encodes it, or latents as .npy")
 
 
 def _check_texts(paths: Sequence[Path], text: str | None, image: bool) -> None:
@@ -154,6 +156,25 @@ def _check_texts(paths: Sequence[Path], text: str | None, image: bool) -> None:
             raise UserError(f"--text: got {text}, but every sample has a text of its own, want none")
 
 
+def check_score(config: Config, paths: Sequence[Path], options: Options) -> None:
+    """UserError for mistakes in the configuration, in the files of the reward model's pooling and MLP, and in
+    the samples `paths`, as far as they show before weights are loaded."""
+    config.reward.check_one("in prfl score")
+    check_reward_storage(config)
+    r = config.reward
+    reader = make_reader(config, options)
+    find_reward(Path(r.path), **r.heads, **r.pooling)
+    _refuse_videos(paths)
+    _check_texts(paths, options.text, reader.config.image)
+    by_shape(reader, paths)
+
+
+def make_reader(config: Config, options: Options) -> ScoreReader:
+    """What reads samples for the reward model of reward.path."""
+    model = read_config(config.reward.path)
+    return ScoreReader(model, first_frame=config.data.first_frame, text=options.text)
+
+
 @torch.no_grad()
 def score(config: Config, paths: Sequence[Path], options: Options) -> list[Scored]:
     """The samples `paths`, best first, equal ones in their order, by the reward model of reward.path.
@@ -161,18 +182,12 @@ def score(config: Config, paths: Sequence[Path], options: Options) -> list[Score
     The noise of draw d follows from eval.seed, d and the latent's shape alone. UserError for a sample that
     does not fit the model; TrainingError for a reward that is not finite.
     """
-    _refuse_videos(paths)
-    reader = ScoreReader(
-        read_config(config.reward.path), first_frame=config.data.first_frame, text=options.text
-    )
-    _check_texts(paths, options.text, reader.config.image)
+    reader = make_reader(config, options)
     shapes = by_shape(reader, paths)
     if len(shapes) > 1:
         note(f"{len(shapes)} latent shapes: samples of different shapes meet different noise")
-    device, m, r = pick_device(config), config.model, config.reward
-    made = dict(dtype=DTYPES[m.weights_dtype], device=device)
-    model = load_reward(r.path, **r.heads, **made, **r.pooling).freeze()
-    set_up(model.transformer, m)
+    device = pick_device(config)
+    model = make_frozen_reward(config, None, device)
     timesteps = options.timesteps or config.eval.scored
 
     def name(t: float, draw: int) -> str:
@@ -249,13 +264,19 @@ def as_values(config: Config, scored: Sequence[Scored], draws: int) -> dict:
 
 
 def run(
-    model: str, words: Sequence[str], options: Options, out: str | None
-) -> tuple[Config, list[Scored]]:
-    """Score what a command line names; data.val of the configuration where it names no samples."""
+    model: str, words: Sequence[str], options: Options, out: str | None, videos: Videos
+) -> tuple[Config, list[Scored], int]:
+    """Score what a command line names; data.val of the configuration where it names no samples. The number
+    is the exit code, not 0 where videos are left out."""
     file = None if out is None else check_new_file(out, "--out")
     names, overrides = divided(words)
     config = settings(model, overrides)
-    scored = score(config, find_samples(names) if names else read_lists(config.data.val, "data.val"), options)
+    latents, sources = videos.divided(names)
+    paths = find_samples(latents) if names else read_lists(config.data.val, "data.val")
+    check_score(config, paths, options)
+    with videos.samples(sources, read_config(config.reward.path), config.train.device) as encoded:
+        found = score(config, [*paths, *map(Path, encoded.files)], options)
+        scored = [replace(s, file=encoded.files.get(s.file, s.file)) for s in found]
     if file is not None:
         write_whole(file, as_csv(scored))
-    return config, scored
+    return config, scored, encoded.code

@@ -14,7 +14,7 @@ mean and 1/std of every token, the vectors and weights, and what `keep` names:
     all          and normed: n   2 L F + 2 L C    g
 
 "attention" saves the same as "nothing": it is a mode of the attention sublayers. g is never saved: the
-backward computes it in the pass that computes dh. g W2^T is never needed, see
+backward computes it in the pass that computes dh. g W2^T is not needed but for d gate of short samples, see
 prfl_kernels.sublayers.products. n is not saved where W1 and its update are frozen and h is saved. With
 `chunk` the sublayer works on that many tokens at a time, forward and backward, so h where it is not saved,
 g, their gradients and n never exist as a whole. Of two vectors tokens before `boundary` take the first.

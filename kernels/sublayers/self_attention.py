@@ -16,13 +16,14 @@ n', and what `keep` names:
     projections  and projections: q, k before norm, v     8 L C            n, norm and rotation
     all          and rotated: q, k; normed: n             14 L C           -
 
-a Wo^T is never needed, see prfl_kernels.sublayers.products. n is not saved where projections and updates
-are frozen. A block that is recomputed in backward can be given a and the log-sum-exp of its first forward.
-Then x' needs neither q, k, v nor attention, and the backward recomputes q, k and v alone. With `chunk` all
-but attention itself works on that many tokens at a time. In addition to inputs, results and what is saved,
-only q, k, v and a then exist as a whole (8 L C bytes in 16 bits), in backward those and their gradients (16
-L C). Two things that the backward needs on both sides of attention are computed twice for that: the
-gradient of x' where there is an n', and q and k before the norm where they are not saved (4 L C^2 FLOPs).
+a Wo^T is not needed but for d gate of short samples, see prfl_kernels.sublayers.products. n is not saved
+where projections and updates are frozen. A block that is recomputed in backward can be given a and the
+log-sum-exp of its first forward. Then x' needs neither q, k, v nor attention, and the backward recomputes
+q, k and v alone. With `chunk` all but attention itself works on that many tokens at a time. In addition to
+inputs, results and what is saved, only q, k, v and a then exist as a whole (8 L C bytes in 16 bits), in
+backward those and their gradients (16 L C). Two things that the backward needs on both sides of attention
+are computed twice for that: the gradient of x' where there is an n', and q and k before the norm where
+they are not saved (4 L C^2 FLOPs).
 
 With a `cut` (prfl_kernels.exchange) x holds the tokens of this rank alone, and attention runs on all tokens
 of H / P heads: q, k and v are exchanged before it and its output after it, and so are their gradients. What
