@@ -51,7 +51,9 @@ class MicroBatches:
     """The endless, reproducible sequence of micro-batches; item p is the p-th.
 
     Every epoch is a new permutation. A micro-batch holds samples of one latent shape; the last one
-    of a shape in an epoch may be smaller. With `lose`, an item is a pair (winners, losers).
+    of a shape in an epoch may be smaller. With `lose`, an item is a pair (winners, losers): a loser is a
+    random one of the winner's shape, or where `paired` the one at the same place of its list, and loses its
+    caption where the winner does.
 
     Up to `skip` samples that are broken (reading them is a UserError) are left out: another one of the same
     shape, drawn by seed and position, takes the place. So no other sample moves, and an item follows from
@@ -67,16 +69,21 @@ class MicroBatches:
         seed: int,
         lose: list[Path] | None = None,
         skip: int = 0,
+        paired: bool = False,
         agree: Callable[[dict[Path, str]], dict[Path, str]] = lambda found: found,
     ):
         """agree: the union of what all ranks give it. Where samples have to share a shape, the headers of all
-        are read. UserError where more than `skip` of them are broken."""
+        are read. UserError where more than `skip` of them are broken, or a pair is none."""
         self.reader, self.paths, self.batch_size, self.seed = reader, paths, batch_size, seed
-        self.lose, self.skip, self.agree = lose, skip, agree
+        self.lose, self.skip, self.paired, self.agree = lose, skip, paired, agree
+        if paired and len(lose) != len(paths):
+            want = f"one for each of the {len(paths)} of data.train"
+            raise UserError(f"data.lose: got {len(lose)} samples, want {want}")
         self.broken: dict[Path, str] = {}
         """The samples that are left out, and why."""
         self._every = [*paths, *(lose or [])]
-        self._groups: list[frozenset[Path]] = [frozenset(paths)]  # none may be left out as a whole
+        # None may be left out as a whole: samples, or pairs of them.
+        self._groups: list[list[tuple[Path, ...]]] = [[self._one(i) for i in range(len(paths))]]
         self.planned: Shapes | None = None
         """Shapes of all samples, those of `lose` last, where they matter; None: left out from the start."""
         if batch_size > 1 or lose is not None:
@@ -92,17 +99,33 @@ class MicroBatches:
         n = len(self.paths)
         planned = [()] * n if self.planned is None else self.planned
         self._shapes, self._alike = planned[:n], {}
+        self._losers: dict[tuple[int, ...], list[Path]] = {}
+        if self.paired:
+            self._shapes = [self._both(i, planned[i], planned[n + i]) for i in range(n)]
+        else:
+            for path, shape in zip(self._every[n:], planned[n:], strict=True):
+                if shape is not None:
+                    self._losers.setdefault(shape, []).append(path)
         for i, shape in enumerate(self._shapes):
             if shape is not None:
                 self._alike.setdefault(shape, []).append(i)
-        self._losers: dict[tuple[int, ...], list[Path]] = {}
-        for path, shape in zip(self._every[n:], planned[n:], strict=True):
-            if shape is not None:
-                self._losers.setdefault(shape, []).append(path)
-        self._groups[1:] = [frozenset(self.paths[i] for i in some) for some in self._alike.values()]
-        self._groups += map(frozenset, self._losers.values())
+        self._groups[1:] = [[self._one(i) for i in some] for some in self._alike.values()]
+        self._groups += [[(path,) for path in some] for some in self._losers.values()]
         self.batches_per_epoch = sum(-(-len(some) // self.batch_size) for some in self._alike.values())
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def _one(self, index: int) -> tuple[Path, ...]:
+        """What is drawn as one: a sample, or a pair of them."""
+        return (self.paths[index], self.lose[index]) if self.paired else (self.paths[index],)
+
+    def _both(self, index: int, win: Shapes, lose: Shapes):
+        """The shape of a pair; None where one of it is left out."""
+        if win is None or lose is None:
+            return None
+        if win != lose:
+            want = f"{list(win)} as that of {self.paths[index]}"
+            raise UserError(f"{self.lose[index]}: latent is {list(lose)}, want {want}")
+        return win
 
     def left_out(self) -> dict[int, str]:
         """`broken` by place in `paths`, and `lose` after it, which stays where data move."""
@@ -166,8 +189,9 @@ class MicroBatches:
         if len(bad) > self.skip:
             return f"{list(bad.values())[self.skip]}; data.skip_broken: got {self.skip}, want more to go on"
         for group in self._groups:
-            if len(group) <= len(bad) and group <= bad.keys():
-                return f"{bad[min(group)]}; data.skip_broken: no other sample can take its place"
+            if bad and all(any(path in bad for path in one) for one in group):
+                path = min(path for one in group for path in one if path in bad)
+                return f"{bad[path]}; data.skip_broken: no other sample can take its place"
         return None
 
     def _shape(self, path: Path, found: dict[Path, str]) -> tuple[int, ...] | None:
@@ -201,6 +225,9 @@ class MicroBatches:
         winners = list(zip(picked, each(Purpose.CAPTION, *at), strict=True))
         if self.lose is None:
             return [winners]
+        if self.paired:
+            losers = [self.lose[i] for i in self.picked(position, found)]
+            return [winners, list(zip(losers, each(Purpose.CAPTION, *at), strict=True))]
         shape = self._shapes[self._planned(position)[0]]
         fitting = self._losers.get(shape)
         if fitting is None:
@@ -223,10 +250,13 @@ class MicroBatches:
 
     def _standing(self, index: int, position: int, bad: dict[Path, str]) -> int:
         """Sample `index`, or what takes its place at the position of a sample."""
-        if self.paths[index] in bad:
+        def out() -> bool:
+            return any(path in bad for path in self._one(index))
+
+        if out():
             alike = self._alike[self._shapes[index]]
             rng = seeded(Purpose.SUBSTITUTE, self.seed, position)
-            while self.paths[index] in bad:
+            while out():
                 index = alike[rng.integers(len(alike))]
         return index
 

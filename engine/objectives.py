@@ -393,6 +393,10 @@ def cross_entropy(logit: Tensor, label: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logit, label.to(logit.dtype), reduction="none")
 
 
-def bradley_terry(logit_win: Tensor, logit_lose: Tensor) -> Tensor:
-    """-log sigmoid(logit_win - logit_lose) [B]."""
-    return F.softplus(logit_lose - logit_win)
+def bradley_terry(logit_win: Tensor, logit_lose: Tensor, ce_weight: float = 0.0) -> Tensor:
+    """-log sigmoid(logit_win - logit_lose) [B], and ce_weight times the mean cross-entropy of the two, the winner
+    as a good sample and the loser as a poor one."""
+    loss = F.softplus(logit_lose - logit_win)
+    if ce_weight == 0:
+        return loss
+    return loss + ce_weight * (F.softplus(-logit_win) + F.softplus(logit_lose)) / 2

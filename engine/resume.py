@@ -47,11 +47,11 @@ KINDS = {
         "source": "path query_attention mlp more",
         "fixed": "blocks feature_layer pool num_queries num_heads return_type train_embeddings loss",
         "score": "weights",
-        "free": "dropout timesteps draws place",
+        "free": "dropout timesteps ce_weight draws place",
     },
     "data": {
         "source": "train lose null_text",
-        "fixed": "label batch_size first_frame",
+        "fixed": "label paired batch_size first_frame",
         "score": "val val_lose negative_text",
         "free": "text_dropout long_caption skip_broken num_workers",
     },

@@ -12,7 +12,7 @@ from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.checks import check_stored
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, read_lists
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
@@ -83,6 +83,8 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     adapted = c.lora.rank > 0
     text_dropout, pairs, dtype = c.data.dropout(0.0), c.reward.loss == "bt", flow.latent_dtype(c)
     levels = train_levels(c.rollout, dtype)
+    check(pairs or not c.data.paired, "data.paired", c.data.paired, "false unless reward.loss is bt")
+    check(pairs or not c.reward.ce_weight, "reward.ce_weight", c.reward.ce_weight, "0 unless reward.loss is bt")
     fixed = [levels.at(t, "reward.timesteps") for t in c.reward.timesteps]
     for t in c.eval.timesteps if c.eval.every else ():
         levels.at(t, "eval.timesteps")
@@ -114,7 +116,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout, **given)
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
-    broken = {"skip": c.data.skip_broken, "agree": world.union}
+    broken = {"skip": c.data.skip_broken, "paired": c.data.paired, "agree": world.union}
     with world.agreed():
         batches = MicroBatches(reader, win, c.data.batch_size, c.train.seed, lose, **broken)
 
@@ -136,7 +138,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         logit = noisy_reward(model, batch, noise, sigma, run_blocks, t)
         if pairs:  # winner and loser share noise and noise level
             logit_lose = noisy_reward(model, item[1], noise, sigma, run_blocks, t)
-            loss, right = bradley_terry(logit, logit_lose).mean(), logit > logit_lose
+            loss, right = bradley_terry(logit, logit_lose, c.reward.ce_weight).mean(), logit > logit_lose
         else:
             loss = cross_entropy(logit, batch.label).mean()
             right = (logit > 0) == (batch.label > 0.5)

@@ -187,6 +187,8 @@ def test_a_label_that_is_none_is_named(tmp_path, capsys):
     (["reward.path=null", "reward.blocks=3"], "policy"),
     (["reward.path=null", "reward.num_heads=5"], "reward.num_heads"),
     (["reward.path=null", "reward.loss=bt"], "data.lose"),
+    (["reward.path=null", "data.paired=true"], "data.paired"),
+    (["reward.path=null", "reward.ce_weight=0.5"], "reward.ce_weight"),
 ])  # fmt: skip
 def test_reward_training(overrides, needle, folder, capsys, tmp_path):
     overrides = [*overrides, f"train.out={tmp_path}"]

@@ -107,6 +107,10 @@ def test_bradley_terry():
     torch.testing.assert_close(
         bradley_terry(LOGITS, lose), torch.tensor(want, dtype=torch.float64), atol=1e-15, rtol=1e-7
     )
+    both = [a + 0.3 * (math.log1p(math.exp(-w)) + math.log1p(math.exp(b))) / 2
+            for a, w, b in zip(want, LOGITS.tolist(), lose.tolist(), strict=True)]  # fmt: skip
+    got = bradley_terry(LOGITS, lose, 0.3)
+    torch.testing.assert_close(got, torch.tensor(both, dtype=torch.float64), atol=1e-15, rtol=1e-7)
 
 
 def setup(model_type="t2v", size=2):

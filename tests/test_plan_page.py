@@ -152,14 +152,14 @@ SAME = {  # what a run is, or what costs neither bytes nor seconds of a plan
     "model": "path preset boundary low latent_dtype compile kernels",
     "lora": "alpha targets path",
     "reward": "path query_attention mlp blocks feature_layer pool num_queries num_heads dropout return_type"
-              " train_embeddings loss timesteps",
+              " train_embeddings loss ce_weight timesteps",
     "rollout": "solver steps sigmas shift sigma_range start range whole_timesteps probe_every max_drift",
     "chain": "", "loss": "form weight target sft_weight split",
     "optim": "lr lr_head betas eps weight_decay schedule warmup horizon cycles clip clip_each clip_heads",
     "parallel": "save_async timeout",
     "train": "out compat resume device steps seed save_every keep log_every ema_each tensorboard wandb",
-    "data": "train lose val val_lose null_text negative_text text_dropout long_caption label first_frame"
-            " batch_size skip_broken num_workers",
+    "data": "train lose paired val val_lose null_text negative_text text_dropout long_caption label"
+            " first_frame batch_size skip_broken num_workers",
     "eval": "every samples batch_size timesteps guidance seed one_noise pairs videos",
     "sample": "count seed guidance codec fps",
 }  # fmt: skip

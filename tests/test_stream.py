@@ -113,6 +113,56 @@ def test_pairs_without_a_loser_of_their_shape_are_refused(tmp_path):
         take(MicroBatches(Reader(config, "motion_quality"), win, 1, 0, lose), 0, 1)
 
 
+def pairs(tmp_path, skip=0, lose_shapes=(SMALL, LARGE), broken=()):
+    """A stream of 6 pairs that belong together; what is broken cannot be read."""
+    config = tiny_config()
+    win = read_lists([str(write_data(tmp_path / "win", config, 6, [SMALL, LARGE]))], "data.train")
+    lose = read_lists([str(write_data(tmp_path / "lose", config, 6, lose_shapes, seed=5))], "data.lose")
+    for name in broken:
+        (tmp_path / name).write_bytes(b"")
+    reader = Reader(config, "motion_quality", str(tmp_path / "win/null.npy"), 0.5)
+    return MicroBatches(reader, win, 2, 0, lose, skip, paired=True)
+
+
+def met(stream, epochs=1):
+    """(winner, loser) of every pair of the first epochs."""
+    picked = [stream.read(p).picked for p in range(epochs * stream.batches_per_epoch)]
+    return [(int(a.stem), int(b.stem)) for win, lose in picked for a, b in zip(win, lose, strict=True)]
+
+
+def test_pairs_that_belong_together(tmp_path):
+    found = met(pairs(tmp_path))
+    assert found != sorted(found) == [(i, i) for i in range(6)]
+    batch, other = pairs(tmp_path)[0]
+    assert not torch.equal(batch.latent, other.latent)
+
+
+def test_a_pair_loses_its_prompts_together(tmp_path):
+    stream = pairs(tmp_path)
+    one = MicroBatches(stream.reader, stream.paths, 1, 0, stream.lose, paired=True)
+    lengths = [(win.text.shape[1], lose.text.shape[1]) for win, lose in map(one.__getitem__, range(12))]
+    assert set(lengths) == {(1, 1), (2, 2)}  # of the null prompt, and of the prompts
+
+
+@pytest.mark.parametrize("folder", ["win", "lose"])
+def test_a_pair_of_which_one_is_broken_is_left_out(tmp_path, folder):
+    """Another pair takes its place; where none is left, that ends the run."""
+    stream = pairs(tmp_path, 1, broken=[f"{folder}/latent-2.npy"])
+    found = met(stream, 4)
+    assert {win for win, _ in found} == {0, 1, 3, 4, 5} and all(win == lose for win, lose in found)
+    assert list(stream.broken) == [tmp_path / folder / "2.json"]
+    with pytest.raises(UserError, match="no other sample can take its place"):
+        pairs(tmp_path, 6, broken=[f"{'win' if i % 2 else 'lose'}/latent-{i}.npy" for i in range(6)])
+
+
+def test_pairs_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"lose/0.json: latent is .*, want .* as that of .*win/0.json"):
+        pairs(tmp_path, lose_shapes=(LARGE, SMALL))
+    stream = pairs(tmp_path / "other")
+    with pytest.raises(UserError, match="data.lose: got 2 samples, want one for each of the 6 of data.train"):
+        MicroBatches(stream.reader, stream.paths, 1, 0, stream.lose[:2], paired=True)
+
+
 def test_held_out_batches_are_in_order_whole_and_without_dropout(tmp_path):
     config = tiny_config()
     paths = read_lists([str(write_data(tmp_path, config, 5, [SMALL, SMALL, LARGE]))], "data.val")

@@ -12,7 +12,9 @@
 
 namespace prfl::PRFL_ISA {
 
-constexpr int64_t KEYS = LANES == 16 ? 256 : 240;  // whole ROWS, and even
+constexpr int64_t GROUP = 8;                            // rows that are transposed at a time
+constexpr int64_t UNIT = LANES == 16 ? 16 : 24;         // of keys: whole ROWS, and whole GROUPs of their pairs
+constexpr int64_t KEYS = LANES == 16 ? 256 : 240;
 constexpr int64_t PANELS = 4;
 constexpr int64_t QUERIES = PANELS * PANEL;
 constexpr int64_t HEAD_DIM = 256;  // at most
@@ -23,6 +25,10 @@ struct Sizes {
   int64_t heads, head_count, dim, queries, keys;
   int64_t depth = count(dim, W::DEPTH), rows = whole(dim, ROWS), columns = whole(dim, PANEL);
   int64_t blocks = count(keys, KEYS), panels = count(queries, PANEL), query_blocks = count(queries, QUERIES);
+  // Of a block, smaller where there are few in all: 256 heads of 13 tokens took 40 MB of memory to work in, and
+  // the system's work to give it was 4/5 of a backward.
+  int64_t block_keys = min(KEYS, whole(keys, UNIT)), block_queries = min(QUERIES, panels * PANEL);
+  int64_t key_words = block_keys / W::DEPTH, query_words = block_queries / W::DEPTH;
 
   explicit Sizes(const AttentionShape& a)
       : heads(a.batch * a.heads), head_count(a.heads), dim(a.dim), queries(a.queries), keys(a.keys) {}
@@ -122,7 +128,6 @@ inline void across(const Rows<T>& a, int64_t l, uint32_t* to) {
 // to [width][step] = the transpose of rows of words, row(l, words) for l < n rounded up to whole 8.
 template <class F>
 inline void transpose(int64_t n, int64_t width, uint32_t* to, int64_t step, F&& row) {
-  constexpr int64_t GROUP = 8;
   uint32_t words[GROUP][HEAD_DIM];
   for (int64_t first = 0; first < n; first += GROUP) {
     for (int64_t l = 0; l < GROUP; l++) row(first + l, words[l]);
@@ -143,31 +148,29 @@ void pack_panel(const Rows<T>& a, uint32_t* to, int64_t depth) {
   transpose(PANEL, depth, to, PANEL, [&](int64_t l, uint32_t* words) { along<W>(a, l, words); });
 }
 
-// to [dim, in whole ROWS][KEYS / DEPTH]: left operand of a product over the keys.
+// to [dim, in whole ROWS][step]: left operand of a product over the keys.
 template <class W, class T>
-void pack_transposed(const Rows<T>& a, uint32_t* to, int64_t rows) {
-  constexpr int64_t step = KEYS / W::DEPTH;
+void pack_transposed(const Rows<T>& a, uint32_t* to, int64_t rows, int64_t step) {
   transpose(count(a.length, W::DEPTH), a.dim, to, step, [&](int64_t l, uint32_t* words) {
     across<W>(a, l, words);
   });
   memset(to + a.dim * step, 0, (rows - a.dim) * step * sizeof *to);
 }
 
-// to [dim, in whole PANELs][QUERIES / DEPTH][PANEL]: right operands of a product over the queries.
+// to [dim, in whole PANELs][step][PANEL]: right operands of a product over the queries.
 template <class W, class T>
-void pack_panels(const Rows<T>& a, uint32_t* to, int64_t columns) {
+void pack_panels(const Rows<T>& a, uint32_t* to, int64_t columns, int64_t step) {
   uint32_t words[HEAD_DIM] = {};
   for (int64_t l = 0; l < whole(a.length, PANEL) / W::DEPTH; l++) {
     across<W>(a, l, words);
     for (int64_t c = 0; c < columns; c += PANEL)
-      memcpy(to + c * (QUERIES / W::DEPTH) + l * PANEL, words + c, PANEL * sizeof *words);
+      memcpy(to + c * step + l * PANEL, words + c, PANEL * sizeof *words);
   }
 }
 
 // to [n rows][dim] = scale [n] times the transpose of from [dim][PANEL].
 template <class T>
 void unpack_panel(const float* from, const float* scale, int64_t n, int64_t dim, T* to, int64_t step) {
-  constexpr int64_t GROUP = 8;
   float rows[GROUP][HEAD_DIM];
   for (int64_t first = 0; first < n; first += GROUP) {
     for (int64_t d = 0; d < dim; d++)

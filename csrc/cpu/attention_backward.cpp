@@ -51,14 +51,14 @@ struct Backward {
   int64_t tasks = s.heads * s.blocks, rooms = min(threads, tasks);
   Workspace memory;
   // Keys by block: k and v as rows, k transposed.
-  Store k{memory, s.heads, s.blocks, KEYS * s.depth}, v{memory, s.heads, s.blocks, KEYS * s.depth};
-  Store kt{memory, wants_q ? s.heads : 0, s.blocks, KEYS / W::DEPTH * s.rows};
+  Store k{memory, s.heads, s.blocks, s.block_keys * s.depth}, v{memory, s.heads, s.blocks, s.block_keys * s.depth};
+  Store kt{memory, wants_q ? s.heads : 0, s.blocks, s.key_words * s.rows};
   // Queries by panel: q and dout transposed, lse, delta, dq transposed; by block: q and dout.
   Store qt{memory, s.heads, s.panels, s.depth * PANEL}, dout_t{memory, s.heads, s.panels, s.depth * PANEL};
   Store lse{memory, s.heads, s.panels, PANEL}, delta{memory, s.heads, s.panels, PANEL};
   Store dq{memory, wants_q ? s.heads : 0, s.panels, s.rows * PANEL};
-  Store q{memory, wants_kv ? s.heads : 0, s.query_blocks, QUERIES / W::DEPTH * s.columns};
-  Store dout{memory, wants_kv ? s.heads : 0, s.query_blocks, QUERIES / W::DEPTH * s.columns};
+  Store q{memory, wants_kv ? s.heads : 0, s.query_blocks, s.query_words * s.columns};
+  Store dout{memory, wants_kv ? s.heads : 0, s.query_blocks, s.query_words * s.columns};
   // Blocks of keys that have added to dq of a block of queries.
   Store added{memory, wants_q ? s.heads : 0, s.query_blocks, 1};
   Store room{memory, rooms, 1, Room<W>::size(s.columns)};
@@ -73,7 +73,7 @@ struct Backward {
   void pack_keys(int64_t head, int64_t j) {
     pack_rows<W>(keys(a.k, head, j), k.words(head, j), s.depth);
     pack_rows<W>(keys(a.v, head, j), v.words(head, j), s.depth);
-    if (wants_q) pack_transposed<W>(keys(a.k, head, j), kt.words(head, j), s.rows);
+    if (wants_q) pack_transposed<W>(keys(a.k, head, j), kt.words(head, j), s.rows, s.key_words);
   }
 
   void pack_queries(int64_t head, int64_t i) {
@@ -84,8 +84,8 @@ struct Backward {
       row_sums(head, x);
     }
     if (wants_kv) {
-      pack_panels<W>(queries(a.q, head, i * QUERIES, QUERIES), q.words(head, i), s.columns);
-      pack_panels<W>(queries(a.dout, head, i * QUERIES, QUERIES), dout.words(head, i), s.columns);
+      pack_panels<W>(queries(a.q, head, i * QUERIES, QUERIES), q.words(head, i), s.columns, s.query_words);
+      pack_panels<W>(queries(a.dout, head, i * QUERIES, QUERIES), dout.words(head, i), s.columns, s.query_words);
     }
     if (wants_q) *added.words(head, i) = 0;
   }
@@ -124,7 +124,7 @@ struct Backward {
       r.differentiate(n, x - begin, lse.floats(head, x), delta.floats(head, x));
       if (!wants_q) continue;
       while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != j) sched_yield();
-      product<W>(j > 0, kt.words(head, j), KEYS / W::DEPTH, r.ds_panel, dq.floats(head, x), PANEL, s.rows,
+      product<W>(j > 0, kt.words(head, j), s.key_words, r.ds_panel, dq.floats(head, x), PANEL, s.rows,
                  count(n, W::DEPTH));
       if (j == s.blocks - 1) write_dq(head, x);
     }
@@ -132,8 +132,8 @@ struct Backward {
     if (!wants_kv) return;
     const int64_t depth = (end - begin) * PANEL / W::DEPTH;
     for (int64_t c = 0; c < s.columns; c += PANEL) {
-      product<W>(i > 0, r.p, r.STEP, dout.words(head, i) + c * r.STEP, r.dv + c, s.columns, rows, depth);
-      product<W>(i > 0, r.ds, r.STEP, q.words(head, i) + c * r.STEP, r.dk + c, s.columns, rows, depth);
+      product<W>(i > 0, r.p, r.STEP, dout.words(head, i) + c * s.query_words, r.dv + c, s.columns, rows, depth);
+      product<W>(i > 0, r.ds, r.STEP, q.words(head, i) + c * s.query_words, r.dk + c, s.columns, rows, depth);
     }
   }
 

@@ -49,14 +49,15 @@ struct Forward {
   int threads = s.threads(a.threads);
   int64_t tasks = s.heads * s.query_blocks, rooms = min(threads, tasks);
   Workspace memory;
-  Store k{memory, s.heads, s.blocks, KEYS * s.depth}, v{memory, s.heads, s.blocks, KEYS / W::DEPTH * s.rows};
+  Store k{memory, s.heads, s.blocks, s.block_keys * s.depth}, v{memory, s.heads, s.blocks, s.key_words * s.rows};
   // Of every thread: a block of queries by panel, and one panel's scores and p.
   Store q{memory, rooms, PANELS, s.depth * PANEL}, out{memory, rooms, PANELS, s.rows * PANEL};
   Store scores{memory, rooms, 1, KEYS * PANEL}, p{memory, rooms, 1, KEYS * PANEL};
 
   void pack(int64_t head, int64_t j) {
     pack_rows<W>(Rows<T>(a.k, s, head, j * KEYS, KEYS, s.keys), k.words(head, j), s.depth);
-    pack_transposed<W>(Rows<T>(a.v, s, head, j * KEYS, KEYS, s.keys), v.words(head, j), s.rows);
+    pack_transposed<W>(Rows<T>(a.v, s, head, j * KEYS, KEYS, s.keys), v.words(head, j), s.rows,
+                       s.key_words);
   }
 
   // A block of queries, all keys.
@@ -79,7 +80,7 @@ struct Forward {
     if (j == s.blocks - 1) lift_last(found, n, a.last);
     panel.weigh(found, n, p.words(room, 0));
     auto values = j == 0 ? product<W, Into::set> : product<W, Into::rescaled>;
-    values(v.words(head, j), KEYS / W::DEPTH, p.words(room, 0), out.floats(room, x), PANEL, s.rows, depth,
+    values(v.words(head, j), s.key_words, p.words(room, 0), out.floats(room, x), PANEL, s.rows, depth,
            panel.alpha);
   }
 

@@ -2,10 +2,10 @@
 
     python -m prfl_engine.demo.data DIR [--seed N]
 
-- Every source is written twice: clean (label 1) and with its motion broken (label 0). Still, single frames of
-  the two look alike, so only motion can tell them apart.
-- The generator's list is of lights, four of five shaking; the reward model's has clean and broken in equal
-  numbers, with other breaks and windows of real video besides.
+- Every source is written twice: clean (label 1, ..._win.list) and with its motion broken (label 0, at the same
+  place of ..._lose.list). Still, single frames of the two look alike, so only motion can tell them apart.
+- The generator's list is of lights, four of five shaking; the reward model's pairs have other breaks, and
+  windows of real video besides.
 - Held out are the photographs' and windows' frames, and of the breaks those of lights.HELD_OUT altogether.
 - Windows that hardly move are left out before they are corrupted, on both sides alike.
 """
@@ -70,11 +70,14 @@ class DemoData:
     null_text: Path
     negative_text: Path
     sft_train: Path
-    reward_train: Path
-    reward_val: Path
-    reward_new: Path
-    reward_real: Path
-    clean_val: Path
+    reward_win: Path
+    reward_lose: Path
+    val_win: Path
+    val_lose: Path
+    new_win: Path
+    new_lose: Path
+    real_win: Path
+    real_lose: Path
     counts: dict[str, int]
     """Samples of every list, by its name."""
 
@@ -151,7 +154,7 @@ def build(out_dir: str | Path, seed: int, spec: DemoSpec = DemoSpec()) -> DemoDa
     """Build the data in a new folder, or return that of a finished build of the same parameters."""
     out_dir = Path(out_dir)
     check(seed >= 0, "seed", seed, "a whole number from 0")
-    wanted = json.loads(json.dumps({"version": 5, "seed": seed, **asdict(spec)}))
+    wanted = json.loads(json.dumps({"version": 6, "seed": seed, **asdict(spec)}))
     if not (out_dir / MANIFEST).is_file():
         empty = not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir()))
         check(empty, "out_dir", str(out_dir), "a new or empty folder")
@@ -214,15 +217,11 @@ def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
     order = np.random.default_rng([seed, 7]).permutation
     # Of every four samples the first two are steady and shaking, the others steady and broken otherwise.
     sft = train[1::4] + train[:: 4 * CLEAN_EVERY]
-    reward = train + windows
-    lists = {
-        "sft_train": [sft[i] for i in order(len(sft))],
-        "reward_train": [reward[i] for i in order(len(reward))],
-        "reward_val": val,
-        "reward_new": drawn("new", spec.held_out, 1, lights.HELD_OUT),
-        "reward_real": filmed("real", spec.held_out, 1),
-        "clean_val": val[::2],
-    }
+    new = drawn("new", spec.held_out, 1, lights.HELD_OUT)
+    pairs = {"reward": train + windows, "val": val, "new": new, "real": filmed("real", spec.held_out, 1)}
+    lists = {"sft_train": [sft[i] for i in order(len(sft))]}
+    for name, samples in pairs.items():
+        lists |= {f"{name}_win": samples[::2], f"{name}_lose": samples[1::2]}
     for name, samples in lists.items():
         (folder / f"{name}.list").write_text("".join(f"meta/{s}.json\n" for s in samples))
     return {name: len(samples) for name, samples in lists.items()}
