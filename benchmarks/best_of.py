@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         whole_schedule(r), config.eval.scored, config.eval.seed,
     )  # fmt: skip
     data = args.folder / "data"
-    paths = spread(read_lists([str(data / "clean_val.list")], "clean_val"), args.prompts)
+    paths = spread(read_lists([str(data / "val_win.list")], "val_win.list"), args.prompts)
     parts: list[Chains] = []
     batches = counted(fixed_batches(Reader(subject.model.config), paths, BATCH, device))
     for first, batch in progress(batches, "sampling", -(-len(paths) // BATCH)):

@@ -50,7 +50,7 @@ def before(folder: Path, way: str, count: int) -> dict:
     """The means of samples of the generator that all begin with."""
     c, data = settings(folder, *overrides(folder, way)), folder / "data"
     start = {"before": Path(c.model.path)}
-    samples, _ = measure(c, data / "codec.safetensors", data / "clean_val.list", start, count)
+    samples, _ = measure(c, data / "codec.safetensors", data / "val_win.list", start, count)
     return means_of(samples["before"], {})
 
 

@@ -98,10 +98,10 @@ def judged_by(judge: PixelJudge, place: str) -> Iterator[None]:
 
 
 def labelled(folder: Path, name: str) -> Batch:
-    """The latents and labels of one of the demo's lists."""
+    """The latents and labels of the winners and losers of one of the demo's lists."""
     c = settings(folder)
     reader = Reader(read_config(c.model.path), c.data.label)
-    paths = read_lists([str(folder / "data" / f"{name}.list")], name)
+    paths = read_lists([str(folder / "data" / f"{name}_{side}.list") for side in ("win", "lose")], name)
     return next(fixed_batches(reader, paths, len(paths), torch.device("cpu")))
 
 
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     folder, clock, mode = args.folder, time.process_time, Mode.of("fresh")
     codec = FrameCodec.load(folder / "data" / "codec.safetensors")
-    train, val = (labelled(folder, name) for name in ("reward_train", "reward_val"))
+    train, val = (labelled(folder, name) for name in ("reward", "val"))
     networks, accuracy = {}, {}
     for frames in {"all": 0} | {name.split(":")[0]: 0 for name in args.modes if name != PRFL}:
         networks[frames], accuracy[frames] = learn(train, val, codec, frames, args.learn)
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     looks = {"pixels": lambda video: torch.sigmoid(networks["all"](video))}
     c, data = settings(folder), folder / "data"
     start = {"before": Path(c.model.path)}
-    samples, _ = measure(c, data / "codec.safetensors", data / "clean_val.list", start, args.count)
+    samples, _ = measure(c, data / "codec.safetensors", data / "val_win.list", start, args.count)
     found = {"machine": machine("cpu"), "accuracy": accuracy, "step_seconds": times}
     found |= {"before": means_of(samples["before"], looks), "runs": {}}
     more = [f"train.seed={args.seed}"] + ([] if args.lr is None else [f"optim.lr={args.lr}"])

@@ -173,7 +173,7 @@ def trained(
         models = dict(zip(("half", "end"), checkpoints(Path(out)), strict=True))
         data = folder / "data"
         c = settings(folder, *mode.overrides(folder), *more)
-        samples, _ = measure(c, data / "codec.safetensors", data / "clean_val.list", models, count)
+        samples, _ = measure(c, data / "codec.safetensors", data / "val_win.list", models, count)
     drifts = {v["train/chain_drift"] for v in values if "train/chain_drift" in v}
     ages = [v["train/chain_age"] for v in values if "train/chain_age" in v]
     found = {name: means_of(s, looks) for name, s in samples.items()}

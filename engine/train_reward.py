@@ -27,7 +27,7 @@ from prfl_engine.model.checkpoint import (
 from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward, train_levels
+from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward, told_right, train_levels
 from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
 from prfl_engine.resume import prepare_out
@@ -138,7 +138,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         logit = noisy_reward(model, batch, noise, sigma, run_blocks, t)
         if pairs:  # winner and loser share noise and noise level
             logit_lose = noisy_reward(model, item[1], noise, sigma, run_blocks, t)
-            loss, right = bradley_terry(logit, logit_lose, c.reward.ce_weight).mean(), logit > logit_lose
+            loss, right = bradley_terry(logit, logit_lose, c.reward.ce_weight).mean(), told_right(logit - logit_lose)
         else:
             loss = cross_entropy(logit, batch.label).mean()
             right = (logit > 0) == (batch.label > 0.5)
@@ -181,7 +181,7 @@ def evaluate_reward(
 ) -> dict[float, dict[str, float]]:
     """What is measured on held-out latents at each of eval.timesteps: of sign(logit) against the label
     `by_label`, or with `lose` the accuracy alone, how often paths[i] has a higher logit than lose[i], of the
-    same shape, under the same noise.
+    same shape, under the same noise (`told_right`).
 
     The noise of a sample is fixed by eval.seed and the same at every timestep; with eval.one_noise also for
     all samples. Every group of processes evaluates a part of the samples; all get the same result.
@@ -210,7 +210,7 @@ def evaluate_reward(
     found = samples.all()
     if lose is not None:
         sides = {t: [found[f"accuracy_t{decimal(t)}", side] for side in (0, 1)] for t in e.timesteps}
-        return {t: {"accuracy": (a > b).double().mean().item()} for t, (a, b) in sides.items()}
+        return {t: {"accuracy": told_right(a - b).mean().item()} for t, (a, b) in sides.items()}
     return {t: by_label(found[f"accuracy_t{decimal(t)}", 0], found["label", 0]) for t in e.timesteps}
 
 

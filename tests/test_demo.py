@@ -16,15 +16,13 @@ from PIL import Image
 
 from prfl_bench import best_of, methods_on_demo, rgb_on_demo, samples_quality
 from prfl_engine import cli
-from prfl_engine.demo import data, sprites
+from prfl_engine.demo import data, lights
 from prfl_engine.demo.compare import jerk, paired_p, spread, unsteadiness
 from prfl_engine.demo.data import DemoSpec
-from prfl_engine.demo.motion import blind, flow_error, flow_errors
+from prfl_engine.demo.motion import blind, motion, motions
 from prfl_engine.demo.run import Settings, demo
 
-TINY = Settings(
-    pretrain=2, reward=2, prfl=1, seeds=4, data=DemoSpec(sprites=24, windows=14, held_out=14, size=24)
-)
+TINY = Settings(pretrain=2, reward=2, prfl=1, seeds=4, data=DemoSpec(lights=24, windows=14, held_out=14, size=24))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +40,7 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
     for name, found in report["models"].items():
         assert 0 < found["reward"] < 1 and found["distance"] >= 0
         assert f"{found['reward']:.3f}" in page, name
-        assert f"{found['flow_error']:.3f}" in page, name
+        assert f"{found['acceleration']:.2f}" in page and f"{found['speed']:.2f}" in page, name
     pairs = "PRFL against before", "PRFL against control", "control against before"
     assert tuple(report["tests"]) == pairs
     for test in report["tests"].values():
@@ -52,7 +50,9 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
         for judge in found["learned"], found["hand-made"]:
             assert set(judge["by_timestep"]) == {"201", "400", "600", "800", "1000"}
             low = [judge["by_timestep"][t] for t in ("201", "400", "600")]
-            assert judge["low"] == pytest.approx(np.mean(low)) and "clean" in judge["by_kind"]
+            assert judge["low"] == pytest.approx(np.mean(low)) and judge["by_kind"]
+    lights = report["reward_accuracy"]["breaks it has never seen"]
+    assert all(judge["by_timestep"]["1000"] == 0.5 for judge in lights.values())  # noise is all there is
     assert html.escape(report["result"]) in page and report["command"] == "demo()"
     player = re.search(r'<script type="application/json">(.*?)</script>', page)
     facts = json.loads(player.group(1))
@@ -90,7 +90,7 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
 
     ways = "plain", "leash 1", "guided 2", "4 seeds, highest"
     words = "--only", *ways, "--steps", "2", "--seeds", "0", "--count", "2"
-    methods_on_demo.main([str(tmp_path / "demo"), *words, "--out", str(tmp_path / "methods.json")])
+    methods_on_demo.main([str(folder), *words, "--out", str(tmp_path / "methods.json")])
     found = json.loads((tmp_path / "methods.json").read_text())
     assert set(found["before"]) == {"not guided", "guided"} and tuple(found["runs"]) == ways
     ends = [(run["end"]["reward"], run["end"]["jerk"]) for (run,) in found["runs"].values()]
@@ -117,7 +117,7 @@ def test_the_stages_by_hand(done, tmp_path, monkeypatch):
             assert name == "prfl_engine.demo.data"
             data.main(rest)
     assert Path("runs/hand/samples/sample-00.mp4").is_file()
-    a, b = (np.load(of / "data/latents/train-00003-clean.npy") for of in (done[0], Path("runs/hand")))
+    a, b = (np.load(of / "data/latents/train-00003-jumps.npy") for of in (done[0], Path("runs/hand")))
     np.testing.assert_array_equal(a, b)
 
 
@@ -149,33 +149,53 @@ def test_spread():
     assert spread([0, 1], 4) == [0, 0, 1, 1]
 
 
-def drawn(seed, break_it=None):
+def drawn(seed, break_it=None, part=1.0):
+    """A light's video [3, 13, 32, 32], of which `part` of the break is done."""
     rng = np.random.default_rng(seed)
-    sprite = sprites.Sprite.draw(rng)
-    track = sprites.track(rng, sprite, 13, 32)
-    at, seen = sprites.steady(track, np.arange(13)), np.ones(13)
+    light = lights.Light.draw(rng)
+    track = lights.track(rng, light, 13, 32)
+    at, seen = lights.steady(track, np.arange(13)), lights.constant(13)
     if break_it is not None:
-        at, seen = break_it(rng, track, 13)
-    return torch.from_numpy(sprites.render(np.full((32, 32, 3), 0.5), sprite, at, seen))
+        broken, seen = break_it(rng, track, 13, 32)
+        at = at + part * (broken - at)
+    return torch.from_numpy(lights.render(np.full((32, 32, 3), 0.3), light, at, seen))
 
 
-@pytest.mark.parametrize("break_it", sprites.BREAKS, ids=lambda f: f.__name__)
-def test_flow_error_prefers_steady_motion_to_its_broken_twin(break_it):
-    steady, broken = (flow_errors(torch.stack([drawn(s, b) for s in range(10)])) for b in (None, break_it))
-    assert blind(broken, steady)["preferred"] >= 9 and steady.mean() < broken.mean()
+def several(break_it=None, part=1.0):
+    return motions(torch.stack([drawn(seed, break_it, part) for seed in range(10)]))
 
 
-def test_flow_error_does_not_reward_a_video_that_stands_still_or_a_mush():
-    assert flow_error(drawn(0)[:, :1].expand(-1, 13, -1, -1)) == pytest.approx(1)
-    mush = torch.rand(3, 13, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert flow_error(mush) > 0.9 > flow_error(drawn(0))
+@pytest.mark.parametrize("break_it", [lights.shakes, lights.shuffled, lights.jumps, lights.stutters, lights.turns],
+                         ids=lambda f: f.__name__)  # fmt: skip
+def test_the_judge_prefers_steady_motion_to_its_broken_twin(break_it):
+    steady = several()
+    assert blind(several(break_it), steady, steady[1])["preferred"] >= 9
+
+
+def test_the_judge_prefers_what_shakes_less():
+    half, whole, wanted = several(lights.shakes, 0.5), several(lights.shakes), several()[1]
+    assert blind(whole, half, wanted)["preferred"] >= 9
+
+
+def test_motion_is_measured_in_pixels():
+    acceleration, speed = several()
+    assert acceleration.mean() < 1 and 1 < speed.mean() < 2.5  # 2 pixels a frame, less where a light turns
+    assert several(lights.shakes)[0].mean() > 4
+
+
+def test_the_judge_does_not_take_what_hardly_moves():
+    still = drawn(0)[:, :1].expand(-1, 13, -1, -1)
+    assert motion(still) == (0, 0)
+    shaking, still = (torch.tensor([[a], [s]]).double() for a, s in (motion(drawn(0, lights.shakes)), (0, 0)))
+    assert blind(shaking, still, torch.tensor([1.5]))["preferred"] == 0
 
 
 def test_a_blind_judge_is_not_told_the_order():
-    worse, better = np.linspace(1, 2, 64), np.linspace(0, 0.9, 64)
-    assert blind(worse, better) == {"preferred": 64, "of": 64, "share": 1.0}
-    assert blind(better, worse)["preferred"] == 0
-    assert 20 < blind(worse, worse)["preferred"] < 44  # always the left one: chance
+    wanted = torch.ones(64)
+    worse, better = (torch.stack([a, wanted]) for a in (torch.linspace(1, 2, 64), torch.linspace(0, 0.9, 64)))
+    assert blind(worse, better, wanted) == {"preferred": 64, "of": 64, "share": 1.0}
+    assert blind(better, worse, wanted)["preferred"] == 0
+    assert 20 < blind(worse, worse, wanted)["preferred"] < 44  # always the left one: chance
 
 
 def test_a_missing_opencv_is_one_line_and_comes_before_the_work(tmp_path, monkeypatch):

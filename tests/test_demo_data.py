@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from prfl_engine.data import Reader, read_lists
-from prfl_engine.demo import clips, data, sprites
-from prfl_engine.demo.baseline import handmade_logits
+from prfl_engine.demo import clips, data, lights
+from prfl_engine.demo.baseline import handmade_margins
 from prfl_engine.demo.clips import CORRUPTIONS, GAP, MARGIN, SHOTS, find_clip, split
 from prfl_engine.demo.data import DemoSpec, build, embed
-from prfl_engine.media.codec import BlockCodec
+from prfl_engine.media.codec import CHANNELS, FrameCodec
 from prfl_engine.media.video import read_video
 from prfl_engine.model.wan import PRESETS
 from prfl_engine.seeds import Purpose, seeded
 
-SMALL = DemoSpec(sprites=24, windows=28, held_out=14, size=32)
+SMALL = DemoSpec(lights=24, windows=28, held_out=14)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,46 +52,46 @@ def files(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+PAIRS = "reward", "val", "new", "real"
+
+
+def twins(built, name):
+    """(file, meta) of both of every pair of a list."""
+    win, lose = (metas(getattr(built, f"{name}_{side}")) for side in ("win", "lose"))
+    return list(zip(win, lose, strict=True))
+
+
 def test_lists(built):
-    assert built.counts == {
-        "sft_train": 30, "reward_train": 104, "reward_val": 28, "reward_new": 28, "reward_real": 28,
-        "clean_val": 14,
-    }  # fmt: skip
+    pairs = {"reward": 52, "val": 14, "new": 14, "real": 14}
+    sides = {f"{name}_{side}": n for name, n in pairs.items() for side in ("win", "lose")}
+    assert built.counts == {"sft_train": 15} | sides
     for name, count in built.counts.items():
         found = metas(getattr(built, name))
         assert len({file for file, _ in found}) == len(found) == count
-        clean = [m["physics_quality"] for _, m in found]
-        assert sum(clean) == {"clean_val": count, "sft_train": count // 5}.get(name, count // 2)
         for _, m in found:
             assert m["physics_quality"] == m["human_quality"] == (m["corruption"] == "clean")
-            assert name != "sft_train" or "sprite" in m
+    kinds = Counter(m["corruption"] for _, m in metas(built.sft_train))
+    assert kinds == {"shakes": 12, "clean": 3} and all("light" in m for _, m in metas(built.sft_train))
 
 
 def test_breaks_that_are_held_out_are_in_no_training_sample(built):
-    def kinds(name):
-        return {m["corruption"] for _, m in metas(getattr(built, name))} - {"clean"}
-
-    drawn, filmed = ({f.__name__ for f in of} for of in (sprites.BREAKS, CORRUPTIONS))
-    assert kinds("sft_train") == drawn and kinds("reward_train") == drawn | filmed
-    assert kinds("reward_val") == drawn and kinds("reward_real") <= filmed
-    assert kinds("reward_new") == {f.__name__ for f in sprites.HELD_OUT}
-    assert not kinds("reward_new") & kinds("reward_train")
+    kinds = {name: {m["corruption"] for _, (_, m) in twins(built, name)} for name in PAIRS}
+    drawn, filmed = ({f.__name__ for f in of} for of in ((lights.shakes, *lights.BREAKS), CORRUPTIONS))
+    assert kinds["reward"] == drawn | filmed and kinds["val"] == drawn and kinds["real"] <= filmed
+    assert kinds["new"] == {f.__name__ for f in lights.HELD_OUT} and not kinds["new"] & kinds["reward"]
 
 
-def test_a_clean_sample_and_its_broken_twin_share_everything_but_the_latent(built):
-    for name in "reward_val", "reward_new", "reward_real":
-        twins = {}
-        for file, m in metas(getattr(built, name)):
-            twins.setdefault(m["source_id"], []).append((file, m))
-        for (file, clean), (other, broken) in twins.values():
-            assert clean["corruption"] == "clean" != broken["corruption"]
-            differ = {k for k in clean if clean[k] != broken[k]}
-            assert differ == {"vae_latent_path", "physics_quality", "human_quality", "corruption"}
-            a, b = (np.load(f.parent / m["vae_latent_path"]) for f, m in [(file, clean), (other, broken)])
-            assert a.shape == b.shape == (1, 16, 7, 8, 8) and a.dtype == b.dtype == np.float32
-            assert not np.array_equal(a, b)
-            if name != "reward_real":  # the first frame is given to the generator, and never broken
-                np.testing.assert_array_equal(a[:, :, 0], b[:, :, 0])
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_two_of_a_pair_share_everything_but_the_latent(built, name):
+    for (file, clean), (other, broken) in twins(built, name):
+        assert clean["corruption"] == "clean" != broken["corruption"]
+        differ = {k for k in clean if clean[k] != broken[k]}
+        assert differ == {"vae_latent_path", "physics_quality", "human_quality", "corruption"}
+        a, b = (np.load(f.parent / m["vae_latent_path"]) for f, m in [(file, clean), (other, broken)])
+        assert a.shape == b.shape == (1, CHANNELS, 13, 1, 1) and a.dtype == b.dtype == np.float32
+        assert not np.array_equal(a, b)
+        if "light" in clean:  # the first frame is given to the generator, and never broken
+            np.testing.assert_array_equal(a[:, :, 0], b[:, :, 0])
 
 
 def test_no_frame_is_in_both_splits(built, decoded_once):
@@ -102,7 +102,7 @@ def test_no_frame_is_in_both_splits(built, decoded_once):
         assert not set(split(shot)[0]) & set(near)
         assert {*train[s], *held_out.get(s, ())} <= set(range(shot.first, shot.stop))
         assert not set(train[s]) & set(held_out.get(s, ()))
-    for path, part in ((built.reward_train, 0), (built.reward_real, 1)):
+    for path, part in ((built.reward_win, 0), (built.real_lose, 1)):
         for _, m in metas(path):
             if "clip" in m:
                 assert any(set(m["frames"]) <= set(split(s)[part]) for s in SHOTS if s.clip == m["clip"])
@@ -131,26 +131,27 @@ def test_text(built):
     assert len(list((built.folder / "text").iterdir())) == len(captions) + 2  # a file a caption
 
 
+def decoded(built, file, m):
+    return FrameCodec.load(built.codec).decode(torch.from_numpy(np.load(file.parent / m["vae_latent_path"])))[0]
+
+
 def test_a_latent_decodes_to_its_window(built):
-    codec = BlockCodec.load(built.codec)
-    file, m = next((f, m) for f, m in metas(built.reward_real) if not m["mirrored"] and m["human_quality"])
-    shown = codec.decode(torch.from_numpy(np.load(file.parent / m["vae_latent_path"])))[0, :, 0]
+    file, m = next((f, m) for f, m in metas(built.real_win) if not m["mirrored"])
+    shown = decoded(built, file, m)[:, 0]
     size = next(s.size for s in SHOTS if s.clip == m["clip"])
     top, left, h, w = m["box"]
     frame = read_video(find_clip(m["clip"]), size)[m["frames"][0], top : top + h, left : left + w]
     frame = torch.nn.functional.interpolate(
         frame.permute(2, 0, 1)[None].float() / 255, (40, 40), mode="bilinear", antialias=True
     )[0, :, MARGIN:-MARGIN, MARGIN:-MARGIN]
-    assert (frame - shown).square().mean() < 0.006  # 22 dB
+    assert np.corrcoef(frame.flatten(), shown.flatten())[0, 1] > 0.6  # 64 numbers for 3,072
 
 
-def test_a_latent_decodes_to_a_sprite_of_its_color(built):
-    codec = BlockCodec.load(built.codec)
-    for file, m in metas(built.clean_val):
-        video = codec.decode(torch.from_numpy(np.load(file.parent / m["vae_latent_path"])))[0]
-        color = torch.tensor(sprites.COLORS[m["sprite"]["color"]])[:, None, None, None]
-        near = (video - color).abs().amax(0) < 0.25
-        assert near.flatten(1).any(1).sum() >= 12  # of thirteen frames
+def test_a_latent_decodes_to_a_light_of_its_color(built):
+    for file, m in metas(built.val_win):
+        brightest = decoded(built, file, m).flatten(2).amax(2).mean(1)
+        if m["light"]["color"] != "white":
+            assert brightest.argmax() == list(lights.COLORS).index(m["light"]["color"])
 
 
 def test_deterministic_and_another_seed_is_different(built, tmp_path):
@@ -166,7 +167,7 @@ def test_a_finished_folder_is_reused_and_others_are_refused(built, tmp_path, mon
     with pytest.raises(ValueError, match="out_dir: got .* built with another seed$"):
         build(built.folder, 4, SMALL)
     with pytest.raises(ValueError, match="built with another windows$"):
-        build(built.folder, 3, DemoSpec(24, 29, 14, size=32))
+        build(built.folder, 3, DemoSpec(24, 29, 14))
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="out_dir: got .*, want a new or empty folder"):
         build(tmp_path, 3, SMALL)
@@ -194,7 +195,7 @@ def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(
     "changed, message",
-    [({"frames": 16}, "frames: got 16"), ({"frames": 21}, "frames: got 21"), ({"size": 60}, "size: got 60"),
+    [({"frames": 10}, "frames: got 10"), ({"frames": 21}, "frames: got 21"), ({"size": 80}, "size: got 80"),
      ({"held_out": 0}, "held_out: got 0")],
 )  # fmt: skip
 def test_bad_parameters(changed, message):
@@ -228,75 +229,73 @@ def test_corruptions_break_the_motion_and_nothing_else(corrupt, seed):
 def test_handmade_features_tell_motion_from_noise_until_all_is_noise():
     still = torch.randn(150, 16, 1, 4, 4).expand(-1, -1, 5, -1, -1)
     jumping = torch.randn(150, 16, 5, 4, 4)
-    latents, labels = torch.cat([still, jumping]), torch.cat([torch.ones(150), torch.zeros(150)])
-    order = torch.randperm(300)
-    (a, b), (c, d) = latents[order].split(200), labels[order].split(200)
-    (logits,) = handmade_logits(a, c, [b], (201, 1000), seed=0)
-    right = ((logits > 0) == (d > 0.5)[:, None]).double().mean(0)
-    assert right[0] > 0.97 and 0.3 < right[1] < 0.7
-    with pytest.raises(ValueError, match=r"train_labels: got \[100\], want \[200\]"):
-        handmade_logits(a, d, [b])
+    jumping[:, :, 0] = still[:, :, 0]
+    (margins,) = handmade_margins(still[:100], jumping[:100], [(still[100:], jumping[100:])], (201, 1000), seed=0)
+    assert margins.shape == (50, 2) and (margins[:, 0] > 0).double().mean() > 0.97
+    assert (margins[:, 1] == 0).all()  # the first frame and the noise are all there is
+    with pytest.raises(ValueError, match=r"lose: got \[99, .*\], want the shape of win, \[100, "):
+        handmade_margins(still[:100], jumping[:99], [])
 
 
 def test_the_data_is_read_by_the_trainer(built):
-    paths = read_lists([str(built.reward_val)], "data.val")
+    paths = read_lists([str(built.val_lose)], "data.val_lose")
     reader = Reader(PRESETS["demo"], "motion_quality", first_frame=True)
     samples = [reader.read(path, seeded(Purpose.CAPTION, 0, 0)) for path in paths]
-    assert all(s.latent.shape == (16, 7, 8, 8) and s.text.shape[1] == 64 for s in samples)
+    assert all(s.latent.shape == (CHANNELS, 13, 1, 1) and s.text.shape[1] == 64 for s in samples)
     assert all(0 < len(s.text) <= PRESETS["demo"].text_len for s in samples)
-    assert [s.label.item() for s in samples] == [1, 0] * 14
+    assert [s.label.item() for s in samples] == [0] * 14
 
 
-MIDDLE, HIGH = 16.0, 26.5  # of 32 pixels
+LOW, HIGH = lights.walls(32)
 
 
-@pytest.mark.parametrize("move, way", sprites.MOVES, ids=" ".join)
+@pytest.mark.parametrize("move, way", lights.MOVES, ids=" ".join)
 def test_steady_motion_is_decided_by_the_first_position_and_the_words(move, way):
     for seed in range(5):
-        track = sprites.track(np.random.default_rng(seed), sprites.Sprite("red", "ball", move, way), 13, 32)
-        found = sprites.steady(track, np.arange(13))
-        assert found.shape == (13, 2) and (found > 5.4).all() and (found < 26.6).all()
-        if move == "circles":
-            assert np.hypot(*(found - MIDDLE).T) == pytest.approx(np.full(13, 7.5))
-            (x, y), (next_x, next_y) = (found[:-1] - MIDDLE).T, (found[1:] - MIDDLE).T
-            turned = x * next_y - y * next_x
-            assert (turned > 0).all() if way == "right" else (turned < 0).all()  # y points down
-            continue
-        x, y = sprites.WAYS[way]
+        track = lights.track(np.random.default_rng(seed), lights.Light("red", move, way), 13, 32)
+        found = lights.steady(track, np.arange(13))
+        assert found.shape == (13, 2) and (found > LOW - 1e-6).all() and (found < HIGH + 1e-6).all()
+        x, y = lights.WAYS[way]
         still, along = (found[:, 1], found[:, 0]) if x else (found[:, 0], found[:, 1])
-        assert (still == MIDDLE).all()
+        assert (still == still[0]).all()
         if move == "glides":
-            speed = np.abs(np.diff(along))
-            assert np.median(speed) == pytest.approx(2) and (speed < 2.001).all()
+            speed = np.diff(along) * (x + y)
+            assert np.median(np.abs(speed)) == pytest.approx(2) and (np.abs(speed) < 2.001).all()
+            assert speed[0] > 0 or along[0] * (x + y) > max(LOW * (x + y), HIGH * (x + y)) - 2
         else:
             assert along[0] == along[:8].min() and along.max() > HIGH - 3
             assert np.diff(along[:4], n=2) == pytest.approx([0.6, 0.6])
 
 
-@pytest.mark.parametrize("break_it", sprites.BREAKS + sprites.HELD_OUT, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("break_it", (lights.shakes, *lights.BREAKS, *lights.HELD_OUT), ids=lambda f: f.__name__)
 def test_breaks_change_the_motion_and_not_the_first_frame(break_it):
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        track = sprites.track(rng, sprites.Sprite.draw(rng), 13, 32)
-        steady = sprites.steady(track, np.arange(13))
-        found, seen = break_it(rng, track, 13)
-        assert found.shape == (13, 2) and seen.shape == (13,)
-        assert (found[0] == steady[0]).all() and seen[0] == 1
-        assert (seen == 0).sum() >= 3 if break_it is sprites.vanishes else seen.all()
-        moved = np.hypot(*(found - steady).T)
-        assert break_it is sprites.vanishes or moved.max() > 0.4
-        if break_it is not sprites.swerves:  # on the track, so that a still frame tells nothing
-            around = sprites.steady(track, np.linspace(-12, 25, 2000))
+        track = lights.track(rng, lights.Light.draw(rng), 13, 32)
+        steady = lights.steady(track, np.arange(13))
+        found, seen = break_it(rng, track, 13, 32)
+        assert found.shape == seen.shape == (13, 2)
+        assert (found[0] == steady[0]).all() and (seen[0] == (1, 0)).all()
+        if break_it in (lights.vanishes, lights.flares):
+            assert (found == steady).all() and 3 <= (seen != (1, 0)).any(1).sum() <= 12
+            assert break_it is not lights.vanishes or not seen[(seen != (1, 0)).any(1)].any()
+            continue
+        assert (seen == (1, 0)).all() and np.hypot(*(found - steady).T).max() > 0.3
+        if break_it not in (lights.shakes, lights.swerves):  # on the track, so that a still frame tells nothing
+            around = lights.steady(track, np.linspace(-12, 25, 2000))
             assert np.hypot(*(found[:, None] - around[None]).transpose(2, 0, 1)).min(1).max() < 0.1
 
 
-def test_a_sprite_is_drawn_where_it_is_and_nowhere_else():
-    backdrop = np.full((32, 32, 3), 0.5)
-    at = np.array([[10.0, 20.0], [10.0, 20.0]])
-    frames = sprites.render(backdrop, sprites.Sprite("red", "ball", "glides", "up"), at, np.array([1, 0]))
-    assert frames.shape == (3, 2, 32, 32) and frames.dtype == np.float32
-    assert frames[:, 0, 20, 10] == pytest.approx(sprites.COLORS["red"])
-    changed = np.abs(frames[:, 0] - 0.5).max(0) > 0.01
-    y, x = np.nonzero(changed)
-    assert (x.min(), x.max(), y.min(), y.max()) == (5, 14, 15, 24)
-    assert (frames[:, 1] == 0.5).all()
+def test_a_light_is_drawn_where_it_is_and_nowhere_else():
+    photograph = np.full((32, 32, 3), 0.5)
+    at, seen = np.array([[10.0, 20.0]] * 3), np.array([[1, 0], [0, 0], [0, 1]])
+    frames = lights.render(photograph, lights.Light("red", "glides", "up"), at, seen)
+    assert frames.shape == (3, 3, 32, 32) and frames.dtype == np.float32
+    night = lights.NIGHT * 0.5
+    assert frames[:, 1].transpose(1, 2, 0) == pytest.approx(np.broadcast_to(night, (32, 32, 3)), abs=1e-6)
+    added = frames - frames[:, 1:2]
+    red, white = added[:, 0], added[:, 2]
+    assert red[:, 20, 10] == pytest.approx(lights.BRIGHT * np.array(lights.COLORS["red"]), rel=0.1)
+    assert white[:, 20, 10] == pytest.approx(lights.BRIGHT * np.array(lights.COLORS["white"]), rel=0.1)
+    far = np.hypot(*np.meshgrid(np.arange(32) + 0.5 - 10, np.arange(32) + 0.5 - 20)) > 12
+    assert np.abs(red[:, far]).max() < 0.03

@@ -12,6 +12,7 @@ from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
     bind,
     bradley_terry,
+    told_right,
     cross_entropy,
     graded_windows,
     index_range,
@@ -97,6 +98,11 @@ def test_cross_entropy():
         for x, y in zip(LOGITS.tolist(), label.tolist(), strict=True)
     ]
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
+def test_who_is_ahead():
+    margin = torch.tensor([1e-30, -1e-30, 0.0, 5.0], dtype=torch.float32)
+    assert told_right(margin).tolist() == [1, 0, 0.5, 1]
 
 
 def test_bradley_terry():

@@ -1,9 +1,9 @@
-"""The yardstick of the learned reward model: logistic regression on hand-made features of motion.
+"""The yardstick of the learned reward model: a linear comparison of hand-made features of motion.
 
-Both see the same thing, a noisy latent x_t = (1 - sigma) x_0 + sigma eps with sigma = t / 1000, and its
-first frame without noise. One classifier is fit for every timestep, with fresh noise drawn on the training
-latents at just that timestep: stronger than one classifier for all t, and more than the learned model is
-given.
+Both see the same two things, noisy latents x_t = (1 - sigma) x_0 + sigma eps of two videos with sigma = t / 1000,
+the same noise and the same first frame without noise, and say which of them moves steadily. One comparison is fit for
+every timestep, with fresh noise drawn on the training latents at just that timestep: stronger than one for all t,
+and more than the learned model is given.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ TIMESTEPS = (201, 400, 600, 800, 1000)
 DRAWS = 2  # of noise on every training latent
 # Channels of the codec, which stand in the order of their variance, four and four.
 GROUP = 4
-L2 = (1e-3, 1e-2, 1e-1)  # chosen for every t on a fifth of the training latents
+L2 = (1e-3, 1e-2, 1e-1)  # chosen for every t on a fifth of the training pairs
 
 
 def features(x: Tensor) -> Tensor:
@@ -43,71 +43,71 @@ def _by_group(x: Tensor) -> Tensor:
     return x.mean((3, 4)).unflatten(1, (-1, GROUP)).mean(2)
 
 
-def handmade_logits(
-    train_latents: Tensor,
-    train_labels: Tensor,
-    held_out: Sequence[Tensor],
+def handmade_margins(
+    win: Tensor,
+    lose: Tensor,
+    held_out: Sequence[tuple[Tensor, Tensor]],
     timesteps: Sequence[float] = TIMESTEPS,
     seed: int = 0,
 ) -> list[Tensor]:
-    """Logits [N, n], at each of n timesteps, of every one of some held-out latents [N, C, T, h, w].
+    """By how much, at each of n timesteps, the first of every held-out pair is preferred, [N, n] for each of some
+    (win, lose) of latents [N, C, T, h, w]: positive is right.
 
-    The classifiers are fit to train_latents [M, C, T, h, w] with train_labels [M] of 0 and 1.
+    The comparisons are fit to training pairs win and lose [M, C, T, h, w].
     """
-    for name, latents in ("train_latents", train_latents), *(("held_out", x) for x in held_out):
+    given = {"win": win, "lose": lose}
+    for i, pair in enumerate(held_out):
+        given |= {f"held_out[{i}].win": pair[0], f"held_out[{i}].lose": pair[1]}
+    for name, latents in given.items():
         good = latents.ndim == 5 and latents.shape[1] % GROUP == 0 and latents.shape[2] >= 4
         check(good, name, list(latents.shape), "[N, C, T >= 4, h, w]")
-    shape, want = list(train_labels.shape), list(train_latents.shape[:1])
-    check(shape == want, "train_labels", shape, want)
+    for a, b in (win, lose), *held_out:
+        check(a.shape == b.shape, "lose", list(b.shape), f"the shape of win, {list(a.shape)}")
     found: list[list[Tensor]] = [[] for _ in held_out]
     for t in progress(timesteps, "hand-made features"):
         check(0 <= t <= 1000, "timesteps", t, "numbers from 0 to 1000")
         generator = torch.Generator().manual_seed(seed * 1_000_003 + round(t))
-        seen = [features(_noisy(latents, t, generator)) for latents in held_out]
-        train = [features(_noisy(train_latents, t, generator)) for _ in range(DRAWS)]
-        weight = _choose_and_fit(train, train_labels.double(), generator)
-        for logits, x in zip(found, seen, strict=True):
-            logits.append(x @ weight[:-1] + weight[-1])
-    return [torch.stack(logits, 1) for logits in found]
+        seen = [_differences(*pair, t, generator) for pair in held_out]
+        train = [_differences(win, lose, t, generator) for _ in range(DRAWS)]
+        weight = _choose_and_fit(train, generator)
+        for margins, x in zip(found, seen, strict=True):
+            margins.append(x @ weight)
+    return [torch.stack(margins, 1) for margins in found]
 
 
-def _noisy(latents: Tensor, t: float, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(latents.shape, generator=generator)
-    return with_first_frame((1 - t / 1000) * latents.float() + t / 1000 * noise, latents[:, :, :1])
+def _differences(win: Tensor, lose: Tensor, t: float, generator: torch.Generator) -> Tensor:
+    """Features of the winners less those of the losers, both under one noise."""
+    noise = torch.randn(win.shape, generator=generator)
+
+    def seen(latents: Tensor) -> Tensor:
+        noisy = (1 - t / 1000) * latents.float() + t / 1000 * noise
+        return features(with_first_frame(noisy, latents[:, :, :1]))
+
+    return seen(win) - seen(lose)
 
 
-def _choose_and_fit(draws: list[Tensor], labels: Tensor, generator: torch.Generator) -> Tensor:
-    """The weights under the L2 that does best on a fifth of the latents, fit on all of them."""
-    order = torch.randperm(len(labels), generator=generator)
+def _choose_and_fit(draws: list[Tensor], generator: torch.Generator) -> Tensor:
+    """The weights under the L2 that does best on a fifth of the pairs, fit on all of them."""
+    order = torch.randperm(len(draws[0]), generator=generator)
     out, kept = order[: len(order) // 5], order[len(order) // 5 :]
-    part, part_labels = torch.cat([d[kept] for d in draws]), labels[kept].repeat(len(draws))
-    left, left_labels = torch.cat([d[out] for d in draws]), labels[out].repeat(len(draws))
-    scores = {l2: _accuracy(_fit(part, part_labels, l2), left, left_labels) for l2 in L2}
-    return _fit(torch.cat(draws), labels.repeat(len(draws)), max(L2, key=scores.get))
+    part, left = (torch.cat([d[some] for d in draws]) for some in (kept, out))
+    scores = {l2: (left @ _fit(part, l2) > 0).double().mean().item() for l2 in L2}
+    return _fit(torch.cat(draws), max(L2, key=scores.get))
 
 
-def _fit(x: Tensor, labels: Tensor, l2: float) -> Tensor:
-    """Logistic regression on standardised features: mean cross-entropy + l2/2 |w|^2, by L-BFGS.
-
-    Returns weights [D + 1] for the features as they come, the bias last.
-    """
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-8)
-    z = F.pad((x - mean) / std, (0, 1), value=1.0)
+def _fit(x: Tensor, l2: float) -> Tensor:
+    """Bradley-Terry on differences [N, D] of features in units of their root mean square: mean
+    -log sigmoid(x w) + l2/2 |w|^2, by L-BFGS. Returns weights [D] for the differences as they come."""
+    scale = x.square().mean(0).sqrt().clamp(min=1e-8)
+    z = x / scale
     w = torch.zeros(z.shape[1], dtype=z.dtype, requires_grad=True)
     solver = torch.optim.LBFGS([w], max_iter=150, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value = F.binary_cross_entropy_with_logits(z @ w, labels) + l2 / 2 * w[:-1].square().sum()
+        value = F.softplus(-(z @ w)).mean() + l2 / 2 * w.square().sum()
         value.backward()
         return value
 
     solver.step(loss)
-    w = w.detach()
-    slope = w[:-1] / std
-    return torch.cat([slope, w[-1:] - slope @ mean])
-
-
-def _accuracy(weight: Tensor, x: Tensor, labels: Tensor) -> float:
-    logit = x @ weight[:-1] + weight[-1]
-    return ((logit > 0) == (labels > 0.5)).double().mean().item()
+    return w.detach() / scale

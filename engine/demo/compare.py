@@ -12,34 +12,35 @@ from prfl_engine import chain
 from prfl_engine.build import pick_device
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_meta
-from prfl_engine.demo.baseline import handmade_logits
+from prfl_engine.demo.baseline import handmade_margins
 from prfl_engine.demo.data import DemoData
-from prfl_engine.demo.motion import blind, flow_errors
+from prfl_engine.demo.motion import blind, motions
 from prfl_engine.guidance import guidance_of
 from prfl_engine.media.codec import FrameCodec
 from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.sources import read_config
-from prfl_engine.objectives import chain_velocity, fixed, noisy_rewards, whole_schedule
+from prfl_engine.objectives import chain_velocity, fixed, noisy_rewards, told_right, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
 
 BATCH = 16
 HELD_OUT = {
-    "breaks it was trained on": "reward_val",
-    "breaks it has never seen": "reward_new",
-    "windows of real video": "reward_real",
+    "breaks it was trained on": "val",
+    "breaks it has never seen": "new",
+    "windows of real video": "real",
 }
+"""What the reward model is measured on: the names of the lists NAME_win and NAME_lose."""
 T = TypeVar("T")
 
 
 @torch.no_grad()
 def measure(
-    config: Config, codec_path: Path, clean_val: Path, models: dict[str, Path], seeds: int
+    config: Config, codec_path: Path, prompts: Path, models: dict[str, Path], seeds: int
 ) -> tuple[dict[str, dict], dict]:
     """({name: what was measured on samples of the model}, the same of held-out video), every model from the
     same held-out prompts, first frames and seeds. Samples are guided by sample.guidance.
 
-    "flow_error" is that of demo.motion; "reward" is the mean over eval.scored of the reward of the noised
+    "acceleration" and "speed" are those of demo.motion; "reward" is the mean over eval.scored of the reward of the noised
     sample; "distance" is |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean that of steady
     motion from the same first frame.
     """
@@ -48,7 +49,7 @@ def measure(
     codec = FrameCodec.load(codec_path)
     score = load_reward(r.path, **r.pooling, dtype=torch.float32, device=device).freeze()
     schedule = whole_schedule(config.rollout)
-    paths = spread(read_lists([str(clean_val)], "clean_val"), seeds)
+    paths = spread(read_lists([str(prompts)], prompts.name), seeds)
     captions = [read_meta(p)["short_caption"] for p in paths]
     found: dict[str, dict] = {}
     for name, path in progress(models.items(), "sampling", len(models)):
@@ -68,28 +69,27 @@ def measure(
         video = torch.cat([codec.decode(z.cpu()) for z in latents])
         real = torch.cat([codec.decode(z.cpu()) for z in truth])
         rewards = torch.cat(rewards).cpu()
+        acceleration, speed = motions(video)
         found[name] = {
             "video": video,
-            "flow_error": torch.from_numpy(flow_errors(video)),
+            "acceleration": acceleration,
+            "speed": speed,
             "reward": rewards[:, scored].mean(1),
             "reward_by_timestep": rewards.mean(0),
             "distance": (unsteadiness(video).log() - unsteadiness(real).log()).abs(),
             "unsteadiness": unsteadiness(video),
             "jerk": jerk(video),
         }
-    clean = {"unsteadiness": unsteadiness(real), "jerk": jerk(real), "flow_error": flow_errors(real)}
-    return found, {
-        "clean": {k: float(v.mean()) for k, v in clean.items()},
-        "captions": captions,
-        "video": real,
-    }
+    acceleration, speed = motions(real)
+    clean = {"acceleration": acceleration, "speed": speed, "unsteadiness": unsteadiness(real), "jerk": jerk(real)}
+    return found, clean | {"captions": captions, "video": real}
 
 
 def compare(config: Config, data: DemoData, models: dict[str, Path], seeds: int) -> dict:
     """`measure` of the models before, control and PRFL, and the tests of their differences."""
-    found, real = measure(config, data.codec, data.clean_val, models, seeds)
+    found, real = measure(config, data.codec, data.val_win, models, seeds)
     timesteps = config.eval.timesteps
-    keys = ("flow_error", "reward", "distance", "unsteadiness", "jerk")
+    keys = ("acceleration", "speed", "reward", "distance", "unsteadiness", "jerk")
 
     def summary(name: str) -> dict:
         f = found[name]
@@ -101,7 +101,7 @@ def compare(config: Config, data: DemoData, models: dict[str, Path], seeds: int)
         gain = found[name]["reward"] - found[other]["reward"]
         closer = found[other]["distance"] - found[name]["distance"]
         tests[f"{name} against {other}"] = {
-            "blind": blind(found[other]["flow_error"].tolist(), found[name]["flow_error"].tolist()),
+            "blind": blind(*(torch.stack([found[n]["acceleration"], found[n]["speed"]]) for n in (other, name)), real["speed"]),
             "reward_gain": gain.mean().item(),
             "reward_p": paired_p(gain.numpy()),
             "distance_gain": closer.mean().item(),
@@ -110,10 +110,10 @@ def compare(config: Config, data: DemoData, models: dict[str, Path], seeds: int)
     return {
         "models": {name: summary(name) for name in found},
         "tests": tests,
-        "clean": real["clean"],
+        "clean": {k: real[k].mean().item() for k in ("acceleration", "speed", "unsteadiness", "jerk")},
         "captions": real["captions"],
         "per_seed": {
-            name: {key: f[key].tolist() for key in ("flow_error", "reward", "distance")}
+            name: {key: f[key].tolist() for key in ("acceleration", "speed", "reward", "distance")}
             for name, f in found.items()
         },
         "videos": {"drawn, steady": real["video"]} | {name: f["video"] for name, f in found.items()},
@@ -146,41 +146,43 @@ def paired_p(difference: np.ndarray, draws: int = 100_000) -> float:
 
 @torch.no_grad()
 def accuracies(config: Config, data: DemoData, model: Path) -> dict:
-    """Held-out accuracy of the reward model and of hand-made features, on every list of HELD_OUT: by
-    timestep, and by kind of sample the mean of t <= 600."""
+    """How often the reward model, and the linear comparison of hand-made features, give the steady one of a held-out
+    pair the higher score under one noise, on all of HELD_OUT: by timestep, and by kind of break the mean of
+    t <= 600."""
     device, e = pick_device(config), config.eval
     reader = Reader(read_config(config.model.path), config.data.label, first_frame=config.data.first_frame)
     score = load_reward(model, **config.reward.pooling, dtype=torch.float32, device=device).freeze()
 
-    def whole(path: Path) -> tuple[list[Path], Tensor, Tensor]:
+    def whole(name: str) -> tuple[list[Path], Tensor]:
+        path = getattr(data, name)
         paths = read_lists([str(path)], path.name)
-        batch = next(fixed_batches(reader, paths, len(paths), torch.device("cpu")))
-        return paths, batch.latent, batch.label
+        return paths, next(fixed_batches(reader, paths, len(paths), torch.device("cpu"))).latent
 
-    _, train, label = whole(data.reward_train)
-    held_out = {name: whole(getattr(data, key)) for name, key in HELD_OUT.items()}
-    hand = handmade_logits(train, label, [x for _, x, _ in held_out.values()], e.timesteps, e.seed)
-    found = {}
-    for (name, (paths, _, label)), by_hand in zip(held_out.items(), hand, strict=True):
-        learned = []
+    def logits(paths: list[Path]) -> Tensor:
+        found = []
         for first, batch in counted(fixed_batches(reader, paths, 4 * BATCH, device)):
             noise = noise_like(batch.latent, Purpose.DEMO_SCORE, e.seed, first)
-            learned.append(noisy_rewards(score, batch, noise, e.timesteps).cpu())
-        kinds = [read_meta(path)["corruption"] for path in paths]
-        found[name] = {
-            judge: _right(logits, label, kinds, e.timesteps)
-            for judge, logits in (("learned", torch.cat(learned)), ("hand-made", by_hand))
-        }
+            found.append(noisy_rewards(score, batch, noise, e.timesteps).cpu())
+        return torch.cat(found)
+
+    train = [whole(f"reward_{side}")[1] for side in ("win", "lose")]
+    held_out = {name: [whole(f"{key}_{side}") for side in ("win", "lose")] for name, key in HELD_OUT.items()}
+    pairs = [(win[1], lose[1]) for win, lose in held_out.values()]
+    hand = handmade_margins(*train, pairs, e.timesteps, e.seed)
+    found = {}
+    for (name, ((win, _), (lose, _))), by_hand in zip(held_out.items(), hand, strict=True):
+        kinds = [read_meta(path)["corruption"] for path in lose]
+        margins = {"learned": logits(win) - logits(lose), "hand-made": by_hand}
+        found[name] = {judge: _right(margin, kinds, e.timesteps) for judge, margin in margins.items()}
     return found
 
 
-def _right(logits: Tensor, label: Tensor, kinds: Sequence[str], timesteps: Sequence[float]) -> dict:
-    """Accuracies of logits [N, n] of samples with labels [N], of these kinds, at n timesteps."""
-    right = ((logits > 0) == (label > 0.5)[:, None]).double()
+def _right(margin: Tensor, kinds: Sequence[str], timesteps: Sequence[float]) -> dict:
+    """Accuracies by margins [N, n] of pairs of these kinds at n timesteps."""
+    right = told_right(margin)
     low = right[:, [i for i, t in enumerate(timesteps) if t <= 600]].mean(1)
     by_kind = {}
     for kind in sorted(set(kinds)):
-        of = torch.tensor([k == kind for k in kinds])
-        by_kind[kind] = low[of].mean().item()
+        by_kind[kind] = low[torch.tensor([k == kind for k in kinds])].mean().item()
     by_t = dict(zip(map(str, timesteps), right.mean(0).tolist(), strict=True))
     return {"by_timestep": by_t, "low": low.mean().item(), "by_kind": by_kind}

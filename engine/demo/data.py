@@ -40,9 +40,9 @@ CLEAN_EVERY = 4  # sources of which the generator's list has the clean sample be
 class DemoSpec:
     """What is built; the folder of a finished build says for which of these."""
 
-    lights: int = 5000
+    lights: int = 4000
     """Training sources with lights; every one gives a clean and a broken sample."""
-    windows: int = 500
+    windows: int = 1500
     """Training windows of real video, for the reward model alone."""
     held_out: int = 200
     """Held-out sources, as many each: breaks of the training data, breaks that it does not have, windows."""

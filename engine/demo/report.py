@@ -94,12 +94,12 @@ def _reward(ax, numbers: dict) -> None:
 def _seeds(axes, numbers: dict) -> None:
     seeds = numbers["per_seed"]
     for ax, other in zip(axes, ("before", "control"), strict=True):
-        x, y = seeds[other]["flow_error"], seeds["PRFL"]["flow_error"]
+        x, y = seeds[other]["acceleration"], seeds["PRFL"]["acceleration"]
         ax.scatter(x, y, s=14, color=COLORS["PRFL"], alpha=0.7)
         top = 1.05 * max(*x, *y)
         ax.plot([0, top], [0, top], color="#555", lw=0.8, ls=":")
         test = numbers["tests"][f"PRFL against {other}"]["blind"]
-        ax.set(xlabel=f"flow error, {other}", ylabel="flow error, PRFL",
+        ax.set(xlabel=f"acceleration, {other}", ylabel="acceleration, PRFL",
                title=f"Below the line PRFL moves better: {test['preferred']} of {test['of']}")  # fmt: skip
         ax.title.set_fontsize(9)
 
@@ -157,7 +157,7 @@ def _against(gain: float, p: float, words: tuple[str, str, str]) -> str:
 
 def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
     accuracy, seconds, clean = numbers["reward_accuracy"], numbers["seconds"], numbers["clean"]
-    keys = {"flow_error": 3, "reward": 3, "distance": 3, "unsteadiness": 3, "jerk": 4}
+    keys = {"acceleration": 2, "speed": 2, "reward": 3, "distance": 3, "unsteadiness": 3, "jerk": 4}
     rows = [
         [name, *(f"{m[key]:.{digits}f}" if key in m else "" for key, digits in keys.items())]
         for name, m in (numbers["models"] | {"steady motion, drawn": clean}).items()
@@ -189,26 +189,27 @@ def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
 Then samples of one seed: before, after the control, after PRFL. Made by
 <code>{html.escape(numbers["command"])}</code>.</p>
 <h2>What was done</h2>
-<p>A tiny Wan transformer, which is given the first frame and a prompt, was pre-trained on sprites over crops
-of real video, four of five with broken motion ({steps["pretrain"]} steps). Its blocks became a reward model
-that tells steady from broken motion on <em>noisy latents</em>, of sprites and of windows of real video
-({steps["reward"]} steps). Its reward was propagated back through single denoising steps into the generator
+<p>A tiny Wan transformer, which is given the first frame and a prompt, was pre-trained on lights that move over
+photographs, four of five shaking ({steps["pretrain"]} steps). Its blocks became a reward model that tells steady
+from broken motion on <em>noisy latents</em>, of lights and of windows of real video ({steps["reward"]} steps). Its reward was propagated back through single denoising steps into the generator
 ({steps["prfl"]} updates). No pixel was decoded in training. The control had the same data, seeds and number
 of updates, with the flow-matching loss only.</p>
 <h2>Generators, on {steps["seeds"]} held-out first frames and prompts</h2>
-{_table(["", "flow error", "reward", "distance", "unsteadiness", "jerk"], rows)}
+{_table(["", "acceleration", "speed", "reward", "distance", "unsteadiness", "jerk"], rows)}
 {_table(["pairs", "better motion, blind", "reward", "p", "distance", "p"], tests)}
-<p><em>Flow error</em>: the part of the change from frame to frame that the optical flow (OpenCV, DIS) of the
-step before does not foretell; smaller is better, and a still video has 1. Its choice in a pair is blind: the
-order is drawn. <em>Reward</em>: mean over the timesteps below 1000 of the reward of the noised sample.
-<em>Distance</em>: |log(U / U drawn)|, U the unsteadiness of the decoded video (its mean absolute second
-difference in time, the jerk, over its mean absolute first difference). Nothing was trained on flow error or
-distance. p: paired permutation test.</p>
+<p><em>Acceleration</em>: the change of velocity from frame to frame by optical flow (OpenCV, DIS), pixels a frame
+squared; the smaller one of a pair is the better one, unless it moves less than half as fast as the steady motion
+that was drawn. The choice is blind: the order is drawn. <em>Speed</em>: pixels a frame.
+<em>Reward</em>: mean over the timesteps below 1000 of the reward of the noised sample. <em>Distance</em>:
+|log(U / U drawn)|, U the unsteadiness of the decoded video (its mean absolute second difference in time, the
+jerk, over its mean absolute first difference). Nothing was trained on acceleration, speed or distance. p: paired
+permutation test.</p>
 <h2>Reward model, held out</h2>
 {_table(["accuracy", "", *(f"t = {t}" for t in names), "mean of t ≤ 600"], table)}
-<p>Both classes hold the same sources. Frames of backdrops and windows are of parts of the shots that training
-never saw. Hand-made: one logistic regression per timestep on the temporal differences of the same noisy
-latents. At t = 1000 all but the given first frame is noise, and 0.5 is all there is.</p>
+<p>How often the steady one of two videos with the same first frame, prompt and noise has the higher score. The frames
+of photographs and windows are of parts of the shots that training never saw. Hand-made: one linear comparison per
+timestep of features of the temporal differences of the same noisy latents. At t = 1000 all but the given first frame
+is noise, and 0.5 is all there is.</p>
 {_table(["mean of t ≤ 600", "", "learned", "hand-made"], kinds)}
 <div class="plots">{plots}</div>
 <h2>Time</h2>

@@ -33,8 +33,8 @@ class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
     pretrain: int = 1800
-    reward: int = 1000
-    prfl: int = 120
+    reward: int = 700
+    prfl: int = 500
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
     seed: int = 0
@@ -76,9 +76,18 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
     reward = replace(
         base,
         model=replace(base.model, path=str(generator)),
-        reward=replace(base.reward, path=None, train_embeddings=True),
-        data=replace(base.data, batch_size=64, train=(str(data.reward_train),), val=(str(data.reward_val),)),
-        optim=OptimConfig(lr=1.5e-3, lr_head=1.5e-3, schedule="cosine", warmup=50, weight_decay=0.01),
+        # Both videos of a pair have the first frame, the prompt and the noise in common: see docs/reward.md.
+        reward=replace(base.reward, path=None, train_embeddings=True, loss="bt", ce_weight=1.0),
+        data=replace(
+            base.data,
+            batch_size=32,
+            paired=True,
+            train=(str(data.reward_win),),
+            lose=(str(data.reward_lose),),
+            val=(str(data.val_win),),
+            val_lose=(str(data.val_lose),),
+        ),
+        optim=OptimConfig(lr=2e-3, lr_head=2e-3, schedule="cosine", warmup=50, weight_decay=0.01),
         # More of the lower noise levels: at the upper ones there is little to see.
         rollout=replace(base.rollout, shift=0.3),
         train=replace(base.train, out=str(out / "reward"), steps=s.reward, ema=0.99),
@@ -91,10 +100,10 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         model=replace(base.model, path=str(generator)),
         reward=replace(base.reward, path=str(_last(reward) / "ema")),
         # Ahead of fresh rollouts at equal seconds, see docs/persistent.md.
-        loss=LossConfig(weight=1.0, sft_every=4),
+        loss=LossConfig(weight=1.0, sft_every=4, anchor=0.05),
         # Where the reward model knows something: at earlier steps its accuracy is near 0.5.
-        rollout=replace(base.rollout, range=(6, 18), mode="persistent", pool=128, max_drift=10.0),
-        optim=OptimConfig(lr=2e-4, warmup=5),
+        rollout=replace(base.rollout, range=(8, 18), mode="persistent", pool=128, max_drift=10.0),
+        optim=OptimConfig(lr=4e-4, warmup=5),
         data=replace(base.data, batch_size=8),
         train=replace(base.train, out=str(out / "prfl"), steps=s.prfl),
     )
@@ -125,7 +134,7 @@ def base_config(data: DemoData, seed: int = 0) -> Config:
         reward=RewardConfig(blocks=3, feature_layer=3, pool="mean"),
         data=DataConfig(
             train=(str(data.sft_train),),
-            val=(str(data.clean_val),),
+            val=(str(data.val_win),),
             null_text=str(data.null_text),
             first_frame=True,
             num_workers=0,
