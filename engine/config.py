@@ -58,8 +58,8 @@ class DataConfig(Section, name="data"):
     lose: tuple[FilePath, ...] = ()
     """.list files of the losers when reward.loss is bt."""
     paired: bool = False
-    """With reward.loss bt the k-th of data.lose is the loser of the k-th of data.train, as where two videos of
-    one prompt were compared; false: a random one of its shape, as in the official script."""
+    """With reward.loss bt the k-th of data.lose is the loser of the k-th of data.train, as where two videos
+    of one prompt were compared; false: a random one of its shape, as in the official script."""
     val: tuple[FilePath, ...] = ()
     """.list files of held-out data; the winners when reward.loss is bt."""
     val_lose: tuple[FilePath, ...] = ()

@@ -198,8 +198,9 @@ class RewardConfig(Section, name="reward"):
     loss: Literal["ce", "bt"] = "ce"
     """ce: binary cross-entropy on the label; bt: Bradley-Terry on (winner, loser) pairs."""
     ce_weight: Nonnegative = 0.0
-    """Weight, beside bt, of the cross-entropy of winners as good samples and losers as poor ones. Bradley-Terry
-    alone leaves open what all logits have in common: where that is large, the reward, their sigmoid, is 1 for all."""
+    """Weight, beside bt, of the cross-entropy of winners as good samples and losers as poor ones.
+    Bradley-Terry alone leaves open what all logits have in common: where that is large, the reward, their
+    sigmoid, is 1 for all."""
     timesteps: tuple[Annotated[float, Within(0, 1000)], ...] = ()
     """Train at these timesteps alone, one optimizer step after another in turn; empty: at a noise level that
     is drawn for every sample from the 1000 of the schedule."""

@@ -250,6 +250,7 @@ class MicroBatches:
 
     def _standing(self, index: int, position: int, bad: dict[Path, str]) -> int:
         """Sample `index`, or what takes its place at the position of a sample."""
+
         def out() -> bool:
             return any(path in bad for path in self._one(index))
 

@@ -84,7 +84,8 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     text_dropout, pairs, dtype = c.data.dropout(0.0), c.reward.loss == "bt", flow.latent_dtype(c)
     levels = train_levels(c.rollout, dtype)
     check(pairs or not c.data.paired, "data.paired", c.data.paired, "false unless reward.loss is bt")
-    check(pairs or not c.reward.ce_weight, "reward.ce_weight", c.reward.ce_weight, "0 unless reward.loss is bt")
+    ce_weight = c.reward.ce_weight
+    check(pairs or not ce_weight, "reward.ce_weight", ce_weight, "0 unless reward.loss is bt")
     fixed = [levels.at(t, "reward.timesteps") for t in c.reward.timesteps]
     for t in c.eval.timesteps if c.eval.every else ():
         levels.at(t, "eval.timesteps")
@@ -138,7 +139,8 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         logit = noisy_reward(model, batch, noise, sigma, run_blocks, t)
         if pairs:  # winner and loser share noise and noise level
             logit_lose = noisy_reward(model, item[1], noise, sigma, run_blocks, t)
-            loss, right = bradley_terry(logit, logit_lose, c.reward.ce_weight).mean(), told_right(logit - logit_lose)
+            loss = bradley_terry(logit, logit_lose, ce_weight).mean()
+            right = told_right(logit - logit_lose)
         else:
             loss = cross_entropy(logit, batch.label).mean()
             right = (logit > 0) == (batch.label > 0.5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from prfl_engine.media.codec import FLOOR, FrameCodec
+from prfl_engine.media.codec import FLOOR, NAMES, FrameCodec
 
 SIZE = 8, 12
 ATOL = 1e-4
@@ -93,7 +93,10 @@ def test_save_and_load(codec, tmp_path):
     assert torch.equal(loaded.encode(video), codec.encode(video))
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 5, 8, 11), (1, 3, 5, 7, 12), (1, 4, 5, 8, 12), (3, 5, 8, 12), (1, 3, 0, 8, 12)])
+BAD = (1, 3, 5, 8, 11), (1, 3, 5, 7, 12), (1, 4, 5, 8, 12), (3, 5, 8, 12), (1, 3, 0, 8, 12)
+
+
+@pytest.mark.parametrize("shape", BAD)
 def test_bad_videos_are_refused(codec, shape):
     with pytest.raises(ValueError, match=r"^video: got \[.*\], want \[B, 3, F, 8, 12\]$"):
         codec.encode(torch.zeros(shape))
@@ -110,7 +113,7 @@ def test_integers_and_bad_latents_are_refused(codec):
 
 
 def bad_tensors(codec):
-    good = {name: getattr(codec, name).clone() for name in ("mean", "basis", "scale", "change_basis", "change_scale")}
+    good = {name: getattr(codec, name).clone() for name in NAMES}
     yield good | {"basis": good["basis"][:, :, :4].contiguous()}, "basis: got .*, want shape"
     yield good | {"change_scale": -good["change_scale"]}, "change_scale: got .*, want positive"
     yield good | {"mean": good["mean"] * float("nan")}, "mean"

@@ -22,7 +22,8 @@ from prfl_engine.demo.data import DemoSpec
 from prfl_engine.demo.motion import blind, motion, motions
 from prfl_engine.demo.run import Settings, demo
 
-TINY = Settings(pretrain=2, reward=2, prfl=1, seeds=4, data=DemoSpec(lights=24, windows=14, held_out=14, size=24))
+SMALL = DemoSpec(lights=24, windows=14, held_out=14, size=24)
+TINY = Settings(pretrain=2, reward=2, prfl=1, seeds=4, data=SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +166,10 @@ def several(break_it=None, part=1.0):
     return motions(torch.stack([drawn(seed, break_it, part) for seed in range(10)]))
 
 
-@pytest.mark.parametrize("break_it", [lights.shakes, lights.shuffled, lights.jumps, lights.stutters, lights.turns],
-                         ids=lambda f: f.__name__)  # fmt: skip
+MOVED = lights.shakes, lights.shuffled, lights.jumps, lights.stutters, lights.turns
+
+
+@pytest.mark.parametrize("break_it", MOVED, ids=lambda f: f.__name__)
 def test_the_judge_prefers_steady_motion_to_its_broken_twin(break_it):
     steady = several()
     assert blind(several(break_it), steady, steady[1])["preferred"] >= 9

@@ -12,13 +12,13 @@ from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
     bind,
     bradley_terry,
-    told_right,
     cross_entropy,
     graded_windows,
     index_range,
     reward_loss,
     sft_loss,
     stratified_indices,
+    told_right,
 )
 
 BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])

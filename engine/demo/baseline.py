@@ -1,9 +1,9 @@
 """The yardstick of the learned reward model: a linear comparison of hand-made features of motion.
 
-Both see the same two things, noisy latents x_t = (1 - sigma) x_0 + sigma eps of two videos with sigma = t / 1000,
-the same noise and the same first frame without noise, and say which of them moves steadily. One comparison is fit for
-every timestep, with fresh noise drawn on the training latents at just that timestep: stronger than one for all t,
-and more than the learned model is given.
+Both see the same two things, noisy latents x_t = (1 - sigma) x_0 + sigma eps of two videos with sigma = t /
+1000, the same noise and the same first frame without noise, and say which of them moves steadily. One
+comparison is fit for every timestep, with fresh noise drawn on the training latents at just that timestep:
+stronger than one for all t, and more than the learned model is given.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,8 @@ def handmade_margins(
     timesteps: Sequence[float] = TIMESTEPS,
     seed: int = 0,
 ) -> list[Tensor]:
-    """By how much, at each of n timesteps, the first of every held-out pair is preferred, [N, n] for each of some
-    (win, lose) of latents [N, C, T, h, w]: positive is right.
+    """By how much, at each of n timesteps, the first of every held-out pair is preferred, [N, n] for each
+    of some (win, lose) of latents [N, C, T, h, w]: positive is right.
 
     The comparisons are fit to training pairs win and lose [M, C, T, h, w].
     """

@@ -40,9 +40,9 @@ def measure(
     """({name: what was measured on samples of the model}, the same of held-out video), every model from the
     same held-out prompts, first frames and seeds. Samples are guided by sample.guidance.
 
-    "acceleration" and "speed" are those of demo.motion; "reward" is the mean over eval.scored of the reward of the noised
-    sample; "distance" is |log(U / U_clean)|, U the unsteadiness of a decoded video and U_clean that of steady
-    motion from the same first frame.
+    "acceleration" and "speed" are those of demo.motion; "reward" is the mean over eval.scored of the reward
+    of the noised sample; "distance" is |log(U / U_clean)|, U the unsteadiness of a decoded video and
+    U_clean that of steady motion from the same first frame.
     """
     device, e, r = pick_device(config), config.eval, config.reward
     scored = [i for i, t in enumerate(e.timesteps) if t in e.scored]
@@ -81,7 +81,8 @@ def measure(
             "jerk": jerk(video),
         }
     acceleration, speed = motions(real)
-    clean = {"acceleration": acceleration, "speed": speed, "unsteadiness": unsteadiness(real), "jerk": jerk(real)}
+    clean = {"acceleration": acceleration, "speed": speed}
+    clean |= {"unsteadiness": unsteadiness(real), "jerk": jerk(real)}
     return found, clean | {"captions": captions, "video": real}
 
 
@@ -90,6 +91,9 @@ def compare(config: Config, data: DemoData, models: dict[str, Path], seeds: int)
     found, real = measure(config, data.codec, data.val_win, models, seeds)
     timesteps = config.eval.timesteps
     keys = ("acceleration", "speed", "reward", "distance", "unsteadiness", "jerk")
+
+    def moved(f: dict) -> Tensor:
+        return torch.stack([f["acceleration"], f["speed"]])
 
     def summary(name: str) -> dict:
         f = found[name]
@@ -101,7 +105,7 @@ def compare(config: Config, data: DemoData, models: dict[str, Path], seeds: int)
         gain = found[name]["reward"] - found[other]["reward"]
         closer = found[other]["distance"] - found[name]["distance"]
         tests[f"{name} against {other}"] = {
-            "blind": blind(*(torch.stack([found[n]["acceleration"], found[n]["speed"]]) for n in (other, name)), real["speed"]),
+            "blind": blind(moved(found[other]), moved(found[name]), real["speed"]),
             "reward_gain": gain.mean().item(),
             "reward_p": paired_p(gain.numpy()),
             "distance_gain": closer.mean().item(),
@@ -146,9 +150,9 @@ def paired_p(difference: np.ndarray, draws: int = 100_000) -> float:
 
 @torch.no_grad()
 def accuracies(config: Config, data: DemoData, model: Path) -> dict:
-    """How often the reward model, and the linear comparison of hand-made features, give the steady one of a held-out
-    pair the higher score under one noise, on all of HELD_OUT: by timestep, and by kind of break the mean of
-    t <= 600."""
+    """How often the reward model, and the linear comparison of hand-made features, give the steady one of a
+    held-out pair the higher score under one noise, on all of HELD_OUT: by timestep, and by kind of break
+    the mean of t <= 600."""
     device, e = pick_device(config), config.eval
     reader = Reader(read_config(config.model.path), config.data.label, first_frame=config.data.first_frame)
     score = load_reward(model, **config.reward.pooling, dtype=torch.float32, device=device).freeze()

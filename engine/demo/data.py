@@ -2,8 +2,9 @@
 
     python -m prfl_engine.demo.data DIR [--seed N]
 
-- Every source is written twice: clean (label 1, ..._win.list) and with its motion broken (label 0, at the same
-  place of ..._lose.list). Still, single frames of the two look alike, so only motion can tell them apart.
+- Every source is written twice: clean (label 1, ..._win.list) and with its motion broken (label 0, at the
+  same place of ..._lose.list). Still, single frames of the two look alike, so only motion can tell them
+  apart.
 - The generator's list is of lights, four of five shaking; the reward model's pairs have other breaks, and
   windows of real video besides.
 - Held out are the photographs' and windows' frames, and of the breaks those of lights.HELD_OUT altogether.

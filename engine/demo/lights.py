@@ -3,9 +3,9 @@
     glides      in a straight line at 1/16 of the width a frame, and back from the walls
     bounces     falls from rest, and back from the floor without loss
 
-So the first frame and the prompt say all of a steady motion. A break changes where the light is or whether it is
-seen; the first frame stays as it is. HELD_OUT are breaks that no training sample has. A light adds to what is
-behind it: the frame is that of a photograph darkened to night plus its color times its brightness.
+So the first frame and the prompt say all of a steady motion. A break changes where the light is or whether
+it is seen; the first frame stays as it is. HELD_OUT are breaks that no training sample has. A light adds to
+what is behind it: the frame is that of a photograph darkened to night plus its color times its brightness.
 """
 
 from dataclasses import dataclass
@@ -75,14 +75,13 @@ def steady(track: Floats, times: Floats) -> Floats:
     return np.stack([np.interp(index, steps, track[:, k]) for k in (0, 1)], 1)
 
 
-# ---- breaks: (rng, track, frames, size) -> positions [frames, 2], and how bright the light's own color and white
-# are there [frames, 2]
+# ---- breaks: (rng, track, frames, size) -> positions [frames, 2], and how bright the light's own color and
+# white are there [frames, 2]
 
 
 def constant(frames: int) -> Floats:
     """The brightness of a light that does not change."""
     return np.tile([1.0, 0.0], (frames, 1))
-
 
 
 def shakes(rng, track, frames, size):
@@ -135,8 +134,9 @@ def turns(rng, track, frames, size):
 def flares(rng, track, frames, size):
     """From one frame on it is weaker or stronger, or whiter."""
     seen, start = constant(frames), rng.integers(1, frames - 3)
-    changed = (rng.uniform(0.4, 0.75), 0), (rng.uniform(1.25, 1.8), 0), (rng.uniform(0.6, 1.2), rng.uniform(0.2, 0.7))
-    seen[start:] = changed[rng.integers(3)]
+    weaker, stronger = rng.uniform(0.4, 0.75), rng.uniform(1.25, 1.8)
+    whiter = rng.uniform(0.6, 1.2), rng.uniform(0.2, 0.7)
+    seen[start:] = ((weaker, 0), (stronger, 0), whiter)[rng.integers(3)]
     return steady(track, np.arange(frames)), seen
 
 
@@ -156,7 +156,7 @@ def swerves(rng, track, frames, size):
     return found, constant(frames)
 
 
-BREAKS = (shuffled, jumps, stutters, vanishes, turns, flares)  # besides `shakes`, which is as many as all of these
+BREAKS = (shuffled, jumps, stutters, vanishes, turns, flares)  # besides `shakes`, which is half of all
 HELD_OUT = (surges, swerves)
 
 

@@ -32,9 +32,9 @@ def opencv() -> ModuleType:
 def motion(video: Tensor) -> tuple[float, float]:
     """(acceleration, speed) of what moves in a video, in pixels a frame squared and pixels a frame.
 
-    At every frame OpenCV's optical flow (DIS, Kroeger et al. 2016) gives where a pixel goes, f, and where it came
-    from, b. The acceleration is |f + b|, nothing in even motion, and the speed (|f| + |b|) / 2; both are means over
-    the frames, and over pixels by how much these change.
+    At every frame OpenCV's optical flow (DIS, Kroeger et al. 2016) gives where a pixel goes, f, and where
+    it came from, b. The acceleration is |f + b|, nothing in even motion, and the speed (|f| + |b|) / 2;
+    both are means over the frames, and over pixels by how much these change.
 
     Args:
         video: [3, F >= 3, H, W] in [0, 1].
@@ -73,11 +73,12 @@ def _prepared(frame: np.ndarray) -> np.ndarray:
 
 
 def blind(first: Tensor, second: Tensor, wanted: Tensor, seed: int = 0) -> dict:
-    """In how many of n pairs the second video moves better, by `motions` [2, n] of the first and of the second ones.
+    """In how many of n pairs the second video moves better, by `motions` [2, n] of the first and of the
+    second ones.
 
-    The better one has the smaller acceleration, if it moves at all: one that is less than half as fast as `wanted` [n]
-    loses. Each pair is shown to the judge in an order drawn at random, so a judge that always says left would be at
-    one half. Of equals the left one is taken.
+    The better one has the smaller acceleration, if it moves at all: one that is less than half as fast as
+    `wanted` [n] loses. Each pair is shown to the judge in an order drawn at random, so a judge that always
+    says left would be at one half. Of equals the left one is taken.
     """
     pairs = np.stack([np.where(s >= SLOW * wanted, a, np.inf) for a, s in (first, second)], 1)
     swapped = np.random.default_rng(seed).integers(0, 2, len(pairs))

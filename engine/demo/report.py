@@ -189,27 +189,28 @@ def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
 Then samples of one seed: before, after the control, after PRFL. Made by
 <code>{html.escape(numbers["command"])}</code>.</p>
 <h2>What was done</h2>
-<p>A tiny Wan transformer, which is given the first frame and a prompt, was pre-trained on lights that move over
-photographs, four of five shaking ({steps["pretrain"]} steps). Its blocks became a reward model that tells steady
-from broken motion on <em>noisy latents</em>, of lights and of windows of real video ({steps["reward"]} steps). Its reward was propagated back through single denoising steps into the generator
+<p>A tiny Wan transformer, which is given the first frame and a prompt, was pre-trained on lights that move
+over photographs, four of five shaking ({steps["pretrain"]} steps). Its blocks became a reward model that
+tells steady from broken motion on <em>noisy latents</em>, of lights and of windows of real video
+({steps["reward"]} steps). Its reward was propagated back through single denoising steps into the generator
 ({steps["prfl"]} updates). No pixel was decoded in training. The control had the same data, seeds and number
 of updates, with the flow-matching loss only.</p>
 <h2>Generators, on {steps["seeds"]} held-out first frames and prompts</h2>
 {_table(["", "acceleration", "speed", "reward", "distance", "unsteadiness", "jerk"], rows)}
 {_table(["pairs", "better motion, blind", "reward", "p", "distance", "p"], tests)}
-<p><em>Acceleration</em>: the change of velocity from frame to frame by optical flow (OpenCV, DIS), pixels a frame
-squared; the smaller one of a pair is the better one, unless it moves less than half as fast as the steady motion
-that was drawn. The choice is blind: the order is drawn. <em>Speed</em>: pixels a frame.
+<p><em>Acceleration</em>: the change of velocity from frame to frame by optical flow (OpenCV, DIS), pixels a
+frame squared; the smaller one of a pair is the better one, unless it moves less than half as fast as the
+steady motion that was drawn. The choice is blind: the order is drawn. <em>Speed</em>: pixels a frame.
 <em>Reward</em>: mean over the timesteps below 1000 of the reward of the noised sample. <em>Distance</em>:
 |log(U / U drawn)|, U the unsteadiness of the decoded video (its mean absolute second difference in time, the
-jerk, over its mean absolute first difference). Nothing was trained on acceleration, speed or distance. p: paired
-permutation test.</p>
+jerk, over its mean absolute first difference). Nothing was trained on acceleration, speed or distance. p:
+paired permutation test.</p>
 <h2>Reward model, held out</h2>
 {_table(["accuracy", "", *(f"t = {t}" for t in names), "mean of t ≤ 600"], table)}
-<p>How often the steady one of two videos with the same first frame, prompt and noise has the higher score. The frames
-of photographs and windows are of parts of the shots that training never saw. Hand-made: one linear comparison per
-timestep of features of the temporal differences of the same noisy latents. At t = 1000 all but the given first frame
-is noise, and 0.5 is all there is.</p>
+<p>How often the steady one of two videos with the same first frame, prompt and noise has the higher score.
+The frames of photographs and windows are of parts of the shots that training never saw. Hand-made: one
+linear comparison per timestep of features of the temporal differences of the same noisy latents. At t =
+1000 all but the given first frame is noise, and 0.5 is all there is.</p>
 {_table(["mean of t ≤ 600", "", "learned", "hand-made"], kinds)}
 <div class="plots">{plots}</div>
 <h2>Time</h2>

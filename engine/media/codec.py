@@ -1,14 +1,14 @@
 """A latent codec fitted to videos, for demos and tests: linear, a latent frame of one value a channel.
 
-The first latent frame holds the strongest principal components of a whole frame, every other one those of what
-its frame adds to the first as that is decoded:
+The first latent frame holds the strongest principal components of a whole frame, every other one those of
+what its frame adds to the first as that is decoded:
 
     z_0 = A (x_0 - m) / s               x'_0 = m + A^T (z_0 s)
     z_f = B (x_f - x'_0) / r            x'_f = x'_0 + B^T (z_f r)
 
 A and B [C, 3*H*W] have orthonormal rows, so encode(decode(z)) = z, and decode(encode(x)) is a projection: of
-what stands still nothing has to be said twice. A scale s, r is the standard deviation of its component, but at
-least FLOOR of the largest: fine detail has less than unit variance, so it weighs less in a loss.
+what stands still nothing has to be said twice. A scale s, r is the standard deviation of its component, but
+at least FLOOR of the largest: fine detail has less than unit variance, so it weighs less in a loss.
 """
 
 from pathlib import Path
@@ -119,8 +119,8 @@ class FrameCodec(nn.Module):
 
 
 def _components(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The strongest principal components [count, n] of rows x [N, n], signed so that the largest value of each
-    is positive, and their scales [count]."""
+    """The strongest principal components [count, n] of rows x [N, n], signed so that the largest value of
+    each is positive, and their scales [count]."""
     variance, vectors = torch.linalg.eigh(x.T @ x / len(x))  # rising
     basis = vectors[:, -count:].T.flip(0)
     basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
