@@ -82,7 +82,7 @@ class FrameCodec(nn.Module):
         check(good, "videos", list(videos.shape), "[B, 3, F > 1, H, W]")
         most, shape = videos[0, :, 0].numel(), videos.shape[1:2] + videos.shape[3:]
         check(0 < channels <= most, "channels", channels, f"1 to {most}, the values of a frame")
-        frames = videos.transpose(1, 2).flatten(2).double()
+        frames = videos.transpose(1, 2).flatten(2).float()
         mean = frames[:, 0].mean(0)
         basis, scale = _components(frames[:, 0] - mean, channels)
         first = mean + (frames[:, :1] - mean) @ basis.T @ basis
