@@ -13,6 +13,7 @@ from helpers import random_batch, randomize, relative, rows, tiny_config, tiny_m
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig
@@ -423,6 +424,14 @@ def own_precision(updates: bool) -> float:
 
     given, own = _mine(inputs)
     return (velocity(world_of(), given) - velocity(World(), given)).abs().max().item()
+
+
+def made(name: str) -> int:
+    """How many collectives the optimizer of a sharded model takes to be made."""
+    model = world_of().place(tiny_model())
+    with CommDebugMode() as seen:
+        make_optimizer([(model, 1e-2)], OptimConfig(name=name))
+    return seen.get_total_counts()
 
 
 def one_bad_shard(in_backward: bool) -> tuple[bool, list[str]]:

@@ -148,6 +148,11 @@ def test_sharding_casts_nothing(two, updates):
     assert max(two(cases.own_precision, updates)) == 0
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_an_optimizer_is_made_without_gathering_weights(two, name):
+    assert two(cases.made, name) == [0, 0]
+
+
 def test_ranks_agree_on_a_gradient_that_is_no_number(ranks):
     """In a backward, what came before it is updated on all ranks, and what comes after it on none."""
     for in_backward in (False, True):
