@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine.batch import Batch, collate, to_device
+from prfl_engine.bounds import PathText
 from prfl_engine.errors import UserError, check, named
 from prfl_engine.flow import rounded
 from prfl_engine.inputs import check_file, check_finite, find_from, read_array, read_json, read_lines
@@ -184,7 +185,8 @@ class Reader:
         if key is None:
             raise UserError(f"{path}: got no {what}, want a key {' or '.join(keys)}")
         where, value = f"{path}: {key}", meta[key]
-        check(isinstance(value, str) and value.strip() != "", where, value, f"the path of the {what}, a .npy")
+        good = isinstance(value, str) and PathText().holds(value)
+        check(good, where, value, f"the path of the {what}, a .npy")
         return find_from(value, path.parent), where
 
 

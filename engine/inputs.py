@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prfl_engine.bounds import PathText
+from prfl_engine.bounds import check_path
 from prfl_engine.errors import UserError, check, show
 
 MAX_TEXT = 2**28
@@ -211,7 +211,8 @@ def open_state(
 
 def check_new(path: str | Path, name: str) -> Path:
     """The path, if nothing is there yet and it can be made."""
-    if path != "" and os.path.lexists(path):
+    check_path(str(path), name)
+    if os.path.lexists(path):
         raise UserError(f"{name}: {path} exists, want a new name")
     check(Path(path).name != "..", name, str(path), "a new name")  # whose folder is not there yet
     return check_out(path, name)
@@ -227,9 +228,9 @@ def check_new_file(path: str | Path, name: str) -> Path:
 
 def check_out(path: str | Path, name: str) -> Path:
     """The path of a folder, if it is there or can be made, and can be written to."""
-    fits = PathText().holds(str(path)) and len(os.fsencode(Path(path).name)) < 250  # .NAME.tmp comes first
-    check(fits, name, str(path), f"a name{PathText()}")
+    check_path(str(path), name)
     path = Path(path)
+    check(len(os.fsencode(path.name)) < 250, name, path.name, "a shorter name")  # .NAME.tmp comes first
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
         mode = os.stat(there).st_mode
