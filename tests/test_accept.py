@@ -42,11 +42,11 @@ def test_every_fault_costs_its_own_row_alone(worker):
     """In one worker that is replaced: a right result, a wrong one, one that raises, SIGSEGV, a hang."""
     rows = {row.name.split("/")[1]: row for row in accept_faults.rows("cpu")}
     last = accept_faults.rows("cpu")[-1]
-    assert worker.run(Task(last), {"a": {}, "b": {}}, 120)["values"] == {"known": ["a", "b"]}
+    assert worker.run(Task(last), {"a": {}, "b": {}}, 3600)["values"] == {"known": ["a", "b"]}
     got = {}
     for name in ("right", "wrong", "raising", "crash", "absent", "hang"):
         (part,) = worker.parts(rows[name])
-        limit = 8 if name == "hang" else 120
+        limit = 8 if name == "hang" else 3600
         got[name] = worker.run(Task(rows[name], part), {}, limit)
     states = {name: result["state"] for name, result in got.items()}
     assert states == {
@@ -169,13 +169,12 @@ def test_a_selection_runs_without_optional_packages_and_goes_on_after_kill(tmp_p
     command = [sys.executable, "-m", "prfl_engine.cli", "accept", "--out", str(out), "--only", *SELECTION]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (file.exists() and len(file.read_bytes().splitlines()) > 3) and time.monotonic() < deadline:
+    while first.poll() is None and not (file.exists() and len(file.read_bytes().splitlines()) > 3):
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.wait()
     before = file.read_bytes().splitlines()
-    done = subprocess.run([*command, "--minutes", "5"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "--minutes", "600"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert file.read_bytes().splitlines()[: len(before) - 1] == before[:-1]
     results = read(next(out.glob("*-cpu.json")))
