@@ -29,7 +29,7 @@ from prfl_bench.ledger import table as ledger_rows
 from prfl_bench.operations import OPERATIONS, Launch, Operation
 from prfl_bench.shapes import Shape
 from prfl_bench.timing import Times, compile_absence, limits, machine, measure
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 from prfl_kernels import dispatch, extension, jit
 
 ENTRIES = tuple(operation for operation in OPERATIONS if operation.call)

@@ -23,7 +23,7 @@ from prfl_bench.timing import machine, measure
 from prfl_engine.files import write_whole
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.patch import accelerate, report_of
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 from prfl_kernels import extension
 
 ORIGINAL, CHECKPOINTED = "original", "original, checkpointed"

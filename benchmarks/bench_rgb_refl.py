@@ -44,7 +44,7 @@ from prfl_engine.memory import recompute
 from prfl_engine.memory.policy import named
 from prfl_engine.model.flops import forward_work
 from prfl_engine.objectives import bind, reward_loss
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 from prfl_kernels import dispatch, extension
 
 PRFL = "PRFL"

@@ -52,7 +52,7 @@ from prfl_engine.objectives import (
     stratified_indices,
 )
 from prfl_engine.optim.optimizer import make_optimizer
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 from prfl_engine.rollout.accelerated import Rollout
 from prfl_engine.rollout.persistent import Persistent
 from prfl_kernels import dispatch, extension

@@ -38,7 +38,7 @@ from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import bind, noisy_rewards, whole_schedule
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
 

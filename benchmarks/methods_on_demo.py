@@ -27,7 +27,7 @@ from prfl_bench.samples_quality import MEASURES, Mode, gate, means_of, settings,
 from prfl_bench.timing import machine
 from prfl_engine.demo.run import measure
 from prfl_engine.files import write_whole
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 
 EARLY = "rollout.seeds_step=6"  # of 20; the first that is graded
 GUIDED = "chain.guidance=2", "rollout.guidance=2", "sample.guidance=2"

@@ -27,7 +27,7 @@ from prfl_engine import flow
 from prfl_engine.batch import Batch
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 
 PACKAGE = "diffusers_lite"
 

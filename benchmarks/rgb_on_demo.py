@@ -49,7 +49,7 @@ from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import Grader, bind, schedule_of
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.seeds import Purpose, noise_like
 

@@ -46,7 +46,7 @@ from prfl_engine.files import checkpoints, write_whole
 from prfl_engine.metrics import MetricsWriter, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.objectives import graded_windows, schedule_of
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 

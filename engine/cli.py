@@ -18,7 +18,7 @@ from prfl_engine.encode.arguments import ENCODE, SAMPLE, SCORE, add_encode, add_
 from prfl_engine.errors import TrainingError, UserError, refusing
 from prfl_engine.inputs import check_new_file, make_folder
 from prfl_engine.interrupt import Stopped, interrupts
-from prfl_engine.place import Place
+from prfl_engine.paths import Place
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from prfl_bench.peer import load_module, new_folder
 from prfl_engine.encode import encoders
 from prfl_engine.encode.encoders import ImageEncoder, TextEncoder, VideoVAE
 from prfl_engine.patch.structure import attend
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 
 LIMIT = 1e-5
 PLACES = ("diffusers_lite/wan/modules", "wan/modules")

@@ -63,7 +63,7 @@ from prfl_engine.model.checkpoint import (
 )
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.objectives import schedule_of
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.seeds import Purpose, integers, noise_like
 from prfl_engine.train import train

@@ -28,7 +28,7 @@ from prfl_bench.stand_ins import standing_in
 from prfl_engine.errors import UserError
 from prfl_engine.patch import accelerate
 from prfl_engine.patch.structure import attend
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 
 LAYOUTS = {  # file: class of the transformer
     "diffusers_lite/wan/modules/model.py": "WanModel",

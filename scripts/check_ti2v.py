@@ -23,7 +23,7 @@ from prfl_bench.peer import load_module, new_folder
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.patch.structure import attend
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 
 LIMIT = 1e-5
 SIZES = dict(

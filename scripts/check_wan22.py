@@ -32,7 +32,7 @@ from prfl_engine.model.experts import HIGH, LOW, Experts
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.objectives import chain_velocity
 from prfl_engine.patch.structure import attend
-from prfl_engine.place import a_path
+from prfl_engine.paths import a_path
 
 LIMIT = 1e-5
 LATENT, TOKENS = (16, 2, 4, 4), 5

@@ -1,10 +1,7 @@
 """The YAML files of HY-Video-PRFL: read as they are, refused by their own keys, one line for the rest."""
 
-import copy
 import json
-import math
 import os
-from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,7 +10,7 @@ import yaml
 from helpers import one_line, tiny_config, write_data, write_run
 from training_runs import run
 
-from prfl_engine import cli, config
+from prfl_engine import cli
 from prfl_engine.config import Config, load_config
 from prfl_engine.errors import UserError
 from prfl_engine.official_keys import KEYS, Copy, Into
@@ -308,27 +305,6 @@ def test_what_we_cannot_do_is_refused_by_its_key(kind, key, value, needle, tmp_p
     with pytest.raises(UserError) as caught:
         load_config(official(tmp_path, kind, **{key: value}))
     assert needle in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", ["prfl", "ce"])
-def test_a_value_of_any_kind_is_read_or_refused(kind, tmp_path, monkeypatch, capsys):
-    path, refused = official(tmp_path, kind), Counter()
-    given = yaml.safe_load(path.read_text())
-    for key in KEYS:
-        *sections, name = key.split(".")
-        for value in (math.nan, -1, 2**200, "", " ", "a\0b", [], [[]], ["x"], {"x": [1]}, True):
-            values = copy.deepcopy(given)
-            place = values
-            for section in sections:
-                place[section] = place = place[section] if isinstance(place.get(section), dict) else {}
-            place[name] = value
-            monkeypatch.setattr(config, "read_yaml", lambda _, values=values: values)
-            try:
-                load_config(path)
-            except UserError:
-                refused[key] += 1
-    assert len(refused) > 30
-    assert min(refused["save.output_dir"], refused["train_id"]) >= 3
 
 
 @pytest.mark.parametrize("change, needle", [

@@ -3,7 +3,7 @@ little."""
 
 from argparse import ArgumentParser, Namespace
 
-from prfl_engine.place import Place
+from prfl_engine.paths import Place
 
 ENCODE = (
     "models", "size", "frames", "min_frames", "fps", "i2v", "no_clip", "negative", "store", "text_dtype",
