@@ -142,6 +142,10 @@ def children(pid):
     return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
 
 
+def command(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 def test_processes(tmp_path):
     """A second run; a batch system's SIGTERM to every process; a killed loader process; a killed run."""
@@ -150,6 +154,8 @@ def test_processes(tmp_path):
     first = started(config)
     with pytest.raises(UserError, match=rf"train\.out: .*in use by process {first.pid} on"):
         files.check_free(out)
+    loaders = children(first.pid)  # its own: those of a fork server would outlive it if it were killed
+    assert len(loaders) == 2 and {command(pid) for pid in loaders} == {command(first.pid)}
     before = sorted(os.listdir(out))
     run("train", config, "train.resume=true", code=2)
     assert sorted(os.listdir(out)) == before
