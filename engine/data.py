@@ -90,7 +90,8 @@ class Reader:
         if self.first_frame and kind != "ti2v":
             raise UserError(f"data.first_frame: got true for a model of type {kind}, want ti2v")
         if self.null_text is not None and self.text_dropout > 0:
-            object.__setattr__(self, "null", read_text(self.null_text, self.config))
+            with named("data.null_text"):
+                object.__setattr__(self, "null", read_text(self.null_text, self.config))
 
     def read(self, path: Path, rng: np.random.Generator) -> Batch:
         """The sample of a meta JSON: latent [C, T, h, w], text [n, text_dim], for an I2V model the condition
