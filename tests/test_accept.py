@@ -12,6 +12,7 @@ import accept_faults
 import pytest
 import torch
 from fused import needs_triton
+from helpers import one_line
 
 from prfl_bench import bench_kernels, selftest
 from prfl_bench.accept import claims, correct, listing, report, sanitizer, steps, tiles
@@ -130,17 +131,27 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path, monkeypatch):
 def test_a_cut_last_line_is_dropped_and_a_broken_one_is_named(tmp_path):
     journal = Journal(tmp_path, {"device": "cpu"})
     for name in ("a/1", "a/2"):
-        journal.add({"name": name, "state": RAN})
+        journal.add({"name": name, "stage": "a", "state": RAN, "values": {}})
     path = tmp_path / FILE
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
     again = Journal(tmp_path, {"device": "cpu"})
     assert list(again.results) == ["a/1"]
-    again.add({"name": "a/3", "state": RAN})
+    again.add({"name": "a/3", "stage": "a", "state": RAN, "values": {}})
     assert list(Journal(tmp_path, None).results) == ["a/1", "a/3"]
     path.write_bytes(whole.replace(b'{"name": "a/1"', b'{"name"; "a/1"'))
-    with pytest.raises(UserError, match="line 2 is no JSON"):
+    with pytest.raises(UserError, match="--out: .*line 2: not JSON"):
         Journal(tmp_path, {"device": "cpu"})
+
+
+@pytest.mark.parametrize("line", [
+    "[1]", "{}", "[" * 100_000, '{"machine": 3, "date": "x"}', '{"machine": {}, "date": "x"}', '{"name": 3}',
+    '{"name": "a/1", "state": "ran"}', os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path),
+], ids=range(10))  # fmt: skip
+def test_what_is_no_journal_is_refused_in_one_line(line, tmp_path, capsys):
+    (tmp_path / FILE).write_text(line + "\n") if isinstance(line, str) else line(tmp_path / FILE)
+    assert cli.main(["accept", "--minutes", "0", "--out", str(tmp_path)]) == 2
+    assert one_line(capsys).startswith(f"prfl: --out: {tmp_path / FILE}")
 
 
 def test_results_of_another_machine_are_refused(tmp_path):
