@@ -20,7 +20,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -30,6 +29,7 @@ from prfl_bench.ledger import table as ledger_rows
 from prfl_bench.operations import OPERATIONS, Launch, Operation
 from prfl_bench.shapes import Shape
 from prfl_bench.timing import Times, compile_absence, limits, machine, measure
+from prfl_engine.paths import a_path
 from prfl_kernels import dispatch, extension, jit
 
 ENTRIES = tuple(operation for operation in OPERATIONS if operation.call)
@@ -302,7 +302,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Operatio
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--residual", default="float32", help="dtype of the residual stream")
     parser.add_argument("--repeat", type=int, default=REPEAT[device])
-    parser.add_argument("--json", metavar="FILE", help="write everything there too")
+    parser.add_argument("--json", type=a_path, metavar="FILE", help="write everything there too")
     parser.add_argument("--small", action=argparse.BooleanOptionalAction, help="the default on a CPU")
     parser.add_argument("--predicted", action="store_true", help="the ledger's H100 times; measures nothing")
     args = parser.parse_args(argv)
@@ -327,7 +327,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Operatio
         for value in given if isinstance(given, list) else [given]:
             if value not in choices:
                 raise ValueError(f"--{option}: got {value}, want one of {', '.join(map(str, choices))}")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
+    if args.json and not args.json.absolute().parent.is_dir():
         raise ValueError(f"--json: got {args.json}, want a file in a folder that is there")
     if args.repeat < 1:
         raise ValueError(f"--repeat: got {args.repeat}, want 1 or more")
@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dispatch.configure("")
     if args.json:
         options = {name: value for name, value in vars(args).items() if name != "json"}
-        Path(args.json).write_text(json.dumps({"options": options} | found, indent=2))
+        args.json.write_text(json.dumps({"options": options} | found, indent=2))
     failed = [f"{g['op']} by {g['backend']}" for g in found.get("gates", ()) if g["gate"] == "failed"]
     if failed:
         print(f"\nno times, since the gate failed: {', '.join(failed)}")

@@ -15,7 +15,6 @@ import copy
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from prfl_bench.timing import machine, measure
 from prfl_engine.files import write_whole
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.patch import accelerate, report_of
+from prfl_engine.paths import a_path
 from prfl_kernels import extension
 
 ORIGINAL, CHECKPOINTED = "original", "original, checkpointed"
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--latent", type=int, nargs=3, default=(9, 24, 20), metavar=("T", "H", "W"))
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also as JSON")
+    parser.add_argument("--out", type=a_path, metavar="FILE", help="also as JSON")
     args = parser.parse_args(argv)
     extension.keep_freed_memory()
     step = Step(args)

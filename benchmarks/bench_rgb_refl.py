@@ -27,7 +27,6 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -45,6 +44,7 @@ from prfl_engine.memory import recompute
 from prfl_engine.memory.policy import named
 from prfl_engine.model.flops import forward_work
 from prfl_engine.objectives import bind, reward_loss
+from prfl_engine.paths import a_path
 from prfl_kernels import dispatch, extension
 
 PRFL = "PRFL"
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         ("decoder-width", 4),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also as JSON")
+    parser.add_argument("--out", type=a_path, metavar="FILE", help="also as JSON")
     args = parser.parse_args(argv)
     height, width = args.size
     for name, good, want in (

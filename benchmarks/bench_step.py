@@ -27,7 +27,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -53,6 +52,7 @@ from prfl_engine.objectives import (
     stratified_indices,
 )
 from prfl_engine.optim.optimizer import make_optimizer
+from prfl_engine.paths import a_path
 from prfl_engine.rollout.accelerated import Rollout
 from prfl_engine.rollout.persistent import Persistent
 from prfl_kernels import dispatch, extension
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--sft-every", nargs="+", type=int, default=[1], metavar="N")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--peer", type=Path, metavar="DIR", help="a checkout of HY-Video-PRFL")
+    parser.add_argument("--peer", type=a_path, metavar="DIR", help="a checkout of HY-Video-PRFL")
     for name, value in (
         ("width", 512), ("ffn", 2048), ("heads", 4), ("blocks", 8), ("steps", 10), ("index", 6), ("rank", 32),
     ):  # fmt: skip

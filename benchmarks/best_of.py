@@ -39,6 +39,7 @@ from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import bind, noisy_rewards, whole_schedule
+from prfl_engine.paths import a_path
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
 
@@ -169,12 +170,12 @@ def distances(folder: Path, paths: Sequence[Path]) -> Callable[[Tensor], Tensor]
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=a_path, metavar="DIR")
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 4, 8], metavar="N")
     parser.add_argument("--judge-at", nargs="+", type=int, default=[2, 4, 6, 10, 14, 18], metavar="STEP")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--model", help="folder of another generator, such as a checkpoint of PRFL")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also as JSON")
+    parser.add_argument("--model", type=a_path, metavar="DIR", help="another generator, such as a checkpoint")
+    parser.add_argument("--out", type=a_path, metavar="FILE", help="also as JSON")
     args = parser.parse_args(argv)
     config = settings(args.folder)
     r, device = config.rollout, pick_device(config)
@@ -204,7 +205,8 @@ def main(argv: list[str] | None = None) -> None:
     found = rows(judged, reward, distance, args.counts, r.steps)
     print("", *table(found), sep="\n")
     if args.out is not None:
-        write_whole(args.out, json.dumps({"model": args.model or config.model.path, "rows": found}, indent=1))
+        model = str(args.model or config.model.path)
+        write_whole(args.out, json.dumps({"model": model, "rows": found}, indent=1))
 
 
 if __name__ == "__main__":

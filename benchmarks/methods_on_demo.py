@@ -27,6 +27,7 @@ from prfl_bench.samples_quality import MEASURES, Mode, gate, means_of, settings,
 from prfl_bench.timing import machine
 from prfl_engine.demo.compare import measure
 from prfl_engine.files import write_whole
+from prfl_engine.paths import a_path
 
 EARLY = "rollout.seeds_step=6"  # of 20; the first that is graded
 GUIDED = "chain.guidance=2", "rollout.guidance=2", "sample.guidance=2"
@@ -68,12 +69,12 @@ def table(found: dict) -> Iterable[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=a_path, metavar="DIR")
     parser.add_argument("--only", nargs="+", default=list(WAYS), choices=WAYS, metavar="NAME")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--count", type=int, default=64, help="samples of the weights")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also as JSON")
+    parser.add_argument("--out", type=a_path, metavar="FILE", help="also as JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     gate(args.folder)

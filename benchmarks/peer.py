@@ -27,6 +27,7 @@ from prfl_engine import flow
 from prfl_engine.batch import Batch
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
+from prfl_engine.paths import a_path
 
 PACKAGE = "diffusers_lite"
 
@@ -49,9 +50,10 @@ def load_module(checkout: Path, name: str) -> types.ModuleType:
 
 def new_folder(name: str) -> Path:
     """A folder that is to be written, a type of argparse, whose parser exits with 2 for one that is there."""
-    if Path(name).exists():
+    path = a_path(name)
+    if path.exists():
         raise argparse.ArgumentTypeError(f"{name} exists, want a new name")
-    return Path(name)
+    return path
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, k_lens: Tensor | None = None, **_) -> Tensor:

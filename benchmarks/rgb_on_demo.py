@@ -49,6 +49,7 @@ from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.model.sources import read_config
 from prfl_engine.objectives import Grader, bind, schedule_of
+from prfl_engine.paths import a_path
 from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.seeds import Purpose, noise_like
 
@@ -157,14 +158,14 @@ def table(found: dict) -> Iterable[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=a_path, metavar="DIR")
     parser.add_argument("--modes", nargs="+", default=MODES, choices=KNOWN, metavar="MODE")
     parser.add_argument("--steps", type=int, default=100, help="of PRFL")
     parser.add_argument("--learn", type=int, default=400, metavar="N", help="steps of a network over frames")
     parser.add_argument("--lr", type=float, help="default: the demo's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=64, help="samples of the weights")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also as JSON")
+    parser.add_argument("--out", type=a_path, metavar="FILE", help="also as JSON")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     folder, clock, mode = args.folder, time.process_time, Mode.of("fresh")

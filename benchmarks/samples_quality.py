@@ -46,6 +46,7 @@ from prfl_engine.files import checkpoints, write_whole
 from prfl_engine.metrics import MetricsWriter, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.objectives import graded_windows, schedule_of
+from prfl_engine.paths import a_path
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
 
@@ -251,7 +252,7 @@ def table(record: Record) -> Iterable[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=a_path, metavar="DIR")
     parser.add_argument("--modes", nargs="+", default=MODES, metavar="MODE")
     parser.add_argument("--lr", nargs="+", type=float, default=[1e-4, 2e-4, 4e-4])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -259,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=64, help="samples of the weights")
     parser.add_argument("--max-drift", type=float, default=1e9, metavar="X", help="rollout.max_drift")
     parser.add_argument("--clock", choices=CLOCKS, default="cpu")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: DIR/samples_quality.jsonl")
+    parser.add_argument("--out", type=a_path, metavar="FILE", help="default: DIR/samples_quality.jsonl")
     args = parser.parse_args(argv)
     modes = [Mode.of(text) for text in args.modes]
     for mode in modes:

@@ -45,13 +45,13 @@ class NotEmpty:
 
 
 class Short:
-    """Printable text of 1 to 1000 characters."""
+    """Printable text of 1 to 1000 characters, not only blanks."""
 
     def holds(self, value: str) -> bool:
-        return 0 < len(value) <= 1000 and value.isprintable()
+        return 0 < len(value) <= 1000 and value.isprintable() and not value.isspace()
 
     def __str__(self) -> str:
-        return ", printable, of 1 to 1000 characters"
+        return ", printable, of 1 to 1000 characters, not only blanks"
 
 
 class Matches:
@@ -68,17 +68,24 @@ class Matches:
 
 
 class PathText:
-    """Text that a file system takes as a path: not empty, no NUL, no name or path that is too long."""
+    """Text that a file system takes as a path, and not only blanks: no NUL, no name or path that is too
+    long."""
 
     def holds(self, value: str) -> bool:
         try:
             name = os.fsencode(value)
         except UnicodeEncodeError:
             return False
-        return 0 < len(name) < 4096 and b"\0" not in name and max(map(len, name.split(b"/"))) < 256
+        good = value.strip() != "" and len(name) < 4096 and b"\0" not in name
+        return good and max(map(len, name.split(b"/"))) < 256
 
     def __str__(self) -> str:
-        return " that can be a path (not empty, no NUL, not too long)"
+        return " that can be a path (not empty or blank, no NUL, not too long)"
+
+
+def check_path(value: Any, name: str) -> None:
+    """UserError for what is not text, or cannot be a path."""
+    check(isinstance(value, str) and PathText().holds(value), name, value, f"text{PathText()}")
 
 
 Count = Annotated[int, Within(1, 2**31 - 1)]

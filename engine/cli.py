@@ -18,18 +18,13 @@ from prfl_engine.encode.arguments import ENCODE, SAMPLE, SCORE, add_encode, add_
 from prfl_engine.errors import TrainingError, UserError, refusing
 from prfl_engine.inputs import check_new_file, make_folder
 from prfl_engine.interrupt import Stopped, interrupts
+from prfl_engine.paths import Place
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    # Before Python 3.13 argparse does not accept overrides after an option.
-    if any(a.startswith("-") for a in rest) or (rest and not hasattr(args, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides += rest
     try:
+        args = _parse(argv)
         _read_environment()
         code = args.run(args) or 0
         sys.stdout.flush()
@@ -57,6 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"prfl: {line}", file=sys.stderr)
         return 1
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # Before Python 3.13 argparse does not accept overrides after an option.
+    if any(a.startswith("-") for a in rest) or (rest and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _drop_unprinted() -> None:
@@ -93,14 +99,14 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if config:
-            sub.add_argument("config", metavar="CONFIG", help="YAML file")
+            sub.add_argument("config", action=Place, metavar="CONFIG", help="YAML file")
             sub.add_argument(
                 "overrides", nargs="*", metavar="SECTION.FIELD=VALUE", help="e.g. train.steps=100"
             )
         return sub
 
     demo = command("demo", _demo, "The whole job on real video, on this machine.", config=False)
-    demo.add_argument("--out", default="runs/demo", help="folder (default: %(default)s)")
+    demo.add_argument("--out", action=Place, default="runs/demo", help="folder (default: %(default)s)")
     command("train", _train, "PRFL training of a generator.")
     plan = command("plan", _plan, "What a training takes: memory, seconds, which GPUs. Needs none.")
     plan.add_argument("--gpu", default="h100-80", metavar="NAME", help="see docs/planner.md")
@@ -112,15 +118,17 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--price", type=float, metavar="X", help="of a GPU hour")
     plan.add_argument("--train-reward", action="store_true", help="of prfl train-reward, not prfl train")
     plan.add_argument("--search", action="store_true", help="the fastest settings on up to N GPUs")
-    plan.add_argument("--rates", metavar="FILE", help="rates.json of prfl accept: rates as measured")
-    plan.add_argument("--picture", metavar="FILE", help="also memory over a step, as PNG")
-    plan.add_argument("--html", metavar="FILE", help="also all of it as a page")
+    plan.add_argument("--rates", action=Place, metavar="FILE", help="rates.json of prfl accept: as measured")
+    plan.add_argument("--picture", action=Place, metavar="FILE", help="also memory over a step, as PNG")
+    plan.add_argument("--html", action=Place, metavar="FILE", help="also all of it as a page")
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.add_argument("--no-cache", action="store_true", help="count anew, and store nothing")
     command("train-reward", _train_reward, "Train a latent reward model.")
     command("eval-reward", _eval_reward, "Accuracy of a reward model at every timestep.")
     score = command("score", _score, "Rank latents, samples or videos by a reward model.", config=False)
-    score.add_argument("model", metavar="CONFIG|DIR", help="YAML file, or folder of a reward model")
+    score.add_argument(
+        "model", action=Place, metavar="CONFIG|DIR", help="YAML file, or folder of a reward model"
+    )
     score.add_argument(
         "overrides", nargs="*", metavar="SAMPLES|SECTION.FIELD=VALUE",
         help=".list files, folders of latents or of samples, .npy latents; with --models videos, their "
@@ -130,12 +138,16 @@ def _parser() -> argparse.ArgumentParser:
         "--timesteps", nargs="+", type=float, metavar="T", help="default: eval.timesteps below 1000"
     )
     score.add_argument("--draws", type=int, default=4, metavar="N", help="of noise (default: %(default)s)")
-    score.add_argument("--text", metavar="FILE", help="text of latents NAME.npy without a NAME.text.npy")
+    score.add_argument(
+        "--text", action=Place, metavar="FILE", help="text of latents NAME.npy without a NAME.text.npy"
+    )
     add_score(score)
     score.add_argument("--json", action="store_true", help="as JSON, with the score at every timestep")
-    score.add_argument("--out", metavar="FILE", help="also as CSV, a new file")
+    score.add_argument("--out", action=Place, metavar="FILE", help="also as CSV, a new file")
     sample = command("sample", _sample, "Sample videos from a generator.")
-    sample.add_argument("--out", default="runs/samples", help="new folder (default: %(default)s)")
+    sample.add_argument(
+        "--out", action=Place, default="runs/samples", help="new folder (default: %(default)s)"
+    )
     sample.add_argument(
         "--best-of", type=int, default=1, metavar="N", help="seeds a prompt, the best one by reward.path"
     )
@@ -146,12 +158,14 @@ def _parser() -> argparse.ArgumentParser:
     add_sample(sample)
     add_encode(command("encode", _encode, "Videos, images and prompts to training data.", config=False))
     merge = command("merge-lora", _merge_lora, "Add an adapter to a generator's weights.", config=False)
-    merge.add_argument("base", metavar="BASE", help="folder or file of the generator")
-    merge.add_argument("adapter", metavar="ADAPTER", help="folder or safetensors file of the adapter")
-    merge.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    merge.add_argument("base", action=Place, metavar="BASE", help="folder or file of the generator")
+    merge.add_argument(
+        "adapter", action=Place, metavar="ADAPTER", help="folder or safetensors file of the adapter"
+    )
+    merge.add_argument("--out", action=Place, required=True, metavar="DIR", help="new folder")
     convert = command("convert", _convert, "A generator or an adapter in another layout.", config=False)
-    convert.add_argument("source", metavar="SOURCE", help="folder or file, in any layout")
-    convert.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    convert.add_argument("source", action=Place, metavar="SOURCE", help="folder or file, in any layout")
+    convert.add_argument("--out", action=Place, required=True, metavar="DIR", help="new folder")
     convert.add_argument(
         "--to", required=True, metavar="LAYOUT",
         help="native, diffusers or comfyui; of an adapter peft, diffusers, comfyui or kohya",
@@ -169,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--json", action="store_true", help="as JSON, with every argument")
     kernels.add_argument("--quick", action="store_true", help="at 32,760 tokens alone")
     kernels.add_argument(
-        "--peers", nargs="?", const="", metavar="FILE",
+        "--peers", nargs="?", action=Place, const=True, metavar="FILE",
         help="also peers: liger-kernel if installed, and the Triton tutorial's attention in FILE",
     )  # fmt: skip
     tune = command("tune", _tune, "Measure the kernels' tile choices on this GPU.", config=False)
@@ -179,12 +193,14 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--list", action="store_true", help="print the choices, measure nothing")
     accept = command("accept", _accept, "First contact with a GPU: what works, and how fast.", config=False)
     accept.add_argument("--minutes", type=float, default=8, help="default: %(default)s; 0: the report alone")
-    accept.add_argument("--out", default="runs/accept", metavar="DIR", help="default: %(default)s")
+    accept.add_argument(
+        "--out", action=Place, default="runs/accept", metavar="DIR", help="default: %(default)s"
+    )
     accept.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows or stages, patterns too")
     accept.add_argument("--list", action="store_true", help="print rows and predicted seconds, run nothing")
     golden = command("golden", _golden, "Compute the values of a golden folder.", config=False)
-    golden.add_argument("folder", metavar="DIR")
-    golden.add_argument("--out", required=True, metavar="FILE", help=".safetensors to write")
+    golden.add_argument("folder", action=Place, metavar="DIR")
+    golden.add_argument("--out", action=Place, required=True, metavar="FILE", help=".safetensors to write")
     return parser
 
 
@@ -323,7 +339,7 @@ def _kernels(args) -> None:
     from prfl_bench.ledger.text import render
 
     with refusing():
-        found = collect(args.quick, args.peers)
+        found = collect(args.quick, "" if args.peers is True else args.peers)
     print(json.dumps(found, indent=2) if args.json else render(found))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine.batch import Batch, collate, to_device
+from prfl_engine.bounds import PathText
 from prfl_engine.errors import UserError, check, named
 from prfl_engine.flow import rounded
 from prfl_engine.inputs import check_file, check_finite, find_from, read_array, read_json, read_lines
@@ -89,7 +90,8 @@ class Reader:
         if self.first_frame and kind != "ti2v":
             raise UserError(f"data.first_frame: got true for a model of type {kind}, want ti2v")
         if self.null_text is not None and self.text_dropout > 0:
-            object.__setattr__(self, "null", read_text(self.null_text, self.config))
+            with named("data.null_text"):
+                object.__setattr__(self, "null", read_text(self.null_text, self.config))
 
     def read(self, path: Path, rng: np.random.Generator) -> Batch:
         """The sample of a meta JSON: latent [C, T, h, w], text [n, text_dim], for an I2V model the condition
@@ -184,7 +186,8 @@ class Reader:
         if key is None:
             raise UserError(f"{path}: got no {what}, want a key {' or '.join(keys)}")
         where, value = f"{path}: {key}", meta[key]
-        check(isinstance(value, str) and value.strip() != "", where, value, f"the path of the {what}, a .npy")
+        good = isinstance(value, str) and PathText().holds(value)
+        check(good, where, value, f"the path of the {what}, a .npy")
         return find_from(value, path.parent), where
 
 

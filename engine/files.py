@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, named
+from prfl_engine.paths import check_file
 
 LOCK = "run.lock"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -102,7 +103,7 @@ def clear_leftovers(out: Path) -> None:
 
 def check_free(out: Path) -> None:
     """UserError if another process has the lock of `out`; writes nothing."""
-    if (out / LOCK).exists():
+    if os.path.lexists(out / LOCK):
         file = _lock(out)
         if file is not None:
             os.close(file)
@@ -131,6 +132,9 @@ def locked(out: Path) -> Iterator[bool]:
 def _lock(out: Path) -> int | None:
     """A descriptor that holds the lock; None where there are no locks."""
     path = out / LOCK
+    if os.path.lexists(path):
+        with named("train.out"):
+            check_file(path, "the lock of a run, or nothing there")
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

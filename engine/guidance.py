@@ -20,7 +20,7 @@ from prfl_engine.chain import Velocity
 from prfl_engine.config import Config
 from prfl_engine.config_method import Scale, scales
 from prfl_engine.data import read_text
-from prfl_engine.errors import UserError, check
+from prfl_engine.errors import UserError, check, named
 from prfl_engine.flow import TRAIN_STEPS, latent_dtype, rounded
 from prfl_engine.model.experts import Experts
 from prfl_engine.model.wan import WanTransformer
@@ -154,7 +154,8 @@ def guidance_of(
     found = check_scales(config, rollout, graded, field)
     if all(scale.none for scale in found):
         return None
-    text = rounded(read_text(config.data.negative_text, model.config), latent_dtype(config))
+    with named("data.negative_text"):
+        text = rounded(read_text(config.data.negative_text, model.config), latent_dtype(config))
     text = text.to(next(model.parameters()).device)
     gradient = config.chain.unconditional == "gradient"
     return Guidance(text, *found, gradient, config.rollout.guidance_at_once)

@@ -18,33 +18,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prfl_engine.bounds import PathText
+from prfl_engine.bounds import check_path
 from prfl_engine.errors import UserError, check, show
+from prfl_engine.paths import KINDS, check_file, reason
 
 MAX_TEXT = 2**28
 """Bytes of the longest text or JSON file that is read."""
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device",
-          stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}  # fmt: skip
 # What the readers of numpy and torch raise at damaged files, by trial.
 _DAMAGE = (
     OSError, ValueError, TypeError, EOFError, OverflowError, RuntimeError, MemoryError, LookupError,
     AttributeError, pickle.UnpicklingError, struct.error, tokenize.TokenError,
 )  # fmt: skip
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
-
-
-def check_file(path: str | Path, want: str) -> Path:
-    """The path, if a regular file is there."""
-    path = Path(path)
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, want {want}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {_reason(error)}, want {want}") from None
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: is {_KINDS[stat.S_IFMT(mode)]}, want {want}")
-    return path
 
 
 def find_from(path: str, folder: Path) -> Path:
@@ -59,7 +44,7 @@ def read_bytes(path: str | Path, want: str) -> bytes:
         with open(check_file(path, want), "rb") as file:
             data = file.read(MAX_TEXT + 1)
     except OSError as error:
-        raise UserError(f"{path}: {_reason(error)}, want {want}") from None
+        raise UserError(f"{path}: {reason(error)}, want {want}") from None
     if len(data) > MAX_TEXT:
         raise UserError(f"{path}: longer than {MAX_TEXT} bytes, want {want}")
     return data
@@ -114,7 +99,7 @@ def read_array(path: str | Path, shape: Sequence[int | None], what: str) -> np.n
     except UserError:
         raise
     except _DAMAGE as error:
-        raise UserError(f"{path}: not a .npy array: {_reason(error)}") from None
+        raise UserError(f"{path}: not a .npy array: {reason(error)}") from None
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         saved = {"V2": " (bfloat16 as numpy saves it)", "u2": " (perhaps the bits of bfloat16)"}
         kind = f"{array.dtype}{saved.get(array.dtype.str[1:], '')}"
@@ -132,7 +117,7 @@ def open_tensors(path: str | Path, want: str = "a safetensors file") -> safe_ope
     try:
         return safe_open(check_file(path, want), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file: {_reason(error)}, want {want}") from None
+        raise UserError(f"{path}: not a safetensors file: {reason(error)}, want {want}") from None
 
 
 def check_float(dtype: str, path: str | Path, key: str) -> None:
@@ -177,7 +162,7 @@ def load_pickle(path: str | Path, device: torch.device | str = "cpu", mmap: bool
     except UserError:
         raise
     except _DAMAGE as error:
-        raise UserError(f"{path}: not a safe state dict: {_reason(error)}") from None
+        raise UserError(f"{path}: not a safe state dict: {reason(error)}") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
@@ -211,7 +196,8 @@ def open_state(
 
 def check_new(path: str | Path, name: str) -> Path:
     """The path, if nothing is there yet and it can be made."""
-    if path != "" and os.path.lexists(path):
+    check_path(str(path), name)
+    if os.path.lexists(path):
         raise UserError(f"{name}: {path} exists, want a new name")
     check(Path(path).name != "..", name, str(path), "a new name")  # whose folder is not there yet
     return check_out(path, name)
@@ -227,16 +213,16 @@ def check_new_file(path: str | Path, name: str) -> Path:
 
 def check_out(path: str | Path, name: str) -> Path:
     """The path of a folder, if it is there or can be made, and can be written to."""
-    fits = PathText().holds(str(path)) and len(os.fsencode(Path(path).name)) < 250  # .NAME.tmp comes first
-    check(fits, name, str(path), f"a name{PathText()}")
+    check_path(str(path), name)
     path = Path(path)
+    check(len(os.fsencode(path.name)) < 250, name, path.name, "a shorter name")  # .NAME.tmp comes first
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     try:
         mode = os.stat(there).st_mode
     except OSError as error:
-        raise UserError(f"{name}: {path}: {_reason(error)}, want a folder") from None
+        raise UserError(f"{name}: {path}: {reason(error)}, want a folder") from None
     if not stat.S_ISDIR(mode):
-        raise UserError(f"{name}: {there} is {_KINDS.get(stat.S_IFMT(mode), 'a file')}, want a folder")
+        raise UserError(f"{name}: {there} is {KINDS.get(stat.S_IFMT(mode), 'a file')}, want a folder")
     # Only an attempt tells: root may do all to /proc, and a read-only disk or a quota says so here at last.
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".prfl-", dir=there))
@@ -252,12 +238,5 @@ def make_folder(path: str | Path, name: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{name}: {path}: {_reason(error)}, want a folder that can be made") from None
+        raise UserError(f"{name}: {path}: {reason(error)}, want a folder that can be made") from None
     return path
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line without the path."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__

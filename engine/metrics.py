@@ -18,6 +18,7 @@ from pathlib import Path
 
 from prfl_engine.errors import UserError
 from prfl_engine.files import write_whole
+from prfl_engine.paths import check_file
 
 FILE = "metrics.jsonl"
 
@@ -35,9 +36,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     that is no record, and for a file that cannot be read.
     """
     path = Path(path)
-    path = path / FILE if path.is_dir() else path
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path}: is a folder, want a file of metrics records")
+    path = check_file(path / FILE if path.is_dir() else path, "a file of metrics records")
     return [record for _, record in _lines(path)]
 
 

@@ -6,6 +6,7 @@ sequence of micro-batches (seeds.py), never from the state of a worker. A sequen
 p goes on exactly as one that reached p.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,9 @@ from prfl_engine.failures import lost_worker
 from prfl_engine.interrupt import held_back, quiet_children, shield
 from prfl_engine.seeds import Purpose, each, seeded
 
+START = "fork" if sys.platform.startswith("linux") else None
+"""How loader processes start. On Linux they are children of the training process, however that was started
+(Python 3.14 would take a fork server): a child of a fork server does not see that it is killed, and stays."""
 Shapes = list[tuple[int, ...] | None]
 Drawn = list[list[tuple[Path, np.random.Generator]]]
 """(meta path, what draws its caption) of the samples of an item; with losers, of winners and of losers."""
@@ -310,6 +314,7 @@ class MicroBatches:
             generator=torch.Generator(),  # else it draws from the one that dropout goes on with
             prefetch_factor=4 if num_workers else None,
             worker_init_fn=shield,
+            multiprocessing_context=START if num_workers else None,
         )
         with held_back():
             items = iter(loader)

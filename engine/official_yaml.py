@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from prfl_engine.bounds import check_path
 from prfl_engine.errors import UserError, check, show
 from prfl_engine.official_keys import KEYS, Copy, Only
 
@@ -168,7 +169,7 @@ def _models(file: _File, made: Translation, world: int) -> None:
         made.ignored.append("model.fsdp.fsdp_sharding_startegy")
     key, dtypes = "train.precision", {"bf16": "bfloat16", "fp32": "float32"}
     value = file.get(key, "bf16")
-    check(value in dtypes, key, value, "bf16 or fp32")
+    check(value in list(dtypes), key, value, "bf16 or fp32")  # any value may be looked for in a list
     _put(made, "model.compute_dtype", dtypes[value], key)
     if value == "fp32":  # its latents have the same precision, with train.compat too
         _put(made, "model.latent_dtype", "float32", key)
@@ -241,8 +242,10 @@ def _length(file: _File, made: Translation, world: int) -> None:
     times = file.get("lrm.timestep") or file.get("eval.timestep")
     if times:
         _put(made, "eval.timesteps", times, "lrm.timestep" if file.get("lrm.timestep") else "eval.timestep")
-    out = Path(file.get("save.output_dir", "outputs")) / str(file.get("train_id", "prfl"))
-    _put(made, "train.out", str(out), "save.output_dir")
+    folder, name = file.get("save.output_dir", "outputs"), str(file.get("train_id", "prfl"))
+    check_path(folder, "save.output_dir")
+    check_path(name, "train_id")
+    _put(made, "train.out", str(Path(folder, name)), "save.output_dir")
 
 
 def _done(file: _File, made: Translation) -> int:
@@ -257,7 +260,7 @@ def _reward(file: _File, made: Translation, world: int) -> None:
     key = "lrm.trainable_blocks"
     if blocks := file.get(key):
         want = "the first blocks, [0, 1, ..., n - 1]"
-        check(blocks == list(range(len(blocks))), key, blocks, want)
+        check(isinstance(blocks, list) and blocks == list(range(len(blocks))), key, blocks, want)
         _put(made, "reward.blocks", len(blocks), key)
     key = "lrm.feature_layer"
     layers = file.get(key)
@@ -266,7 +269,7 @@ def _reward(file: _File, made: Translation, world: int) -> None:
         _put(made, "reward.feature_layer", layers[0] if len(layers) == 1 else layers, key)
     pools = {"q_attn": "query", "mean": "mean", "max": "max"}
     kind = file.get("lrm.pool", "q_attn")
-    check(kind in pools, "lrm.pool", kind, ", ".join(pools))
+    check(kind in list(pools), "lrm.pool", kind, ", ".join(pools))
     _put(made, "reward.pool", pools[kind], "lrm.pool")
     names = {"num_queries": 1, "num_heads": 8, "dropout": 0.0, "return_type": None}
     for name, usual in names.items():

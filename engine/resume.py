@@ -114,7 +114,7 @@ def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
     resume = config.train.resume or ("auto" if restarted(out) else False)
     found = _look(out)
     check_writers(config.train.tensorboard, config.train.wandb)
-    if not resume and (found or (out / FILE).exists()):
+    if not resume and (found or os.path.lexists(out / FILE)):
         what = found[-1].name if found else FILE
         raise UserError(
             f"train.out: {out} already holds {what}, want an empty folder or train.resume=true"
@@ -131,7 +131,7 @@ def prepare_out(config: Config, lists: dict[str, list[Path]]) -> Start:
         if path := _value(asdict(config), name):
             many = [more["path"] for more in path] if name == "reward.more" else [path]
             sources[name] = _digest([Path(path) for path in many])
-    if (out / FILE).exists():
+    if os.path.lexists(out / FILE):
         read_metrics(out)
     if not found:
         if resume:

@@ -26,6 +26,7 @@ from prfl_bench.peer import load_module, new_folder
 from prfl_engine.encode import encoders
 from prfl_engine.encode.encoders import ImageEncoder, TextEncoder, VideoVAE
 from prfl_engine.patch.structure import attend
+from prfl_engine.paths import a_path
 
 LIMIT = 1e-5
 PLACES = ("diffusers_lite/wan/modules", "wan/modules")
@@ -160,7 +161,7 @@ def check_image(folder: Path, out: Path) -> dict[str, float] | None:
 def main() -> int:
     """Run the checks; returns the exit code."""
     parser = argparse.ArgumentParser(description="Our encoders against those of a checkout.")
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=a_path, metavar="DIR")
     parser.add_argument("--golden", type=new_folder, metavar="FOLDER", help="a new folder")
     args = parser.parse_args()
     folder, golden = args.folder, args.golden

@@ -63,6 +63,7 @@ from prfl_engine.model.checkpoint import (
 )
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.objectives import schedule_of
+from prfl_engine.paths import a_path
 from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.seeds import Purpose, integers, noise_like
 from prfl_engine.train import train
@@ -345,7 +346,7 @@ def distances(got: Outcome, want: Outcome, before: dict[str, Tensor]) -> dict[st
 def main(arguments: list[str] | None = None) -> int:
     """Print a line for each comparison; 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--checkout", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--checkout", required=True, type=a_path, metavar="DIR")
     parser.add_argument("--cycles", type=int, default=2, metavar="N")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 0, 1, 2], metavar="N")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])

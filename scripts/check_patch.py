@@ -28,6 +28,7 @@ from prfl_bench.stand_ins import standing_in
 from prfl_engine.errors import UserError
 from prfl_engine.patch import accelerate
 from prfl_engine.patch.structure import attend
+from prfl_engine.paths import a_path
 
 LAYOUTS = {  # file: class of the transformer
     "diffusers_lite/wan/modules/model.py": "WanModel",
@@ -167,7 +168,7 @@ def checks(model: nn.Module, inputs: dict) -> Iterator[tuple[str, tuple[float, f
 def main(arguments: list[str] | None = None) -> int:
     """Print a line for each check; 1 if one fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR")
+    parser.add_argument("folder", nargs="?", type=a_path, metavar="DIR")
     parser.add_argument("--device", default="cpu", type=torch.device)
     args = parser.parse_args(arguments)
     build: Callable[[bool], nn.Module] = diffusers_model

@@ -23,6 +23,7 @@ from prfl_bench.peer import load_module, new_folder
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.model.wan import WanConfig, WanTransformer
 from prfl_engine.patch.structure import attend
+from prfl_engine.paths import a_path
 
 LIMIT = 1e-5
 SIZES = dict(
@@ -99,7 +100,7 @@ def main() -> int:
     """Exit code 0 if both modes are within the limit."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("dir", type=Path, help="a checkout of Wan2.2")
+    parser.add_argument("dir", type=a_path, help="a checkout of Wan2.2")
     parser.add_argument("--golden", type=new_folder, metavar="FOLDER", help="a new folder")
     args = parser.parse_args()
     torch.manual_seed(0)

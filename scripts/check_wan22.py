@@ -32,6 +32,7 @@ from prfl_engine.model.experts import HIGH, LOW, Experts
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.objectives import chain_velocity
 from prfl_engine.patch.structure import attend
+from prfl_engine.paths import a_path
 
 LIMIT = 1e-5
 LATENT, TOKENS = (16, 2, 4, 4), 5
@@ -157,7 +158,7 @@ def check(folder: Path, steps: int, golden: Path | None) -> bool:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("folder", type=a_path, metavar="DIR")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="of the chain")
     parser.add_argument("--golden", type=new_folder, metavar="FOLDER", help="a new folder")
     args = parser.parse_args()

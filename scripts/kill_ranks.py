@@ -103,11 +103,12 @@ def trials(folder: Path, count: int, size: int, steps: int, seed: int):
 
     train = {"accumulate": size, "steps": steps, "save_every": 1, "ema": 0.5, "resume": "auto"}
     config = write_run(folder, samples=8, train=train, eval={"every": 2})
-    for name in ("warm", "whole"):  # the first one also waits for imports
-        begin = time.monotonic()
-        codes = finish(start(size, folder / f"{name}.log", "train", config, f"train.out={folder}/{name}"))
-        length = time.monotonic() - begin
-        assert codes == [0] * size, f"the run without a kill ended with {codes}"
+    processes = start(size, folder / "whole.log", "train", config, f"train.out={folder}/whole")
+    _begun(folder / "whole", processes)
+    begin = time.monotonic()
+    codes = finish(processes)
+    length = time.monotonic() - begin
+    assert codes == [0] * size, f"the run without a kill ended with {codes}"
     want, draw, number = _outcome(folder / "whole", steps), random.Random(seed), 0
     while number < count:
         out, log = folder / f"trial-{number}", folder / f"trial-{number}.log"

@@ -19,7 +19,7 @@ if find_spec("triton") and not torch.cuda.is_available():
 
 # torch keeps a record of gloo's collectives, with the Python frames of each, that all threads of all groups
 # write to. Once in some thousand runs of several processes a thread of gloo crashed in malloc (torch 2.13).
-# This record is what its threads share, so it is off. That it was the cause is not proved.
+# So it is off. With it off a rank has found its heap corrupt once, too: it was not the cause, or not alone.
 os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "0")
 
 # One thread, or as many as asked for. Models this small gain nothing from threads, and lose minutes where

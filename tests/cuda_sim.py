@@ -55,11 +55,16 @@ def _compile(source: Path, target: Path) -> Path:
     return target
 
 
-def _load(objects: list[Path], folder: Path) -> ModuleType:
-    library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
+def _load(objects: list[Path], part: str) -> ModuleType:
+    """The module of some objects, linked once. part: of its name, since pybind11 returns the module that it
+    has of a name."""
+    library = objects[0].with_name(part) / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
-        subprocess.run(["g++", "-shared", *objects, "-o", library], check=True)
-    name = f"{folder.name}.{NAME}"  # pybind11 returns the module that it has of a name
+        library.parent.mkdir(exist_ok=True)
+        made = library.with_name(f".{library.name}-{os.getpid()}")
+        subprocess.run(["g++", "-shared", *objects, "-o", made], check=True)
+        os.replace(made, library)
+    name = f"{part}.{NAME}"
     loader = ExtensionFileLoader(name, str(library))
     module = module_from_spec(spec_from_loader(name, loader))
     loader.exec_module(module)
@@ -80,15 +85,14 @@ def _objects() -> dict[str, Path]:
         if not (folder / "done").exists():
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(lambda item: _compile(CSRC / item[0], item[1]), objects.items()))
-            _load(list(objects.values()), folder)
+            _load(list(objects.values()), "whole")
             (folder / "done").touch()
     return objects
 
 
 def build() -> ModuleType:
     """The module of csrc/sim/bind.cpp."""
-    objects = _objects()
-    return _load(list(objects.values()), next(iter(objects.values())).parent)
+    return _load(list(_objects().values()), "whole")
 
 
 def build_faulty(folder: Path, victim: str, file: str, old: str, new: str) -> ModuleType:
@@ -104,7 +108,8 @@ def build_faulty(folder: Path, victim: str, file: str, old: str, new: str) -> Mo
         made = _compile(folder / victim, faulty.with_name(f".{faulty.name}-{os.getpid()}"))
         os.replace(made, faulty)
     # First, so that of functions that several objects hold the linker takes the faulty one.
-    return _load([faulty, *(o for name, o in _objects().items() if name != victim)], folder)
+    others = (o for name, o in _objects().items() if name != victim)
+    return _load([faulty, *others], f"faulty_{fault}")
 
 
 class Watched:

@@ -1,11 +1,13 @@
 """Runs functions on several processes that talk over gloo.
 
 The processes come from one server that has imported torch and the engine, and stay for many calls. A function
-must be importable by name. Where a rank fails, hangs or crashes, all end and the test gets its traceback.
+must be importable by name. Where a rank fails, hangs or crashes, all end and the test gets its traceback; of
+a crash also what the process said last, where its threads were, in C++ too, and what tests it has served.
 """
 
 import datetime
 import faulthandler
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -29,7 +31,8 @@ def server(*preload: str) -> multiprocessing.context.ForkServerContext:
 
 def _serve(rank: int, size: int, folder: Path, group: bool, pipe) -> None:
     with open(folder / f"crash-{rank}", "w") as crash:
-        faulthandler.enable(crash)
+        os.dup2(crash.fileno(), 2)  # also what glibc says of a heap that is corrupt
+        faulthandler.enable()
         _answer_calls(rank, size, folder / "store" if group else None, pipe)
 
 
@@ -39,6 +42,8 @@ def _answer_calls(rank: int, size: int, store: Path | None, pipe) -> None:
     import torch
     import torch.distributed as dist
 
+    torch._C._set_print_stack_traces_on_fatal_signal(True)  # then the handler of Python's frames is called
+    gc.freeze()  # what the server has imported stays
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=LIMIT)
     if store is not None:
@@ -68,7 +73,7 @@ class Ranks:
         context = server(*self.preload)
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
-        self._pipes, self._processes = [], []
+        self._pipes, self._processes, self._served = [], [], {}
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             arguments = rank, self.size, folder, self.group, theirs
@@ -83,6 +88,7 @@ class Ranks:
         """What function(*arguments) returns on every rank. RuntimeError where one raises, ends or hangs."""
         if not self._processes:
             self._start()
+        self._served[os.environ.get("PYTEST_CURRENT_TEST", "no test")] = None
         for pipe in self._pipes:
             pipe.send((function, arguments))
         return self._answers(function.__name__)
@@ -94,7 +100,7 @@ class Ranks:
             ready = wait(left, max(0.0, end - time.monotonic()))
             for pipe in ready or left:
                 try:
-                    ok, value = pipe.recv() if ready else (False, f"no answer in {LIMIT:g} s")
+                    ok, value = pipe.recv() if ready else (False, self._silent(left[pipe]))
                 except EOFError:
                     ok, value = False, self._end(left[pipe])
                 if not ok:  # the others may wait for this rank
@@ -104,10 +110,16 @@ class Ranks:
         return [found[rank] for rank in range(len(found))]
 
     def _end(self, rank: int) -> str:
-        """Of a process that has ended by itself: its exit code, and where its threads were if it crashed."""
+        """Of a process that has ended by itself: its exit code, and what is known of it."""
         self._processes[rank].join()
+        return self._told(rank, f"the process has ended with exit code {self._processes[rank].exitcode}")
+
+    def _silent(self, rank: int) -> str:
+        return self._told(rank, f"no answer in {LIMIT:g} s")
+
+    def _told(self, rank: int, what: str) -> str:
         crash = Path(self._folder.name, f"crash-{rank}").read_text()
-        return f"the process has ended with exit code {self._processes[rank].exitcode}\n{crash}"
+        return "\n".join((what, crash, "tests that these processes have served:", *self._served))
 
     def close(self) -> None:
         """End the processes."""

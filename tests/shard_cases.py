@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -13,6 +14,7 @@ from helpers import random_batch, randomize, relative, rows, tiny_config, tiny_m
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from prfl_engine import flow
 from prfl_engine.config import ChainConfig, LoraConfig, LossConfig, OptimConfig
@@ -44,8 +46,10 @@ COLLECTIVES = {  # in the names of several versions of torch
 SCHEDULE = flow.make_schedule("unipc", 6, 5.0)
 
 
+@cache
 def mesh_of(replicate: int):
-    """[replicate, shard], or [shard] for one replica."""
+    """[replicate, shard], or [shard] for one replica. Made once: a group of gloo has threads that stay, in
+    every process, and wake up a hundred times a second."""
     size = dist.get_world_size()
     if replicate == 1:
         return init_device_mesh("cpu", (size,), mesh_dim_names=("shard",))
@@ -61,13 +65,17 @@ def _inputs(kind: str, dtype):
 
 def world_of(replicate: int = 1, sequence: int = 1, resident: bool = False, reduce_dtype=None) -> World:
     """All ranks, as `parallel.started` makes it."""
-    size, group = dist.get_world_size(), None
-    if sequence > 1:
-        shape = size // sequence, sequence
-        both = init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))
-        group = both.get_group("sequence")
-    mesh = mesh_of(replicate)
-    return World(dist.get_rank(), size, sequence, resident, mesh, group, reduce_dtype=reduce_dtype)
+    group = sequence_group(sequence) if sequence > 1 else None
+    place = dist.get_rank(), dist.get_world_size()
+    return World(*place, sequence, resident, mesh_of(replicate), group, reduce_dtype=reduce_dtype)
+
+
+@cache
+def sequence_group(sequence: int):
+    """This rank's group of so many ranks that share sequences."""
+    shape = dist.get_world_size() // sequence, sequence
+    both = init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))
+    return both.get_group("sequence")
 
 
 def of_first(make):
@@ -423,6 +431,14 @@ def own_precision(updates: bool) -> float:
 
     given, own = _mine(inputs)
     return (velocity(world_of(), given) - velocity(World(), given)).abs().max().item()
+
+
+def made(name: str) -> int:
+    """How many collectives the optimizer of a sharded model takes to be made."""
+    model = world_of().place(tiny_model())
+    with CommDebugMode() as seen:
+        make_optimizer([(model, 1e-2)], OptimConfig(name=name))
+    return seen.get_total_counts()
 
 
 def one_bad_shard(in_backward: bool) -> tuple[bool, list[str]]:

@@ -16,8 +16,10 @@ from prfl_engine.errors import UserError
 from prfl_engine.model.wan import WanConfig
 from prfl_engine.planner import plan
 
-NONSENSE = (math.nan, math.inf, -math.inf, 1e39, -1, 2**200, -(2**200), "", "a\0b", "a" * 5000, [], {}, [[]],
-            [math.nan], [math.nan, math.nan], [-1, 2], [""], {"a": 1}, True)  # fmt: skip
+NONSENSE = (
+    math.nan, math.inf, -math.inf, 1e39, -1, 2**200, -(2**200), "", " ", "\t\u3000", "a\0b", "a" * 5000, [],
+    {}, [[]], [math.nan], [math.nan, math.nan], [-1, 2], [""], [" "], {"a": 1}, True,
+)  # fmt: skip
 FREE = ("loss.target", "rollout.guidance", "chain.guidance", "eval.guidance", "sample.guidance")
 """Numbers that may be negative."""
 

@@ -207,9 +207,10 @@ def test_the_first_process_plans_for_all(run, tmp_path):
     """auto:GB: a part is recomputed, and the run is the one that recomputes nothing."""
     config = write_run(tmp_path, samples=8, train={"accumulate": 2, "steps": 2}, data={"batch_size": 2})
     run(config, f"train.out={tmp_path}/plain")
-    for out in run(config, "model.recompute=auto:1e-6", ok=False):
+    for out in run(config, "model.recompute=auto:1e-6", ok=False, patch=cases.two_kinds):
         least = re.search(r"model.recompute: got auto:1e-06, want at least auto:([\d.]+): the lean", out)[1]
-    first, second = run(config, f"model.recompute=auto:{least}", f"train.out={tmp_path}/auto")
+    given = f"model.recompute=auto:{least}", f"train.out={tmp_path}/auto"
+    first, second = run(config, *given, patch=cases.two_kinds)
     assert "; of all lists the fastest" in first and "2 x none" not in first and "recompute" not in second
     for a, b in zip(values(tmp_path / "plain"), values(tmp_path / "auto"), strict=True):
         assert b == pytest.approx(a, rel=1e-5)
@@ -329,13 +330,13 @@ def test_a_signal_to_one_process_while_models_load_stops_all(run, tmp_path):
 
 
 def test_a_killed_rank_ends_the_others_and_nothing_is_lost(tmp_path, monkeypatch):
-    """Three trials of scripts/kill_ranks.py."""
+    """Two trials of scripts/kill_ranks.py."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from kill_ranks import trials
 
-    assert [result for result in trials(tmp_path, 3, size=2, steps=2, seed=2) if not result.ok] == []
+    assert [result for result in trials(tmp_path, 2, size=2, steps=2, seed=2) if not result.ok] == []
     said = [path.read_text() for path in tmp_path.glob("trial-*.log.*")]
-    assert len(said) >= 6 and not any("Traceback" in text for text in said)
+    assert len(said) >= 4 and not any("Traceback" in text for text in said)
 
 
 def test_a_run_that_torchrun_starts_anew_goes_on_by_itself(tmp_path):
@@ -344,7 +345,7 @@ def test_a_run_that_torchrun_starts_anew_goes_on_by_itself(tmp_path):
     launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "--max-restarts=1"
     made = subprocess.run(
         [sys.executable, *launch, str(ROOT / "tests/die_once.py"), "train", str(config)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert list(training_runs.values(tmp_path / "run")) == [1, 2, 3, 4]

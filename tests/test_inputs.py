@@ -1,9 +1,11 @@
 """Every kind of file that a user names: what is no such file is refused in one line that names it."""
 
+import argparse
 import json
 import os
 import re
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,12 +14,13 @@ from helpers import one_line, tiny_config, tiny_model, write_data, write_run
 from safetensors.torch import load_file, save_file
 
 from prfl_engine import inputs
-from prfl_engine.cli import main
+from prfl_engine.cli import _parser, main
 from prfl_engine.data import Reader, read_lists
 from prfl_engine.errors import UserError, named
 from prfl_engine.model.checkpoint import load_reward, load_transformer, save_transformer
 from prfl_engine.model.layout import name_layout
 from prfl_engine.model.names import to_diffusers
+from prfl_engine.planner import plan, rates
 from prfl_engine.seeds import Purpose, seeded
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -28,6 +31,8 @@ READERS = {
     "array": lambda path: inputs.read_array(path, (1,), "array"),
     "tensors": inputs.read_tensors,
     "pickle": inputs.load_pickle,
+    "rates": rates.read,
+    "costs": plan.read_costs,
 }
 ODD = {
     "nothing": lambda path: None,
@@ -55,7 +60,8 @@ def test_what_is_no_file_of_the_kind(reader, kind, tmp_path):
     ODD[kind](path)
     with pytest.raises(UserError) as caught:
         READERS[reader](path)
-    assert str(caught.value).startswith(f"{path.parent}/x\\x1b\\n") and str(caught.value).isprintable()
+    assert re.match(rf"(--rates: |model\.costs: )?{path.parent}/x\\x1b\\n", str(caught.value))
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a" * 300, "\ud800", "a/" * 3000])
@@ -142,7 +148,7 @@ def test_numbers_that_are_not_finite_are_named(name, value, sample):
 
 
 def test_the_null_prompt_is_read_before_it_is_needed(tmp_path):
-    with pytest.raises(UserError, match="null.npy: no such file"):
+    with pytest.raises(UserError, match="data.null_text: .*null.npy: no such file"):
         Reader(tiny_config(), null_text=str(tmp_path / "null.npy"), text_dropout=1e-9)
 
 
@@ -312,7 +318,7 @@ def given(folder, config):
 
 @pytest.mark.parametrize("command", ["sample", "merge-lora", "golden", "convert", "score"])
 @pytest.mark.parametrize(
-    "out", ["file", "folder", "", "link", "file/below", "none/..", "a" * 300, "a" * 252]
+    "out", ["file", "folder", "", " ", "link", "file/below", "none/..", "a" * 300, "a" * 252]
 )
 def test_an_output_that_is_there_or_cannot_be(out, command, run, tmp_path, capsys, monkeypatch):
     folder, config = run
@@ -326,7 +332,31 @@ def test_an_output_that_is_there_or_cannot_be(out, command, run, tmp_path, capsy
     assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "file").read_text() == "precious"
 
 
-@pytest.mark.parametrize("out", ["file", "", "link", "file/below"])
+def places() -> Iterator[tuple[str, str, list[str]]]:
+    """(command, option or argument that is a path, all that stands before its value)."""
+    (commands,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for command, parser in commands.choices.items():
+        before = [command]
+        for action in parser._actions:
+            if re.search("DIR|FILE|CONFIG|SOURCE|BASE|ADAPTER", action.metavar or "") and action.nargs != "*":
+                yield command, (action.option_strings or [action.metavar])[0], before + action.option_strings
+            before += [] if action.option_strings else ["x"]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\u3000", "a\0b", "a" * 5000])
+def test_a_path_on_a_command_line_that_cannot_be_one(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    for command, name, before in places():
+        assert main([*before, text]) == 2
+        assert one_line(capsys).startswith(f"prfl: {name}: got "), command
+        names.add(name)
+    assert main(["score", "x", text]) == 2
+    assert one_line(capsys).startswith("prfl: samples: got ")
+    assert len(names) > 15 and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("out", ["file", "", " ", "link", "file/below"])
 def test_a_demo_that_cannot_be_written(out, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("precious")

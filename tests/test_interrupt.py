@@ -110,16 +110,15 @@ def test_blocks_nest_and_elsewhere_nothing_is_handled():
 
 def started(config, *overrides):
     """A run in a process of its own, in its own group, that has made a step."""
-    metrics, end = config.parent / "run/metrics.jsonl", time.monotonic() + 60
+    metrics = config.parent / "run/metrics.jsonl"
     before = metrics.stat().st_size if metrics.exists() else 0
     argv = "train", str(config), *LONG, "data.num_workers=2", *overrides
     process = server().Process(target=in_a_session, args=(config.with_name("stderr"), argv))
     process.start()
-    while process.is_alive() and time.monotonic() < end:
+    while process.is_alive():
         if metrics.exists() and metrics.stat().st_size > before:
             return process
         time.sleep(0.05)
-    process.kill()
     raise AssertionError(lines(process, config))
 
 
@@ -134,13 +133,17 @@ def in_a_session(stderr, argv):
 
 def lines(process, config):
     """The exit code, and stderr without progress bars."""
-    process.join(60)
+    process.join()
     err = config.with_name("stderr").read_text().replace("\r", "\n")
     return process.exitcode, [s for s in err.splitlines() if "prfl" in s or "File" in s]
 
 
 def children(pid):
     return [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
+
+
+def command(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
@@ -151,6 +154,8 @@ def test_processes(tmp_path):
     first = started(config)
     with pytest.raises(UserError, match=rf"train\.out: .*in use by process {first.pid} on"):
         files.check_free(out)
+    loaders = children(first.pid)  # its own: those of a fork server would outlive it if it were killed
+    assert len(loaders) == 2 and {command(pid) for pid in loaders} == {command(first.pid)}
     before = sorted(os.listdir(out))
     run("train", config, "train.resume=true", code=2)
     assert sorted(os.listdir(out)) == before

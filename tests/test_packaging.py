@@ -20,6 +20,7 @@ FILES = [path for folder in FOLDERS.values() for path in sorted((ROOT / folder).
 ROOMS = [
     {"errors", "__version__", "phases", "restarts", "official_keys"},
     {"bounds", "tensor_files", "shards"},
+    {"paths"},
     {"inputs", "failures"},
     {"config_file", "config_models", "config_method", "official_yaml", "files", "gpu"},
     {"config", "seeds", "agree", "checksums"},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import random_batch, relative, rows, tiny_config, tiny_model, tiny_reward
 from no_sync import NoBlockingCopy, NoSync
+from ranks import LIMIT
 
 from prfl_engine import chain as chain_module
 from prfl_engine import flow
@@ -265,7 +266,7 @@ def test_a_chain_that_is_not_finite_is_dropped_and_counted():
 
 
 class Lockstep:
-    """A rank of two that are threads, as Persistent knows it; a rank that waits alone for 20 s fails."""
+    """A rank of two that are threads, as Persistent knows it; a rank that waits alone fails in the end."""
 
     readers, sequence = 2, 1
 
@@ -275,9 +276,9 @@ class Lockstep:
 
     def most(self, number):
         self.numbers[self.reader] = number
-        self.barrier.wait(20)
+        self.barrier.wait(LIMIT)
         found = max(self.numbers)
-        self.barrier.wait(20)
+        self.barrier.wait(LIMIT)
         return found
 
 

@@ -53,12 +53,15 @@ def test_rows_pasted_behind_the_configuration_are_predicted_alike(tmp_path, few)
         seconds, told["rows"], strict=True)]  # fmt: skip
 
 
-def test_the_page_of_a_search_has_all_rows_and_the_picture_of_the_last(tmp_path, few, capsys):
+def test_the_page_of_a_search_has_all_rows_and_the_picture_of_the_last(tmp_path, few, capsys, monkeypatch):
     path, page = str(write_run(tmp_path, eval={"every": 0})), tmp_path / "page.html"
     given = ["plan", path, "--search", "--gpus", "2", "--nodes", "2", "--budget", "2", "--no-cache"]
+    search, made = pareto.search, {}
+    monkeypatch.setattr(pareto, "search", lambda *given: made.setdefault(given, search(*given)))
     assert cli.main([*given, "--html", str(page)]) == 0
     printed, text = capsys.readouterr().out, page.read_text()
-    found = pareto.search(path, (), Options(gpus=2, nodes=2, budget=2.0))
+    ((asked, found),) = made.items()
+    assert asked[2] == Options(gpus=2, nodes=2, budget=2.0)
     for overrides, row in found.rows:
         assert f"<td class=n>{row.times.per_sample:.3g}</td>" in text
         assert all(html.escape(line) in text for line in pareto.pasted(overrides))

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -355,3 +356,13 @@ def test_a_gradient_that_is_not_finite_names_the_sample(workers, tmp_path, capsy
     run("train", config, f"train.out={tmp_path}/two", code=1)
     line = one_line(capsys)
     assert f"samples: {tmp_path}/data/0.json; there is no checkpoint yet" in line
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.lock"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path)], ids=range(3))
+def test_what_stands_in_the_place_of_a_file_of_the_run(name, make, tmp_path, capsys):
+    config = write_run(tmp_path)
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / name)
+    run("train", config, "train.resume=auto", code=2)
+    assert f"/run/{name}: " in one_line(capsys) and os.listdir(tmp_path / "run") == [name]

@@ -5,9 +5,12 @@ import os
 import time
 from pathlib import Path
 
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, check, named
+from prfl_engine.inputs import parse_json, read_bytes
 
 FILE = "rows.jsonl"
+HEAD, RESULT = {"machine": dict, "date": str}, {"name": str, "stage": str, "state": str, "values": dict}
+WANT = "results of prfl accept"
 
 
 class Journal:
@@ -20,7 +23,10 @@ class Journal:
     def __init__(self, folder: Path, machine: dict | None):
         self.path, self.results = folder / FILE, {}
         self.machine, self.date = machine or {}, time.strftime("%Y-%m-%d")
-        whole = self._read() if self.path.exists() else 0
+        whole = 0
+        if os.path.lexists(self.path):
+            with named("--out"):
+                whole = self._read()
         if machine is not None and self.machine != machine:
             other = {k: v for k, v in self.machine.items() if machine.get(k) != v}
             raise UserError(f"--out: {folder} holds results of {other}, want another folder for this machine")
@@ -39,14 +45,17 @@ class Journal:
     def _read(self) -> int:
         """Take in all whole lines; returns how many bytes they are."""
         whole = 0
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            try:
-                held = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                raise UserError(f"--out: {self.path}: line {number} is no JSON") from None
-            if held is None:
+        for number, line in enumerate(read_bytes(self.path, WANT).splitlines(keepends=True), 1):
+            if not line.endswith(b"\n"):
                 break
-            if "machine" in held:
+            where = f"{self.path}, line {number}"
+            held = parse_json(line, where, WANT)
+            fields = HEAD if "machine" in held else RESULT
+            fits = all(isinstance(held.get(name), kind) for name, kind in fields.items())
+            check(fits, where, held, f"{WANT}: {', '.join(fields)}")
+            if fields is HEAD:
+                device = held["machine"].get("device")
+                check(isinstance(device, str), f"{where}: device", device, "that of a machine")
                 self.machine, self.date = held["machine"], held["date"]
             else:
                 self.results[held["name"]] = held

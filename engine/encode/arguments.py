@@ -3,6 +3,8 @@ little."""
 
 from argparse import ArgumentParser, Namespace
 
+from prfl_engine.paths import Place
+
 ENCODE = (
     "models", "size", "frames", "min_frames", "fps", "i2v", "no_clip", "negative", "store", "text_dtype",
     "text_batch", "device",
@@ -14,9 +16,10 @@ SAMPLE = ("text_encoder", "negative", "size", "frames", "image", "image_encoder"
 def add_encode(parser: ArgumentParser) -> None:
     """Those of `prfl encode`."""
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="folder of videos and .txt, or .csv, .jsonl, .json")
-    add("--models", required=True, metavar="DIR", help="Wan's VAE, UMT5, tokenizer and, for I2V, CLIP")
-    add("--out", required=True, metavar="DIR", help="new folder, or one to go on with")
+    add("source", action=Place, metavar="SOURCE", help="folder of videos and .txt, or .csv, .jsonl, .json")
+    models = "Wan's VAE, UMT5, tokenizer and, for I2V, CLIP"
+    add("--models", action=Place, required=True, metavar="DIR", help=models)
+    add("--out", action=Place, required=True, metavar="DIR", help="new folder, or one to go on with")
     add("--size", default="480p", metavar="SIZE", help="480p, 720p or HxW,HxW,... (default: %(default)s)")
     add("--frames", type=int, default=81, metavar="N", help="4n + 1 (default: %(default)s)")
     add("--min-frames", type=int, metavar="N", help="of shorter videos that are taken, too")
@@ -33,9 +36,9 @@ def add_encode(parser: ArgumentParser) -> None:
 def add_score(parser: ArgumentParser) -> None:
     """Those of `prfl score`; the sizes are as in `prfl encode`."""
     add = parser.add_argument
-    add("--models", metavar="DIR", help="encoders as for `prfl encode`: videos are scored, too")
+    add("--models", action=Place, metavar="DIR", help="encoders as for `prfl encode`: videos are scored, too")
     add("--prompt", metavar="TEXT", help="of videos without a NAME.txt")
-    add("--encoded", metavar="DIR", help="keep what is encoded there, or go on with it")
+    add("--encoded", action=Place, metavar="DIR", help="keep what is encoded there, or go on with it")
     add("--size", metavar="SIZE", help="480p, 720p or HxW,HxW,... (default: 480p)")
     add("--frames", type=int, metavar="N", help="4n + 1 (default: 81)")
     add("--min-frames", type=int, metavar="N", help="of shorter videos that are taken, too")
@@ -45,15 +48,16 @@ def add_score(parser: ArgumentParser) -> None:
 def add_sample(parser: ArgumentParser) -> None:
     """Those of `prfl sample`."""
     add = parser.add_argument
-    add("--vae", metavar="DIR", help="the generator's VAE: samples are written as .mp4, too")
+    add("--vae", action=Place, metavar="DIR", help="the generator's VAE: samples are written as .mp4, too")
     add("--guidance", type=float, metavar="S", help="short for sample.guidance=S")
     add("--prompt", action="append", default=[], metavar="TEXT", help="in place of data.val; may be repeated")
-    add("--text-encoder", metavar="DIR", help="Wan's UMT5 and its tokenizer, for --prompt and guidance")
+    encoder = "Wan's UMT5 and its tokenizer, for --prompt and guidance"
+    add("--text-encoder", action=Place, metavar="DIR", help=encoder)
     add("--negative", metavar="TEXT", help="for guidance (default: data.negative_text, or that of Wan2.1)")
     add("--size", metavar="HxW", help="pixels, with --prompt (default: 480x832)")
     add("--frames", type=int, metavar="N", help="with --prompt (default: 81)")
-    add("--image", metavar="FILE", help="first frame, with --prompt for I2V and TI2V")
-    add("--image-encoder", metavar="DIR", help="Wan's CLIP, for --image")
+    add("--image", action=Place, metavar="FILE", help="first frame, with --prompt for I2V and TI2V")
+    add("--image-encoder", action=Place, metavar="DIR", help="Wan's CLIP, for --image")
 
 
 def given(args: Namespace, names: tuple[str, ...]) -> dict[str, object]:

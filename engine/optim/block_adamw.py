@@ -93,7 +93,7 @@ class BlockAdamW(torch.optim.Optimizer):
 
     def _layout(self, p: Tensor, n: int) -> dict[str, tuple[int, torch.dtype]]:
         # Of a sharded parameter whole groups are on a rank where its rows hold whole groups.
-        row = p[0].numel() if isinstance(p, DTensor) else n
+        row = math.prod(p.shape[1:]) if isinstance(p, DTensor) else n  # p[0] would gather all of it
         return state_layout(self.config, p.dtype, p.numel(), row, n)
 
     @torch.no_grad()

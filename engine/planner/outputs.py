@@ -18,6 +18,7 @@ import torch
 
 import prfl_engine
 import prfl_kernels
+from prfl_engine.bounds import check_path
 from prfl_engine.config import load_config, read_config
 from prfl_engine.errors import check
 from prfl_engine.files import write_whole
@@ -39,6 +40,7 @@ def folder() -> Path:
 
 def check_name(option: str, name: str) -> Path:
     """A file to write. UserError for another suffix, and for a folder that is not here."""
+    check_path(name, f"--{option}")
     path, suffix = Path(name), SUFFIX[option]
     check(path.suffix == suffix, f"--{option}", name, f"a name that ends with {suffix}")
     check(path.parent.is_dir() and not path.is_dir(), f"--{option}", name, "a name in a folder that is here")

@@ -19,7 +19,6 @@ predicted by a roofline, or taken from a table measured by `measure`.
 """
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -30,7 +29,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from prfl_engine.config import UserError
+from prfl_engine import errors
+from prfl_engine.errors import UserError
+from prfl_engine.inputs import read_json
 from prfl_engine.memory import recompute
 from prfl_engine.memory.policy import BlockPolicy, named
 from prfl_engine.model.layers import IMAGE_TOKENS
@@ -234,7 +235,7 @@ def plan(
     budget that something fits, where nothing does, and with the largest eval.batch_size that fits where the
     validation does not.
     """
-    seconds = _read(measured) if measured else {}
+    seconds = read_costs(measured) if measured else {}
     validation = validation_bytes(setup) if setup.validation is not None else 0
     kinds = make_kinds(setup, rates, seconds, seconds or KINDS)
     source = f"seconds of {measured}" if measured else "seconds predicted for an H100 SXM, not measured"
@@ -344,12 +345,13 @@ def _above(size: int) -> str:
     return f"{(size // 10**3 + 1) / 1e6:.6f}".rstrip("0").rstrip(".")
 
 
-def _read(path: str | Path) -> dict[str, float]:
+def read_costs(path: str | Path) -> dict[str, float]:
     """Seconds of every kind, as `measure` returns them."""
+    with errors.named("model.costs"):
+        held = read_json(path, "seconds as `measure` writes them")
     try:
-        seconds = json.loads(Path(path).read_text())["seconds"]
-        found = {name: float(value) for name, value in seconds.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = {name: float(value) for name, value in held["seconds"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"model.costs: {path} holds no measured seconds: {error!r}") from None
     unknown = sorted(found.keys() - KINDS.keys())
     if unknown or not found:

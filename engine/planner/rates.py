@@ -4,12 +4,12 @@ Its report writes them to rates.json: {"gpu": torch's name, "date", "torch", "ra
 value}, "steps": [{"step", "bytes", "seconds", "bytes_predicted", "seconds_predicted"}]}.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from prfl_engine.errors import UserError
+from prfl_engine.errors import UserError, named
+from prfl_engine.inputs import read_json
 from prfl_engine.planner.machine import Machine
 from prfl_engine.planner.seconds import Rates
 
@@ -72,12 +72,13 @@ class Measured:
 def read(path: str | Path) -> Measured:
     """What a file holds that `prfl accept` has written. UserError for another one."""
     want = f"the {FILE} that a report of prfl accept has written on a GPU"
+    with named("--rates"):
+        held = read_json(path, want)
     try:
-        held = json.loads(Path(path).read_text())
         rates = {field: float(value) for field, value in held["rates"].items()}
         steps = tuple(Step(str(s["step"]), *(float(s[f]) for f in Step._fields[1:])) for s in held["steps"])
         found = Measured(str(held["gpu"]), str(held["date"]), rates, steps)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"--rates: {path}: {error!r}, want {want}") from None
     numbers = [*rates.values(), *(n for s in steps for n in s[1:])]
     if not rates or rates.keys() - WORDS.keys() or not all(0 < n < float("inf") for n in numbers):

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from prfl_engine.bounds import check_path
 from prfl_engine.build import make_frozen_reward, pick_device
 from prfl_engine.checks import check_reward_storage
 from prfl_engine.config import Config, load_config
@@ -104,6 +105,8 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """(paths of samples, overrides SECTION.FIELD=VALUE) of the words of a command line."""
     is_override = [bool(re.match(r"[a-z_]+(\.[a-z_]+)+=", word)) for word in words]
     split = {k: [w for w, o in zip(words, is_override, strict=True) if o == k] for k in (False, True)}
+    for path in split[False]:
+        check_path(path, "samples")
     return split[False], split[True]
 
 
