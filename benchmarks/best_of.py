@@ -38,7 +38,7 @@ from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import bind, noisy_rewards, whole_schedule
+from prfl_engine.objectives import bind, fixed, noisy_rewards, whole_schedule
 from prfl_engine.paths import a_path
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.validation import finite
@@ -57,8 +57,8 @@ class Subject(NamedTuple):
     seed: int  # of the noise under which they are scored
 
     def noise(self, batch: Batch, first: int, n: int) -> Tensor:
-        """The noise that chain n of every sample of a batch starts from."""
-        return noise_like(batch.latent, Purpose.SAMPLE, n, first)
+        """What chain n of every sample of a batch starts from."""
+        return fixed(self.model, batch, noise_like(batch.latent, Purpose.SAMPLE, n, first))
 
     def finished_reward(self, batch: Batch, latent: Tensor, purpose: Purpose, first: int) -> Tensor:
         """Mean reward [B] of finished latents, noised."""
@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     data = args.folder / "data"
     paths = spread(read_lists([str(data / "val_win.list")], "val_win.list"), args.prompts)
     parts: list[Chains] = []
-    batches = counted(fixed_batches(Reader(subject.model.config), paths, BATCH, device))
+    reader = Reader(subject.model.config, first_frame=config.data.first_frame)
+    batches = counted(fixed_batches(reader, paths, BATCH, device))
     for first, batch in progress(batches, "sampling", -(-len(paths) // BATCH)):
         parts.append(explore(subject, batch, first, count, args.judge_at))
         if first == 0:

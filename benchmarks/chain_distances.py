@@ -31,7 +31,7 @@ from prfl_engine.build import load_generator, make_frozen_reward, pick_device
 from prfl_engine.config import Config, load_config
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists
 from prfl_engine.guidance import guidance_of
-from prfl_engine.objectives import chain_velocity, whole_schedule
+from prfl_engine.objectives import chain_velocity, fixed, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
 
 
@@ -71,8 +71,9 @@ def distances(
     guides = {f"guided {s:g}": guidance_of(config, s, s, model, "--scales") for s in guidance}
     paths = read_lists(config.data.val, "data.val")
     paths = [paths[i * len(paths) // count] for i in range(count)]
-    for first, batch in counted(fixed_batches(Reader(model.config), paths, e.batch_size, device)):
-        noise = noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first)
+    reader = Reader(model.config, first_frame=config.data.first_frame)
+    for first, batch in counted(fixed_batches(reader, paths, e.batch_size, device)):
+        noise = fixed(model, batch, noise_like(batch.latent, Purpose.VALIDATION_SAMPLE, e.seed, first))
         plain = chain_velocity(model, batch, None)
         ways = {name: chain_velocity(model, batch, guide) for name, guide in guides.items()}
         states = {name: flow.init_state(noise) for name in ("plain", *ways)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prfl_engine import chain, flow
 from prfl_engine.batch import Batch
 from prfl_engine.model.wan import RunBlocks, WanTransformer, plain_blocks
-from prfl_engine.objectives import bind
+from prfl_engine.objectives import bind, fixed
 
 FRAMES = ("first", "all")  # that are decoded and judged
 
@@ -36,10 +36,11 @@ class PixelJudge(NamedTuple):
     decode: Decode
     reward: PixelReward
     frames: str  # one of FRAMES
+    given: int = 0  # latent frames that the model is given, which come before the first one that it makes
 
     def __call__(self, latent: Tensor) -> Tensor:
-        """Logits [B] of clean latents [B, 16, T, h, w]. The first latent frame is the first frame alone."""
-        return self.reward(self.decode(latent[:, :, :1] if self.frames == "first" else latent))
+        """Logits [B] of clean latents [B, C, T, h, w]. The first latent frame is the first frame alone."""
+        return self.reward(self.decode(latent[:, :, : self.given + 1] if self.frames == "first" else latent))
 
 
 def graded_pixels(
@@ -53,7 +54,7 @@ def graded_pixels(
 ) -> Tensor:
     """Logits [B] of the x_0 that step index [B] of a rollout from noise predicts, with gradient through that
     step to the model. index is long, on the CPU; it may be the last step, which PRFL never grades."""
-    velocity = bind(model, batch, run_blocks=run_blocks)
+    velocity, noise = bind(model, batch, run_blocks=run_blocks), fixed(model, batch, noise)
     return judge(predicted(velocity, schedule, chain.rollout(velocity, schedule, noise, index), index))
 
 

@@ -48,7 +48,7 @@ from prfl_engine.media.codec import FrameCodec
 from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_transformer
 from prfl_engine.model.sources import read_config
-from prfl_engine.objectives import Grader, bind, schedule_of
+from prfl_engine.objectives import Grader, bind, fixed, schedule_of
 from prfl_engine.paths import a_path
 from prfl_engine.rollout.fresh import Fresh
 from prfl_engine.seeds import Purpose, noise_like
@@ -98,10 +98,15 @@ def judged_by(judge: PixelJudge, place: str) -> Iterator[None]:
         yield
 
 
+def judge_of(codec: FrameCodec, network: FrameReward, frames: str) -> PixelJudge:
+    """That of the demo's latents, whose first frame is given; without clamping, so that it is smooth."""
+    return PixelJudge(partial(codec.decode, clamp=False), network, frames, given=1)
+
+
 def labelled(folder: Path, name: str) -> Batch:
     """The latents and labels of the winners and losers of one of the demo's lists."""
     c = settings(folder)
-    reader = Reader(read_config(c.model.path), c.data.label)
+    reader = Reader(read_config(c.model.path), c.data.label, first_frame=c.data.first_frame)
     paths = read_lists([str(folder / "data" / f"{name}_{side}.list") for side in ("win", "lose")], name)
     return next(fixed_batches(reader, paths, len(paths), torch.device("cpu")))
 
@@ -110,7 +115,7 @@ def learn(train: Batch, val: Batch, codec: FrameCodec, frames: str, steps: int) 
     """(a network over frames that tells clean from broken motion, its held-out accuracy)."""
     torch.manual_seed(0)
     network = FrameReward()
-    judge = PixelJudge(codec.decode, network, frames)
+    judge = judge_of(codec, network, frames)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.01)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in progress(range(steps), f"network, {frames}", steps):
@@ -130,11 +135,12 @@ def gate(folder: Path, codec: FrameCodec, network: FrameReward) -> None:
     c = settings(folder)
     policy = load_transformer(c.model.path, torch.float64, "cpu").set_precision(torch.float64)
     paths = read_lists(c.data.val, "data.val")[:1]
-    batch = next(fixed_batches(Reader(policy.config), paths, 1, torch.device("cpu")))
-    batch = batch._replace(latent=batch.latent.double(), text=batch.text.double())
+    reader = Reader(policy.config, first_frame=c.data.first_frame)
+    batch = next(fixed_batches(reader, paths, 1, torch.device("cpu")))
+    batch = Batch(*(None if value is None else value.double() for value in batch))
     schedule = schedule_of(c.rollout)
-    judge = PixelJudge(codec.decode, network.double(), "all")
-    noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, 0, 0).double()
+    judge = judge_of(codec, network.double(), "all")
+    noise = fixed(policy, batch, noise_like(batch.latent, Purpose.DEMO_SAMPLE, 0, 0).double())
     index = torch.tensor([c.rollout.steps // 2])
     state = chain.rollout(bind(policy, batch), schedule, noise, index)
 
@@ -182,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         if name == PRFL:
             return nullcontext()
         frames, place = name.split(":")
-        return judged_by(PixelJudge(codec.decode, networks[frames], frames), place)
+        return judged_by(judge_of(codec, networks[frames], frames), place)
 
     times: dict[str, list[float]] = {}
     for name in [*dict.fromkeys([PRFL, *args.modes])] * ROUNDS:

@@ -45,7 +45,7 @@ from prfl_engine.demo.compare import measure
 from prfl_engine.files import checkpoints, write_whole
 from prfl_engine.metrics import MetricsWriter, read_metrics
 from prfl_engine.model.checkpoint import load_reward, load_transformer
-from prfl_engine.objectives import graded_windows, schedule_of
+from prfl_engine.objectives import fixed, graded_windows, schedule_of
 from prfl_engine.paths import a_path
 from prfl_engine.seeds import Purpose, noise_like
 from prfl_engine.train import train
@@ -68,8 +68,9 @@ def gate(folder: Path, limit: float = 1e-4) -> None:
     r = config.reward
     reward = load_reward(r.path, **r.pooling, dtype=torch.float32, device="cpu").freeze()
     paths = read_lists(config.data.val, "data.val")[:1]
-    batch = next(fixed_batches(Reader(policy.config), paths, 1, torch.device("cpu")))
-    noise = noise_like(batch.latent, Purpose.DEMO_SAMPLE, 0, 0)
+    reader = Reader(policy.config, first_frame=config.data.first_frame)
+    batch = next(fixed_batches(reader, paths, 1, torch.device("cpu")))
+    noise = fixed(policy, batch, noise_like(batch.latent, Purpose.DEMO_SAMPLE, 0, 0))
     schedule = schedule_of(config.rollout)
 
     def gradient(*indices: int) -> Tensor:

@@ -40,6 +40,7 @@ from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
 from prfl_engine.objectives import (
     bind,
+    fixed,
     graded_windows,
     index_range,
     noisy_rewards,
@@ -103,7 +104,8 @@ def made(config: Config, given: Models, paths: list, size: int, plain: RewardMod
     def put(name: str, values: Tensor) -> None:
         found.setdefault(name, []).append(values.cpu())
 
-    for first, batch in counted(fixed_batches(Reader(generator.config), paths, size, device)):
+    reader = Reader(generator.config, first_frame=config.data.first_frame)
+    for first, batch in counted(fixed_batches(reader, paths, size, device)):
         noise = noise_like(batch.latent, Purpose.VALIDATION_SCORE, e.seed, first)
         velocity, rows = bind(generator, batch), torch.arange(len(noise))
         for t in e.timesteps:
@@ -112,7 +114,7 @@ def made(config: Config, given: Models, paths: list, size: int, plain: RewardMod
             put(f"velocity, t = {t:g}", velocity(x, at.to(device), rows))
         for t, logit in zip(e.timesteps, noisy_rewards(reward, batch, noise, e.timesteps).T, strict=True):
             put(f"reward, t = {t:g}", logit.sigmoid())
-        way = chain.Chain(velocity, schedule, noise)
+        way = chain.Chain(velocity, schedule, fixed(generator, batch, noise))
         for step in (*steps_of(schedule, None), len(schedule)):
             index = torch.full((len(noise),), step)
             way.advance_to(index, index)
@@ -127,8 +129,10 @@ def gradient(config: Config, given: Models, paths: list) -> Tensor:
     """That of the reward loss in all B of new updates, of one batch of rollouts, flat, on the CPU."""
     (generator, reward), r, device = given, config.rollout, pick_device(config)
     lora.attach(generator, LoraConfig(rank=8))
-    batch = next(fixed_batches(Reader(generator.config), paths, len(paths), device))
+    reader = Reader(generator.config, first_frame=config.data.first_frame)
+    batch = next(fixed_batches(reader, paths, len(paths), device))
     noise = noise_like(batch.latent, Purpose.ROLLOUT_NOISE, config.eval.seed, 0)
+    noise = fixed(generator, batch, noise)
     index = torch.linspace(*index_range(r), len(paths)).round().long()[None]
     for window in graded_windows(generator, reward, whole_schedule(r), batch, noise, index, config.chain):
         window.backward(reward_loss(window.logit, config.loss).mean())
