@@ -33,7 +33,7 @@ class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
     pretrain: int = 1800
-    reward: int = 700
+    reward: int = 800
     prfl: int = 500
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
