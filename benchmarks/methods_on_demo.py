@@ -44,7 +44,7 @@ WAYS = {
 
 def overrides(folder: Path, way: str) -> list[str]:
     """The settings of a way."""
-    return [f"data.negative_text={folder / 'data/text/negative.npy'}", *WAYS[way]]
+    return [f"data.negative_text={folder / 'data/text/negative.npy'}", "loss.anchor=0", *WAYS[way]]
 
 
 def before(folder: Path, way: str, count: int) -> dict:

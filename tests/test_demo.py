@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from prfl_bench import best_of, methods_on_demo, rgb_on_demo, samples_quality
+from prfl_bench import best_of, methods_on_demo, pairs_on_demo, rgb_on_demo, samples_quality
 from prfl_engine import cli
 from prfl_engine.demo import data, lights
 from prfl_engine.demo.compare import jerk, paired_p, spread, unsteadiness
@@ -96,6 +96,13 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
     assert set(found["before"]) == {"not guided", "guided"} and tuple(found["runs"]) == ways
     ends = [(run["end"]["reward"], run["end"]["jerk"]) for (run,) in found["runs"].values()]
     assert len(set(ends)) == len(ways)
+
+    pairs_on_demo.main([str(folder), "--steps", "2", "--seeds", "0", "--out", str(tmp_path / "pairs.json")])
+    found = json.loads((tmp_path / "pairs.json").read_text())
+    losses = [run["loss"] for (run,) in found["runs"].values()]
+    assert tuple(found["runs"]) == tuple(pairs_on_demo.WAYS) and len(set(losses)) == len(losses)
+    for (run,) in found["runs"].values():
+        assert all(0 <= share <= 1 for of in run["held_out"].values() for share in of.values())
 
 
 def test_the_stages_by_hand(done, tmp_path, monkeypatch):
