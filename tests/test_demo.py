@@ -61,7 +61,7 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
     sheets = re.findall(r'src="data:image/webp;base64,([^"]*)"', page)
     assert facts["prompts"] == report["captions"] and len(sheets) == len(report["captions"])
     assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (13 * 24, 4 * 24)
-    assert page.count("image/png") == 4
+    assert page.count("image/png") == 5
     pools = [path.parent.parent.name for path in folder.glob("*/*/pool.safetensors")]
     assert pools == ["prfl"]  # it trains by chains that persist, the control without a reward
     weights = {p: p.stat().st_mtime_ns for p in folder.glob("*/checkpoint-*/*.safetensors")}
