@@ -5,6 +5,7 @@ import html
 import json
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from prfl_engine.demo import player
@@ -80,8 +81,8 @@ def _strip(path: Path, videos: dict[str, Tensor], captions: list[str]) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(chosen) * len(videos), 1, squeeze=False)[:, 0]
     for ax, (i, name) in zip(axes, [(i, name) for i in chosen for name in videos], strict=True):
-        frames = pixels(videos[name][i])  # [F, H, W, 3]
-        ax.imshow(frames.transpose(0, 1).flatten(1, 2), aspect="equal", interpolation="bicubic")
+        frames = pixels(videos[name][i]).numpy()  # [F, H, W, 3]
+        ax.imshow(np.concatenate(frames, 1), interpolation="bicubic")
         ax.set(xticks=[], yticks=[])
         ax.set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=9)
         ax.spines[:].set_visible(False)
@@ -203,7 +204,8 @@ def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
         for name, a in accuracy.items() for kind in a["learned"]["by_kind"]
     ]  # fmt: skip
     steps = numbers["settings"]
-    plots = "".join(_image(p, wide) for p, wide in zip(pictures, (True, False, False, True, True), strict=True))
+    wide = True, False, False, True, True
+    plots = "".join(map(_image, pictures, wide))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>PRFL demo</title><style>{STYLE}{player.STYLE}</style>
