@@ -169,6 +169,11 @@ def test_a_finished_folder_is_reused_and_others_are_refused(built, tmp_path, mon
         build(built.folder, 4, SMALL)
     with pytest.raises(ValueError, match="built with another windows$"):
         build(built.folder, 3, DemoSpec(24, 29, 14))
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / data.MANIFEST).write_text(json.dumps({"parameters": {"version": 3, "seed": 3}, "counts": {}}))
+    with pytest.raises(ValueError, match="^out_dir: got '.*old', .* built by another version of the demo$"):
+        build(old, 3, SMALL)
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="out_dir: got .*, want a new or empty folder"):
         build(tmp_path, 3, SMALL)
