@@ -24,7 +24,7 @@ from prfl_engine.demo.report import curves
 from prfl_engine.demo.run import Settings, demo
 from prfl_engine.metrics import MetricsWriter
 
-SMALL = DemoSpec(lights=24, windows=14, held_out=14, size=24)
+SMALL = DemoSpec(lights=24, windows=14, held_out=14, size=16)
 TINY = Settings(pretrain=2, reward=2, prfl=1, seeds=4, data=SMALL)
 
 
@@ -62,7 +62,7 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
     assert facts["names"] == ["drawn, steady", "before", "control", "PRFL"] and facts["frames"] == 13
     sheets = re.findall(r'<img hidden alt="" src="data:image/webp;base64,([^"]*)"', page)
     assert facts["prompts"] == report["captions"] and len(sheets) == len(report["captions"])
-    assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (13 * 24, 4 * 24)
+    assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (13 * 16, 4 * 16)
     assert page.count("image/png") == 4 and 'alt="frames" src="data:image/webp' in page
     pools = [path.parent.parent.name for path in folder.glob("*/*/pool.safetensors")]
     assert pools == ["prfl"]  # it trains by chains that persist, the control without a reward
