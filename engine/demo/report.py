@@ -56,7 +56,7 @@ def write_report(out: Path, numbers: dict) -> Path:
     page = out / "report.html"
     chosen = _spread(len(numbers["captions"]), OFFERED)
     shown = player.player(videos, numbers["captions"], chosen, f'<img alt="samples" src="{animation.name}">')
-    page.write_text(_page(numbers, pictures, shown + _image(strip, wide=True)))
+    page.write_text(_page(numbers, pictures, shown, strip))
     return page
 
 
@@ -172,11 +172,14 @@ def _result(numbers: dict) -> str:
         found = numbers["tests"][name]["blind"]
         return f"{found['preferred']} of {found['of']}"
 
+    models = numbers["models"] | {"steady": numbers["clean"]}
+    at = {name: f"{of['acceleration']:.2f}" for name, of in models.items()}
     return (
         f"After {numbers['settings']['prfl']} updates of PRFL samples move better than before in "
         f"{preferred('PRFL against before')} held-out pairs and better than the control's in "
         f"{preferred('PRFL against control')} (the control's better than before in "
-        f"{preferred('control against before')}), as optical flow judges that is not told which is which."
+        f"{preferred('control against before')}), as optical flow judges that is not told which is which: "
+        f"their acceleration is {at['PRFL']}, before {at['before']}, of steady motion {at['steady']}."
     )
 
 
@@ -189,7 +192,7 @@ def _ahead(accuracy: dict) -> str:
     return f"By the mean of t ≤ 600 the learned model {said}."
 
 
-def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
+def _page(numbers: dict, pictures: list[Path], shown: str, strip: Path) -> str:
     accuracy, seconds, clean = numbers["reward_accuracy"], numbers["seconds"], numbers["clean"]
     keys = {"acceleration": 2, "speed": 2, "reward": 3, "distance": 3, "unsteadiness": 3, "jerk": 4}
     rows = [
@@ -223,6 +226,7 @@ def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
 <p class="quiet">All four videos have the first frame and the prompt in common. Drawn: what the prompt says.
 Then samples of one seed: before, after the control, after PRFL. At an edge a light goes back. Made by
 <code>{html.escape(numbers["command"])}</code>.</p>
+{_image(strip, wide=True)}
 <h2>What was done</h2>
 <p>A tiny Wan transformer, which is given the first frame and a prompt, was pre-trained on lights that move
 over photographs, four of five shaking ({steps["pretrain"]} steps). Its first three blocks became a reward
