@@ -35,6 +35,25 @@ def done(tmp_path_factory):
     return folder, demo(folder, TINY)
 
 
+def numbers_in(value):
+    """All numbers of a JSON document."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(part)
+    elif isinstance(value, int | float):
+        yield abs(value)
+
+
+def test_every_number_of_the_page_is_in_the_json(done):
+    report = json.loads((done[0] / "report.json").read_text())
+    page = (done[0] / "report.html").read_text()
+    text = re.sub(r"<(style|script|noscript)\b.*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)
+    known = {f"{n:.{digits}f}" for n in numbers_in(report) for digits in (2, 3, 4)} | {"0.5"}
+    known |= {f"{n:.2g}" for n in numbers_in(report)}
+    shown = re.findall(r"\d+\.\d+(?:e-\d+)?", text)
+    assert len(shown) > 60 and not set(shown) - known
+
+
 def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, capsys, monkeypatch):
     folder, first = done
     report = json.loads((folder / "report.json").read_text())
@@ -56,6 +75,7 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
             assert judge["low"] == pytest.approx(np.mean(low)) and judge["by_kind"]
     new = report["reward_accuracy"]["breaks it has never seen"]
     assert all(judge["by_timestep"]["1000"] == 0.5 for judge in new.values())  # noise is all there is
+    assert "By the mean of t ≤ 600 the learned model is" in page
     assert html.escape(report["result"]) in page and report["command"] == "demo()"
     player = re.search(r'<script type="application/json">(.*?)</script>', page)
     facts = json.loads(player.group(1))
