@@ -326,6 +326,8 @@ class Config(Section, name=""):
             alike in (0, "turn") or accumulate % alike == 0, "rollout.one_index", alike,
             f"0, turn or a divisor of train.accumulate = {accumulate}",
         )  # fmt: skip
+        ok = self.reward.loss == "bt" or not self.data.paired
+        check(ok, "data.paired", True, "false unless reward.loss is bt")
         own = self.eval.rollout_lora and self.rollout.lora is None
         check(not own, "eval.rollout_lora", True, "false without rollout.lora")
 
