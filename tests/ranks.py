@@ -118,7 +118,7 @@ class Ranks:
         return self._told(rank, f"no answer in {LIMIT:g} s")
 
     def _told(self, rank: int, what: str) -> str:
-        crash = Path(self._folder.name, f"crash-{rank}").read_text()
+        crash = Path(self._folder.name, f"crash-{rank}").read_text(errors="replace")
         return "\n".join((what, crash, "tests that these processes have served:", *self._served))
 
     def close(self) -> None:
