@@ -120,6 +120,7 @@ CALLS = {
     "model.host": ("train", "model.recompute=auto:1", "loss.weight=0"),
     "lora.alpha": ("train", "lora.rank=2"), "train.stop_anchor": ("train", "loss.anchor=1"),
     "reward.dropout": ("train-reward", "reward.path=null"),
+    "reward.ce_weight": ("train-reward", "reward.path=null", "reward.loss=bt", "data.lose={}/data/all.list"),
     "rollout.max_drift": ("train", "rollout.cache=0.1"),
     "optim.lr_head": ("train-reward", "reward.path=null", "optim.weight_decay=0"),
     "optim.weight_decay": ("train", "optim.lr_head=0"), "eval.timesteps": ("train", "eval.every=1"),
