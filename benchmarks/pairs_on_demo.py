@@ -46,7 +46,7 @@ def settings(folder: Path, way: str, *overrides: str) -> Config:
     """The configuration of the demo's reward stage in this way."""
     both = [str(folder / f"data/reward_{side}.list") for side in ("win", "lose")]
     lists = (f"data.train=[{','.join(both)}]",) if way == "labels" else ()
-    more = "eval.every=0", "train.resume=false", "train.ema=0.99", *WAYS[way], *lists
+    more = "eval.every=0", "train.resume=false", "train.ema=0.99", "train.log_every=1", *WAYS[way], *lists
     return load_config(folder / "reward" / "config.yaml", (*more, *overrides))
 
 

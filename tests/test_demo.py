@@ -22,7 +22,7 @@ from prfl_engine.demo.data import DemoSpec
 from prfl_engine.demo.motion import blind, motion, motions
 from prfl_engine.demo.run import Settings, demo
 
-SMALL = DemoSpec(lights=24, windows=14, held_out=14, size=24)
+SMALL = DemoSpec(lights=24, windows=14, held_out=14, size=16)
 TINY = Settings(pretrain=2, reward=2, prfl=1, seeds=4, data=SMALL)
 
 
@@ -60,8 +60,8 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
     assert facts["names"] == ["drawn, steady", "before", "control", "PRFL"] and facts["frames"] == 13
     sheets = re.findall(r'src="data:image/webp;base64,([^"]*)"', page)
     assert facts["prompts"] == report["captions"] and len(sheets) == len(report["captions"])
-    assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (13 * 24, 4 * 24)
-    assert page.count("image/png") == 4
+    assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (13 * 16, 4 * 16)
+    assert page.count("image/png") == 5
     pools = [path.parent.parent.name for path in folder.glob("*/*/pool.safetensors")]
     assert pools == ["prfl"]  # it trains by chains that persist, the control without a reward
     weights = {p: p.stat().st_mtime_ns for p in folder.glob("*/checkpoint-*/*.safetensors")}

@@ -5,6 +5,7 @@ import html
 import json
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from prfl_engine.demo import player
@@ -14,6 +15,7 @@ from prfl_engine.metrics import read_metrics
 COLORS = {"before": "#8a8f98", "control": "#d98c2b", "PRFL": "#2268b3"}
 SHOWN = 6  # seeds in the animation
 OFFERED = 12  # seeds in the player
+STRIPS = 3  # of which all frames are shown side by side
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c2733; --page: #fff; --line: #d9dee4; --quiet: #5b6875 }
@@ -34,12 +36,13 @@ td:first-child, th:first-child { text-align: left }
 
 
 def write_report(out: Path, numbers: dict) -> Path:
-    """Write report.html, report.json, plots (.png) and the animation (.webp) to `out`."""
+    """Write report.html, report.json, plots and frames (.png) and the animation (.webp) to `out`."""
     out = Path(out)
     videos = numbers.pop("videos")
     numbers["result"] = _result(numbers)
     (out / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
     pictures = [
+        _strip(out / "frames.png", videos, numbers["captions"]),
         _plot(out / "accuracy.png", lambda ax: _accuracy(ax, numbers)),
         _plot(out / "reward.png", lambda ax: _reward(ax, numbers)),
         _plot(out / "seeds.png", lambda ax: _seeds(ax, numbers), columns=2),
@@ -65,6 +68,29 @@ def _plot(path: Path, draw, columns: int = 1) -> Path:
     for ax in [axes] if columns == 1 else axes:
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+    return path
+
+
+def _strip(path: Path, videos: dict[str, Tensor], captions: list[str]) -> Path:
+    """All frames of the samples of STRIPS prompts, a row a video."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    chosen = _spread(len(captions), STRIPS)
+    figure = Figure((11, 0.82 * len(videos) * len(chosen) + 0.3 * len(chosen)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(chosen) * len(videos), 1, squeeze=False)[:, 0]
+    for ax, (i, name) in zip(axes, [(i, name) for i in chosen for name in videos], strict=True):
+        frames = pixels(videos[name][i]).numpy()  # [F, H, W, 3]
+        ax.imshow(np.concatenate(frames, 1), interpolation="bicubic")
+        ax.set(xticks=[], yticks=[])
+        ax.set_ylabel(name.replace(", ", ",\n"), rotation=0, ha="right", va="center", fontsize=9)
+        ax.spines[:].set_visible(False)
+        for k in range(1, len(frames)):
+            ax.axvline(k * frames.shape[2] - 0.5, color="white", lw=1.5)
+        if name == next(iter(videos)):
+            ax.set_title(captions[i], loc="left", fontsize=10)
+    figure.savefig(path, dpi=100)
     return path
 
 
@@ -178,7 +204,8 @@ def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
         for name, a in accuracy.items() for kind in a["learned"]["by_kind"]
     ]  # fmt: skip
     steps = numbers["settings"]
-    plots = "".join(_image(p, wide) for p, wide in zip(pictures, (False, False, True, True), strict=True))
+    wide = True, False, False, True, True
+    plots = "".join(map(_image, pictures, wide))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>PRFL demo</title><style>{STYLE}{player.STYLE}</style>
