@@ -27,12 +27,12 @@ from prfl_engine.model.checkpoint import (
 from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward, told_right, train_levels
+from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward, train_levels
 from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
 from prfl_engine.resume import prepare_out
 from prfl_engine.seeds import Purpose, integers, noise_like
-from prfl_engine.validation import HeldOut, check_labels, partners, read_labels
+from prfl_engine.validation import HeldOut, check_labels, partners, read_labels, told_right
 
 ADAPTER = "adapter"  # folder of the adapter in a checkpoint of training with LoRA
 

@@ -6,7 +6,6 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from prfl_engine.errors import UserError, named
 from prfl_engine.model.checkpoint import load_reward, load_transformer, save_transformer
 from prfl_engine.model.layout import name_layout
 from prfl_engine.model.names import to_diffusers
-from prfl_engine.paths import a_path
 from prfl_engine.planner import plan, rates
 from prfl_engine.seeds import Purpose, seeded
 
@@ -356,15 +354,6 @@ def test_a_path_on_a_command_line_that_cannot_be_one(text, tmp_path, capsys, mon
     assert main(["score", "x", text]) == 2
     assert one_line(capsys).startswith("prfl: samples: got ")
     assert len(names) > 15 and os.listdir(tmp_path) == []
-
-
-def test_a_path_of_a_script_that_cannot_be_one(capsys):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=a_path)
-    assert parser.parse_args(["--out", "a/b"]).out == Path("a/b")
-    with pytest.raises(SystemExit, match="2"):
-        parser.parse_args(["--out", " "])
-    assert "argument --out: path: got ' ', want text that can be a path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("out", ["file", "", " ", "link", "file/below"])
