@@ -184,7 +184,7 @@ def trained(
 
 
 def means_of(samples: dict, looks: Mapping[str, Callable[[Tensor], Tensor]]) -> dict:
-    """Means over the samples of one model, as demo.run.measure gives them: of MEASURES and of `looks`."""
+    """Means over the samples of one model, as demo.compare.measure gives them: of MEASURES and of `looks`."""
     looked = {name: look(samples["video"]) for name, look in looks.items()}
     values = {name: samples[name] for name in MEASURES} | looked
     return {k: v.mean().item() for k, v in values.items()}

@@ -115,6 +115,8 @@ def test_integers_and_bad_latents_are_refused(codec):
 def bad_tensors(codec):
     good = {name: getattr(codec, name).clone() for name in NAMES}
     yield good | {"basis": good["basis"][:, :, :4].contiguous()}, "basis: got .*, want shape"
+    yield good | {"scale": good["scale"][0]}, "scale: got .*, want shape"
+    yield good | {name: good[name][:0] for name in NAMES if name != "mean"}, "scale: got .*, want shape"
     yield good | {"change_scale": -good["change_scale"]}, "change_scale: got .*, want positive"
     yield good | {"mean": good["mean"] * float("nan")}, "mean"
     yield {"mean": good["mean"]}, "not a codec: got tensors"

@@ -20,7 +20,9 @@ from prfl_engine.demo import data, lights
 from prfl_engine.demo.compare import jerk, paired_p, spread, unsteadiness
 from prfl_engine.demo.data import DemoSpec
 from prfl_engine.demo.motion import blind, motion, motions
+from prfl_engine.demo.report import curves
 from prfl_engine.demo.run import Settings, demo
+from prfl_engine.metrics import MetricsWriter
 
 SMALL = DemoSpec(lights=24, windows=14, held_out=14, size=16)
 TINY = Settings(pretrain=2, reward=2, prfl=1, seeds=4, data=SMALL)
@@ -31,6 +33,25 @@ def done(tmp_path_factory):
     """The folder of a tiny demo, and what it returned."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
     return folder, demo(folder, TINY)
+
+
+def numbers_in(value):
+    """All numbers of a JSON document."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(part)
+    elif isinstance(value, int | float):
+        yield abs(value)
+
+
+def test_every_number_of_the_page_is_in_the_json(done):
+    report = json.loads((done[0] / "report.json").read_text())
+    page = (done[0] / "report.html").read_text()
+    text = re.sub(r"<(style|script|noscript)\b.*?</\1>|<[^>]*>", " ", page, flags=re.DOTALL)
+    known = {f"{n:.{digits}f}" for n in numbers_in(report) for digits in (2, 3, 4)} | {"0.5"}
+    known |= {f"{n:.2g}" for n in numbers_in(report)}
+    shown = re.findall(r"\d+\.\d+(?:e-\d+)?", text)
+    assert len(shown) > 60 and not set(shown) - known
 
 
 def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, capsys, monkeypatch):
@@ -52,16 +73,17 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
             assert set(judge["by_timestep"]) == {"201", "400", "600", "800", "1000"}
             low = [judge["by_timestep"][t] for t in ("201", "400", "600")]
             assert judge["low"] == pytest.approx(np.mean(low)) and judge["by_kind"]
-    lights = report["reward_accuracy"]["breaks it has never seen"]
-    assert all(judge["by_timestep"]["1000"] == 0.5 for judge in lights.values())  # noise is all there is
+    new = report["reward_accuracy"]["breaks it has never seen"]
+    assert all(judge["by_timestep"]["1000"] == 0.5 for judge in new.values())  # noise is all there is
+    assert "By the mean of t ≤ 600 the learned model is" in page
     assert html.escape(report["result"]) in page and report["command"] == "demo()"
     player = re.search(r'<script type="application/json">(.*?)</script>', page)
     facts = json.loads(player.group(1))
     assert facts["names"] == ["drawn, steady", "before", "control", "PRFL"] and facts["frames"] == 13
-    sheets = re.findall(r'src="data:image/webp;base64,([^"]*)"', page)
+    sheets = re.findall(r'<img hidden alt="" src="data:image/webp;base64,([^"]*)"', page)
     assert facts["prompts"] == report["captions"] and len(sheets) == len(report["captions"])
     assert Image.open(io.BytesIO(base64.b64decode(sheets[0]))).size == (13 * 16, 4 * 16)
-    assert page.count("image/png") == 5
+    assert page.count("image/png") == 4 and 'alt="frames" src="data:image/webp' in page
     pools = [path.parent.parent.name for path in folder.glob("*/*/pool.safetensors")]
     assert pools == ["prfl"]  # it trains by chains that persist, the control without a reward
     weights = {p: p.stat().st_mtime_ns for p in folder.glob("*/checkpoint-*/*.safetensors")}
@@ -109,7 +131,7 @@ def test_the_stages_by_hand(done, tmp_path, monkeypatch):
     """The commands of docs/demo.md, as they stand there but for numbers of steps and the size of the data."""
     page = (Path(__file__).parents[1] / "docs/demo.md").read_text()
     commands = re.findall(r"^    (python -m|prfl) (.*)", page, re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 8
     written = {int(n) for n in re.findall(r"checkpoint-(\d+)", page)}
     whole = Settings()
     assert written == {whole.pretrain, whole.reward, whole.prfl}
@@ -127,6 +149,22 @@ def test_the_stages_by_hand(done, tmp_path, monkeypatch):
     assert Path("runs/hand/samples/sample-00.mp4").is_file()
     a, b = (np.load(of / "data/latents/train-00003-jumps.npy") for of in (done[0], Path("runs/hand")))
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "reward", "prfl", "seeds"])
+def test_settings_without_a_step_or_a_seed_are_refused(name):
+    with pytest.raises(ValueError, match=f"^{name}: got 0, want at least 1$"):
+        Settings(**{name: 0})
+
+
+def test_the_curves_of_the_report_are_what_the_trainings_logged(tmp_path):
+    logged = ("pretrain", "sft_loss"), ("reward", "loss"), ("prfl", "reward")
+    for n, (folder, key) in enumerate(logged):
+        values = {5: {f"train/{key}": n + 0.5}, 8: {"eval/other": 1.0}, 10: {f"train/{key}": n + 0.25}}
+        with MetricsWriter(tmp_path / folder, tensorboard=False) as metrics:
+            for step, found in values.items():
+                metrics.log(step, found)
+    assert [*curves(tmp_path).values()] == [{5: n + 0.5, 10: n + 0.25} for n in range(3)]
 
 
 def test_jerk_is_zero_for_uniform_motion():

@@ -36,6 +36,26 @@ def built(tmp_path_factory, decoded_once):
     return build(tmp_path_factory.mktemp("demo") / "data", 3, SMALL)
 
 
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, built):
+    """A build of another seed, and of which frames its photographs and its windows were drawn."""
+    photographs, windows, photograph, draw = [], [], clips.photograph, clips.draw
+
+    def photograph_of(rng, real, frames, size):
+        photographs.append(frames)
+        return photograph(rng, real, frames, size)
+
+    def draw_of(rng, shot, frames, *args):
+        windows.append((shot, frames))
+        return draw(rng, shot, frames, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clips, "photograph", photograph_of)
+        patch.setattr(clips, "draw", draw_of)
+        made = build(tmp_path_factory.mktemp("demo") / "other", 4, SMALL)
+    return made, photographs, windows
+
+
 def _has(clip):
     try:
         return find_clip(clip).is_file()
@@ -155,11 +175,20 @@ def test_a_latent_decodes_to_a_light_of_its_color(built):
             assert brightest.argmax() == list(lights.COLORS).index(m["light"]["color"])
 
 
-def test_deterministic_and_another_seed_is_different(built, tmp_path):
+def test_codec_and_training_see_no_held_out_photograph_or_window(other):
+    _, photographs, windows = other
+    train, held_out = (clips.usable(clips.read_clips(), part) for part in (0, 1))
+    # The codec's 200 and those of the generator and the reward model; then the held-out lists val and new.
+    assert photographs == [train] * (200 + SMALL.lights) + [held_out] * (2 * SMALL.held_out)
+    parts = [[train[s], held_out.get(s)].index(frames) for s, frames in windows]
+    assert parts == sorted(parts)
+    assert parts.count(0) >= 50 + SMALL.windows and parts.count(1) >= SMALL.held_out
+
+
+def test_deterministic_and_another_seed_is_different(built, other, tmp_path):
     again = build(tmp_path / "again", 3, SMALL)
     assert files(again.folder) == files(built.folder)
-    other = build(tmp_path / "other", 4, SMALL)
-    assert files(other.folder) != files(built.folder)
+    assert files(other[0].folder) != files(built.folder)
 
 
 def test_a_finished_folder_is_reused_and_others_are_refused(built, tmp_path, monkeypatch):
@@ -169,6 +198,11 @@ def test_a_finished_folder_is_reused_and_others_are_refused(built, tmp_path, mon
         build(built.folder, 4, SMALL)
     with pytest.raises(ValueError, match="built with another windows$"):
         build(built.folder, 3, DemoSpec(24, 29, 14, size=16))
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / data.MANIFEST).write_text(json.dumps({"parameters": {"version": 3, "seed": 3}, "counts": {}}))
+    with pytest.raises(ValueError, match="^out_dir: got '.*old', .* built by another version of the demo$"):
+        build(old, 3, SMALL)
     (tmp_path / "mine").write_text("")
     with pytest.raises(ValueError, match="out_dir: got .*, want a new or empty folder"):
         build(tmp_path, 3, SMALL)

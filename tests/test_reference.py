@@ -58,7 +58,7 @@ def hooks():
 
 @pytest.mark.parametrize("page, text, want", [
     ("index.md", "[a](docs/training.md#lora)", "[a](training.md#lora)"),
-    ("index.md", "![a](docs/demo.png) and [b](docs)", "![a](demo.png) and [b](reference/index.md)"),
+    ("index.md", "![a](docs/demo.webp) and [b](docs)", "![a](demo.webp) and [b](reference/index.md)"),
     ("index.md", "[a](engine/train.py)", "a"),
     ("training.md", "[a](data.md), [b](../engine/train.py)", "[a](data.md), b"),
     ("training.md", "[a](https://x.org/y), [b](#here)", "[a](https://x.org/y), [b](#here)"),

@@ -27,8 +27,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 h1, h2 { line-height: 1.2 } .result { font-size: 1.15rem } .quiet { color: var(--quiet); font-size: .9rem }
 code { overflow-wrap: anywhere }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
-.plots img { width: 100%; background: #fff; border-radius: 4px } .plots .wide { grid-column: 1 / -1 }
-.box { overflow-x: auto }
+.plots img, .wide img { width: 100%; background: #fff; border-radius: 4px }
+.plots .wide { grid-column: 1 / -1 } .wide img { min-width: 45rem } .box { overflow-x: auto }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .3rem .9rem; text-align: right;
        border-bottom: 1px solid var(--line); white-space: nowrap }
 td:first-child, th:first-child { text-align: left }
@@ -36,24 +36,27 @@ td:first-child, th:first-child { text-align: left }
 
 
 def write_report(out: Path, numbers: dict) -> Path:
-    """Write report.html, report.json, plots and frames (.png) and the animation (.webp) to `out`."""
+    """Write report.html, report.json, plots (.png), frames and the animation (.webp) to `out`.
+
+    `numbers` are those of `compare` and of run.demo. "videos" leaves them; "result" and "training" come in.
+    """
     out = Path(out)
     videos = numbers.pop("videos")
-    numbers["result"] = _result(numbers)
+    numbers |= {"result": _result(numbers), "training": curves(out)}
     (out / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    strip = _strip(out / "frames.webp", videos, numbers["captions"])
     pictures = [
-        _strip(out / "frames.png", videos, numbers["captions"]),
         _plot(out / "accuracy.png", lambda ax: _accuracy(ax, numbers)),
         _plot(out / "reward.png", lambda ax: _reward(ax, numbers)),
         _plot(out / "seeds.png", lambda ax: _seeds(ax, numbers), columns=2),
-        _plot(out / "training.png", lambda ax: _training(ax, out), columns=3),
+        _plot(out / "training.png", lambda ax: _training(ax, numbers["training"]), columns=3),
     ]
     animation = out / "samples.webp"
     _animate(animation, videos, numbers["captions"])
     page = out / "report.html"
     chosen = _spread(len(numbers["captions"]), OFFERED)
     shown = player.player(videos, numbers["captions"], chosen, f'<img alt="samples" src="{animation.name}">')
-    page.write_text(_page(numbers, pictures, shown))
+    page.write_text(_page(numbers, pictures, shown, strip))
     return page
 
 
@@ -90,7 +93,7 @@ def _strip(path: Path, videos: dict[str, Tensor], captions: list[str]) -> Path:
             ax.axvline(k * frames.shape[2] - 0.5, color="white", lw=1.5)
         if name == next(iter(videos)):
             ax.set_title(captions[i], loc="left", fontsize=10)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, pil_kwargs={"quality": 85})
     return path
 
 
@@ -130,15 +133,22 @@ def _seeds(axes, numbers: dict) -> None:
         ax.title.set_fontsize(9)
 
 
-def _training(axes, out: Path) -> None:
-    curves = (
-        ("pretrain", "train/sft_loss", "Pre-training: flow matching"),
-        ("reward", "train/loss", "Reward model: cross-entropy"),
-        ("prfl", "train/reward", "PRFL: reward of graded steps"),
-    )
-    for ax, (folder, key, title) in zip(axes, curves, strict=True):
-        records = [r for r in read_metrics(out / folder) if key in r["values"]]
-        ax.plot([r["step"] for r in records], [r["values"][key] for r in records], lw=1)
+def curves(out: Path) -> dict:
+    """What the trainings logged: {title: {optimizer step: value}}."""
+    shown = {
+        "Pre-training: flow matching": ("pretrain", "train/sft_loss"),
+        "Reward model: loss": ("reward", "train/loss"),
+        "PRFL: reward of graded steps": ("prfl", "train/reward"),
+    }
+    return {
+        title: {r["step"]: r["values"][key] for r in read_metrics(out / folder) if key in r["values"]}
+        for title, (folder, key) in shown.items()
+    }
+
+
+def _training(axes, found: dict) -> None:
+    for ax, (title, curve) in zip(axes, found.items(), strict=True):
+        ax.plot(list(curve), list(curve.values()), lw=1)
         ax.set(xlabel="optimizer step", title=title)
 
 
@@ -157,31 +167,32 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 def _result(numbers: dict) -> str:
     """What came out, in one sentence."""
-    models, settings, tests = numbers["models"], numbers["settings"], numbers["tests"]
 
     def preferred(name: str) -> str:
-        found = tests[name]["blind"]
+        found = numbers["tests"][name]["blind"]
         return f"{found['preferred']} of {found['of']}"
 
-    test = tests["PRFL against control"]
-    at = {name: f"{m['reward']:.3f}" for name, m in models.items()}
-    reward = _against(test["reward_gain"], test["reward_p"], ("higher", "lower", "not measurably other"))
+    models = numbers["models"] | {"steady": numbers["clean"]}
+    at = {name: f"{of['acceleration']:.2f}" for name, of in models.items()}
     return (
-        f"After {settings['prfl']} updates of PRFL its samples move better than those from before in "
+        f"After {numbers['settings']['prfl']} updates of PRFL samples move better than before in "
         f"{preferred('PRFL against before')} held-out pairs and better than the control's in "
-        f"{preferred('PRFL against control')} (the control's than those from before: "
-        f"{preferred('control against before')}), by optical flow, which nothing was trained on and which is "
-        f"not told which is which. The reward is {reward} than the control's ({at['PRFL']} against "
-        f"{at['control']}, before {at['before']})."
+        f"{preferred('PRFL against control')} (the control's better than before in "
+        f"{preferred('control against before')}), as optical flow judges that is not told which is which: "
+        f"their acceleration is {at['PRFL']}, before {at['before']}, of steady motion {at['steady']}."
     )
 
 
-def _against(gain: float, p: float, words: tuple[str, str, str]) -> str:
-    """The word for a gain, for a loss, or for neither at p = 0.05."""
-    return words[2] if p >= 0.05 else words[gain <= 0]
+def _ahead(accuracy: dict) -> str:
+    """Where the learned reward model is above the hand-made features, in one sentence."""
+    above = [name for name, a in accuracy.items() if a["learned"]["low"] > a["hand-made"]["low"]]
+    other = [name for name in accuracy if name not in above]
+    parts = [("is above them", above), ("is not above them", other)]
+    said = " and ".join(f"{what} on {', '.join(names)}" for what, names in parts if names)
+    return f"By the mean of t ≤ 600 the learned model {said}."
 
 
-def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
+def _page(numbers: dict, pictures: list[Path], shown: str, strip: Path) -> str:
     accuracy, seconds, clean = numbers["reward_accuracy"], numbers["seconds"], numbers["clean"]
     keys = {"acceleration": 2, "speed": 2, "reward": 3, "distance": 3, "unsteadiness": 3, "jerk": 4}
     rows = [
@@ -200,11 +211,11 @@ def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
         for name, a in accuracy.items() for judge in a
     ]  # fmt: skip
     kinds = [
-        [kind, name, f"{a['learned']['by_kind'][kind]:.3f}", f"{a['hand-made']['by_kind'][kind]:.3f}"]
+        [kind, f"{a['learned']['by_kind'][kind]:.3f}", f"{a['hand-made']['by_kind'][kind]:.3f}", name]
         for name, a in accuracy.items() for kind in a["learned"]["by_kind"]
     ]  # fmt: skip
     steps = numbers["settings"]
-    wide = True, False, False, True, True
+    wide = False, False, True, True
     plots = "".join(map(_image, pictures, wide))
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -213,18 +224,19 @@ def _page(numbers: dict, pictures: list[Path], shown: str) -> str:
 <p class="result">{html.escape(numbers["result"])}</p>
 {shown}
 <p class="quiet">All four videos have the first frame and the prompt in common. Drawn: what the prompt says.
-Then samples of one seed: before, after the control, after PRFL. Made by
+Then samples of one seed: before, after the control, after PRFL. At an edge a light goes back. Made by
 <code>{html.escape(numbers["command"])}</code>.</p>
+{_image(strip, wide=True)}
 <h2>What was done</h2>
 <p>A tiny Wan transformer, which is given the first frame and a prompt, was pre-trained on lights that move
-over photographs, four of five shaking ({steps["pretrain"]} steps). Its blocks became a reward model that
-tells steady from broken motion on <em>noisy latents</em>, of lights and of windows of real video
+over photographs, four of five shaking ({steps["pretrain"]} steps). Its first three blocks became a reward
+model that tells steady from broken motion on <em>noisy latents</em>, of lights and of windows of real video
 ({steps["reward"]} steps). Its reward was propagated back through single denoising steps into the generator
-({steps["prfl"]} updates). No pixel was decoded in training. The control had the same data, seeds and number
-of updates, with the flow-matching loss only.</p>
-<h2>Generators, on {steps["seeds"]} held-out first frames and prompts</h2>
+({steps["prfl"]} updates, one of four with flow matching). No pixel was decoded in training. The control had
+the same data, seeds and number of updates, all with flow matching alone.</p>
+<h2>Generators, on {steps["seeds"]} held-out first frames</h2>
 {_table(["", "acceleration", "speed", "reward", "distance", "unsteadiness", "jerk"], rows)}
-{_table(["pairs", "better motion, blind", "reward", "p", "distance", "p"], tests)}
+{_table(["pairs", "better motion, blind", "reward by", "p", "distance by", "p"], tests)}
 <p><em>Acceleration</em>: the change of velocity from frame to frame by optical flow (OpenCV, DIS), pixels a
 frame squared; the smaller one of a pair is the better one, unless it moves less than half as fast as the
 steady motion that was drawn. The choice is blind: the order is drawn. <em>Speed</em>: pixels a frame.
@@ -236,12 +248,12 @@ paired permutation test.</p>
 {_table(["accuracy", "", *(f"t = {t}" for t in names), "mean of t ≤ 600"], table)}
 <p>How often the steady one of two videos with the same first frame, prompt and noise has the higher score.
 The frames of photographs and windows are of parts of the shots that training never saw. Hand-made: one
-linear comparison per timestep of features of the temporal differences of the same noisy latents. At t =
-1000 all but the given first frame is noise, and 0.5 is all there is.</p>
-{_table(["mean of t ≤ 600", "", "learned", "hand-made"], kinds)}
+linear comparison per timestep of features of the temporal differences of the same noisy latents.
+{_ahead(accuracy)} At t = 1000 all but the given first frame is noise, and 0.5 is all there is.</p>
+{_table(["mean of t ≤ 600", "learned", "hand-made", ""], kinds)}
 <div class="plots">{plots}</div>
 <h2>Time</h2>
-{_table(["stage", "wall time"], stages)}
+{_table(["stage", "wall time of this run"], stages)}
 <p class="quiet">All numbers of this page, and those of every seed, are in <code>report.json</code>.</p>
 </html>
 """
@@ -257,4 +269,5 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _image(path: Path, wide: bool) -> str:
     data, kind = base64.b64encode(path.read_bytes()).decode(), path.suffix[1:]
-    return f'<img alt="{path.stem}" class="{"wide" * wide}" src="data:image/{kind};base64,{data}">'
+    image = f'<img alt="{path.stem}" src="data:image/{kind};base64,{data}">'
+    return f'<div class="box wide">{image}</div>' if wide else image

@@ -23,6 +23,7 @@ from prfl_engine.demo.compare import accuracies, compare
 from prfl_engine.demo.data import DemoData, DemoSpec, build
 from prfl_engine.demo.motion import opencv
 from prfl_engine.demo.report import write_report
+from prfl_engine.errors import check
 from prfl_engine.files import checkpoints
 from prfl_engine.train import train
 from prfl_engine.train_reward import train_reward
@@ -40,6 +41,10 @@ class Settings:
     seed: int = 0
     """Of the data and of every training."""
     data: DemoSpec = field(default_factory=DemoSpec)
+
+    def __post_init__(self):
+        for name in "pretrain", "reward", "prfl", "seeds":
+            check(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
 
 
 def demo(out: str | Path, settings: Settings | None = None, command: str = "demo()") -> dict:

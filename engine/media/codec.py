@@ -36,6 +36,7 @@ class FrameCodec(nn.Module):
         super().__init__()
         good = mean.ndim == 3 and len(mean) == 3 and mean.numel() > 0
         check(good, "mean", list(mean.shape), "shape [3, H, W]")
+        check(scale.ndim == 1 and len(scale) > 0, "scale", list(scale.shape), "shape [C > 0]")
         values = mean, basis, scale, change_basis, change_scale
         for name, value in zip(NAMES, values, strict=True):
             if name != "mean":
