@@ -317,15 +317,13 @@ class Config(Section, name=""):
         guided = any(scales(part.guidance) != (1, 1) for part in parts)
         ok = guided or not self.rollout.guidance_at_once
         check(ok, "rollout.guidance_at_once", True, "false where nothing is guided")
-        check(
-            self.pool % self.graded == 0, "rollout.pool", self.pool,
-            f"a multiple of {self.graded} = data.batch_size * train.accumulate * rollout.samples",
-        )  # fmt: skip
+        want = f"a multiple of {self.graded} = data.batch_size * train.accumulate * rollout.samples"
+        check(self.pool % self.graded == 0, "rollout.pool", self.pool, want)
         alike, accumulate = self.rollout.one_index, self.train.accumulate
-        check(
-            alike in (0, "turn") or accumulate % alike == 0, "rollout.one_index", alike,
-            f"0, turn or a divisor of train.accumulate = {accumulate}",
-        )  # fmt: skip
+        ok, want = alike in (0, "turn") or accumulate % alike == 0, "0, turn or a divisor of train.accumulate"
+        check(ok, "rollout.one_index", alike, f"{want} = {accumulate}")
+        ok = self.reward.loss == "bt" or not self.data.paired
+        check(ok, "data.paired", True, "false unless reward.loss is bt")
         own = self.eval.rollout_lora and self.rollout.lora is None
         check(not own, "eval.rollout_lora", True, "false without rollout.lora")
 

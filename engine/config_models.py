@@ -198,7 +198,7 @@ class RewardConfig(Section, name="reward"):
     loss: Literal["ce", "bt"] = "ce"
     """ce: binary cross-entropy on the label; bt: Bradley-Terry on (winner, loser) pairs."""
     ce_weight: Nonnegative = 0.0
-    """Weight, beside bt, of the cross-entropy of winners as good samples and losers as poor ones.
+    """With bt, weight of the cross-entropy that is added, of winners as good samples and losers as poor ones.
     Bradley-Terry alone leaves open what all logits have in common: where that is large, the reward, their
     sigmoid, is 1 for all."""
     timesteps: tuple[Annotated[float, Within(0, 1000)], ...] = ()
@@ -230,6 +230,8 @@ class RewardConfig(Section, name="reward"):
         check(rising, "reward.feature_layer", layers, "each layer after the one before")
         if self.query_attention is not None or self.mlp is not None:
             check(self.path is not None, "reward.path", None, "the folder of the transformer of reward.mlp")
+        ok = self.loss == "bt" or self.ce_weight == 0
+        check(ok, "reward.ce_weight", self.ce_weight, "0 unless reward.loss is bt")
         if self.pool in ("mean", "max"):
             check(self.dropout == 0, "reward.dropout", self.dropout, f"0 with reward.pool {self.pool}")
             path = self.query_attention

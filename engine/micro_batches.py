@@ -26,7 +26,8 @@ from prfl_engine.seeds import Purpose, each, seeded
 START = "fork" if sys.platform.startswith("linux") else None
 """How loader processes start. On Linux they are children of the training process, however that was started
 (Python 3.14 would take a fork server): a child of a fork server does not see that it is killed, and stays."""
-Shapes = list[tuple[int, ...] | None]
+Shape = tuple[int, ...]
+Shapes = list[Shape | None]
 Drawn = list[list[tuple[Path, np.random.Generator]]]
 """(meta path, what draws its caption) of the samples of an item; with losers, of winners and of losers."""
 
@@ -103,7 +104,7 @@ class MicroBatches:
         n = len(self.paths)
         planned = [()] * n if self.planned is None else self.planned
         self._shapes, self._alike = planned[:n], {}
-        self._losers: dict[tuple[int, ...], list[Path]] = {}
+        self._losers: dict[Shape, list[Path]] = {}
         if self.paired:
             self._shapes = [self._both(i, planned[i], planned[n + i]) for i in range(n)]
         else:
@@ -122,7 +123,7 @@ class MicroBatches:
         """What is drawn as one: a sample, or a pair of them."""
         return (self.paths[index], self.lose[index]) if self.paired else (self.paths[index],)
 
-    def _both(self, index: int, win: Shapes, lose: Shapes):
+    def _both(self, index: int, win: Shape | None, lose: Shape | None) -> Shape | None:
         """The shape of a pair; None where one of it is left out."""
         if win is None or lose is None:
             return None
@@ -198,11 +199,11 @@ class MicroBatches:
                 return f"{bad[path]}; data.skip_broken: no other sample can take its place"
         return None
 
-    def _shape(self, path: Path, found: dict[Path, str]) -> tuple[int, ...] | None:
+    def _shape(self, path: Path, found: dict[Path, str]) -> Shape | None:
         return self._try(lambda: self.reader.shape(path), path, found)
 
     def _sample(
-        self, path: Path, rng: np.random.Generator, shape: tuple[int, ...], found: dict[Path, str]
+        self, path: Path, rng: np.random.Generator, shape: Shape, found: dict[Path, str]
     ) -> Batch | None:
         def read() -> Batch:
             sample = self.reader.read(path, rng)
@@ -224,19 +225,22 @@ class MicroBatches:
 
     def _drawn(self, position: int, found: dict[Path, str]) -> Drawn:
         """The samples of item `position`, none of which is left out or in `found`."""
-        picked = [self.paths[i] for i in self.picked(position, found)]
+        picked = self.picked(position, found)
         at = self.seed, position * self.batch_size, len(picked)
-        winners = list(zip(picked, each(Purpose.CAPTION, *at), strict=True))
+
+        def captioned(paths: list[Path]) -> list[tuple[Path, np.random.Generator]]:
+            return [(paths[i], rng) for i, rng in zip(picked, each(Purpose.CAPTION, *at), strict=True)]
+
+        winners = captioned(self.paths)
         if self.lose is None:
             return [winners]
         if self.paired:
-            losers = [self.lose[i] for i in self.picked(position, found)]
-            return [winners, list(zip(losers, each(Purpose.CAPTION, *at), strict=True))]
+            return [winners, captioned(self.lose)]
         shape = self._shapes[self._planned(position)[0]]
         fitting = self._losers.get(shape)
         if fitting is None:
             raise UserError(
-                f"{self.lose[0]}: no latent of data.lose has the shape of {picked[0]}, {list(shape)}"
+                f"{self.lose[0]}: no latent of data.lose has the shape of {winners[0][0]}, {list(shape)}"
             )
 
         def loser(rng: np.random.Generator) -> Path:
@@ -270,7 +274,7 @@ class MicroBatches:
         return self._plan(epoch)[place]
 
     @property
-    def shapes(self) -> set[tuple[int, ...]]:
+    def shapes(self) -> set[Shape]:
         """The shapes of latents that may have to share a micro-batch; batches of one sample mix nothing."""
         return set(self._alike)
 
@@ -279,7 +283,7 @@ class MicroBatches:
         """Whether all micro-batches have data.batch_size samples."""
         return all(len(some) % self.batch_size == 0 for some in self._alike.values())
 
-    def latents(self) -> list[tuple[int, ...]]:
+    def latents(self) -> list[Shape]:
         """The shapes of all samples that are not left out, from their headers."""
         found: dict[Path, str] = {}
         shapes = [self._shape(path, found) for path in self.paths if path not in self.broken]

@@ -393,16 +393,7 @@ def cross_entropy(logit: Tensor, label: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logit, label.to(logit.dtype), reduction="none")
 
 
-def told_right(margin: Tensor) -> Tensor:
-    """By margins logit_win - logit_lose: 1 where the winner is ahead, 0 where the loser is, 1/2 where
-    neither is, as where both are the same noise; float64."""
-    return (margin.double().sign() + 1) / 2
-
-
 def bradley_terry(logit_win: Tensor, logit_lose: Tensor, ce_weight: float = 0.0) -> Tensor:
-    """-log sigmoid(logit_win - logit_lose) [B], and ce_weight times the mean cross-entropy of the two, the
-    winner as a good sample and the loser as a poor one."""
-    loss = F.softplus(logit_lose - logit_win)
-    if ce_weight == 0:
-        return loss
-    return loss + ce_weight * (F.softplus(-logit_win) + F.softplus(logit_lose)) / 2
+    """-log sigmoid(logit_win - logit_lose) [B], plus ce_weight times the mean cross-entropy (labels 1, 0)."""
+    labels = F.softplus(-logit_win) + F.softplus(logit_lose)
+    return F.softplus(logit_lose - logit_win) + ce_weight / 2 * labels

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from argparse import Action
+from argparse import Action, ArgumentTypeError
 from pathlib import Path
 
 from prfl_engine.bounds import check_path
@@ -45,5 +45,8 @@ class Place(Action):
 
 def a_path(text: str) -> Path:
     """A path, as `type` of argparse, whose parser exits with 2 for text that cannot be one."""
-    check_path(text, "path")
+    try:
+        check_path(text, "path")
+    except UserError as error:
+        raise ArgumentTypeError(str(error)) from None  # of a ValueError the parser would say a_path alone
     return Path(text)

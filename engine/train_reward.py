@@ -12,7 +12,7 @@ from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.checks import check_stored
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, read_lists
-from prfl_engine.errors import UserError, check
+from prfl_engine.errors import UserError
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
 from prfl_engine.memory.recompute import run_under
@@ -27,12 +27,12 @@ from prfl_engine.model.checkpoint import (
 from prfl_engine.model.lora_files import write_peft
 from prfl_engine.model.reward import RewardModel
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward, told_right, train_levels
+from prfl_engine.objectives import bradley_terry, cross_entropy, noisy_reward, train_levels
 from prfl_engine.parallel import World, check_config, started
 from prfl_engine.phases import count, mark
 from prfl_engine.resume import prepare_out
 from prfl_engine.seeds import Purpose, integers, noise_like
-from prfl_engine.validation import HeldOut, check_labels, partners, read_labels
+from prfl_engine.validation import HeldOut, check_labels, partners, read_labels, told_right
 
 ADAPTER = "adapter"  # folder of the adapter in a checkpoint of training with LoRA
 
@@ -83,20 +83,17 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     adapted = c.lora.rank > 0
     text_dropout, pairs, dtype = c.data.dropout(0.0), c.reward.loss == "bt", flow.latent_dtype(c)
     levels = train_levels(c.rollout, dtype)
-    check(pairs or not c.data.paired, "data.paired", c.data.paired, "false unless reward.loss is bt")
-    ce_weight = c.reward.ce_weight
-    check(pairs or not ce_weight, "reward.ce_weight", ce_weight, "0 unless reward.loss is bt")
     fixed = [levels.at(t, "reward.timesteps") for t in c.reward.timesteps]
     for t in c.eval.timesteps if c.eval.every else ():
         levels.at(t, "eval.timesteps")
     win = read_lists(c.data.train, "data.train")
     lose = read_lists(c.data.lose, "data.lose") if pairs else None
     held_out = read_lists(c.data.val, "data.val") if c.eval.every else []
-    paired = pairs and c.eval.pairs
-    val_lose = read_lists(c.data.val_lose, "data.val_lose") if paired and c.eval.every else None
+    val_pairs = pairs and c.eval.pairs
+    val_lose = read_lists(c.data.val_lose, "data.val_lose") if val_pairs and c.eval.every else None
     if not pairs:
         check_labels(win, c.data.label, "data.train")
-    if c.eval.every and not paired:
+    if c.eval.every and not val_pairs:
         check_labels(held_out, c.data.label, "data.val")
     begin = prepare_out(c, {"data.train": win} | ({"data.lose": lose} if pairs else {}))
     resume = begin.checkpoint
@@ -139,7 +136,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         logit = noisy_reward(model, batch, noise, sigma, run_blocks, t)
         if pairs:  # winner and loser share noise and noise level
             logit_lose = noisy_reward(model, item[1], noise, sigma, run_blocks, t)
-            loss = bradley_terry(logit, logit_lose, ce_weight).mean()
+            loss = bradley_terry(logit, logit_lose, c.reward.ce_weight).mean()
             right = told_right(logit - logit_lose)
         else:
             loss = cross_entropy(logit, batch.label).mean()

@@ -117,6 +117,12 @@ def check_labels(paths: Sequence[Path], name: str, field: str) -> None:
         raise UserError(f"data.label: {name} is {value:g} in all of {field}, want samples of 0 and of 1")
 
 
+def told_right(margin: Tensor) -> Tensor:
+    """By margins logit_win - logit_lose: 1 where the winner is ahead, 0 where the loser is, 1/2 where
+    neither is, as where both are the same noise; float64."""
+    return (margin.double().sign() + 1) / 2
+
+
 def partners(reader: Reader, win: Sequence[Path], lose: Sequence[Path], field: str) -> list[Path]:
     """For every winner a loser of its latent shape, in turn; `field` names the losers' in the UserError of a
     winner without one."""

@@ -104,10 +104,20 @@ class Ranks:
                 except EOFError:
                     ok, value = False, self._end(left[pipe])
                 if not ok:  # the others may wait for this rank
+                    rank, value = self._ended(left) or (left[pipe], value)
                     self.close()
-                    raise RuntimeError(f"rank {left[pipe]} of {len(self._pipes)}, {what}: {value}")
+                    raise RuntimeError(f"rank {rank} of {len(self._pipes)}, {what}: {value}")
                 found[left[pipe]] = value
         return [found[rank] for rank in range(len(found))]
+
+    def _ended(self, left: dict) -> tuple[int, str] | None:
+        """A rank that has ended by itself, and what is known of it: another's error may be of its loss."""
+        for pipe in wait(left, 0):
+            try:
+                pipe.recv()
+            except EOFError:
+                return left[pipe], self._end(left[pipe])
+        return None
 
     def _end(self, rank: int) -> str:
         """Of a process that has ended by itself: its exit code, and what is known of it."""
@@ -118,7 +128,7 @@ class Ranks:
         return self._told(rank, f"no answer in {LIMIT:g} s")
 
     def _told(self, rank: int, what: str) -> str:
-        crash = Path(self._folder.name, f"crash-{rank}").read_text()
+        crash = Path(self._folder.name, f"crash-{rank}").read_text(errors="replace")
         return "\n".join((what, crash, "tests that these processes have served:", *self._served))
 
     def close(self) -> None:

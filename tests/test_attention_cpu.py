@@ -69,6 +69,21 @@ def test_values_and_gradients_are_as_good_as_torchs(isa, size, dtype):
     assert_as_good_as_torch(attention_with_lse, qkv(*SIZES[size], dtype=dtype), by_torch)
 
 
+# At the ends of units of 16 and 24 keys, of blocks of 240 and 256, and of panels of 8, 16 and 32 queries.
+ENDS = [  # (queries, keys, dim)
+    (33, 2, 5), (64, 15, 17), (7, 16, 33), (128, 17, 8), (9, 23, 1), (31, 24, 130), (17, 25, 40), (63, 48, 3),
+    (65, 239, 16), (32, 240, 7), (129, 241, 34), (16, 255, 9), (8, 256, 66), (127, 257, 31),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_heads_of_any_length_keep_to_their_memory(isa, dtype):
+    """What a block reads or writes past its own is of the next head or operand."""
+    for queries, keys, dim in ENDS:
+        inputs = qkv(1, queries, keys, 3, dim, dtype)
+        assert_as_good_as_torch(attention_with_lse, inputs, by_torch)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("size", ["short", "blocks", "cross", "odd head dim", (1, 40, 480, 1, 32)])
 @pytest.mark.parametrize("repeats, scaled", [(2, 1), (435, 1), (435, 64)])

@@ -1,9 +1,11 @@
 """No field of a configuration takes a value that cannot be right, and a run bears all that it takes."""
 
+import argparse
 import itertools
 import math
 import typing
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from helpers import one_line, write_run
@@ -14,6 +16,7 @@ from prfl_engine.config import Config, load_config
 from prfl_engine.config_file import from_dict
 from prfl_engine.errors import UserError
 from prfl_engine.model.wan import WanConfig
+from prfl_engine.paths import a_path
 from prfl_engine.planner import plan
 
 NONSENSE = (
@@ -120,6 +123,7 @@ CALLS = {
     "model.host": ("train", "model.recompute=auto:1", "loss.weight=0"),
     "lora.alpha": ("train", "lora.rank=2"), "train.stop_anchor": ("train", "loss.anchor=1"),
     "reward.dropout": ("train-reward", "reward.path=null"),
+    "reward.ce_weight": ("train-reward", "reward.path=null", "reward.loss=bt", "data.lose={}/data/all.list"),
     "rollout.max_drift": ("train", "rollout.cache=0.1"),
     "optim.lr_head": ("train-reward", "reward.path=null", "optim.weight_decay=0"),
     "optim.weight_decay": ("train", "optim.lr_head=0"), "eval.timesteps": ("train", "eval.every=1"),
@@ -154,6 +158,15 @@ def call(tiny, tmp_path, monkeypatch):
         return main([command, str(tiny[1]), *(item.format(tiny[0]) for item in items), *out])
 
     return call
+
+
+def test_a_path_of_a_script_that_cannot_be_one(capsys):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=a_path)
+    assert parser.parse_args(["--out", "a/b"]).out == Path("a/b")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--out", " "])
+    assert "argument --out: path: got ' ', want text that can be a path" in capsys.readouterr().err
 
 
 OTHERS = ("model.boundary", "rollout.sigma_range", "rollout.sigmas")

@@ -18,7 +18,6 @@ from prfl_engine.objectives import (
     reward_loss,
     sft_loss,
     stratified_indices,
-    told_right,
 )
 
 BOTH = pytest.mark.parametrize("model_type", ["t2v", "i2v"])
@@ -98,11 +97,6 @@ def test_cross_entropy():
         for x, y in zip(LOGITS.tolist(), label.tolist(), strict=True)
     ]
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
-
-
-def test_who_is_ahead():
-    margin = torch.tensor([1e-30, -1e-30, 0.0, 5.0], dtype=torch.float32)
-    assert told_right(margin).tolist() == [1, 0, 0.5, 1]
 
 
 def test_bradley_terry():

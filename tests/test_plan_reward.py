@@ -154,6 +154,8 @@ def test_a_first_frame_is_counted():
     [
         ([], "reward.path: got null, want the folder of a reward model, or --train-reward"),
         (["--train-reward", "model.recompute=auto:20"], "model.recompute: got 'auto:20', want a mode"),
+        (["--train-reward", "data.paired=true"], "data.paired: got True, want false unless reward.loss is"),
+        (["--train-reward", "reward.ce_weight=1"], "reward.ce_weight: got 1.0, want 0 unless reward.loss is"),
         (["--train-reward", "reward.path=weights/none"], "reward.path: got 'weights/none', want a folder"),
     ],
 )

@@ -1,6 +1,8 @@
 """What a test is told of a rank that crashes, and what a training leaves in the process of a rank."""
 
 import ctypes
+import os
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,25 @@ def test_a_rank_that_crashes_is_named_with_its_exit_code_and_where_it_was(functi
     assert first == f"rank 0 of 1, {name}: the process has ended with exit code {code}"
     for known in (said, "frame #0: ", f" in {name}", "served:", "test_a_rank_that_crashes"):
         assert any(known in line for line in rest), known
+
+
+def one_crashes() -> None:
+    if os.environ["RANK"] == "1":
+        crash()
+    raise ValueError("a rank is lost")
+
+
+def test_a_crash_is_told_before_what_another_rank_says_of_it(monkeypatch):
+    """Where both are known at once: a test is run once more for a crash alone."""
+    ranks = Ranks(2, ("test_ranks",), group=False)
+
+    def all_of(pipes, limit):
+        return wait(pipes, 0) if limit == 0 else [wait([pipe])[0] for pipe in pipes]
+
+    monkeypatch.setattr("ranks.wait", all_of)
+    with pytest.raises(RuntimeError, match="^rank 1 of 2, one_crashes: the process .* exit code -11\n"):
+        ranks(one_crashes)
+    ranks.close()
 
 
 def gloo_threads(port: int) -> int:

@@ -155,6 +155,22 @@ def test_a_pair_of_which_one_is_broken_is_left_out(tmp_path, folder):
         pairs(tmp_path, 6, broken=[f"{'win' if i % 2 else 'lose'}/latent-{i}.npy" for i in range(6)])
 
 
+def test_a_pair_that_another_rank_could_not_read_is_left_out_too(tmp_path):
+    """And in a run that goes on, from the middle, where all can be read."""
+    stream, told = pairs(tmp_path, 2, broken=["win/latent-4.npy"]), [{}] * 40
+    stream.agree = lambda found: told.pop(0)
+    first = next(p for p in range(9) if stream.picked(p)[0] == 1)
+    told[0] = {stream.lose[1]: "broken"}
+    (item,) = accepted(stream, first, 1)
+    assert [[int(path.stem) for path in part] for part in item.picked] == [stream.picked(first)] * 2
+    found = met(stream, 4)
+    assert {win for win, _ in found} == {0, 2, 3, 5} and list(stream.left_out()) == [4, 7]
+    (tmp_path / "win/latent-4.npy").write_bytes((tmp_path / "win/latent-0.npy").read_bytes())
+    again = MicroBatches(stream.reader, stream.paths, 2, 0, stream.lose, 2, paired=True)
+    again.go_on(stream.left_out(), stream.planned)
+    assert met(again, 4) == found
+
+
 def test_pairs_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"lose/0.json: latent is .*, want .* as that of .*win/0.json"):
         pairs(tmp_path, lose_shapes=(LARGE, SMALL))

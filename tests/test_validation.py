@@ -11,6 +11,12 @@ from safetensors.torch import load_file, save_file
 from training_runs import NAME, STATE, assert_equal, content, run, values
 
 from prfl_engine import train as train_module
+from prfl_engine.validation import told_right
+
+
+def test_who_is_ahead():
+    margin = torch.tensor([1e-30, -1e-30, 0.0, 5.0], dtype=torch.float32)
+    assert told_right(margin).tolist() == [1, 0, 0.5, 1]
 
 
 def test_validation_writes_metrics_samples_and_the_best_checkpoint(tmp_path):

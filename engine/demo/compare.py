@@ -20,8 +20,9 @@ from prfl_engine.media.codec import FrameCodec
 from prfl_engine.metrics import progress
 from prfl_engine.model.checkpoint import load_reward, load_transformer
 from prfl_engine.model.sources import read_config
-from prfl_engine.objectives import chain_velocity, fixed, noisy_rewards, told_right, whole_schedule
+from prfl_engine.objectives import chain_velocity, fixed, noisy_rewards, whole_schedule
 from prfl_engine.seeds import Purpose, noise_like
+from prfl_engine.validation import told_right
 
 BATCH = 16
 HELD_OUT = {

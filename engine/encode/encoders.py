@@ -28,8 +28,8 @@ from prfl_engine.errors import UserError, check
 from prfl_engine.inputs import read_json
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 
-CHANNELS, STRIDE_T, STRIDE_S = 16, 4, 8
-"""Of latents of Wan2.1's VAE: channels, frames and pixels a side of one value."""
+STRIDE_T = 4
+"""Frames of a video, after the first one, in one frame of latents of Wan2.1's VAE."""
 TEXT_LEN = 512
 """Tokens of the longest prompt; more are cut off, as the official code does."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
