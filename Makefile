@@ -5,8 +5,9 @@ TORCH ?= torch==2.13.0
 # Only where torch brings none of its own: its CUDA builds need exactly the triton they pin.
 TRITON ?= triton==3.9.0
 JOBS ?= 2
-# A test is run once more, and said so, where a rank was lost to a segmentation fault: see tests/conftest.py.
-PYTEST_FLAGS ?= -n $(JOBS) --dist worksteal --reruns 1 --only-rerun 'exit code -11'
+# A test is run once more, and said so, where a rank was lost to a segmentation fault or a corrupt heap: see
+# tests/conftest.py.
+PYTEST_FLAGS ?= -n $(JOBS) --dist worksteal --reruns 1 --only-rerun 'exit code -(11|6)'
 
 PIP := .venv/bin/python -m pip --disable-pip-version-check install -q
 KEY := $(shell printf '%s' '$(PYTHON) $(TORCH) $(TRITON)' | cksum | cut -d' ' -f1)

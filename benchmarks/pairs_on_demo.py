@@ -35,7 +35,7 @@ from prfl_engine.train_reward import evaluate_reward, train_reward
 
 SINGLE = "data.paired=false", "reward.ce_weight=0"
 WAYS = {
-    "labels": ("reward.loss=ce", *SINGLE, "data.lose=[]", "data.batch_size=64"),
+    "labels": ("reward.loss=ce", *SINGLE, "data.lose=[]"),
     "random losers": SINGLE,
     "pairs": ("reward.ce_weight=0",),
     "pairs and labels": (),
@@ -45,7 +45,9 @@ WAYS = {
 def settings(folder: Path, way: str, *overrides: str) -> Config:
     """The configuration of the demo's reward stage in this way."""
     both = [str(folder / f"data/reward_{side}.list") for side in ("win", "lose")]
-    lists = (f"data.train=[{','.join(both)}]",) if way == "labels" else ()
+    pairs = load_config(folder / "reward" / "config.yaml").data.batch_size
+    singles = f"data.train=[{','.join(both)}]", f"data.batch_size={2 * pairs}"
+    lists = singles if way == "labels" else ()
     more = "eval.every=0", "train.resume=false", "train.ema=0.99", "train.log_every=1", *WAYS[way], *lists
     return load_config(folder / "reward" / "config.yaml", (*more, *overrides))
 
