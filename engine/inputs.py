@@ -95,7 +95,7 @@ def read_array(path: str | Path, shape: Sequence[int | None], what: str) -> np.n
             packed = file.read(4) == b"PK\3\4"
         if packed:
             raise UserError(f"{path}: a zip archive (.npz or .pt), want the {what} as .npy")
-        array = np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(str(path), mode="r")  # numpy resolves the links of a Path
     except UserError:
         raise
     except _DAMAGE as error:
