@@ -2,6 +2,7 @@
 
 import copy
 import io
+from functools import cache
 
 import patch_twins as twins
 import pytest
@@ -71,15 +72,38 @@ def assert_close(got, want, tolerance=1e-5):
         assert (got[1][name] - a).norm() < tolerance * max(a.norm(), floor), name
 
 
-@KIND
-def test_values_and_all_gradients_are_the_same_in_float64(kind):
+def in_float64(kind):
+    """The model and its inputs."""
     model, arguments = model_of(kind).double(), inputs_of(kind)
     for name in ("x", "context", "y"):
         arguments |= {name: [a.double() for a in arguments[name]]} if name in arguments else {}
     arguments |= {"clip_fea": arguments["clip_fea"].double()} if kind == "i2v" else {}
-    want = outcome(model, arguments)
+    return model, arguments
+
+
+@cache
+def exact(kind):
+    """The outcome of the original in float64."""
+    return outcome(*in_float64(kind))
+
+
+def assert_right(got, want, kind="t2v"):
+    """In float32, where nothing is further from float64 than twice the original `want` and the rounding of a
+    sum over the 512 tokens of a text, whose last one we count many times in place of adding it up."""
+    least, (value, truth) = 2**-24 * 512, exact(kind)
+    floor = 1e-3 * max(a.norm() for a in truth.values())
+    assert (got[0] - value).norm() < 2 * (want[0] - value).norm() + least * value.norm()
+    assert got[1].keys() == want[1].keys() == truth.keys()
+    for name, a in truth.items():
+        limit = 2 * (want[1][name] - a).norm() + least * max(a.norm(), floor)
+        assert (got[1][name] - a).norm() < limit, name
+
+
+@KIND
+def test_values_and_all_gradients_are_the_same_in_float64(kind):
+    model, arguments = in_float64(kind)
     accelerate(model)
-    assert_close(outcome(model, arguments), want, 1e-11)
+    assert_close(outcome(model, arguments), exact(kind), 1e-11)
 
 
 @KIND
@@ -88,7 +112,7 @@ def test_values_and_all_gradients_stay(kind, recompute):
     model, arguments = model_of(kind), inputs_of(kind)
     want = outcome(model, arguments)
     report = accelerate(model, recompute, chunk=None if recompute == "none" else 7)
-    assert_close(outcome(model, arguments), want)
+    assert_right(outcome(model, arguments), want, kind)
     assert (report.calls, report.fallbacks.total()) == (2, 0)
     assert "2 blocks Block (WanModel as Wan2.1" in str(report)
     assert "as they were: patch_embedding, text_embedding, time_embedding, head" in str(report)
@@ -98,7 +122,7 @@ def test_a_policy_of_names_and_what_is_refused_of_settings():
     model, arguments = model_of(), inputs_of()
     want = outcome(model, arguments)
     accelerate(model, BlockPolicy({"input", "hidden"}))
-    assert_close(outcome(model, arguments), want)
+    assert_right(outcome(model, arguments), want)
     for settings, words in (
         (dict(recompute="some"), "recompute: got 'some', want one of none, full, attention"),
         (dict(chunk=0), "chunk: got 0, want"),
@@ -164,7 +188,7 @@ def test_hooks_on_blocks_and_checkpoint_wrappers_stay():
     model.blocks[0]._checkpoint_wrapped_module.register_forward_pre_hook(lambda *_: seen.append("hook"))
     got, grads = outcome(model, arguments)
     wrapped = "._checkpoint_wrapped_module"
-    assert_close((got, {k.replace(wrapped, ""): a for k, a in grads.items()}), want)
+    assert_right((got, {k.replace(wrapped, ""): a for k, a in grads.items()}), want)
     assert seen == ["hook"] * 2 and report.calls == 4  # once more in backward
 
 
