@@ -116,7 +116,8 @@ def test_rollouts_have_it_and_graded_steps_have_not(kind, rank, window, guided, 
 
 
 def test_e4m3_weights_have_it_too(tmp_path):
-    """Of a model and of one that it is merged into: e4m3 rounds both alike, but for ties."""
+    """Of a model and of one that it is merged into: e4m3 rounds both alike, but for ties, which the
+    rounding of the merged weights and of the processor's sums decides."""
     model, batch = model_and_batch("t2v", 1, dim=128, num_heads=2)
     path = write_adapter(tmp_path, model.config)
     r = RolloutConfig(**LEVELS, precision="fp8", lora=str(path))
@@ -133,7 +134,8 @@ def test_e4m3_weights_have_it_too(tmp_path):
             context = rollout.model.embed_context(batch.text)
             velocity = rollout.stretches(batch, context)()
             found[name] = states_of(velocity, schedule, noise, index)[0][-1].x
-    assert relative(found["lent"], found["merged"]) < 0.01 < 0.05 < relative(found["free"], found["merged"])
+    lent, free = (relative(found[name], found["merged"]) for name in ("lent", "free"))
+    assert 4 * lent < free
 
 
 @pytest.mark.parametrize("how", ["full", "offload", "compile"])
