@@ -1,7 +1,10 @@
 """Reading files that users name. Every reader takes regular files only, so a folder, a pipe or a device is
 never waited for, and raises UserError, one line that names the file, what it holds and what is wanted."""
 
+import io
 import json
+import math
+import mmap
 import os
 import pickle
 import stat
@@ -10,8 +13,9 @@ import tempfile
 import tokenize
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +33,7 @@ _DAMAGE = (
     OSError, ValueError, TypeError, EOFError, OverflowError, RuntimeError, MemoryError, LookupError,
     AttributeError, pickle.UnpicklingError, struct.error, tokenize.TokenError,
 )  # fmt: skip
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
@@ -92,24 +97,51 @@ def read_array(path: str | Path, shape: Sequence[int | None], what: str) -> np.n
     check_file(path, f"the {what}")
     try:
         with open(path, "rb") as file:
-            packed = file.read(4) == b"PK\3\4"
-        if packed:
-            raise UserError(f"{path}: a zip archive (.npz or .pt), want the {what} as .npy")
-        array = np.lib.format.open_memmap(str(path), mode="r")  # numpy resolves the links of a Path
+            head = _npy_head(file)
+            if head.startswith(b"PK\3\4"):
+                raise UserError(f"{path}: a zip archive (.npz or .pt), want the {what} as .npy")
+            form = _npy_format(head)
+            if form.dtype.kind != "f" or form.dtype.itemsize > 8:
+                saved = {"V2": " (bfloat16 as numpy saves it)", "u2": " (perhaps the bits of bfloat16)"}
+                kind = f"{form.dtype}{saved.get(form.dtype.str[1:], '')}"
+                raise UserError(f"{path}: {what} is {kind}, want float32")
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        array = np.ndarray(form.shape, form.dtype, content, len(head), order=form.order)
     except UserError:
         raise
     except _DAMAGE as error:
         raise UserError(f"{path}: not a .npy array: {reason(error)}") from None
-    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        saved = {"V2": " (bfloat16 as numpy saves it)", "u2": " (perhaps the bits of bfloat16)"}
-        kind = f"{array.dtype}{saved.get(array.dtype.str[1:], '')}"
-        raise UserError(f"{path}: {what} is {kind}, want float32")
     if array.ndim != len(shape) or any(
         g != w if w is not None else g < 1 for g, w in zip(array.shape, shape, strict=True)
     ):
         want = ", ".join("*" if n is None else str(n) for n in shape)
         raise UserError(f"{path}: {what} is {list(array.shape)}, want [{want}], none of them 0")
     return array
+
+
+def _npy_head(file: BinaryIO) -> bytes:
+    """The first bytes of a .npy, as far as its header goes; of another file some of the first."""
+    start = file.read(12)
+    counted = 8 + (2 if start[6:7] == b"\1" else 4)  # bytes, of which the last say how many more follow
+    length = int.from_bytes(start[8:counted], "little")
+    return start + file.read(min(counted + length, MAX_TEXT) - len(start))
+
+
+class _NpyFormat(NamedTuple):
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+    dtype: np.dtype
+
+
+@lru_cache  # numpy compiles a header as Python, which takes longer than to read a small file
+def _npy_format(head: bytes) -> _NpyFormat:
+    """What the header of a .npy says."""
+    file = io.BytesIO(head)
+    version = np.lib.format.read_magic(file)
+    if version not in _NPY_HEADERS:
+        raise ValueError(f"version {version} of the format")
+    shape, by_columns, dtype = _NPY_HEADERS[version](file)
+    return _NpyFormat(shape, "F" if by_columns else "C", dtype)
 
 
 def open_tensors(path: str | Path, want: str = "a safetensors file") -> safe_open:
@@ -129,7 +161,7 @@ def check_float(dtype: str, path: str | Path, key: str) -> None:
 def check_finite(tensor: Tensor, path: str | Path, key: str) -> None:
     """UserError where a tensor holds NaN or infinity. One pass over it, without a copy."""
     wide = tensor if tensor.element_size() > 1 else tensor.float()
-    if wide.numel() and not torch.stack(torch.aminmax(wide.detach())).isfinite().all():
+    if wide.numel() and not all(map(math.isfinite, torch.aminmax(wide.detach()))):
         raise UserError(f"{path}: {key} holds NaN or infinity, want finite numbers")
 
 
