@@ -19,6 +19,8 @@ constexpr int64_t PANELS = 4;
 constexpr int64_t QUERIES = PANELS * PANEL;
 constexpr int64_t HEAD_DIM = 256;  // at most
 
+inline int64_t work(const AttentionShape& a) { return a.batch * a.heads * a.queries * a.keys * a.dim; }
+
 // How many of everything, in whole blocks: words of a head dim, its rows and columns in a product.
 template <class W>
 struct Sizes {
@@ -32,40 +34,71 @@ struct Sizes {
 
   explicit Sizes(const AttentionShape& a)
       : heads(a.batch * a.heads), head_count(a.heads), dim(a.dim), queries(a.queries), keys(a.keys) {}
-
-  // Threads of `most` that are worth waking.
-  int threads(int most) const { return heads * queries * keys * dim > 1 << 20 ? most : 1; }
 };
 
-// All that a call works in, in one piece of memory, on huge pages where there is enough of it: a backward
-// at 1080 tokens took 37 ms where it took 43 on pages of 4 KiB.
+// Memory that grows when more is asked for, on huge pages where there is enough of it: a backward at 1080 tokens
+// took 37 ms where it took 43 on pages of 4 KiB.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { free(data_); }
+
+  // Room for n floats, which what was asked for before loses.
+  float* floats(int64_t n) {
+    if (n <= count_) return data_;
+    constexpr int64_t HUGE = 2 << 20;
+    const bool huge = 4 * n >= 2 * HUGE;
+    const int64_t page = huge ? HUGE : 64, bytes = whole(4 * n, page);
+    free(data_);
+    count_ = 0;
+    data_ = static_cast<float*>(aligned_alloc(page, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+    if (huge) advise_huge_pages(data_, bytes);
+    count_ = n;
+    return data_;
+  }
+
+ private:
+  int64_t count_ = 0;
+  float* data_ = nullptr;
+};
+
+// All that some samples are worked on in, in one piece of memory.
 class Workspace {
  public:
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { free(data_); }
-
   // The offset of n floats.
   int64_t reserve(int64_t n) {
     const int64_t at = size_;
     size_ += whole(n, 16);
     return at;
   }
-  void allocate() {
-    constexpr int64_t HUGE = 2 << 20;
-    const bool huge = 4 * size_ >= 2 * HUGE;
-    const int64_t page = huge ? HUGE : 64, bytes = whole(4 * size_, page);
-    data_ = static_cast<float*>(aligned_alloc(page, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
-    if (huge) advise_huge_pages(data_, bytes);
-  }
+  void allocate(Memory& memory) { data_ = memory.floats(size_); }
   float* at(int64_t offset) const { return data_ + offset; }
+  int64_t bytes() const { return 4 * size_; }
 
  private:
   int64_t size_ = 0;
   float* data_ = nullptr;
 };
+
+// Runs a Pass, the Forward or Backward of a call, on as many samples at a time as have CACHE bytes of every thread
+// to work in, at least one: memory that a core has at hand, and little of it.
+template <class Pass, class Call>
+void by_samples(Call call) {
+  constexpr int64_t CACHE = 1 << 20;
+  const int64_t batch = call.shape.batch;
+  if (work(call.shape) <= 1 << 20) call.threads = 1;  // more are not worth waking
+  call.shape.batch = 1;
+  const int64_t most = min(batch, 1 + call.threads * CACHE / Pass{call}.memory.bytes());
+  Memory memory;
+  for (int64_t first = 0; first < batch; first += most) {
+    Call part = call.from(first);
+    part.shape.batch = min(most, batch - first);
+    Pass{part}(memory);
+  }
+}
 
 // `count` arrays of `size` words or floats for every head.
 class Store {

@@ -47,8 +47,7 @@ struct Backward {
   const AttentionBackward& a;
   Sizes<W> s{a.shape};
   bool wants_q = static_cast<bool>(a.dq), wants_kv = static_cast<bool>(a.dk);
-  int threads = s.threads(a.threads);
-  int64_t tasks = s.heads * s.blocks, rooms = min(threads, tasks);
+  int64_t tasks = s.heads * s.blocks, rooms = min(a.threads, tasks);
   Workspace memory;
   // Keys by block: k and v as rows, k transposed.
   Store k{memory, s.heads, s.blocks, s.block_keys * s.depth}, v{memory, s.heads, s.blocks, s.block_keys * s.depth};
@@ -153,17 +152,17 @@ struct Backward {
     }
   }
 
-  void operator()() {
-    memory.allocate();
-    parallel_for(0, s.heads * s.blocks, 1, threads, [&](int64_t t, int64_t last) {
+  void operator()(Memory& room_for_all) {
+    memory.allocate(room_for_all);
+    parallel_for(0, s.heads * s.blocks, 1, a.threads, [&](int64_t t, int64_t last) {
       for (; t < last; t++) pack_keys(t / s.blocks, t % s.blocks);
     });
-    parallel_for(0, s.heads * s.query_blocks, 1, threads, [&](int64_t t, int64_t last) {
+    parallel_for(0, s.heads * s.query_blocks, 1, a.threads, [&](int64_t t, int64_t last) {
       for (; t < last; t++) pack_queries(t / s.query_blocks, t % s.query_blocks);
     });
     // Tasks are begun in order, so the one that another waits for is done or under way; with as many heads
     // as threads hardly any waits.
-    share(tasks, rooms, threads, [&](int64_t t, int64_t thread) {
+    share(tasks, rooms, a.threads, [&](int64_t t, int64_t thread) {
       const int64_t head = t % s.heads, j = t / s.heads;
       const Room<W> r(room.floats(thread, 0), s.columns);
       for (int64_t i = 0; i < s.query_blocks; i++) block(r, head, j, i);
@@ -179,7 +178,7 @@ struct Backward {
 void attention_backward(const AttentionBackward& a) {
   with_type(a.q.dtype, [&](auto type) {
     using T = decltype(type);
-    Backward<typename Words<T>::type, T>{a}();
+    by_samples<Backward<typename Words<T>::type, T>>(a);
   });
 }
 

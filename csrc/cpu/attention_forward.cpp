@@ -46,8 +46,7 @@ template <class W, class T>
 struct Forward {
   const AttentionForward& a;
   Sizes<W> s{a.shape};
-  int threads = s.threads(a.threads);
-  int64_t tasks = s.heads * s.query_blocks, rooms = min(threads, tasks);
+  int64_t tasks = s.heads * s.query_blocks, rooms = min(a.threads, tasks);
   Workspace memory;
   Store k{memory, s.heads, s.blocks, s.block_keys * s.depth}, v{memory, s.heads, s.blocks, s.key_words * s.rows};
   // Of every thread: a block of queries by panel, and one panel's scores and p.
@@ -93,12 +92,12 @@ struct Forward {
     unpack_panel(out, panel.total, n, s.dim, a.out.at<T>(b, first, h), a.out.stride[1]);
   }
 
-  void operator()() {
-    memory.allocate();
-    parallel_for(0, s.heads * s.blocks, 1, threads, [&](int64_t t, int64_t last) {
+  void operator()(Memory& room_for_all) {
+    memory.allocate(room_for_all);
+    parallel_for(0, s.heads * s.blocks, 1, a.threads, [&](int64_t t, int64_t last) {
       for (; t < last; t++) pack(t / s.blocks, t % s.blocks);
     });
-    share(tasks, rooms, threads, [&](int64_t t, int64_t room) {
+    share(tasks, rooms, a.threads, [&](int64_t t, int64_t room) {
       block(t / s.query_blocks, t % s.query_blocks, room);
     });
   }
@@ -109,7 +108,7 @@ struct Forward {
 void attention_forward(const AttentionForward& a) {
   with_type(a.q.dtype, [&](auto type) {
     using T = decltype(type);
-    Forward<typename Words<T>::type, T>{a}();
+    by_samples<Forward<typename Words<T>::type, T>>(a);
   });
 }
 

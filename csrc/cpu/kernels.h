@@ -115,6 +115,11 @@ struct AttentionForward {
   AttentionShape shape;
   float scale, last;
   int threads;
+
+  // Of the samples from `first` on.
+  AttentionForward from(int64_t first) const {
+    return {q.from(first), k.from(first), v.from(first), out.from(first), lse.from(first), shape, scale, last, threads};
+  }
 };
 struct AttentionBackward {
   View dout, dlse, q, k, v, out, lse;  // dlse absent: zero
@@ -122,6 +127,12 @@ struct AttentionBackward {
   AttentionShape shape;
   float scale, last;
   int threads;
+
+  // Of the samples from `first` on.
+  AttentionBackward from(int64_t first) const {
+    return {dout.from(first), dlse.from(first), q.from(first), k.from(first), v.from(first), out.from(first),
+            lse.from(first), dq.from(first), dk.from(first), dv.from(first), shape, scale, last, threads};
+  }
 };
 
 #define PRFL_CPU_KERNELS(KERNEL)                    \

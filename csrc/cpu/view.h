@@ -22,6 +22,13 @@ struct View {
   T* at(int64_t i = 0, int64_t j = 0, int64_t k = 0) const {
     return static_cast<T*>(data) + i * stride[0] + j * stride[1] + k * stride[2];
   }
+
+  // The same from index i of the first dimension on.
+  View from(int64_t i) const {
+    View part = *this;
+    if (data) part.data = dtype == DType::f32 ? static_cast<void*>(at<float>(i)) : at<bf16>(i);
+    return part;
+  }
 };
 
 }  // namespace prfl
