@@ -28,6 +28,12 @@ def name() -> str:
 
 
 @cache
+def vendor() -> str | None:
+    """Who made an x86 processor, such as AuthenticAMD; None where the system does not say."""
+    return _told("vendor_id")
+
+
+@cache
 def flags() -> frozenset[str]:
     """The features that the system names in /proc/cpuinfo; none where there is no such file."""
     return frozenset((_told("flags|Features") or "").split())

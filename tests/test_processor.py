@@ -17,15 +17,17 @@ built = pytest.mark.skipif(why is not None, reason="the C++ kernels are not buil
 
 def test_a_machine_is_named_by_its_processor(tmp_path, monkeypatch):
     file = tmp_path / "cpuinfo"
-    file.write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz \nflags\t\t: a b\n\nprocessor\t: 1\n")
+    told = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: Some CPU @ 3 GHz \nflags\t\t: a b\n"
+    file.write_text(f"{told}\nprocessor\t: 1\n")
     monkeypatch.setattr(processor, "Path", lambda _: file)
-    for known in (processor.name, processor.flags):
+    for known in (processor.name, processor.flags, processor.vendor):
         known.cache_clear()
     try:
         assert processor.name() == "Some CPU @ 3 GHz" and processor.flags() == {"a", "b"}
+        assert processor.vendor() == "AuthenticAMD"
         assert machine("cpu").startswith("Some CPU @ 3 GHz (")
     finally:
-        for known in (processor.name, processor.flags):
+        for known in (processor.name, processor.flags, processor.vendor):
             known.cache_clear()
 
 

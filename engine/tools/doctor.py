@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from prfl_engine.gpu import _nvml_values
-from prfl_kernels import dispatch, extension, processor
+from prfl_kernels import dispatch, extension, matmul, processor
 from prfl_kernels.attention import hub
 
 GIB = 1 << 30
@@ -104,7 +104,8 @@ def render(found: dict) -> str:
         f"torch {torch_['version']} (CUDA {torch_['cuda'] or 'none'}, "
         f"cuDNN {torch_['cudnn'] or 'none'}), triton {triton}, {torch_['threads']} threads",
         f"CPU: {cpu['model']}, {cpu['cores']} cores, {cpu['memory_bytes'] / GIB:.0f} GiB, "
-        f"{' '.join(cpu['flags']) or 'no vector flags known'} (torch uses {cpu['torch']})",
+        f"{' '.join(cpu['flags']) or 'no vector flags known'} (torch uses {cpu['torch']}); "
+        f"large float32 products by {cpu['products']}",
     ]
     lines += [_render_gpu(gpu) for gpu in found["gpus"]]
     if found["gpu_note"]:
@@ -175,12 +176,14 @@ def _render_gpu(gpu: dict) -> str:
 def _cpu() -> dict:
     # Cores of this process: a container or taskset leaves it fewer than the machine has.
     affinity = getattr(os, "sched_getaffinity", None)
+    chosen, why = matmul.choice()
     return {
         "model": processor.name(),
         "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "flags": [flag for flag in CPU_FLAGS if flag in processor.flags()],
         "torch": torch.backends.cpu.get_cpu_capability(),
+        "products": f"{'oneDNN' if chosen else 'torch'}: {why}",
     }
 
 
