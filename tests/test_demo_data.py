@@ -84,14 +84,16 @@ def twins(built, name):
 def test_lists(built):
     pairs = {"reward": 52, "val": 14, "new": 14, "real": 14}
     sides = {f"{name}_{side}": n for name, n in pairs.items() for side in ("win", "lose")}
-    assert built.counts == {"sft_train": 15} | sides
+    assert built.counts == {"sft_train": 29, "prfl_train": 15} | sides
     for name, count in built.counts.items():
         found = metas(getattr(built, name))
         assert len({file for file, _ in found}) == len(found) == count
         for _, m in found:
             assert m["physics_quality"] == m["human_quality"] == (m["corruption"] == "clean")
-    kinds = Counter(m["corruption"] for _, m in metas(built.sft_train))
-    assert kinds == {"shakes": 12, "clean": 3} and all("light" in m for _, m in metas(built.sft_train))
+    kinds = Counter((m["corruption"], "light" in m) for _, m in metas(built.sft_train))
+    lit = {("shakes", True): 12, ("clean", True): 3}
+    assert kinds == lit | {("jittered", False): 7, ("clean", False): 7}
+    assert Counter((m["corruption"], "light" in m) for _, m in metas(built.prfl_train)) == lit
 
 
 def test_breaks_that_are_held_out_are_in_no_training_sample(built):

@@ -5,8 +5,8 @@
 - Every source is written twice: clean (label 1, ..._win.list) and with its motion broken (label 0, at the
   same place of ..._lose.list). Still, single frames of the two look alike, so only motion can tell them
   apart.
-- The generator's list is of lights, four of five shaking; the reward model's pairs have other breaks, and
-  windows of real video besides.
+- The generator's list is of lights, four of five shaking, and windows of real video, every second one
+  jittered; that of PRFL is of these lights. The reward model's pairs have other breaks besides.
 - Held out are the photographs' and windows' frames, and of the breaks those of lights.HELD_OUT altogether.
 - Windows that hardly move are left out before they are corrupted, on both sides alike.
 """
@@ -35,7 +35,7 @@ NEGATIVE = "shakes shuffled jumps stutters vanishes turns"
 MANIFEST = "demo_data.json"
 VERSION = 7  # of what is built from one seed and spec
 TRIES = 60  # windows of a shot that move too little before the next shot takes its turn
-CLEAN_EVERY = 4  # sources of which the generator's list has the clean sample besides the broken one
+CLEAN_EVERY = 4  # sources of which the generator's list has the clean sample, too
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class DemoSpec:
 
     lights: int = 4000
     """Training sources with lights; every one gives a clean and a broken sample."""
-    windows: int = 1500
-    """Training windows of real video, for the reward model alone."""
+    windows: int = 2000
+    """Training windows of real video."""
     held_out: int = 200
     """Held-out sources, as many each: breaks of the training data, breaks that it does not have, windows."""
     frames: int = 13
@@ -71,6 +71,7 @@ class DemoData:
     null_text: Path
     negative_text: Path
     sft_train: Path
+    prfl_train: Path
     reward_win: Path
     reward_lose: Path
     val_win: Path
@@ -219,11 +220,13 @@ def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
     windows = filmed("window", spec.windows, 0)
     val = drawn("val", spec.held_out, 1, every)
     order = np.random.default_rng([seed, 7]).permutation
-    # Of every four samples the first two are steady and shaking, the others steady and broken otherwise.
-    sft = train[1::4] + train[:: 4 * CLEAN_EVERY]
+    # Of every four of these the first two are steady and shaking, the others steady and broken otherwise.
+    lit = train[1::4] + train[:: 4 * CLEAN_EVERY]
+    shaken = [s for s in windows if s.endswith(f"-{clips.jittered.__name__}")]
+    sft = lit + shaken + windows[:: 2 * CLEAN_EVERY]
     new = drawn("new", spec.held_out, 1, lights.HELD_OUT)
     pairs = {"reward": train + windows, "val": val, "new": new, "real": filmed("real", spec.held_out, 1)}
-    lists = {"sft_train": [sft[i] for i in order(len(sft))]}
+    lists = {"sft_train": [sft[i] for i in order(len(sft))], "prfl_train": [lit[i] for i in order(len(lit))]}
     for name, samples in pairs.items():
         lists |= {f"{name}_win": samples[::2], f"{name}_lose": samples[1::2]}
     for name, samples in lists.items():

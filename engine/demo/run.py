@@ -33,7 +33,7 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1800
+    pretrain: int = 1500
     reward: int = 800
     prfl: int = 500
     seeds: int = 64
@@ -71,8 +71,8 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         base,
         model=replace(base.model, preset="demo"),
         loss=LossConfig(weight=0),
-        optim=OptimConfig(lr=8e-3, schedule="cosine", warmup=50),
-        data=replace(base.data, batch_size=32),
+        optim=OptimConfig(lr=1.2e-2, betas=(0.9, 0.97), schedule="cosine", warmup=50),
+        data=replace(base.data, batch_size=64),
         train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.99),
     )
     stage("pre-training", train, pretrain)
@@ -85,14 +85,14 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         reward=replace(base.reward, path=None, train_embeddings=True, loss="bt", ce_weight=1.0),
         data=replace(
             base.data,
-            batch_size=32,
+            batch_size=64,
             paired=True,
             train=(str(data.reward_win),),
             lose=(str(data.reward_lose),),
             val=(str(data.val_win),),
             val_lose=(str(data.val_lose),),
         ),
-        optim=OptimConfig(lr=2e-3, lr_head=2e-3, schedule="cosine", warmup=50, weight_decay=0.01),
+        optim=OptimConfig(lr=3e-3, lr_head=3e-3, schedule="cosine", warmup=25, weight_decay=0.01),
         # More of the lower noise levels: at the upper ones there is little to see.
         rollout=replace(base.rollout, shift=0.3),
         train=replace(base.train, out=str(out / "reward"), steps=s.reward, ema=0.99),
@@ -106,10 +106,10 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         reward=replace(base.reward, path=str(_last(reward) / "ema")),
         # Ahead of fresh rollouts at equal seconds, see docs/persistent.md.
         loss=LossConfig(weight=1.0, sft_every=4, anchor=0.05),
-        # Where the reward model knows something: at earlier steps its accuracy is near 0.5.
-        rollout=replace(base.rollout, range=(8, 18), mode="persistent", pool=128, max_drift=10.0),
-        optim=OptimConfig(lr=4e-4, warmup=5),
-        data=replace(base.data, batch_size=8),
+        # t <= 750: before, the reward model knows less and less.
+        rollout=replace(base.rollout, range=(5, 18), mode="persistent", pool=128, max_drift=10.0),
+        optim=OptimConfig(lr=6e-4, schedule="cosine", warmup=5),
+        data=replace(base.data, batch_size=8, train=(str(data.prfl_train),)),
         train=replace(base.train, out=str(out / "prfl"), steps=s.prfl),
     )
     control = replace(
