@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "cuda/bind.cpp"
 #include "sim/cusim.h"
 
 PYBIND11_MODULE(prfl_sim, m) {
