@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+gc.set_threshold(100_000, 10, 10)  # until all is collected; imports leave little to free
+
 # Without a GPU the Triton kernels run in its interpreter; it has to be told before they are imported.
 if find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

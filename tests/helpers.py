@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +30,21 @@ def tiny_config(model_type="t2v", **fields) -> WanConfig:
     return WanConfig(model_type.removesuffix("-a14b"), **values | fields)
 
 
+@lru_cache(16)
+def spread_noise(shapes: tuple[torch.Size, ...], seed: int) -> list[torch.Tensor]:
+    """Drawn once: the head of a tiny reward model alone has half a million values."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [a * (0.2 if a.dim() == 1 else a.flatten(1).shape[1] ** -0.5) for a in drawn]
+
+
 def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Random values in every parameter, zero-initialised ones too, so that each one matters."""
-    generator = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
-        noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    parameters = list(module.parameters())
+    noise = spread_noise(tuple(p.shape for p in parameters), seed)
+    for p, values in zip(parameters, noise, strict=True):
         center = 1.0 if p.dim() == 1 and (p.detach() == 1).all() else 0.0
-        spread = 0.2 if p.dim() == 1 else p.flatten(1).shape[1] ** -0.5
-        p.data = (center + spread * noise).to(p.dtype)
+        p.data = (center + values).to(p.dtype)
     return module
 
 

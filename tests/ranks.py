@@ -44,6 +44,7 @@ def _answer_calls(rank: int, size: int, store: Path | None, pipe) -> None:
 
     torch._C._set_print_stack_traces_on_fatal_signal(True)  # then the handler of Python's frames is called
     gc.freeze()  # what the server has imported stays
+    gc.set_threshold(10_000, 10, 10)  # as in conftest.py
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=LIMIT)
     if store is not None:
