@@ -18,7 +18,7 @@ CSRC = ROOT / "csrc"
 NAME = "prfl_sim"
 # As nvcc does by default, products and sums contract to fused ones.
 FLAGS = ["-std=c++17", "-O1", "-mfma", "-ffp-contract=fast", "-fPIC", "-fvisibility=hidden", "-DCUSIM"]
-# What every source includes and no fault is planted in. It is compiled once, which is half of a source's time.
+# What every source includes and no fault is planted in: compiled once, since it is half of a source's time.
 COMMON = '#include "cusim.h"\n#include "hopper.h"\n#include <stdexcept>\n#include <string>\n'
 
 

@@ -14,6 +14,7 @@ from prfl_engine.config import ChainConfig, Config, ModelConfig, RolloutConfig, 
 from prfl_engine.memory.live_bytes import LiveBytes
 from prfl_engine.memory.policy import BlockPolicy, named, of_config
 from prfl_engine.objectives import graded_windows, sft_loss
+from prfl_engine.planner import dry_run as dry_runs
 from prfl_engine.planner import plan as plan
 from prfl_engine.planner import search as search
 from prfl_engine.planner import seconds
@@ -50,6 +51,18 @@ def test_bytes_scale_exactly_from_one_kind_at_a_time(kinds):
                 found = max(laps.forward[i + 1], laps.backward[count - i]) - laps.base
                 assert kept + peak == (max(found, laps.before, laps.after) if before is None else found)
                 kept, before = kept + more, kind
+
+
+def test_setups_with_the_same_blocks_have_one_dry_run(monkeypatch):
+    """Whatever their validations are; not where anything of a block differs."""
+    made, setup = [], replace(SETUP, config=replace(SETUP.config, text_len=7))
+    monkeypatch.setattr(dry_runs, "dry_run", lambda *given: made.append(given) or dry_run(*given))
+    first = plan.make_kind("", named("full"), setup, seconds.Rates())
+    again = plan.make_kind("", named("full"), replace(setup, validation=Validation(LATENT)), seconds.Rates())
+    assert first == again and len(made) == 1
+    for other, policy in ((setup, named("none")), (replace(setup, chunk=7), named("full"))):
+        plan.make_kind("", policy, other, seconds.Rates())
+    assert len(made) == 3
 
 
 @built

@@ -36,7 +36,7 @@ from prfl_engine.objectives import (
 from prfl_engine.optim.optimizer import set_grad_dtype
 from prfl_engine.planner import fsdp
 from prfl_engine.planner.chain_bytes import FULL_HISTORY, chains, farthest, held, longest, schedule
-from prfl_engine.planner.halves import OTHER, apart
+from prfl_engine.planner.halves import OTHER, apart, both
 from prfl_engine.planner.meta import meta_tensors
 from prfl_engine.planner.models import (
     batch_of,
@@ -48,7 +48,7 @@ from prfl_engine.planner.models import (
     start_of,
     trained,
 )
-from prfl_engine.planner.numbers import Laps
+from prfl_engine.planner.numbers import BLOCKS, Laps, Numbers, numbers_of
 from prfl_engine.planner.repeated import Repeated, ballast
 from prfl_engine.planner.setup import ROUND, Setup, Sharding
 from prfl_engine.planner.updates import arrival_bytes
@@ -83,6 +83,28 @@ def _passes(
     after = max([live.lap(), *(laps.backward[-1] for laps in whole)]) - base
     for laps in found.values():
         laps.before, laps.after, laps.peak = before, after, live.peak - base
+
+
+def counted(setup: Setup, policy: BlockPolicy) -> dict[str, Numbers]:
+    """What blocks under a policy have in every pass, from a dry run that is made once for all setups with the
+    same. The result is kept: it must not be changed."""
+    return _counted(replace(setup, validation=None, drawn=0, pool_host=0), policy)
+
+
+@cache
+def _counted(setup: Setup, policy: BlockPolicy) -> dict[str, Numbers]:
+    laps = dry_run(setup, [policy] * BLOCKS, policy)
+    made = both({phase: numbers_of(found, policy) for phase, found in laps.items()}, setup)
+    return made | {phase: _with_a_frame(made[phase], setup) for phase in setup.beside if phase in made}
+
+
+def _with_a_frame(n: Numbers, setup: Setup) -> Numbers:
+    """The numbers of a block where the other expert's saves the same of one frame of a sample."""
+    frames = setup.latent[0] * setup.latent[2]
+    return n._replace(
+        saved=n.saved + n.saved // frames, saved_last=n.saved_last + n.saved_last // frames,
+        host=n.host + n.host // frames,
+    )  # fmt: skip
 
 
 def dry_run(setup: Setup, policies: list[BlockPolicy], reward_policy: BlockPolicy) -> dict[str, Laps]:

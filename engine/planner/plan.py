@@ -36,9 +36,8 @@ from prfl_engine.memory import recompute
 from prfl_engine.memory.policy import BlockPolicy, named
 from prfl_engine.model.layers import IMAGE_TOKENS
 from prfl_engine.model.wan import WanTransformer
-from prfl_engine.planner.dry_run import dry_run, validation_bytes
-from prfl_engine.planner.halves import both
-from prfl_engine.planner.numbers import BLOCKS, Numbers, numbers_of
+from prfl_engine.planner.dry_run import counted, validation_bytes
+from prfl_engine.planner.numbers import BLOCKS, Numbers
 from prfl_engine.planner.search import SAME, UNLIMITED, Blocks, Tails, least, search
 from prfl_engine.planner.seconds import Rates, block_seconds
 from prfl_engine.planner.setup import Setup, Validation
@@ -198,9 +197,7 @@ def make_kind(
 ) -> Kind:
     """A policy with its bytes from a dry run and its cost, predicted or measured (seconds of a block)."""
     graded = setup.rollout.samples * (setup.reward_blocks > 0)
-    laps = dry_run(setup, [policy] * BLOCKS, policy)
-    numbers = both({phase: numbers_of(found, policy) for phase, found in laps.items()}, setup)
-    numbers |= {phase: _with_a_frame(numbers[phase], setup) for phase in setup.beside if phase in numbers}
+    numbers = counted(setup, policy)
     host = next(iter(numbers.values())).host
     scoring = setup if setup.reward is None else replace(setup, storage=setup.reward.storage)
     seconds = [block_seconds(policy, setup, host, rates, setup.lora is not None)]
@@ -210,15 +207,6 @@ def make_kind(
     passes = setup.sft + graded * setup.window, graded * setup.reward_blocks
     costs = (round(1e12 * n * second) for n, second in zip(passes, seconds, strict=True))
     return Kind(name, policy, numbers, *costs)
-
-
-def _with_a_frame(n: Numbers, setup: Setup) -> Numbers:
-    """The numbers of a block where the other expert's saves the same of one frame of a sample."""
-    frames = setup.latent[0] * setup.latent[2]
-    return n._replace(
-        saved=n.saved + n.saved // frames, saved_last=n.saved_last + n.saved_last // frames,
-        host=n.host + n.host // frames,
-    )  # fmt: skip
 
 
 def plan(
