@@ -20,7 +20,7 @@ _TORCH = {
     tl.float8e5: torch.float8_e5m2,
 }
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_LOW = (tl.bfloat16, tl.float8e4nv, tl.float8e5)
+_LOW = {dtype.name for dtype in (tl.bfloat16, tl.float8e4nv, tl.float8e5)}
 
 
 def _convert(x: np.ndarray, src, dst, rounding, plain=interpreter._convert_float) -> np.ndarray:
@@ -39,9 +39,14 @@ def _convert(x: np.ndarray, src, dst, rounding, plain=interpreter._convert_float
     ]).numpy().view(bits).reshape(x.shape)  # fmt: skip
 
 
+def _low(handle) -> bool:
+    """Whether it holds a type the interpreter cannot compute with."""
+    return isinstance(handle, interpreter.TensorHandle) and handle.dtype.scalar.name in _LOW
+
+
 def _float32(handle):
-    """The handle's values as float32, if it holds a type the interpreter cannot compute with."""
-    if isinstance(handle, interpreter.TensorHandle) and handle.dtype.scalar in _LOW:
+    """The handle's values as float32 where it is low."""
+    if _low(handle):
         bits = _convert(handle.data, handle.dtype.scalar, tl.float32, None)
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
     return handle
@@ -57,10 +62,10 @@ def _elementwise(name: str) -> None:
     plain = getattr(interpreter.InterpreterBuilder, name)
 
     def method(self, *arguments):
-        low = {a.dtype.scalar for a in arguments if isinstance(a, interpreter.TensorHandle)} & set(_LOW)
-        if not low:
+        low = next((a.dtype.scalar for a in arguments if _low(a)), None)
+        if low is None:
             return plain(self, *arguments)
-        return _rounded(plain(self, *map(_float32, arguments)), low.pop())
+        return _rounded(plain(self, *map(_float32, arguments)), low)
 
     setattr(interpreter.InterpreterBuilder, name, method)
 
@@ -93,10 +98,34 @@ def _patch_once_a_launch() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, call
 
 
+def _patch_types() -> None:
+    """The interpreter makes a table of all types whenever it asks for one of NumPy's, and constants anew for
+    the shape of every tensor: a sixth of its time. Both are made once."""
+    plain, init = interpreter._get_np_dtype, tl.tensor.__init__
+    types: dict[str, np.dtype] = {}
+    shapes: dict[tuple, dict] = {}
+
+    def of_numpy(dtype):
+        scalar = dtype.scalar
+        if scalar.name not in types:
+            types[scalar.name] = plain(scalar)
+        return types[scalar.name]
+
+    def made(self, handle, type):
+        shape = tuple(type.shape) if type.is_block() else ()
+        if shape not in shapes:
+            init(self, handle, type)
+            shapes[shape] = {k: v for k, v in vars(self).items() if k not in ("handle", "type", "dtype")}
+        vars(self).update(shapes[shape], handle=handle, type=type, dtype=type.scalar)
+
+    interpreter._get_np_dtype, tl.tensor.__init__ = of_numpy, made
+
+
 def install() -> None:
     if interpreter._convert_float is _convert:
         return
     _patch_once_a_launch()
+    _patch_types()
     interpreter._convert_float = _convert
     _elementwise("binary_op")
     _elementwise("unary_op")
