@@ -152,8 +152,21 @@ def reward_training(reward, inputs, own, world):
 
 def gradients(model) -> dict[str, torch.Tensor]:
     """The whole gradients by name."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+    return whole({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+
+def whole(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by name, each with the values of all shards. They come together, since the threads of gloo take
+    longer for a collective than for what is in it."""
+    sharded = {name: a for name, a in found.items() if isinstance(a, DTensor)}
+    if not sharded:
+        return found
+    mesh = next(iter(sharded.values())).device_mesh
+    group = mesh.get_group(mesh.ndim - 1)
+    parts = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, [local(a) for a in sharded.values()], group)
+    made = zip(sharded.items(), zip(*parts, strict=True), strict=True)
+    return found | {name: torch.cat(shards, a.placements[-1].dim) for (name, a), shards in made}
 
 
 def compare(run, make, layouts, resident=False, kind="t2v") -> list[tuple[float, float, str]]:
