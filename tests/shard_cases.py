@@ -155,9 +155,9 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return whole({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
-def whole(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by name, each with the values of all shards. They come together, since the threads of gloo take
-    longer for a collective than for what is in it."""
+def whole(found: dict) -> dict:
+    """Tensors by any key, each with the values of all shards. They come together, since the threads of gloo
+    take longer for a collective than for what is in it."""
     sharded = {name: a for name, a in found.items() if isinstance(a, DTensor)}
     if not sharded:
         return found
@@ -328,23 +328,23 @@ def accumulated(layouts):
     return compare(run, both, layouts)
 
 
-def whole_values(p, value):
-    """A value of every weight of p, given those of this rank, on every rank."""
+def placed(p, value):
+    """A value of every weight of p, given those of this rank, sharded as p is."""
     if not isinstance(p, DTensor):
         return value.reshape(p.shape)
     value, where = value.reshape(local(p).shape), (p.device_mesh, p.placements)
-    return DTensor.from_local(value, *where, shape=p.shape, stride=p.stride()).full_tensor()
+    return DTensor.from_local(value, *where, shape=p.shape, stride=p.stride())
 
 
 def weights(optimizer) -> torch.Tensor:
     """All weights in float64, with the 16 bits more that the optimizer may keep of them."""
-    found = []
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
+    found = {}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         own, state = local(p.detach()).flatten(), optimizer.state.get(p, {})
         if "rest" in state.get("blocks", [{}])[0]:  # torch's AdamW, of one process, has no blocks
             own = torch.cat([master(w, b) for w, b in zip(_blocks(p.detach()), state["blocks"], strict=True)])
-        found.append(whole_values(p, own).flatten().double())
-    return torch.cat(found)
+        found[i] = placed(p, own)
+    return torch.cat([a.flatten().double() for a in whole(found).values()])
 
 
 def trained(settings: dict, dtype, lr: float, steps: int, replicate: int) -> tuple[float, float, float]:
@@ -368,10 +368,9 @@ def trained(settings: dict, dtype, lr: float, steps: int, replicate: int) -> tup
             ema.update()
         with ema.applied(), torch.no_grad():  # the forward sees what the shards hold now
             losses.append(sft_loss(model, *given).mean())
-        seen = [world.mean(torch.stack(losses))]
-        for p, a in zip(ema.own.values(), ema.average.values(), strict=True):
-            seen.append(whole_values(p, local(a)).flatten())
-        return start, weights(optimizer), torch.cat([a.double() for a in seen])
+        averages = whole({name: placed(p, local(ema.average[name])) for name, p in ema.own.items()})
+        seen = [world.mean(torch.stack(losses)), *averages.values()]
+        return start, weights(optimizer), torch.cat([a.flatten().double() for a in seen])
 
     start, want, others = of_first(lambda: trained_on(World(), inputs, slice(0, SAMPLES)))
     reduce_dtype = torch.float32 if config.grad_dtype == "float32" else None
