@@ -33,8 +33,8 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1500
-    reward: int = 800
+    pretrain: int = 1200
+    reward: int = 600
     prfl: int = 500
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
