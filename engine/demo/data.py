@@ -44,7 +44,7 @@ class DemoSpec:
 
     lights: int = 4000
     """Training sources with lights; every one gives a clean and a broken sample."""
-    windows: int = 1500
+    windows: int = 1000
     """Training windows of real video."""
     held_out: int = 200
     """Held-out sources, as many each: breaks of the training data, breaks that it does not have, windows."""

@@ -33,8 +33,8 @@ from prfl_engine.train_reward import train_reward
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1200
-    reward: int = 600
+    pretrain: int = 1250
+    reward: int = 650
     prfl: int = 500
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
@@ -105,7 +105,7 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         model=replace(base.model, path=str(generator)),
         reward=replace(base.reward, path=str(_last(reward) / "ema")),
         # Ahead of fresh rollouts at equal seconds, see docs/persistent.md.
-        loss=LossConfig(weight=1.0, sft_every=4, anchor=0.05),
+        loss=LossConfig(weight=1.0, sft_every=4, anchor=0.2),
         # t <= 750: before, the reward model knows less and less.
         rollout=replace(base.rollout, range=(5, 18), mode="persistent", pool=128, max_drift=10.0),
         optim=OptimConfig(lr=6e-4, schedule="cosine", warmup=5),
