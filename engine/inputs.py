@@ -26,6 +26,7 @@ from prfl_engine.bounds import check_path
 from prfl_engine.errors import UserError, check, show
 from prfl_engine.paths import KINDS, check_file, reason
 
+MAX_HEADER = 2**16  # bytes of a .npy; numpy takes 10,000
 MAX_TEXT = 2**28
 """Bytes of the longest text or JSON file that is read."""
 # What the readers of numpy and torch raise at damaged files, by trial.
@@ -123,8 +124,8 @@ def _npy_head(file: BinaryIO) -> bytes:
     """The first bytes of a .npy, as far as its header goes; of another file some of the first."""
     start = file.read(12)
     counted = 8 + (2 if start[6:7] == b"\1" else 4)  # bytes, of which the last say how many more follow
-    length = int.from_bytes(start[8:counted], "little")
-    return start + file.read(min(counted + length, MAX_TEXT) - len(start))
+    length = min(int.from_bytes(start[8:counted], "little"), MAX_HEADER)
+    return start + file.read(max(0, counted + length - len(start)))
 
 
 class _NpyFormat(NamedTuple):
@@ -133,7 +134,7 @@ class _NpyFormat(NamedTuple):
     dtype: np.dtype
 
 
-@lru_cache  # numpy compiles a header as Python, which takes longer than to read a small file
+@lru_cache(1024)  # numpy compiles a header as Python, which takes longer than to read a small file
 def _npy_format(head: bytes) -> _NpyFormat:
     """What the header of a .npy says."""
     file = io.BytesIO(head)

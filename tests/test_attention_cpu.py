@@ -154,6 +154,24 @@ def test_the_same_bits_on_any_number_of_threads(isa, heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
+def test_many_samples_have_the_bits_of_each_alone(isa, dtype):
+    """They are worked on some at a time, here in four groups, the last of them smaller."""
+    inputs = [strided(a) for a in qkv(37, 19, 11, 4, 32, dtype)]
+    directions = normal(37, 19, 4, 32, dtype=dtype).cpu(), normal(37, 4, 19).cpu()
+
+    def run(at):
+        given = [a[at].detach().requires_grad_() for a in inputs]
+        outputs = attention_with_lse(*given)
+        return [*outputs, *torch.autograd.grad(outputs, given, [d[at] for d in directions])]
+
+    together = run(slice(None))
+    for i in (0, 9, 10, 36):
+        at = slice(i, i + 1)
+        for found, want in zip(together, run(at), strict=True):
+            assert torch.equal(found[at], want)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
 def test_large_scores(isa, dtype):
     """Scores of several thousand, of both signs and on a common offset, that exp would overflow on."""
     q, k, v = qkv(1, 40, 300, 2, 64, dtype)

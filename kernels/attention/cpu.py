@@ -6,8 +6,9 @@ and sums are float32. bfloat16 is multiplied in pairs where the processor does t
 rounded to bfloat16 before; elsewhere it is widened to float32 when it is packed.
 
 The sources, csrc/cpu/attention_*.cpp, say how the work is split. The sums do not depend on the number
-of threads: the same bits every time. Memory beside the results: packed copies of k and v in the forward;
-in the backward about four of q, three of k and a float32 dq.
+of threads: the same bits every time. Memory beside the results: packed copies of k and v in the forward; in
+the backward about four of q, three of k and a float32 dq. That is of as many samples at a time as have a MiB
+for each thread, at least of one.
 """
 
 import math
