@@ -35,7 +35,7 @@ def choice() -> tuple[bool, str]:
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear` by oneDNN, in float32 on the CPU: the operation that torch.compile makes of a linear layer."""
-    # For a matrix with gaps between its rows oneDNN has no fast code: 1,000 times as slow.
+    # For a matrix with gaps between its rows oneDNN has no fast code: 128 x 32 x 512 took 46 ms.
     dense = weight.is_contiguous() or weight.mT.is_contiguous()
     weight = weight if dense else weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
