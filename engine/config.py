@@ -87,6 +87,9 @@ class DataConfig(Section, name="data"):
     its name; 0: so does the first. A resumed run leaves out the same, wherever the data are then."""
     num_workers: Annotated[int, Within(0, 1024)] = 2
     """Loader processes; 0 loads in the training process."""
+    keep_gb: Annotated[float, Within(0, 1e9)] = 0.0
+    """10^9 bytes of training samples that each of these processes keeps in memory, so that they are read once
+    and not in every epoch: for small data, or slow disks. Changes of a kept file are not seen."""
 
     def dropout(self, default: float) -> float:
         """text_dropout, or `default` where it is null. UserError where it needs a null_text and has none."""

@@ -3,9 +3,10 @@
 `Reader` reads single samples; micro_batches.py makes the sequence of training batches of them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ CLIP_KEYS = ("image_embeds", "imgclip_path")
 TEXT_KEY = "text_en_path"
 REWARD_TEXT_KEYS = ("save_textshort_path", "textshort_path", TEXT_KEY)
 MASK_CHANNELS, CONDITION_CHANNELS = 4, 16
+T = TypeVar("T", bound=Sequence)
 
 
 def read_lists(paths: Sequence[str], field: str) -> list[Path]:
@@ -70,6 +72,25 @@ def check_frames(shape: Sequence[int], name: str) -> None:
     check(shape[1] > 1, name, list(shape), "2 frames or more (data.first_frame keeps the first)")
 
 
+class Kept:
+    """What has been read of some samples, up to so many bytes of tensors; what comes later is not kept: of a
+    list that is read again and again as many samples as fit are read once."""
+
+    def __init__(self, size: float = 0.0):
+        self._left, self._found = size, {}
+
+    def of(self, key: Hashable, read: Callable[[], T]) -> T:
+        """What is kept by this key, or else what read() returns. Nobody may write into its tensors."""
+        if key in self._found:
+            return self._found[key]
+        value = read()
+        size = sum(a.nbytes for a in value if isinstance(a, Tensor))
+        if size <= self._left:
+            self._left -= size
+            self._found[key] = value
+        return value
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads single samples for one model, as a Batch without the batch dimension."""
@@ -82,8 +103,9 @@ class Reader:
     dtype: torch.dtype | None = None
     """What the values of a sample are rounded to; they are held in float32."""
     first_frame: bool = False  # of every latent is the condition of a ti2v model
+    kept: Kept = field(default_factory=Kept)
     null: Tensor | None = field(init=False, default=None)
-    """The embedding of null_text, read when the reader is made."""
+    """The embedding of null_text, read when the reader is made, where a text may be dropped."""
 
     def __post_init__(self):
         kind = self.config.model_type
@@ -91,13 +113,24 @@ class Reader:
             raise UserError(f"data.first_frame: got true for a model of type {kind}, want ti2v")
         if self.null_text is not None and self.text_dropout > 0:
             with named("data.null_text"):
-                object.__setattr__(self, "null", read_text(self.null_text, self.config))
+                null = rounded(read_text(self.null_text, self.config), self.dtype)
+            object.__setattr__(self, "null", null)
 
     def read(self, path: Path, rng: np.random.Generator) -> Batch:
         """The sample of a meta JSON: latent [C, T, h, w], text [n, text_dim], for an I2V model the condition
         and, with a CLIP branch, clip, and with first_frame that of the latent as condition [C, 1, h, w],
-        float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. UserError where a file or
-        key is missing or holds something else."""
+        float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. The tensors may be kept:
+        nobody may write into them. UserError where a file or key is missing or holds something else."""
+        meta, *given = self.kept.of(path, lambda: self._read(path))
+        # Both numbers are always drawn, so that one option never moves the other's choices.
+        drop, long = rng.random() < self.text_dropout, rng.random() < self.long_caption
+        keys = self.text_keys(meta, long)
+        text = self.null if drop else self.kept.of((path, keys), lambda: [self._text(path, meta, keys)])[0]
+        latent, clip, condition, label = given
+        return Batch(latent, text, clip, condition, label)
+
+    def _read(self, path: Path) -> tuple[dict, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The object of a meta JSON, and all of its sample but the text: latent, clip, condition, label."""
         c, meta = self.config, self.meta(path)
         patch_h, patch_w = c.patch_size[1:]
         latent = self._tensor(path, meta, LATENT_KEYS, (1, c.out_dim, None, None, None), "latent")
@@ -106,9 +139,6 @@ class Reader:
                 f"{path}: latent is {list(latent.shape)}, want multiples of {patch_h} x {patch_w} "
                 "in its last two dimensions"
             )
-        # Both numbers are always drawn, so that one option never moves the other's choices.
-        drop, long = rng.random() < self.text_dropout, rng.random() < self.long_caption
-        text = self.null if drop else self._text(path, meta, long)
         clip = condition = None
         if c.image:
             if c.clip:
@@ -122,8 +152,8 @@ class Reader:
         if self.label is not None:
             with named(str(path)):
                 label = torch.tensor(label_of(meta, self.label))
-        given = (None if a is None else rounded(a, self.dtype) for a in (latent, text, clip, condition))
-        return Batch(*given, label)
+        given = (None if a is None else rounded(a, self.dtype) for a in (latent, clip, condition))
+        return meta, *given, label
 
     def _condition(self, path: Path, meta: dict, shape: tuple[int, ...]) -> Tensor:
         """Mask and encoded first frame [20, T, h, w]; the mask is made where a file has the frame alone."""
@@ -169,9 +199,9 @@ class Reader:
             return ("textlong_path",) if long else ("textshort_path",)
         return (TEXT_KEY, "textshort_path", "textlong_path")
 
-    def _text(self, path: Path, meta: dict, long: bool) -> Tensor:
-        keys = self.text_keys(meta, long)
-        return self._tensor(path, meta, keys, (1, None, self.config.text_dim), "text", self.config.text_len)
+    def _text(self, path: Path, meta: dict, keys: tuple[str, ...]) -> Tensor:
+        shape = (1, None, self.config.text_dim)
+        return rounded(self._tensor(path, meta, keys, shape, "text", self.config.text_len), self.dtype)
 
     def _tensor(
         self, path: Path, meta: dict, keys: Sequence[str], shape, what: str, longest: int | None = None

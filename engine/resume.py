@@ -53,7 +53,7 @@ KINDS = {
         "source": "train lose null_text",
         "fixed": "label paired batch_size first_frame",
         "score": "val val_lose negative_text",
-        "free": "text_dropout long_caption skip_broken num_workers",
+        "free": "text_dropout long_caption skip_broken num_workers keep_gb",
     },
     "rollout": {
         "score": "solver steps sigmas shift sigma_range start whole_timesteps",

@@ -22,7 +22,7 @@ from prfl_engine.build import (
 )
 from prfl_engine.checks import check_prfl, unused
 from prfl_engine.config import Config, LossConfig
-from prfl_engine.data import Reader, read_lists
+from prfl_engine.data import Kept, Reader, read_lists
 from prfl_engine.errors import UserError, check
 from prfl_engine.guidance import Guidance, guidance_of, training_guidance
 from prfl_engine.loop import fit
@@ -140,6 +140,7 @@ def _train(config: Config, device: torch.device, world: World) -> None:
         long_caption=c.data.long_caption,
         dtype=dtype,
         first_frame=c.data.first_frame,
+        kept=Kept(1e9 * c.data.keep_gb),
     )
     broken = {"skip": c.data.skip_broken, "agree": world.union}
     with world.agreed():

@@ -11,7 +11,7 @@ from prfl_engine.build import make_reward, pick_device
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.checks import check_stored
 from prfl_engine.config import Config
-from prfl_engine.data import Reader, read_lists
+from prfl_engine.data import Kept, Reader, read_lists
 from prfl_engine.errors import UserError
 from prfl_engine.loop import fit
 from prfl_engine.memory.policy import of_config
@@ -111,6 +111,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
         add_updates(model, c, resume)
     world.stop_if_asked()
     given = {"dtype": dtype, "first_frame": c.data.first_frame}
+    given["kept"] = Kept(1e9 * c.data.keep_gb)
     reader = Reader(model.transformer.config, c.data.label, c.data.null_text, text_dropout, **given)
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")

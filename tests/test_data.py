@@ -6,9 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config, write_data
+import training_runs
+from helpers import tiny_config, write_data, write_run
 
-from prfl_engine.data import Reader, label_of, read_lists, read_text
+from prfl_engine import cli, data
+from prfl_engine.data import Kept, Reader, label_of, read_lists, read_text
 from prfl_engine.errors import UserError
 from prfl_engine.micro_batches import MicroBatches
 from prfl_engine.seeds import Purpose, seeded
@@ -177,6 +179,50 @@ def test_one_choice_does_not_move_the_other(t2v):
             kept += 1
             assert same(a, b)
     assert 10 < kept < 40
+
+
+def test_kept_samples_are_read_once_and_are_the_same(t2v):
+    """... until they have so many bytes; both captions of a sample share the rest of it."""
+    config, paths, folder = t2v
+    null = str(folder / "null.npy")
+    plain = [read(Reader(config, None, null, 0.3, 0.5), path, i) for i in range(9) for path in paths]
+    latent = plain[0].latent.nbytes
+    captions = [np.load(folder / f"{name}-{i}.npy").nbytes for i in (0, 1) for name in ("long", "short")]
+    kept = Kept(2 * latent + sum(captions))
+    reader = Reader(config, None, null, 0.3, 0.5, kept=kept)
+    found = [read(reader, path, i) for i in range(9) for path in paths[:2]]
+    for i in range(9):
+        assert all(map(same, found[2 * i : 2 * i + 2], plain[4 * i : 4 * i + 2]))
+    for file in folder.glob("*-[01].npy"):
+        file.unlink()
+    again = [read(reader, path, i) for i in range(9) for path in paths[:2]]
+    assert all(map(same, again, found))
+    assert same(read(reader, paths[2]), plain[2])
+    for file in folder.glob("*-2.npy"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"latent-2\.npy"):  # it came too late to be kept
+        read(reader, paths[2])
+
+
+def test_training_keeps_as_much_as_it_is_told(tmp_path, monkeypatch):
+    opened = Counter()
+    take = data._read_tensor
+
+    def counted(path, *rest):
+        opened[str(path)] += 1
+        return take(path, *rest)
+
+    monkeypatch.setattr(data, "_read_tensor", counted)
+    config = write_run(tmp_path, samples=2, train={"steps": 6}, loss={"weight": 0.0})
+    latents = {}
+    for gb in 0, 1:
+        opened.clear()
+        folder = tmp_path / f"keep-{gb}"
+        assert cli.main(["train", str(config), f"data.keep_gb={gb}", f"train.out={folder}"]) == 0
+        latents[gb] = [n for path, n in opened.items() if "latent" in path]
+    assert min(latents[0]) >= 3 and latents[1] == [1, 1]
+    one, other = (training_runs.values(tmp_path / f"keep-{gb}") for gb in (0, 1))
+    assert one == other and one
 
 
 # By the file that has to be named.

@@ -159,7 +159,7 @@ SAME = {  # what a run is, or what costs neither bytes nor seconds of a plan
     "parallel": "save_async timeout",
     "train": "out compat resume device steps seed save_every keep log_every ema_each tensorboard wandb",
     "data": "train lose paired val val_lose null_text negative_text text_dropout long_caption label"
-            " first_frame batch_size skip_broken num_workers",
+            " first_frame batch_size skip_broken num_workers keep_gb",
     "eval": "every samples batch_size timesteps guidance seed one_noise pairs videos",
     "sample": "count seed guidance codec fps",
 }  # fmt: skip

@@ -31,6 +31,7 @@ HELD_OUT = {
     "windows of real video": "real",
 }
 """What the reward model is measured on: the names of the lists NAME_win and NAME_lose."""
+HANDMADE = 5000  # training pairs of the hand-made comparison, at equal distances in the list
 T = TypeVar("T")
 
 
@@ -153,14 +154,15 @@ def paired_p(difference: np.ndarray, draws: int = 100_000) -> float:
 def accuracies(config: Config, data: DemoData, model: Path) -> dict:
     """How often the reward model, and the linear comparison of hand-made features, give the steady one of a
     held-out pair the higher score under one noise, on all of HELD_OUT: by timestep, and by kind of break
-    the mean of t <= 600."""
+    the mean of t <= 600. The comparison is fit to HANDMADE of the reward model's pairs."""
     device, e = pick_device(config), config.eval
     reader = Reader(read_config(config.model.path), config.data.label, first_frame=config.data.first_frame)
     score = load_reward(model, **config.reward.pooling, dtype=torch.float32, device=device).freeze()
 
-    def whole(name: str) -> tuple[list[Path], Tensor]:
+    def whole(name: str, most: int | None = None) -> tuple[list[Path], Tensor]:
         path = getattr(data, name)
         paths = read_lists([str(path)], path.name)
+        paths = spread(paths, min(len(paths), most or len(paths)))
         return paths, next(fixed_batches(reader, paths, len(paths), torch.device("cpu"))).latent
 
     def logits(paths: list[Path]) -> Tensor:
@@ -170,7 +172,7 @@ def accuracies(config: Config, data: DemoData, model: Path) -> dict:
             found.append(noisy_rewards(score, batch, noise, e.timesteps).cpu())
         return torch.cat(found)
 
-    train = [whole(f"reward_{side}")[1] for side in ("win", "lose")]
+    train = [whole(f"reward_{side}", HANDMADE)[1] for side in ("win", "lose")]
     held_out = {name: [whole(f"{key}_{side}") for side in ("win", "lose")] for name, key in HELD_OUT.items()}
     pairs = [(win[1], lose[1]) for win, lose in held_out.values()]
     hand = handmade_margins(*train, pairs, e.timesteps, e.seed)

@@ -6,7 +6,9 @@
   same place of ..._lose.list). Still, single frames of the two look alike, so only motion can tell them
   apart.
 - The generator's list is of lights, four of five shaking, and windows of real video, every second one
-  jittered; that of PRFL is of these lights. The reward model's pairs have other breaks besides.
+  jittered; that of PRFL is of these lights.
+- The reward model's pairs have other breaks besides. Of windows there are many, since few would be learned by
+  heart; every pair of lights is listed twice, so that those of windows are three of seven.
 - Held out are the photographs' and windows' frames, and of the breaks those of lights.HELD_OUT altogether.
 - Windows that hardly move are left out before they are corrupted, on both sides alike.
 """
@@ -33,9 +35,10 @@ from prfl_engine.metrics import progress
 TEXT_DIM = 64
 NEGATIVE = "shakes shuffled jumps stutters vanishes turns"
 MANIFEST = "demo_data.json"
-VERSION = 7  # of what is built from one seed and spec
+VERSION = 8  # of what is built from one seed and spec
 TRIES = 60  # windows of a shot that move too little before the next shot takes its turn
 CLEAN_EVERY = 4  # sources of which the generator's list has the clean sample, too
+SEEN = 6  # windows of which one is the generator's, too
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class DemoSpec:
 
     lights: int = 4000
     """Training sources with lights; every one gives a clean and a broken sample."""
-    windows: int = 1000
+    windows: int = 6000
     """Training windows of real video."""
     held_out: int = 200
     """Held-out sources, as many each: breaks of the training data, breaks that it does not have, windows."""
@@ -222,10 +225,11 @@ def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
     order = np.random.default_rng([seed, 7]).permutation
     # Of every four of these the first two are steady and shaking, the others steady and broken otherwise.
     lit = train[1::4] + train[:: 4 * CLEAN_EVERY]
-    shaken = [s for s in windows if s.endswith(f"-{clips.jittered.__name__}")]
-    sft = lit + shaken + windows[:: 2 * CLEAN_EVERY]
+    seen = [s for i in range(0, len(windows), 2 * SEEN) for s in windows[i : i + 2]]
+    shaken = [s for s in seen if s.endswith(f"-{clips.jittered.__name__}")]
+    sft = lit + shaken + seen[:: 2 * CLEAN_EVERY]
     new = drawn("new", spec.held_out, 1, lights.HELD_OUT)
-    pairs = {"reward": train + windows, "val": val, "new": new, "real": filmed("real", spec.held_out, 1)}
+    pairs = {"reward": 2 * train + windows, "val": val, "new": new, "real": filmed("real", spec.held_out, 1)}
     lists = {"sft_train": [sft[i] for i in order(len(sft))], "prfl_train": [lit[i] for i in order(len(lit))]}
     for name, samples in pairs.items():
         lists |= {f"{name}_win": samples[::2], f"{name}_lose": samples[1::2]}

@@ -34,7 +34,7 @@ class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
     pretrain: int = 1250
-    reward: int = 650
+    reward: int = 900
     prfl: int = 500
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
@@ -82,7 +82,7 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         base,
         model=replace(base.model, path=str(generator)),
         # Both videos of a pair have the first frame, the prompt and the noise in common: see docs/reward.md.
-        reward=replace(base.reward, path=None, train_embeddings=True, loss="bt", ce_weight=1.0),
+        reward=replace(base.reward, path=None, train_embeddings=True, loss="bt", ce_weight=0.05),
         data=replace(
             base.data,
             batch_size=64,
@@ -92,7 +92,7 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
             val=(str(data.val_win),),
             val_lose=(str(data.val_lose),),
         ),
-        optim=OptimConfig(lr=3e-3, lr_head=3e-3, schedule="cosine", warmup=25, weight_decay=0.01),
+        optim=OptimConfig(lr=3e-3, lr_head=3e-3, schedule="cosine", warmup=25, weight_decay=0.3),
         # More of the lower noise levels: at the upper ones there is little to see.
         rollout=replace(base.rollout, shift=0.3),
         train=replace(base.train, out=str(out / "reward"), steps=s.reward, ema=0.99),
@@ -143,6 +143,7 @@ def base_config(data: DemoData, seed: int = 0) -> Config:
             null_text=str(data.null_text),
             first_frame=True,
             num_workers=0,
+            keep_gb=0.5,
         ),
         rollout=RolloutConfig(steps=20, shift=1.0),
         train=TrainConfig(resume="auto", save_every=10**6, keep=1, log_every=5, seed=seed),

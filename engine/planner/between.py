@@ -127,6 +127,9 @@ def of_processes(
         ("batches on their way", (ahead + 1) * batch, COUNTED, f"{PREFETCHED} a loader process, and one"),
         ("checkpoints", max(reading, writing), COUNTED, basis),
     ]
+    if c.data.keep_gb:
+        kept = int(1e9 * c.data.keep_gb) * max(1, c.data.num_workers)
+        found.append(("kept samples", kept, COUNTED, "data.keep_gb of each process that reads, at most"))
     if gpu is not None:
         count = c.data.num_workers
         size = PROCESS + count * WORKER
