@@ -38,7 +38,7 @@ WAYS = {
     "labels": ("reward.loss=ce", *SINGLE, "data.lose=[]"),
     "random losers": SINGLE,
     "pairs": ("reward.ce_weight=0",),
-    "pairs and labels": (),
+    "pairs and labels": ("reward.ce_weight=1",),
 }
 
 

@@ -121,12 +121,11 @@ class Reader:
         and, with a CLIP branch, clip, and with first_frame that of the latent as condition [C, 1, h, w],
         float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. The tensors may be kept:
         nobody may write into them. UserError where a file or key is missing or holds something else."""
-        meta, *given = self.kept.of(path, lambda: self._read(path))
+        meta, latent, clip, condition, label = self.kept.of(path, lambda: self._read(path))
         # Both numbers are always drawn, so that one option never moves the other's choices.
         drop, long = rng.random() < self.text_dropout, rng.random() < self.long_caption
         keys = self.text_keys(meta, long)
         text = self.null if drop else self.kept.of((path, keys), lambda: [self._text(path, meta, keys)])[0]
-        latent, clip, condition, label = given
         return Batch(latent, text, clip, condition, label)
 
     def _read(self, path: Path) -> tuple[dict, Tensor, Tensor | None, Tensor | None, Tensor | None]:

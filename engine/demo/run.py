@@ -35,7 +35,7 @@ class Settings:
 
     pretrain: int = 1250
     reward: int = 900
-    prfl: int = 500
+    prfl: int = 250
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
     seed: int = 0
@@ -96,7 +96,7 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         # More of the lower noise levels: at the upper ones there is little to see.
         rollout=replace(base.rollout, shift=0.3),
         train=replace(base.train, out=str(out / "reward"), steps=s.reward, ema=0.99),
-        eval=replace(base.eval, every=max(1, s.reward // 5), batch_size=64),
+        eval=replace(base.eval, every=max(1, s.reward // 3), batch_size=64),
     )
     stage("reward model", train_reward, reward)
 
@@ -104,12 +104,13 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         base,
         model=replace(base.model, path=str(generator)),
         reward=replace(base.reward, path=str(_last(reward) / "ema")),
-        # Ahead of fresh rollouts at equal seconds, see docs/persistent.md.
-        loss=LossConfig(weight=1.0, sft_every=4, anchor=0.2),
-        # t <= 750: before, the reward model knows less and less.
+        # The log has a gradient where the reward is sure that a sample is broken.
+        loss=LossConfig(form="log", weight=1.0, sft_every=4, anchor=0.2),
+        # Chains that persist are ahead of fresh rollouts at equal seconds, see docs/persistent.md. t <= 750:
+        # before, the reward model knows less and less.
         rollout=replace(base.rollout, range=(5, 18), mode="persistent", pool=128, max_drift=10.0),
         optim=OptimConfig(lr=6e-4, schedule="cosine", warmup=5),
-        data=replace(base.data, batch_size=8, train=(str(data.prfl_train),)),
+        data=replace(base.data, batch_size=16, train=(str(data.prfl_train),)),
         train=replace(base.train, out=str(out / "prfl"), steps=s.prfl),
     )
     control = replace(
