@@ -86,6 +86,17 @@ def test_checkpoints_of_several_ranks_are_copied_to_the_host_first(tmp_path):
     assert copied("parallel.save_async=false") == 4 * max(math.prod(p.shape) for p in models.generator)
 
 
+@pytest.mark.parametrize("workers, processes", [(0, 1), (3, 3)])
+def test_samples_that_are_kept_are_in_the_host_memory_of_a_plan(tmp_path, workers, processes):
+    path = str(write_run(tmp_path))
+
+    def kept(*overrides: str) -> list[int]:
+        host = predict(path, (f"data.num_workers={workers}", *overrides), Options()).memory.host
+        return [e.bytes for e in host.entries if e.category == "kept samples"]
+
+    assert kept() == [] and kept("data.keep_gb=1.5") == [processes * 1_500_000_000]
+
+
 def test_adapters_of_a_reward_model_are_merged_for_a_checkpoint():
     """The whole reward model in float32: on the host, of sharded ones a rank's shards on the device."""
     config = "configs/reward_t2v_14b_480p.yaml"
