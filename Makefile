@@ -19,7 +19,7 @@ BUILT := .venv/built-$(KEY)
 demo: env
 	GOMP_SPINCOUNT=20000 .venv/bin/prfl demo
 
-# Over a hundred processes of the suite import the engine, and every worker the tests: they are compiled once.
+# Processes of the suite import the engine, and every worker the tests: Python compiles them once.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: env
 	.venv/bin/python -m pytest $(PYTEST_FLAGS)
