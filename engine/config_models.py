@@ -201,6 +201,9 @@ class RewardConfig(Section, name="reward"):
     """With bt, weight of the cross-entropy that is added, of winners as good samples and losers as poor ones.
     Bradley-Terry alone leaves open what all logits have in common: where that is large, the reward, their
     sigmoid, is 1 for all."""
+    pairs_at_once: bool = False
+    """With bt, winners and losers go through the model as one batch, not as one after the other: weights are
+    gathered half as often, and a block holds twice as much on its way."""
     timesteps: tuple[Annotated[float, Within(0, 1000)], ...] = ()
     """Train at these timesteps alone, one optimizer step after another in turn; empty: at a noise level that
     is drawn for every sample from the 1000 of the schedule."""
@@ -232,6 +235,8 @@ class RewardConfig(Section, name="reward"):
             check(self.path is not None, "reward.path", None, "the folder of the transformer of reward.mlp")
         ok = self.loss == "bt" or self.ce_weight == 0
         check(ok, "reward.ce_weight", self.ce_weight, "0 unless reward.loss is bt")
+        ok = self.loss == "bt" or not self.pairs_at_once
+        check(ok, "reward.pairs_at_once", True, "false unless reward.loss is bt")
         if self.pool in ("mean", "max"):
             check(self.dropout == 0, "reward.dropout", self.dropout, f"0 with reward.pool {self.pool}")
             path = self.query_attention

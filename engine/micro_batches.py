@@ -58,7 +58,7 @@ class MicroBatches:
     Every epoch is a new permutation. A micro-batch holds samples of one latent shape; the last one
     of a shape in an epoch may be smaller. With `lose`, an item is a pair (winners, losers): a loser is a
     random one of the winner's shape, or where `paired` the one at the same place of its list, and loses its
-    caption where the winner does.
+    caption where the winner does. `at_once` makes one batch of both, the winners first.
 
     Up to `skip` samples that are broken (reading them is a UserError) are left out: another one of the same
     shape, drawn by seed and position, takes the place. So no other sample moves, and an item follows from
@@ -76,11 +76,12 @@ class MicroBatches:
         skip: int = 0,
         paired: bool = False,
         agree: Callable[[dict[Path, str]], dict[Path, str]] = lambda found: found,
+        at_once: bool = False,
     ):
         """agree: the union of what all ranks give it. Where samples have to share a shape, the headers of all
         are read. UserError where more than `skip` of them are broken, or a pair is none."""
         self.reader, self.paths, self.batch_size, self.seed = reader, paths, batch_size, seed
-        self.lose, self.skip, self.paired, self.agree = lose, skip, paired, agree
+        self.lose, self.skip, self.paired, self.agree, self.at_once = lose, skip, paired, agree, at_once
         if paired and len(lose) != len(paths):
             want = f"one for each of the {len(paths)} of data.train"
             raise UserError(f"data.lose: got {len(lose)} samples, want {want}")
@@ -164,8 +165,8 @@ class MicroBatches:
             drawn, shape = self._drawn(position, found), self._shapes[self._planned(position)[0]]
             parts = [[self._sample(path, rng, shape, found) for path, rng in part] for part in drawn]
             if all(sample is not None for part in parts for sample in part):
-                batches = tuple(map(collate, parts))
-                return Item(batches[0] if self.lose is None else batches, _paths(drawn), found)
+                batches = tuple(map(collate, [sum(parts, [])] if self.at_once else parts))
+                return Item(batches[0] if len(batches) == 1 else batches, _paths(drawn), found)
         return Item(None, [], found)
 
     def accept(self, item: Item, position: int, device: torch.device) -> Item:
@@ -298,7 +299,8 @@ class MicroBatches:
                 batch, paths = self[position], _paths(self._drawn(position, {}))
             except UserError as error:
                 return str(error)
-            for one, some in zip([batch] if self.lose is None else batch, paths, strict=True):
+            paths = [sum(paths, [])] if self.at_once else paths
+            for one, some in zip([batch] if isinstance(batch, Batch) else batch, paths, strict=True):
                 for name, a in zip(Batch._fields, one, strict=True):
                     finite = None if a is None else a.flatten(1).isfinite().all(1).tolist()
                     if finite is not None and not all(finite):

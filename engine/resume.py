@@ -47,7 +47,7 @@ KINDS = {
         "source": "path query_attention mlp more",
         "fixed": "blocks feature_layer pool num_queries num_heads return_type train_embeddings loss",
         "score": "weights",
-        "free": "dropout timesteps ce_weight draws place",
+        "free": "dropout timesteps ce_weight pairs_at_once draws place",
     },
     "data": {
         "source": "train lose null_text",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import flow
+from prfl_engine.batch import Batch
 from prfl_engine.build import make_reward, pick_device
 from prfl_engine.checkpoint_shards import INDEX
 from prfl_engine.checks import check_stored
@@ -116,6 +117,7 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
     if val_lose is not None:
         val_lose = partners(reader, held_out, val_lose, "data.val_lose")
     broken = {"skip": c.data.skip_broken, "paired": c.data.paired, "agree": world.union}
+    broken["at_once"] = at_once = c.reward.pairs_at_once
     with world.agreed():
         batches = MicroBatches(reader, win, c.data.batch_size, c.train.seed, lose, **broken)
 
@@ -123,25 +125,30 @@ def _train_reward(config: Config, device: torch.device, world: World) -> None:
 
     def backpropagate(item, key: int, share: float):
         mark("reward")
-        for one in item if pairs else [item]:
-            count("reward", one.latent)
-        batch = item[0] if pairs else item
-        at, n = (c.train.seed, key * c.data.batch_size), len(batch.latent)
+        sides = [item] if isinstance(item, Batch) else item
+        for side in sides:
+            count("reward", side.latent)
+        first = sides[0]
+        latent = first.latent.chunk(2)[0] if at_once else first.latent
+        at, n = (c.train.seed, key * c.data.batch_size), len(latent)
         sigma = levels.sigmas[integers(len(levels.sigmas), Purpose.REWARD_LEVEL, *at, n)]
         t = levels.timestep(sigma)
         if fixed:
             turn = key // c.train.accumulate % len(fixed)
             sigma, t = torch.full((n,), fixed[turn]), torch.full((n,), float(c.reward.timesteps[turn]))
         sigma, t = sigma.to(device, non_blocking=True), t.to(device, non_blocking=True)
-        noise = flow.rounded(noise_like(batch.latent, Purpose.REWARD_NOISE, *at), dtype)
-        logit = noisy_reward(model, batch, noise, sigma, run_blocks, t)
+        noise = flow.rounded(noise_like(latent, Purpose.REWARD_NOISE, *at), dtype)
+        if at_once:
+            noise, sigma, t = (torch.cat([a, a]) for a in (noise, sigma, t))
+        logits = [noisy_reward(model, side, noise, sigma, run_blocks, t) for side in sides]
         if pairs:  # winner and loser share noise and noise level
-            logit_lose = noisy_reward(model, item[1], noise, sigma, run_blocks, t)
+            logit, logit_lose = logits[0].chunk(2) if at_once else logits
             loss = bradley_terry(logit, logit_lose, c.reward.ce_weight).mean()
             right = told_right(logit - logit_lose)
         else:
-            loss = cross_entropy(logit, batch.label).mean()
-            right = (logit > 0) == (batch.label > 0.5)
+            (logit,) = logits
+            loss = cross_entropy(logit, first.label).mean()
+            right = (logit > 0) == (first.label > 0.5)
         world.add_up_copies(model, c.optim.clip_each or world.last(key, c.train.accumulate))
         (share * loss).backward()
         yield {"loss": loss.detach(), "accuracy": right.float().mean()}

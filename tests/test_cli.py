@@ -189,6 +189,7 @@ def test_a_label_that_is_none_is_named(tmp_path, capsys):
     (["reward.path=null", "reward.loss=bt"], "data.lose"),
     (["reward.path=null", "data.paired=true"], "data.paired"),
     (["reward.path=null", "reward.ce_weight=0.5"], "reward.ce_weight"),
+    (["reward.path=null", "reward.pairs_at_once=true"], "reward.pairs_at_once"),
 ])  # fmt: skip
 def test_reward_training(overrides, needle, folder, capsys, tmp_path):
     overrides = [*overrides, f"train.out={tmp_path}"]

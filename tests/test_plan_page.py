@@ -152,7 +152,7 @@ SAME = {  # what a run is, or what costs neither bytes nor seconds of a plan
     "model": "path preset boundary low latent_dtype compile kernels",
     "lora": "alpha targets path",
     "reward": "path query_attention mlp blocks feature_layer pool num_queries num_heads dropout return_type"
-              " train_embeddings loss ce_weight timesteps",
+              " train_embeddings loss ce_weight pairs_at_once timesteps",
     "rollout": "solver steps sigmas shift sigma_range start range whole_timesteps probe_every max_drift",
     "chain": "", "loss": "form weight target sft_weight split",
     "optim": "lr lr_head betas eps weight_decay schedule warmup horizon cycles clip clip_each clip_heads",

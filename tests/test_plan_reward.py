@@ -25,6 +25,8 @@ RUNS = [
     dict(model={"recompute": "none", "weights_dtype": "bfloat16"}, reward={"blocks": 3, "loss": "bt"}),
     dict(model={"recompute": "full"}, reward={"blocks": 2, "loss": "bt", "train_embeddings": True},
          train={"ema": 0.9}),
+    dict(model={"recompute": "attention"}, reward={"blocks": 3, "loss": "bt", "pairs_at_once": True},
+         data={"batch_size": 2}),
     dict(model={"recompute": {"keep": [], "offload": ["attention", "input"]}, "chunk": 24},
          reward={"blocks": 4, "loss": "bt"}, lora={"rank": 4}),
     dict(reward={"blocks": 1, "dropout": 0.1}, optim={"offload": "states"}, data={"batch_size": 2}),

@@ -202,6 +202,34 @@ def test_labels_that_say_nothing_are_refused(fields, needle, tmp_path, capsys):
     assert needle in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_pairs_at_once_are_trained_as_one_after_the_other(recompute, tmp_path, monkeypatch):
+    """Noise, levels, losses and gradients are the same but for rounding; there is one forward."""
+    model = {"recompute": recompute, "compute_dtype": "float32"}
+    config = reward_run(tmp_path, "bt", train={"steps": 3}, model=model)
+    sizes, forward = [], train_reward_module.noisy_reward
+
+    def watched(model, batch, *rest):
+        sizes.append(len(batch.latent))
+        return forward(model, batch, *rest)
+
+    monkeypatch.setattr(train_reward_module, "noisy_reward", watched)
+    more = "reward.ce_weight=0.5", "data.text_dropout=0.5", "reward.train_embeddings=true"
+    eps = "optim.eps=1e-2"  # or a gradient that is 0 but for rounding is as good as any
+    ways = [eps, *more], [eps]
+    for i, given in enumerate(ways):
+        found = []
+        for at_once in "false", "true":
+            out = tmp_path / f"{i}-{at_once}"
+            run("train-reward", config, *given, f"reward.pairs_at_once={at_once}", f"train.out={out}")
+            found.append(values(out))
+        assert found[0].keys() == found[1].keys() == {1, 2, 3}
+        for step, want in found[0].items():
+            for name in ("train/loss", "train/accuracy", "train/grad_norm"):
+                assert found[1][step][name] == pytest.approx(want[name], rel=1e-4), (step, name)
+    assert sizes == ([4] * 6 + [8] * 3) * 2
+
+
 def test_a_mistyped_label_is_refused(tmp_path, capsys):
     config = reward_run(tmp_path, "ce")
     run("train-reward", config, "data.label=motion_qualty", code=2)

@@ -6,7 +6,8 @@ crop moves by whole pixels, as under a camera that turns, so every window has mo
 broken. The fourth sample, carphone_distorted, is left out: its compression froze and jerked what the
 label would call clean.
 
-- The frames at one end of a shot are held out, behind a gap that no split uses.
+- The frames at one end of a shot are held out, behind a gap that no split uses. In development others are:
+  a part of the training frames, at the other end of the shot.
 - A window is cut with a margin of MARGIN pixels, so that the shaking of `jittered` shows real
   pixels at the border.
 - A photograph is a square crop of one frame, blurred and of less contrast than the clip.
@@ -30,6 +31,7 @@ ZOOM = (1.0, 1.5)  # decoded pixels a pixel of the window; more would hide the m
 PAN = (2, 3)  # decoded pixels that the window moves sideways from frame to frame
 SPEEDS = {1: "", 2: "fast"}
 HELD_OUT, MIN_HELD_OUT = 0.3, 20  # part of a shot that is held out, and frames at least
+LEFT = 13  # frames for training that development leaves at least
 GAP = 4  # frames between the splits that nothing uses
 PHOTOGRAPH = 90  # decoded pixels that a photograph shows at least
 BLUR, CONTRAST = 12, 0.7  # of photographs: values a side, and contrast left
@@ -139,16 +141,25 @@ def find_clip(name: str) -> Path:
     )
 
 
-def split(shot: Shot) -> tuple[range, range]:
-    """The training and the held-out frames of a shot."""
-    length = max(MIN_HELD_OUT, round(HELD_OUT * (shot.stop - shot.first)))
-    if shot.held_out == "first":
-        border = shot.first + length
-        return range(border + GAP, shot.stop), range(shot.first, border)
-    if shot.held_out == "last":
-        border = shot.stop - length
-        return range(shot.first, border - GAP), range(border, shot.stop)
-    return range(shot.first, shot.stop), range(0)
+def split(shot: Shot, development: bool = False) -> tuple[range, range]:
+    """The training and the held-out frames of a shot. In development both are of its training frames alone;
+    where that leaves fewer than LEFT for training, none are held out."""
+    frames = range(shot.first, shot.stop)
+    if shot.held_out is None:
+        return frames, range(0)
+    kept, held_out = _cut(frames, shot.held_out)
+    if not development:
+        return kept, held_out
+    fewer, held_out = _cut(kept, "last" if shot.held_out == "first" else "first")
+    return (fewer, held_out) if len(fewer) >= LEFT else (kept, range(0))
+
+
+def _cut(frames: range, end: Literal["first", "last"]) -> tuple[range, range]:
+    """(the frames but those at this end and a gap, those at this end)."""
+    length = max(MIN_HELD_OUT, round(HELD_OUT * len(frames)))
+    if end == "first":
+        return frames[length + GAP :], frames[:length]
+    return frames[: -length - GAP], frames[-length:]
 
 
 def moving(frames: range, clip: Tensor) -> list[int]:
@@ -199,9 +210,9 @@ def read_clips() -> dict[str, Tensor]:
     return {shot.clip: read_video(find_clip(shot.clip), shot.size) for shot in SHOTS}
 
 
-def usable(clips: dict[str, Tensor], part: int) -> dict[int, list[int]]:
+def usable(clips: dict[str, Tensor], part: int, development: bool = False) -> dict[int, list[int]]:
     """The frames of every shot that may be used in training (part 0) or held out (1), repeats left out."""
-    found = {s: moving(split(shot)[part], clips[shot.clip]) for s, shot in enumerate(SHOTS)}
+    found = {s: moving(split(shot, development)[part], clips[shot.clip]) for s, shot in enumerate(SHOTS)}
     return {s: frames for s, frames in found.items() if frames}
 
 

@@ -1,6 +1,6 @@
 """Demo data in the official format: lights over photographs, and windows of real video, as latents.
 
-    python -m prfl_engine.demo.data DIR [--seed N]
+    python -m prfl_engine.demo.data DIR [--seed N] [--development]
 
 - Every source is written twice: clean (label 1, ..._win.list) and with its motion broken (label 0, at the
   same place of ..._lose.list). Still, single frames of the two look alike, so only motion can tell them
@@ -9,7 +9,8 @@
   jittered; that of PRFL is of these lights.
 - The reward model's pairs have other breaks besides. Of windows there are many, since few would be learned by
   heart; every pair of lights is listed twice, so that those of windows are three of seven.
-- Held out are the photographs' and windows' frames, and of the breaks those of lights.HELD_OUT altogether.
+- Held out are the photographs' and windows' frames, and of the breaks those of lights.HELD_OUT altogether. In
+  development, where settings are chosen, parts of the training frames and breaks are held out in their place.
 - Windows that hardly move are left out before they are corrupted, on both sides alike.
 """
 
@@ -56,6 +57,8 @@ class DemoSpec:
     """Height and width in pixels."""
     min_motion: float = 0.016
     """Mean absolute difference of successive frames (of 1) below which a window is left out."""
+    development: bool = False
+    """Hold out others: settings are chosen on these, and on nothing of what is held out otherwise."""
 
     def __post_init__(self):
         for name in "lights", "windows", "held_out":
@@ -116,7 +119,7 @@ def draw_lights(
     rng: np.random.Generator, count: int, part: int, breaks: tuple, real: dict, spec: DemoSpec
 ) -> Iterator[Source]:
     """`count` sources with lights over photographs of the part (0 training, 1 held out), breaks by turns."""
-    frames = clips.usable(real, part)
+    frames = clips.usable(real, part, spec.development)
     for i in range(count):
         photograph, place = clips.photograph(rng, real, frames, spec.size)
         light = lights.Light.draw(rng)
@@ -133,7 +136,8 @@ def draw_windows(
     rng: np.random.Generator, count: int, part: int, real: dict, spec: DemoSpec
 ) -> Iterator[Source]:
     """`count` windows of real video of the part; shots take turns, and corruptions with every round."""
-    frames = {s: f for s, f in clips.usable(real, part).items() if len(f) >= spec.frames}
+    frames = clips.usable(real, part, spec.development)
+    frames = {s: f for s, f in frames.items() if len(f) >= spec.frames}
     shots = list(frames)
     for i in range(count):
         turn, corrupt = i % len(shots), clips.CORRUPTIONS[i // len(shots) % len(clips.CORRUPTIONS)]
@@ -204,7 +208,9 @@ def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
     np.save(folder / "text/null.npy", np.zeros((1, 1, TEXT_DIM), np.float32))
     np.save(folder / "text/negative.npy", embed(NEGATIVE))
     real, rngs = clips.read_clips(), (np.random.default_rng([seed, n]) for n in range(7))
-    every = tuple(b for other in lights.BREAKS for b in (lights.shakes, other))  # every second one shakes
+    unseen = lights.DEVELOPMENT if spec.development else lights.HELD_OUT
+    seen = [b for b in lights.BREAKS if b not in unseen]
+    every = tuple(b for other in seen for b in (lights.shakes, other))  # every second one shakes
     some = [*draw_lights(next(rngs), 200, 0, every, real, spec), *draw_windows(next(rngs), 50, 0, real, spec)]
     codec = FrameCodec.fit(torch.stack([video for source in some for video in (source.clean, source.broken)]))
     codec.save(folder / "codec.safetensors")
@@ -225,10 +231,10 @@ def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
     order = np.random.default_rng([seed, 7]).permutation
     # Of every four of these the first two are steady and shaking, the others steady and broken otherwise.
     lit = train[1::4] + train[:: 4 * CLEAN_EVERY]
-    seen = [s for i in range(0, len(windows), 2 * SEEN) for s in windows[i : i + 2]]
-    shaken = [s for s in seen if s.endswith(f"-{clips.jittered.__name__}")]
-    sft = lit + shaken + seen[:: 2 * CLEAN_EVERY]
-    new = drawn("new", spec.held_out, 1, lights.HELD_OUT)
+    both = [s for i in range(0, len(windows), 2 * SEEN) for s in windows[i : i + 2]]
+    shaken = [s for s in both if s.endswith(f"-{clips.jittered.__name__}")]
+    sft = lit + shaken + both[:: 2 * CLEAN_EVERY]
+    new = drawn("new", spec.held_out, 1, unseen)
     pairs = {"reward": 2 * train + windows, "val": val, "new": new, "real": filmed("real", spec.held_out, 1)}
     lists = {"sft_train": [sft[i] for i in order(len(sft))], "prfl_train": [lit[i] for i in order(len(lit))]}
     for name, samples in pairs.items():
@@ -273,8 +279,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--development", action="store_true", help="hold out parts of the training data")
     args = parser.parse_args(argv)
-    for name, count in build(args.folder, args.seed).counts.items():
+    spec = DemoSpec(development=args.development)
+    for name, count in build(args.folder, args.seed, spec).counts.items():
         print(f"{args.folder}/{name}.list: {count} samples")
 
 

@@ -4,8 +4,9 @@
     bounces     falls from rest, and back from the floor without loss
 
 So the first frame and the prompt say all of a steady motion. A break changes where the light is or whether
-it is seen; the first frame stays as it is. HELD_OUT are breaks that no training sample has. A light adds to
-what is behind it: the frame is that of a photograph darkened to night plus its color times its brightness.
+it is seen; the first frame stays as it is. HELD_OUT are breaks that no training sample has, in development
+DEVELOPMENT, which are training breaks otherwise. A light adds to what is behind it: the frame is that of a
+photograph darkened to night plus its color times its brightness.
 """
 
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ def swerves(rng, track, frames, size):
 
 BREAKS = (shuffled, jumps, stutters, vanishes, turns, flares)  # besides `shakes`, which is half of all
 HELD_OUT = (surges, swerves)
+DEVELOPMENT = (turns, flares)
 
 
 def render(photograph: Floats, light: Light, positions: Floats, seen: Floats) -> NDArray[np.float32]:

@@ -38,6 +38,7 @@ class RewardTraining:
     transformer, Setup.reward says what else it has."""
 
     pairs: bool = False  # a winner and a loser in one backward (reward.loss bt)
+    at_once: bool = False  # and in one forward: they are one batch
     embeddings: bool = False  # whether they are trained
     dropout: float = 0.0
 
@@ -113,8 +114,8 @@ class Setup:
 
     @property
     def sides(self) -> int:
-        """Latents of a training sample: two of a pair."""
-        return 1 + (self.trains is not None and self.trains.pairs)
+        """Batches of a backward: two of pairs, unless they are one."""
+        return 1 + (self.trains is not None and self.trains.pairs and not self.trains.at_once)
 
     @property
     def through_high(self) -> bool:

@@ -198,13 +198,13 @@ def _reward_setup(
         values = batches * (1 + len(c.eval.timesteps) * sides)
         read = min(c.eval.batch_size + 1, count) if on_cpu else 0
         validation = Validation((size, *shape), True, batches, values, 0, read, count, sides)
-    precision = _precision(c)
+    precision, at_once = _precision(c), c.reward.pairs_at_once
     return Setup(
-        model, (c.data.batch_size, *shape), precision.compute, precision.residual, precision.weights, reward,
+        model, (c.data.batch_size * (1 + at_once), *shape), precision.compute, precision.residual, precision.weights, reward,
         graded=False, sft=False, blocks=known["feature_layer"], chunk=c.model.chunk, keep=c.model.keep,
         lora=c.lora if c.lora.rank else None, validation=validation, sequence=c.parallel.sequence,
         first_frame=c.data.first_frame,
-        trains=RewardTraining(pairs, c.reward.train_embeddings, c.reward.dropout),
+        trains=RewardTraining(pairs, at_once, c.reward.train_embeddings, c.reward.dropout),
         grad_dtype=torch.float32 if c.optim.grad_dtype == "float32" else None,
         arriving=c.optim if c.optim.in_backward else None,
     )  # fmt: skip

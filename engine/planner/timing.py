@@ -212,7 +212,7 @@ def times(
         alone = forward_seconds(replace(setup, latent=(1, *setup.latent[1:])), rates) / p  # of one sample
         rows.append(Row("drift probes", probes * max(alone, links.forward, brought), 0.0))
     scored_of_all = readers * graded * samples * c.rollout.samples
-    trained = readers * own * samples if setup.trains is not None else 0.0
+    trained = 0.0 if setup.trains is None else readers * own * samples / (1 + setup.trains.at_once)
     return Times(tuple(rows), scored_of_all, shards.size, gpu.peak, trained)
 
 
