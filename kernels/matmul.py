@@ -48,6 +48,9 @@ def _by_onednn(a: Tensor, multiplications: int) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b for x [..., K], weight [N, K] and bias [N] or None of one dtype. Without gradient."""
+    if x.dim() > 2 and not x.is_contiguous():
+        # torch would copy W for every sample: [64, 12, 512] by [128, 512] took 5.4 ms in bfloat16, not 0.5.
+        x = x.contiguous()
     if _by_onednn(x, x.numel() * len(weight)):
         return onednn(x, weight, bias)
     return F.linear(x, weight, bias)

@@ -10,13 +10,13 @@ from rounding import assert_as_right, longest_sum, rounding
 from test_sublayers import attention_formula, attention_inputs, attention_op, ffn_formula, ffn_inputs, ffn_op
 
 from prfl_kernels.sublayers import products
-from prfl_kernels.sublayers.products import SHORT, GatedProduct, GatedProducts, GatedTokens, LowRank
+from prfl_kernels.sublayers.products import SHORT, GatedProducts, GatedTokens, LowRank, gated_products
 
 pytestmark = pytest.mark.usefixtures("reference")
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 BATCH, LENGTH, ROWS, COLUMNS, RANK = 3, 7, 5, 6, 2
 SCALE = 0.5
-WAYS = {"by token": (SHORT, GatedTokens), "by sample": (0, GatedProduct)}
+WAYS = {"by token": SHORT, "by sample": 0}
 UPDATES = pytest.mark.parametrize("update", [False, True])
 BOUNDARIES = pytest.mark.parametrize("boundary", [None, 0, 3, LENGTH])  # None: one gate
 
@@ -43,10 +43,10 @@ def by_autograd(given, d, boundary, dtype):
 
 
 def by_products(given, d, boundary, dtype, wants=(True, True, True), chunk=None):
-    """The same by GatedProducts, `chunk` tokens at a time."""
+    """The same by gated_products, `chunk` tokens at a time."""
     a, gate, w, bias, *update = given.values()
     low = LowRank(*update, SCALE) if update else None
-    made = GatedProducts(a.shape[1], gate, boundary or 0, w, bias, low, dtype, *wants)
+    made = gated_products(a.shape[1], gate, boundary or 0, w, bias, low, dtype, *wants)
     d, a, parts = d.to(dtype), a.to(dtype), []
     for start in range(0, a.shape[1], chunk or a.shape[1]):
         at = slice(start, min(start + (chunk or a.shape[1]), a.shape[1]))
@@ -69,7 +69,7 @@ def test_both_ways_give_what_autograd_gives(update, boundary, chunk, monkeypatch
     want = by_autograd(given, d, boundary, F64)
     for wants in product([False, True], [False, True], [False, True] if update else [False]):
         found = {}
-        for way, (short, _) in WAYS.items():
+        for way, short in WAYS.items():
             monkeypatch.setattr(products, "SHORT", short)
             found[way] = by_products(given, d, boundary, F64, wants, chunk)
             assert found[way].keys() == {"a"} | asked(wants)
@@ -83,7 +83,7 @@ def test_both_ways_give_what_autograd_gives(update, boundary, chunk, monkeypatch
 @pytest.mark.parametrize("boundary, chunk", [(None, None), (None, 16), (17, None), (17, 16)])
 @pytest.mark.parametrize("way", WAYS)
 def test_in_bfloat16_they_err_at_most_twice_as_much_as_torch(way, update, boundary, chunk, monkeypatch):
-    monkeypatch.setattr(products, "SHORT", WAYS[way][0])
+    monkeypatch.setattr(products, "SHORT", WAYS[way])
     given, d = leaves(update, boundary, 40, 48, 32, F32), normal(BATCH, 40, 48)
     exact = by_autograd({k: x.double() for k, x in given.items()}, d.double(), boundary, F64)
     peer, floor = by_autograd(given, d, boundary, BF16), rounding(2 * longest_sum(given.values()))
@@ -94,12 +94,11 @@ def test_in_bfloat16_they_err_at_most_twice_as_much_as_torch(way, update, bounda
         assert_as_right(x, exact[name], peer[name], floor, name)
 
 
-@pytest.mark.parametrize("length, kind", [(1, GatedTokens), (SHORT, GatedTokens), (SHORT + 1, GatedProduct)])
+@pytest.mark.parametrize("length, kind", [(1, GatedTokens), (SHORT, GatedTokens), (SHORT + 1, GatedProducts)])
 def test_samples_up_to_the_threshold_go_by_token(length, kind):
     a, gate, w, bias = leaves(False, 0).values()
     for own in (gate, gate[:, 0]):
-        made = GatedProducts(length, own, 0, w, bias, None, F64, True, True, False)
-        assert {type(side) for side in made.sides} == {kind}
+        assert type(gated_products(length, own, 0, w, bias, None, F64, True, True, False)) is kind
 
 
 @pytest.mark.parametrize("grid", [(4, 4, 4), (1, 5, 13)])

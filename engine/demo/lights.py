@@ -159,7 +159,7 @@ def swerves(rng, track, frames, size):
 
 BREAKS = (shuffled, jumps, stutters, vanishes, turns, flares)  # besides `shakes`, which is half of all
 HELD_OUT = (surges, swerves)
-DEVELOPMENT = (turns, flares)
+DEVELOPMENT = (jumps, turns)
 
 
 def render(photograph: Floats, light: Light, positions: Floats, seen: Floats) -> NDArray[np.float32]:

@@ -34,11 +34,11 @@ from prfl_kernels.sublayers import checks
 from prfl_kernels.sublayers.chunks import numbers, pieces, together, within
 from prfl_kernels.sublayers.operation import Operation, Shape, tensors
 from prfl_kernels.sublayers.products import (
-    GatedProducts,
     LowRank,
     Product,
     Sums,
     flattened,
+    gated_products,
     linear,
     low_rank_names,
     low_ranks,
@@ -141,7 +141,7 @@ def _backward(dout, inputs: Inputs, saved, settings: Settings, wants) -> dict[st
     (ready1,) = ready((inputs.w1,), settings.dtype, found)
     low1, low2 = low_ranks(inputs, ("w1", "w2"), settings.factors)
     first = Product(low1, wants.w1, wants.low1)
-    second = GatedProducts(
+    second = gated_products(
         inputs.x.shape[1], inputs.gate, settings.boundary, inputs.w2, inputs.w2_bias, low2,
         settings.dtype, wants.w2, wants.gate, wants.low2,
     )  # fmt: skip

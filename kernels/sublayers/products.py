@@ -236,51 +236,59 @@ class GatedProduct:
 
 
 class GatedTokens:
-    """What GatedProduct gives, from gate * d and a W^T of every token: for short samples, where d_b^T a_b of
-    every sample costs more than these."""
+    """What GatedProducts gives, from gate * d and a W^T of every token: for short samples, where d_b^T a_b of
+    every sample costs more than these. One product serves both gates."""
 
     def __init__(
-        self, gate: Tensor, weight: Tensor, bias: Tensor, low: LowRank | None, dtype: torch.dtype,
-        wants: bool, wants_gate: bool, wants_low: bool,
+        self, gate: Tensor, boundary: int, weight: Tensor, bias: Tensor, low: LowRank | None,
+        dtype: torch.dtype, wants: bool, wants_gate: bool, wants_low: bool,
     ):  # fmt: skip
-        """As GatedProduct."""
-        self.gate, self.weight, self.bias = gate[:, None].to(wide(dtype)), weight, bias
-        self.wants_gate = wants_gate
+        """As GatedProducts and GatedProduct."""
+        self.gates = _gates(gate.to(wide(dtype)))
+        self.boundary, self.weight, self.bias, self.wants_gate = boundary, weight, bias, wants_gate
         self.product, self.inputs = Product(low, wants, wants_low), Product(low, False, False)
-        self.sums = self.product.sums
+        self.gate_sums: Tensor | None = None  # [B, N] or [B, 2, N]
 
-    def input_gradient(self, d: Tensor) -> Tensor:
-        """da [B, L, K] in d.dtype."""
-        da = self.inputs.backward(self._gated(d), None, self.weight)
+    def input_gradient(self, d: Tensor, at: slice) -> Tensor:
+        """da [B, L, K] in d.dtype, of the tokens `at`."""
+        da = self.inputs.backward(self._gated(d, at), None, self.weight)
         return da.view(*d.shape[:2], self.weight.shape[1])
 
-    def add(self, d: Tensor, a: Tensor) -> None:
-        """Add what a piece gives to the gradients of gate and parameters."""
+    def add(self, d: Tensor, a: Tensor, at: slice) -> None:
+        """Add what the tokens `at` give to the gradients of gate and parameters."""
         if self.product.trained:
-            self.product.backward(self._gated(d), a, self.weight, wants_x=False)
+            self.product.backward(self._gated(d, at), a, self.weight, wants_x=False)
         if self.wants_gate:
-            y = linear(a, self.weight, self.bias, self.product.low)
-            self.sums.add("gate", (y.to(wide(d.dtype)) * d).sum(1))
+            y = linear(a, self.weight, self.bias, self.product.low).to(wide(d.dtype)).mul_(d)
+            sums = [y[:, part].sum(1) for part in self._parts(at)]
+            part = sums[0] if len(sums) == 1 else torch.stack(sums, 1)
+            self.gate_sums = part if self.gate_sums is None else self.gate_sums.add_(part)
 
-    def _gated(self, d: Tensor) -> Tensor:
+    def _parts(self, at: slice) -> list[slice]:
+        """Of a piece, the tokens `at`, those of every gate."""
+        n = within(self.boundary, at)
+        return [slice(None)] if len(self.gates) == 1 else [slice(n), slice(n, None)]
+
+    def _gated(self, d: Tensor, at: slice) -> Tensor:
         """gate * d, rounded once: a rounded gate errs alike in all tokens, so sums would not average it."""
-        return (self.gate * d).to(d.dtype)
+        made = torch.empty(d.shape, dtype=d.dtype, device=d.device)
+        for gate, part in zip(self.gates, self._parts(at), strict=True):
+            torch.mul(gate[:, None], d[:, part], out=made[:, part])
+        return made
 
     def gradients(self, name: str) -> dict[str, Tensor]:
         """As those of GatedProduct."""
-        gate = {"gate": self.sums.pop("gate")} if self.wants_gate else {}
+        gate = {} if self.gate_sums is None else {"gate": self.gate_sums}
         return self.product.gradients(name) | gate
 
 
 class GatedProducts:
     """GatedProduct with a gate [B, N], or with two [B, 2, N]: tokens before `boundary` take the first, the
-    others the second. A piece says which tokens it has. GatedTokens where samples are short."""
+    others the second. A piece says which tokens it has."""
 
-    def __init__(self, length: int, gate: Tensor, boundary: int, *rest):
-        """length: tokens of a sample; rest: as GatedProduct takes it."""
-        gates = gate[None] if gate.dim() == 2 else gate.unbind(1)
-        kind = GatedTokens if length <= SHORT else GatedProduct
-        self.boundary, self.sides = boundary, [kind(a, *rest) for a in gates]
+    def __init__(self, gate: Tensor, boundary: int, *rest):
+        """rest: as GatedProduct takes it."""
+        self.boundary, self.sides = boundary, [GatedProduct(a, *rest) for a in _gates(gate)]
 
     def input_gradient(self, d: Tensor, at: slice) -> Tensor:
         """da [B, L, K] in d.dtype, of the tokens `at`."""
@@ -292,7 +300,7 @@ class GatedProducts:
         for (side, d_part), (_, a_part) in zip(self._parts(d, at), self._parts(a, at), strict=True):
             side.add(d_part, a_part)
 
-    def _parts(self, a: Tensor, at: slice) -> list[tuple[GatedProduct | GatedTokens, Tensor]]:
+    def _parts(self, a: Tensor, at: slice) -> list[tuple[GatedProduct, Tensor]]:
         """The tokens `at` of a by their gate; gates without any are left out."""
         if len(self.sides) == 1:
             return [(self.sides[0], a)]
@@ -313,6 +321,16 @@ class GatedProducts:
             zero = torch.zeros_like(some)  # of a gate that no token here takes
             sums["gate"] = torch.stack([zero if a is None else a for a in gates], 1)
         return sums
+
+
+def _gates(gate: Tensor) -> tuple[Tensor, ...]:
+    """One gate [B, N], or the two of [B, 2, N]."""
+    return (gate,) if gate.dim() == 2 else gate.unbind(1)
+
+
+def gated_products(length: int, *rest) -> GatedProducts | GatedTokens:
+    """The gradients of a gated product for samples of `length` tokens; rest: as both take it."""
+    return (GatedTokens if length <= SHORT else GatedProducts)(*rest)
 
 
 def low_rank(down: Tensor | None, up: Tensor | None, scale: float) -> LowRank | None:

@@ -52,11 +52,11 @@ from prfl_kernels.sublayers.heads import attended, exchanged, keys
 from prfl_kernels.sublayers.operation import Operation, Shape, tensors
 from prfl_kernels.sublayers.products import (
     AttentionWeights,
-    GatedProducts,
     LowRank,
     Product,
     Sums,
     flattened,
+    gated_products,
     linear,
     low_rank_names,
     low_ranks,
@@ -238,7 +238,7 @@ def _backward(
     if not saved.lse.numel():
         have |= attended(have, settings)
 
-    last = GatedProducts(
+    last = gated_products(
         inputs.x.shape[1], inputs.gate, settings.boundary, inputs.o, inputs.o_bias, low[3],
         dtype, wants.o, wants.gate, wants.low_o,
     )  # fmt: skip
