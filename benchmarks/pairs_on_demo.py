@@ -33,7 +33,7 @@ from prfl_engine.model.checkpoint import load_reward
 from prfl_engine.paths import a_path
 from prfl_engine.train_reward import evaluate_reward, train_reward
 
-SINGLE = "data.paired=false", "reward.ce_weight=0"
+SINGLE = "data.paired=false", "reward.ce_weight=0", "reward.pairs_at_once=false"
 WAYS = {
     "labels": ("reward.loss=ce", *SINGLE, "data.lose=[]"),
     "random losers": SINGLE,

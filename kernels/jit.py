@@ -127,7 +127,9 @@ def register(
         LIBRARY.impl(name, differentiable, "Autograd", with_keyset=True)
 
 
-def _differentiable(operation: torch._ops.OpOverload, backward: Callable, setup_context: Callable) -> Callable:
+def _differentiable(
+    operation: torch._ops.OpOverload, backward: Callable, setup_context: Callable
+) -> Callable:
     """What torch.library.register_autograd makes, for an operation without lists of tensors. torch's reads
     the schema in every call, to fill in defaults: for 39 arguments that takes the host 0.3 ms."""
     defaults = [a.default_value for a in operation._schema.arguments]

@@ -40,6 +40,17 @@ def flags() -> frozenset[str]:
 
 
 @constant  # of the machine, not of the tensors
+def bfloat16_absence() -> str | None:
+    """Why torch's bfloat16 products are no faster than its float32 ones; None if they are: the processor has
+    AVX512-BF16 or AMX, and oneDNN, which makes these products, is there and may use it."""
+    if not {"avx512_bf16", "amx_bf16"} & flags():
+        return "the processor has neither AVX512-BF16 nor AMX"
+    if not torch.backends.mkldnn.is_available():
+        return "torch has no oneDNN"
+    return _forbidden(r"SSE|AVX2|AVX$|AVX512_(CORE|CORE_VNNI|MIC.*)$", "bfloat16")
+
+
+@constant  # of the machine, not of the tensors
 def amx_absence() -> str | None:
     """Why torch's bfloat16 products do not use AMX, the matrix unit of Intel's Xeons from Sapphire Rapids on;
     None if they do: the system names it, and oneDNN, which makes these products, is there and may use it."""
@@ -47,8 +58,13 @@ def amx_absence() -> str | None:
         return "the processor has no AMX"
     if not torch.backends.mkldnn.is_available():
         return "torch has no oneDNN"
+    return _forbidden(r"(?!.*AMX)(SSE|AVX)", "AMX")
+
+
+def _forbidden(limits: str, what: str) -> str | None:
+    """That oneDNN's limit in the environment, one that the pattern `limits` matches, forbids `what`."""
     for name in _LIMITS:
         limit = os.environ.get(name, "").upper()
         if limit:
-            return f"{name}={limit} forbids AMX" if re.match(r"(?!.*AMX)(SSE|AVX)", limit) else None
+            return f"{name}={limit} forbids {what}" if re.match(limits, limit) else None
     return None

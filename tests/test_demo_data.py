@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,7 @@ from prfl_engine.demo import clips, data, lights
 from prfl_engine.demo.baseline import handmade_margins
 from prfl_engine.demo.clips import CORRUPTIONS, GAP, MARGIN, SHOTS, find_clip, split
 from prfl_engine.demo.data import DemoSpec, build, embed
+from prfl_engine.errors import UserError
 from prfl_engine.media.codec import CHANNELS, FrameCodec
 from prfl_engine.media.video import read_video
 from prfl_engine.model.wan import PRESETS
@@ -130,6 +132,31 @@ def test_no_frame_is_in_both_splits(built, decoded_once):
         for _, m in metas(path):
             if "clip" in m:
                 assert any(set(m["frames"]) <= set(split(s)[part]) for s in SHOTS if s.clip == m["clip"])
+
+
+def test_development_holds_out_parts_of_the_training_data(tmp_path, decoded_once):
+    """Nothing in it is of what is held out otherwise: no frame and no break."""
+    built = build(tmp_path / "data", 3, replace(SMALL, development=True))
+    frames = {(clip, f) for clip, f in seen(built, "reward") | seen(built, "real")}
+    usual = {part: {(s.clip, f) for s in SHOTS for f in split(s)[part]} for part in (0, 1)}
+    assert frames <= usual[0] and not frames & usual[1]
+    assert seen(built, "reward") and seen(built, "real") and not seen(built, "reward") & seen(built, "real")
+    for shot in SHOTS:
+        kept, held_out = split(shot, development=True)
+        assert {*kept, *held_out} <= set(split(shot)[0]) and len(kept) >= SMALL.frames
+        assert not held_out or min(abs(a - b) for a in (kept[0], kept[-1]) for b in held_out) > GAP
+    kinds = {name: {m["corruption"] for _, (_, m) in twins(built, name)} for name in PAIRS}
+    new = {f.__name__ for f in lights.DEVELOPMENT}
+    assert kinds["new"] == new <= {f.__name__ for f in lights.BREAKS} and not new & kinds["reward"]
+    assert not {f.__name__ for f in lights.HELD_OUT} & set.union(*kinds.values())
+    with pytest.raises(UserError, match="another development"):
+        build(built.folder, 3, SMALL)
+
+
+def seen(built, name):
+    """(clip, frame) of all windows of a list."""
+    of = [m for side in ("win", "lose") for _, m in metas(getattr(built, f"{name}_{side}"))]
+    return {(m["clip"], f) for m in of if "clip" in m for f in m["frames"]}
 
 
 def test_no_shot_has_a_cut(built):

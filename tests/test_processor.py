@@ -70,7 +70,26 @@ def test_whether_torchs_products_use_amx(play, flags, limits, why):
 def test_without_onednn_nothing_uses_amx(play, monkeypatch):
     play(AMX)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert processor.amx_absence() == "torch has no oneDNN"
+    assert processor.amx_absence() == processor.bfloat16_absence() == "torch has no oneDNN"
+
+
+@pytest.mark.parametrize(
+    "flags, limit, why",
+    [
+        (AMX, "", None),
+        ({"avx512_bf16"}, "", None),
+        ({"avx512_bf16"}, "avx512_core_bf16", None),
+        (AMX, "AVX10_1_512_AMX", None),
+        ({"avx512_bf16"}, "ALL", None),
+        ({"avx512_bf16"}, "AVX512_CORE_VNNI", "ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI forbids bfloat16"),
+        (AMX, "avx512_core", "ONEDNN_MAX_CPU_ISA=AVX512_CORE forbids bfloat16"),
+        (AMX, "AVX2_VNNI", "ONEDNN_MAX_CPU_ISA=AVX2_VNNI forbids bfloat16"),
+        ({"avx512f", "avx2"}, "", "the processor has neither AVX512-BF16 nor AMX"),
+    ],
+)
+def test_whether_bfloat16_products_are_fast(play, flags, limit, why):
+    play(frozenset(flags), ONEDNN_MAX_CPU_ISA=limit)
+    assert processor.bfloat16_absence() == why
 
 
 @built

@@ -207,7 +207,8 @@ def inner(video: Tensor) -> Tensor:
 
 def read_clips() -> dict[str, Tensor]:
     """The frames of every clip, uint8 [F, H, W, 3], by its name."""
-    return {shot.clip: read_video(find_clip(shot.clip), shot.size) for shot in SHOTS}
+    sizes = {shot.clip: shot.size for shot in SHOTS}
+    return {clip: read_video(find_clip(clip), size) for clip, size in sizes.items()}
 
 
 def usable(clips: dict[str, Tensor], part: int, development: bool = False) -> dict[int, list[int]]:

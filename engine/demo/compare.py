@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine import chain
-from prfl_engine.build import pick_device
+from prfl_engine.build import pick_device, set_up
 from prfl_engine.config import Config
 from prfl_engine.data import Reader, counted, fixed_batches, read_lists, read_meta
 from prfl_engine.demo.baseline import handmade_margins
@@ -55,7 +55,7 @@ def measure(
     captions = [read_meta(p)["short_caption"] for p in paths]
     found: dict[str, dict] = {}
     for name, path in progress(models.items(), "sampling", len(models)):
-        model = load_transformer(path, torch.float32, device).eval()
+        model = set_up(load_transformer(path, torch.float32, device), config.model).eval()
         truth, latents, rewards = [], [], []
         s, reader = config.sample, Reader(model.config, first_frame=config.data.first_frame)
         guidance = guidance_of(config, s.guidance, s.guidance, model, "sample.guidance")

@@ -253,10 +253,10 @@ def _write_source(folder: Path, source_id: str, source: Source, codec: FrameCode
             np.save(folder / text, embed(caption))
         texts.append((caption, f"../{text}"))
     (short, short_path), (long, long_path) = texts
-    samples = []
-    for kind, video in ("clean", source.clean), (source.kind, source.broken):
+    samples, latents = [], codec.encode(torch.stack([source.clean, source.broken])).numpy()
+    for kind, latent in zip(("clean", source.kind), latents, strict=True):
         sample, good = f"{source_id}-{kind}", int(kind == "clean")
-        np.save(folder / f"latents/{sample}.npy", codec.encode(video[None]).numpy())
+        np.save(folder / f"latents/{sample}.npy", latent[None])
         meta = {
             "source_id": source_id,
             "short_caption": short,

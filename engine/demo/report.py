@@ -214,7 +214,7 @@ def _page(numbers: dict, pictures: list[Path], shown: str, strip: Path) -> str:
         [kind, f"{a['learned']['by_kind'][kind]:.3f}", f"{a['hand-made']['by_kind'][kind]:.3f}", name]
         for name, a in accuracy.items() for kind in a["learned"]["by_kind"]
     ]  # fmt: skip
-    steps = numbers["settings"]
+    steps, machine = numbers["settings"], numbers["machine"]
     wide = False, False, True, True
     plots = "".join(map(_image, pictures, wide))
     return f"""<!doctype html>
@@ -254,6 +254,8 @@ linear comparison per timestep of features of the temporal differences of the sa
 <div class="plots">{plots}</div>
 <h2>Time</h2>
 {_table(["stage", "wall time of this run"], stages)}
+<p>On {html.escape(machine["processor"])}, {machine["threads"]} threads; products of training in
+{steps["compute_dtype"]}.</p>
 <p class="quiet">All numbers of this page, and those of every seed, are in <code>report.json</code>.</p>
 </html>
 """

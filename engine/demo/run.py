@@ -7,6 +7,8 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from prfl_engine.config import (
     Config,
     DataConfig,
@@ -27,6 +29,7 @@ from prfl_engine.errors import check
 from prfl_engine.files import checkpoints
 from prfl_engine.train import train
 from prfl_engine.train_reward import train_reward
+from prfl_kernels import processor
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Settings:
     seed: int = 0
     """Of the data and of every training."""
     data: DemoSpec = field(default_factory=DemoSpec)
+    compute_dtype: str = field(default_factory=lambda: fastest_dtype())
+    """Of products and attention in training: float32, or bfloat16 where the processor has it."""
 
     def __post_init__(self):
         for name in "pretrain", "reward", "prfl", "seeds":
@@ -66,7 +71,7 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         return result
 
     data = stage("data", build, out / "data", s.seed, s.data)
-    base = base_config(data, s.seed)
+    base = base_config(data, s.seed, s.compute_dtype)
     pretrain = replace(
         base,
         model=replace(base.model, preset="demo"),
@@ -82,7 +87,9 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         base,
         model=replace(base.model, path=str(generator)),
         # Both videos of a pair have the first frame, the prompt and the noise in common: see docs/reward.md.
-        reward=replace(base.reward, path=None, train_embeddings=True, loss="bt", ce_weight=0.05),
+        reward=replace(
+            base.reward, path=None, train_embeddings=True, loss="bt", ce_weight=0.05, pairs_at_once=True
+        ),
         data=replace(
             base.data,
             batch_size=64,
@@ -128,15 +135,21 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
     numbers["settings"] = asdict(s)
     numbers["data"] = data.counts
     numbers["command"] = command
+    numbers["machine"] = {"processor": processor.name(), "threads": torch.get_num_threads()}
     page = stage("report", write_report, out, numbers)
     print(f"report: {page}")
     return numbers
 
 
-def base_config(data: DemoData, seed: int = 0) -> Config:
+def fastest_dtype() -> str:
+    """The dtype in which this processor makes large products fastest."""
+    return "bfloat16" if processor.bfloat16_absence() is None else "float32"
+
+
+def base_config(data: DemoData, seed: int = 0, compute_dtype: str = "float32") -> Config:
     """What all stages share."""
     return Config(
-        model=ModelConfig(compute_dtype="float32"),
+        model=ModelConfig(compute_dtype=compute_dtype),
         reward=RewardConfig(blocks=3, feature_layer=3, pool="mean"),
         data=DataConfig(
             train=(str(data.sft_train),),

@@ -200,7 +200,8 @@ def _reward_setup(
         validation = Validation((size, *shape), True, batches, values, 0, read, count, sides)
     precision, at_once = _precision(c), c.reward.pairs_at_once
     return Setup(
-        model, (c.data.batch_size * (1 + at_once), *shape), precision.compute, precision.residual, precision.weights, reward,
+        model, (c.data.batch_size * (1 + at_once), *shape), precision.compute, precision.residual,
+        precision.weights, reward,
         graded=False, sft=False, blocks=known["feature_layer"], chunk=c.model.chunk, keep=c.model.keep,
         lora=c.lora if c.lora.rank else None, validation=validation, sequence=c.parallel.sequence,
         first_frame=c.data.first_frame,
