@@ -15,7 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from prfl_bench import best_of, methods_on_demo, pairs_on_demo, rgb_on_demo, samples_quality
+from prfl_bench import (
+    best_of,
+    methods_on_demo,
+    pairs_on_demo,
+    rgb_on_demo,
+    samples_quality,
+    steps_on_demo,
+)
 from prfl_engine import cli
 from prfl_engine.demo import data, lights
 from prfl_engine.demo.compare import jerk, paired_p, spread, unsteadiness
@@ -120,6 +127,18 @@ def test_demo_writes_its_report_and_goes_on_where_it_stopped(done, tmp_path, cap
     assert set(found["before"]) == {"not guided", "guided"} and tuple(found["runs"]) == ways
     ends = [(run["end"]["reward"], run["end"]["jerk"]) for (run,) in found["runs"].values()]
     assert len(set(ends)) == len(ways)
+
+    capsys.readouterr()
+    words = "--steps", "2", "--rounds", "1", "--out", str(tmp_path / "steps.json")
+    steps_on_demo.main([str(folder), *words])
+    found = json.loads((tmp_path / "steps.json").read_text())["seconds"]
+    want = [f"{stage}, {way}" for stage, (_, ways) in steps_on_demo.STAGES.items() for way in ways]
+    assert [*found] == want
+    assert all(seconds > 0 for of in found.values() for seconds in of)
+    assert capsys.readouterr().out.count("gate: reward, ") == 4
+    monkeypatch.setitem(steps_on_demo.GATE, "bfloat16", 1e-9)
+    with pytest.raises(SystemExit, match="gate failed"):
+        steps_on_demo.main([str(folder), *words])
 
     pairs_on_demo.main([str(folder), "--steps", "2", "--seeds", "0", "--out", str(tmp_path / "pairs.json")])
     found = json.loads((tmp_path / "pairs.json").read_text())

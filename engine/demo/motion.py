@@ -3,6 +3,7 @@
 Nothing here was trained, nor is anything trained on it: it sees decoded pixels alone.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
@@ -55,12 +56,14 @@ def motion(video: Tensor) -> tuple[float, float]:
 
 
 def motions(videos: Tensor) -> Tensor:
-    """`motion` of each of videos [B, 3, F, H, W], float64 [2, B], on one thread."""
+    """`motion` of each of videos [B, 3, F, H, W], float64 [2, B]: OpenCV has one thread for each of as many
+    videos at a time as torch has threads."""
     cv2 = opencv()
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        return torch.tensor([motion(video) for video in videos], dtype=torch.float64).T
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            return torch.tensor(list(pool.map(motion, videos)), dtype=torch.float64).T
     finally:
         cv2.setNumThreads(threads)
 

@@ -36,8 +36,8 @@ from prfl_kernels import processor
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1250
-    reward: int = 900
+    pretrain: int = 1000
+    reward: int = 800
     prfl: int = 250
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
