@@ -3,9 +3,9 @@
     python benchmarks/steps_on_demo.py runs/demo [--steps 60] [--rounds 5] [--threads 2] [--out FILE]
 
 DIR is a finished folder of `prfl demo`, as it was named there. Its pre-training and its reward training are
-begun again in every way, in turn, one round after the other; the first steps of every run, which read their
-samples from files, do not count. The gate: all ways of a stage have the same loss
-in their first step, but for the rounding of their dtype.
+begun again from its generator in every way, in turn, one round after the other; the first steps of every run,
+which read their samples from files, do not count. The gate: all ways of a stage have the same loss in their
+first step, but for the rounding of their dtype.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 
 from prfl_bench.timing import machine
 from prfl_engine.config import Config, load_config
-from prfl_engine.files import write_whole
+from prfl_engine.files import checkpoints, write_whole
 from prfl_engine.metrics import read_metrics
 from prfl_engine.paths import a_path
 from prfl_engine.train import train
@@ -43,7 +43,9 @@ GATE = {"float32": 1e-5, "bfloat16": 0.02}  # relative difference of the first l
 
 def settings(folder: Path, stage: str, way: str, *overrides: str) -> Config:
     """The configuration of a stage of the demo in this way."""
+    generator = checkpoints(folder / "pretrain")[-1] / "ema"
     more = "eval.every=0", "train.resume=false", "train.log_every=1", "train.tensorboard=false"
+    more += "model.preset=null", f"model.path={generator}"
     return load_config(folder / stage / "config.yaml", (*more, *STAGES[stage][1][way], *overrides))
 
 
