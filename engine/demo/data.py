@@ -36,7 +36,7 @@ from prfl_engine.metrics import progress
 TEXT_DIM = 64
 NEGATIVE = "shakes shuffled jumps stutters vanishes turns"
 MANIFEST = "demo_data.json"
-VERSION = 8  # of what is built from one seed and spec
+VERSION = 9  # of what is built from one seed and spec
 TRIES = 60  # windows of a shot that move too little before the next shot takes its turn
 CLEAN_EVERY = 4  # sources of which the generator's list has the clean sample, too
 SEEN = 6  # windows of which one is the generator's, too
