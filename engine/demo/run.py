@@ -36,9 +36,7 @@ from prfl_kernels import processor
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    short: int = 400
-    """Of pre-training on short videos, before those of full length."""
-    pretrain: int = 900
+    pretrain: int = 1000
     reward: int = 800
     prfl: int = 250
     seeds: int = 64
@@ -50,7 +48,7 @@ class Settings:
     """Of products and attention in training: float32, or bfloat16 where the processor has it."""
 
     def __post_init__(self):
-        for name in "short", "pretrain", "reward", "prfl", "seeds":
+        for name in "pretrain", "reward", "prfl", "seeds":
             check(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
 
 
@@ -74,20 +72,12 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
 
     data = stage("data", build, out / "data", s.seed, s.data)
     base = base_config(data, s.seed, s.compute_dtype)
-    short = replace(
+    pretrain = replace(
         base,
         model=replace(base.model, preset="demo"),
         loss=LossConfig(weight=0),
-        optim=OptimConfig(lr=1.2e-2, betas=(0.9, 0.97), warmup=50),
-        data=replace(base.data, batch_size=64, train=(str(data.short_train),)),
-        train=replace(base.train, out=str(out / "short"), steps=s.short),
-    )
-    stage("pre-training, short videos", train, short)
-    pretrain = replace(
-        short,
-        model=replace(base.model, path=str(_last(short))),
-        optim=replace(short.optim, schedule="cosine"),
-        data=replace(short.data, train=base.data.train),
+        optim=OptimConfig(lr=1.2e-2, betas=(0.9, 0.97), schedule="cosine", warmup=50),
+        data=replace(base.data, batch_size=64),
         train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.99),
     )
     stage("pre-training", train, pretrain)
