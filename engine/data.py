@@ -19,7 +19,6 @@ from prfl_engine.flow import rounded
 from prfl_engine.inputs import check_file, check_finite, find_from, read_array, read_json, read_lines
 from prfl_engine.model.layers import IMAGE_DIM, IMAGE_TOKENS
 from prfl_engine.model.wan import WanConfig
-from prfl_engine.seeds import Purpose, seeded
 
 LATENT_KEYS = ("video_vae_latent_path", "vae_latent_path", "latents_path")
 CONDITION_KEYS = ("f1_black_path", "latents_condition_path")
@@ -73,8 +72,11 @@ def check_frames(shape: Sequence[int], name: str) -> None:
 
 
 class Kept:
-    """What has been read of some samples, up to so many bytes of tensors; what comes later is not kept: of a
-    list that is read again and again as many samples as fit are read once."""
+    """What has been read of some samples, up to so many bytes. What comes later is not kept: of a list that
+    is read again and again as many samples as fit are read once."""
+
+    ENTRY = 2000
+    """Bytes that an entry is counted with in addition to its tensors: its paths, and the object of a JSON."""
 
     def __init__(self, size: float = 0.0):
         self._left, self._found = size, {}
@@ -84,7 +86,7 @@ class Kept:
         if key in self._found:
             return self._found[key]
         value = read()
-        size = sum(a.nbytes for a in value if isinstance(a, Tensor))
+        size = self.ENTRY + sum(a.nbytes for a in value if isinstance(a, Tensor))
         if size <= self._left:
             self._left -= size
             self._found[key] = value
@@ -116,16 +118,22 @@ class Reader:
                 null = rounded(read_text(self.null_text, self.config), self.dtype)
             object.__setattr__(self, "null", null)
 
-    def read(self, path: Path, rng: np.random.Generator) -> Batch:
+    @property
+    def draws(self) -> bool:
+        """Whether the caption of a sample is left to chance."""
+        return self.text_dropout > 0 or self.long_caption > 0
+
+    def read(self, path: Path, rng: np.random.Generator | None) -> Batch:
         """The sample of a meta JSON: latent [C, T, h, w], text [n, text_dim], for an I2V model the condition
         and, with a CLIP branch, clip, and with first_frame that of the latent as condition [C, 1, h, w],
-        float32 on the CPU; label 0-dim. rng draws the dropped and the long caption. The tensors may be kept:
-        nobody may write into them. UserError where a file or key is missing or holds something else."""
+        float32 on the CPU; label 0-dim. rng draws the dropped and the long caption, where the reader `draws`.
+        The tensors may be kept: nobody may write into them. UserError where a file or key is missing or holds
+        something else."""
         meta, latent, clip, condition, label = self.kept.of(path, lambda: self._read(path))
-        # Both numbers are always drawn, so that one option never moves the other's choices.
-        drop, long = rng.random() < self.text_dropout, rng.random() < self.long_caption
-        keys = self.text_keys(meta, long)
-        text = self.null if drop else self.kept.of((path, keys), lambda: [self._text(path, meta, keys)])[0]
+        drop = long = False
+        if self.draws:  # both numbers, so that one option never moves the other's choices
+            drop, long = rng.random() < self.text_dropout, rng.random() < self.long_caption
+        text = self.null if drop else self._text(path, meta, self.text_keys(meta, long))
         return Batch(latent, text, clip, condition, label)
 
     def _read(self, path: Path) -> tuple[dict, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -199,15 +207,19 @@ class Reader:
         return (TEXT_KEY, "textshort_path", "textlong_path")
 
     def _text(self, path: Path, meta: dict, keys: tuple[str, ...]) -> Tensor:
-        shape = (1, None, self.config.text_dim)
-        return rounded(self._tensor(path, meta, keys, shape, "text", self.config.text_len), self.dtype)
+        """The embedding of a sample's text; samples may share its file, which is then kept once."""
+        file, where = self.kept.of((path, keys), lambda: self._file(path, meta, keys, "text"))
 
-    def _tensor(
-        self, path: Path, meta: dict, keys: Sequence[str], shape, what: str, longest: int | None = None
-    ) -> Tensor:
+        def read() -> list[Tensor]:
+            with named(where):
+                return [rounded(read_text(file, self.config), self.dtype)]
+
+        return self.kept.of((file,), read)[0]
+
+    def _tensor(self, path: Path, meta: dict, keys: Sequence[str], shape, what: str) -> Tensor:
         file, where = self._file(path, meta, keys, what)
         with named(where):
-            return _read_tensor(file, shape, what, longest)
+            return _read_tensor(file, shape, what)
 
     def _file(self, path: Path, meta: dict, keys: Sequence[str], what: str) -> tuple[Path, str]:
         """The file of the first key that a sample has, and what names it in an error."""
@@ -249,7 +261,7 @@ def fixed_batches(reader: Reader, paths: list[Path], batch_size: int, device) ->
     plain = replace(reader, text_dropout=0.0, long_caption=0.0)
     run: list[Batch] = []
     for path in paths:
-        one = plain.read(path, seeded(Purpose.CAPTION, 0, 0))  # nothing depends on it
+        one = plain.read(path, None)
         if run and (len(run) == batch_size or one.latent.shape != run[0].latent.shape):
             yield to_device(collate(run), device)
             run = []

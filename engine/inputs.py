@@ -40,8 +40,8 @@ _FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 def find_from(path: str, folder: Path) -> Path:
     """A path from the working directory, or, where nothing is there and `folder` has it, from that."""
-    other = folder / path
-    return other if not os.path.exists(path) and os.path.exists(other) else Path(path)
+    other = os.path.join(folder, path)
+    return Path(other if not os.path.exists(path) and os.path.exists(other) else path)
 
 
 def read_bytes(path: str | Path, want: str) -> bytes:

@@ -28,7 +28,7 @@ START = "fork" if sys.platform.startswith("linux") else None
 (Python 3.14 would take a fork server): a child of a fork server does not see that it is killed, and stays."""
 Shape = tuple[int, ...]
 Shapes = list[Shape | None]
-Drawn = list[list[tuple[Path, np.random.Generator]]]
+Drawn = list[list[tuple[Path, np.random.Generator | None]]]
 """(meta path, what draws its caption) of the samples of an item; with losers, of winners and of losers."""
 
 
@@ -94,7 +94,7 @@ class MicroBatches:
         """Shapes of all samples, those of `lose` last, where they matter; None: left out from the start."""
         if batch_size > 1 or lose is not None:
             found: dict[Path, str] = {}
-            shapes = {path: self._shape(path, found) for path in self._every}
+            shapes = {path: self._shape(path, found) for path in dict.fromkeys(self._every)}
             self.leave_out(agree(found) if skip else {})
             one = {shape: shape for shape in shapes.values()}  # one object of equal ones: files are small
             self.planned = [None if path in self.broken else one[shapes[path]] for path in self._every]
@@ -204,7 +204,7 @@ class MicroBatches:
         return self._try(lambda: self.reader.shape(path), path, found)
 
     def _sample(
-        self, path: Path, rng: np.random.Generator, shape: Shape, found: dict[Path, str]
+        self, path: Path, rng: np.random.Generator | None, shape: Shape, found: dict[Path, str]
     ) -> Batch | None:
         def read() -> Batch:
             sample = self.reader.read(path, rng)
@@ -229,7 +229,9 @@ class MicroBatches:
         picked = self.picked(position, found)
         at = self.seed, position * self.batch_size, len(picked)
 
-        def captioned(paths: list[Path]) -> list[tuple[Path, np.random.Generator]]:
+        def captioned(paths: list[Path]) -> list[tuple[Path, np.random.Generator | None]]:
+            if not self.reader.draws:  # to make them takes as long as to read a small sample that is kept
+                return [(paths[i], None) for i in picked]
             return [(paths[i], rng) for i, rng in zip(picked, each(Purpose.CAPTION, *at), strict=True)]
 
         winners = captioned(self.paths)

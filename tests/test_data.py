@@ -188,7 +188,8 @@ def test_kept_samples_are_read_once_and_are_the_same(t2v):
     plain = [read(Reader(config, None, null, 0.3, 0.5), path, i) for i in range(9) for path in paths]
     latent = plain[0].latent.nbytes
     captions = [np.load(folder / f"{name}-{i}.npy").nbytes for i in (0, 1) for name in ("long", "short")]
-    kept = Kept(2 * latent + sum(captions))
+    entries = 2 + 2 * len(captions)  # a sample's and, of each caption, the file's name and its content
+    kept = Kept(2 * latent + sum(captions) + entries * Kept.ENTRY)
     reader = Reader(config, None, null, 0.3, 0.5, kept=kept)
     found = [read(reader, path, i) for i in range(9) for path in paths[:2]]
     for i in range(9):
@@ -202,6 +203,24 @@ def test_kept_samples_are_read_once_and_are_the_same(t2v):
         file.unlink()
     with pytest.raises(UserError, match=r"latent-2\.npy"):  # it came too late to be kept
         read(reader, paths[2])
+
+
+def test_a_text_that_samples_share_is_read_and_kept_once(t2v, monkeypatch):
+    config, paths, folder = t2v
+    for path in paths[1:]:
+        meta = json.loads(path.read_text()) | {"textshort_path": str(folder / "short-0.npy")}
+        path.write_text(json.dumps(meta))
+    opened, take = Counter(), data._read_tensor
+
+    def counted(path, *rest):
+        opened[path.name] += 1
+        return take(path, *rest)
+
+    monkeypatch.setattr(data, "_read_tensor", counted)
+    reader = Reader(config, kept=Kept(1e9))
+    texts = [reader.read(path, None).text for _ in range(2) for path in paths]
+    assert all(text is texts[0] for text in texts)
+    assert opened == dict.fromkeys(["short-0.npy", *(f"latent-{i}.npy" for i in range(4))], 1)
 
 
 def test_training_keeps_as_much_as_it_is_told(tmp_path, monkeypatch):

@@ -157,7 +157,12 @@ def test_the_stages_by_hand(done, tmp_path, monkeypatch):
     whole = Settings()
     assert written == {whole.pretrain, whole.reward, whole.prfl}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "DemoSpec", lambda development: replace(TINY.data, development=development))
+    build = data.build
+
+    def small(out, seed, spec):
+        return build(out, seed, replace(TINY.data, development=spec.development))
+
+    monkeypatch.setattr(data, "build", small)
     for program, words in commands:
         for steps, tiny in (whole.pretrain, 2), (whole.reward, 2), (whole.prfl, 1):
             words = words.replace(f"checkpoint-{steps}", f"checkpoint-{tiny}")

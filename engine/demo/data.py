@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from prfl_engine.demo import clips, lights
+from prfl_engine.demo.beside import beside
 from prfl_engine.errors import UserError, check
 from prfl_engine.media.codec import FrameCodec
 from prfl_engine.metrics import progress
@@ -201,41 +202,69 @@ def build(out_dir: str | Path, seed: int, spec: DemoSpec = DemoSpec()) -> DemoDa
     )
 
 
+class _Writer:
+    """Writes sources of a build. Every part of them has random numbers of its own, so one needs no other."""
+
+    def __init__(self, folder: Path, seed: int, spec: DemoSpec):
+        self.folder, self.seed, self.spec, self.real = folder, seed, spec, clips.read_clips()
+        self.unseen = lights.DEVELOPMENT if spec.development else lights.HELD_OUT
+        seen = [b for b in lights.BREAKS if b not in self.unseen]
+        self.breaks = tuple(b for other in seen for b in (lights.shakes, other))  # every second one shakes
+        self.codec_path = folder / "codec.safetensors"
+
+    def lights(self, stream: int, count: int, part: int, breaks: tuple) -> Iterator[Source]:
+        """`draw_lights` by the stream of random numbers of this index."""
+        rng = np.random.default_rng([self.seed, stream])
+        return draw_lights(rng, count, part, breaks, self.real, self.spec)
+
+    def windows(self, stream: int, count: int, part: int) -> Iterator[Source]:
+        """`draw_windows`, likewise."""
+        rng = np.random.default_rng([self.seed, stream])
+        return draw_windows(rng, count, part, self.real, self.spec)
+
+    def fit_codec(self) -> None:
+        """Write the codec, fit to some sources of both kinds."""
+        some = [*self.lights(0, 200, 0, self.breaks), *self.windows(1, 50, 0)]
+        videos = [video for source in some for video in (source.clean, source.broken)]
+        FrameCodec.fit(torch.stack(videos)).save(self.codec_path)
+
+    def write(self, name: str, count: int, sources: Iterator[Source]) -> list[str]:
+        """Write `count` sources; returns the names of their samples, clean and broken by turns."""
+        codec, pairs = FrameCodec.load(self.codec_path), enumerate(progress(sources, name, count))
+        return [
+            sample
+            for i, source in pairs
+            for sample in _write_source(self.folder, f"{name}-{i:05d}", source, codec)
+        ]
+
+
+def _write_windows(folder: Path, seed: int, spec: DemoSpec) -> list[str]:
+    """Write the training windows of a build that has a codec; returns the names of their samples."""
+    writer = _Writer(folder, seed, spec)
+    return writer.write("window", spec.windows, writer.windows(3, spec.windows, 0))
+
+
 def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
     """Everything but the manifest; returns the counts of the lists."""
     for name in "meta", "latents", "text":
         (folder / name).mkdir(parents=True)
     np.save(folder / "text/null.npy", np.zeros((1, 1, TEXT_DIM), np.float32))
     np.save(folder / "text/negative.npy", embed(NEGATIVE))
-    real, rngs = clips.read_clips(), (np.random.default_rng([seed, n]) for n in range(7))
-    unseen = lights.DEVELOPMENT if spec.development else lights.HELD_OUT
-    seen = [b for b in lights.BREAKS if b not in unseen]
-    every = tuple(b for other in seen for b in (lights.shakes, other))  # every second one shakes
-    some = [*draw_lights(next(rngs), 200, 0, every, real, spec), *draw_windows(next(rngs), 50, 0, real, spec)]
-    codec = FrameCodec.fit(torch.stack([video for source in some for video in (source.clean, source.broken)]))
-    codec.save(folder / "codec.safetensors")
-
-    def written(name: str, count: int, sources: Iterator[Source]) -> list[str]:
-        pairs = enumerate(progress(sources, name, count))
-        return [s for i, source in pairs for s in _write_source(folder, f"{name}-{i:05d}", source, codec)]
-
-    def drawn(name: str, count: int, part: int, breaks: tuple) -> list[str]:
-        return written(name, count, draw_lights(next(rngs), count, part, breaks, real, spec))
-
-    def filmed(name: str, count: int, part: int) -> list[str]:
-        return written(name, count, draw_windows(next(rngs), count, part, real, spec))
-
-    train = drawn("train", spec.lights, 0, every)
-    windows = filmed("window", spec.windows, 0)
-    val = drawn("val", spec.held_out, 1, every)
+    w, n = _Writer(folder, seed, spec), spec.held_out
+    w.fit_codec()
+    with beside(_write_windows, folder, seed, spec) as other:  # half of the work
+        train = w.write("train", spec.lights, w.lights(2, spec.lights, 0, w.breaks))
+        val = w.write("val", n, w.lights(4, n, 1, w.breaks))
+        new = w.write("new", n, w.lights(5, n, 1, w.unseen))
+        filmed = w.write("real", n, w.windows(6, n, 1))
+        windows = other()
     order = np.random.default_rng([seed, 7]).permutation
     # Of every four of these the first two are steady and shaking, the others steady and broken otherwise.
     lit = train[1::4] + train[:: 4 * CLEAN_EVERY]
     both = [s for i in range(0, len(windows), 2 * SEEN) for s in windows[i : i + 2]]
     shaken = [s for s in both if s.endswith(f"-{clips.jittered.__name__}")]
     sft = lit + shaken + both[:: 2 * CLEAN_EVERY]
-    new = drawn("new", spec.held_out, 1, unseen)
-    pairs = {"reward": 2 * train + windows, "val": val, "new": new, "real": filmed("real", spec.held_out, 1)}
+    pairs = {"reward": 2 * train + windows, "val": val, "new": new, "real": filmed}
     lists = {"sft_train": [sft[i] for i in order(len(sft))], "prfl_train": [lit[i] for i in order(len(lit))]}
     for name, samples in pairs.items():
         lists |= {f"{name}_win": samples[::2], f"{name}_lose": samples[1::2]}
@@ -249,7 +278,7 @@ def _write_source(folder: Path, source_id: str, source: Source, codec: FrameCode
     texts = []
     for caption in source.caption, source.long:
         text = f"text/{caption.replace(' ', '-')}.npy"
-        if not (folder / text).exists():
+        if not (folder / text).exists():  # another process may write the same at the same time
             np.save(folder / text, embed(caption))
         texts.append((caption, f"../{text}"))
     (short, short_path), (long, long_path) = texts

@@ -4,8 +4,10 @@ Every stage writes to its own folder and is found finished there when the demo i
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from prfl_engine.config import (
     SampleConfig,
     TrainConfig,
 )
+from prfl_engine.demo.beside import beside
 from prfl_engine.demo.compare import accuracies, compare
 from prfl_engine.demo.data import DemoData, DemoSpec, build
 from prfl_engine.demo.motion import opencv
@@ -52,24 +55,31 @@ class Settings:
             check(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
 
 
+class Stages:
+    """Runs stages, and says how long each took."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, run: Callable, *args: Any) -> Any:
+        print(f"{name} ...", flush=True)
+        start = time.perf_counter()
+        result = run(*args)
+        self.seconds[name] = time.perf_counter() - start
+        print(f"{name}: {self.seconds[name]:.0f} s", flush=True)
+        return result
+
+
 def demo(out: str | Path, settings: Settings | None = None, command: str = "demo()") -> dict:
     """Run what is not yet done of the demo in the folder `out`; returns the report's numbers.
 
-    `command` is what the report says it was made by.
+    `command` is what the report says it was made by. A script that calls this does so below
+    `if __name__ == "__main__":`, since processes that are started import the script.
     """
     out, s = Path(out), settings or Settings()
     opencv()  # what is missing is said before the work
     begun = time.perf_counter()
-    seconds: dict[str, float] = {}
-
-    def stage(name: str, run, *args):
-        print(f"{name} ...", flush=True)
-        start = time.perf_counter()
-        result = run(*args)
-        seconds[name] = time.perf_counter() - start
-        print(f"{name}: {seconds[name]:.0f} s", flush=True)
-        return result
-
+    stage = Stages()
     data = stage("data", build, out / "data", s.seed, s.data)
     base = base_config(data, s.seed, s.compute_dtype)
     pretrain = replace(
@@ -125,13 +135,15 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         loss=LossConfig(weight=0),
         train=replace(prfl.train, out=str(out / "control")),
     )
-    stage("PRFL", train, prfl)
-    stage("control (flow matching only)", train, control)
+    with beside(_what_needs_no_prfl, control, reward, data, _last(reward) / "ema") as other:
+        stage("PRFL", train, prfl)
+        reward_accuracy, seconds = other()
+    stage.seconds |= {f"{name}, beside PRFL": s for name, s in seconds.items()}
 
     models = {"before": generator, "control": _last(control), "PRFL": _last(prfl)}
     numbers = stage("comparison", compare, prfl, data, models, s.seeds)
-    numbers["reward_accuracy"] = stage("accuracies", accuracies, reward, data, _last(reward) / "ema")
-    numbers["seconds"] = seconds | {"all": time.perf_counter() - begun}
+    numbers["reward_accuracy"] = reward_accuracy
+    numbers["seconds"] = stage.seconds | {"all": time.perf_counter() - begun}
     numbers["settings"] = asdict(s)
     numbers["data"] = data.counts
     numbers["command"] = command
@@ -139,6 +151,15 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
     page = stage("report", write_report, out, numbers)
     print(f"report: {page}")
     return numbers
+
+
+def _what_needs_no_prfl(
+    control: Config, reward: Config, data: DemoData, model: Path
+) -> tuple[dict, dict[str, float]]:
+    """Train the control, and measure the reward model; what it measured, and seconds of both."""
+    stage = Stages()
+    stage("control (flow matching only)", train, control)
+    return stage("accuracies", accuracies, reward, data, model), stage.seconds
 
 
 def fastest_dtype() -> str:
