@@ -11,7 +11,7 @@ from prfl_engine.errors import TrainingError, UserError
 
 def facts(word):
     print("printed", word)
-    return os.getpid(), torch.get_num_threads(), word
+    return os.getpid(), torch.get_num_threads(), word, torch.arange(3.0)
 
 
 def refuse(name):
@@ -29,12 +29,13 @@ def test_the_result_of_another_process_and_the_threads_of_both(threads, capfd):
     try:
         with beside(facts, "here") as other:
             mine = torch.get_num_threads()
-            pid, theirs, word = other()
+            pid, theirs, word, tensor = other()
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
     assert pid != os.getpid() and word == "here"
     assert mine + theirs == max(2, threads)
+    assert tensor.tolist() == [0, 1, 2] and not tensor.is_shared()
     assert capfd.readouterr().err.endswith("printed here\n")
 
 

@@ -33,7 +33,7 @@ from prfl_engine.demo.run import Settings, demo
 from prfl_engine.metrics import MetricsWriter
 
 SMALL = DemoSpec(lights=24, windows=14, held_out=14, size=16)
-TINY = Settings(pretrain=2, reward=2, prfl=1, seeds=4, data=SMALL)
+TINY = Settings(short=2, pretrain=2, reward=2, prfl=1, seeds=4, data=SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +152,10 @@ def test_the_stages_by_hand(done, tmp_path, monkeypatch):
     """The commands of docs/demo.md, as they stand there but for numbers of steps and the size of the data."""
     page = (Path(__file__).parents[1] / "docs/demo.md").read_text()
     commands = re.findall(r"^    (python -m|prfl) (.*)", page, re.MULTILINE)
-    assert len(commands) == 8
+    assert len(commands) == 9
     written = {int(n) for n in re.findall(r"checkpoint-(\d+)", page)}
     whole = Settings()
-    assert written == {whole.pretrain, whole.reward, whole.prfl}
+    assert written == {whole.short, whole.pretrain, whole.reward, whole.prfl}
     monkeypatch.chdir(tmp_path)
     build = data.build
 
@@ -164,7 +164,7 @@ def test_the_stages_by_hand(done, tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "build", small)
     for program, words in commands:
-        for steps, tiny in (whole.pretrain, 2), (whole.reward, 2), (whole.prfl, 1):
+        for steps, tiny in (whole.short, 2), (whole.pretrain, 2), (whole.reward, 2), (whole.prfl, 1):
             words = words.replace(f"checkpoint-{steps}", f"checkpoint-{tiny}")
         name, *rest = shlex.split(words.replace("runs/demo", str(done[0])))
         if program == "prfl":
@@ -177,7 +177,7 @@ def test_the_stages_by_hand(done, tmp_path, monkeypatch):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "reward", "prfl", "seeds"])
+@pytest.mark.parametrize("name", ["short", "pretrain", "reward", "prfl", "seeds"])
 def test_settings_without_a_step_or_a_seed_are_refused(name):
     with pytest.raises(ValueError, match=f"^{name}: got 0, want at least 1$"):
         Settings(**{name: 0})

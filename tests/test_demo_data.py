@@ -95,7 +95,7 @@ def twins(built, name):
 def test_lists(built):
     pairs = {"reward": 76, "val": 14, "new": 14, "real": 14}
     sides = {f"{name}_{side}": n for name, n in pairs.items() for side in ("win", "lose")}
-    assert built.counts == {"sft_train": 18, "prfl_train": 15} | sides
+    assert built.counts == {"sft_train": 18, "short_train": 18, "prfl_train": 15} | sides
     for name, count in built.counts.items():
         found = metas(getattr(built, name))
         assert len(found) == count
@@ -107,6 +107,14 @@ def test_lists(built):
     lit = {("shakes", True): 12, ("clean", True): 3}
     assert kinds == lit | {("jittered", False): 1, ("clean", False): 2}
     assert Counter((m["corruption"], "light" in m) for _, m in metas(built.prfl_train)) == lit
+
+
+def test_short_videos_are_the_beginning_of_the_long_ones(built):
+    both = [metas(getattr(built, name)) for name in ("short_train", "sft_train")]
+    for (file, m), (other, whole) in zip(*both, strict=True):
+        a, b = (np.load(f.parent / of["vae_latent_path"]) for f, of in [(file, m), (other, whole)])
+        assert a.shape == (1, CHANNELS, data.SHORT, 1, 1) and np.array_equal(a, b[:, :, : data.SHORT])
+        assert {k for k in m if m[k] != whole[k]} == {"vae_latent_path"}
 
 
 def test_breaks_that_are_held_out_are_in_no_training_sample(built):

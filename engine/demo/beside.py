@@ -1,6 +1,7 @@
 """Work in a process of its own, beside other work that does not need it."""
 
 import io
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -33,12 +34,12 @@ def beside(run: Callable, *args: Any) -> Iterator[Callable[[], Any]]:
         torch.set_num_threads(threads)
 
 
-def _printing(threads: int, run: Callable, args: tuple) -> tuple[Any, str]:
-    """What run(*args) returns, and what it prints."""
+def _printing(threads: int, run: Callable, args: tuple) -> tuple[bytes, str]:
+    """What run(*args) returns, and what it prints. Pickled here: the pool would share the memory of tensors."""
     torch.set_num_threads(threads)
     text = io.StringIO()
     with redirect_stdout(text), redirect_stderr(text):
-        return run(*args), text.getvalue()
+        return pickle.dumps(run(*args)), text.getvalue()
 
 
 def _printed(future: Future) -> Any:
@@ -47,4 +48,4 @@ def _printed(future: Future) -> Any:
     except BrokenProcessPool:
         raise TrainingError("a process was killed: perhaps there was too little memory") from None
     print(text, end="", file=sys.stderr, flush=True)
-    return result
+    return pickle.loads(result)

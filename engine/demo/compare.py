@@ -88,10 +88,9 @@ def measure(
     return found, clean | {"captions": captions, "video": real}
 
 
-def compare(config: Config, data: DemoData, models: dict[str, Path], seeds: int) -> dict:
-    """`measure` of the models before, control and PRFL, and the tests of their differences."""
-    found, real = measure(config, data.codec, data.val_win, models, seeds)
-    timesteps = config.eval.timesteps
+def compare(found: dict[str, dict], real: dict, timesteps: Sequence[float]) -> dict:
+    """Means of what `measure` found of before, control and PRFL at these timesteps of the reward, and tests
+    of their differences."""
     keys = ("acceleration", "speed", "reward", "distance", "unsteadiness", "jerk")
 
     def moved(f: dict) -> Tensor:

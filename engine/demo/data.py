@@ -6,7 +6,8 @@
   same place of ..._lose.list). Still, single frames of the two look alike, so only motion can tell them
   apart.
 - The generator's list is of lights, four of five shaking, and windows of real video, every second one
-  jittered; that of PRFL is of these lights.
+  jittered; that of PRFL is of these lights. The first SHORT frames of the generator's are a list of their
+  own.
 - The reward model's pairs have other breaks besides. Of windows there are many, since few would be learned by
   heart; every pair of lights is listed twice, so that those of windows are three of seven.
 - Held out are the photographs' and windows' frames, and of the breaks those of lights.HELD_OUT altogether. In
@@ -37,10 +38,11 @@ from prfl_engine.metrics import progress
 TEXT_DIM = 64
 NEGATIVE = "shakes shuffled jumps stutters vanishes turns"
 MANIFEST = "demo_data.json"
-VERSION = 9  # of what is built from one seed and spec
+VERSION = 10  # of what is built from one seed and spec
 TRIES = 60  # windows of a shot that move too little before the next shot takes its turn
 CLEAN_EVERY = 4  # sources of which the generator's list has the clean sample, too
 SEEN = 6  # windows of which one is the generator's, too
+SHORT = 7  # frames of the videos that pre-training begins with
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class DemoData:
     codec: Path
     null_text: Path
     negative_text: Path
+    short_train: Path
     sft_train: Path
     prfl_train: Path
     reward_win: Path
@@ -266,6 +269,7 @@ def _write(folder: Path, seed: int, spec: DemoSpec) -> dict[str, int]:
     sft = lit + shaken + both[:: 2 * CLEAN_EVERY]
     pairs = {"reward": 2 * train + windows, "val": val, "new": new, "real": filmed}
     lists = {"sft_train": [sft[i] for i in order(len(sft))], "prfl_train": [lit[i] for i in order(len(lit))]}
+    lists["short_train"] = [_shorten(folder, sample) for sample in lists["sft_train"]]
     for name, samples in pairs.items():
         lists |= {f"{name}_win": samples[::2], f"{name}_lose": samples[1::2]}
     for name, samples in lists.items():
@@ -301,6 +305,15 @@ def _write_source(folder: Path, source_id: str, source: Source, codec: FrameCode
         (folder / f"meta/{sample}.json").write_text(json.dumps(meta, indent=1) + "\n")
         samples.append(sample)
     return samples
+
+
+def _shorten(folder: Path, sample: str) -> str:
+    """Write the first SHORT frames of a sample as one of its own; returns its name."""
+    meta, name = json.loads((folder / f"meta/{sample}.json").read_text()), f"short-{sample}"
+    np.save(folder / f"latents/{name}.npy", np.load(folder / f"latents/{sample}.npy")[:, :, :SHORT])
+    meta["vae_latent_path"] = f"../latents/{name}.npy"
+    (folder / f"meta/{name}.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return name
 
 
 def main(argv: list[str] | None = None) -> None:

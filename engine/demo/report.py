@@ -229,11 +229,12 @@ Then samples of one seed: before, after the control, after PRFL. At an edge a li
 {_image(strip, wide=True)}
 <h2>What was done</h2>
 <p>A tiny Wan transformer, which is given the first frame and a prompt, was pre-trained on lights that move
-over photographs, four of five shaking, and on windows of real video ({steps["pretrain"]} steps). Its first
-three blocks became a reward model that tells steady from broken motion on <em>noisy latents</em>, of both
-({steps["reward"]} steps). Its reward was propagated back through single denoising steps into the generator
-({steps["prfl"]} updates, one of four with flow matching). No pixel was decoded in training. The control had
-the same data, seeds and number of updates, all with flow matching alone.</p>
+over photographs, four of five shaking, and on windows of real video ({steps["short"]} steps on their first
+frames, {steps["pretrain"]} on all). Its first three blocks became a reward model that tells steady from
+broken motion on <em>noisy latents</em>, of both ({steps["reward"]} steps). Its reward was propagated back
+through single denoising steps into the generator ({steps["prfl"]} updates, one of four with flow matching).
+No pixel was decoded in training. The control had the same data, seeds and number of updates, all with flow
+matching alone.</p>
 <h2>Generators, on {steps["seeds"]} held-out first frames</h2>
 {_table(["", "acceleration", "speed", "reward", "distance", "unsteadiness", "jerk"], rows)}
 {_table(["pairs", "better motion, blind", "reward by", "p", "distance by", "p"], tests)}

@@ -24,7 +24,7 @@ from prfl_engine.config import (
     TrainConfig,
 )
 from prfl_engine.demo.beside import beside
-from prfl_engine.demo.compare import accuracies, compare
+from prfl_engine.demo.compare import accuracies, compare, measure
 from prfl_engine.demo.data import DemoData, DemoSpec, build
 from prfl_engine.demo.motion import opencv
 from prfl_engine.demo.report import write_report
@@ -39,8 +39,10 @@ from prfl_kernels import processor
 class Settings:
     """Sizes of the demo. Stages are counted in optimizer steps."""
 
-    pretrain: int = 1000
-    reward: int = 800
+    short: int = 450
+    """Of pre-training on short videos, before those of full length."""
+    pretrain: int = 700
+    reward: int = 900
     prfl: int = 250
     seeds: int = 64
     """Held-out seeds on which before, control and PRFL are compared."""
@@ -51,7 +53,7 @@ class Settings:
     """Of products and attention in training: float32, or bfloat16 where the processor has it."""
 
     def __post_init__(self):
-        for name in "pretrain", "reward", "prfl", "seeds":
+        for name in "short", "pretrain", "reward", "prfl", "seeds":
             check(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
 
 
@@ -82,12 +84,20 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
     stage = Stages()
     data = stage("data", build, out / "data", s.seed, s.data)
     base = base_config(data, s.seed, s.compute_dtype)
-    pretrain = replace(
+    short = replace(
         base,
         model=replace(base.model, preset="demo"),
         loss=LossConfig(weight=0),
-        optim=OptimConfig(lr=1.2e-2, betas=(0.9, 0.97), schedule="cosine", warmup=50),
-        data=replace(base.data, batch_size=64),
+        optim=OptimConfig(lr=1.2e-2, betas=(0.9, 0.97), warmup=50),
+        data=replace(base.data, batch_size=64, train=(str(data.short_train),)),
+        train=replace(base.train, out=str(out / "short"), steps=s.short),
+    )
+    stage("pre-training, short videos", train, short)
+    pretrain = replace(
+        short,
+        model=replace(base.model, path=str(_last(short))),
+        optim=replace(short.optim, schedule="cosine"),
+        data=replace(short.data, train=base.data.train),
         train=replace(base.train, out=str(out / "pretrain"), steps=s.pretrain, ema=0.99),
     )
     stage("pre-training", train, pretrain)
@@ -135,13 +145,14 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
         loss=LossConfig(weight=0),
         train=replace(prfl.train, out=str(out / "control")),
     )
-    with beside(_what_needs_no_prfl, control, reward, data, _last(reward) / "ema") as other:
+    with beside(_what_needs_no_prfl, generator, control, reward, data, s.seeds) as other:
         stage("PRFL", train, prfl)
-        reward_accuracy, seconds = other()
+        found, drawn, reward_accuracy, seconds = other()
     stage.seconds |= {f"{name}, beside PRFL": s for name, s in seconds.items()}
+    models = {"PRFL": _last(prfl)}
+    found |= stage("samples of PRFL", measure, prfl, data.codec, data.val_win, models, s.seeds)[0]
 
-    models = {"before": generator, "control": _last(control), "PRFL": _last(prfl)}
-    numbers = stage("comparison", compare, prfl, data, models, s.seeds)
+    numbers = compare(found, drawn, prfl.eval.timesteps)
     numbers["reward_accuracy"] = reward_accuracy
     numbers["seconds"] = stage.seconds | {"all": time.perf_counter() - begun}
     numbers["settings"] = asdict(s)
@@ -154,12 +165,16 @@ def demo(out: str | Path, settings: Settings | None = None, command: str = "demo
 
 
 def _what_needs_no_prfl(
-    control: Config, reward: Config, data: DemoData, model: Path
-) -> tuple[dict, dict[str, float]]:
-    """Train the control, and measure the reward model; what it measured, and seconds of both."""
+    generator: Path, control: Config, reward: Config, data: DemoData, seeds: int
+) -> tuple[dict[str, dict], dict, dict, dict[str, float]]:
+    """Train the control. Returns what was measured of samples of the generator (before) and of the control,
+    of steady motion as drawn, and of the reward model, and the seconds of the stages."""
     stage = Stages()
     stage("control (flow matching only)", train, control)
-    return stage("accuracies", accuracies, reward, data, model), stage.seconds
+    models = {"before": generator, "control": _last(control)}
+    found, drawn = stage("samples", measure, control, data.codec, data.val_win, models, seeds)
+    accuracy = stage("accuracies", accuracies, reward, data, _last(reward) / "ema")
+    return found, drawn, accuracy, stage.seconds
 
 
 def fastest_dtype() -> str:
