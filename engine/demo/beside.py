@@ -35,7 +35,7 @@ def beside(run: Callable, *args: Any) -> Iterator[Callable[[], Any]]:
 
 
 def _printing(threads: int, run: Callable, args: tuple) -> tuple[bytes, str]:
-    """What run(*args) returns, pickled since the pool would share the memory of tensors, and what it prints."""
+    """What run(*args) returns, pickled (the pool would share memory of tensors), and what it prints."""
     torch.set_num_threads(threads)
     text = io.StringIO()
     with redirect_stdout(text), redirect_stderr(text):
