@@ -136,7 +136,7 @@ def _seeds(axes, numbers: dict) -> None:
 def curves(out: Path) -> dict:
     """What the trainings logged: {title: {optimizer step: value}}."""
     shown = {
-        "Pre-training: flow matching": ("pretrain", "train/sft_loss"),
+        "Pre-training, whole videos: loss": ("pretrain", "train/sft_loss"),
         "Reward model: loss": ("reward", "train/loss"),
         "PRFL: reward of graded steps": ("prfl", "train/reward"),
     }
@@ -188,7 +188,7 @@ def _ahead(accuracy: dict) -> str:
     above = [name for name, a in accuracy.items() if a["learned"]["low"] > a["hand-made"]["low"]]
     other = [name for name in accuracy if name not in above]
     parts = [("is above them", above), ("is not above them", other)]
-    said = " and ".join(f"{what} on {', '.join(names)}" for what, names in parts if names)
+    said = ", and ".join(f"{what} on {' and on '.join(names)}" for what, names in parts if names)
     return f"By the mean of t ≤ 600 the learned model {said}."
 
 
